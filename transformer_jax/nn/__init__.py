@@ -1,0 +1,1 @@
+"""The pieces every model is made of: layers, positions, attention, blocks."""

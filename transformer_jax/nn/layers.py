@@ -1,0 +1,101 @@
+"""The layers that own parameters; nothing else in the library creates one.
+
+Parameters are float32; `dtype` is the type of the arithmetic. LayerNorm statistics are always
+computed in float32. Shape suffixes: B batch, T length, D d_model, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # x * Phi(x); BERT's checkpoints
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # GPT, GPT-2
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+}
+
+# The laws that the papers draw initial weights from: GPT normal, BERT normal cut off at two
+# standard deviations. Both take the standard deviation.
+INITIALIZERS = {
+    "normal": jax.nn.initializers.normal,
+    "truncated_normal": jax.nn.initializers.truncated_normal,
+}
+
+
+class Linear(nn.Module):
+    """Contract the last `contract` axes of the input with a kernel; add a bias.
+
+    The kernel keeps its axes apart: a query projection is `[D, N, H]`, an output projection
+    `[N, H, D]`, so that heads can be sharded, frozen or read by name.
+    """
+
+    features: tuple[int, ...]
+    contract: int = 1
+    kernel_init: Callable = jax.nn.initializers.normal(0.02)
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        shape = x.shape[-self.contract :] + self.features
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
+        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract)
+        return y + bias.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis (Ba et al. 2016, arXiv 1607.06450, eq. 4)."""
+
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+        return y.astype(self.dtype)
+
+
+class Embed(nn.Module):
+    """A table of `num_embeddings` rows, looked up by id or, transposed, used as output layer."""
+
+    num_embeddings: int
+    features: int
+    embedding_init: Callable = jax.nn.initializers.normal(0.02)
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        shape = (self.num_embeddings, self.features)
+        self.embedding = self.param("embedding", self.embedding_init, shape, jnp.float32)
+
+    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """Rows for `ids`. XLA clamps ids outside the table: check them on the host."""
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Logits of a tied output layer (Press & Wolf 2017), in float32."""
+        return jnp.einsum(
+            "...D,VD->...V",
+            x.astype(self.dtype),
+            self.embedding.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+
+class Bias(nn.Module):
+    """A bias on its own: the output bias of BERT's tied decoder."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... V"]) -> Float[Array, "... V"]:
+        return x + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)

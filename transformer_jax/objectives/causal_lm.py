@@ -1,0 +1,71 @@
+"""Causal language modelling: the sum over i of log P(w_i | w_{i-k} ... w_{i-1}).
+
+Radford et al. 2018, equation 1. k is the model's `context_size`.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int, Key
+
+from transformer_jax.objectives.layout import pad
+from transformer_jax.objectives.losses import Pair, correct, cross_entropy, dropout, weighted
+
+
+def shift(
+    tokens: Int[np.ndarray, "... T+1"], document_ids: Int[np.ndarray, "... T+1"]
+) -> dict[str, np.ndarray]:
+    """Inputs and targets from windows that are one token longer than the rows to train on.
+
+    The target of a token is its successor; it has weight 0 where the successor belongs to another
+    document or to padding (document 0). Positions restart with every document.
+
+    Returns:
+        tokens, targets, positions, document_ids int32 and weights float32, each `[..., T]`.
+    """
+    documents, following = document_ids[..., :-1], document_ids[..., 1:]
+    place = np.broadcast_to(np.arange(documents.shape[-1]), documents.shape)
+    begins = np.ones(documents.shape, bool)
+    begins[..., 1:] = documents[..., 1:] != documents[..., :-1]
+    start = np.maximum.accumulate(np.where(begins, place, 0), axis=-1)
+    return {
+        "tokens": tokens[..., :-1].astype(np.int32),
+        "targets": tokens[..., 1:].astype(np.int32),
+        "positions": (place - start).astype(np.int32),
+        "document_ids": documents.astype(np.int32),
+        "weights": ((documents == following) & (documents > 0)).astype(np.float32),
+    }
+
+
+def prepare(
+    example: dict, rng: np.random.Generator | None = None, *, length: int
+) -> dict[str, np.ndarray]:
+    """One document `{"tokens": ids}` as one row; a longer one is cut at a random place.
+
+    To train on documents of every length without padding, pack them: `data.PackedTokens`.
+    """
+    ids = np.asarray(example["tokens"])
+    surplus = max(len(ids) - (length + 1), 0)
+    first = int(rng.integers(surplus + 1)) if rng is not None else 0
+    ids = ids[first : first + length + 1]
+    return shift(pad(ids, length + 1), pad(np.ones(len(ids)), length + 1))
+
+
+def loss(
+    apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None
+) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Pair]]:
+    """Sum over targets of -log P, in nats; its weight is the number of targets.
+
+    `batch` holds tokens, targets, weights `[B, T]`, and for packed rows positions and document_ids.
+    """
+    logits = apply(
+        {"params": params},
+        batch["tokens"],
+        positions=batch.get("positions"),
+        document_ids=batch.get("document_ids"),
+        **dropout(rng),
+    ).logits
+    total, weight = weighted(cross_entropy(logits, batch["targets"]), batch["weights"])
+    metrics = {"accuracy": weighted(correct(logits, batch["targets"]), batch["weights"])}
+    return total, weight, metrics

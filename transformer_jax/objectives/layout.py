@@ -1,0 +1,71 @@
+"""How text becomes a row of ids: each paper's special tokens, truncation and padding. NumPy."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Ids = Sequence[int] | np.ndarray
+
+
+def pad(ids: Ids, length: int, fill: int = 0) -> np.ndarray:
+    """int32 row of `length`: `ids`, then `fill`."""
+    row = np.full(length, fill, np.int32)
+    row[: len(ids)] = ids
+    return row
+
+
+def truncate_pair(
+    a: Ids, b: Ids, max_tokens: int, rng: np.random.Generator | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shorten the longer of two sequences until both fit (`truncate_seq_pair` of BERT's release).
+
+    With `rng`, tokens leave from the front or the back at random, to avoid biases; without, from
+    the back.
+    """
+    a, b = np.asarray(a, np.int32), np.asarray(b, np.int32)
+    while len(a) + len(b) > max_tokens:
+        front = rng is not None and rng.random() < 0.5
+        cut = slice(1, None) if front else slice(None, -1)
+        if len(a) > len(b):
+            a = a[cut]
+        else:
+            b = b[cut]
+    return a, b
+
+
+def bert_row(
+    a: Ids,
+    b: Ids | None = None,
+    *,
+    length: int,
+    cls_id: int,
+    sep_id: int,
+    pad_id: int = 0,
+    rng: np.random.Generator | None = None,
+) -> dict[str, np.ndarray]:
+    """[CLS] a [SEP], or [CLS] a [SEP] b [SEP] with segment 1 over b (BERT paper, section 3).
+
+    Longer text is cut to fit (`truncate_pair`).
+
+    Returns:
+        tokens, segment_ids int32 `[length]`; padding_mask bool `[length]`, True at tokens.
+    """
+    specials = 2 if b is None else 3
+    if length <= specials:
+        raise ValueError(f"length {length} leaves no room for text beside {specials} special "
+                         f"tokens; use at least {specials + 1}")
+    a, b_cut = truncate_pair(a, [] if b is None else b, length - specials, rng)
+    first = [cls_id, *a, sep_id]
+    second = [] if b is None else [*b_cut, sep_id]
+    tokens = pad(first + second, length, pad_id)
+    segment_ids = pad([0] * len(first) + [1] * len(second), length)
+    return {"tokens": tokens, "segment_ids": segment_ids,
+            "padding_mask": np.arange(length) < len(first) + len(second)}
+
+
+def gpt_row(a: Ids, *, length: int, extract_id: int, pad_id: int = 0) -> dict[str, np.ndarray]:
+    """Text, cut to fit, and the extract token whose hidden state is classified (GPT paper,
+    section 3.3; GPT-2's end-of-text token serves)."""
+    ids = [*list(a)[: length - 1], extract_id]
+    return {"tokens": pad(ids, length, pad_id), "segment_ids": np.zeros(length, np.int32),
+            "padding_mask": np.arange(length) < len(ids)}

@@ -1,0 +1,49 @@
+"""Cross-entropy and accuracy as sums with weights; nothing here divides but `mean`.
+
+Shape suffixes: B batch, T length, V vocabulary or classes.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int, Key
+
+Total = Float[Array, ""] | Mapping[str, Float[Array, ""]]
+Pair = tuple[Float[Array, ""], Float[Array, ""]]
+
+
+def cross_entropy(
+    logits: Float[Array, "... V"], targets: Int[Array, "..."]
+) -> Float[Array, "..."]:
+    """-log softmax(logits)[target], in nats, computed in float32."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def correct(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
+    """1.0 where the best-scored class is the target."""
+    return (logits.argmax(-1) == targets).astype(jnp.float32)
+
+
+def weighted(values: Float[Array, "..."], weights: Float[Array, "..."]) -> Pair:
+    """(sum of values * weights, sum of weights)."""
+    weights = weights.astype(jnp.float32)
+    return (values * weights).sum(), weights.sum()
+
+
+def mean(total: Total, weight: Total) -> Float[Array, ""]:
+    """The loss that sums and weights stand for: total / weight, added over terms.
+
+    A term without weight counts 0.
+    """
+    quotients = jax.tree.map(lambda s, w: jnp.where(w > 0, s / jnp.where(w > 0, w, 1), 0),
+                             total, weight)
+    return sum(jax.tree.leaves(quotients))
+
+
+def dropout(rng: Key[Array, ""] | None) -> dict:
+    """Keyword arguments of a model call: dropout under `rng`, or none."""
+    return {"deterministic": rng is None, "rngs": None if rng is None else {"dropout": rng}}
