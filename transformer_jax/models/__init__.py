@@ -1,8 +1,59 @@
 """The systems of the papers, each a thin composition of `nn`."""
 
+import dataclasses
+from typing import Any
+
 from transformer_jax.models.bert import BERT, BERTOutput
 from transformer_jax.models.config import BERTConfig, Config, GPTConfig, init_params
 from transformer_jax.models.gpt import GPT, GPTOutput
 
-__all__ = ["BERT", "GPT", "BERTConfig", "BERTOutput", "Config", "GPTConfig", "GPTOutput",
-           "init_params"]
+__all__ = [
+    "BERT",
+    "GPT",
+    "BERTConfig",
+    "BERTOutput",
+    "Config",
+    "GPTConfig",
+    "GPTOutput",
+    "build_model",
+    "config_from_dict",
+    "config_to_dict",
+    "init_params",
+]
+
+FAMILIES = {"gpt": (GPT, GPTConfig), "bert": (BERT, BERTConfig)}
+
+
+def family(config: Config) -> str:
+    """The name of the family a config belongs to."""
+    return next(name for name, (_, kind) in FAMILIES.items() if isinstance(config, kind))
+
+
+def build_model(config: Config, num_classes: int = 0) -> GPT | BERT:
+    """The model that a config describes."""
+    return FAMILIES[family(config)][0](config, num_classes)
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """A config as JSON can hold it; `config_from_dict` reads it back."""
+    return {"family": family(config), **dataclasses.asdict(config)}
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The config that `config_to_dict` wrote.
+
+    Raises:
+        ValueError: an unknown family or field, a missing field, or a value out of range.
+    """
+    values = dict(values)
+    name = values.pop("family", None)
+    if name not in FAMILIES:
+        raise ValueError(f"model family is {name!r}; it must be one of {', '.join(FAMILIES)}")
+    kind = FAMILIES[name][1]
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(values.keys() - fields):
+        raise ValueError(f"unknown fields of a {name} config: {', '.join(unknown)}; remove them")
+    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
+    if missing := sorted(required - values.keys()):
+        raise ValueError(f"a {name} config lacks {', '.join(missing)}; add them")
+    return kind(**values)

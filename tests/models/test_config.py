@@ -1,0 +1,60 @@
+"""Configs refuse what no model can be, and survive a trip through JSON."""
+
+import json
+
+import pytest
+import small_models
+
+from transformer_jax.models import BERT, GPT, build_model, config_from_dict, config_to_dict
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size is 0; it must be at least 1"),
+        ({"num_layers": -1}, "num_layers is -1; it must be at least 1"),
+        ({"d_model": 25}, "d_model is 25; it must be a multiple of num_heads 3"),
+        ({"d_model": 27, "positions": "sinusoidal"}, "27; it must be even for sinusoidal"),
+        ({"dropout_rate": 1.0}, "dropout_rate is 1.0; it must be at least 0 and below 1"),
+        ({"attention_dropout_rate": -0.1}, "attention_dropout_rate is -0.1; it must be at least 0"),
+        ({"positions": "rotary"}, "positions is 'rotary'; it must be one of learned, sinusoidal"),
+        ({"activation": "swish"}, "activation is 'swish'; it must be one of gelu, gelu_tanh"),
+        ({"initializer": "zeros"}, "initializer is 'zeros'; it must be one of normal, truncated"),
+        ({"dtype": "float16"}, "dtype is 'float16'; it must be one of float32, bfloat16"),
+        ({"context_size": 0}, "context_size is 0; it must be at least 1, or None"),
+    ],
+)
+def test_values_out_of_range(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        small_models.GPT2.replace(**change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"), [(small_models.GPT2, GPT), (small_models.BERT, BERT)]
+)
+def test_json_round_trip(config, kind):
+    config = config.replace(positions="sinusoidal", dtype="bfloat16", dropout_rate=0.25)
+    again = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
+    assert again == config
+    assert isinstance(build_model(again), kind)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": "bart"}, "model family is 'bart'; it must be one of gpt, bert"),
+        ({"context_size": 4}, "unknown fields of a bert config: context_size"),
+        ({"d_model": 7}, "d_model is 7; it must be a multiple"),
+    ],
+)
+def test_foreign_dicts_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_dict(config_to_dict(small_models.BERT) | change)
+
+
+def test_a_missing_field_is_named():
+    values = config_to_dict(small_models.GPT1)
+    del values["d_model"]
+    with pytest.raises(ValueError, match="a gpt config lacks d_model"):
+        config_from_dict(values)

@@ -1,0 +1,128 @@
+"""Masks and attention on numbers worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer_jax.nn.attention import (
+    KVCache,
+    attend,
+    causal_mask,
+    document_mask,
+    init_cache,
+    padding_mask,
+)
+
+ROW = np.arange(4)[None]
+
+
+def as_text(mask) -> list[str]:
+    """One string a query: x where it sees the key."""
+    return ["".join("x" if seen else "." for seen in row) for row in np.asarray(mask)[0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("context_size", "expected"),
+    [
+        (None, ["x...", "xx..", "xxx.", "xxxx"]),
+        (1, ["x...", ".x..", "..x.", "...x"]),
+        (2, ["x...", "xx..", ".xx.", "..xx"]),
+        (9, ["x...", "xx..", "xxx.", "xxxx"]),
+    ],
+)
+def test_causal_mask(context_size, expected):
+    assert as_text(causal_mask(ROW, ROW, context_size)) == expected
+
+
+def test_causal_mask_of_queries_in_the_middle_of_a_cache():
+    # Two queries at places 1 and 2 of their row, four slots in the cache.
+    assert as_text(causal_mask(np.array([[1, 2]]), ROW, 2)) == ["xx..", ".xx."]
+
+
+def test_causal_mask_has_a_row_for_each_sequence():
+    mask = causal_mask(np.array([[0], [2]]), ROW)
+    assert mask.shape == (2, 1, 1, 4)
+    assert np.asarray(mask)[:, 0, 0].tolist() == [[True, False, False, False],
+                                                  [True, True, True, False]]
+
+
+def test_document_mask():
+    documents = np.array([[1, 1, 2, 0]])
+    assert as_text(document_mask(documents, documents)) == ["xx..", "xx..", "..x.", "...x"]
+
+
+def test_padding_mask_hides_keys_from_every_query():
+    mask = padding_mask(np.array([[1, 1, 0]]))  # integers, as tokenizers return them
+    assert mask.shape == (1, 1, 1, 3)
+    assert mask.dtype == bool
+    assert np.asarray(mask).ravel().tolist() == [True, True, False]
+
+
+def one_head(values) -> jax.Array:
+    """[S][H] as [1, S, 1, H]."""
+    return jnp.asarray(values, jnp.float32)[None, :, None, :]
+
+
+def test_attend_by_hand():
+    # H = 4, so scores are divided by 2: they are 0 and log 3, the weights 1/4 and 3/4.
+    query = one_head([[2, 0, 0, 0]])
+    key = one_head([[0, 5, 5, 5], [np.log(3), 7, 7, 7]])
+    value = one_head([[4, 0, 0, 0], [8, 0, 0, 4]])
+    out, weights = attend(query, key, value, None)
+    np.testing.assert_allclose(weights.ravel(), [0.25, 0.75], rtol=1e-6)
+    np.testing.assert_allclose(out.ravel(), [7, 0, 0, 3], rtol=1e-6)
+
+
+def test_attend_gives_hidden_keys_exactly_nothing():
+    query = one_head([[1.0]])
+    out, weights = attend(query, one_head([[0.0], [300.0]]), one_head([[2.0], [1e30]]),
+                          jnp.asarray([True, False]))
+    assert weights.ravel().tolist() == [1, 0]
+    assert out.ravel().tolist() == [2]
+
+
+def test_a_query_that_sees_nothing_stays_finite_and_so_does_its_gradient():
+    def total(query):
+        value = one_head([[2.0], [4.0]])
+        return attend(query, value, value, jnp.asarray([False, False]))[0].sum()
+
+    value, gradient = jax.value_and_grad(total)(one_head([[1.0]]))
+    assert value == 3
+    assert np.isfinite(gradient).all()
+
+
+def test_softmax_of_bfloat16_is_float32():
+    x = jnp.ones((1, 3, 1, 4), jnp.bfloat16)
+    out, weights = attend(x, x, x, None)
+    assert (out.dtype, weights.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_attention_dropout_drops_its_share_and_keeps_the_mean():
+    # All weights are 1 / 500 and all values 1: the output is (kept keys) / 500 / (1 - rate).
+    ones = jnp.ones((1, 500, 4, 1))
+    call = jax.jit(lambda seed: attend(ones[:, :50], ones, ones, None, dropout_rate=0.2,
+                                       dropout_rng=jax.random.key(seed))[0])
+    out = np.asarray(call(0))
+    kept = np.round(out * 0.8 * 500)
+    np.testing.assert_allclose(out * 0.8 * 500, kept, atol=0.05)
+    # 200 queries x 500 keys, binomial: four standard deviations of the mean.
+    assert abs(kept.mean() / 500 - 0.8) < 4 * (0.8 * 0.2 / 100_000) ** 0.5
+    assert len(np.unique(kept)) > 5  # each query and head draws its own
+    assert (np.asarray(call(1)) != out).any()
+
+
+def test_cache_writes_each_row_at_its_own_place_and_drops_what_is_outside():
+    cache = KVCache(jnp.zeros((2, 3, 1, 1)), jnp.zeros((2, 3, 1, 1)))
+    new = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])[..., None, None]
+    written = cache.write(new, -new, np.array([[0, 1], [2, 3]]))
+    assert written.key[..., 0, 0].tolist() == [[1, 2, 0], [0, 0, 3]]
+    assert written.value[..., 0, 0].tolist() == [[-1, -2, 0], [0, 0, -3]]
+    assert not cache.key.any()  # the old one is untouched
+
+
+def test_empty_cache():
+    cache = init_cache(2, 3, 5, 4, 6, jnp.bfloat16)
+    assert list(cache) == ["layer_0", "layer_1"]
+    assert cache["layer_1"].value.shape == (3, 5, 4, 6)
+    assert cache["layer_1"].value.dtype == jnp.bfloat16

@@ -1,0 +1,91 @@
+"""The layers that own parameters, on numbers worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, Bias, Embed, LayerNorm, Linear
+
+
+def test_layer_norm_by_hand():
+    # Mean 3, variance 4, epsilon 0: (1, 5) becomes (-1, 1).
+    params = {"scale": jnp.asarray([2.0, 3.0]), "bias": jnp.asarray([0.5, 10.0])}
+    out = LayerNorm(0.0).apply({"params": params}, jnp.asarray([[1.0, 5.0]]))
+    np.testing.assert_allclose(out, [[-1.5, 13]], rtol=1e-6)
+
+
+def test_layer_norm_epsilon_stands_inside_the_root():
+    params = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
+    out = LayerNorm(5.0).apply({"params": params}, jnp.asarray([1.0, 5.0]))  # sqrt(4 + 5) = 3
+    np.testing.assert_allclose(out, [-2 / 3, 2 / 3], rtol=1e-6)
+
+
+def test_layer_norm_statistics_are_float32():
+    # bfloat16 cannot tell 256.0 from 257.0: a mean taken in it would be off by one.
+    x = jnp.asarray([256.0, 258.0, 260.0, 262.0], jnp.bfloat16)
+    params = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
+    out = LayerNorm(0.0, dtype=jnp.bfloat16).apply({"params": params}, x)
+    assert out.dtype == jnp.bfloat16
+    expected = np.array([-3, -1, 1, 3]) / 5**0.5
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=5e-3)
+
+
+def test_linear_keeps_head_axes():
+    x = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+    split = Linear((3, 2))
+    y, variables = split.init_with_output(jax.random.key(0), x)
+    params = variables["params"]
+    assert {k: v.shape for k, v in params.items()} == {"kernel": (6, 3, 2), "bias": (3, 2)}
+    np.testing.assert_allclose(y, np.einsum("btd,dnh->btnh", x, params["kernel"]), rtol=1e-5,
+                               atol=1e-6)
+
+    join = Linear((6,), contract=2)
+    z, variables = join.init_with_output(jax.random.key(1), y)
+    kernel = variables["params"]["kernel"]
+    assert kernel.shape == (3, 2, 6)
+    np.testing.assert_allclose(z, np.einsum("btnh,nhd->btd", y, kernel), rtol=1e-5, atol=1e-6)
+
+
+def test_linear_adds_its_bias():
+    params = {"kernel": jnp.asarray([[1.0], [2.0]]), "bias": jnp.asarray([10.0])}
+    assert Linear((1,)).apply({"params": params}, jnp.asarray([3.0, 4.0])).tolist() == [21]
+
+
+def test_embed_looks_up_and_scores_by_one_table():
+    table = jnp.asarray([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
+    embed, variables = Embed(3, 2), {"params": {"embedding": table}}
+    assert embed.apply(variables, np.array([2, 0])).tolist() == [[3, 3], [1, 0]]
+    assert embed.apply(variables, jnp.asarray([1.0, 10.0]), method="attend").tolist() == [1, 20, 33]
+
+
+def test_bias_is_added():
+    variables = {"params": {"bias": jnp.asarray([1.0, 2.0])}}
+    assert Bias(2).apply(variables, jnp.asarray([[10.0, 20.0]])).tolist() == [[11, 22]]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),  # at -1, 0 and 1
+    [
+        ("gelu", [-0.1586553, 0, 0.8413447]),  # x times the normal distribution function
+        ("gelu_tanh", [-0.1588080, 0, 0.8411920]),
+        ("relu", [0, 0, 1]),
+        ("tanh", [-0.7615942, 0, 0.7615942]),
+    ],
+)
+def test_activations(name, expected):
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray([-1.0, 0, 1])), expected, rtol=2e-6)
+
+
+def test_every_activation_is_tested():
+    assert set(ACTIVATIONS) == {"gelu", "gelu_tanh", "relu", "tanh"}
+
+
+def test_initial_laws():
+    draws = {name: np.asarray(law(0.02)(jax.random.key(0), (200, 200)))
+             for name, law in INITIALIZERS.items()}
+    np.testing.assert_allclose(draws["normal"].std(), 0.02, rtol=0.02)
+    assert np.abs(draws["normal"]).max() > 0.06
+    # Cut off at two deviations, the deviation left is 0.8796 (TensorFlow's law, BERT's release).
+    assert np.abs(draws["truncated_normal"]).max() <= 0.04
+    np.testing.assert_allclose(draws["truncated_normal"].std(), 0.02 * 0.8796, rtol=0.02)

@@ -1,0 +1,102 @@
+"""Pictures of what people would rather look at than read. Each function writes one PNG."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+DPI = 130
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # no display, no pyplot state
+    return figure
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    return path
+
+
+def curves(
+    path: str | Path,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    xlabel: str = "step",
+    ylabel: str = "loss (nats)",
+) -> Path:
+    """Lines over a common axis: `{label: (x, y)}`. Labels that contain "held-out" get markers."""
+    figure = _figure(7, 4)
+    axes = figure.subplots()
+    for label, (x, y) in series.items():
+        held_out = "held-out" in label
+        axes.plot(x, y, label=label, marker="o" if held_out else None, markersize=4,
+                  linewidth=1.6 if held_out else 1.0, alpha=1.0 if held_out else 0.7)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def positions(path: str | Path, tables: Mapping[str, np.ndarray]) -> Path:
+    """Position encodings `[positions, dimensions]`: a column per position, a row per dimension."""
+    figure = _figure(6.5 * len(tables), 4.4)
+    for axes, (title, table) in zip(np.atleast_1d(figure.subplots(1, len(tables))), tables.items()):
+        limit = np.abs(table).max()
+        image = axes.imshow(np.asarray(table).T, aspect="auto", cmap="RdBu", vmin=-limit,
+                            vmax=limit, interpolation="nearest")
+        axes.set(title=title, xlabel="position", ylabel="dimension")
+        figure.colorbar(image, ax=axes, shrink=0.8)
+    return _save(figure, path)
+
+
+def attention(
+    path: str | Path, maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, title: str = ""
+) -> Path:
+    """Attention weights `[T, S]` side by side: row `t` shows where token `t` looks."""
+    size = max(4.0, 0.24 * len(tokens) + 1.6)
+    figure = _figure(size * len(maps), size + 0.5)
+    figure.suptitle(title)
+    for axes, (name, weights) in zip(np.atleast_1d(figure.subplots(1, len(maps))), maps.items()):
+        axes.imshow(np.asarray(weights), cmap="viridis", vmin=0)
+        ticks = range(len(tokens))
+        axes.set_xticks(ticks, tokens, rotation=90, fontsize=7)
+        axes.set_yticks(ticks, tokens, fontsize=7)
+        axes.set(title=name, xlabel="sees (key)", ylabel="token (query)")
+    return _save(figure, path)
+
+
+def label_efficiency(
+    path: str | Path,
+    panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[float]]]],
+    *,
+    title: str,
+    chance: float,
+) -> Path:
+    """Accuracy over the number of labels, a panel a model and a line a recipe.
+
+    Args:
+        panels: `{model: {recipe: (labels, mean accuracy, standard deviation)}}`, in shares of 1.
+        chance: accuracy of the commonest class, drawn as a dotted line.
+    """
+    figure = _figure(5.2 * len(panels), 4.2)
+    figure.suptitle(title)
+    grid = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    for axes, (name, lines) in zip(grid, panels.items()):
+        for recipe, (labels, mean, deviation) in lines.items():
+            axes.errorbar(labels, 100 * np.asarray(mean), 100 * np.asarray(deviation),
+                          label=recipe, marker="o", markersize=4, capsize=3)
+        axes.axhline(100 * chance, color="grey", linestyle=":", label="commonest class")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(next(iter(lines.values()))[0],
+                        [str(n) for n in next(iter(lines.values()))[0]])
+        axes.set(title=name, xlabel="labelled examples", ylabel="accuracy (%)")
+        axes.grid(alpha=0.25)
+    grid[0].legend(frameon=False, fontsize=8)
+    return _save(figure, path)

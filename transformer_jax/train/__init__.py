@@ -1,0 +1,1 @@
+"""Training: `optim` (schedules, AdamW), `step` (the pure step), `loop` (fit) and `checkpoint`."""

@@ -1,0 +1,305 @@
+"""Checkpoints: a directory with one subdirectory per saved step, written by Orbax.
+
+A step holds separate items, so that each can be read without the others:
+
+  params      the parameters                      (fine-tuning and generation need only these)
+  opt_state   the optimizer state                 (absent if the optimizer has none)
+  step        the number of updates so far
+  rng         the random key of the run
+  data        where the data iterator stands
+  metadata    what the caller wants to find again: the model's configuration, the command
+
+Arrays are always restored onto abstract arrays that carry the target sharding, so a checkpoint
+from eight devices opens on one, and the other way round. Everything else is JSON; nothing is ever
+pickled. A step appears under its name only when all of it is on disk: a process killed while
+saving leaves a temporary directory that is never taken for a checkpoint.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from transformer_jax.train.step import TrainState
+from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
+
+_JSON_ITEMS = ("step", "rng", "data", "metadata")
+
+
+class Checkpoint(NamedTuple):
+    """What `restore` returns."""
+
+    state: TrainState
+    rng: jax.Array | None
+    data_state: Any
+    metadata: Any
+
+
+class PendingSave:
+    """A save whose files are still being written. Call `result` before relying on them."""
+
+    def __init__(self, checkpointer: ocp.training.Checkpointer, response: Any):
+        self._checkpointer, self._response = checkpointer, response
+
+    def result(self) -> None:
+        """Waits until the checkpoint is complete, and raises what went wrong in the background."""
+        if self._checkpointer is not None:
+            try:
+                self._response.result()
+            finally:
+                self._checkpointer.close()
+                self._checkpointer = None
+
+
+def save(
+    directory: str | Path,
+    step: int,
+    state: TrainState,
+    *,
+    rng: jax.Array | None = None,
+    data_state: Any = None,
+    metadata: Any = None,
+    keep: int | None = 3,
+    wait: bool = True,
+) -> PendingSave:
+    """Saves a step, then deletes all but the last `keep` steps (None keeps all).
+
+    Args:
+      directory: of the run; it is created.
+      step: the name of the checkpoint: the number of updates in `state`.
+      state: the arrays are copied to the host before this returns, so they may be donated after.
+      rng: a typed or raw random key.
+      data_state: what the data iterator's `get_state()` returned; JSON values only. With several
+        hosts the first one's is kept: iterators must be in step, as Grain's sharded ones are.
+      metadata: JSON values only.
+      wait: return when the files are complete. Otherwise files are written in the background and
+        the caller calls `result()` on the returned save before saving again, and at the end.
+
+    Raises:
+      ValueError: the step is saved already, `keep` is below 1, or `data_state` or `metadata` holds
+        what JSON cannot.
+    """
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep is {keep}; keep at least 1 checkpoint, or None for all")
+    root = Path(directory).absolute()
+    if step in _steps(root):
+        raise ValueError(f"{root} already has step {step}; choose another directory or step")
+    items = {
+        "params": _as_dict(state.params),
+        "opt_state": _as_dict(state.opt_state) or None,  # Orbax has no empty trees
+        "step": int(step),
+        "rng": _pack_rng(rng),
+        "data": _as_json(data_state, "data_state"),
+        "metadata": _as_json(metadata, "metadata"),
+    }
+    items = {name: item for name, item in items.items() if item is not None}
+    policies = ocp.training.preservation_policies
+    checkpointer = ocp.training.Checkpointer(
+        root,
+        context=_context(),
+        # Saving is the caller's decision, so every call saves.
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
+    )
+    pending = PendingSave(checkpointer, checkpointer.save_checkpointables_async(step, items))
+    if wait:
+        pending.result()
+    return pending
+
+
+def latest_step(directory: str | Path) -> int | None:
+    """The last complete step in the directory, or None (also when there is no directory)."""
+    return max(_steps(Path(directory)), default=None)
+
+
+def restore(directory: str | Path, like: TrainState, step: int | None = None) -> Checkpoint:
+    """The whole state at `step` (the latest by default), with the run's key, data and metadata.
+
+    Args:
+      like: a state, real or abstract (`jax.eval_shape`). Values come with its dtypes and with the
+        shardings of its leaves; a leaf without one goes to the first device.
+
+    Raises:
+      FileNotFoundError: no such directory, or no such checkpoint in it.
+      ValueError: the checkpoint has other parameters or another optimizer, or other shapes.
+    """
+    path = _find(directory, step)
+    trees = {"params": like.params, "opt_state": like.opt_state}
+    loaded = _load(path, {name: _abstract(item) for name, item in trees.items()})
+    restored = {
+        name: jax.tree.unflatten(jax.tree.structure(item), _leaves(loaded[name], item))
+        for name, item in trees.items()
+    }
+    number = np.asarray(loaded["step"], np.int32)
+    placed = jax.device_put(number, _sharding(like.step))
+    return Checkpoint(
+        TrainState(placed, **restored),
+        _unpack_rng(loaded.get("rng")),
+        loaded.get("data"),
+        loaded.get("metadata"),
+    )
+
+
+def load_params(
+    directory: str | Path, like: PyTree | None = None, step: int | None = None
+) -> PyTree:
+    """The parameters alone, for fine-tuning and generation.
+
+    Args:
+      like: parameters, real or abstract, that set dtypes and shardings; by default the parameters
+        come as they were saved, as a nested dict on the first device.
+
+    Raises: as `restore`.
+    """
+    path = _find(directory, step)
+    if like is not None:
+        loaded = _load(path, {"params": _abstract(like)})["params"]
+        return jax.tree.unflatten(jax.tree.structure(like), _leaves(loaded, like))
+    saved = _saved_arrays(path, "params")
+    return _load(path, {"params": _abstract(unflatten_paths(saved))})["params"]
+
+
+def load_metadata(directory: str | Path, step: int | None = None) -> Any:
+    """The metadata that was saved, or None. Raises FileNotFoundError as `restore` does."""
+    return _load(_find(directory, step), {}).get("metadata")
+
+
+# Directories -------------------------------------------------------------------------------------
+
+
+def _steps(root: Path) -> list[int]:
+    """The complete steps. An unfinished one has a longer name until all of it is written."""
+    if not root.is_dir():
+        return []
+    found = (path for path in root.iterdir() if path.name.isdecimal())
+    return sorted(int(path.name) for path in found if ocp.is_orbax_checkpoint(path))
+
+
+def _find(directory: str | Path, step: int | None) -> Path:
+    root = Path(directory).absolute()
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"there is no checkpoint directory {root}; check the path, or train and save there"
+        )
+    steps = _steps(root)
+    if not steps:
+        raise FileNotFoundError(f"{root} holds no checkpoint; check the path, or save one there")
+    if step is not None and step not in steps:
+        raise FileNotFoundError(
+            f"{root} has no step {step}; it has {', '.join(map(str, steps))}: choose one of them"
+        )
+    return root / str(steps[-1] if step is None else step)
+
+
+# Trees and numbers as Orbax takes them -----------------------------------------------------------
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    registry = ocp.handlers.local_registry()
+    for name in _JSON_ITEMS:
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+    context.checkpointables.registry = registry
+    return context
+
+
+def _as_dict(tree: PyTree) -> dict[str, Any]:
+    """Any pytree as nested dicts by path, so that Optax may rename its classes."""
+    return unflatten_paths(flatten_paths(tree))
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding:
+    return getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _abstract(tree: PyTree) -> PyTree:
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
+
+    return jax.tree.map(abstract, _as_dict(tree))
+
+
+def _leaves(loaded: PyTree, like: PyTree) -> list[Any]:
+    """The loaded leaves in the order of the tree that they go into."""
+    values = flatten_paths(loaded)
+    return [values[path] for path in flatten_paths(like)]
+
+
+def _saved_arrays(path: Path, item: str) -> dict[str, Any]:
+    """Path -> shape and dtype, without reading an array."""
+    with _context():
+        found = ocp.checkpointables_metadata(path).metadata
+    return flatten_paths(found.get(item) or {})
+
+
+def _load(path: Path, trees: Mapping[str, PyTree]) -> dict[str, Any]:
+    """These trees of arrays onto their abstract leaves, and every JSON item."""
+    for item, abstract in trees.items():
+        _check(path, item, flatten_paths(abstract), _saved_arrays(path, item))
+    wanted = {item: abstract for item, abstract in trees.items() if abstract}
+    wanted |= {item: None for item in _JSON_ITEMS if (path / item).is_dir()}
+    with _context():
+        loaded = ocp.load_checkpointables(path, wanted)
+    return {item: {} for item in trees} | dict(loaded)
+
+
+def _check(path: Path, item: str, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raises one line that names what of the checkpoint does not fit."""
+    where = f"checkpoint {path}: {item}"
+    for name, leaf in ours.items():
+        if name in saved and tuple(saved[name].shape) != tuple(leaf.shape):
+            raise ValueError(
+                f"{where}/{name} has shape {tuple(saved[name].shape)}, not {tuple(leaf.shape)}; "
+                "build the model with the configuration in the checkpoint's metadata"
+            )
+    cause = "model configuration" if item == "params" else "optimizer and choice of what trains"
+    for missing, verb, pool in (
+        (ours.keys() - saved.keys(), "lacks", saved),
+        (saved.keys() - ours.keys(), "also has", ours),
+    ):
+        if missing:
+            name = min(missing)
+            near = difflib.get_close_matches(name, pool, n=1)
+            hint = f" (nearest: {near[0]})" if near else ""
+            raise ValueError(
+                f"{where} {verb} {len(missing)} arrays such as {name}{hint}; "
+                f"use the {cause} that it was saved with"
+            )
+
+
+def _as_json(value: Any, name: str) -> Any:
+    """The value, if JSON can hold it as it is. NumPy numbers become Python's."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, np.generic | np.ndarray):
+            return item.tolist()
+        raise ValueError(
+            f"{name} holds a {type(item).__name__}, which JSON cannot; pass numbers, strings, "
+            "lists and dicts"
+        )
+
+    return json.loads(json.dumps(value, default=plain))
+
+
+def _pack_rng(rng: jax.Array | None) -> dict[str, Any] | None:
+    """A key as JSON. `impl` is None for a raw key, an array of uint32."""
+    if rng is None:
+        return None
+    typed = jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    data = np.asarray(jax.random.key_data(rng) if typed else rng)
+    return {"impl": str(jax.random.key_impl(rng)) if typed else None, "data": data.tolist()}
+
+
+def _unpack_rng(packed: Mapping[str, Any] | None) -> jax.Array | None:
+    if packed is None:
+        return None
+    data = jax.numpy.asarray(packed["data"], jax.numpy.uint32)
+    if packed["impl"] is None:
+        return data
+    return jax.random.wrap_key_data(data, impl=packed["impl"])

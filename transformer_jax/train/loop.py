@@ -1,0 +1,287 @@
+"""The training loop: batches in, a trained state and its history out.
+
+Everything mathematical is in the step (`train.step`); this file only feeds it, watches it and
+saves it. Devices never wait for the host: the numbers of a step are read while the next one runs.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from transformer_jax import sharding
+from transformer_jax.train import checkpoint
+from transformer_jax.train.progress import progress
+from transformer_jax.train.step import TrainState
+from transformer_jax.tree import PyTree, flatten_paths
+
+Row = dict[str, float]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss or the gradient is infinite or not a number. Has `step` and `batch`."""
+
+    def __init__(self, message: str, step: int, batch: PyTree):
+        super().__init__(message)
+        self.step, self.batch = step, batch
+
+
+class Batches(Protocol):
+    """An endless iterator of batches that knows where it stands, such as Grain's.
+
+    The state has to be JSON. It is needed for checkpoints only.
+    """
+
+    def __next__(self) -> PyTree: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+class _Dispatched(NamedTuple):
+    """A step that was sent to the devices and whose numbers nobody has read."""
+
+    step: int  # counted from 1: the number of updates when it is done
+    batch: PyTree
+    metrics: dict[str, jax.Array]
+
+
+def fit(
+    state: TrainState,
+    train_step: Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.Array]]],
+    batches: Batches,
+    *,
+    rng: jax.Array | None,
+    num_steps: int,
+    mesh: Mesh | None = None,
+    eval_fn: Callable[[PyTree], dict[str, float]] | None = None,
+    eval_every: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    save_every: int = 0,
+    log_every: int = 10,
+    writer: Any = None,
+    on_log: Callable[[Row], None] | None = None,
+    quiet: bool = False,
+    tokens_per_batch: int | None = None,
+    metadata: Any = None,
+) -> tuple[TrainState, list[Row]]:
+    """Trains until the state has seen `num_steps` updates, and resumes where a run was cut off.
+
+    If `checkpoint_dir` holds a checkpoint, the state, the key and the position in the data come
+    from it, and the run goes on bit for bit as if it had never stopped.
+
+    Args:
+      state: from `train.step.init_state`. It is donated: use the returned state from then on.
+      train_step: from `train.step.make_train_step`, not jitted; it is jitted here, once.
+      batches: an iterator of batches of NumPy arrays. With several hosts, each yields its own rows.
+      rng: the key of the whole run, None for no randomness. The step folds its number in.
+      num_steps: updates in total, those before a resumption included.
+      mesh: places parameters by `sharding.RULES` and cuts batches over the mesh.
+      eval_fn: `eval_fn(params) -> {name: number}`, called every `eval_every` updates and at the
+        end (0: at the end only). Its numbers appear as "eval_<name>".
+      checkpoint_dir: where to save, every `save_every` updates and at the end (0: at the end only).
+      log_every: a row of history every so many updates, and for the last.
+      writer: a `tensorboardX.SummaryWriter`, or anything with `add_scalar(tag, value, step)`.
+      on_log: called with every row.
+      quiet: no progress line.
+      tokens_per_batch: of all hosts, for tokens per second; by default the size of the batch's
+        "tokens", if it has them.
+      metadata: saved with every checkpoint, for `checkpoint.load_metadata`.
+
+    Returns:
+      The state after `num_steps` updates, and the history of this call: rows of "step", the step's
+      metrics ("loss", "grad_norm", ...), "seconds" since the call, "seconds_per_step" and, where
+      known, "tokens_per_second", both averaged since the last row without compilation, evaluation
+      and saving. Rows of evaluation have "step", "seconds" and the "eval_" numbers.
+
+    Raises:
+      NonFiniteLossError: names the step; nothing is saved over the last good checkpoint, and the
+        batch is written beside it.
+      ValueError: a count is out of range, the batches end early or cannot say where they are, or
+        the checkpoint does not fit the state.
+    """
+    for name, value, least in (
+        ("num_steps", num_steps, 0),
+        ("eval_every", eval_every, 0),
+        ("save_every", save_every, 0),
+        ("log_every", log_every, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; give at least {least}")
+    if checkpoint_dir is not None and not hasattr(batches, "get_state"):
+        raise ValueError(
+            f"batches is a {type(batches).__name__} without get_state, so a checkpoint could not "
+            "resume; pass a Grain iterator, or checkpoint_dir=None"
+        )
+
+    began = time.perf_counter()
+    if mesh is not None:
+        state = jax.device_put(state, sharding.param_shardings(state, mesh))
+    if checkpoint_dir is not None and checkpoint.latest_step(checkpoint_dir) is not None:
+        found = checkpoint.restore(checkpoint_dir, state)
+        state, rng = found.state, found.rng
+        batches.set_state(found.data_state)
+    start = int(state.step)
+    if start > num_steps:
+        raise ValueError(
+            f"the state has seen {start} updates, more than num_steps = {num_steps}; train for "
+            "longer, or choose another checkpoint_dir"
+        )
+    if start and not quiet:
+        print(f"starting at step {start} of {num_steps}", flush=True)
+
+    step_fn = _compile(train_step, state, mesh)
+    history: list[Row] = []
+    saving: checkpoint.PendingSave | None = None
+    clock = _Clock()
+    waiting: _Dispatched | None = None
+
+    with (
+        contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
+        progress(num_steps, start, quiet or jax.process_index() > 0) as report,
+    ):
+
+        def log(row: Row, kind: str) -> None:
+            row = {**row, "seconds": time.perf_counter() - began}
+            history.append(row)
+            left = clock.mean * (num_steps - row["step"]) if clock.mean else None
+            report(int(row["step"]), row, left)
+            if writer is not None:
+                for name, value in row.items():
+                    if name not in ("step", "seconds"):
+                        tag = f"{kind}/{name.removeprefix('eval_')}"
+                        writer.add_scalar(tag, value, int(row["step"]))
+            if on_log is not None:
+                on_log(row)
+
+        def read(sent: _Dispatched) -> None:
+            """Waits for a step, checks its numbers and logs them if it is their turn."""
+            metrics = {name: float(x) for name, x in jax.device_get(sent.metrics).items()}
+            clock.tick()
+            _check_finite(sent, metrics, checkpoint_dir)
+            if sent.step % log_every and sent.step != num_steps:
+                return
+            row = {"step": sent.step, "loss": metrics.pop("loss"), **metrics}
+            if seconds := clock.lap():
+                row["seconds_per_step"] = seconds
+                if tokens := tokens_per_batch or _count_tokens(sent.batch):
+                    row["tokens_per_second"] = tokens / seconds
+            log(row, "train")
+
+        try:
+            for step in range(start + 1, num_steps + 1):
+                batch = _next(batches, step, num_steps)
+                placed = batch if mesh is None else sharding.shard_batch(batch, mesh)
+                state, metrics = step_fn(state, placed, rng)
+                if waiting is not None:
+                    read(waiting)
+                waiting = _Dispatched(step, batch, metrics)
+                last = step == num_steps
+                evaluates = eval_fn is not None and _due(step, eval_every, last)
+                saves = checkpoint_dir is not None and _due(step, save_every, last)
+                if not (evaluates or saves or last):
+                    continue
+                read(waiting)
+                waiting = None
+                if evaluates:
+                    found = {f"eval_{name}": float(x) for name, x in eval_fn(state.params).items()}
+                    log({"step": step, **found}, "eval")
+                if saves:
+                    if saving is not None:
+                        saving.result()
+                    saving = checkpoint.save(
+                        checkpoint_dir,
+                        step,
+                        state,
+                        rng=rng,
+                        data_state=batches.get_state(),
+                        metadata=metadata,
+                        wait=False,
+                    )
+                clock.restart()
+        finally:
+            if saving is not None:
+                saving.result()
+    return state, history
+
+
+def _compile(train_step: Callable, state: TrainState, mesh: Mesh | None) -> Callable:
+    """The jitted step. On a mesh the state stays where it is, or XLA might move it at each step."""
+    if mesh is None:
+        return jax.jit(train_step, donate_argnums=0)
+    where = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(where, NamedSharding(mesh, P())))
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0)
+
+
+def _next(batches: Batches, step: int, num_steps: int) -> PyTree:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise ValueError(
+            f"the batches ended after step {step - 1} of {num_steps}; repeat the data, or train "
+            f"for {step - 1} steps"
+        ) from None
+
+
+def _count_tokens(batch: PyTree) -> int:
+    tokens = batch.get("tokens") if isinstance(batch, dict) else None
+    return 0 if tokens is None else int(np.size(tokens)) * jax.process_count()
+
+
+def _check_finite(sent: _Dispatched, metrics: Row, checkpoint_dir: str | Path | None) -> None:
+    """A finite loss with an infinite gradient has ruined the parameters just as well."""
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
+    if not bad:
+        return
+    where = f"it was batch {sent.step} of the run"
+    if checkpoint_dir is not None:
+        host = f"_host{jax.process_index()}" if jax.process_count() > 1 else ""
+        file = Path(checkpoint_dir) / f"bad_batch_step{sent.step}{host}.npz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, **{path: np.asarray(x) for path, x in flatten_paths(sent.batch).items()})
+        where = f"its batch is in {file}"
+    raise NonFiniteLossError(
+        f"{bad[0]} is {metrics[bad[0]]} at step {sent.step}; {where}; nothing was saved since. "
+        "Lower the learning rate, or look at the batch",
+        sent.step,
+        sent.batch,
+    )
+
+
+class _Clock:
+    """Seconds per step, without the step that compiles and without evaluating and saving."""
+
+    def __init__(self) -> None:
+        self.mean = 0.0  # of the last lap
+        self._seconds, self._steps = 0.0, 0
+        self._since: float | None = None  # None: the first step is compiling
+
+    def tick(self) -> None:
+        """A step is done."""
+        now = time.perf_counter()
+        if self._since is not None:
+            self._seconds += now - self._since
+            self._steps += 1
+        self._since = now
+
+    def restart(self) -> None:
+        """Leaves out what happened since the last tick."""
+        self._since = time.perf_counter()
+
+    def lap(self) -> float:
+        """The mean since the last lap, 0 if no step was measured."""
+        if self._steps:
+            self.mean = self._seconds / self._steps
+            self._seconds, self._steps = 0.0, 0
+            return self.mean
+        return 0.0

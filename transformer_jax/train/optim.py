@@ -1,0 +1,106 @@
+"""Learning-rate schedules and AdamW with weight decay only where it belongs."""
+
+import difflib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from transformer_jax.tree import PyTree, first_match, map_paths
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+# What a schedule does after warm-up, as a function of (step, warm-up steps, last step):
+# `decay` is 1 at the end of warm-up, and the schedule runs from peak (decay 1) to end (decay 0).
+DECAYS: dict[str, Callable[[jax.Array, int, int], jax.Array]] = {
+    "constant": lambda step, warmup, last: jnp.ones_like(step),
+    "linear": lambda step, warmup, last: 1 - _progress(step, warmup, last),
+    "cosine": lambda step, warmup, last: (1 + jnp.cos(jnp.pi * _progress(step, warmup, last))) / 2,
+    "inverse_sqrt": lambda step, warmup, last: jnp.sqrt(max(warmup, 1) / (step + 1)),
+}
+
+
+def _progress(step: jax.Array, warmup: int, last: int) -> jax.Array:
+    """0 at the end of warm-up, 1 from `last` on."""
+    return jnp.clip((step - warmup) / (last - warmup), 0.0, 1.0)
+
+
+def make_schedule(
+    name: str, peak: float, num_steps: int, warmup_steps: int = 0, end: float = 0.0
+) -> Schedule:
+    """A learning rate by step: a linear warm-up to `peak`, then a decay from the table `DECAYS`.
+
+    Step counts from 0, as Optax counts; the n-th update, n = step + 1, has the rate
+
+      warm-up (n <= warmup_steps)   peak n / warmup_steps
+      constant                      peak
+      linear, cosine                from peak at step warmup_steps to `end` at step num_steps
+      inverse_sqrt                  end + (peak - end) sqrt(warmup_steps / n)
+
+    so the first update already moves, and without warm-up step 0 has exactly the peak.
+    inverse_sqrt with end 0 is the schedule of Vaswani et al. 2017, section 5.3, where
+    peak = (d_model warmup_steps)^-0.5. constant has no use for `end`.
+
+    Raises:
+      ValueError: an unknown name, num_steps below 1, warmup_steps outside 0 ... num_steps - 1, or
+        not 0 <= end <= peak.
+    """
+    if name not in DECAYS:
+        near = difflib.get_close_matches(name, DECAYS, n=1)
+        raise ValueError(
+            f"unknown schedule {name!r}{f', did you mean {near[0]!r}?' if near else ';'} "
+            f"choose from {', '.join(DECAYS)}"
+        )
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; train for at least 1 step")
+    if not 0 <= warmup_steps < num_steps:
+        raise ValueError(
+            f"warmup_steps is {warmup_steps}, outside 0 to {num_steps - 1}; "
+            f"warm up for less than the {num_steps} steps of the run"
+        )
+    if not 0 <= end <= peak:
+        raise ValueError(f"end is {end}, outside 0 to the peak {peak}; choose it in between")
+    decay = DECAYS[name]
+
+    def schedule(step: jax.Array | int) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        after = end + (peak - end) * decay(step, warmup_steps, num_steps)
+        warming = peak * (step + 1) / max(warmup_steps, 1)
+        return jnp.where(step < warmup_steps, warming, after)
+
+    return schedule
+
+
+DECAY_RULES = ((r"(^|/)(kernel|embedding)$", True), (r"", False))
+"""Which parameters weight decay pulls to zero: matrices. Biases and norm scales it never touches
+(they set offsets and units, and shrinking them is no simplicity). Decided by name and not by rank:
+a kernel keeps its head axes, and stacked layers give every leaf one more."""
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """True where weight decay applies, by `DECAY_RULES`. Gaps (None) stay gaps."""
+    return map_paths(lambda path, leaf: first_match(DECAY_RULES, path), params)
+
+
+def make_optimizer(
+    schedule: Schedule | float,
+    *,
+    weight_decay: float = 0.01,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    clip_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019) behind clipping by the global norm; BERT's defaults.
+
+    Everything here sees only the tree that it is given. `make_train_step` gives it what trains, so
+    the norm that is clipped is the norm of what trains, and only that has moments.
+
+    Args:
+      schedule: from `make_schedule`, or a constant rate.
+      weight_decay: decoupled, multiplied by the learning rate, where `decay_mask` is true.
+      clip_norm: gradients with a larger global norm are scaled down to it; None never clips.
+    """
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
+    return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
