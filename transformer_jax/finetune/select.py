@@ -88,9 +88,9 @@ def _patterns(name: str, argument: str | None, paths: Sequence[str]) -> Sequence
     return rule
 
 
-def _nearest(pattern: str, paths: Sequence[str]) -> list[str]:
-    """The three paths that a pattern without matches may have meant."""
-    words = [word for word in re.split(r"[^\w]+", pattern) if word] or [pattern]
+def _nearest(pattern: str, paths: Sequence[str]) -> str:
+    """Three paths that a pattern without matches may have meant, of different layers or names."""
+    words = re.findall(r"\w+", pattern) or [pattern]
 
     def likeness(path: str) -> float:
         parts = path.split("/")
@@ -99,7 +99,10 @@ def _nearest(pattern: str, paths: Sequence[str]) -> list[str]:
             for word in words
         )
 
-    return sorted(paths, key=likeness, reverse=True)[:3]
+    kinds: dict[str, str] = {}  # one path stands for the same parameter of all layers
+    for path in sorted(paths, key=likeness, reverse=True):
+        kinds.setdefault(re.sub(r"layer_\d+", "", path), path)
+    return ", ".join(list(kinds.values())[:3])
 
 
 def trainable_mask(params: PyTree, recipe: str) -> PyTree:
@@ -125,8 +128,8 @@ def trainable_mask(params: PyTree, recipe: str) -> PyTree:
                 ) from None
             if not found and i == 0:
                 raise ValueError(
-                    f"recipe {recipe!r}: {pattern!r} matches none of {len(paths)} parameters; "
-                    f"the nearest are {', '.join(_nearest(pattern, paths))}"
+                    f"recipe {recipe!r}: {name} matches none of {len(paths)} parameters "
+                    f"({pattern!r}); the nearest are {_nearest(pattern, paths)}"
                 )
             chosen.update(found)
     return map_paths(lambda path, leaf: path in chosen, params)

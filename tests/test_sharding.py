@@ -1,0 +1,144 @@
+"""Meshes, the table of placements, and constraints, on eight fake devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from transformer_jax import sharding, tree
+
+D, N, H, F, V = 16, 2, 8, 32, 50
+
+# Every kind of parameter: path, shape, and where it belongs on a mesh with fsdp = 8.
+PLACES = {
+    "token_embed/embedding": ((V, D), P(None, "fsdp")),
+    "position_embed/embedding": ((V, D), P(None, "fsdp")),
+    "segment_embed/embedding": ((2, D), P(None, "fsdp")),
+    "embed_norm/scale": ((D,), P(None)),
+    "encoder/layer_0/self_attention/query/kernel": ((D, N, H), P("fsdp", None, None)),
+    "encoder/layer_0/self_attention/query/bias": ((N, H), P(None, None)),
+    "encoder/layer_0/self_attention/out/kernel": ((N, H, D), P(None, None, "fsdp")),
+    "encoder/layer_0/self_attention/out/bias": ((D,), P(None)),
+    "encoder/layer_0/mlp/wi/kernel": ((D, F), P("fsdp", None)),
+    "encoder/layer_0/mlp/wo/kernel": ((F, D), P(None, "fsdp")),
+    "encoder/layer_0/mlp_norm/scale": ((D,), P(None)),
+    "pooler/kernel": ((D, D), P("fsdp", None)),
+    "mlm_head/dense/kernel": ((D, D), P("fsdp", None)),
+    "mlm_head/bias": ((V,), P(None)),
+    "nsp_head/kernel": ((D, 2), P("fsdp", None)),
+    "classifier/kernel": ((D, 3), P("fsdp", None)),
+}
+
+
+def parameters() -> dict:
+    return tree.unflatten_paths({path: jnp.ones(shape) for path, (shape, _) in PLACES.items()})
+
+
+def specs(placed) -> dict[str, P]:
+    return {path: place.spec for path, place in tree.flatten_paths(placed).items()}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"), [({}, (8, 1)), ({"data": 2, "fsdp": -1}, (2, 4)), ({"fsdp": 8}, (1, 8))]
+)
+def test_make_mesh(sizes, shape):
+    mesh = sharding.make_mesh(**sizes)
+    assert tuple(mesh.shape.items()) == (("data", shape[0]), ("fsdp", shape[1]))
+
+
+def test_make_mesh_of_some_devices():
+    assert sharding.make_mesh(devices=jax.devices()[:2]).size == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, "data=3, fsdp=1 does not fit 8 devices"),
+        ({"data": -1, "fsdp": 3}, "data=-1, fsdp=3 does not fit 8 devices"),
+        ({"data": 4, "fsdp": 1}, "data=4, fsdp=1 does not fit 8 devices"),
+        ({"data": 0}, "mesh axis data = 0; give at least 1"),
+        ({"data": -1, "fsdp": -1}, "only one can take the rest"),
+    ],
+)
+def test_make_mesh_that_does_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(**sizes)
+
+
+def test_every_parameter_has_its_place():
+    found = specs(sharding.param_shardings(parameters(), sharding.make_mesh(1, 8)))
+    assert {path: tuple(spec) for path, spec in found.items()} == {
+        path: tuple(spec) for path, (_, spec) in PLACES.items()
+    }
+
+
+def test_an_axis_that_does_not_divide_is_dropped():
+    odd = {"classifier": {"kernel": jnp.ones((12, 3))}}
+    assert specs(sharding.param_shardings(odd, sharding.make_mesh(1, 8))) == {
+        "classifier/kernel": P(None, None)
+    }
+
+
+def test_optimizer_state_follows_its_parameter():
+    state = jax.eval_shape(optax.adamw(1e-3).init, parameters())  # abstract trees will do
+    found = specs(sharding.param_shardings(state, sharding.make_mesh(1, 8)))
+    assert found["0/count"] == P()
+    for path, (_, spec) in PLACES.items():
+        assert tuple(found[f"0/mu/{path}"]) == tuple(found[f"0/nu/{path}"]) == tuple(spec)
+
+
+def test_stacked_layers_keep_their_places():
+    stacked = tree.stack_layers(parameters())
+    found = specs(sharding.param_shardings(stacked, sharding.make_mesh(1, 8)))
+    assert found["encoder/layers/self_attention/query/kernel"] == P(None, "fsdp", None, None)
+    assert found["encoder/layers/mlp/wo/kernel"] == P(None, None, "fsdp")
+
+
+def test_a_mesh_without_the_axis_replicates():
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    found = specs(sharding.param_shardings(parameters(), mesh))
+    assert not any(any(spec) for spec in found.values())
+    assert sharding.batch_sharding(mesh).spec == P("data")
+
+
+def test_shard_batch_cuts_rows_over_both_axes():
+    batch = {"tokens": np.arange(16 * 3).reshape(16, 3)}
+    placed = sharding.shard_batch(batch, sharding.make_mesh(2, 4))["tokens"]
+    np.testing.assert_array_equal(placed, batch["tokens"])
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+    with pytest.raises(ValueError, match="'tokens' has 12 rows, which 8 devices cannot share"):
+        sharding.shard_batch({"tokens": np.zeros((12, 3))}, sharding.make_mesh(2, 4))
+
+
+def test_constrain_is_a_no_op_without_a_mesh():
+    x = jnp.ones((8, 4))
+    assert sharding.constrain(x, ("data", "fsdp"), None) is x
+    inside = jax.pmap(lambda x: sharding.constrain(x, "data", None), axis_name="data")
+    np.testing.assert_array_equal(inside(jnp.ones((8, 8, 4))), 1)
+
+
+def test_constrain_under_a_mesh():
+    with jax.set_mesh(sharding.make_mesh(2, 4)):
+        place = jax.jit(lambda x: sharding.constrain(x * 2, ("data", "fsdp"), None))
+        assert place(jnp.ones((8, 4))).sharding.spec[0] == ("data", "fsdp")
+        x = jnp.ones((6, 3))
+        assert sharding.constrain(x, ("data", "fsdp"), "tensor") is x  # nothing fits
+
+
+def test_replicate():
+    placed = sharding.replicate({"a": jnp.ones(3)}, sharding.make_mesh())
+    assert placed["a"].is_fully_replicated
+    assert len(placed["a"].sharding.device_set) == 8
+
+
+def test_parameters_are_born_sharded_with_the_same_values():
+    def init(rng):
+        return {"classifier": {"kernel": jax.random.normal(rng, (D, 3)), "bias": jnp.zeros(3)}}
+
+    rng = jax.random.key(0)
+    born = sharding.init_sharded(init, rng, sharding.make_mesh(1, 8))
+    kernel = born["classifier"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 3)}
+    jax.tree.map(np.testing.assert_array_equal, born, jax.jit(init)(rng))

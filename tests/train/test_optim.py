@@ -1,0 +1,132 @@
+"""Schedules against numbers computed by hand; what decays; what is clipped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from transformer_jax import tree
+from transformer_jax.train import optim
+
+BY_HAND = [
+    # name, num_steps, warm-up, end, {step: rate}, always with peak 0.8
+    ("constant", 10, 0, 0.0, {0: 0.8, 9: 0.8, 50: 0.8}),
+    ("constant", 10, 4, 0.0, {0: 0.2, 1: 0.4, 3: 0.8, 4: 0.8, 9: 0.8}),
+    ("linear", 8, 0, 0.0, {0: 0.8, 2: 0.6, 4: 0.4, 7: 0.1, 8: 0.0, 20: 0.0}),
+    ("linear", 10, 2, 0.4, {0: 0.4, 1: 0.8, 2: 0.8, 6: 0.6, 10: 0.4, 99: 0.4}),
+    ("cosine", 8, 0, 0.0, {0: 0.8, 2: 0.4 + 0.4 * 0.5**0.5, 4: 0.4, 8: 0.0, 20: 0.0}),
+    ("cosine", 10, 2, 0.2, {0: 0.4, 1: 0.8, 2: 0.8, 6: 0.5, 10: 0.2}),
+    ("inverse_sqrt", 100, 0, 0.0, {0: 0.8, 3: 0.4, 15: 0.2}),
+    ("inverse_sqrt", 100, 4, 0.0, {0: 0.2, 3: 0.8, 4: 0.8 * (4 / 5) ** 0.5, 15: 0.4, 63: 0.2}),
+    ("inverse_sqrt", 100, 4, 0.2, {0: 0.2, 3: 0.8, 15: 0.5}),
+]
+
+
+@pytest.mark.parametrize(("name", "num_steps", "warmup", "end", "rates"), BY_HAND)
+def test_schedules_by_hand(name, num_steps, warmup, end, rates):
+    schedule = optim.make_schedule(name, 0.8, num_steps, warmup, end)
+    for step, rate in rates.items():
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(jax.jit(schedule)(jnp.int32(step)), rate, rtol=1e-6, atol=1e-7)
+
+
+def test_inverse_sqrt_is_the_papers():
+    d_model, warmup = 512, 4000
+    schedule = optim.make_schedule("inverse_sqrt", (d_model * warmup) ** -0.5, 10**5, warmup)
+    for n in (1, 100, 4000, 4001, 100_000):
+        paper = d_model**-0.5 * min(n**-0.5, n * warmup**-1.5)
+        np.testing.assert_allclose(schedule(n - 1), paper, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", optim.DECAYS)
+def test_no_warm_up_starts_at_exactly_the_peak(name):
+    assert float(optim.make_schedule(name, 0.1, 1)(0)) == np.float32(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cosin", 1.0, 10), "unknown schedule 'cosin', did you mean 'cosine'?"),
+        (("linear", 1.0, 0), "num_steps is 0"),
+        (("linear", 1.0, 10, 10), "warmup_steps is 10, outside 0 to 9"),
+        (("linear", 1.0, 10, -1), "warmup_steps is -1, outside 0 to 9"),
+        (("linear", 1.0, 10, 0, 2.0), "end is 2.0, outside 0 to the peak 1.0"),
+    ],
+)
+def test_wrong_schedules(arguments, message):
+    with pytest.raises(ValueError) as error:
+        optim.make_schedule(*arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+DECAYS = {
+    "token_embed/embedding": True,
+    "position_embed/embedding": True,
+    "segment_embed/embedding": True,
+    "embed_norm/scale": False,
+    "embed_norm/bias": False,
+    "encoder/layer_0/self_attention/query/kernel": True,
+    "encoder/layer_0/self_attention/query/bias": False,  # [N, H]: a rule on ndim would decay it
+    "encoder/layer_0/self_attention/out/kernel": True,
+    "encoder/layer_0/self_attention/out/bias": False,
+    "encoder/layer_0/attention_norm/scale": False,
+    "encoder/layer_0/attention_norm/bias": False,
+    "encoder/layer_0/mlp/wi/kernel": True,
+    "encoder/layer_0/mlp/wi/bias": False,
+    "pooler/kernel": True,
+    "mlm_head/norm/scale": False,
+    "mlm_head/bias": False,
+    "nsp_head/kernel": True,
+    "classifier/kernel": True,
+    "classifier/bias": False,
+}
+
+
+def ones() -> dict:
+    return tree.unflatten_paths({path: jnp.ones((2, 3)) for path in DECAYS})
+
+
+def test_decay_mask_leaf_by_leaf():
+    assert tree.flatten_paths(optim.decay_mask(ones())) == dict(sorted(DECAYS.items()))
+
+
+def test_decay_mask_of_stacked_layers():
+    stacked = tree.flatten_paths(optim.decay_mask(tree.stack_layers(ones())))
+    assert stacked["encoder/layers/mlp/wi/kernel"]
+    assert not stacked["encoder/layers/mlp/wi/bias"]
+    assert not stacked["encoder/layers/attention_norm/scale"]
+
+
+def test_only_kernels_and_embeddings_decay_in_an_update():
+    optimizer = optim.make_optimizer(0.1, weight_decay=0.5)
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, ones()), optimizer.init(ones()), ones()
+    )
+    for path, update in tree.flatten_paths(updates).items():
+        np.testing.assert_allclose(update, -0.1 * 0.5 if DECAYS[path] else 0.0)
+
+
+def test_gaps_have_no_state_and_no_update():
+    mask = tree.map_paths(lambda path, leaf: "classifier" in path, ones())
+    ours, _ = tree.split(ones(), mask)
+    optimizer = optim.make_optimizer(0.1)
+    state = optimizer.init(ours)
+    arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert sum(leaf.size for leaf in arrays) == 2 * tree.count(ours)
+    updates, _ = optimizer.update(ours, state, ours)
+    assert set(tree.flatten_paths(updates)) == {"classifier/kernel", "classifier/bias"}
+
+
+def test_clipping_by_the_global_norm():
+    gradient = {"a": {"kernel": jnp.array([3.0, 0.0])}, "b": {"bias": jnp.array([4.0])}}  # norm 5
+
+    def first_moment(clip_norm):
+        optimizer = optim.make_optimizer(0.1, b1=0.0, clip_norm=clip_norm)
+        state = optimizer.update(gradient, optimizer.init(gradient), gradient)[1]
+        return optax.tree.norm(optax.tree.get(state, "mu"))
+
+    np.testing.assert_allclose(first_moment(1.0), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(first_moment(10.0), 5.0, rtol=1e-6)
+    np.testing.assert_allclose(first_moment(None), 5.0, rtol=1e-6)

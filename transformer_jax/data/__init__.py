@@ -1,0 +1,1 @@
+"""From text to batches, on the host and in NumPy: sources, tokenizers, Grain pipelines."""
