@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from settings import Pretrain
 from transformer_jax import host
 from transformer_jax.data import pipeline, sources, tokenizers
 from transformer_jax.models import BERT, GPT, build_model, config_from_dict, config_to_dict
@@ -19,6 +20,7 @@ from transformer_jax.models.config import Config
 from transformer_jax.objectives import causal_lm, layout, mlm_nsp
 from transformer_jax.train import checkpoint
 
+LOSSES = {"causal_lm": causal_lm.loss, "mlm_nsp": mlm_nsp.loss}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets",
             "tokenizers", "numpy")
 
@@ -35,14 +37,40 @@ def start() -> None:
 # Data ---------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(kind: str, texts: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """"bpe", "wordpiece" or "chars" trained on texts; anything else is a folder to load."""
+def load_texts(c: Pretrain) -> tuple[Sequence, Sequence]:
+    """(train, validation) sources of `{"text"}`.
+
+    Named data sets have a validation split. Of files, the last `validation_share` is held out:
+    of the documents, or, with unit "file", of the characters, kept exactly as they stand.
+    """
+    data, share = c.data, c.validation_share
+    if not sources.is_local(data):
+        return sources.load_source(data, "train"), sources.load_source(data, "validation")
+    source = sources.text_files(data, unit=c.unit)
+    if c.unit == "file":
+        text = "".join(example["text"] for example in source)
+        cut = int(len(text) * (1 - share))
+        return [{"text": text[:cut]}], [{"text": text[cut:]}]
+    cut = int(len(source) * (1 - share))
+    examples = [source[i] for i in range(len(source))]
+    if not 0 < cut < len(examples):
+        raise ValueError(f"{data} has {len(examples)} documents: holding out {share} "
+                         "of them leaves one side empty; separate documents by blank lines, or "
+                         "use --unit file")
+    return examples[:cut], examples[cut:]
+
+
+def make_tokenizer(c: Pretrain, texts: Sequence[dict]) -> tokenizers.Tokenizer:
+    """"bpe", "wordpiece" or "chars" trained on the texts; anything else is a folder to load."""
+    size = c.model.vocab_size
     train: dict[str, Callable] = {
-        "bpe": functools.partial(tokenizers.train_bpe, vocab_size=vocab_size),
-        "wordpiece": functools.partial(tokenizers.train_wordpiece, vocab_size=vocab_size),
+        "bpe": functools.partial(tokenizers.train_bpe, vocab_size=size),
+        "wordpiece": functools.partial(tokenizers.train_wordpiece, vocab_size=size),
         "chars": tokenizers.train_chars,
     }
-    return train[kind](texts) if kind in train else tokenizers.load(kind)
+    if c.tokenizer not in train:
+        return tokenizers.load(c.tokenizer)
+    return train[c.tokenizer]([example["text"] for example in texts])
 
 
 class Split(NamedTuple):
@@ -61,24 +89,23 @@ class Split(NamedTuple):
         return [batch for i, batch in enumerate(loader) if limit is None or i < limit]
 
 
-def objective_rows(
-    objective: str, corpus, tokenizer: tokenizers.Tokenizer, length: int,
-    mask_rate: float = mlm_nsp.MASK_RATE, whole_words: bool = False,
-) -> Split:
-    """Rows of `length` tokens for "causal_lm" or "mlm_nsp"."""
-    if objective == "causal_lm":
-        return Split(pipeline.PackedTokens(corpus, length), None, length)
-    if objective != "mlm_nsp":
-        raise ValueError(f"unknown objective {objective!r}; choose causal_lm or mlm_nsp")
-    pairs = mlm_nsp.SentencePairs(corpus, length - 3)
+def objective_rows(c: Pretrain, texts: Sequence[dict], tokenizer: tokenizers.Tokenizer) -> Split:
+    """Rows of `c.length` tokens for the run's objective."""
+    if c.objective not in LOSSES:
+        raise ValueError(f"unknown objective {c.objective!r}; choose one of {', '.join(LOSSES)}")
+    if c.objective == "causal_lm":
+        corpus = pipeline.tokenize_corpus(texts, tokenizer, eos_id=tokenizer.eos_id,
+                                          sentences=c.unit != "file")
+        return Split(pipeline.PackedTokens(corpus, c.length), None, c.length)
+    pairs = mlm_nsp.SentencePairs(pipeline.tokenize_corpus(texts, tokenizer), c.length - 3)
     transform = functools.partial(
-        mlm_nsp.prepare, pairs=pairs, length=length, rate=mask_rate,
-        max_predictions=max(1, round(length * mask_rate)), vocab_size=tokenizer.vocab_size,
+        mlm_nsp.prepare, pairs=pairs, length=c.length, rate=c.mask_rate,
+        max_predictions=max(1, round(c.length * c.mask_rate)), vocab_size=tokenizer.vocab_size,
         cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id, mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id, first_ordinary_id=tokenizer.mask_id + 1,
-        word_starts=tokenizer.is_word_start if whole_words else None,
+        word_starts=tokenizer.is_word_start if c.whole_words else None,
     )
-    return Split(pairs, transform, length)
+    return Split(pairs, transform, c.length)
 
 
 def text_row(model: GPT | BERT, tokenizer: tokenizers.Tokenizer, length: int) -> Callable:
@@ -98,30 +125,45 @@ class Trained(NamedTuple):
     model: GPT | BERT
     params: dict
     tokenizer: tokenizers.Tokenizer
+    label_names: list[str]  # of a fine-tuned classifier
 
 
-def save_model_card(out: Path, config: Config, tokenizer: tokenizers.Tokenizer) -> None:
+def save_model_card(
+    out: Path, config: Config, tokenizer: tokenizers.Tokenizer, label_names: Sequence[str] = ()
+) -> None:
     """config.json and the tokenizer's files; parameters are in `<out>/checkpoints`."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(config_to_dict(config), indent=2) + "\n")
+    card = {"model": config_to_dict(config), "label_names": list(label_names)}
+    (out / "config.json").write_text(json.dumps(card, indent=2) + "\n")
     tokenizer.save(out / "tokenizer")
 
 
-def load_run(out: Path, num_classes: int = 0) -> Trained:
+def load_run(out: Path) -> Trained:
     """The model of a run's folder with its parameters and tokenizer.
 
     Raises:
         FileNotFoundError: there is no finished run in the folder.
     """
-    path = out / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{out} holds no config.json; give the --out folder of a "
-                                "pretrain.py or finetune.py run")
-    values = json.loads(path.read_text())
-    num_classes = num_classes or values.pop("num_classes", 0)
-    model = build_model(config_from_dict(values), num_classes)
+    card = _read_json(out / "config.json")
+    model = build_model(config_from_dict(card["model"]), len(card["label_names"]))
     return Trained(model, checkpoint.load_params(out / "checkpoints"),
-                   tokenizers.load(out / "tokenizer"))
+                   tokenizers.load(out / "tokenizer"), card["label_names"])
+
+
+def held_out_batches(pretrained: Path, tokenizer, batch_size: int = 64) -> list[dict]:
+    """The rows that a pre-training run held out, as it evaluated on them."""
+    saved = _read_json(pretrained / "results.json")["config"]
+    saved["model"] = config_from_dict(saved["model"])
+    fields = {f.name for f in dataclasses.fields(Pretrain)} - {"optimizer", "mesh", "out"}
+    c = Pretrain(out=pretrained, **{name: saved[name] for name in fields})
+    return objective_rows(c, load_texts(c)[1], tokenizer).evaluation(batch_size)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the --out folder of a finished "
+                                "pretrain.py or finetune.py run")
+    return json.loads(path.read_text())
 
 
 def write_results(out: Path, config: Any, metrics: dict, seconds: float) -> dict:
@@ -153,25 +195,3 @@ def to_json(value: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray, jax.Array)):
         return np.asarray(value).tolist()
     return str(value) if isinstance(value, Path) else value
-
-
-def load_texts(data: str, validation_share: float, unit: str) -> tuple[Sequence, Sequence]:
-    """(train, validation) sources of `{"text"}`.
-
-    Named data sets have a validation split. Of files, the last `validation_share` is held out: of
-    the documents, or, with unit "file", of the characters, kept exactly as they stand.
-    """
-    if not sources.is_local(data):
-        return sources.load_source(data, "train"), sources.load_source(data, "validation")
-    source = sources.text_files(data, unit=unit)
-    if unit == "file":
-        text = "".join(example["text"] for example in source)
-        cut = int(len(text) * (1 - validation_share))
-        return [{"text": text[:cut]}], [{"text": text[cut:]}]
-    cut = int(len(source) * (1 - validation_share))
-    examples = [source[i] for i in range(len(source))]
-    if not 0 < cut < len(examples):
-        raise ValueError(f"{data} has {len(examples)} documents: holding out {validation_share} "
-                         "of them leaves one side empty; separate documents by blank lines, or "
-                         "use --unit file")
-    return examples[:cut], examples[cut:]

@@ -22,7 +22,7 @@ import common
 import jax
 import numpy as np
 import tyro
-from pretrain import LOSSES, Optimizer
+from settings import Optimizer
 from transformer_jax import draw, evaluate, tree
 from transformer_jax.data import sources
 from transformer_jax.finetune import select
@@ -211,7 +211,7 @@ def forgotten(
 
 @functools.cache
 def _eval_step(model: GPT | BERT, objective: str):
-    return step.make_eval_step(functools.partial(LOSSES[objective], model.apply))
+    return step.make_eval_step(functools.partial(common.LOSSES[objective], model.apply))
 
 
 def main(c: Finetune) -> dict:
@@ -227,7 +227,7 @@ def main(c: Finetune) -> dict:
     common.save_model_card(c.out, model.config, base.tokenizer, task.label_names)
     metrics = dict(outcome.metrics, history=outcome.history)
     if not c.from_scratch:
-        held_out = common.held_out_rows(base, c.settings.length)
+        held_out = common.held_out_batches(c.pretrained, base.tokenizer)
         metrics["held_out_before"] = forgotten(model, base.params, {}, held_out)
         metrics["held_out_after"] = forgotten(model, base.params, outcome.params, held_out)
         print(f"held-out pre-training loss {metrics['held_out_before']:.3f} before, "

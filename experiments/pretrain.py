@@ -12,105 +12,27 @@ in each config's docstring.
 import dataclasses
 import functools
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import common
 import configs
 import jax
 import tyro
+from settings import Pretrain
 from transformer_jax import draw, evaluate, sharding, tree
 from transformer_jax.data import pipeline, tokenizers
 from transformer_jax.models import build_model, config_to_dict, init_params
-from transformer_jax.models.config import Config
-from transformer_jax.objectives import causal_lm, mlm_nsp
-from transformer_jax.train import loop, optim, step
-
-LOSSES = {"causal_lm": causal_lm.loss, "mlm_nsp": mlm_nsp.loss}
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """Devices by axis; -1 takes the rest."""
-
-    data: int = -1
-    fsdp: int = 1
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """AdamW under a schedule with warm-up."""
-
-    schedule: str = "cosine"
-    peak: float = 1e-3
-    end: float = 0.0
-    warmup_steps: int = 100
-    weight_decay: float = 0.01
-    b2: float = 0.999
-    eps: float = 1e-6
-    clip_norm: float | None = 1.0
-
-    def make(self, num_steps: int):
-        schedule = optim.make_schedule(self.schedule, self.peak, num_steps, self.warmup_steps,
-                                       self.end)
-        return optim.make_optimizer(schedule, weight_decay=self.weight_decay, b2=self.b2,
-                                    eps=self.eps, clip_norm=self.clip_norm)
-
-
-@dataclass(frozen=True)
-class Pretrain:
-    """One pre-training run.
-
-    Attributes:
-        data: python_docs/documents, tfds:name, hf:name, or a text file or folder.
-        unit: how files are read: "document" (blank line between, one sentence a line) or "file"
-            (exactly as they stand).
-        tokenizer: "bpe", "wordpiece" or "chars", trained on the training text with the model's
-            vocab_size; or a folder with a tokenizer.
-        length: tokens a row.
-        batch_size: rows a step over all devices; accumulate splits them into microbatches.
-        objective: "causal_lm" or "mlm_nsp".
-        mask_rate, whole_words: of masked words.
-    """
-
-    model: tyro.conf.AvoidSubcommands[Config]
-    objective: str
-    tokenizer: str
-    length: int
-    batch_size: int
-    num_steps: int
-    out: Path
-    data: str = "python_docs/documents"
-    unit: str = "document"
-    validation_share: float = 0.1
-    mask_rate: float = mlm_nsp.MASK_RATE
-    whole_words: bool = False
-    accumulate: int = 1
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    mesh: Mesh = field(default_factory=Mesh)
-    eval_every: int = 250
-    eval_batches: int | None = None
-    save_every: int = 500
-    log_every: int = 50
-    seed: int = 0
-
+from transformer_jax.train import loop, step
 
 def pretrain(c: Pretrain) -> dict:
     """Run it; returns what `results.json` holds. Resumes from `<out>/checkpoints`."""
     began = time.perf_counter()
-    train_texts, held_out_texts = common.load_texts(c.data, c.validation_share, c.unit)
+    train_texts, held_out_texts = common.load_texts(c)
     saved = c.out / "tokenizer"
-    tokenizer = (
-        tokenizers.load(saved) if saved.is_dir()
-        else common.train_tokenizer(c.tokenizer, [e["text"] for e in train_texts],
-                                    c.model.vocab_size)
-    )
+    tokenizer = tokenizers.load(saved) if saved.is_dir() else common.make_tokenizer(c, train_texts)
     c = dataclasses.replace(c, model=c.model.replace(vocab_size=tokenizer.vocab_size))
     common.save_model_card(c.out, c.model, tokenizer)
     train, held_out = (
-        common.objective_rows(c.objective, _corpus(c, texts, tokenizer), tokenizer, c.length,
-                              c.mask_rate, c.whole_words)
-        for texts in (train_texts, held_out_texts)
+        common.objective_rows(c, texts, tokenizer) for texts in (train_texts, held_out_texts)
     )
     batches = train.loader(c.batch_size, seed=c.seed)
     held_out_batches = held_out.evaluation(c.batch_size, c.eval_batches)
@@ -119,7 +41,7 @@ def pretrain(c: Pretrain) -> dict:
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp)
     params = sharding.init_sharded(functools.partial(init_params, model),
                                    jax.random.key(c.seed), mesh)
-    loss_fn = functools.partial(LOSSES[c.objective], model.apply)
+    loss_fn = functools.partial(common.LOSSES[c.objective], model.apply)
     optimizer = c.optimizer.make(c.num_steps)
     train_step = step.make_train_step(loss_fn, optimizer, accumulate=c.accumulate)
     eval_step = step.make_eval_step(loss_fn)
@@ -130,8 +52,8 @@ def pretrain(c: Pretrain) -> dict:
     print(f"{tree.count(params):,} parameters, {len(train.rows):,} rows of {c.length} tokens, "
           f"global batch {c.batch_size} = {c.batch_size // jax.device_count()} a device, "
           f"{c.num_steps} steps, {len(held_out.rows):,} rows held out", flush=True)
-    for array in batches_sample(train, c):
-        pipeline.check_ids(array, c.model.vocab_size, c.model.max_length)
+    for batch in held_out_batches:
+        pipeline.check_ids(batch, c.model.vocab_size, c.model.max_length)
     before = held_out_loss(params)
     state, history = loop.fit(
         step.init_state(params, optimizer), train_step, batches,
@@ -160,6 +82,6 @@ def loss_curves(history: list[dict], before: dict) -> dict:
 
 
 if __name__ == "__main__":
-    config = tyro.extras.overridable_config_cli(configs.load("pretrain"))
+    config = tyro.extras.overridable_config_cli(configs.load())
     common.start()
     pretrain(config)

@@ -1,0 +1,75 @@
+"""The settings of a run, as `experiments/configs` fills them in and flags change them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+from transformer_jax.models.config import Config
+from transformer_jax.objectives.mlm_nsp import MASK_RATE
+from transformer_jax.train import optim
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices by axis; -1 takes the rest."""
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW under a schedule with warm-up."""
+
+    schedule: str = "cosine"
+    peak: float = 1e-3
+    end: float = 0.0
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    b2: float = 0.999
+    eps: float = 1e-6
+    clip_norm: float | None = 1.0
+
+    def make(self, num_steps: int):
+        schedule = optim.make_schedule(self.schedule, self.peak, num_steps, self.warmup_steps,
+                                       self.end)
+        return optim.make_optimizer(schedule, weight_decay=self.weight_decay, b2=self.b2,
+                                    eps=self.eps, clip_norm=self.clip_norm)
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """One pre-training run.
+
+    Attributes:
+        data: python_docs/documents, tfds:name, hf:name, or a text file or folder.
+        unit: how files are read: "document" (blank line between, one sentence a line) or "file"
+            (exactly as they stand).
+        tokenizer: "bpe", "wordpiece" or "chars", trained on the training text with the model's
+            vocab_size; or a folder with a tokenizer.
+        length: tokens a row.
+        batch_size: rows a step over all devices; accumulate splits them into microbatches.
+        objective: "causal_lm" or "mlm_nsp".
+        mask_rate, whole_words: of masked words.
+    """
+
+    model: tyro.conf.AvoidSubcommands[Config]
+    objective: str
+    tokenizer: str
+    length: int
+    batch_size: int
+    num_steps: int
+    out: Path
+    data: str = "python_docs/documents"
+    unit: str = "document"
+    validation_share: float = 0.1
+    mask_rate: float = MASK_RATE
+    whole_words: bool = False
+    accumulate: int = 1
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    mesh: Mesh = field(default_factory=Mesh)
+    eval_every: int = 250
+    eval_batches: int | None = None
+    save_every: int = 500
+    log_every: int = 50
+    seed: int = 0
