@@ -1,8 +1,4 @@
-"""The tiny models that tests share, and one compiled forward pass for each shape of call.
-
-Initial weights are ten times those of the papers, so that attention is far from uniform and a
-wrong mask or position shows in the first digits.
-"""
+"""The tiny models that tests share, and one compiled forward pass for each shape of call."""
 
 import functools
 
@@ -15,35 +11,62 @@ VOCAB = 61
 LENGTH = 32  # positions
 
 _SHAPE = {"vocab_size": VOCAB, "max_length": LENGTH, "num_layers": 2, "d_model": 24, "num_heads": 3,
-          "mlp_dim": 40, "init_std": 0.2}
+          "mlp_dim": 40}
 GPT2 = GPTConfig(**_SHAPE, norm_first=True, scale_residual_init=True)
 GPT1 = GPTConfig(**_SHAPE)
 BERT = BERTConfig(**_SHAPE)
 
+# Compiling is what these tests cost. Half of it is optimisation that tiny shapes never repay.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 0,
+                      "xla_llvm_disable_expensive_passes": True},
+)
+
+
+def random_params(shapes, seed: int = 7, std: float = 0.2):
+    """Parameters far from the initial ones: attention is not uniform, biases are not zero, and so
+    a wrong mask or a forgotten bias shows in the first digits. NumPy, so nothing is compiled."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        values = rng.normal(size=leaf.shape) * std + (path[-1].key == "scale")
+        return values.astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
 
 @functools.cache
 def build(config: Config, num_classes: int = 0):
-    """The model of a config with its random parameters."""
+    """The model of a config, and random parameters."""
     model = build_model(config, num_classes)
-    init = jax.jit(functools.partial(init_params, model, head="classify" if num_classes else
-                                     "__call__"))
-    return model, init(jax.random.key(7))
+    init = functools.partial(
+        init_params, model, head="classify" if num_classes else "__call__"
+    )
+    return model, random_params(jax.eval_shape(init, jax.random.key(0)))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "method"))
-def _apply(model, params, tokens, rng, method, arrays):
+def _call(model, params, tokens, rng, method, arrays):
     return model.apply(
         {"params": params}, tokens, method=method, deterministic=rng is None,
         rngs=None if rng is None else {"dropout": rng}, **arrays,
     )
 
 
+_quick_call = quick_jit(_call, static_argnames=("model", "method"))
+_optimized_call = jax.jit(_call, static_argnames=("model", "method"))
+
+
 def forward(config: Config, tokens, *, method="__call__", params=None, rng=None, num_classes=0,
-            **arrays):
-    """A model call, compiled once for each config, shape and set of options."""
+            optimized=False, **arrays):
+    """A model call, compiled once for each config, shape and set of options.
+
+    `optimized` compiles as users do; tests that compare bits ask for it.
+    """
     model, built = build(config, num_classes)
     tokens = np.asarray(tokens, np.int32)
-    return _apply(model, built if params is None else params, tokens, rng, method, arrays)
+    call = _optimized_call if optimized else _quick_call
+    return call(model, built if params is None else params, tokens, rng, method, arrays)
 
 
 def random_tokens(*shape: int, seed: int = 0, first: int = 1) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
 
 from transformer_jax.models.bert import BERT
 from transformer_jax.models.gpt import GPT
@@ -40,7 +40,8 @@ def restrict(
     """Logits over temperature, -inf outside the top k and outside the nucleus.
 
     The nucleus is the smallest set of tokens, best first, whose probability reaches top_p; the
-    best token is always in it (Holtzman et al. 2019, section 3.1). It is measured after the top-k cut.
+    best token is always in it (Holtzman et al. 2019, section 3.1). It is measured after the top-k
+    cut.
     """
     logits_BV = logits_BV / sampling.temperature
     order_BV = jnp.argsort(-logits_BV, axis=-1, stable=True)
@@ -62,7 +63,7 @@ def _generate(
     prompt_BT: Int[Array, "B T"],
     lengths_B: Int[Array, "B"],
     max_new_tokens: Int[Array, ""],
-    end_ids_E: Int[Array, "E"],
+    is_end_V: Bool[Array, "V"],
     pad_id: Int[Array, ""],
     sampling: Sampling,
     rng: Key[Array, ""],
@@ -91,9 +92,6 @@ def _generate(
     token_B = choose(take_positions(out.hidden, lengths_B[:, None] - 1)[:, 0], 0)
     new = jnp.full((B, cache_length), pad_id, jnp.int32).at[:, 0].set(token_B)
 
-    def ended(token_B):
-        return (token_B[:, None] == end_ids_E).any(-1)
-
     def unfinished(carry):
         step, done_B, *_ = carry
         return (step < max_new_tokens) & ~done_B.all()
@@ -103,9 +101,9 @@ def _generate(
         out = forward(token_B[:, None], (lengths_B + step - 1)[:, None], cache)
         token_B = jnp.where(done_B, pad_id, choose(out.hidden[:, 0], step))
         new = new.at[:, step].set(token_B)
-        return step + 1, done_B | ended(token_B), token_B, new, out.cache
+        return step + 1, done_B | is_end_V[token_B], token_B, new, out.cache
 
-    carry = (jnp.int32(1), ended(token_B), token_B, new, out.cache)
+    carry = (jnp.int32(1), is_end_V[token_B], token_B, new, out.cache)
     return jax.lax.while_loop(unfinished, advance, carry)[3]
 
 
@@ -126,8 +124,8 @@ def generate(
 ) -> Int[np.ndarray, "B T+max_new_tokens"]:
     """Continue prompts, greedily or by sampling, with keys and values cached.
 
-    One program is compiled for each bucket of lengths (powers of two) and batch size; other prompts,
-    lengths within the bucket, temperatures and limits reuse it.
+    One program is compiled for each bucket of lengths (powers of two) and batch size; other
+    prompts, lengths within the bucket, temperatures, limits and end tokens reuse it.
 
     Args:
         input_ids: a batch of prompts: lists of unequal length, or an array with `attention_mask`
@@ -148,6 +146,10 @@ def generate(
     """
     c = model.config
     prompts = _as_lists(input_ids, attention_mask)
+    ends = [] if eos_token_id is None else np.atleast_1d(eos_token_id)
+    check_ids(prompts, c.vocab_size)
+    for name, ids in (("eos_token_id", ends), ("pad_token_id", [pad_token_id])):
+        check_ids([ids], c.vocab_size, name)
     _check_options(c, prompts, max_new_tokens, do_sample, temperature, top_k, top_p, rng)
     longest = max(map(len, prompts))
     prompt_bucket = bucket(longest, c.max_length)
@@ -157,14 +159,15 @@ def generate(
     for row, ids in enumerate(prompts):
         right[row, : len(ids)] = ids
         left[row, longest - len(ids) :] = ids
-    ends = [] if eos_token_id is None else np.atleast_1d(eos_token_id)
+    is_end = np.zeros(c.vocab_size, bool)
+    is_end[ends] = True
     new = _generate(
         model,
         params,
         right,
         np.array([len(ids) for ids in prompts], np.int32),
         np.int32(max_new_tokens),
-        np.array([*ends, -1], np.int32),
+        is_end,
         np.int32(pad_token_id),
         Sampling(np.float32(temperature), np.int32(top_k or c.vocab_size), np.float32(top_p)),
         jax.random.key(0) if rng is None else rng,
@@ -176,8 +179,15 @@ def generate(
 
 def _as_lists(input_ids, attention_mask) -> list[np.ndarray]:
     rows = [np.asarray(row) for row in input_ids]
+    shapes = [row.shape for row in rows]
+    if any(len(shape) != 1 for shape in shapes):
+        raise ValueError(f"prompts have shapes {shapes}; give a batch of rows of ids: [prompt]")
     if attention_mask is not None:
-        rows = [row[np.asarray(mask, bool)] for row, mask in zip(rows, attention_mask)]
+        masks = [np.asarray(mask, bool) for mask in attention_mask]
+        if [mask.shape for mask in masks] != shapes:
+            raise ValueError(f"attention_mask has rows of shapes {[m.shape for m in masks]} and "
+                             f"input_ids of {shapes}; give one mark for each token")
+        rows = [row[mask] for row, mask in zip(rows, masks)]
     if not rows or not all(len(row) for row in rows):
         empty = [i for i, row in enumerate(rows) if not len(row)]
         raise ValueError(f"prompts {empty} of {len(rows)} are empty; begin them with at least one "
@@ -185,18 +195,17 @@ def _as_lists(input_ids, attention_mask) -> list[np.ndarray]:
     return rows
 
 
-def check_ids(rows: Sequence[np.ndarray], vocab_size: int) -> None:
-    """Refuse ids that XLA would clamp in silence."""
+def check_ids(rows: Sequence[np.ndarray], vocab_size: int, name: str = "row {}") -> None:
+    """Refuse ids that the device would look up without a word, as NaN or as another token."""
     for i, row in enumerate(rows):
         row = np.asarray(row)
         bad = row[(row < 0) | (row >= vocab_size)]
         if bad.size:
-            raise ValueError(f"row {i} has token id {bad[0]}, outside the vocabulary of "
+            raise ValueError(f"{name.format(i)} has token id {bad[0]}, outside the vocabulary of "
                              f"{vocab_size}; use the tokenizer the model was trained with")
 
 
 def _check_options(c, prompts, max_new_tokens, do_sample, temperature, top_k, top_p, rng) -> None:
-    check_ids(prompts, c.vocab_size)
     longest = max(map(len, prompts))
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
@@ -239,11 +248,14 @@ def fill_mask(
     """The likeliest tokens at each [MASK] of one row of ids with its special tokens placed.
 
     Raises:
-        ValueError: no mask, an id outside the vocabulary, or more tokens than positions.
+        ValueError: no mask, an id outside the vocabulary, more tokens than positions, or no
+            candidate asked for.
     """
     c = model.config
     ids = np.asarray(tokens, np.int32)
     check_ids([ids], c.vocab_size)
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; ask for at least 1 candidate")
     masks = np.flatnonzero(ids == mask_id)
     if not len(masks):
         raise ValueError(f"no token of {len(ids)} is the mask {mask_id}; put [MASK] into the text")

@@ -1,9 +1,13 @@
 """Names, shapes and initial laws of every parameter."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
-from small_models import BERT, GPT1, GPT2, VOCAB, build
+from small_models import BERT, GPT1, GPT2, VOCAB, build, quick_jit
+
+from transformer_jax.models import build_model, init_params
 
 
 def flat(tree) -> dict:
@@ -47,22 +51,30 @@ def test_names_and_shapes(config, names):
     assert {name: leaf.shape for name, leaf in flat(build(config)[1]).items()} == names
 
 
-WIDE = {"vocab_size": 400, "max_length": 200, "d_model": 96, "mlp_dim": 200, "num_layers": 2,
-        "init_std": 0.02}
+WIDE = {"vocab_size": 400, "max_length": 200, "d_model": 96, "mlp_dim": 200, "num_layers": 2}
 CUT = 0.8796  # deviation left of a normal law cut off at two deviations
+
+
+@functools.cache
+def initialize(config):
+    model = build_model(config)
+    return quick_jit(lambda rng: init_params(model, rng))
+
+
+def key(seed):
+    return jax.random.key(seed, impl="unsafe_rbg")  # quickest to compile
 
 
 @pytest.mark.parametrize(
     ("config", "std", "residual_std", "largest"),
     [
-        (GPT1, 0.02, 0.02, 1),
         (GPT2, 0.02, 0.02 / 4**0.5, 1),  # two layers write twice each (GPT-2 paper, section 2.3)
         (BERT, 0.02 * CUT, 0.02 * CUT, 0.04),
     ],
-    ids=["gpt1", "gpt2", "bert"],
+    ids=["gpt2", "bert"],
 )
 def test_initial_laws(config, std, residual_std, largest):
-    for path, leaf in flat(build(config.replace(**WIDE))[1]).items():
+    for path, leaf in flat(initialize(config.replace(**WIDE))(key(7))).items():
         leaf = np.asarray(leaf)
         if path.endswith("/bias"):
             assert not leaf.any(), path
@@ -77,15 +89,17 @@ def test_initial_laws(config, std, residual_std, largest):
             assert np.abs(leaf).max() <= largest, path
 
 
-def test_layers_and_seeds_draw_different_numbers():
-    from transformer_jax.models import init_params
+def test_residual_scale_is_a_choice():
+    assert GPT1.stack.residual_init_std == GPT1.stack.init_std == 0.02
+    assert GPT2.stack.residual_init_std == 0.02 / 4**0.5
+    assert GPT2.replace(num_layers=8, init_std=0.1).stack.residual_init_std == 0.1 / 4
 
-    model, params = build(GPT2)
-    layers = params["decoder"]
-    a, b = (layers[f"layer_{i}"]["self_attention"]["query"]["kernel"] for i in (0, 1))
-    assert (a != b).all()
-    again = jax.jit(lambda key: init_params(model, key))
-    same = again(jax.random.key(7))
+
+def test_layers_and_seeds_draw_different_numbers():
+    init = initialize(GPT2.replace(**WIDE))
+    params, same, other = init(key(7)), init(key(7)), init(key(8))
+    a, b = (params["decoder"][f"layer_{i}"]["mlp"]["wi"]["kernel"] for i in (0, 1))
+    assert (a != b).mean() > 0.99
     assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), params, same)))
-    other = again(jax.random.key(8))
-    assert (other["token_embed"]["embedding"] != params["token_embed"]["embedding"]).all()
+    a, b = (tree["token_embed"]["embedding"] for tree in (params, other))
+    assert (a != b).mean() > 0.99

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from small_models import BERT, GPT2, build, random_tokens
+from small_models import BERT, GPT2, build, quick_jit, random_params, random_tokens
 
 from transformer_jax.objectives import causal_lm, losses, mlm_nsp, tasks
 
@@ -15,14 +15,15 @@ LABELS = np.array([0, 1, 1, 0], np.int32)
 
 def fit(config, loss_fn, batch, num_classes=0, steps=60):
     """Losses of `steps` steps, and the leaves that never moved."""
-    model, start = build(config, num_classes)
+    model, start = build(config.replace(num_layers=1), num_classes)
+    start = random_params(start, std=0.02)
 
     def total(params):
         return losses.mean(*loss_fn(model.apply, params, batch)[:2])
 
     optimizer = optax.adam(1e-2)
 
-    @jax.jit
+    @quick_jit
     def run(params):
         def step(carry, _):
             params, state = carry
@@ -42,7 +43,7 @@ def fit(config, loss_fn, batch, num_classes=0, steps=60):
 def test_gpt_learns_a_batch_by_heart():
     batch = {"tokens": TOKENS[:, :-1], "targets": TOKENS[:, 1:],
              "weights": np.ones((4, 16), np.float32)}
-    values, still = fit(GPT2.replace(init_std=0.02), causal_lm.loss, batch)
+    values, still = fit(GPT2, causal_lm.loss, batch)
     np.testing.assert_allclose(values[0], np.log(GPT2.vocab_size), rtol=0.02)  # knows nothing
     assert values[-1] < 0.1
     assert still == []
@@ -61,7 +62,7 @@ def test_bert_learns_a_batch_by_heart():
         "nsp_labels": LABELS,
         "nsp_weights": np.ones(4, np.float32),
     }
-    values, still = fit(BERT.replace(init_std=0.02), mlm_nsp.loss, batch)
+    values, still = fit(BERT, mlm_nsp.loss, batch)
     np.testing.assert_allclose(values[0], np.log(BERT.vocab_size) + np.log(2), rtol=0.02)
     assert values[-1] < 0.1
     assert still == []
@@ -70,7 +71,7 @@ def test_bert_learns_a_batch_by_heart():
 @pytest.mark.parametrize("config", [GPT2, BERT], ids=["gpt", "bert"])
 def test_classifiers_learn_a_batch_by_heart(config):
     batch = {"tokens": TOKENS, "labels": LABELS, "weights": np.ones(4, np.float32)}
-    values, still = fit(config.replace(num_layers=1, init_std=0.02), tasks.classification_loss,
+    values, still = fit(config, tasks.classification_loss,
                         batch, num_classes=2, steps=30)
     assert values[-1] < 0.05
     assert still == []

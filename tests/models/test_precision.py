@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import BERT, GPT2, build, forward, random_tokens
+from small_models import BERT, GPT2, build, forward, quick_jit, random_tokens
 
 from transformer_jax.objectives import causal_lm, losses, mlm_nsp
 
@@ -36,7 +36,7 @@ def test_bfloat16_keeps_parameters_gradients_and_losses_float32(config, objectiv
             total, weight, _ = objective.loss(model.apply, params, batch)
             return losses.mean(total, weight)
 
-        values[dtype], updates[dtype] = jax.jit(jax.value_and_grad(loss))(params)
+        values[dtype], updates[dtype] = quick_jit(jax.value_and_grad(loss))(params)
         assert {leaf.dtype for leaf in jax.tree.leaves(updates[dtype])} == {jnp.dtype("float32")}
     assert values["bfloat16"].dtype == jnp.float32
     assert values["bfloat16"] != values["float32"]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import quick_jit
 
 from transformer_jax.nn.attention import (
     KVCache,
@@ -100,16 +101,16 @@ def test_softmax_of_bfloat16_is_float32():
 
 def test_attention_dropout_drops_its_share_and_keeps_the_mean():
     # All weights are 1 / 500 and all values 1: the output is (kept keys) / 500 / (1 - rate).
-    ones = jnp.ones((1, 500, 4, 1))
-    call = jax.jit(lambda seed: attend(ones[:, :50], ones, ones, None, dropout_rate=0.2,
-                                       dropout_rng=jax.random.key(seed))[0])
-    out = np.asarray(call(0))
+    ones = np.ones((1, 500, 4, 1), np.float32)
+    call = quick_jit(lambda rng, ones: attend(ones[:, :50], ones, ones, None, dropout_rate=0.2,
+                                              dropout_rng=rng)[0])
+    out = np.asarray(call(jax.random.key(0), ones))
     kept = np.round(out * 0.8 * 500)
     np.testing.assert_allclose(out * 0.8 * 500, kept, atol=0.05)
     # 200 queries x 500 keys, binomial: four standard deviations of the mean.
     assert abs(kept.mean() / 500 - 0.8) < 4 * (0.8 * 0.2 / 100_000) ** 0.5
     assert len(np.unique(kept)) > 5  # each query and head draws its own
-    assert (np.asarray(call(1)) != out).any()
+    assert (np.asarray(call(jax.random.key(1), ones)) != out).any()
 
 
 def test_cache_writes_each_row_at_its_own_place_and_drops_what_is_outside():

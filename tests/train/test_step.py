@@ -41,7 +41,7 @@ def single():
 
 def test_the_loss_is_the_sum_of_the_terms_means():
     state = step.init_state(toy.parameters(), optimizer())
-    _, metrics = step.make_train_step(toy.loss, optimizer())(state, toy.batch(), None)
+    _, metrics = jax.jit(step.make_train_step(toy.loss, optimizer()))(state, toy.batch(), None)
     errors = np.asarray(toy.predict(toy.parameters(), toy.batch()["x"]) - toy.batch()["y"]) ** 2
     first = np.average(errors[:, 0], weights=toy.batch()["first_weights"])
     second = np.average(errors[:, 1], weights=toy.batch()["second_weights"])
@@ -60,19 +60,20 @@ def test_a_single_term_is_reported_once():
     state = step.init_state(toy.parameters(), optimizer())
     for accumulate in (1, 2):
         train_step = step.make_train_step(toy.one_term, optimizer(), accumulate=accumulate)
-        _, metrics = train_step(state, toy.batch(), None)
+        _, metrics = jax.eval_shape(train_step, state, toy.batch(), None)
         assert set(metrics) == {"loss", "error", "grad_norm"}
 
 
-@pytest.mark.parametrize("accumulate", [2, 4, 32])
+@pytest.mark.parametrize("accumulate", [4, 32])
 def test_microbatches_equal_one_batch(single, accumulate):
     train_step = step.make_train_step(toy.loss, optimizer(), accumulate=accumulate)
     state = step.init_state(toy.parameters(), optimizer())
     assert_close(run(jax.jit(train_step), state, toy.batch()), single)
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)])
+@pytest.mark.parametrize(
+    ("data", "fsdp", "accumulate"), [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 4, 4)]
+)
 def test_a_sharded_step_equals_one_device(single, data, fsdp, accumulate):
     mesh = sharding.make_mesh(data, fsdp)
     train_step = step.make_train_step(toy.loss, optimizer(), accumulate=accumulate)
@@ -99,8 +100,7 @@ def test_pmap_equals_one_device(single, accumulate):
         assert_close(jax.tree.map(lambda x, device=device: x[device], found), single)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("accumulate", "check_vma"), [(1, True), (2, True), (1, False)])
 def test_shard_map_equals_one_device(single, accumulate, check_vma):
     train_step = step.make_train_step(
         toy.loss, optimizer(), accumulate=accumulate, axis_name="data"
@@ -121,7 +121,7 @@ def test_a_term_without_weight_counts_nothing():
     state = step.init_state(toy.parameters(), optimizer())
     for accumulate in (1, 4):
         train_step = step.make_train_step(toy.loss, optimizer(), accumulate=accumulate)
-        found, metrics = train_step(state, batch, None)
+        found, metrics = jax.jit(train_step)(state, batch, None)
         assert metrics["second_loss"] == 0
         np.testing.assert_allclose(metrics["loss"], metrics["first_loss"])
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
@@ -206,10 +206,11 @@ def test_the_callers_parameters_survive_donation():
 # Three promises about frozen leaves: values, memory, compute -------------------------------------
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("recipe", ["head", "last_k:1", "bitfit", "layernorm"])
+@pytest.mark.parametrize(
+    ("recipe", "accumulate"), [("head", 1), ("head", 4), ("last_k:1", 1), ("bitfit", 1)]
+)
 def test_frozen_leaves_are_equal_to_the_bit(recipe, accumulate):
-    params = toy.parameters()
+    params = toy.parameters(layers=2)
     mask = trainable_mask(params, recipe)
     train_step = step.make_train_step(toy.loss, optimizer(), mask, accumulate=accumulate)
     state, _ = run(
@@ -241,16 +242,16 @@ def flops(loss_fn, params, batch, mask=None, accumulate: int = 1) -> float:
 
 
 def test_frozen_leaves_cost_no_weight_gradient():
-    params, batch = toy.parameters(256, 6), toy.batch(rows=64, width=256)
+    params, batch = toy.parameters(128, 3), toy.batch(rows=64, width=128)
     full = flops(toy.loss, params, batch)
     head = flops(toy.loss, params, batch, trainable_mask(params, "head"))  # clips and logs the norm
-    forward = 2 * 64 * 256 * 256 * 6
+    forward = 2 * 64 * 128 * 128 * 3
     assert head < 1.1 * forward
     assert head < 0.4 * full
 
 
 def test_counting_weights_costs_no_forward_pass():
-    params, batch = toy.parameters(256, 6), toy.batch(rows=64, width=256)
+    params, batch = toy.parameters(128, 3), toy.batch(rows=64, width=128)
     whole = flops(toy.loss, params, batch)
     halves = flops(toy.loss, params, batch, accumulate=2)  # XLA counts a scanned body once
     assert halves < 0.6 * whole
@@ -263,10 +264,8 @@ def test_the_gradient_buffer_is_as_large_as_what_trains():
     state = step.init_state(params, optimizer(), mask)
     jaxpr = jax.make_jaxpr(train_step)(state, toy.batch(), None)
     scan = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
-    first = scan.params["num_consts"]
-    carry = scan.invars[first : first + scan.params["num_carry"]]
+    carried = sum(np.prod(var.aval.shape, dtype=int) for var in scan.outvars)
     totals = 6  # sum and weight of two terms and of a metric
-    carried = sum(np.prod(var.aval.shape, dtype=int) for var in carry)
     assert carried <= tree.count(params["classifier"]) + totals + 1  # and the scan's counter
 
 
@@ -278,10 +277,11 @@ def test_the_gradient_norm_counts_only_what_trains():
         sums, weights, _ = toy.loss(params, toy.batch())
         return sum(sums[name] / weights[name] for name in sums)
 
-    gradient = jax.grad(total)(params)
+    gradient = jax.jit(jax.grad(total))(params)
     for trainable, expected in ((None, gradient), (mask, gradient["classifier"])):
-        train_step = step.make_train_step(toy.loss, optimizer(), trainable)
-        _, metrics = train_step(step.init_state(params, optimizer(), trainable), toy.batch(), None)
+        train_step = jax.jit(step.make_train_step(toy.loss, optimizer(), trainable))
+        state = step.init_state(params, optimizer(), trainable)
+        _, metrics = train_step(state, toy.batch(), None)
         np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(expected), rtol=1e-5)
 
 
@@ -294,10 +294,12 @@ def test_evaluation_does_not_depend_on_the_batch_size():
     expected = step.evaluate(eval_step, params, [whole])
 
     def pieces(size):
+        """Batches of `size` rows, the last filled with rows of zeros."""
+        padded = jax.tree.map(
+            lambda x: np.concatenate([x, np.zeros_like(x)])[: -(-30 // size) * size], whole
+        )
         for start in range(0, 30, size):
-            part = jax.tree.map(lambda x, start=start: x[start : start + size], whole)
-            missing = size - len(part["x"])
-            yield jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), part)
+            yield jax.tree.map(lambda x, start=start: x[start : start + size], padded)
 
     found = step.evaluate(eval_step, params, pieces(8))  # the last batch has 6 rows and 2 empty
     for name in ("loss", "first_loss", "second_loss"):

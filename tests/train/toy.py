@@ -7,7 +7,7 @@ import numpy as np
 ROWS = 32
 
 
-def parameters(width: int = 16, layers: int = 2) -> dict:
+def parameters(width: int = 16, layers: int = 1) -> dict:
     keys = iter(jax.random.split(jax.random.key(0), 2 * layers + 2))
 
     def dense(rows: int, columns: int) -> dict:

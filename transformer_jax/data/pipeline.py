@@ -1,176 +1,302 @@
-"""From a corpus to batches of fixed shape: tokenize, pack, shuffle, batch (Grain, NumPy)."""
+"""From examples to batches of fixed shapes: tokenize once, pack, shuffle, batch (Grain).
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+NumPy only: what runs here competes with nothing on the device, and batches can be made in other
+threads. Every loader is random access underneath, so its state is one number and it resumes
+exactly.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int
 
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.objectives.causal_lm import shift
 
-_CHUNK = 4096  # texts encoded at a time: enough for all cores, little memory
+Batch = dict[str, np.ndarray]
+Transform = Callable[[Any, np.random.Generator], Mapping[str, Any]]
+
+# Corpora -----------------------------------------------------------------------------------------
 
 
-class Corpus(NamedTuple):
-    """Tokenized text: one flat array and where its parts begin; offsets end with N."""
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A tokenized text: one flat stream with the borders of documents and sentences.
 
-    tokens: Int[np.ndarray, "N"]
-    document_starts: Int[np.ndarray, "documents+1"]
-    sentence_starts: Int[np.ndarray, "sentences+1"]
+    Attributes:
+        tokens: [N], uint16 where the vocabulary allows, else int32.
+        document_starts: int64 [documents + 1] offsets into tokens, the last one is N.
+        sentence_starts: int64 [sentences + 1] likewise; every document start is among them.
+    """
+
+    tokens: np.ndarray
+    document_starts: np.ndarray
+    sentence_starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def sentence_pieces(text: str) -> list[str]:
+    """The sentences of a document that has one a line and a blank line between paragraphs.
+
+    All but the first begin with what parts them from the one before, a space or, for a new
+    paragraph, a line end: joined they are the running text, for tokenizers that keep white space.
+    """
+    pieces, gap = [], ""
+    for line in map(str.strip, text.split("\n")):
+        if line:
+            pieces.append(gap + line)
+        gap = " " if line else "\n"
+    return [piece.lstrip() if i == 0 else piece for i, piece in enumerate(pieces)]
 
 
 def tokenize_corpus(
-    source: Sequence[dict], tokenizer: Tokenizer, *, text_key: str = "text",
-    eos_id: int | None = None, sentences: bool = True,
+    source: Sequence[Mapping],
+    tokenizer: Tokenizer,
+    *,
+    text_key: str = "text",
+    eos_id: int | None = None,
+    sentences: bool = True,
+    chunk: int = 256,
 ) -> Corpus:
-    """Documents as ids.
+    """Encodes a source's texts, one document each, into one stream.
 
     Args:
-        source: examples with a text, one a document.
-        eos_id: put after each document.
-        sentences: lines are sentences, blank lines and line ends are dropped; otherwise a document
-            is one text, kept exactly.
+        eos_id: appended to every document, as part of its last sentence.
+        sentences: lines are sentences, and blank lines end paragraphs (see `sentence_pieces`).
+            False keeps the text exactly as it is, each document one sentence.
+        chunk: documents that are encoded at once.
 
     Raises:
-        ValueError: there is no text.
+        ValueError: no text gives a token, or an example has no such key.
     """
-    texts, last_of_document = [], []
-    for i in range(len(source)):
-        text = source[i][text_key]
-        parts = [line for line in text.splitlines() if line.strip()] if sentences else [text]
-        texts += parts
-        last_of_document += [False] * (len(parts) - 1) + [True] * bool(parts)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-    pieces, lengths = [], []
-    for begin in range(0, len(texts), _CHUNK):
-        for ids in tokenizer.encode_batch(texts[begin : begin + _CHUNK]):
-            if eos_id is not None and last_of_document[len(lengths)]:
-                ids = [*ids, eos_id]
-            pieces.append(np.asarray(ids, dtype))
-            lengths.append(len(ids))
-    if not sum(lengths):
-        raise ValueError(f"{len(source)} documents hold no tokens; give text to train on")
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    ends = np.flatnonzero(last_of_document) + 1
-    documents = np.unique(np.concatenate([[0], starts[ends]]))
-    return Corpus(np.concatenate(pieces), documents, np.unique(starts))
+    tail = [] if eos_id is None else [eos_id]
+    streams, lengths, documents = [], [], [0]  # documents: number of sentences before each
+    for begin in range(0, len(source), chunk):
+        texts = []
+        for i in range(begin, min(begin + chunk, len(source))):
+            if text_key not in source[i]:
+                raise ValueError(f"example {i} has no {text_key!r}; it has {', '.join(source[i])}: "
+                                 "name one of them as text_key")
+            texts.append(source[i][text_key])
+        pieces = [sentence_pieces(text) if sentences else [text] for text in texts]
+        rows = iter(tokenizer.encode_batch([piece for found in pieces for piece in found]))
+        for found in pieces:
+            encoded = [row for row in (next(rows) for _ in found) if row]
+            if encoded:
+                encoded[-1] = encoded[-1] + tail
+                streams.extend(np.asarray(row, dtype) for row in encoded)
+                lengths.extend(map(len, encoded))
+                documents.append(len(lengths))
+    if not lengths:
+        raise ValueError(f"the {len(source)} examples give 0 tokens; give at least one with text")
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return Corpus(np.concatenate(streams), starts[documents], starts)
 
 
-class PackedTokens(Sequence):
-    """Windows of `length` tokens over a corpus, as rows for `causal_lm.loss`.
+class PackedTokens:
+    """Rows of `length` tokens of a corpus without gaps, for the causal language model.
 
-    Windows follow each other without a gap, so over all of them every token with a predecessor
-    in its document is a target exactly once. Documents share windows without seeing each other;
-    positions restart with each document and each window. The last window is padded.
+    Row i is tokens [i T, i T + T) of the stream with the next ones as targets, so every token that
+    has another before it in its document is a target exactly once:
+
+        tokens, targets: int32 [T]
+        positions: int32 [T], from 0 at each document's first token in the row
+        document_ids: int32 [T], from 1 in each row, 0 at padding, for attention within documents
+        weights: float32 [T], 0 where the next token is of another document, and at padding
+
+    Raises:
+        ValueError: no document has two tokens, or length is below 1.
     """
 
     def __init__(self, corpus: Corpus, length: int):
         if length < 1:
-            raise ValueError(f"length is {length}; a row needs at least 1 token")
+            raise ValueError(f"length {length} of a row is too short; use at least 1")
+        if len(corpus.tokens) < 2 or np.diff(corpus.document_starts).max() < 2:
+            raise ValueError(f"a corpus of {len(corpus.tokens)} tokens has nothing to predict; "
+                             "give a document of at least 2 tokens")
         self.corpus, self.length = corpus, length
 
     def __len__(self) -> int:
-        # The last token of all is only ever a target.
-        return max(-(-(len(self.corpus.tokens) - 1) // self.length), 1)
+        return -(-(len(self.corpus.tokens) - 1) // self.length)
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        starts = self.corpus.document_starts
-        begin = i * self.length
-        end = min(begin + self.length + 1, len(self.corpus.tokens))
-        tokens = np.zeros(self.length + 1, np.int32)
-        tokens[: end - begin] = self.corpus.tokens[begin:end]
-        documents = np.zeros(self.length + 1, np.int32)
-        first, last = np.searchsorted(starts, (begin, end - 1), side="right")
-        borders = starts[first:last] - begin  # where a document begins inside the window
-        documents[borders] = 1
-        documents = np.cumsum(documents, dtype=np.int32) + 1
-        documents[end - begin :] = 0
-        return shift(tokens, documents)
+    def __getitem__(self, i: int) -> Batch:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"row {i} is outside the {len(self)} rows; count from 0")
+        return {name: rows[0] for name, rows in self.take([i % len(self)]).items()}
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        """Many rows as one batch, [B, T], far faster than one by one. Rows behind the last are
+        all padding."""
+        stream, starts = self.corpus.tokens, self.corpus.document_starts
+        at = np.asarray(rows, np.int64)[:, None] * self.length + np.arange(self.length + 1)
+        inside = at < len(stream)
+        text = np.where(inside, stream[np.minimum(at, len(stream) - 1)], 0)
+        document = np.searchsorted(starts, at, side="right")  # counted from 1 in the corpus
+        return shift(text, np.where(inside, document - document[:, :1] + 1, 0))
 
 
-class _Transform(grain.transforms.RandomMap):
-    def __init__(self, function: Callable[[dict, np.random.Generator], dict]):
-        self._function = function
-
-    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
-        return self._function(element, rng)
+# Loaders ------------------------------------------------------------------------------------------
 
 
-class _PaddedBatch(grain.transforms.Map):
-    """Rows stacked; a short last batch is filled with zero rows, which weigh nothing."""
+class Loader(Iterator[Batch]):
+    """Batches in order; `get_state` and `set_state` (a small dict, fit for JSON) move in it."""
 
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
+    def __init__(self, batches: grain.MapDataset, prefetch: int):
+        options = grain.ReadOptions(num_threads=1 if prefetch else 0,
+                                    prefetch_buffer_size=prefetch)
+        self._batches = batches
+        self._iterator = iter(batches.to_iter_dataset(options))
 
-    def map(self, rows: Sequence[dict]) -> dict[str, np.ndarray]:
-        batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-        missing = self._batch_size - len(rows)
-        if missing:
-            batch = {k: np.concatenate([v, np.zeros((missing, *v.shape[1:]), v.dtype)])
-                     for k, v in batch.items()}
-        return batch
+    def __len__(self) -> int:
+        """Batches in all; practically infinite without num_epochs."""
+        return len(self._batches)
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._iterator.set_state(state)
 
 
 def make_loader(
-    source: Sequence[dict], batch_size: int, *,
-    transform: Callable[[dict, np.random.Generator], dict] | None = None,
-    seed: int = 0, shuffle: bool = True, num_epochs: int | None = None,
-    drop_remainder: bool = True, prefetch: int = 16,
-    process_index: int = 0, process_count: int = 1,
-) -> grain.DatasetIterator:
-    """An iterator of batches of NumPy arrays that knows where it stands (get_state, set_state).
+    source: Sequence,
+    batch_size: int,
+    *,
+    transform: Transform | None = None,
+    seed: int = 0,
+    shuffle: bool = True,
+    num_epochs: int | None = None,
+    drop_remainder: bool = True,
+    prefetch: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Loader:
+    """Batches of a source: dicts of NumPy arrays with a leading dimension of `batch_size`.
 
-    Each epoch is another shuffle, and `transform(example, rng)` gets another generator for each
-    example and epoch, all from `seed`: batch n is the same whatever was read before it.
+    Example n of the run is the same for the same seed, however often the run was stopped and on
+    however many hosts it runs. Each epoch is in another order and holds every example once;
+    batches go on over its end.
 
     Args:
-        batch_size: rows a batch, of this process.
-        num_epochs: None repeats without end; batches then run across epochs.
-        drop_remainder: drop a short last batch; otherwise it is filled with zero rows, so that an
-            evaluation sees every example exactly once at one shape.
-        prefetch: rows prepared ahead in threads.
-        process_index, process_count: this host's share is every process_count-th example.
+        source: dicts of arrays, or whatever `transform` takes. If it has `take(rows) -> batch`, and
+            there is no transform, that makes the batches (see `PackedTokens.take`).
+        batch_size: of all hosts together.
+        transform: `transform(example, rng) -> dict` makes a row; rng depends on the seed and on
+            the example's number in the run, so other epochs draw otherwise.
+        num_epochs: None for ever.
+        drop_remainder: drop the last batch of the last epoch if it is not full. False fills it
+            with rows of zeros, which weigh nothing: for evaluation with num_epochs=1.
+        prefetch: batches made ahead in a thread; 0 makes each when it is asked for.
+        process_index, process_count: this host takes every process_count-th row of each batch.
 
     Raises:
-        ValueError: an empty source, or one that is too small for a single batch.
+        ValueError: the source is empty, or too small for one batch, or batch_size does not divide
+            by process_count.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; use at least 1")
-    if len(source) == 0:
-        raise ValueError("the source has 0 examples; give at least 1")
-    mine = len(range(process_index, len(source), process_count))
-    if not mine or (num_epochs is not None and drop_remainder and mine * num_epochs < batch_size):
-        raise ValueError(f"{mine} examples for process {process_index} of {process_count} do not "
-                         f"fill a batch of {batch_size}; lower batch_size or give more examples")
-    data = grain.MapDataset.source(source).seed(seed)
+    _check_loader(len(source), batch_size, num_epochs, drop_remainder, process_index,
+                  process_count)
+    # Sources with `take` make a batch at once: for them the pipeline carries numbers of rows.
+    at_once = transform is None and hasattr(source, "take")
+    rows = (grain.MapDataset.range(len(source)) if at_once else
+            grain.MapDataset.source(source)).seed(seed)
     if shuffle:
-        data = data.shuffle()
-    data = data[process_index::process_count].repeat(num_epochs)
+        rows = rows.shuffle()
+    rows = rows.repeat(num_epochs)
     if transform is not None:
-        data = data.random_map(_Transform(transform))
-    stacked = data.batch(batch_size, drop_remainder=drop_remainder, batch_fn=list)
-    stacked = stacked.map(_PaddedBatch(batch_size))
-    options = grain.ReadOptions(num_threads=2 if prefetch else 0, prefetch_buffer_size=prefetch or 1)
-    return iter(stacked.to_iter_dataset(options))
+        rows = rows.random_map(transform)
+    if num_epochs is not None:
+        whole, rest = divmod(len(rows), batch_size)
+        if rest and not drop_remainder:
+            padding = len(source) if at_once else _zeros_like(rows[0])
+            rows = grain.MapDataset.source(_Filled(rows, (whole + 1) * batch_size, padding))
+        else:
+            rows = rows[: whole * batch_size]
+    if process_count > 1:
+        rows = rows[process_index::process_count]
+    batches = rows.batch(batch_size // process_count, drop_remainder=True)
+    return Loader(batches.map(source.take) if at_once else batches, prefetch)
 
 
-def check_ids(batch: dict[str, np.ndarray], vocab_size: int, max_length: int) -> None:
-    """Refuse a batch that XLA would clamp in silence. For the host, before training.
+class _Filled:
+    """Rows, and the same padding row up to a length."""
+
+    def __init__(self, rows: Sequence, length: int, padding: Any):
+        self._rows, self._length, self._padding = rows, length, padding
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> Any:
+        return self._rows[i] if i < len(self._rows) else self._padding
+
+
+def _zeros_like(row: Mapping[str, Any]) -> Batch:
+    return {name: np.zeros_like(value) for name, value in row.items()}
+
+
+def _check_loader(size, batch_size, num_epochs, drop_remainder, process_index, process_count):
+    if size == 0:
+        raise ValueError("the source has 0 examples; give at least 1")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size {batch_size} cannot be shared by {process_count} processes; "
+                         "use a multiple of their number")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is outside the {process_count} processes; "
+                         f"use 0 to {process_count - 1}")
+    if num_epochs is not None and drop_remainder and size * num_epochs < batch_size:
+        raise ValueError(f"batch_size {batch_size} is larger than the {size} examples times "
+                         f"{num_epochs} epochs; lower it, or use drop_remainder=False")
+
+
+# Checks -------------------------------------------------------------------------------------------
+
+
+def check_ids(
+    batch: Mapping[str, np.ndarray] | np.ndarray, vocab_size: int, max_length: int
+) -> None:
+    """Checks ids on the host, for JAX clamps an index out of range in silence.
+
+    Args:
+        batch: rows of a loader, of which "tokens" and all targets are looked at, or an array of
+            ids whose last axis is the sequence.
+        vocab_size, max_length: the model's.
 
     Raises:
-        ValueError: an id outside `[0, vocab_size)`, or rows longer than `max_length`.
+        ValueError: an id is outside the vocabulary, or a sequence is longer than the positions.
     """
-    for key in ("tokens", "targets", "masked_targets"):
-        ids = np.asarray(batch.get(key, 0))
-        bad = ids[(ids < 0) | (ids >= vocab_size)]
-        if bad.size:
-            raise ValueError(f"{key} hold id {bad[0]}, outside the vocabulary of {vocab_size}; use "
-                             "the tokenizer the model was trained with")
-    length = np.shape(batch["tokens"])[-1]
-    if length > max_length:
-        raise ValueError(f"rows of {length} tokens are longer than the model's {max_length} "
-                         "positions; shorten them, or build the model with a larger max_length")
+    if isinstance(batch, Mapping):
+        for name in ("targets", "masked_targets"):
+            if name in batch:
+                _check_range(name, batch[name], vocab_size)
+        positions = batch.get("positions")
+        if positions is not None and np.max(positions, initial=0) >= max_length:
+            _too_long(int(np.max(positions)) + 1, max_length)
+        tokens = batch["tokens"]
+    else:
+        tokens, positions = batch, None
+    _check_range("token", tokens, vocab_size)
+    # Positions that are given may restart, so that a row is longer than they reach.
+    if positions is None and np.shape(tokens)[-1] > max_length:
+        _too_long(np.shape(tokens)[-1], max_length)
+
+
+def _check_range(name: str, ids: np.ndarray, vocab_size: int) -> None:
+    ids = np.asarray(ids)
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.size:
+        name = name.replace("_", " ").removesuffix("s")
+        raise ValueError(f"{name} id {wrong.flat[0]} is outside the vocabulary of {vocab_size}; "
+                         "use the tokenizer that the model was made for, or raise vocab_size")
+
+
+def _too_long(length: int, max_length: int) -> None:
+    raise ValueError(f"a sequence of {length} tokens is longer than the {max_length} positions of "
+                     "the model; cut the text or raise max_length")

@@ -1,231 +1,315 @@
-"""Where examples come from: random-access sequences of dicts, whatever stands behind them.
+"""Where examples come from: any sequence of dicts, `len(source)` and `source[i]`.
 
-A source has a length and gives a dict for a number; one of annotated examples may have
-`label_names`. Text is `str`.
+`load_source` takes a short name; the other functions say more. Text is always str, labels of
+data sets with class names are numbers, and `source.label_names` are their names. Nothing here
+imports TensorFlow: TFDS reads array_record by itself.
 """
 
 import csv
 import difflib
 import gzip
+import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
+from transformer_jax.data import python_docs
+from transformer_jax.data.mapped import Mapped, from_builder
 
-NAMED = ("python_docs/documents", "python_docs/topics", "python_docs/summaries")
-
-
-class Source(Sequence):
-    """A view of any random-access sequence of dicts, with bytes as text."""
-
-    def __init__(self, rows: Any, label_names: Sequence[str] | None = None,
-                 columns: Mapping[str, str] | None = None):
-        self._rows, self._columns = rows, columns
-        self.label_names = None if label_names is None else list(label_names)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {i} of {len(self)}")
-        row = self._rows[i]
-        names = self._columns or {name: name for name in row}
-        return {name: _text(row[column]) for name, column in names.items()}
+Example = dict[str, Any]
 
 
-def _text(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    return value.item() if isinstance(value, np.generic) else value
+class Source(Protocol):
+    """Random access to examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Example: ...
 
 
-def text_files(path: str | Path, *, unit: str = "document") -> list[dict[str, str]]:
-    """Plain text: a file, or all .txt and .txt.gz below a folder, as `{"text", "name"}`.
-
-    Args:
-        unit: "document": blank lines separate documents; "line": a document a line; "file": each
-            file is one, exactly as it stands.
+def in_memory(examples: Sequence[Example]) -> list[Example]:
+    """A list of dicts, checked.
 
     Raises:
-        FileNotFoundError: no such path, or a folder without text files.
-        ValueError: a file is empty or not UTF-8, or the unit is unknown.
+        ValueError: it is empty or holds something else than dicts.
     """
-    if unit not in ("document", "line", "file"):
-        raise ValueError(f"unit is {unit!r}; choose document, line or file")
-    path = Path(path)
+    examples = list(examples)
+    if not examples:
+        raise ValueError("the list has 0 examples; give at least 1")
+    for i, example in enumerate(examples):
+        if not isinstance(example, Mapping):
+            raise ValueError(f"example {i} is of type {type(example).__name__}; give a dict "
+                             'such as {"text": ...}')
+    return examples
+
+
+# Files --------------------------------------------------------------------------------------------
+
+UNITS = ("document", "line", "file")
+TABLES = {".tsv": "\t", ".csv": ","}  # the others of `table` are .jsonl
+TABLE_SUFFIXES = (*TABLES, ".jsonl")
+
+
+def text_files(path: str | Path, *, unit: str = "document") -> list[Example]:
+    """Text of a .txt or .txt.gz file, or of all of them in a folder, as `{"text"}`.
+
+    Args:
+        unit: what one example is. "document": blank lines stand between documents, and each line
+            is a sentence. "line": every line that is not blank. "file": a file just as it stands,
+            line ends included.
+
+    Raises:
+        FileNotFoundError: the path does not exist, or the folder has no text file.
+        ValueError: a file is empty or not UTF-8 (the byte is named), or the unit is unknown.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unknown unit {unit!r}; choose one of {', '.join(UNITS)}")
+    split = {"document": _documents, "line": _lines, "file": lambda text: [text]}[unit]
+    texts = [part for file in _text_paths(Path(path)) for part in split(_read_text(file))]
+    return [{"text": text} for text in texts]
+
+
+def _text_paths(path: Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a text file or a folder of them")
-    files = [path] if path.is_file() else sorted([*path.rglob("*.txt"), *path.rglob("*.txt.gz")])
-    if not files:
-        raise FileNotFoundError(f"folder {path} has no .txt or .txt.gz file; add one, or give "
-                                "another folder")
-    found = []
-    for file in files:
-        text = read_text(file)
-        parts = {"file": lambda t: [t], "line": str.splitlines, "document": _documents}[unit](text)
-        found += [{"text": part, "name": str(file)} for part in parts if part.strip()]
+    if path.is_file():
+        return [path]
+    found = sorted(f for pattern in ("*.txt", "*.txt.gz") for f in path.rglob(pattern))
+    if not found:
+        raise FileNotFoundError(f"{path} has no .txt or .txt.gz file; give a folder with some")
     return found
+
+
+def _read_text(file: Path) -> str:
+    """The file's text with its line ends as they are."""
+    try:
+        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{file} is not a whole gzip file ({error}); copy it again") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # The codec counts from behind a byte order mark, `error.object` too.
+        offset = error.start + len(data) - len(error.object)
+        raise ValueError(f"{file} is not UTF-8: byte 0x{data[offset]:02x} at offset {offset}; "
+                         "convert the file to UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"{file} has {len(data)} bytes and no text; remove it or write some")
+    return text
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in map(str.strip, text.split("\n")) if line]
 
 
 def _documents(text: str) -> list[str]:
     documents: list[list[str]] = [[]]
-    for line in text.splitlines():
-        if line.strip():
+    for line in map(str.strip, text.split("\n")):
+        if line:
             documents[-1].append(line)
         elif documents[-1]:
             documents.append([])
     return ["\n".join(lines) for lines in documents if lines]
 
 
-def read_text(file: str | Path) -> str:
-    """The text of a file, gzipped or not; newlines as they stand.
+def table(
+    path: str | Path, columns: Sequence[str] | Mapping[str, str] | None = None
+) -> list[Example]:
+    """Rows of a .tsv, .csv or .jsonl file (or .gz of one) as dicts.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is empty, or not UTF-8: the message names the first bad byte.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is not a file; check the path")
-    raw = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
-    if not raw.strip():
-        raise ValueError(f"{file} is empty; give a file with text in it")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: byte {raw[error.start]:#04x} at offset {error.start} is not "
-                         "UTF-8; convert the file, for example with iconv") from None
-
-
-def table(path: str | Path, columns: Mapping[str, str]) -> Source:
-    """Rows of a .tsv or .csv with a header, or a .jsonl, each also as .gz.
+    The first line of .tsv and .csv names the columns. Quotes in .tsv are literal, in .csv they
+    quote. Values are str, in .jsonl what JSON says.
 
     Args:
-        columns: name in the examples -> column of the file.
+        columns: which to keep, all by default; a mapping renames, `{"text": "sentence"}`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another ending, a column that is not there (near matches are listed), a line
-            that cannot be read.
+        FileNotFoundError: the path does not exist.
+        ValueError: it is empty, a column is missing, or a line does not fit (it is named).
     """
     path = Path(path)
-    kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
-    lines = read_text(path).splitlines()
-    if kind == ".jsonl":
-        rows = [_json_line(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    elif kind in (".tsv", ".csv"):
-        # In TSV files quotes are letters like any other.
-        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
-        rows = list(csv.DictReader(lines, **style))
-    else:
-        raise ValueError(f"{path} ends in {kind!r}; tables are .tsv, .csv or .jsonl")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a .tsv, .csv or .jsonl file")
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in TABLE_SUFFIXES:
+        raise ValueError(f"{path} ends in {suffix!r}; "
+                         f"a table is one of {', '.join(TABLE_SUFFIXES)}")
+    text = _read_text(path)
+    read = _json_rows(text, path) if suffix == ".jsonl" else _csv_rows(text, path, TABLES[suffix])
+    rows = list(read)
     if not rows:
-        raise ValueError(f"{path} has a header and no rows; give a file with examples in it")
-    for number, row in enumerate(rows, 1):
-        for column in columns.values():
-            if row.get(column) is None:
-                near = difflib.get_close_matches(column, map(str, row), n=1)
-                raise ValueError(
-                    f"{path} has no column {column!r} in row {number}; it has "
-                    f"{', '.join(map(str, row))}" + (f": did you mean {near[0]!r}?" if near else "")
-                )
-    return Source(rows, columns=columns)
+        raise ValueError(f"{path} has 0 rows below its header; write at least 1")
+    if columns is None:
+        return [row for _, row in rows]
+    names = dict(columns) if isinstance(columns, Mapping) else {c: c for c in columns}
+    for line, row in rows:
+        for column in names.values():
+            if column not in row:
+                raise ValueError(f"{path} line {line} has no column {column!r}; "
+                                 f"it has {', '.join(map(repr, row))}")
+    return [{new: row[old] for new, old in names.items()} for _, row in rows]
 
 
-def _json_line(path: Path, number: int, line: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {number} is not JSON ({error.msg}); mend it") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{path} line {number} is not a JSON object; write {{\"name\": value}}")
-    return row
+def _csv_rows(text: str, path: Path, delimiter: str) -> Iterator[tuple[int, Example]]:
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader(text.splitlines(keepends=True) if delimiter == "," else text.split("\n"),
+                        delimiter=delimiter, quoting=quoting)
+    header = [name.strip() for name in next(reader)]
+    for row in reader:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise ValueError(f"{path} line {reader.line_num} has {len(row)} fields, the header "
+                             f"{len(header)}; mend the line")
+        row[-1] = row[-1].removesuffix("\r")
+        yield reader.line_num, dict(zip(header, row))
 
 
-def tfds_source(name: str, split: str, data_dir: str | Path | None = None,
-                download: bool = False) -> Source:
-    """A TensorFlow data set through `tfds.data_source`: array_record, without TensorFlow.
+def _json_rows(text: str, path: Path) -> Iterator[tuple[int, Example]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON: {error.msg} at column "
+                             f"{error.colno}; write one object a line") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} is a {type(row).__name__}; "
+                             "write one object a line")
+        yield number, row
+
+
+# Libraries of data sets ---------------------------------------------------------------------------
+
+
+def tfds_source(
+    name: str, split: str, data_dir: str | Path | None = None, download: bool = False
+) -> Mapped:
+    """A split of a TFDS data set by `tfds.data_source`, without TensorFlow.
+
+    It must be prepared as array_record, or `download` must be set to prepare it. bytes become
+    str, class labels stay numbers with `label_names`.
 
     Args:
-        name: a registered name ("glue/sst2"), or the folder of a prepared data set.
-        download: prepare the set first if it is not there, which may need TensorFlow and time.
+        data_dir: where TFDS keeps its data; its own default if None.
 
     Raises:
-        ValueError: an unknown name or split.
-        FileNotFoundError: the set is not prepared as array_record in `data_dir`.
+        ValueError: no such data set or split.
+        FileNotFoundError: it is not prepared.
     """
     import tensorflow_datasets as tfds
 
+    where = "" if data_dir is None else f" in {data_dir}"
+    options = {} if data_dir is None else {"data_dir": data_dir}
     try:
-        if Path(name).is_dir():
-            builder = tfds.builder_from_directory(name)
-        else:
-            where = None if data_dir is None else str(data_dir)
-            builder = tfds.builder(name, data_dir=where, file_format="array_record")
+        # Only to prepare is a file format chosen; what is prepared already knows its own.
+        builder = tfds.builder(name, **options,
+                               **({"file_format": "array_record"} if download else {}))
+        if download:
+            builder.download_and_prepare()
     except tfds.core.DatasetNotFoundError:
-        near = difflib.get_close_matches(name.split("/")[0], tfds.list_builders(), n=3)
-        raise ValueError(f"TFDS has no data set {name!r}; near: {', '.join(near) or 'none'}"
-                         ) from None
-    if download:
-        builder.download_and_prepare()
-    if not builder.info.splits:
-        raise FileNotFoundError(f"{name} is not prepared in {builder.data_dir}; prepare it as "
-                                "array_record, or pass download=True")
-    if split.split("[")[0] not in builder.info.splits:
-        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}")
-    label = dict(builder.info.features).get("label")
-    return Source(builder.as_data_source(split=split), getattr(label, "names", None))
+        known = tfds.list_builders(with_community_datasets=False)
+        raise ValueError(_unknown("TFDS data set", name, known)) from None
+    known = builder.info.splits
+    if known and split not in known and "[" not in split and "+" not in split:
+        raise ValueError(_unknown(f"split of {name}", split, known))
+    try:
+        return from_builder(builder, split)
+    except (AssertionError, ValueError) as error:
+        if known:
+            raise
+        raise FileNotFoundError(f"TFDS data set {name} is not prepared{where}; prepare it with "
+                                "tfds.builder(..., file_format='array_record'), or download=True"
+                                ) from error
 
 
-def hf_source(name: str, split: str, config: str | None = None) -> Source:
-    """A Hugging Face data set by hub name, or a local folder (`save_to_disk`'s, or of files).
+def hf_source(name_or_path: str, split: str, config: str | None = None, **options: Any) -> Mapped:
+    """A split of a Hugging Face data set: a name on the Hub, or a local folder.
+
+    A folder that `save_to_disk` wrote is read as such, any other goes to `load_dataset` like a
+    name, with `config` and `options`.
 
     Raises:
         ImportError: the `datasets` library is not installed.
-        ValueError: no such data set or split.
+        ValueError: no such split.
     """
     try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Hugging Face data sets need the `datasets` library: "
-                          "pip install 'transformer_jax[hf]'") from error
-    folder = Path(name)
-    try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = datasets.load_from_disk(name)
-            rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            rows = datasets.load_dataset(name, config, split=split)
-    except (KeyError, ValueError, FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"data set {name!r}, split {split!r}: {error}; check both names"
-                         ) from error
-    return Source(rows, getattr(rows.features.get("label"), "names", None))
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise ImportError(f"reading {name_or_path!r} needs the datasets library; "
+                          "pip install transformer_jax[hf]") from None
+    folder = Path(name_or_path)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        found = datasets.load_from_disk(str(folder))
+    else:
+        found = datasets.load_dataset(str(name_or_path), config, **options)
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise ValueError(_unknown(f"split of {name_or_path}", split, found))
+        found = found[split]
+    classes = {key: feature.names for key, feature in found.features.items()
+               if isinstance(feature, datasets.ClassLabel)}
+    return Mapped(found, dict, classes)
+
+
+# By one word --------------------------------------------------------------------------------------
+
+PREFIXES = ("tfds:", "hf:")
+
+
+def _named(split: str) -> dict[str, Callable[[], Source]]:
+    return {f"python_docs/{config}": lambda config=config: python_docs.load(config, split)
+            for config in python_docs.CONFIGS}
 
 
 def is_local(spec: str | Path) -> bool:
-    """Whether a data spec means files of this machine rather than a named set."""
-    return not (str(spec) in NAMED or str(spec).startswith(("tfds:", "hf:")))
+    """Whether `load_source` would take the word as a file or folder: it exists, and is no name."""
+    spec = str(spec)
+    return not spec.startswith(PREFIXES) and spec not in _named("") and Path(spec).exists()
 
 
-def load_source(spec: str, split: str) -> Source | list[dict[str, str]]:
-    """"python_docs/CONFIG", "tfds:NAME", "hf:NAME", or text files by path.
+def load_source(spec: str | Path, split: str) -> Source:
+    """A split of a data set by name: "tfds:NAME", "hf:NAME", "python_docs/CONFIG", or a path.
+
+    Of a folder that holds files called `split` (train.txt, train.tsv, ...) that file is read. Any
+    other path is the "train" split: tables by their ending, all else as text documents.
 
     Raises:
-        ValueError: the spec is none of these; near matches are listed.
+        FileNotFoundError: neither a known name (near ones are listed) nor an existing path.
+        ValueError: the path has no such split; see also the function for each kind.
     """
     spec = str(spec)
-    if spec in NAMED:
-        from transformer_jax.data import python_docs
+    if spec.startswith("tfds:"):
+        return tfds_source(spec.removeprefix("tfds:"), split)
+    if spec.startswith("hf:"):
+        return hf_source(spec.removeprefix("hf:"), split)
+    named = _named(split)
+    if spec in named:
+        return named[spec]()
+    path = Path(spec)
+    if not path.exists():
+        raise FileNotFoundError(_unknown("data set", spec, named)
+                                + ", tfds:NAME, hf:NAME, or a path that exists")
+    if path.is_dir():
+        endings = [s + gz for s in (".txt", *TABLE_SUFFIXES) for gz in ("", ".gz")]
+        files = [path / (split + end) for end in endings if (path / (split + end)).is_file()]
+        if files:
+            return _from_path(files[0])
+    if split != "train":
+        raise ValueError(f"{path} has no split {split!r}; give a folder with files such as "
+                         f"train.txt and {split}.txt, or use the split 'train'")
+    return _from_path(path)
 
-        return python_docs.load(spec.split("/")[1], split)
-    kind, _, name = spec.partition(":")
-    if name and kind in ("tfds", "hf"):
-        return {"tfds": tfds_source, "hf": hf_source}[kind](name, split)
-    if Path(spec).exists():
-        return text_files(spec)
-    near = difflib.get_close_matches(spec, NAMED, n=2)
-    raise ValueError(f"{spec!r} is neither a path nor tfds:NAME, hf:NAME or one of "
-                     f"{', '.join(near or NAMED)}")
+
+def _from_path(path: Path) -> list[Example]:
+    is_table = path.name.removesuffix(".gz").endswith(TABLE_SUFFIXES)
+    return table(path) if is_table else text_files(path)
+
+
+def _unknown(what: str, word: str, known: Any) -> str:
+    known = sorted(map(str, known))
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"unknown {what} {word!r}; " + (
+        f"did you mean {' or '.join(near)}" if near else f"choose from {', '.join(known[:12])}")

@@ -70,7 +70,8 @@ class Config:
         _require(self.d_model % self.num_heads == 0, "d_model", self.d_model,
                  f"a multiple of num_heads {self.num_heads}")
         if self.positions == "sinusoidal":
-            _require(self.d_model % 2 == 0, "d_model", self.d_model, "even for sinusoidal positions")
+            _require(self.d_model % 2 == 0, "d_model", self.d_model,
+                     "even for sinusoidal positions")
 
     @property
     def residual_init_std(self) -> float:
@@ -122,7 +123,7 @@ class GPTConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class BERTConfig(Config):
-    """BERT (Devlin et al. 2018). `num_segments` rows of segment embedding: sentence A, sentence B."""
+    """BERT (Devlin et al. 2018). `num_segments` rows of segment embedding: sentences A and B."""
 
     norm_epsilon: float = 1e-12
     initializer: str = "truncated_normal"

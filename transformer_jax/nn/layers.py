@@ -78,7 +78,8 @@ class Embed(nn.Module):
         self.embedding = self.param("embedding", self.embedding_init, shape, jnp.float32)
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        """Rows for `ids`. XLA clamps ids outside the table: check them on the host."""
+        """Rows for `ids`. Ids outside the table give NaN, negative ones count from its end: check
+        them on the host."""
         return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:

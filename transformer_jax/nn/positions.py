@@ -10,7 +10,6 @@ from jax import Array
 from jaxtyping import Float, Int
 
 
-
 def sinusoidal(length: int, features: int) -> Float[np.ndarray, "length features"]:
     """Fixed position encoding of Vaswani et al. 2017, section 3.5.
 

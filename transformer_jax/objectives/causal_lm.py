@@ -32,7 +32,7 @@ def shift(
     return {
         "tokens": tokens[..., :-1].astype(np.int32),
         "targets": tokens[..., 1:].astype(np.int32),
-        "positions": (place - start).astype(np.int32),
+        "positions": np.where(documents > 0, place - start, 0).astype(np.int32),
         "document_ids": documents.astype(np.int32),
         "weights": ((documents == following) & (documents > 0)).astype(np.float32),
     }

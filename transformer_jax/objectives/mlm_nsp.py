@@ -4,6 +4,7 @@ A corpus here is anything with `tokens [N]`, `document_starts` and `sentence_sta
 `tokens`, each ending with N (`data.Corpus`).
 """
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -52,14 +53,15 @@ def mask_tokens(
         words = np.split(candidates, np.flatnonzero(begins)[1:])
         room = wanted
         picked = []
-        for i in rng.permutation(len(words)):
+        order = rng.permutation(len(words))
+        for i in order:
             if len(words[i]) <= room:
                 picked.append(words[i])
                 room -= len(words[i])
             if not room:
                 break
         # All words longer than the budget: hide the front of one, rather than predict nothing.
-        chosen = np.concatenate(picked) if picked else words[0][:wanted]
+        chosen = np.concatenate(picked) if picked else words[order[0]][:wanted]
     chosen = np.sort(chosen)
     fate = rng.random(len(chosen))
     hidden = tokens.astype(np.int32)
@@ -87,11 +89,12 @@ class SentencePairs:
 
     def __init__(self, corpus, max_tokens: int):
         self.corpus = corpus
-        starts = np.asarray(corpus.sentence_starts)
+        # `unique` passes over empty sentences and documents: they begin where the next one does.
+        self.sentence_starts = starts = np.unique(corpus.sentence_starts)
         # First sentence of each document, and one past the last sentence of all.
-        edges = np.searchsorted(starts, np.asarray(corpus.document_starts))
+        edges = np.searchsorted(starts, np.unique(corpus.document_starts))
         runs = []
-        for document, (first, end) in enumerate(zip(edges[:-1], edges[1:])):
+        for document, (first, end) in enumerate(itertools.pairwise(edges)):
             while end - first >= 2:
                 limit = np.searchsorted(starts, starts[first] + max_tokens, side="right") - 1
                 last = min(max(limit, first + 2), end)
@@ -116,7 +119,7 @@ class SentencePairs:
 
     def text(self, first: int, last: int) -> np.ndarray:
         """Tokens of sentences first ... last-1."""
-        starts = self.corpus.sentence_starts
+        starts = self.sentence_starts
         return np.asarray(self.corpus.tokens[starts[first] : starts[last]])
 
 
@@ -138,7 +141,7 @@ def sample_pair(
     other += other >= document
     begin = int(rng.integers(edges[other], edges[other + 1]))
     room = max(max_tokens - len(a), 1)
-    starts = pairs.corpus.sentence_starts
+    starts = pairs.sentence_starts
     end = int(np.searchsorted(starts, starts[begin] + room, side="right") - 1)
     return a, pairs.text(begin, min(max(end, begin + 1), int(edges[other + 1]))), 1
 
@@ -162,12 +165,20 @@ def prepare(
 
     `short_rate` of the rows get a random smaller length, so that pre-training meets short inputs
     as fine-tuning will (appendix A.2). `masking` goes to `mask_tokens`.
+
+    Raises:
+        ValueError: `length` leaves no room for a token of each sentence.
     """
     max_tokens = length - 3
+    if max_tokens < 2:
+        raise ValueError(f"length {length} leaves no room for two sentences beside 3 special "
+                         "tokens; use at least 5")
     if rng.random() < short_rate:
         max_tokens = int(rng.integers(2, max_tokens + 1))
     a, b, label = sample_pair(pairs, run, rng, max_tokens)
-    row = bert_row(a, b, length=max_tokens + 3, cls_id=cls_id, sep_id=sep_id, pad_id=pad_id, rng=rng)
+    row = bert_row(
+        a, b, length=max_tokens + 3, cls_id=cls_id, sep_id=sep_id, pad_id=pad_id, rng=rng
+    )
     tokens = pad(row["tokens"], length, pad_id)
     padding_mask = pad(row["padding_mask"], length).astype(bool)
     maskable = padding_mask & (tokens != cls_id) & (tokens != sep_id)

@@ -72,7 +72,7 @@ def save(
 
     Args:
       directory: of the run; it is created.
-      step: the name of the checkpoint: the number of updates in `state`.
+      step: names the checkpoint; the number of updates, as `state.step`.
       state: the arrays are copied to the host before this returns, so they may be donated after.
       rng: a typed or raw random key.
       data_state: what the data iterator's `get_state()` returned; JSON values only. With several
@@ -93,7 +93,7 @@ def save(
     items = {
         "params": _as_dict(state.params),
         "opt_state": _as_dict(state.opt_state) or None,  # Orbax has no empty trees
-        "step": int(step),
+        "step": int(state.step),
         "rng": _pack_rng(rng),
         "data": _as_json(data_state, "data_state"),
         "metadata": _as_json(metadata, "metadata"),

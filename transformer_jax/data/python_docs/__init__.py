@@ -1,9 +1,9 @@
-"""The embedded corpus: documentation that every Python installation carries.
+"""A corpus that needs no download: the documentation in every Python installation.
 
-`load("documents", "train")` builds the TFDS data set `python_docs` on first use, in seconds and
-without a download, and returns a random-access source.
+A TFDS builder, registered by importing this package: `tfds.builder("python_docs/documents")`, or
+shorter `python_docs.load("documents", "train")`.
 """
 
-from transformer_jax.data.python_docs.builder import PythonDocs, load
+from transformer_jax.data.python_docs.builder import CONFIGS, SPLITS, PythonDocs, load, prepare
 
-__all__ = ["PythonDocs", "load"]
+__all__ = ["CONFIGS", "SPLITS", "PythonDocs", "load", "prepare"]

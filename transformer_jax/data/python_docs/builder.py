@@ -1,185 +1,155 @@
-"""The TFDS builder `python_docs`: array_record files, written and read without TensorFlow."""
+"""The TFDS builder, and `load`, which prepares it on first use."""
 
 import contextlib
-import functools
+import hashlib
 import io
 import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
-from transformer_jax.data.python_docs.docstrings import (
-    docstrings,
-    paragraphs,
-    prose,
-    sentences,
-    share,
-    topics,
-)
+from transformer_jax.data.mapped import Mapped, from_builder
+from transformer_jax.data.python_docs import examples
 
-# Subjects of the `topics` set: packages with many docstrings on every supported Python.
-SUBJECTS: dict[str, tuple[str, ...]] = {
-    "asyncio": ("asyncio",),
-    "email": ("email", "mailbox", "smtplib", "imaplib", "poplib"),
-    "files": ("tarfile", "zipfile", "pathlib", "shutil", "os", "posixpath", "ntpath", "tempfile",
-              "glob", "gzip", "bz2", "lzma"),
-    "importlib": ("importlib", "pkgutil", "zipimport", "modulefinder", "runpy"),
-    "logging": ("logging",),
-    "multiprocessing": ("multiprocessing", "concurrent", "threading"),
-    "numbers": ("_pydecimal", "statistics", "fractions", "random", "numbers", "colorsys"),
-    "tkinter": ("tkinter",),
-    "unittest": ("unittest", "doctest"),
-    "web": ("http", "urllib", "wsgiref", "xmlrpc", "socketserver", "ftplib"),
-    "xml": ("xml", "html"),
+SPLITS = examples.SPLITS
+
+
+class Content(NamedTuple):
+    """What a config holds: a description, features, and the examples by split."""
+
+    description: str
+    features: Callable[[], dict]
+    examples: Callable[[], dict[str, list[dict]]]
+
+
+def _texts(*names: str) -> Callable[[], dict]:
+    return lambda: {name: tfds.features.Text() for name in names}
+
+
+CONFIGS = {
+    "documents": Content(
+        "A module's docstrings, or a topic of the language reference: one sentence a line, a blank "
+        "line between paragraphs.",
+        _texts("name", "text"),
+        examples.documents,
+    ),
+    "topics": Content(
+        "A docstring and the part of the standard library that it comes from. Its validation and "
+        "test texts may stand, without labels, in the train split of documents: pre-training may "
+        "see the text of a task, as is usual in transfer learning, never its answers.",
+        lambda: {
+            "text": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(names=list(examples.TOPICS)),
+        },
+        examples.topics,
+    ),
+    "summaries": Content(
+        "A docstring without its first sentence, and that sentence, which sums it up.",
+        _texts("body", "summary"),
+        examples.summaries,
+    ),
 }
-_SUBJECT_OF = {package: name for name, group in SUBJECTS.items() for package in group}
-MIN_WORDS = 5  # of a docstring in `topics`
-MIN_BODY_WORDS = 20  # of a body in `summaries`
-
-# Upper ends of the shares of train and validation; test is the rest. Classification keeps more
-# aside: a test set of a few hundred examples measures accuracy to two points.
-SPLITS = {"documents": (0.88, 0.94), "topics": (0.70, 0.80), "summaries": (0.80, 0.90)}
 
 
 class PythonDocs(tfds.core.GeneratorBasedBuilder):
-    """Documentation that every Python installation carries, in three configs.
+    """Documentation of the Python that runs: docstrings and pydoc's topics.
 
-    documents: `name`, `text`. A module's docstrings, or a chapter of the language reference; one
-        sentence a line, a blank line between paragraphs.
-    topics: `text`, `label`. A docstring and the subject of the package it comes from.
-    summaries: `body`, `summary`. A docstring without its first line, and that line.
-
-    Splits follow a hash of the module's name (documents) or of the text (topics, summaries), so
-    they never share an example. A docstring of the topics' test split may stand, without its label,
-    in the documents that a model is pre-trained on, as is usual in transfer learning.
+    Nothing is downloaded. The text differs a little between Python versions; the split of a
+    document or text does not.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in SPLITS]
+    BUILDER_CONFIGS = [  # noqa: RUF012  (the name is TFDS's)
+        tfds.core.BuilderConfig(name=name, description=content.description)
+        for name, content in CONFIGS.items()
+    ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
-        features = {
-            "documents": {"name": text, "text": text},
-            "topics": {"text": text, "label": tfds.features.ClassLabel(names=list(SUBJECTS))},
-            "summaries": {"body": text, "summary": text},
-        }
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(features[self.builder_config.name]),
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"{type(self).__doc__}\n{self.builder_config.description}",
+            features=tfds.features.FeaturesDict(CONFIGS[self.builder_config.name].features()),
             homepage="https://docs.python.org",
-            license="PSF-2.0",
+            license="Python Software Foundation License",
         )
 
-    def _split_generators(self, dl_manager):
-        del dl_manager  # nothing is downloaded
-        names = ("train", "validation", "test")
-        edges = (0.0, *SPLITS[self.builder_config.name], 1.0)
-        return {n: self._generate_examples(lo, hi) for n, lo, hi in zip(names, edges, edges[1:])}
+    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+        del dl_manager
+        by_split = CONFIGS[self.builder_config.name].examples()
+        return {split: self._generate_examples(found) for split, found in by_split.items()}
 
-    def _generate_examples(self, low: float, high: float):
-        for key, example in _EXAMPLES[self.builder_config.name]():
-            if low <= share(key) < high:
-                yield key, example
+    def _generate_examples(self, found: list[dict]) -> Iterator[tuple[int, dict]]:
+        yield from enumerate(found)
 
 
-@functools.cache  # one reading serves three splits
-def _documents() -> list[tuple[str, dict]]:
-    found = []
-    modules: dict[str, list[str]] = {}
-    for module, text in docstrings():
-        modules.setdefault(module, []).append(text)
-    named = {f"topic/{name}": [text] for name, text in topics().items()}
-    for name, texts in (modules | named).items():
-        text = "\n\n".join(filter(None, map(prose, texts)))
-        if len(text.splitlines()) > 1:
-            found.append((name, {"name": name, "text": text}))
-    return found
-
-
-@functools.cache  # one reading serves three splits
-def _topics() -> list[tuple[str, dict]]:
-    found = []
-    subjects: dict[str, set[str]] = {}
-    for module, text in docstrings():
-        if subject := _SUBJECT_OF.get(module.split(".")[0]):
-            text = " ".join(paragraphs(text))
-            if len(text.split()) >= MIN_WORDS:
-                subjects.setdefault(text, set()).add(subject)
-    for text, of in subjects.items():
-        if len(of) == 1:  # the same words in two packages say nothing of either
-            found.append((text, {"text": text, "label": next(iter(of))}))
-    return found
-
-
-@functools.cache  # one reading serves three splits
-def _summaries() -> list[tuple[str, dict]]:
-    found = []
-    seen = set()
-    for _, text in docstrings():
-        summary, _, rest = text.partition("\n\n")
-        summary, body = " ".join(summary.split()), " ".join(paragraphs(rest))
-        if len(sentences(summary)) == 1 and len(body.split()) >= MIN_BODY_WORDS and body not in seen:
-            seen.add(body)
-            found.append((body, {"body": body, "summary": summary}))
-    return found
-
-
-_EXAMPLES = {"documents": _documents, "topics": _topics, "summaries": _summaries}
-
-
-def cache_folder() -> Path:
-    """$TRANSFORMER_JAX_CACHE, or `~/.cache/transformer_jax`."""
-    return Path(os.environ.get("TRANSFORMER_JAX_CACHE") or "~/.cache/transformer_jax").expanduser()
-
-
-def load(config: str, split: str, data_dir: str | Path | None = None):
-    """A random-access source of one split, built on first use.
-
-    The data set of each Python version stands in a folder of its own. It is built aside and moved
-    into place whole, so that a killed build leaves nothing behind that looks finished, and of two
-    processes at once the later one's build is thrown away.
+def load(config: str, split: str, data_dir: str | Path | None = None) -> Mapped:
+    """A split of a config, prepared on first use (some seconds): random access to examples.
 
     Args:
-        config: "documents", "topics" or "summaries".
+        config: "documents" {"name", "text"}, "topics" {"text", "label"} with `label_names`, or
+            "summaries" {"body", "summary"}.
         split: "train", "validation" or "test".
+        data_dir: see `prepare`.
 
     Raises:
-        ValueError: an unknown config or split.
-        FileNotFoundError: this Python has no library sources.
+        ValueError: unknown config or split.
+        FileNotFoundError: this Python has no documentation.
     """
-    from transformer_jax.data.sources import tfds_source
-
-    for kind, value, allowed in (("config", config, tuple(SPLITS)),
-                                 ("split", split, ("train", "validation", "test"))):
-        if value not in allowed:
-            raise ValueError(f"python_docs has no {kind} {value!r}; choose one of "
-                             f"{', '.join(allowed)}")
-    root = Path(data_dir) if data_dir else cache_folder()
-    version = f"{platform.python_version()}-{PythonDocs.VERSION}"
-    final = root / "python_docs" / version / config
-    if not final.is_dir():
-        _build(config, final)
-    return tfds_source(str(final / "python_docs" / config / str(PythonDocs.VERSION)), split)
+    for what, word, known in (("config", config, CONFIGS), ("split", split, SPLITS)):
+        if word not in known:
+            raise ValueError(f"unknown {what} {word!r} of python_docs; "
+                             f"choose one of {', '.join(known)}")
+    folder = prepare(data_dir)
+    return from_builder(PythonDocs(config=config, data_dir=folder), split)
 
 
-def _build(config: str, final: Path) -> None:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{config}-", dir=final.parent))
+def prepare(data_dir: str | Path | None = None) -> Path:
+    """The folder with all configs for this Python, made if it is not there.
+
+    It lies in `data_dir`, by default $TRANSFORMER_JAX_CACHE or ~/.cache/transformer_jax, and its
+    name tells the versions of Python, of the data set and of the code that makes it. It is written
+    elsewhere and renamed, so other processes see all of it or nothing; when two are at it, the
+    first to finish wins.
+    """
+    default = os.environ.get("TRANSFORMER_JAX_CACHE") or Path("~/.cache/transformer_jax")
+    cache = Path(data_dir or default).expanduser()
+    folder = cache / (f"python_docs-{PythonDocs.VERSION}-{_code_version()}"
+                      f"-py{platform.python_version()}")
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=".python_docs-", dir=cache))
     try:
-        builder = PythonDocs(config=config, data_dir=aside, file_format="array_record")
-        settings = tfds.download.DownloadConfig(
-            compute_stats=tfds.download.ComputeStatsMode.SKIP, try_download_gcs=False
-        )
-        tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):  # its banner speaks of downloading
-            builder.download_and_prepare(download_config=settings)
+        for config in CONFIGS:
+            with _silence():
+                PythonDocs(config=config, data_dir=building,
+                           file_format="array_record").download_and_prepare()
+        building.chmod(0o755)  # mkdtemp lets nobody else in
         try:
-            aside.rename(final)
+            building.rename(folder)
         except OSError:
-            if not final.is_dir():  # not the race with another process that finished first
+            if not folder.is_dir():
                 raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _code_version() -> str:
+    """Changes with the code that makes the examples, so that no stale cache is read."""
+    digest = hashlib.sha1()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """TFDS prints and draws bars; a few seconds are not worth that."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -1,0 +1,220 @@
+"""Pre-train, fine-tune a masked subset, evaluate and generate: GPT and BERT in a few minutes.
+
+    python experiments/quickstart.py
+
+Hardware: any; 2 CPU cores take about five minutes. Nothing is downloaded: the text is the
+documentation that Python carries. Both models are pre-trained on it; copies are fine-tuned to tell
+from a docstring which part of the standard library it documents, with few labels, by recipes
+that train ever more of the parameters; a model of the same size is trained from scratch beside
+them. `runs/quickstart` gets `results.json` and the pictures.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+import configs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from finetune import Finetune, Settings, finetune, forgotten, load_task
+from pretrain import pretrain
+from rich.console import Console
+from rich.table import Table
+from settings import Optimizer
+from transformer_jax import draw
+from transformer_jax.generate import fill_mask, generate
+from transformer_jax.models import GPT
+from transformer_jax.nn.attention import causal_mask
+from transformer_jax.nn.blocks import Stack
+from transformer_jax.nn.positions import sinusoidal
+from transformer_jax.objectives.layout import bert_row
+
+PROMPTS = ("Return the", "If the file", "This class is used to")
+SENTENCES = ("Return the [MASK] of the string.", "Raise an [MASK] if the file does not exist.",
+             "I ate an [MASK] today.")
+NAMES = {"gpt_python_docs": "GPT", "bert_python_docs": "BERT"}
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """The main job.
+
+    Attributes:
+        labels_per_class: label budgets, smallest first.
+        seeds: fine-tuning runs a cell of the table.
+        test_examples: of the test split, for the table; the same for all cells.
+        forgetting_rows: held-out pre-training rows on which forgetting is measured.
+        pretrain_steps: 0 takes the configs' numbers.
+    """
+
+    out: Path = Path("runs/quickstart")
+    recipes: tuple[str, ...] = ("head", "last_k:1", "full")
+    labels_per_class: tuple[int, ...] = (8, 32)
+    seeds: int = 3
+    test_examples: int = 384
+    forgetting_rows: int = 96
+    pretrain_steps: int = 0
+    settings: Settings = dataclasses.field(default_factory=lambda: Settings(
+        length=48, batch_size=16, num_steps=40,
+        optimizer=Optimizer(schedule="linear", peak=1.5e-3, warmup_steps=4, b2=0.99)))
+
+
+def main(c: Quickstart) -> dict:
+    began = time.perf_counter()
+    console = Console(width=110)
+    cells, pretraining, trained = [], {}, {}
+    for config_name, name in NAMES.items():
+        console.rule(f"Pre-training {name} on the documentation of Python")
+        settings = configs.load()[config_name][1]
+        settings = dataclasses.replace(
+            settings, out=c.out / config_name,
+            **({"num_steps": c.pretrain_steps} if c.pretrain_steps else {}))
+        pretraining[name] = pretrain(settings)["metrics"]
+        trained[name] = common.load_run(settings.out)
+        cells += compare_recipes(c, name, trained[name], settings.out, console)
+    pictures(c, trained, cells)
+    samples = use(trained, console)
+    console.print(loss_table(pretraining))
+    console.print(recipe_table(cells))
+    metrics = {"pretraining": pretraining, "finetuning": cells, "samples": samples}
+    results = common.write_results(c.out, c, metrics, time.perf_counter() - began)
+    console.print(f"{results['seconds']:.0f} s; figures and results.json are in {c.out}")
+    return results
+
+
+def compare_recipes(c: Quickstart, name: str, base, folder: Path, console: Console) -> list[dict]:
+    """A cell for every recipe and label budget: means and deviations over seeds."""
+    task = load_task(Finetune(pretrained=folder, out=c.out), base.tokenizer)
+    task = task._replace(test=task.test[: c.test_examples])
+    model = type(base.model)(base.model.config, num_classes=len(task.label_names))
+    held_out = common.held_out_batches(folder, base.tokenizer, batch_size=32)
+    held_out = held_out[: max(c.forgetting_rows // 32, 1)]
+    before = forgotten(model, base.params, {}, held_out)
+    rows = [("from scratch", "full", None), *[(r, r, base.params) for r in c.recipes]]
+    cells = []
+    for budget in c.labels_per_class:
+        for label, recipe, start in rows:
+            outcomes = [
+                finetune(model, start, base.tokenizer, task, recipe, c.settings, seed, budget,
+                         quiet=True)
+                for seed in range(c.seeds)
+            ]
+            accuracy = np.array([o.metrics["accuracy"] for o in outcomes])
+            after = [forgotten(model, base.params, o.params, held_out) for o in outcomes
+                     if start is not None]
+            cells.append({
+                "model": name, "recipe": label, "labels": outcomes[0].metrics["labels"],
+                "accuracy": accuracy.mean(), "accuracy_std": accuracy.std(),
+                "share_trained": outcomes[0].metrics["share_trained"],
+                "seconds_per_step": np.median([o.metrics["seconds_per_step"] for o in outcomes]),
+                "held_out_before": before, "held_out_after": np.mean(after) if after else None,
+                "chance": max(np.bincount([e["label"] for e in task.test])) / len(task.test),
+            })
+            console.print(f"{name}, {label}, {cells[-1]['labels']} labels: accuracy "
+                          f"{100 * accuracy.mean():.1f} %")
+    return cells
+
+
+def recipe_table(cells: list[dict]) -> Table:
+    table = Table(title="Fine-tuning: which parameters, how many labels (mean of seeds)")
+    for heading in ("model", "labels", "recipe", "accuracy %", "trained %", "ms/step",
+                    "pre-training loss before", "after"):
+        table.add_column(heading, justify="left" if heading in ("model", "recipe") else "right")
+    for i, cell in enumerate(cells):
+        after = cell["held_out_after"]
+        table.add_row(
+            cell["model"], str(cell["labels"]), cell["recipe"],
+            f"{100 * cell['accuracy']:.1f} ± {100 * cell['accuracy_std']:.1f}",
+            f"{100 * cell['share_trained']:.2f}", f"{1000 * cell['seconds_per_step']:.0f}",
+            "" if after is None else f"{cell['held_out_before']:.3f}",
+            "" if after is None else f"{after:.3f}",
+            end_section=i + 1 < len(cells) and cells[i + 1]["labels"] != cell["labels"],
+        )
+    return table
+
+
+def loss_table(pretraining: dict[str, dict]) -> Table:
+    table = Table(title="Pre-training: held-out loss (nats)")
+    for heading in ("model", "before", "after"):
+        table.add_column(heading, justify="right")
+    for name, metrics in pretraining.items():
+        table.add_row(name, f"{metrics['held_out_before']['loss']:.3f}",
+                      f"{metrics['held_out']['loss']:.3f}")
+    return table
+
+
+def use(trained: dict, console: Console) -> dict:
+    """Text by GPT, greedy and drawn; words for masks by BERT."""
+    gpt, bert = trained["GPT"], trained["BERT"]
+    prompts = [gpt.tokenizer.encode(p) for p in PROMPTS]
+    ends = {"max_new_tokens": 40, "eos_token_id": gpt.tokenizer.eos_id}
+    console.rule("Generated text")
+    texts = {}
+    for how, options in (
+        ("greedy", {}),
+        ("sampled", {"do_sample": True, "temperature": 0.8, "top_p": 0.95,
+                     "rng": jax.random.key(0)}),
+    ):
+        rows = generate(gpt.model, gpt.params, prompts, **ends, **options)
+        # Prompts are padded on the left with end-of-text, which decoding leaves out.
+        texts[how] = [gpt.tokenizer.decode(row) for row in rows]
+        for text in texts[how]:
+            console.print(f"[{how}] {text}", markup=False)
+    console.rule("Filled masks")
+    t = bert.tokenizer
+    filled = {}
+    for sentence in SENTENCES:
+        ids = t.encode(sentence)
+        row = bert_row(ids, length=len(ids) + 2, cls_id=t.cls_id, sep_id=t.sep_id)
+        fill = fill_mask(bert.model, bert.params, row["tokens"], mask_id=t.mask_id)[0]
+        filled[sentence] = {t.decode([i]): float(p)
+                            for i, p in zip(fill.token_ids, fill.probabilities)}
+        words = ", ".join(f"{word} {p:.2f}" for word, p in filled[sentence].items())
+        console.print(f"{sentence}  ->  {words}", markup=False)
+    return {"texts": texts, "masks": filled}
+
+
+def pictures(c: Quickstart, trained: dict, cells: list[dict]) -> None:
+    """Label efficiency, position encodings, and attention with and without the causal mask.
+
+    Curves of pre-training are in each run's own folder.
+    """
+    gpt = trained["GPT"]
+    learned = np.asarray(gpt.params["position_embed"]["embedding"])
+    draw.positions(c.out / "positions.png", {
+        "fixed (sinusoidal)": sinusoidal(*learned.shape), "learned by GPT": learned})
+    ids = gpt.tokenizer.encode("Return the number of bytes that were written to the file.")
+    draw.attention(c.out / "attention.png", attention_maps(gpt.model, gpt.params, ids),
+                   [gpt.tokenizer.decode([i]) or "·" for i in ids],
+                   title="GPT, last layer, mean over heads")
+    panels = {}
+    for cell in cells:
+        line = panels.setdefault(cell["model"], {}).setdefault(cell["recipe"], ([], [], []))
+        for values, key in zip(line, ("labels", "accuracy", "accuracy_std")):
+            values.append(cell[key])
+    draw.label_efficiency(c.out / "labels.png", panels, chance=cells[0]["chance"],
+                          title="Accuracy by labels and by what trains")
+
+
+def attention_maps(model: GPT, params: dict, ids: list[int]) -> dict[str, np.ndarray]:
+    """The same parameters under two masks: a mask is data, the stack does not know it."""
+    x = params["token_embed"]["embedding"][jnp.array(ids)] * model.config.embedding_scale
+    x += params["position_embed"]["embedding"][: len(ids)]
+    order = jnp.arange(len(ids))[None]
+    masks = {"with the causal mask": causal_mask(order, order), "without it": None}
+    stack = Stack(model.config.stack)
+    return {
+        name: np.asarray(stack.apply({"params": params["decoder"]}, x[None], mask).attention[-1])
+        .mean((0, 1))
+        for name, mask in masks.items()
+    }
+
+
+if __name__ == "__main__":
+    config = tyro.cli(Quickstart, description=__doc__)
+    common.start()
+    main(config)

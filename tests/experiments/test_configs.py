@@ -1,0 +1,125 @@
+"""Two steps of every config, and the scripts one after another on the embedded corpus."""
+
+import dataclasses
+import json
+import shutil
+
+import common
+import configs
+import finetune
+import generate
+import jax
+import numpy as np
+import pretrain
+import pytest
+import quickstart
+from settings import Mesh
+
+TINY = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 16, "max_length": 32}
+
+
+def tiny(c, out, **changes):
+    """The config with a model small enough for a test, and two steps."""
+    changes = {"num_steps": 2, "eval_batches": 1, "length": 24, "batch_size": 8, "log_every": 1,
+               "mesh": Mesh(data=-1), **changes}
+    model = c.model.replace(**TINY, vocab_size=min(c.model.vocab_size, 600))
+    return dataclasses.replace(c, out=out, model=model, **changes)
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory):
+    """A text file that every config can be pointed to."""
+    path = tmp_path_factory.mktemp("data") / "input.txt"
+    lines = [f"Document {d} says in sentence {s} that {d} times {s} is {d * s}."
+             for d in range(30) for s in range(6)]
+    path.write_text("\n\n".join("\n".join(lines[i : i + 6]) for i in range(0, len(lines), 6)))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", configs.load())
+def test_two_steps_of_every_config(name, tmp_path, sentences):
+    c = tiny(configs.load()[name][1], tmp_path / "run", data=sentences)
+    results = pretrain.pretrain(c)
+    assert np.isfinite(results["metrics"]["held_out"]["loss"])
+    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert saved["config"]["num_steps"] == 2 and saved["versions"]["jax"] and saved["device"]
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, sentences):
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("gpt_python_docs", "bert_python_docs"):
+        pretrain.pretrain(tiny(configs.load()[name][1], folder / name, data=sentences))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gpt_python_docs", "bert_python_docs"])
+def test_finetune_then_classify(name, runs, tmp_path):
+    rows = "sentence\tlabel\n" + "".join(f"it is {w} {i}\t{w}\n" for i in range(12)
+                                         for w in ("good", "bad"))
+    (tmp_path / "train.tsv").write_text(rows)
+    out = tmp_path / "tuned"
+    c = finetune.Finetune(
+        pretrained=runs / name, out=out, train="last_k:1", data=str(tmp_path / "train.tsv"),
+        validation=tmp_path / "train.tsv", text="sentence",
+        settings=finetune.Settings(length=16, num_steps=2),
+    )
+    metrics = finetune.main(c)["metrics"]
+    assert np.sum(metrics["confusion"]) == 24  # every example exactly once
+    assert 0 < metrics["share_trained"] < 1 and metrics["held_out_after"] > 0
+    assert common.load_run(out).label_names == ["bad", "good"]
+    answers = generate.answer(generate.Generate(run=out, text=("it is good", "it is bad")))
+    assert len(answers) == 2 and "good" in answers[0]
+
+
+def test_generate_and_fill(runs):
+    gpt = generate.Generate(run=runs / "gpt_python_docs", text=("Document 3", "The"),
+                            max_new_tokens=5)
+    assert [a.startswith(t) for a, t in zip(generate.answer(gpt), gpt.text)] == [True, True]
+    assert generate.answer(dataclasses.replace(gpt, top_p=0.5)) != []
+    bert = generate.Generate(run=runs / "bert_python_docs", text=("Document [MASK] says",))
+    assert generate.answer(bert)[0].count(",") == 4
+
+
+def test_the_same_command_resumes(tmp_path, sentences):
+    """A run that lost all after step 5 ends, by the same command, in the same bits."""
+    c = tiny(configs.load()["gpt_python_docs"][1], tmp_path / "run", data=sentences,
+             num_steps=10, save_every=5)
+    pretrain.pretrain(c)
+    straight = jax.tree.leaves(common.load_run(c.out).params)
+    shutil.rmtree(c.out / "checkpoints" / "10")
+    pretrain.pretrain(c)
+    for a, b in zip(straight, jax.tree.leaves(common.load_run(c.out).params)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_unknown_objective_and_missing_run(tmp_path, sentences):
+    c = tiny(configs.load()["gpt_python_docs"][1], tmp_path / "run", data=sentences)
+    with pytest.raises(ValueError, match=r"'sorting'.*causal_lm, mlm_nsp"):
+        pretrain.pretrain(dataclasses.replace(c, objective="sorting"))
+    with pytest.raises(FileNotFoundError, match=r"--out folder"):
+        common.load_run(tmp_path / "nowhere")
+
+
+def test_too_few_labels_of_a_class():
+    examples = [{"label": 0}] * 5 + [{"label": 1}]
+    with pytest.raises(ValueError, match=r"2 labels a class.*lower labels_per_class"):
+        finetune.few_labels(examples, 2, seed=0)
+    assert len(finetune.few_labels(examples, 1, seed=0)) == 2
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path, monkeypatch):
+    """The main job on the embedded corpus, with few steps and small models."""
+    load = configs.load
+    monkeypatch.setattr(configs, "load", lambda: {
+        name: (text, tiny(c, c.out, eval_batches=2)) for name, (text, c) in load().items()})
+    results = quickstart.main(quickstart.Quickstart(
+        out=tmp_path, seeds=1, labels_per_class=(2,), test_examples=64, pretrain_steps=2,
+        settings=finetune.Settings(length=16, num_steps=2),
+    ))
+    cells = results["metrics"]["finetuning"]
+    assert len(cells) == 2 * 4 and all(np.isfinite(c["accuracy"]) for c in cells)
+    assert {"positions.png", "attention.png", "labels.png", "results.json"} <= {
+        p.name for p in tmp_path.iterdir()}

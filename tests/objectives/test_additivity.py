@@ -1,0 +1,112 @@
+"""Sums and weights add over any split of a batch, and rows of zeros count nothing."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from small_models import BERT, GPT2, build, quick_jit, random_tokens
+
+from transformer_jax.objectives import causal_lm, losses, mlm_nsp, tasks
+
+B, T, P = 6, 9, 3
+RNG = np.random.default_rng(0)
+TOKENS = random_tokens(B, T + 1)
+MASK = (np.arange(T) < np.array([9, 7, 4, 9, 2, 5])[:, None])
+CAUSAL = {**causal_lm.shift(TOKENS, np.pad(MASK, ((0, 0), (1, 0)), constant_values=True))}
+MASKED = {
+    "tokens": TOKENS[:, :T] * MASK,
+    "segment_ids": (np.arange(T) > 3) * MASK.astype(np.int32),
+    "padding_mask": MASK,
+    "masked_positions": RNG.integers(0, 2, (B, P)).astype(np.int32),
+    "masked_targets": random_tokens(B, P, seed=1),
+    "masked_weights": (np.arange(P) < np.array([3, 1, 2, 0, 1, 3])[:, None]).astype(np.float32),
+    "nsp_labels": np.array([0, 1, 1, 0, 1, 0], np.int32),
+    "nsp_weights": np.ones(B, np.float32),
+}
+CLASSES = {
+    "tokens": TOKENS[:, :T] * MASK, "segment_ids": np.zeros((B, T), np.int32),
+    "padding_mask": MASK, "labels": np.array([0, 2, 1, 1, 0, 2], np.int32),
+    "weights": np.ones(B, np.float32),
+}
+ONE = {"num_layers": 1}
+CASES = {
+    "causal_lm": (GPT2.replace(**ONE), 0, causal_lm.loss, CAUSAL),
+    "mlm_nsp": (BERT.replace(**ONE), 0, mlm_nsp.loss, MASKED),
+    "classify_gpt": (GPT2.replace(**ONE), 3, tasks.classification_loss, CLASSES),
+    "classify_bert": (BERT.replace(**ONE), 3, tasks.classification_loss, CLASSES),
+}
+
+
+def padded(batch, rows: slice):
+    """Some rows of a batch, filled with rows of zeros, as the last evaluation batch is."""
+    cut = {name: np.zeros_like(values) for name, values in batch.items()}
+    for name, values in batch.items():
+        cut[name][: len(values[rows])] = values[rows]
+    return cut
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_split_and_padded_batches_add_up(name):
+    config, num_classes, loss_fn, batch = CASES[name]
+    model, params = build(config, num_classes)
+
+    @quick_jit
+    def value_and_grad(params, batch):
+        def total(params):
+            sums, weights, metrics = loss_fn(model.apply, params, batch)
+            return sum(jax.tree.leaves(sums)), (sums, weights, metrics)
+
+        (_, totals), gradient = jax.value_and_grad(total, has_aux=True)(params)
+        return totals, gradient
+
+    whole = value_and_grad(params, batch)
+    parts = [value_and_grad(params, padded(batch, rows))
+             for rows in (slice(0, 1), slice(1, 4), slice(4, 6), slice(0, 0))]
+    added = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole[1]))
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(added)):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5 * scale)
+    # Zero rows alone: everything is finite, and exactly nothing.
+    for leaf in jax.tree.leaves(parts[-1]):
+        np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+    assert losses.mean(*parts[-1][0][:2]) == 0
+    # The totals are of the right size: weights are counts, metrics stand on the same weights.
+    sums, weights, metrics = whole[0]
+    expected = {
+        "causal_lm": MASK.sum(), "mlm_nsp": {"mlm": 10, "nsp": 6}, "classify_gpt": 6,
+        "classify_bert": 6,
+    }[name]
+    assert jax.tree.map(float, weights) == jax.tree.map(float, expected)
+    for hits, weight in metrics.values():
+        assert 0 <= hits <= weight
+    assert jax.tree.structure(sums) == jax.tree.structure(weights)
+
+def test_masked_words_without_pairs():
+    """A batch without nsp_labels has one term, the same as the first of two."""
+    scores = RNG.normal(size=(B, P, 70)).astype(np.float32)
+    out = SimpleNamespace(mlm_logits=scores, nsp_logits=scores[:, 0, :2])
+    both = mlm_nsp.loss(lambda *args, **options: out, {}, MASKED)
+    words = {name: values for name, values in MASKED.items() if not name.startswith("nsp")}
+    alone = mlm_nsp.loss(lambda *args, **options: out, {}, words)
+    for two, one in zip(both[:2], alone[:2]):
+        assert set(two) == {"mlm", "nsp"}
+        assert one == {"mlm": two["mlm"]}
+    assert set(both[2]) == {"mlm_accuracy", "nsp_accuracy"}
+    assert set(alone[2]) == {"mlm_accuracy"}
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "mlm_nsp"])
+def test_losses_pass_their_rng_to_the_model(name):
+    loss_fn, batch = CASES[name][2:]
+    asked = {}
+
+    def apply(variables, tokens, *, deterministic, rngs, **options):
+        asked.update(deterministic=deterministic, rngs=rngs)
+        raise StopIteration
+
+    key = jax.random.key(3)
+    for rng, expected in ((None, (True, None)), (key, (False, {"dropout": key}))):
+        with pytest.raises(StopIteration):
+            loss_fn(apply, {}, batch, rng)
+        assert (asked["deterministic"], asked["rngs"]) == expected

@@ -1,0 +1,70 @@
+"""Special tokens, segments, truncation and padding by hand."""
+
+import numpy as np
+import pytest
+
+from transformer_jax.objectives import layout
+
+CLS, SEP, PAD = 101, 102, 9
+
+
+def test_pad():
+    row = layout.pad([1, 2], 4, fill=9)
+    assert row.tolist() == [1, 2, 9, 9]
+    assert row.dtype == np.int32
+    assert layout.pad([], 2).tolist() == [0, 0]
+
+
+def test_truncate_shortens_the_longer_and_of_equals_the_second():
+    a, b = layout.truncate_pair([1, 2, 3, 4, 5], [6, 7, 8], 5)
+    assert (a.tolist(), b.tolist()) == ([1, 2, 3], [6, 7])
+    a, b = layout.truncate_pair([1, 2], [3, 4], 4)
+    assert (a.tolist(), b.tolist()) == ([1, 2], [3, 4])
+    assert layout.truncate_pair([1, 2], [], 1)[0].tolist() == [1]
+
+
+def test_truncate_with_an_rng_takes_from_both_ends():
+    fronts = []
+    for seed in range(300):
+        a, b = layout.truncate_pair(np.arange(20), [50, 51], 12, np.random.default_rng(seed))
+        assert len(a) == 10 and b.tolist() == [50, 51]
+        assert (np.diff(a) == 1).all()  # what is left hangs together
+        fronts.append(int(a[0]))
+    # Each of the 10 tokens leaves at the front with probability one half.
+    assert abs(np.mean(fronts) - 5) < 4 * (10 / 4 / 300) ** 0.5
+    assert abs(np.var(fronts) - 2.5) < 1
+
+
+def test_bert_row_of_one_text():
+    row = layout.bert_row([1, 2, 3], length=7, cls_id=CLS, sep_id=SEP, pad_id=PAD)
+    assert row["tokens"].tolist() == [CLS, 1, 2, 3, SEP, PAD, PAD]
+    assert row["segment_ids"].tolist() == [0] * 7
+    assert row["padding_mask"].tolist() == [True] * 5 + [False] * 2
+    cut = layout.bert_row([1, 2, 3, 4], length=4, cls_id=CLS, sep_id=SEP)
+    assert cut["tokens"].tolist() == [CLS, 1, 2, SEP]
+
+
+def test_bert_row_of_a_pair():
+    row = layout.bert_row([1, 2], [3], length=8, cls_id=CLS, sep_id=SEP)
+    assert row["tokens"].tolist() == [CLS, 1, 2, SEP, 3, SEP, 0, 0]
+    assert row["segment_ids"].tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
+    assert row["padding_mask"].tolist() == [True] * 6 + [False] * 2
+    assert {k: v.dtype.name for k, v in row.items()} == {
+        "tokens": "int32", "segment_ids": "int32", "padding_mask": "bool"}
+    cut = layout.bert_row([1, 2, 3, 4], [5, 6, 7], length=8, cls_id=CLS, sep_id=SEP)
+    assert cut["tokens"].tolist() == [CLS, 1, 2, 3, SEP, 5, 6, SEP]
+
+
+@pytest.mark.parametrize(("b", "length"), [(None, 2), ([1], 3)])
+def test_no_room_for_text(b, length):
+    with pytest.raises(ValueError, match=f"length {length} leaves no room .* use at least"):
+        layout.bert_row([1], b, length=length, cls_id=CLS, sep_id=SEP)
+
+
+def test_gpt_row_ends_with_the_extract_token():
+    row = layout.gpt_row([1, 2], length=5, extract_id=7, pad_id=PAD)
+    assert row["tokens"].tolist() == [1, 2, 7, PAD, PAD]
+    assert row["padding_mask"].tolist() == [True, True, True, False, False]
+    assert row["segment_ids"].tolist() == [0] * 5
+    cut = layout.gpt_row([1, 2, 3, 4], length=3, extract_id=7)
+    assert cut["tokens"].tolist() == [1, 2, 7]

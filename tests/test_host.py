@@ -1,0 +1,31 @@
+"""In a process of its own: the allocator's settings last as long as the process."""
+
+import platform
+import subprocess
+import sys
+
+SCRIPT = """
+import resource
+from transformer_jax.host import keep_freed_memory
+{call}
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        bytearray(64 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+def page_faults(call: str) -> int:
+    script = SCRIPT.format(call=call)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def test_freed_buffers_are_kept():
+    if platform.libc_ver()[0] != "glibc":
+        assert page_faults("assert not keep_freed_memory()") >= 0
+        return
+    assert page_faults("assert keep_freed_memory()") < 0.1 * page_faults("")

@@ -1,0 +1,83 @@
+"""Whole training steps compiled by the real TPU compiler, without a TPU."""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from transformer_jax import presets, sharding
+from transformer_jax.models import build_model, init_params
+from transformer_jax.objectives import causal_lm, mlm_nsp
+from transformer_jax.train import optim, step
+
+pytestmark = pytest.mark.tpu_compile
+HBM_BYTES = 16 * 2**30  # of one v5e chip
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    """16 chips of a v5e slice that does not exist, data 4 x fsdp 4."""
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with jax[tpu]")
+    if os.environ.get("TPU_SKIP_MDS_QUERY") != "1":
+        pytest.skip("set TPU_SKIP_MDS_QUERY=1: libtpu otherwise looks for a TPU machine")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
+    devices = np.array(topology.devices).reshape(4, 4)
+    return Mesh(devices, sharding.BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def lm_batch(rows: int, length: int) -> dict:
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    return {"tokens": ids, "targets": ids, "positions": ids, "document_ids": ids,
+            "weights": weights}
+
+
+def mlm_batch(rows: int, length: int, predictions: int) -> dict:
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    masked = jax.ShapeDtypeStruct((rows, predictions), jnp.int32)
+    return {"tokens": ids, "segment_ids": ids,
+            "padding_mask": jax.ShapeDtypeStruct((rows, length), jnp.bool_),
+            "masked_positions": masked, "masked_targets": masked,
+            "masked_weights": jax.ShapeDtypeStruct((rows, predictions), jnp.float32),
+            "nsp_labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
+            "nsp_weights": jax.ShapeDtypeStruct((rows,), jnp.float32)}
+
+
+CASES = {
+    "gpt2": (presets.gpt2(dtype="bfloat16"), causal_lm.loss, lm_batch(32, 512)),
+    "bert_base": (presets.bert_base(dtype="bfloat16"), mlm_nsp.loss, mlm_batch(64, 128, 20)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_step_compiles_fits_and_is_sharded(mesh, name):
+    config, loss, batch = CASES[name]
+    model = build_model(config)
+    optimizer = optim.make_optimizer(1e-4)
+    train_step = step.make_train_step(functools.partial(loss, model.apply), optimizer)
+
+    def init(rng):
+        return step.init_state(init_params(model, rng), optimizer)
+
+    state = jax.eval_shape(init, jax.random.key(0))
+    where = sharding.param_shardings(state, mesh)
+    state = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w),
+                         state, where)
+    rows = sharding.batch_sharding(mesh)
+    batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows), batch)
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(train_step, donate_argnums=0).lower(state, batch, rng).compile()
+    memory = compiled.memory_analysis()
+    state_bytes = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(state))
+    # fsdp 4: each chip keeps about a quarter of parameters and moments, not all of them.
+    assert memory.argument_size_in_bytes < 0.3 * state_bytes
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < HBM_BYTES
+    text = compiled.as_text()
+    assert "all-gather" in text and ("all-reduce" in text or "reduce-scatter" in text)

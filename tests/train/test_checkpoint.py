@@ -1,0 +1,216 @@
+"""Saving and restoring: everything comes back, anywhere, or says why not."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+
+from transformer_jax import sharding
+from transformer_jax.finetune.select import trainable_mask
+from transformer_jax.train import checkpoint, optim, step
+
+
+@functools.cache
+def make_state(recipe: str | None = None, width: int = 16) -> step.TrainState:
+    """A state after one update, so that its moments are not zero."""
+    params = toy.parameters(width)
+    mask = None if recipe is None else trainable_mask(params, recipe)
+    optimizer = optim.make_optimizer(0.1)
+    train_step = jax.jit(step.make_train_step(toy.loss, optimizer, mask))
+    state = step.init_state(params, optimizer, mask)
+    return train_step(state, toy.batch(width=width), None)[0]
+
+
+def assert_equal(ours, theirs) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    checkpoint.save(
+        directory,
+        1,
+        make_state(),
+        rng=jax.random.key(7),
+        data_state={"position": np.int64(3), "children": [None, {"seed": 1.5}]},
+        metadata={"name": "Ünïcode", "empty": {}},
+    )
+    return directory
+
+
+def test_everything_comes_back(saved):
+    found = checkpoint.restore(saved, make_state())
+    assert_equal(found.state, make_state())
+    assert jnp.array_equal(found.rng, jax.random.key(7))  # typed, of the same kind
+    assert found.data_state == {"position": 3, "children": [None, {"seed": 1.5}]}
+    assert found.metadata == {"name": "Ünïcode", "empty": {}}
+    assert checkpoint.load_metadata(saved) == found.metadata
+
+
+def test_raw_keys_and_missing_items(tmp_path):
+    state = step.init_state({"a": jnp.ones(3)}, optax.sgd(0.1))  # without optimizer state
+    checkpoint.save(tmp_path, 4, state, rng=jax.random.PRNGKey(5), data_state={})
+    found = checkpoint.restore(tmp_path, state)
+    assert_equal(found.state, state)
+    np.testing.assert_array_equal(found.rng, jax.random.PRNGKey(5))
+    assert found.data_state == {}
+    assert found.metadata is None
+    checkpoint.save(tmp_path, 5, state)
+    assert checkpoint.restore(tmp_path, state)[1:] == (None, None, None)
+
+
+def test_a_state_with_gaps_comes_back(tmp_path):
+    state = make_state("head")
+    checkpoint.save(tmp_path, 1, state)
+    assert_equal(checkpoint.restore(tmp_path, jax.eval_shape(lambda: state)).state, state)
+
+
+@pytest.mark.parametrize(("fsdp_then", "fsdp_now"), [(8, 1), (1, 8), (8, 2)])
+def test_another_number_of_devices(tmp_path, fsdp_then, fsdp_now):
+    def place(state, fsdp):
+        mesh = sharding.make_mesh(1, fsdp, jax.devices()[:fsdp])
+        return jax.device_put(state, sharding.param_shardings(state, mesh))
+
+    checkpoint.save(tmp_path, 1, place(make_state(), fsdp_then))
+    like = place(make_state(), fsdp_now)
+    found = checkpoint.restore(tmp_path, like).state
+    assert_equal(found, make_state())
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(like)):
+        assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+    kernel = found.params["encoder"]["layer_0"]["mlp"]["wi"]["kernel"]
+    assert len(kernel.sharding.device_set) == fsdp_now
+    assert kernel.addressable_shards[0].data.shape == (16 // fsdp_now, 16)
+
+
+def test_load_params_needs_no_optimizer(saved):
+    params = checkpoint.load_params(saved)
+    assert_equal(params, make_state().params)
+    abstract = jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    half = checkpoint.load_params(saved, abstract)
+    assert half["classifier"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_steps_are_kept_and_found(tmp_path):
+    assert checkpoint.latest_step(tmp_path / "nowhere") is None
+    assert checkpoint.latest_step(tmp_path) is None
+    state = step.init_state({"a": jnp.zeros(3)}, optax.sgd(0.1))
+    for number in (2, 9, 10):
+        checkpoint.save(tmp_path, number, state._replace(step=jnp.int32(number)), keep=2)
+    assert checkpoint.latest_step(tmp_path) == 10
+    assert int(checkpoint.restore(tmp_path, state).state.step) == 10
+    assert int(checkpoint.restore(tmp_path, state, step=9).state.step) == 9
+    with pytest.raises(FileNotFoundError, match="has no step 2; it has 9, 10"):
+        checkpoint.restore(tmp_path, state, step=2)
+
+
+def message_of(error: type[Exception], action) -> str:
+    with pytest.raises(error) as found:
+        action()
+    assert "\n" not in str(found.value)
+    return str(found.value)
+
+
+def test_missing_and_empty_directories(tmp_path):
+    for read in (checkpoint.load_params, checkpoint.load_metadata):
+        missing = message_of(FileNotFoundError, lambda read=read: read(tmp_path / "nowhere"))
+        assert "there is no checkpoint directory" in missing
+        assert "holds no checkpoint" in message_of(
+            FileNotFoundError, lambda read=read: read(tmp_path)
+        )
+
+
+def test_another_shape_names_the_parameter_and_both_shapes(saved):
+    found = message_of(ValueError, lambda: checkpoint.restore(saved, make_state(width=8)))
+    assert "params/classifier/kernel has shape (16, 2), not (8, 2)" in found
+
+
+def test_another_optimizer_or_choice_of_what_trains(saved, tmp_path):
+    found = message_of(ValueError, lambda: checkpoint.restore(saved, make_state("head")))
+    assert "opt_state also has 6 arrays such as 1/0/mu/encoder/layer_0/mlp/wi/bias" in found
+    checkpoint.save(tmp_path, 1, make_state("head"))
+    found = message_of(ValueError, lambda: checkpoint.restore(tmp_path, make_state()))
+    assert "opt_state lacks 6 arrays" in found
+
+
+def test_another_model(saved):
+    like = {"decoder": {"kernel": jnp.ones((2, 2))}}
+    found = message_of(ValueError, lambda: checkpoint.load_params(saved, like))
+    assert "params lacks 1 arrays such as decoder/kernel" in found
+
+
+def test_what_cannot_be_saved(saved, tmp_path):
+    state = make_state()
+    assert "already has step 1" in message_of(ValueError, lambda: checkpoint.save(saved, 1, state))
+    assert "data_state holds a set" in message_of(
+        ValueError, lambda: checkpoint.save(tmp_path, 1, state, data_state={"a": {1}})
+    )
+    assert "keep is 0" in message_of(
+        ValueError, lambda: checkpoint.save(tmp_path, 1, state, keep=0)
+    )
+    assert checkpoint.latest_step(tmp_path) is None
+
+
+def test_a_background_save_is_not_touched_by_donated_updates(tmp_path):
+    update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state = step.TrainState(jnp.int32(0), {"a": jnp.zeros((500, 1000))}, ())
+    for number in (1, 2):
+        state = update(state)
+        saving = checkpoint.save(tmp_path, number, state, wait=False)
+        for _ in range(3):
+            state = update(state)
+        saving.result()
+        saving.result()  # a second time does nothing
+    first, second = (checkpoint.load_params(tmp_path, step=n)["a"] for n in (1, 2))
+    np.testing.assert_array_equal(first, 1)
+    np.testing.assert_array_equal(second, 5)
+
+
+def test_a_background_failure_is_raised(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    checkpoint.save(tmp_path, 1, make_state())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)  # with which Orbax completes a checkpoint
+        saving = checkpoint.save(tmp_path, 2, make_state(), wait=False)
+        with pytest.raises(OSError, match="disk full"):
+            saving.result()
+    assert checkpoint.latest_step(tmp_path) == 1
+
+
+def test_a_killed_save_leaves_no_checkpoint(tmp_path):
+    """The process dies while Orbax writes: step 1 stays the latest, and step 2 can be saved."""
+    script = textwrap.dedent(
+        f"""
+        import os, signal
+        import jax, jax.numpy as jnp
+        jax.config.update("jax_platforms", "cpu")
+        from transformer_jax.train import checkpoint, step
+
+        state = step.TrainState(jnp.int32(1), {{"a": jnp.ones(1000)}}, ())
+        checkpoint.save({str(tmp_path)!r}, 1, state)
+        os.replace = os.rename = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+        checkpoint.save({str(tmp_path)!r}, 2, state)
+        """
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False
+    )
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) > 1  # the remains of step 2
+    assert checkpoint.latest_step(tmp_path) == 1
+    state = step.TrainState(jnp.int32(2), {"a": jnp.full(1000, 2.0)}, ())
+    checkpoint.save(tmp_path, 2, state)
+    np.testing.assert_array_equal(checkpoint.load_params(tmp_path)["a"], 2)

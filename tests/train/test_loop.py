@@ -1,0 +1,260 @@
+"""fit: history, logs, resumption to the bit, and a loss that is not a number."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy
+from tensorboardX import SummaryWriter
+
+from transformer_jax import sharding
+from transformer_jax.train import checkpoint, optim, progress, step
+from transformer_jax.train.loop import NonFiniteLossError, fit
+
+
+@functools.cache  # one step function, so that runs share what JAX compiled for it
+def make_step(loss=toy.loss):
+    schedule = optim.make_schedule("linear", 0.05, 20, 5)
+    optimizer = optim.make_optimizer(schedule, weight_decay=0.1)
+    return optimizer, step.make_train_step(loss, optimizer)
+
+
+def make(loss=toy.loss):
+    optimizer, train_step = make_step(loss)
+    return step.init_state(toy.parameters(), optimizer), train_step
+
+
+def train(num_steps: int = 20, batches=None, **options):
+    """A run with dropout. `batches` is passed when its position matters afterwards."""
+    options = {"rng": jax.random.key(3), "quiet": True} | options
+    batches = toy.Stream() if batches is None else batches
+    return fit(*make(), batches, num_steps=num_steps, **options)
+
+
+def assert_bit_equal(ours, theirs) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def straight():
+    """Twenty steps without a pause."""
+    return train()[0]
+
+
+def test_history_has_the_numbers_of_each_logged_step():
+    rows = []
+    state, history = train(7, log_every=3, on_log=rows.append)
+    assert int(state.step) == 7
+    assert [row["step"] for row in history] == [3, 6, 7]
+    assert rows == history
+    for row in history:
+        assert {"loss", "first_loss", "second_loss", "error", "grad_norm"} < set(row)
+        assert row["seconds"] > 0
+        assert row["seconds_per_step"] > 0
+        assert "tokens_per_second" not in row
+    plain, train_step = make()
+    batches, rng = toy.Stream(), jax.random.key(3)
+    for _ in range(3):
+        plain, metrics = jax.jit(train_step)(plain, next(batches), rng)
+    np.testing.assert_allclose(history[0]["loss"], metrics["loss"], rtol=1e-6)
+
+
+def test_tokens_per_second():
+    def loss(params, batch, rng):
+        return toy.loss(params, batch["toy"], rng)
+
+    class Tokens(toy.Stream):
+        def __next__(self):
+            return {"tokens": np.zeros((32, 10), np.int32), "toy": super().__next__()}
+
+    for tokens, expected in ((None, 320), (1000, 1000)):
+        _, history = fit(
+            *make(loss=loss), Tokens(), rng=None, num_steps=4, quiet=True, tokens_per_batch=tokens
+        )
+        row = history[-1]
+        np.testing.assert_allclose(row["tokens_per_second"] * row["seconds_per_step"], expected)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, [5]), (2, [2, 4, 5])])
+def test_evaluation_is_called_on_time(every, steps):
+    _, history = train(
+        5,
+        eval_fn=lambda params: {"norm": float(abs(params["classifier"]["bias"]).sum())},
+        eval_every=every,
+    )
+    assert [row["step"] for row in history if "eval_norm" in row] == steps
+    assert history[-1]["eval_norm"] > 0
+
+
+def test_a_mesh_gives_the_same_run(straight):
+    for data, fsdp in ((8, 1), (2, 4)):
+        mesh = sharding.make_mesh(data, fsdp)
+        state, _ = train(mesh=mesh)
+        kernel = state.params["encoder"]["layer_0"]["mlp"]["wi"]["kernel"]
+        assert kernel.addressable_shards[0].data.shape == (16 // fsdp, 16)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state, straight
+        )
+
+
+def test_lines_without_a_terminal(capsys):
+    train(6, log_every=3, quiet=False, eval_fn=lambda params: {"loss": 1.5})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("step 3/6  loss ")
+    assert "s/step" in lines[0]
+    assert lines[0].endswith(" left")
+    assert "eval loss 1.5" in lines[2]
+
+
+def test_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.progress(4) as report:
+        report(2, {"step": 2, "loss": 2.5, "tokens_per_second": 1234.0}, 75.0)
+    out = capsys.readouterr().out
+    assert "2/4" in out
+    assert "loss 2.5  1,234 tokens/s  1:15 left" in out
+
+
+def test_durations():
+    assert [progress.duration(s) for s in (0, 75.4, 3700)] == ["0:00", "1:15", "1:01:40"]
+
+
+def test_tensorboard_events(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        train(4, log_every=2, writer=writer, eval_fn=lambda params: {"loss": 1.0})
+    events = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    for tag in (b"train/loss", b"train/grad_norm", b"train/seconds_per_step", b"eval/loss"):
+        assert tag in events
+
+
+# Resumption --------------------------------------------------------------------------------------
+
+
+def test_two_halves_equal_the_whole(straight, tmp_path):
+    train(10, checkpoint_dir=tmp_path, metadata={"name": "half"})
+    batches = toy.Stream()
+    state, history = train(20, batches, checkpoint_dir=tmp_path, rng=jax.random.key(99))
+    assert_bit_equal(state, straight)
+    assert batches.position == 20
+    assert [row["step"] for row in history] == [20]
+    assert checkpoint.load_metadata(tmp_path, step=10) == {"name": "half"}
+
+
+def test_a_finished_run_is_left_as_it_is(straight, tmp_path):
+    train(20, checkpoint_dir=tmp_path)
+    state, history = train(20, checkpoint_dir=tmp_path)
+    assert_bit_equal(state, straight)
+    assert history == []
+    with pytest.raises(ValueError, match="has seen 20 updates, more than num_steps = 10"):
+        train(10, checkpoint_dir=tmp_path)
+
+
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "float32")
+import test_loop, toy
+
+class Deadly(toy.Stream):
+    def __next__(self):
+        if self.position == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__next__()
+
+test_loop.train(20, Deadly(), checkpoint_dir={directory!r}, save_every=5)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_bit(straight, tmp_path):
+    script = CHILD.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
+    process = subprocess.run([sys.executable, "-c", script], env=dict(os.environ), check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert checkpoint.latest_step(tmp_path) in (5, 10)  # 10, unless it was still being written
+    batches = toy.Stream()
+    state, _ = train(20, batches, checkpoint_dir=tmp_path, save_every=5)
+    assert_bit_equal(state, straight)
+    reference = toy.Stream()
+    for _ in range(20):
+        next(reference)
+    assert_bit_equal(next(batches), next(reference))
+
+
+def test_a_run_resumes_on_other_devices(straight, tmp_path):
+    train(10, checkpoint_dir=tmp_path, mesh=sharding.make_mesh(1, 8))
+    state, _ = train(20, checkpoint_dir=tmp_path)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state, straight
+    )
+
+
+# What goes wrong ---------------------------------------------------------------------------------
+
+
+class Poisoned(toy.Stream):
+    """Batch 7 has an infinite target."""
+
+    def __next__(self):
+        batch = super().__next__()
+        if self.position == 7:
+            batch["y"][0] = np.inf
+        return batch
+
+
+@pytest.mark.parametrize("log_every", [1, 10])
+def test_a_non_finite_loss_stops_the_run(tmp_path, log_every):
+    with pytest.raises(NonFiniteLossError, match="at step 7; its batch is in") as error:
+        train(20, Poisoned(), checkpoint_dir=tmp_path, save_every=5, log_every=log_every)
+    assert error.value.step == 7
+    assert "\n" not in str(error.value)
+    assert checkpoint.latest_step(tmp_path) == 5
+    for leaf in jax.tree.leaves(checkpoint.load_params(tmp_path)):
+        assert np.isfinite(leaf).all()
+    with np.load(tmp_path / "bad_batch_step7.npz") as batch:
+        assert np.isinf(batch["y"]).any()
+        np.testing.assert_array_equal(batch["x"], error.value.batch["x"])
+
+
+def test_a_non_finite_loss_on_the_step_that_saves(tmp_path):
+    with pytest.raises(NonFiniteLossError):
+        train(20, Poisoned(), checkpoint_dir=tmp_path, save_every=7)
+    assert checkpoint.latest_step(tmp_path) is None
+
+
+def test_a_finite_loss_with_an_infinite_gradient_stops_too():
+    def loss(params, batch, rng):
+        root = (params["classifier"]["bias"] ** 2).sum() ** 0.5  # its slope at 0 is not a number
+        return root, 1.0, {}
+
+    with pytest.raises(NonFiniteLossError, match="grad_norm is nan at step 1; it was batch 1"):
+        fit(*make(loss=loss), toy.Stream(), rng=None, num_steps=3, quiet=True)
+
+
+def test_batches_that_end_early():
+    batches = iter([toy.batch(), toy.batch()])
+    with pytest.raises(ValueError, match="the batches ended after step 2 of 3"):
+        fit(*make(), batches, rng=None, num_steps=3, quiet=True)
+
+
+def test_batches_without_a_position_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="without get_state"):
+        train(3, iter([toy.batch()]), checkpoint_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("log_every", 0), ("save_every", -1), ("eval_every", -1)]
+)
+def test_counts_out_of_range(option, value):
+    with pytest.raises(ValueError, match=f"{option} is {value}; give at least"):
+        train(3, **{option: value})
