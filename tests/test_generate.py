@@ -140,7 +140,7 @@ def options(temperature=1.0, top_k=4, top_p=1.0) -> Sampling:
         (options(top_k=99), [0.1, 0.4, 0.2, 0.3]),
         (options(top_p=0.65), [0, 0.4, 0, 0.3]),  # 0.4 is not enough, 0.7 is
         (options(top_p=0.75), [0, 0.4, 0.2, 0.3]),
-        (options(top_p=0.05), [0, 0.4, 0, 0]),  # the best always stays
+        (options(top_p=0.0), [0, 0.4, 0, 0]),  # the best always stays
         # After the cut to two, 0.4 of 0.7 is 57 %: alone it reaches one half.
         (options(top_k=2, top_p=0.5), [0, 0.4, 0, 0]),
         (options(top_k=3, top_p=0.5), [0, 0.4, 0, 0.3]),  # 0.4 of 0.9 is 44 %

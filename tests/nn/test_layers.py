@@ -32,19 +32,18 @@ def test_layer_norm_statistics_are_float32():
 
 
 def test_linear_keeps_head_axes():
-    x = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
-    split = Linear((3, 2))
-    y, variables = split.init_with_output(jax.random.key(0), x)
-    params = variables["params"]
-    assert {k: v.shape for k, v in params.items()} == {"kernel": (6, 3, 2), "bias": (3, 2)}
-    np.testing.assert_allclose(y, np.einsum("btd,dnh->btnh", x, params["kernel"]), rtol=1e-5,
-                               atol=1e-6)
-
-    join = Linear((6,), contract=2)
-    z, variables = join.init_with_output(jax.random.key(1), y)
-    kernel = variables["params"]["kernel"]
-    assert kernel.shape == (3, 2, 6)
-    np.testing.assert_allclose(z, np.einsum("btnh,nhd->btd", y, kernel), rtol=1e-5, atol=1e-6)
+    rng = np.random.default_rng(0)
+    for layer, inputs, formula, shape in (
+        (Linear((3, 2)), (6,), "btd,dnh->btnh", (6, 3, 2)),
+        (Linear((6,), contract=2), (3, 2), "btnh,nhd->btd", (3, 2, 6)),
+    ):
+        x = rng.normal(size=(2, 5, *inputs)).astype(np.float32)
+        shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+        assert {k: v.shape for k, v in shapes.items()} == {"kernel": shape, "bias": layer.features}
+        params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
+        expected = np.einsum(formula, x, params["kernel"]) + params["bias"]
+        np.testing.assert_allclose(layer.apply({"params": params}, x), expected, rtol=1e-5,
+                                   atol=1e-5)
 
 
 def test_linear_adds_its_bias():

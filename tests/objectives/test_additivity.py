@@ -33,8 +33,7 @@ ONE = {"num_layers": 1}
 CASES = {
     "causal_lm": (GPT2.replace(**ONE), 0, causal_lm.loss, CAUSAL),
     "mlm_nsp": (BERT.replace(**ONE), 0, mlm_nsp.loss, MASKED),
-    "classify_gpt": (GPT2.replace(**ONE), 3, tasks.classification_loss, CLASSES),
-    "classify_bert": (BERT.replace(**ONE), 3, tasks.classification_loss, CLASSES),
+    "classify": (GPT2.replace(**ONE), 3, tasks.classification_loss, CLASSES),
 }
 
 
@@ -73,10 +72,7 @@ def test_split_and_padded_batches_add_up(name):
     assert losses.mean(*parts[-1][0][:2]) == 0
     # The totals are of the right size: weights are counts, metrics stand on the same weights.
     sums, weights, metrics = whole[0]
-    expected = {
-        "causal_lm": MASK.sum(), "mlm_nsp": {"mlm": 10, "nsp": 6}, "classify_gpt": 6,
-        "classify_bert": 6,
-    }[name]
+    expected = {"causal_lm": MASK.sum(), "mlm_nsp": {"mlm": 10, "nsp": 6}, "classify": 6}[name]
     assert jax.tree.map(float, weights) == jax.tree.map(float, expected)
     for hits, weight in metrics.values():
         assert 0 <= hits <= weight
