@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from settings import Pretrain
+
 from transformer_jax import host
 from transformer_jax.data import pipeline, sources, tokenizers
 from transformer_jax.models import BERT, GPT, build_model, config_from_dict, config_to_dict

@@ -22,8 +22,9 @@ import common
 import jax
 import numpy as np
 import tyro
-from settings import Optimizer
-from transformer_jax import draw, evaluate, tree
+from settings import Mesh, Optimizer
+
+from transformer_jax import draw, evaluate, sharding, tree
 from transformer_jax.data import sources
 from transformer_jax.finetune import select
 from transformer_jax.models import BERT, GPT, config_to_dict, init_params
@@ -66,6 +67,7 @@ class Finetune:
     label: str = "label"
     labels_per_class: int | None = None
     settings: Settings = field(default_factory=Settings)
+    mesh: Mesh = field(default_factory=Mesh)
     seed: int = 0
 
 
@@ -158,11 +160,12 @@ class Outcome(NamedTuple):
 def finetune(
     model: GPT | BERT, pretrained: dict | None, tokenizer, task: Task, recipe: str,
     settings: Settings, seed: int, labels_per_class: int | None = None, quiet: bool = False,
-    checkpoint_dir: Path | None = None,
+    checkpoint_dir: Path | None = None, mesh: jax.sharding.Mesh | None = None,
 ) -> Outcome:
     """Copy, train what the recipe names, evaluate every test example once.
 
-    `pretrained` None starts from scratch. `model` has `num_classes` set.
+    `pretrained` None starts from scratch. `model` has `num_classes` set. Without a mesh the
+    parameters stay on one device.
     """
     num_classes = len(task.label_names)
     examples = few_labels(task.train, labels_per_class, seed)
@@ -179,7 +182,7 @@ def finetune(
         step.init_state(params, optimizer, mask), train_step,
         common.Split(examples, transform, settings.length).loader(settings.batch_size, seed=seed),
         rng=jax.random.key(seed + 1), num_steps=settings.num_steps, quiet=quiet,
-        log_every=max(settings.num_steps // 10, 1), checkpoint_dir=checkpoint_dir,
+        log_every=max(settings.num_steps // 10, 1), checkpoint_dir=checkpoint_dir, mesh=mesh,
         metadata={"model": config_to_dict(model.config), "recipe": recipe},
     )
     test = common.Split(task.test, transform, settings.length).evaluation(64)
@@ -217,12 +220,15 @@ def _eval_step(model: GPT | BERT, objective: str):
 def main(c: Finetune) -> dict:
     """The command: one run, its record, and pictures."""
     began = time.perf_counter()
+    mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp)
     base = common.load_run(c.pretrained)
+    base = base._replace(params=jax.device_put(
+        base.params, sharding.param_shardings(base.params, mesh)))
     task = load_task(c, base.tokenizer)
     model = type(base.model)(base.model.config, num_classes=len(task.label_names))
     outcome = finetune(
         model, None if c.from_scratch else base.params, base.tokenizer, task, c.train,
-        c.settings, c.seed, c.labels_per_class, checkpoint_dir=c.out / "checkpoints",
+        c.settings, c.seed, c.labels_per_class, checkpoint_dir=c.out / "checkpoints", mesh=mesh,
     )
     common.save_model_card(c.out, model.config, base.tokenizer, task.label_names)
     metrics = dict(outcome.metrics, history=outcome.history)

@@ -14,6 +14,7 @@ from pathlib import Path
 import common
 import jax
 import tyro
+
 from transformer_jax.generate import fill_mask, generate
 from transformer_jax.models import GPT
 from transformer_jax.objectives.layout import bert_row

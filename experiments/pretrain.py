@@ -18,10 +18,12 @@ import configs
 import jax
 import tyro
 from settings import Pretrain
+
 from transformer_jax import draw, evaluate, sharding, tree
 from transformer_jax.data import pipeline, tokenizers
 from transformer_jax.models import build_model, config_to_dict, init_params
 from transformer_jax.train import loop, step
+
 
 def pretrain(c: Pretrain) -> dict:
     """Run it; returns what `results.json` holds. Resumes from `<out>/checkpoints`."""

@@ -25,6 +25,7 @@ from pretrain import pretrain
 from rich.console import Console
 from rich.table import Table
 from settings import Optimizer
+
 from transformer_jax import draw
 from transformer_jax.generate import fill_mask, generate
 from transformer_jax.models import GPT
@@ -44,6 +45,8 @@ class Quickstart:
     """The main job.
 
     Attributes:
+        recipes, peaks: what trains, and its highest learning rate: the fewer parameters, the
+            higher. From scratch everything trains at the rate of `full`.
         labels_per_class: label budgets, smallest first.
         seeds: fine-tuning runs a cell of the table.
         test_examples: of the test split, for the table; the same for all cells.
@@ -53,14 +56,15 @@ class Quickstart:
 
     out: Path = Path("runs/quickstart")
     recipes: tuple[str, ...] = ("head", "last_k:1", "full")
-    labels_per_class: tuple[int, ...] = (8, 32)
+    peaks: tuple[float, ...] = (1e-2, 3e-3, 1.5e-3)
+    labels_per_class: tuple[int, ...] = (16, 64)
     seeds: int = 3
     test_examples: int = 384
     forgetting_rows: int = 96
     pretrain_steps: int = 0
     settings: Settings = dataclasses.field(default_factory=lambda: Settings(
-        length=48, batch_size=16, num_steps=40,
-        optimizer=Optimizer(schedule="linear", peak=1.5e-3, warmup_steps=4, b2=0.99)))
+        length=48, batch_size=16, num_steps=50,
+        optimizer=Optimizer(schedule="linear", peak=1.5e-3, warmup_steps=5, b2=0.99)))
 
 
 def main(c: Quickstart) -> dict:
@@ -94,12 +98,16 @@ def compare_recipes(c: Quickstart, name: str, base, folder: Path, console: Conso
     held_out = common.held_out_batches(folder, base.tokenizer, batch_size=32)
     held_out = held_out[: max(c.forgetting_rows // 32, 1)]
     before = forgotten(model, base.params, {}, held_out)
+    rates = dict(zip(c.recipes, c.peaks))
     rows = [("from scratch", "full", None), *[(r, r, base.params) for r in c.recipes]]
     cells = []
     for budget in c.labels_per_class:
         for label, recipe, start in rows:
+            peak = rates.get(recipe, c.settings.optimizer.peak)
+            settings = dataclasses.replace(
+                c.settings, optimizer=dataclasses.replace(c.settings.optimizer, peak=peak))
             outcomes = [
-                finetune(model, start, base.tokenizer, task, recipe, c.settings, seed, budget,
+                finetune(model, start, base.tokenizer, task, recipe, settings, seed, budget,
                          quiet=True)
                 for seed in range(c.seeds)
             ]

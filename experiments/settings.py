@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
+
 from transformer_jax.models.config import Config
 from transformer_jax.objectives.mlm_nsp import MASK_RATE
 from transformer_jax.train import optim

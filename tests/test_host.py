@@ -20,8 +20,7 @@ print(faults())
 
 def page_faults(call: str) -> int:
     script = SCRIPT.format(call=call)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    return int(subprocess.check_output([sys.executable, "-c", script]))
 
 
 def test_freed_buffers_are_kept():

@@ -1,4 +1,4 @@
-"""Character GPT on tiny Shakespeare: 4 layers, 4 heads, 128 wide, context 64 (nanoGPT's CPU setting).
+"""Character GPT on tiny Shakespeare, nanoGPT's CPU setting: 4 layers, 128 wide, context 64.
 
     python experiments/pretrain.py char_shakespeare --data input.txt
 
@@ -8,6 +8,7 @@
 from pathlib import Path
 
 from settings import Optimizer, Pretrain
+
 from transformer_jax import presets
 
 

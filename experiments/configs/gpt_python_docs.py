@@ -6,6 +6,7 @@
 from pathlib import Path
 
 from settings import Optimizer, Pretrain
+
 from transformer_jax import presets
 
 SMALL = {"num_layers": 2, "d_model": 128, "num_heads": 4, "mlp_dim": 512, "vocab_size": 2048,
@@ -18,5 +19,5 @@ def config() -> Pretrain:
         model=presets.gpt2(**SMALL),
         objective="causal_lm", tokenizer="bpe", length=64, batch_size=32, num_steps=500,
         optimizer=Optimizer(peak=3e-3, warmup_steps=30, b2=0.99),
-        eval_every=100, save_every=500, log_every=25,
+        eval_every=125, save_every=500, log_every=50,
     )

@@ -13,8 +13,9 @@ import numpy as np
 import pretrain
 import pytest
 import quickstart
-from settings import Mesh
+from settings import Mesh, Optimizer
 
+SHORT = finetune.Settings(length=16, num_steps=2, optimizer=Optimizer(warmup_steps=1))
 TINY = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 16, "max_length": 32}
 
 
@@ -23,7 +24,8 @@ def tiny(c, out, **changes):
     changes = {"num_steps": 2, "eval_batches": 1, "length": 24, "batch_size": 8, "log_every": 1,
                "mesh": Mesh(data=-1), **changes}
     model = c.model.replace(**TINY, vocab_size=min(c.model.vocab_size, 600))
-    return dataclasses.replace(c, out=out, model=model, **changes)
+    optimizer = dataclasses.replace(c.optimizer, warmup_steps=1)
+    return dataclasses.replace(c, out=out, model=model, optimizer=optimizer, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def test_finetune_then_classify(name, runs, tmp_path):
     c = finetune.Finetune(
         pretrained=runs / name, out=out, train="last_k:1", data=str(tmp_path / "train.tsv"),
         validation=tmp_path / "train.tsv", text="sentence",
-        settings=finetune.Settings(length=16, num_steps=2),
+        settings=SHORT,
     )
     metrics = finetune.main(c)["metrics"]
     assert np.sum(metrics["confusion"]) == 24  # every example exactly once
@@ -117,7 +119,7 @@ def test_quickstart(tmp_path, monkeypatch):
         name: (text, tiny(c, c.out, eval_batches=2)) for name, (text, c) in load().items()})
     results = quickstart.main(quickstart.Quickstart(
         out=tmp_path, seeds=1, labels_per_class=(2,), test_examples=64, pretrain_steps=2,
-        settings=finetune.Settings(length=16, num_steps=2),
+        settings=SHORT,
     ))
     cells = results["metrics"]["finetuning"]
     assert len(cells) == 2 * 4 and all(np.isfinite(c["accuracy"]) for c in cells)

@@ -161,7 +161,9 @@ def load_params(
     if like is not None:
         loaded = _load(path, {"params": _abstract(like)})["params"]
         return jax.tree.unflatten(jax.tree.structure(like), _leaves(loaded, like))
-    saved = _saved_arrays(path, "params")
+    # The saved shardings are left out: they name devices that may not be here.
+    saved = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+             for name, leaf in _saved_arrays(path, "params").items()}
     return _load(path, {"params": _abstract(unflatten_paths(saved))})["params"]
 
 
