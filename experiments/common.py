@@ -81,8 +81,12 @@ class Split(NamedTuple):
     transform: Callable | None
     tokens_per_row: int
 
-    def loader(self, batch_size: int, **options):
-        return pipeline.make_loader(self.rows, batch_size, transform=self.transform, **options)
+    def loader(self, batch_size: int, **options) -> pipeline.Loader:
+        """Batches for this process, which takes its share of the rows of each global batch."""
+        return pipeline.make_loader(
+            self.rows, batch_size, transform=self.transform,
+            process_index=jax.process_index(), process_count=jax.process_count(), **options,
+        )
 
     def evaluation(self, batch_size: int, limit: int | None = None) -> list[dict]:
         """Every row once, in fixed batches: masks and pairs are drawn once, so losses compare."""

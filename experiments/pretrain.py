@@ -18,6 +18,7 @@ import configs
 import jax
 import tyro
 from settings import Pretrain
+from tensorboardX import SummaryWriter
 
 from transformer_jax import draw, evaluate, sharding, tree
 from transformer_jax.data import pipeline, tokenizers
@@ -57,14 +58,15 @@ def pretrain(c: Pretrain) -> dict:
     for batch in held_out_batches:
         pipeline.check_ids(batch, c.model.vocab_size, c.model.max_length)
     before = held_out_loss(params)
-    state, history = loop.fit(
-        step.init_state(params, optimizer), train_step, batches,
-        rng=jax.random.key(c.seed + 1), num_steps=c.num_steps, mesh=mesh,
-        eval_fn=held_out_loss, eval_every=c.eval_every, save_every=c.save_every,
-        log_every=c.log_every, checkpoint_dir=c.out / "checkpoints",
-        tokens_per_batch=c.batch_size * train.tokens_per_row,
-        metadata={"model": config_to_dict(c.model)},
-    )
+    with SummaryWriter(str(c.out / "events")) as writer:
+        state, history = loop.fit(
+            step.init_state(params, optimizer), train_step, batches,
+            rng=jax.random.key(c.seed + 1), num_steps=c.num_steps, mesh=mesh,
+            eval_fn=held_out_loss, eval_every=c.eval_every, save_every=c.save_every,
+            log_every=c.log_every, checkpoint_dir=c.out / "checkpoints", writer=writer,
+            tokens_per_batch=c.batch_size * train.tokens_per_row,
+            metadata={"model": config_to_dict(c.model)},
+        )
     after = held_out_loss(state.params)
     metrics = {"held_out_before": before, "held_out": after, "history": history}
     if c.objective == "causal_lm":
@@ -78,9 +80,10 @@ def pretrain(c: Pretrain) -> dict:
 def loss_curves(history: list[dict], before: dict) -> dict:
     """Training and held-out loss over steps, as `draw.curves` takes them."""
     train = [(h["step"], h["loss"]) for h in history if "loss" in h]
-    held_out = [(0, before["loss"])] + [(h["step"], h["eval_loss"]) for h in history
-                                        if "eval_loss" in h]
-    return {"training": tuple(zip(*train)), "held-out": tuple(zip(*held_out))}
+    held_out = [(0, before["loss"])]
+    held_out += [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h]
+    named = {"training": train, "held-out": held_out}
+    return {name: tuple(zip(*points)) for name, points in named.items() if points}
 
 
 if __name__ == "__main__":

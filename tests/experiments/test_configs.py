@@ -46,6 +46,7 @@ def test_two_steps_of_every_config(name, tmp_path, sentences):
     saved = json.loads((tmp_path / "run" / "results.json").read_text())
     assert saved["config"]["num_steps"] == 2 and saved["versions"]["jax"] and saved["device"]
     assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
+    assert list((tmp_path / "run" / "events").glob("events.out.tfevents.*"))
 
 
 @pytest.fixture(scope="module")
