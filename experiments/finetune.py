@@ -136,11 +136,16 @@ class Compiled(NamedTuple):
 @functools.cache
 def compiled(model: GPT | BERT, recipe: str, settings: Settings) -> Compiled:
     """Mask and step of a recipe: the same object for the same arguments, so compiled once."""
-    shapes = jax.eval_shape(lambda rng: init_params(model, rng, "classify"), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(_new_params, model), jax.random.key(0))
     mask = select.trainable_mask(shapes, recipe)
     optimizer = settings.optimizer.make(settings.num_steps)
     loss_fn = functools.partial(tasks.classification_loss, model.apply)
     return Compiled(mask, optimizer, step.make_train_step(loss_fn, optimizer, mask))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _new_params(model, rng):
+    return init_params(model, rng, "classify")
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -171,7 +176,7 @@ def finetune(
     examples = few_labels(task.train, labels_per_class, seed)
     row = common.text_row(model, tokenizer, settings.length)
     transform = functools.partial(tasks.prepare_classification, row=row, num_classes=num_classes)
-    fresh = init_params(model, jax.random.key(seed), "classify")
+    fresh = _new_params(model, jax.random.key(seed))
     params, report = (fresh, "new parameters") if pretrained is None else tree.load_into(
         fresh, pretrained)
     mask, optimizer, train_step = compiled(model, recipe, settings)

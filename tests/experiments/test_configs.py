@@ -16,7 +16,7 @@ import quickstart
 from settings import Mesh, Optimizer
 
 SHORT = finetune.Settings(length=16, num_steps=2, optimizer=Optimizer(warmup_steps=1))
-TINY = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 16, "max_length": 32}
+TINY = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 16, "max_length": 64}
 
 
 def tiny(c, out, **changes):

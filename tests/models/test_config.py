@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import small_models
 
@@ -27,6 +28,37 @@ from transformer_jax.models import BERT, GPT, build_model, config_from_dict, con
 def test_values_out_of_range(change, message):
     with pytest.raises(ValueError, match=message) as error:
         small_models.GPT2.replace(**change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_model": "24"}, "d_model is '24', of type str; it must be int"),
+        ({"d_model": 24.0}, "d_model is 24.0, of type float; it must be int"),
+        ({"num_layers": True}, "num_layers is True, of type bool; it must be int"),
+        ({"norm_epsilon": "1e-5"}, "norm_epsilon is '1e-5', of type str; it must be float"),
+        ({"norm_first": 1}, "norm_first is 1, of type int; it must be bool"),
+        ({"dtype": np.float32}, "dtype is .*, of type type; it must be str"),
+        ({"context_size": "8"}, "context_size is '8', of type str; it must be int or None"),
+    ],
+)
+def test_values_of_another_type(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        small_models.GPT2.replace(**change)
+    assert "\n" not in str(error.value)
+
+
+def test_numpy_numbers_and_whole_rates_are_taken():
+    taken = small_models.GPT2.replace(d_model=np.int64(48), dropout_rate=0, context_size=None)
+    assert (taken.d_model, taken.dropout_rate, taken.context_size) == (48, 0, None)
+
+
+@pytest.mark.parametrize("config", [small_models.GPT2, small_models.BERT])
+def test_classify_needs_classes(config):
+    model, params = small_models.build(config)
+    with pytest.raises(ValueError, match="num_classes is 0; build the model with") as error:
+        model.apply({"params": params}, np.ones((1, 4), np.int32), method="classify")
     assert "\n" not in str(error.value)
 
 

@@ -7,7 +7,7 @@ import pytest
 from transformer_jax.objectives import layout, tasks
 
 BERT_ROW = functools.partial(layout.bert_row, length=8, cls_id=101, sep_id=102)
-GPT_ROW = functools.partial(layout.gpt_row, length=8, extract_id=7)
+GPT_ROW = functools.partial(layout.gpt_row, length=8, extract_id=7, delimiter_id=8)
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ GPT_ROW = functools.partial(layout.gpt_row, length=8, extract_id=7)
         (BERT_ROW, {"tokens": [1, 2]}, [101, 1, 2, 102, 0, 0, 0, 0]),
         (BERT_ROW, {"tokens": [1], "tokens_b": [2, 3]}, [101, 1, 102, 2, 3, 102, 0, 0]),
         (GPT_ROW, {"tokens": [1, 2]}, [1, 2, 7, 0, 0, 0, 0, 0]),
+        (GPT_ROW, {"tokens": [1], "tokens_b": [2, 3]}, [1, 8, 2, 3, 7, 0, 0, 0]),
     ],
 )
 def test_rows(row, example, tokens):

@@ -1,5 +1,7 @@
 """Special tokens, segments, truncation and padding by hand."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -55,10 +57,19 @@ def test_bert_row_of_a_pair():
     assert cut["tokens"].tolist() == [CLS, 1, 2, 3, SEP, 5, 6, SEP]
 
 
-@pytest.mark.parametrize(("b", "length"), [(None, 2), ([1], 3)])
-def test_no_room_for_text(b, length):
-    with pytest.raises(ValueError, match=f"length {length} leaves no room .* use at least"):
-        layout.bert_row([1], b, length=length, cls_id=CLS, sep_id=SEP)
+BERT_ROW = functools.partial(layout.bert_row, cls_id=CLS, sep_id=SEP)
+GPT_ROW = functools.partial(layout.gpt_row, extract_id=7, delimiter_id=8)
+
+
+@pytest.mark.parametrize(
+    ("row", "b", "length"),
+    [(BERT_ROW, None, 2), (BERT_ROW, [1], 3), (GPT_ROW, None, 1), (GPT_ROW, [1], 2)],
+)
+def test_no_room_for_text(row, b, length):
+    least = f"length {length} leaves no room .* use at least {length + 1}$"
+    with pytest.raises(ValueError, match=least):
+        row([1], b, length=length)
+    assert row([1], b, length=length + 1)["padding_mask"].all()
 
 
 def test_gpt_row_ends_with_the_extract_token():
@@ -68,3 +79,17 @@ def test_gpt_row_ends_with_the_extract_token():
     assert row["segment_ids"].tolist() == [0] * 5
     cut = layout.gpt_row([1, 2, 3, 4], length=3, extract_id=7)
     assert cut["tokens"].tolist() == [1, 2, 7]
+
+
+def test_gpt_row_of_a_pair():
+    row = GPT_ROW([1, 2], [3], length=7, pad_id=PAD)
+    assert row["tokens"].tolist() == [1, 2, 8, 3, 7, PAD, PAD]
+    assert row["padding_mask"].tolist() == [True] * 5 + [False] * 2
+    assert row["segment_ids"].tolist() == [0] * 7  # GPT has no segments
+    cut = GPT_ROW([1, 2, 3, 4], [5, 6, 3], length=7)
+    assert cut["tokens"].tolist() == [1, 2, 3, 8, 5, 6, 7]
+
+
+def test_gpt_row_of_a_pair_needs_a_delimiter():
+    with pytest.raises(ValueError, match="delimiter_id is None; pass the id"):
+        layout.gpt_row([1], [2], length=7, extract_id=7)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from transformer_jax.models.config import BERTConfig, check_length
+from transformer_jax.models.config import BERTConfig, check_classes, check_length
 from transformer_jax.models.heads import MLMHead, take_positions
 from transformer_jax.nn import attention
 from transformer_jax.nn.blocks import Stack
@@ -126,7 +126,12 @@ class BERT(nn.Module):
         padding_mask: Bool[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B C"]:
-        """Class scores from the pooled first token (BERT paper, section 4.1)."""
+        """Class scores from the pooled first token (BERT paper, section 4.1).
+
+        Raises:
+            ValueError: the model was built without `num_classes`, or more tokens than positions.
+        """
+        check_classes(self.num_classes)
         pooled_BD = self.encode(
             tokens,
             segment_ids=segment_ids,

@@ -1,6 +1,8 @@
 """Sizes and choices of a model, as frozen dataclasses that a run can print, save and compare."""
 
 import dataclasses
+import numbers
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +39,8 @@ class Config:
             LayerNorm statistics, logits and losses are float32 either way.
 
     Raises:
-        ValueError: a value is out of its range; the message names it and the range.
+        ValueError: a value is of another type or out of its range; the message names it and what
+            it must be.
     """
 
     vocab_size: int
@@ -57,6 +60,8 @@ class Config:
     dtype: str = "float32"
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_type(field, getattr(self, field.name))
         for name in ("vocab_size", "max_length", "num_layers", "d_model", "num_heads", "mlp_dim"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("dropout_rate", "attention_dropout_rate"):
@@ -133,6 +138,26 @@ class BERTConfig(Config):
 def _require(holds: bool, name: str, value: Any, limit: str) -> None:
     if not holds:
         raise ValueError(f"{name} is {value}; it must be {limit}")
+
+
+# What a value of each annotated type may be. True is a number to Python, but no size or rate.
+_TYPES = {int: numbers.Integral, float: numbers.Real}
+
+
+def _check_type(field: dataclasses.Field, value: Any) -> None:
+    kinds = typing.get_args(field.type) or (field.type,)
+    allowed = tuple(_TYPES.get(kind, kind) for kind in kinds)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{field.name} is {value!r}, of type {type(value).__name__}; it must be "
+                         f"{names}")
+
+
+def check_classes(num_classes: int) -> None:
+    """Refuse to classify with a model that has no classifier."""
+    if num_classes < 1:
+        raise ValueError(f"classify needs a classifier, but num_classes is {num_classes}; build "
+                         "the model with num_classes of at least 1: build_model(config, 2)")
 
 
 def check_length(length: int, max_length: int) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from transformer_jax.models.config import GPTConfig, check_length
+from transformer_jax.models.config import GPTConfig, check_classes, check_length
 from transformer_jax.models.heads import take_positions
 from transformer_jax.nn.attention import KVCache, causal_mask, document_mask, init_cache
 from transformer_jax.nn.blocks import Stack, StackOutput
@@ -111,8 +111,12 @@ class GPT(nn.Module):
 
         Rows are padded on the right; `padding_mask` is True at tokens. GPT has no segments:
         `segment_ids` are taken so that one batch serves both families, and ignored.
+
+        Raises:
+            ValueError: the model was built without `num_classes`, or more tokens than positions.
         """
         del segment_ids
+        check_classes(self.num_classes)
         B, T = tokens.shape
         lengths = jnp.full((B,), T) if padding_mask is None else padding_mask.sum(-1)
         hidden_BTD = self.decode(tokens, deterministic=deterministic).hidden

@@ -49,11 +49,12 @@ def bert_row(
 
     Returns:
         tokens, segment_ids int32 `[length]`; padding_mask bool `[length]`, True at tokens.
+
+    Raises:
+        ValueError: no room for text.
     """
     specials = 2 if b is None else 3
-    if length <= specials:
-        raise ValueError(f"length {length} leaves no room for text beside {specials} special "
-                         f"tokens; use at least {specials + 1}")
+    _check_room(length, specials)
     a, b_cut = truncate_pair(a, [] if b is None else b, length - specials, rng)
     first = [cls_id, *a, sep_id]
     second = [] if b is None else [*b_cut, sep_id]
@@ -63,9 +64,41 @@ def bert_row(
             "padding_mask": np.arange(length) < len(first) + len(second)}
 
 
-def gpt_row(a: Ids, *, length: int, extract_id: int, pad_id: int = 0) -> dict[str, np.ndarray]:
-    """Text, cut to fit, and the extract token whose hidden state is classified (GPT paper,
-    section 3.3; GPT-2's end-of-text token serves)."""
-    ids = [*list(a)[: length - 1], extract_id]
+def gpt_row(
+    a: Ids,
+    b: Ids | None = None,
+    *,
+    length: int,
+    extract_id: int,
+    delimiter_id: int | None = None,
+    pad_id: int = 0,
+) -> dict[str, np.ndarray]:
+    """a extract, or a delimiter b extract (GPT paper, section 3.3, without its start token).
+
+    The hidden state of the extract token is classified; GPT-2's end-of-text token serves. Longer
+    text is cut at the end (`truncate_pair`).
+
+    Returns:
+        tokens, segment_ids (all 0) int32 `[length]`; padding_mask bool `[length]`, True at tokens.
+
+    Raises:
+        ValueError: a pair without `delimiter_id`, or no room for text.
+    """
+    if b is not None and delimiter_id is None:
+        raise ValueError("a second text is given but delimiter_id is None; pass the id of the "
+                         "token that parts the two texts")
+    specials = 1 if b is None else 2
+    _check_room(length, specials)
+    if b is None:
+        ids = [*a[: length - 1], extract_id]
+    else:
+        a_cut, b_cut = truncate_pair(a, b, length - 2)
+        ids = [*a_cut, delimiter_id, *b_cut, extract_id]
     return {"tokens": pad(ids, length, pad_id), "segment_ids": np.zeros(length, np.int32),
             "padding_mask": np.arange(length) < len(ids)}
+
+
+def _check_room(length: int, specials: int) -> None:
+    if length <= specials:
+        raise ValueError(f"length {length} leaves no room for text beside {specials} special "
+                         f"tokens; use at least {specials + 1}")

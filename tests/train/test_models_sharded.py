@@ -1,0 +1,157 @@
+"""The sharding and freezing promises, on the real models."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from transformer_jax import presets, sharding, tree
+from transformer_jax.finetune import select
+from transformer_jax.models import build_model, init_params
+from transformer_jax.objectives import causal_lm, mlm_nsp, tasks
+from transformer_jax.train import optim, step
+
+TINY = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 32, "vocab_size": 40,
+        "max_length": 12, "dropout_rate": 0.0, "attention_dropout_rate": 0.0, "init_std": 0.2}
+ROWS, LENGTH, STEPS = 32, 12, 5
+
+
+def lm_batch(rng):
+    ids = rng.integers(0, 40, (ROWS, LENGTH + 1))
+    documents = 1 + np.sort(rng.integers(0, 3, (ROWS, LENGTH + 1)), axis=1)
+    return causal_lm.shift(ids, documents)  # uneven weights: fewer where documents meet
+
+
+def mlm_batch(rng):
+    ids = rng.integers(0, 40, (ROWS, LENGTH)).astype(np.int32)
+    lengths = rng.integers(6, LENGTH + 1, (ROWS, 1))
+    return {
+        "tokens": ids, "segment_ids": (np.arange(LENGTH) >= 5).astype(np.int32) + 0 * ids,
+        "padding_mask": np.arange(LENGTH) < lengths,
+        "masked_positions": rng.integers(0, 6, (ROWS, 3)).astype(np.int32),
+        "masked_targets": rng.integers(0, 40, (ROWS, 3)).astype(np.int32),
+        "masked_weights": (rng.random((ROWS, 3)) < 0.7).astype(np.float32),
+        "nsp_labels": rng.integers(0, 2, ROWS).astype(np.int32),
+        "nsp_weights": (rng.random(ROWS) < 0.9).astype(np.float32),
+    }
+
+
+CASES = {"gpt2": (causal_lm.loss, lm_batch), "bert_tiny": (mlm_nsp.loss, mlm_batch)}
+
+
+class Setup:
+    def __init__(self, name):
+        self.model = build_model(presets.get(name, **TINY))
+        loss, batch = CASES[name]
+        self.loss = functools.partial(loss, self.model.apply)
+        rng = np.random.default_rng(0)
+        self.batches = [batch(rng) for _ in range(STEPS)]
+        self.params = jax.jit(functools.partial(init_params, self.model))(jax.random.key(0))
+        # The gradient of a key bias is zero in theory (it moves all scores of a query alike). Adam
+        # divides the rounding noise that is left by its own size; eps keeps that noise small.
+        self.optimizer = optim.make_optimizer(1e-3, weight_decay=0.1, eps=1e-4)
+
+    def run(self, mesh=None, **options):
+        fn = jax.jit(step.make_train_step(self.loss, self.optimizer, **options))
+        state = step.init_state(self.params, self.optimizer)
+        if mesh is None:
+            return self._loop(fn, state, lambda batch: batch)
+        state = jax.device_put(state, sharding.param_shardings(state, mesh))
+        with jax.set_mesh(mesh):
+            return self._loop(fn, state, lambda batch: sharding.shard_batch(batch, mesh))
+
+    def run_pmap(self):
+        fn = jax.pmap(step.make_train_step(self.loss, self.optimizer, axis_name="devices"),
+                      axis_name="devices", in_axes=(0, 0, None))
+        state = step.init_state(self.params, self.optimizer)
+        state = jax.tree.map(lambda x: jnp.stack([x] * 8), state)
+        losses, params = self._loop(
+            fn, state, lambda b: jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), b))
+        return losses[:, 0], jax.tree.map(lambda x: x[0], params)
+
+    def _loop(self, fn, state, place):
+        losses = []
+        for batch in self.batches:
+            state, metrics = fn(state, place(batch), None)
+            losses.append(np.asarray(metrics["loss"]))
+        return np.stack(losses), jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def setup(request):
+    found = Setup(request.param)
+    found.expected = found.run()
+    return found
+
+
+RUNS = {
+    "data 8": lambda s: s.run(sharding.make_mesh(8, 1)),
+    "fsdp 8": lambda s: s.run(sharding.make_mesh(1, 8)),
+    "data 2 x fsdp 4": lambda s: s.run(sharding.make_mesh(2, 4)),
+    "4 microbatches": lambda s: s.run(accumulate=4),
+    "pmap": Setup.run_pmap,
+}
+
+
+@pytest.mark.parametrize("how", RUNS)
+def test_five_steps_agree(setup, how):
+    losses, params = RUNS[how](setup)
+    np.testing.assert_allclose(losses, setup.expected[0], rtol=1e-5)
+    found, expected = tree.flatten_paths(params), tree.flatten_paths(setup.expected[1])
+    scale = max(np.abs(leaf).max() for leaf in expected.values())
+    for path, leaf in expected.items():
+        size = scale if path.endswith("key/bias") else np.abs(leaf).max()
+        assert np.abs(found[path] - leaf).max() <= 1e-5 * size, path
+    moved = np.abs(expected["token_embed/embedding"] - setup.params["token_embed"]["embedding"])
+    assert moved.max() > 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("recipe", ["head", "last_k:1", "bitfit"])
+def test_frozen_leaves_keep_their_bits_and_have_no_state(name, recipe):
+    model = build_model(presets.get(name, **TINY), num_classes=3)
+    params = init_params(model, jax.random.key(0), "classify")
+    mask = select.trainable_mask(params, recipe)
+    optimizer = optim.make_optimizer(0.1, weight_decay=0.5)
+    fn = jax.jit(step.make_train_step(
+        functools.partial(tasks.classification_loss, model.apply), optimizer, mask))
+    state = step.init_state(params, optimizer, mask)
+    rng = np.random.default_rng(0)
+    batch = {"tokens": rng.integers(0, 40, (8, 12)), "labels": rng.integers(0, 3, 8),
+             "weights": np.ones(8, np.float32), "padding_mask": np.ones((8, 12), bool)}
+    for _ in range(3):
+        state, _ = fn(state, batch, None)
+    trains = tree.flatten_paths(mask)
+    before, after = tree.flatten_paths(params), tree.flatten_paths(state.params)
+    for path in before:
+        # A key bias has no gradient; nor has a segment embedding of a batch without segment B.
+        if not trains[path] or "key/bias" not in path:
+            assert np.array_equal(before[path], after[path]) != trains[path], path
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    selected = tree.count(tree.split(params, mask)[0])
+    assert sum(leaf.size for leaf in moments) == 2 * selected
+
+
+@pytest.mark.slow
+def test_head_costs_at_most_two_fifths_of_full_for_bert_base():
+    """Compiled FLOPs of whole steps, clipping and the logged norm included; nothing allocated."""
+    model = build_model(presets.bert_base(dropout_rate=0.0, attention_dropout_rate=0.0), 2)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), "classify"))
+    ids = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+    batch = {"tokens": ids, "segment_ids": ids,
+             "padding_mask": jax.ShapeDtypeStruct((4, 64), jnp.bool_),
+             "labels": jax.ShapeDtypeStruct((4,), jnp.int32),
+             "weights": jax.ShapeDtypeStruct((4,), jnp.float32)}
+
+    def flops(recipe):
+        mask = select.trainable_mask(params, recipe)
+        optimizer = optim.make_optimizer(optax.constant_schedule(1e-4))
+        fn = step.make_train_step(
+            functools.partial(tasks.classification_loss, model.apply), optimizer, mask)
+        state = jax.eval_shape(lambda p: step.init_state(p, optimizer, mask), params)
+        return jax.jit(fn).lower(state, batch, None).compile().cost_analysis()["flops"]
+
+    assert 0.30 < flops("head") / flops("full") <= 0.40
