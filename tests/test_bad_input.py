@@ -52,7 +52,7 @@ def label(value):
 
 
 CASES = {
-    "empty file": (empty_file, ["empty.txt", "empty"]),
+    "empty file": (empty_file, ["empty.txt", "0 bytes", "write some"]),
     "missing file": (lambda tmp: sources.text_files(tmp / "none.txt"), ["none.txt", "give"]),
     "undecodable bytes": (undecodable, ["latin.txt", "0xe9", "offset 3", "UTF-8"]),
     "id outside the vocabulary, generate": (
@@ -64,8 +64,12 @@ CASES = {
     "id outside the vocabulary, batch": (
         lambda _: check_ids({"tokens": np.array([[3, 31]])}, 30, 16),
         ["31", "vocabulary of 30", "tokenizer"]),
-    "too long for GPT": (lambda _: too_long("gpt2"), ["17", "16", "shorten"]),
-    "too long for BERT": (lambda _: too_long("bert_tiny"), ["17", "16", "shorten"]),
+    "too long, batch": (
+        lambda _: check_ids({"tokens": np.zeros((1, 17), int)}, 30, 16),
+        ["17 tokens", "16 positions", "cut the text"]),
+    "too long for GPT": (lambda _: too_long("gpt2"), ["17 tokens", "16 positions", "shorten"]),
+    "too long for BERT": (
+        lambda _: too_long("bert_tiny"), ["17 tokens", "16 positions", "shorten"]),
     "too long to generate": (
         lambda _: generate.generate(*tiny("gpt2"), [[1] * 10], max_new_tokens=7),
         ["10", "7", "16", "at most 6"]),
@@ -79,7 +83,15 @@ CASES = {
     "unknown preset": (lambda _: presets.get("bert_bse"), ["bert_bse", "bert_base"]),
     "unknown data set": (
         lambda _: sources.load_source("python_docs/topic", "train"), ["topic", "topics"]),
-    "checkpoint of another shape": (other_shape, ["mlp/w", "8", "24", "configuration"]),
+    "size of another type": (
+        lambda _: presets.get("gpt2", d_model="24"), ["d_model", "'24'", "str", "must be int"]),
+    "classify without classes": (
+        lambda _: tiny("gpt2")[0].apply({"params": tiny("gpt2")[1]}, jnp.zeros((1, 4), jnp.int32),
+                                        method="classify"),
+        ["num_classes is 0", "at least 1", "build the model"]),
+    "missing checkpoint": (
+        lambda tmp: checkpoint.load_params(tmp / "none"), ["none", "check the path"]),
+    "checkpoint of another shape": (other_shape, ["mlp/wi/bias", "(8,)", "(24,)", "configuration"]),
 }
 
 
