@@ -204,7 +204,7 @@ def finetune(
         "matthews": evaluate.matthews(table), "confusion": table,
         "labels": len(examples), "share_trained": trained / tree.count(state.params),
         "seconds_per_step": float(np.median(timed)) if timed else None,
-        "seconds": time.perf_counter() - began, "training_loss": history[-1]["loss"],
+        "seconds": time.perf_counter() - began,
     }, history)
 
 
@@ -245,9 +245,10 @@ def main(c: Finetune) -> dict:
               f"{metrics['held_out_after']:.3f} after fine-tuning")
     print(f"accuracy {metrics['accuracy']:.3f}, macro F1 {metrics['macro_f1']:.3f}, "
           f"{100 * metrics['share_trained']:.2f} % of the parameters trained", flush=True)
-    draw.curves(c.out / "loss.png", {"training": tuple(zip(*[
-        (h["step"], h["loss"]) for h in outcome.history if "loss" in h]))},
-        title=f"Fine-tuning by {c.train}")
+    if outcome.history:  # a run that was finished before has none
+        points = [(h["step"], h["loss"]) for h in outcome.history if "loss" in h]
+        draw.curves(c.out / "loss.png", {"training": tuple(zip(*points))},
+                    title=f"Fine-tuning by {c.train}")
     return common.write_results(c.out, c, metrics, time.perf_counter() - began)
 
 

@@ -72,6 +72,8 @@ def test_finetune_then_classify(name, runs, tmp_path):
     assert np.sum(metrics["confusion"]) == 24  # every example exactly once
     assert 0 < metrics["share_trained"] < 1 and metrics["held_out_after"] > 0
     assert common.load_run(out).label_names == ["bad", "good"]
+    again = finetune.main(c)["metrics"]  # the same command on a finished run
+    assert again["confusion"] == metrics["confusion"]
     answers = generate.answer(generate.Generate(run=out, text=("it is good", "it is bad")))
     assert len(answers) == 2 and "good" in answers[0]
 
