@@ -1,7 +1,14 @@
-"""Eight fake devices and exact matmuls for every test, before JAX starts."""
+"""Eight fake devices, exact matmuls and quick compilation for every test, before JAX starts."""
 
 import os
 from pathlib import Path
+
+# Compiling is what these tests cost. Half of it is optimisation that tiny shapes never repay; where
+# that could matter a test asks for it (`small_models.optimized_jit`).
+os.environ["XLA_FLAGS"] = " ".join([
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
+])
 
 import jax
 import pytest

@@ -16,11 +16,11 @@ GPT2 = GPTConfig(**_SHAPE, norm_first=True, scale_residual_init=True)
 GPT1 = GPTConfig(**_SHAPE)
 BERT = BERTConfig(**_SHAPE)
 
-# Compiling is what these tests cost. Half of it is optimisation that tiny shapes never repay.
-quick_jit = functools.partial(
+# As users compile; see conftest.py for how tests do.
+optimized_jit = functools.partial(
     jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0,
-                      "xla_llvm_disable_expensive_passes": True},
+    compiler_options={"xla_backend_optimization_level": 3,
+                      "xla_llvm_disable_expensive_passes": False},
 )
 
 
@@ -53,8 +53,8 @@ def _call(model, params, tokens, rng, method, arrays):
     )
 
 
-_quick_call = quick_jit(_call, static_argnames=("model", "method"))
-_optimized_call = jax.jit(_call, static_argnames=("model", "method"))
+_quick_call = jax.jit(_call, static_argnames=("model", "method"))
+_optimized_call = optimized_jit(_call, static_argnames=("model", "method"))
 
 
 def forward(config: Config, tokens, *, method="__call__", params=None, rng=None, num_classes=0,

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from small_models import BERT, GPT1, GPT2, VOCAB, build, quick_jit
+from small_models import BERT, GPT1, GPT2, VOCAB, build
 
 from transformer_jax.models import build_model, init_params
 
@@ -58,7 +58,7 @@ CUT = 0.8796  # deviation left of a normal law cut off at two deviations
 @functools.cache
 def initialize(config):
     model = build_model(config)
-    return quick_jit(lambda rng: init_params(model, rng))
+    return jax.jit(lambda rng: init_params(model, rng))
 
 
 def key(seed):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from small_models import BERT, GPT2, build, quick_jit, random_params, random_tokens
+from small_models import BERT, GPT2, build, random_params, random_tokens
 
 from transformer_jax.objectives import causal_lm, losses, mlm_nsp, tasks
 
@@ -23,7 +23,7 @@ def fit(config, loss_fn, batch, num_classes=0, steps=60):
 
     optimizer = optax.adam(1e-2)
 
-    @quick_jit
+    @jax.jit
     def run(params):
         def step(carry, _):
             params, state = carry

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import BERT, GPT2, build, forward, quick_jit, random_tokens
+from small_models import BERT, GPT2, build, forward, random_tokens
 
 from transformer_jax.objectives import causal_lm, losses, mlm_nsp
 
@@ -37,9 +37,9 @@ def test_bfloat16_keeps_parameters_gradients_and_losses_float32(config, objectiv
             return losses.mean(total, weight)
 
         if dtype == "bfloat16":
-            values[dtype], gradient = quick_jit(jax.value_and_grad(loss))(params)
+            values[dtype], gradient = jax.jit(jax.value_and_grad(loss))(params)
         else:
-            values[dtype] = quick_jit(loss)(params)
+            values[dtype] = jax.jit(loss)(params)
     for leaf in jax.tree.leaves(gradient):
         assert leaf.dtype == jnp.float32
         assert np.isfinite(leaf).all()

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import quick_jit
 
 from transformer_jax.nn.attention import (
     KVCache,
@@ -102,7 +101,7 @@ def test_softmax_of_bfloat16_is_float32():
 def test_attention_dropout_drops_its_share_and_keeps_the_mean():
     # All weights are 1 / 500 and all values 1: the output is (kept keys) / 500 / (1 - rate).
     ones = np.ones((1, 500, 4, 1), np.float32)
-    call = quick_jit(lambda rng, ones: attend(ones[:, :50], ones, ones, None, dropout_rate=0.2,
+    call = jax.jit(lambda rng, ones: attend(ones[:, :50], ones, ones, None, dropout_rate=0.2,
                                               dropout_rng=rng)[0])
     out = np.asarray(call(jax.random.key(0), ones))
     kept = np.round(out * 0.8 * 500)

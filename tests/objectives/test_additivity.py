@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from small_models import BERT, GPT2, build, quick_jit, random_tokens
+from small_models import BERT, GPT2, build, random_tokens
 
 from transformer_jax.objectives import causal_lm, losses, mlm_nsp, tasks
 
@@ -50,7 +50,7 @@ def test_split_and_padded_batches_add_up(name):
     config, num_classes, loss_fn, batch = CASES[name]
     model, params = build(config, num_classes)
 
-    @quick_jit
+    @jax.jit
     def value_and_grad(params, batch):
         def total(params):
             sums, weights, metrics = loss_fn(model.apply, params, batch)
