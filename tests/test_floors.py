@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "draw": set(),
     "tree": set(),
     "sharding": {"tree"},
-    "nn": set(),
+    "nn": {"sharding"},
     "models": {"nn"},
     "presets": {"models"},
     "objectives": MODELS,

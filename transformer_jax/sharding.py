@@ -149,6 +149,15 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """`constrain` for activations [B, ...]: rows cut like the batch, all else whole.
+
+    Parameters are cut along D, and without this XLA would let activations take on that cut, and
+    send them, or logits [B, T, V], over the network instead of the smaller parameters.
+    """
+    return constrain(x, BATCH_AXES, *[None] * (x.ndim - 1))
+
+
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Every leaf whole on every device of the mesh."""
     return jax.device_put(tree, NamedSharding(mesh, P()))

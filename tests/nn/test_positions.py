@@ -1,10 +1,12 @@
 """Sinusoidal and learned positions."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from transformer_jax.nn.positions import PositionEmbed, sinusoidal
+from transformer_jax.nn.positions import make_position_embed, sinusoidal
 
 
 def test_sinusoids_by_hand():
@@ -34,13 +36,15 @@ def test_odd_features_are_refused():
 
 def test_learned_positions_are_rows_of_a_table_and_sinusoids_have_none():
     places = np.array([[2, 0, 2]])
-    learned = PositionEmbed("learned", 5, 4)
+    make = functools.partial(make_position_embed, max_length=5, features=4, dtype=np.float32,
+                             embedding_init=jax.nn.initializers.normal(0.02))
+    learned = make("learned")
     out, variables = learned.init_with_output(jax.random.key(0), places)
     table = variables["params"]["embedding"]
     assert table.shape == (5, 4)
     np.testing.assert_array_equal(out[0], table[np.array([2, 0, 2])])
 
-    fixed = PositionEmbed("sinusoidal", 5, 4)
+    fixed = make("sinusoidal")
     out, variables = fixed.init_with_output(jax.random.key(0), places)
     assert variables == {}
     np.testing.assert_allclose(out[0], sinusoidal(5, 4)[[2, 0, 2]], rtol=1e-6)

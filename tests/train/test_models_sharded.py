@@ -1,6 +1,7 @@
 """The sharding and freezing promises, on the real models."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +109,22 @@ def test_five_steps_agree(setup, how):
         # Stricter: the change itself. A key bias moves all scores of a query alike, so its gradient
         # is zero but for rounding, which Adam, dividing it by its own size, makes steps of.
         assert error <= 1e-4 * moved or path.endswith("key/bias"), path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_travel_and_activations_stay(name):
+    """A device needs no rows but its own: what is gathered has the shape of a parameter."""
+    setup = Setup(name)
+    mesh = sharding.make_mesh(2, 4)
+    state = step.init_state(setup.params, setup.optimizer)
+    state = jax.device_put(state, sharding.param_shardings(state, mesh))
+    fn = jax.jit(step.make_train_step(setup.loss, setup.optimizer))
+    with jax.set_mesh(mesh):
+        batch = sharding.shard_batch(setup.batches[0], mesh)
+        text = fn.lower(state, batch, None).compile().as_text()
+    gathered = set(re.findall(r"= f32\[([\d,]+)\][^=]* all-gather\(", text))
+    assert gathered <= {",".join(map(str, p.shape)) for p in jax.tree.leaves(setup.params)}
+    assert "16,32" in gathered  # mlp/wi, D x F
 
 
 @pytest.mark.parametrize("name", CASES)

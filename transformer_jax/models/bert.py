@@ -19,7 +19,7 @@ from transformer_jax.models.heads import MLMHead, take_positions
 from transformer_jax.nn import attention
 from transformer_jax.nn.blocks import Stack
 from transformer_jax.nn.layers import INITIALIZERS, Embed, LayerNorm, Linear
-from transformer_jax.nn.positions import PositionEmbed
+from transformer_jax.nn.positions import make_position_embed
 
 
 class EncoderOutput(NamedTuple):
@@ -50,7 +50,7 @@ class BERT(nn.Module):
         dtype = c.compute_dtype
         shared = {"embedding_init": init, "dtype": dtype}
         self.token_embed = Embed(c.vocab_size, c.d_model, **shared)
-        self.position_embed = PositionEmbed(c.positions, c.max_length, c.d_model, **shared)
+        self.position_embed = make_position_embed(c.positions, c.max_length, c.d_model, **shared)
         self.segment_embed = Embed(c.num_segments, c.d_model, **shared)
         self.embed_norm = LayerNorm(c.norm_epsilon, dtype=dtype)
         self.embed_dropout = nn.Dropout(c.dropout_rate)

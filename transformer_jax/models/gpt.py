@@ -19,7 +19,7 @@ from transformer_jax.models.heads import take_positions
 from transformer_jax.nn.attention import KVCache, causal_mask, document_mask, init_cache
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.layers import INITIALIZERS, Embed, Linear
-from transformer_jax.nn.positions import PositionEmbed
+from transformer_jax.nn.positions import make_position_embed
 
 
 class GPTOutput(NamedTuple):
@@ -42,7 +42,7 @@ class GPT(nn.Module):
         init = INITIALIZERS[c.initializer](c.init_std)
         shared = {"embedding_init": init, "dtype": c.compute_dtype}
         self.token_embed = Embed(c.vocab_size, c.d_model, **shared)
-        self.position_embed = PositionEmbed(c.positions, c.max_length, c.d_model, **shared)
+        self.position_embed = make_position_embed(c.positions, c.max_length, c.d_model, **shared)
         self.embed_dropout = nn.Dropout(c.dropout_rate)
         self.decoder = Stack(c.stack)
         if self.num_classes:

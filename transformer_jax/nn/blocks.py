@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from transformer_jax.nn.attention import KVCache, attend
 from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, LayerNorm, Linear
+from transformer_jax.sharding import constrain_batch
 
 
 class StackConfig(NamedTuple):
@@ -154,6 +155,7 @@ class Stack(nn.Module):
             x_BTD, new_cache[name], weights_BNTS = Block(c, name=name)(
                 x_BTD, mask_BNTS, positions_BT, cache and cache[name], deterministic
             )
+            x_BTD = constrain_batch(x_BTD)
             attention.append(weights_BNTS)
         if c.norm_first:
             x_BTD = LayerNorm(c.norm_epsilon, dtype=c.dtype, name="final_norm")(x_BTD)

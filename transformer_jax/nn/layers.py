@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from transformer_jax.sharding import constrain, constrain_batch
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # x * Phi(x); BERT's checkpoints
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # GPT, GPT-2
@@ -80,16 +82,20 @@ class Embed(nn.Module):
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Rows for `ids`. Ids outside the table give NaN, negative ones count from its end: check
         them on the host."""
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        rows = jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        # Each device looks up its cut of D; only then are rows exchanged, and gradients likewise.
+        rows = constrain(rows, "data", *[None] * (ids.ndim - 1), "fsdp")
+        return constrain_batch(rows)
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits of a tied output layer (Press & Wolf 2017), in float32."""
-        return jnp.einsum(
+        logits = jnp.einsum(
             "...D,VD->...V",
             x.astype(self.dtype),
             self.embedding.astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
+        return constrain_batch(logits)
 
 
 class Bias(nn.Module):

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
+
+from transformer_jax.nn.layers import Embed
 
 
 def sinusoidal(length: int, features: int) -> Float[np.ndarray, "length features"]:
@@ -26,20 +27,21 @@ def sinusoidal(length: int, features: int) -> Float[np.ndarray, "length features
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(length, features)
 
 
-class PositionEmbed(nn.Module):
-    """Position vectors: `kind` "learned" owns a table, "sinusoidal" owns nothing."""
+class Sinusoids(nn.Module):
+    """`Embed` with fixed rows, those of `sinusoidal`; it owns no parameters."""
 
-    kind: str
     max_length: int
     features: int
-    embedding_init: Callable = jax.nn.initializers.normal(0.02)
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
     def __call__(self, positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        if self.kind == "sinusoidal":
-            table = jnp.asarray(sinusoidal(self.max_length, self.features), self.dtype)
-            return jnp.take(table, positions, axis=0)
-        shape = (self.max_length, self.features)
-        table = self.param("embedding", self.embedding_init, shape, jnp.float32)
-        return jnp.take(table, positions, axis=0).astype(self.dtype)
+        return jnp.asarray(sinusoidal(self.max_length, self.features), self.dtype)[positions]
+
+
+def make_position_embed(
+    kind: str, max_length: int, features: int, *, embedding_init: Callable, dtype: jnp.dtype
+) -> nn.Module:
+    """The module that gives position vectors: `kind` "learned" owns a table, "sinusoidal" none."""
+    if kind == "sinusoidal":
+        return Sinusoids(max_length, features, dtype)
+    return Embed(max_length, features, embedding_init, dtype)
