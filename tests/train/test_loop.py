@@ -66,6 +66,18 @@ def test_history_has_the_numbers_of_each_logged_step():
     np.testing.assert_allclose(history[0]["loss"], metrics["loss"], rtol=1e-6)
 
 
+def test_a_state_of_old_and_new_leaves_is_compiled_once(caplog):
+    """Parameters from a checkpoint are committed to a device, new optimizer state is not."""
+    optimizer, train_step = make_step()
+    old = jax.device_put(toy.parameters(), jax.devices()[0])
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        fit(step.init_state(old, optimizer), train_step, toy.Stream(), rng=jax.random.key(3),
+            num_steps=3, quiet=True)
+    found = [r.message for r in caplog.records if "Finished XLA compilation of jit(train_step)"
+             in r.message]
+    assert len(found) == 1
+
+
 def test_tokens_per_second():
     def loss(params, batch, rng):
         return toy.loss(params, batch["toy"], rng)

@@ -121,8 +121,7 @@ def fit(
         )
 
     began = time.perf_counter()
-    if mesh is not None:
-        state = jax.device_put(state, sharding.param_shardings(state, mesh))
+    state = _place(state, mesh)
     if checkpoint_dir is not None and checkpoint.latest_step(checkpoint_dir) is not None:
         found = checkpoint.restore(checkpoint_dir, state)
         state, rng = found.state, found.rng
@@ -209,6 +208,19 @@ def fit(
             if saving is not None:
                 saving.result()
     return state, history
+
+
+def _place(state: TrainState, mesh: Mesh | None) -> TrainState:
+    """The state where its steps will leave it, lest the second step compile anew.
+
+    Without a mesh, leaves that came from a checkpoint are committed to their device and new ones
+    are not, while everything that a step returns is, if anything that it took was.
+    """
+    if mesh is not None:
+        return jax.device_put(state, sharding.param_shardings(state, mesh))
+    arrays = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array)]
+    devices = {device for x in arrays for device in x.devices()}
+    return jax.device_put(state, *devices) if len(devices) == 1 else state
 
 
 def _compile(train_step: Callable, state: TrainState, mesh: Mesh | None) -> Callable:
