@@ -22,6 +22,8 @@ from transformer_jax.models import BERT, GPT, build_model, config_from_dict, con
         ({"activation": "swish"}, "activation is 'swish'; it must be one of gelu, gelu_tanh"),
         ({"initializer": "zeros"}, "initializer is 'zeros'; it must be one of normal, truncated"),
         ({"dtype": "float16"}, "dtype is 'float16'; it must be one of float32, bfloat16"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon is 0.0; it must be a finite number above 0"),
+        ({"init_std": float("nan")}, "init_std is nan; it must be a finite number above 0"),
         ({"context_size": 0}, "context_size is 0; it must be at least 1, or None"),
     ],
 )
@@ -29,6 +31,11 @@ def test_values_out_of_range(change, message):
     with pytest.raises(ValueError, match=message) as error:
         small_models.GPT2.replace(**change)
     assert "\n" not in str(error.value)
+
+
+def test_segments_out_of_range():
+    with pytest.raises(ValueError, match="num_segments is 0; it must be at least 1"):
+        small_models.BERT.replace(num_segments=0)
 
 
 @pytest.mark.parametrize(

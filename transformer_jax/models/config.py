@@ -67,6 +67,9 @@ class Config:
         for name in ("dropout_rate", "attention_dropout_rate"):
             rate = getattr(self, name)
             _require(0 <= rate < 1, name, rate, "at least 0 and below 1")
+        for name in ("norm_epsilon", "init_std"):
+            _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name),
+                     "a finite number above 0")
         choices = {"positions": POSITIONS, "activation": tuple(ACTIVATIONS),
                    "initializer": tuple(INITIALIZERS), "dtype": tuple(DTYPES)}
         for name, allowed in choices.items():
@@ -133,6 +136,10 @@ class BERTConfig(Config):
     norm_epsilon: float = 1e-12
     initializer: str = "truncated_normal"
     num_segments: int = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.num_segments >= 1, "num_segments", self.num_segments, "at least 1")
 
 
 def _require(holds: bool, name: str, value: Any, limit: str) -> None:
