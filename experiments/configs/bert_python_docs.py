@@ -2,7 +2,10 @@
 
     python experiments/pretrain.py bert_python_docs
 
-Three liberties, all for a run of a minute and a half on two cores: LayerNorm stands before the
+2 AMD EPYC cores: two minutes, held-out loss from 8.50 to 5.87 nats (masked words 5.18, next
+sentence 0.70).
+
+Three liberties, all for a run of two minutes on two cores: LayerNorm stands before the
 sublayers, which bears the high learning rate that few steps need; 30 % of the tokens are masked
 instead of 15 % (Wettig et al. 2022), so that each step has more to learn from; positions are fixed,
 because under sinusoids the neighbour of any position is one and the same linear map away. Next-
