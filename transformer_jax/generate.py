@@ -229,8 +229,9 @@ def _check_options(c, prompts, max_new_tokens, do_sample, temperature, top_k, to
 @functools.partial(jax.jit, static_argnames=("model", "top_k"))
 def _mask_scores(model, params, tokens, padding_mask, positions, top_k):
     logits_BPV = model.apply(
-        {"params": params}, tokens, padding_mask=padding_mask, masked_positions=positions
-    ).mlm_logits
+        {"params": params}, tokens, padding_mask=padding_mask, masked_positions=positions,
+        method="mask_logits",
+    )
     return jax.lax.top_k(jax.nn.softmax(logits_BPV, axis=-1), top_k)
 
 

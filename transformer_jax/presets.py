@@ -3,7 +3,13 @@
 import difflib
 from collections.abc import Callable
 
-from transformer_jax.models.config import BERTConfig, Config, GPTConfig
+from transformer_jax.models.config import (
+    BARTConfig,
+    BERTConfig,
+    Config,
+    GPTConfig,
+    TransformerConfig,
+)
 
 
 def gpt1(**changes) -> GPTConfig:
@@ -35,6 +41,31 @@ def _bert(num_layers: int, d_model: int) -> Callable[..., BERTConfig]:
     return preset
 
 
+def _transformer(
+    d_model: int, num_heads: int, mlp_dim: int, dropout_rate: float
+) -> Callable[..., TransformerConfig]:
+    def preset(**changes) -> TransformerConfig:
+        base = {"vocab_size": 37_000, "max_length": 512, "num_layers": 6, "d_model": d_model,
+                "num_heads": num_heads, "mlp_dim": mlp_dim, "dropout_rate": dropout_rate,
+                "attention_dropout_rate": 0.0}
+        width = (base | changes)["d_model"]
+        return TransformerConfig(**({"init_std": width**-0.5} | base | changes))
+
+    preset.__doc__ = f"The Transformer, {d_model} wide (Vaswani et al. 2017, table 3)."
+    return preset
+
+
+def _bart(num_layers: int, d_model: int, num_heads: int) -> Callable[..., BARTConfig]:
+    def preset(**changes) -> BARTConfig:
+        base = {"vocab_size": 50_265, "max_length": 1024, "num_layers": num_layers,
+                "d_model": d_model, "num_heads": num_heads, "mlp_dim": 4 * d_model}
+        return BARTConfig(**(base | changes))
+
+    preset.__doc__ = (f"BART with {num_layers} layers in each stack (Lewis et al. 2019, section "
+                      "2.1).")
+    return preset
+
+
 gpt2 = _gpt2(12, 768, 12)
 gpt2_medium = _gpt2(24, 1024, 16)
 gpt2_large = _gpt2(36, 1280, 20)
@@ -45,11 +76,17 @@ bert_small = _bert(4, 512)
 bert_medium = _bert(8, 512)
 bert_base = _bert(12, 768)
 bert_large = _bert(24, 1024)
+transformer_base = _transformer(512, 8, 2048, 0.1)
+transformer_big = _transformer(1024, 16, 4096, 0.3)
+bart_base = _bart(6, 768, 12)
+bart_large = _bart(12, 1024, 16)
 
 PRESETS: dict[str, Callable[..., Config]] = {
     "gpt1": gpt1, "gpt2": gpt2, "gpt2_medium": gpt2_medium, "gpt2_large": gpt2_large,
     "gpt2_xl": gpt2_xl, "bert_tiny": bert_tiny, "bert_mini": bert_mini, "bert_small": bert_small,
     "bert_medium": bert_medium, "bert_base": bert_base, "bert_large": bert_large,
+    "transformer_base": transformer_base, "transformer_big": transformer_big,
+    "bart_base": bart_base, "bart_large": bart_large,
 }
 
 

@@ -24,7 +24,7 @@ from transformer_jax.tree import PyTree, first_match, map_paths
 BATCH_AXES = ("data", "fsdp")
 
 RULES: tuple[tuple[str, P], ...] = (
-    (r"_embed/embedding$", P(None, "fsdp")),  # [V or L, D]
+    (r"(_embed|lm_head)/embedding$", P(None, "fsdp")),  # [V or L, D]
     (r"attention/(query|key|value)/kernel$", P("fsdp", None, None)),  # [D, N, H]
     (r"attention/out/kernel$", P(None, None, "fsdp")),  # [N, H, D]
     (r"mlp/wi/kernel$", P("fsdp", None)),  # [D, F]

@@ -3,35 +3,68 @@
 import dataclasses
 from typing import Any
 
+from transformer_jax.models.bart import BART
 from transformer_jax.models.bert import BERT, BERTOutput
-from transformer_jax.models.config import BERTConfig, Config, GPTConfig, init_params
+from transformer_jax.models.config import (
+    BARTConfig,
+    BERTConfig,
+    Config,
+    GPTConfig,
+    TransformerConfig,
+    init_params,
+)
 from transformer_jax.models.gpt import GPT, GPTOutput
+from transformer_jax.models.transformer import Seq2SeqOutput, Transformer, shift_right
 
 __all__ = [
+    "BART",
     "BERT",
     "GPT",
+    "BARTConfig",
     "BERTConfig",
     "BERTOutput",
     "Config",
     "GPTConfig",
     "GPTOutput",
+    "Model",
+    "Seq2SeqOutput",
+    "Transformer",
+    "TransformerConfig",
     "build_model",
     "config_from_dict",
     "config_to_dict",
     "init_params",
+    "shift_right",
 ]
 
-FAMILIES = {"gpt": (GPT, GPTConfig), "bert": (BERT, BERTConfig)}
+Model = GPT | BERT | Transformer  # BART is a Transformer
+
+FAMILIES = {
+    "gpt": (GPT, GPTConfig),
+    "bert": (BERT, BERTConfig),
+    "transformer": (Transformer, TransformerConfig),
+    "bart": (BART, BARTConfig),
+}
 
 
 def family(config: Config) -> str:
     """The name of the family a config belongs to."""
-    return next(name for name, (_, kind) in FAMILIES.items() if isinstance(config, kind))
+    return next(name for name, (_, kind) in FAMILIES.items() if type(config) is kind)
 
 
-def build_model(config: Config, num_classes: int = 0) -> GPT | BERT:
-    """The model that a config describes."""
-    return FAMILIES[family(config)][0](config, num_classes)
+def build_model(config: Config, num_classes: int = 0, task: str | None = None) -> Model:
+    """The model that a config describes, with the head of `task` (None: of pre-training).
+
+    Raises:
+        ValueError: the family has no such task.
+    """
+    kind = FAMILIES[family(config)][0]
+    if task is None:
+        return kind(config, num_classes)
+    if task not in kind.METHODS:
+        raise ValueError(f"{kind.__name__} has no task {task!r}; choose one of "
+                         f"{', '.join(kind.METHODS)}")
+    return kind(config, num_classes, task)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -56,4 +89,6 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
     if missing := sorted(required - values.keys()):
         raise ValueError(f"a {name} config lacks {', '.join(missing)}; add them")
+    # JSON has no tuples.
+    values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
     return kind(**values)

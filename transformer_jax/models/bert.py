@@ -7,7 +7,7 @@ Understanding".
            -> masked-word head on chosen positions, next-sentence head on the pooled first token
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from transformer_jax.models.config import BERTConfig, check_classes, check_length
 from transformer_jax.models.heads import MLMHead, take_positions
 from transformer_jax.nn import attention
-from transformer_jax.nn.blocks import Stack
-from transformer_jax.nn.layers import INITIALIZERS, Embed, LayerNorm, Linear
+from transformer_jax.nn.blocks import Stack, StackOutput
+from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, Embed, LayerNorm, Linear
 from transformer_jax.nn.positions import make_position_embed
 
 
@@ -39,42 +39,58 @@ class BERTOutput(NamedTuple):
 
 
 class BERT(nn.Module):
-    """`num_classes` is the width of the classifier; 0 where `classify` is not used."""
+    """`num_classes` is the width of the classifier; 0 where there is none. `task` names the head
+    that the parameters are for; every method can be called whatever it is."""
 
     config: BERTConfig
     num_classes: int = 0
+    task: str = "pretraining"
+
+    METHODS: ClassVar[dict[str, str]] = {
+        "base": "encode", "encoder": "hidden", "pretraining": "__call__",
+        "masked_lm": "mask_logits", "next_sentence": "next_sentence",
+        "classification": "classify", "multiple_choice": "classify",
+        "token_classification": "tag", "question_answering": "tag",
+    }
 
     def setup(self):
         c = self.config
         init = INITIALIZERS[c.initializer](c.init_std)
         dtype = c.compute_dtype
-        shared = {"embedding_init": init, "dtype": dtype}
+        shared = {"embedding_init": c.embedding_init(), "dtype": dtype}
         self.token_embed = Embed(c.vocab_size, c.d_model, **shared)
-        self.position_embed = make_position_embed(c.positions, c.max_length, c.d_model, **shared)
-        self.segment_embed = Embed(c.num_segments, c.d_model, **shared)
+        self.position_embed = make_position_embed(c.positions, c.position_rows, c.d_model, **shared)
+        if c.num_segments:
+            self.segment_embed = Embed(c.num_segments, c.d_model, **shared)
         self.embed_norm = LayerNorm(c.norm_epsilon, dtype=dtype)
         self.embed_dropout = nn.Dropout(c.dropout_rate)
         self.encoder = Stack(c.stack)
         self.pooler = Linear((c.d_model,), kernel_init=init, dtype=dtype)
         self.mlm_head = MLMHead(c.activation, c.norm_epsilon, init, dtype)
+        if not c.tie_embeddings:
+            self.lm_head = Embed(c.vocab_size, c.d_model, **shared)
         self.nsp_head = Linear((2,), kernel_init=init)
         if self.num_classes:
             self.classifier_dropout = nn.Dropout(c.dropout_rate)
             self.classifier = Linear((self.num_classes,), kernel_init=init)
 
-    def encode(
+    def hidden(
         self,
         tokens: Int[Array, "B T"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         padding_mask: Bool[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
         deterministic: bool = True,
-    ) -> EncoderOutput:
-        """Hidden states of every token and the pooled first token.
+    ) -> StackOutput:
+        """Hidden states of every token.
 
         Args:
-            segment_ids: 0 for sentence A, 1 for sentence B; all 0 if None.
+            segment_ids: 0 for sentence A, 1 for sentence B; all 0 if None. Ignored by a model
+                without segments.
             padding_mask: True at tokens, False at padding; all True if None.
+            positions: place of each token; 0 ... T-1 if None, or, with a `position_offset`, its
+                number among the real tokens.
             deterministic: no dropout; otherwise pass `rngs={"dropout": key}` to `apply`.
 
         Raises:
@@ -83,15 +99,28 @@ class BERT(nn.Module):
         c = self.config
         B, T = tokens.shape
         check_length(T, c.max_length)
-        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        if segment_ids is None:
-            segment_ids = jnp.zeros_like(tokens)
+        if positions is None and c.position_offset and padding_mask is not None:
+            # Padding gets the row before the first, RoBERTa's padding_idx.
+            positions = jnp.where(padding_mask, jnp.cumsum(padding_mask, -1), 0) - 1
+        elif positions is None:
+            positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         mask_B11T = None if padding_mask is None else attention.padding_mask(padding_mask)
         x_BTD = self.token_embed(tokens) * c.embedding_scale
-        x_BTD = x_BTD + self.position_embed(positions_BT) + self.segment_embed(segment_ids)
+        x_BTD = x_BTD + self.position_embed(positions + c.position_offset)
+        if c.num_segments:
+            segment_ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
+            x_BTD = x_BTD + self.segment_embed(segment_ids)
         x_BTD = self.embed_dropout(self.embed_norm(x_BTD), deterministic=deterministic)
-        hidden_BTD, _, weights = self.encoder(x_BTD, mask_B11T, deterministic=deterministic)
-        return EncoderOutput(hidden_BTD, jnp.tanh(self.pooler(hidden_BTD[:, 0])), weights)
+        return self.encoder(x_BTD, mask_B11T, deterministic=deterministic)
+
+    def pool(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        """The first token's hidden state through a linear layer and tanh."""
+        return ACTIVATIONS[self.config.pooler_activation](self.pooler(hidden[:, 0]))
+
+    def encode(self, tokens: Int[Array, "B T"], **options) -> EncoderOutput:
+        """Hidden states of every token and the pooled first token; `options` as for `hidden`."""
+        out = self.hidden(tokens, **options)
+        return EncoderOutput(out.hidden, self.pool(out.hidden), out.attention)
 
     def __call__(
         self,
@@ -100,43 +129,61 @@ class BERT(nn.Module):
         masked_positions: Int[Array, "B P"] | None = None,
         **options,
     ) -> BERTOutput:
-        """Both pre-training heads; `options` as for `encode`.
+        """Both pre-training heads; `options` as for `hidden`.
 
         Args:
             masked_positions: the positions to predict. Only these go through the vocabulary
                 projection; all T of them if None.
         """
         hidden_BTD, pooled_BD, weights = self.encode(tokens, **options)
-        chosen = (
-            hidden_BTD if masked_positions is None else take_positions(hidden_BTD, masked_positions)
-        )
         return BERTOutput(
-            self.mlm_head(chosen, self.token_embed),
+            self._mlm(hidden_BTD, masked_positions),
             self.nsp_head(pooled_BD).astype(jnp.float32),
             hidden_BTD,
             pooled_BD,
             weights,
         )
 
-    def classify(
+    def mask_logits(
         self,
         tokens: Int[Array, "B T"],
         *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        padding_mask: Bool[Array, "B T"] | None = None,
-        deterministic: bool = True,
+        masked_positions: Int[Array, "B P"] | None = None,
+        **options,
+    ) -> Float[Array, "B P V"]:
+        """The masked-word head alone, as `mlm_logits` of a call."""
+        return self._mlm(self.hidden(tokens, **options).hidden, masked_positions)
+
+    def next_sentence(self, tokens: Int[Array, "B T"], **options) -> Float[Array, "B 2"]:
+        """The next-sentence head alone, as `nsp_logits` of a call."""
+        return self.nsp_head(self.encode(tokens, **options).pooled).astype(jnp.float32)
+
+    def _mlm(self, hidden_BTD, positions_BP):
+        chosen = hidden_BTD if positions_BP is None else take_positions(hidden_BTD, positions_BP)
+        return self.mlm_head(
+            chosen, self.token_embed if self.config.tie_embeddings else self.lm_head)
+
+    def classify(
+        self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
     ) -> Float[Array, "B C"]:
-        """Class scores from the pooled first token (BERT paper, section 4.1).
+        """Class scores from the pooled first token (BERT paper, section 4.1); `options` as for
+        `hidden`.
 
         Raises:
             ValueError: the model was built without `num_classes`, or more tokens than positions.
         """
         check_classes(self.num_classes)
-        pooled_BD = self.encode(
-            tokens,
-            segment_ids=segment_ids,
-            padding_mask=padding_mask,
-            deterministic=deterministic,
-        ).pooled
-        pooled_BD = self.classifier_dropout(pooled_BD, deterministic=deterministic)
-        return self.classifier(pooled_BD).astype(jnp.float32)
+        pooled_BD = self.encode(tokens, deterministic=deterministic, **options).pooled
+        return self._classes(pooled_BD, deterministic)
+
+    def tag(
+        self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
+    ) -> Float[Array, "B T C"]:
+        """Class scores of every token; `options` as for `hidden`."""
+        check_classes(self.num_classes)
+        hidden_BTD = self.hidden(tokens, deterministic=deterministic, **options).hidden
+        return self._classes(hidden_BTD, deterministic)
+
+    def _classes(self, features, deterministic):
+        features = self.classifier_dropout(features, deterministic=deterministic)
+        return self.classifier(features).astype(jnp.float32)

@@ -3,6 +3,7 @@
 import dataclasses
 import numbers
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from transformer_jax.nn.blocks import StackConfig
-from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS
+from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, embedding_init
 
-POSITIONS = ("learned", "sinusoidal")
+POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -28,13 +29,22 @@ class Config:
             `d_model / num_heads` dimensions.
         dropout_rate: on embeddings and on each sublayer's output before it joins the residual.
         attention_dropout_rate: on attention weights.
-        positions: "learned" or "sinusoidal" (fixed, Vaswani et al. 2017, section 3.5). With
-            sinusoidal positions, token embeddings are scaled by sqrt(d_model) as in section 3.4,
-            so that neither drowns the other.
-        activation: one of "gelu" (exact), "gelu_tanh", "relu", "tanh".
+        positions: "learned" or "sinusoidal" (fixed, Vaswani et al. 2017, section 3.5);
+            "sinusoidal_halves" has the sines before the cosines, as Marian's checkpoints want.
+        position_offset: unused rows of the position table before that of the first token: 2 in
+            BART and RoBERTa. The table has `max_length + position_offset` rows.
+        scale_embedding: multiply token embeddings by sqrt(d_model) (Vaswani et al. 2017, section
+            3.4); None does so with sinusoidal positions, so that neither drowns the other.
+        tie_embeddings: the token embedding, transposed, is the output layer (Press & Wolf 2017);
+            otherwise the output layer is a matrix of its own, `lm_head`.
+        activation: one of "gelu" (exact), "gelu_tanh", "relu", "swish", "tanh".
         norm_first: LayerNorm before each sublayer and once at the end (GPT-2), or after each
             residual sum (the Transformer, GPT, BERT).
-        initializer, init_std: law and standard deviation of initial weights; biases start at zero.
+        initializer, init_std: law and standard deviation of initial weights ("xavier_uniform"
+            takes kernels' from their shapes, and init_std for embeddings); biases start at zero.
+        pad_token_id, bos_token_id, eos_token_id: what a checkpoint's special tokens are, for
+            generation and for tasks that look for the end of a text; None where it does not say.
+        source: the configuration file that a foreign checkpoint came with, for the way back.
         dtype: "float32" or "bfloat16" for matmuls and activations. Parameters, softmax,
             LayerNorm statistics, logits and losses are float32 either way.
 
@@ -52,12 +62,19 @@ class Config:
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
     positions: str = "learned"
+    position_offset: int = 0
+    scale_embedding: bool | None = None
+    tie_embeddings: bool = True
     activation: str = "gelu"
     norm_first: bool = False
     norm_epsilon: float = 1e-5
     initializer: str = "normal"
     init_std: float = 0.02
     dtype: str = "float32"
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple | None = None
+    source: str = dataclasses.field(default="", repr=False)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -70,6 +87,7 @@ class Config:
         for name in ("norm_epsilon", "init_std"):
             _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name),
                      "a finite number above 0")
+        _require(self.position_offset >= 0, "position_offset", self.position_offset, "at least 0")
         choices = {"positions": POSITIONS, "activation": tuple(ACTIVATIONS),
                    "initializer": tuple(INITIALIZERS), "dtype": tuple(DTYPES)}
         for name, allowed in choices.items():
@@ -77,7 +95,7 @@ class Config:
             _require(value in allowed, name, repr(value), f"one of {', '.join(allowed)}")
         _require(self.d_model % self.num_heads == 0, "d_model", self.d_model,
                  f"a multiple of num_heads {self.num_heads}")
-        if self.positions == "sinusoidal":
+        if self.positions != "learned":
             _require(self.d_model % 2 == 0, "d_model", self.d_model,
                      "even for sinusoidal positions")
 
@@ -87,7 +105,16 @@ class Config:
 
     @property
     def embedding_scale(self) -> float:
-        return self.d_model**0.5 if self.positions == "sinusoidal" else 1.0
+        scale = self.scale_embedding
+        scale = self.positions != "learned" if scale is None else scale
+        return self.d_model**0.5 if scale else 1.0
+
+    @property
+    def position_rows(self) -> int:
+        return self.max_length + self.position_offset
+
+    def embedding_init(self) -> Callable:
+        return embedding_init(self.initializer, self.init_std)
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -95,7 +122,8 @@ class Config:
 
     @property
     def stack(self) -> StackConfig:
-        shared = {f: getattr(self, f) for f in StackConfig._fields if f != "dtype"}
+        own = StackConfig._field_defaults.keys() | {"dtype"}
+        shared = {f: getattr(self, f) for f in StackConfig._fields if f not in own}
         return StackConfig(**shared, dtype=self.compute_dtype)
 
     def replace(self, **changes) -> "Config":
@@ -111,11 +139,13 @@ class GPTConfig(Config):
         context_size: how many tokens, itself included, a position attends to; None for all.
         scale_residual_init: divide the initial weights of layers that write to the residual
             stream by sqrt(number of such layers) (GPT-2 paper, section 2.3).
+        classifier_bias: whether the classifier of a whole text has a bias.
     """
 
     activation: str = "gelu_tanh"
     context_size: int | None = None
     scale_residual_init: bool = False
+    classifier_bias: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,15 +161,83 @@ class GPTConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class BERTConfig(Config):
-    """BERT (Devlin et al. 2018). `num_segments` rows of segment embedding: sentences A and B."""
+    """BERT (Devlin et al. 2018) and those that changed its recipe more than its shape: RoBERTa
+    (Liu et al. 2019) and DistilBERT (Sanh et al. 2019).
+
+    With a `position_offset`, positions count real tokens only, as RoBERTa's do.
+
+    Attributes:
+        num_segments: rows of the segment embedding: sentences A and B; 0 for none (DistilBERT).
+        pooler_activation: on the linear layer of the first token; DistilBERT's is "relu".
+    """
 
     norm_epsilon: float = 1e-12
     initializer: str = "truncated_normal"
     num_segments: int = 2
+    pooler_activation: str = "tanh"
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.num_segments >= 1, "num_segments", self.num_segments, "at least 1")
+        _require(self.num_segments >= 0, "num_segments", self.num_segments, "at least 0")
+        _require(self.pooler_activation in ACTIVATIONS, "pooler_activation",
+                 repr(self.pooler_activation), f"one of {', '.join(ACTIVATIONS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(Config):
+    """The encoder-decoder Transformer (Vaswani et al. 2017); sizes are those of both stacks.
+
+    Attributes:
+        num_decoder_layers, num_decoder_heads, decoder_mlp_dim: the decoder's, where it differs;
+            None for the encoder's.
+        embed_norm: LayerNorm on the sum of embeddings (BART).
+        output_bias: a bias on the logits.
+        decoder_start_token_id: what every target begins with, in the place before its first token.
+        forced_bos_token_id, forced_eos_token_id: what a generated text has to begin with, and to
+            end with where its length runs out.
+    """
+
+    positions: str = "sinusoidal"
+    activation: str = "relu"
+    initializer: str = "xavier_uniform"
+    num_decoder_layers: int | None = None
+    num_decoder_heads: int | None = None
+    decoder_mlp_dim: int | None = None
+    embed_norm: bool = False
+    output_bias: bool = False
+    decoder_start_token_id: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | tuple | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num_decoder_layers", "num_decoder_heads", "decoder_mlp_dim"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1, or None")
+        heads = self.num_decoder_heads or self.num_heads
+        _require(self.d_model % heads == 0, "d_model", self.d_model,
+                 f"a multiple of num_decoder_heads {heads}")
+
+    @property
+    def decoder_stack(self) -> StackConfig:
+        return self.stack._replace(
+            num_layers=self.num_decoder_layers or self.num_layers,
+            num_heads=self.num_decoder_heads or self.num_heads,
+            mlp_dim=self.decoder_mlp_dim or self.mlp_dim,
+            cross_attention=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BARTConfig(TransformerConfig):
+    """BART (Lewis et al. 2019): the Transformer with GELU, learned positions and a LayerNorm on the
+    embeddings, which are not scaled."""
+
+    positions: str = "learned"
+    position_offset: int = 2
+    activation: str = "gelu"
+    initializer: str = "normal"
+    embed_norm: bool = True
 
 
 def _require(holds: bool, name: str, value: Any, limit: str) -> None:
@@ -174,12 +272,13 @@ def check_length(length: int, max_length: int) -> None:
                          "positions; shorten it, or build the model with a larger max_length")
 
 
-def init_params(model: nn.Module, rng: jax.Array, head: str = "__call__") -> dict:
+def init_params(model: nn.Module, rng: jax.Array, head: str | None = None) -> dict:
     """Random parameters, a nested dict of float32 arrays.
 
-    `head` names the method whose parameters are wanted: "__call__" for pre-training heads,
-    "classify" for the encoder or decoder with a classifier. Pure: wrap it in `jax.jit` with
-    `out_shardings`, or in `jax.eval_shape` for shapes alone.
+    `head` names the method whose parameters are wanted, such as "classify"; None takes that of the
+    model's task, which is pre-training unless the model was built for another. Pure: wrap it in
+    `jax.jit` with `out_shardings`, or in `jax.eval_shape` for shapes alone.
     """
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return model.init(rng, tokens, method=head)["params"]
+    method = model.METHODS[model.task] if head is None else head
+    return model.init(rng, tokens, method=method)["params"]

@@ -7,7 +7,7 @@ the residual), and Radford et al. 2019, "Language Models are Unsupervised Multit
     tokens -> token + position embedding -> stack under a causal mask -> tied LM head
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from transformer_jax.models.config import GPTConfig, check_classes, check_length
-from transformer_jax.models.heads import take_positions
+from transformer_jax.models.heads import last_tokens, take_positions
+from transformer_jax.nn import attention
 from transformer_jax.nn.attention import KVCache, causal_mask, document_mask, init_cache
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.layers import INITIALIZERS, Embed, Linear
@@ -32,28 +33,39 @@ class GPTOutput(NamedTuple):
 
 
 class GPT(nn.Module):
-    """`num_classes` is the width of the classifier; 0 where `classify` is not used."""
+    """`num_classes` is the width of the classifier; 0 where there is none. `task` names the head
+    that the parameters are for; every method can be called whatever it is."""
 
     config: GPTConfig
     num_classes: int = 0
+    task: str = "causal_lm"
+
+    METHODS: ClassVar[dict[str, str]] = {
+        "base": "decode", "causal_lm": "__call__", "classification": "classify",
+        "token_classification": "tag", "question_answering": "tag",
+    }
 
     def setup(self):
         c = self.config
         init = INITIALIZERS[c.initializer](c.init_std)
-        shared = {"embedding_init": init, "dtype": c.compute_dtype}
+        shared = {"embedding_init": c.embedding_init(), "dtype": c.compute_dtype}
         self.token_embed = Embed(c.vocab_size, c.d_model, **shared)
-        self.position_embed = make_position_embed(c.positions, c.max_length, c.d_model, **shared)
+        self.position_embed = make_position_embed(c.positions, c.position_rows, c.d_model, **shared)
         self.embed_dropout = nn.Dropout(c.dropout_rate)
         self.decoder = Stack(c.stack)
+        if not c.tie_embeddings:
+            self.lm_head = Embed(c.vocab_size, c.d_model, **shared)
         if self.num_classes:
+            has_bias = c.classifier_bias or self.task != "classification"
             self.classifier_dropout = nn.Dropout(c.dropout_rate)
-            self.classifier = Linear((self.num_classes,), kernel_init=init)
+            self.classifier = Linear((self.num_classes,), kernel_init=init, use_bias=has_bias)
 
     def decode(
         self,
         tokens: Int[Array, "B T"],
         *,
         positions: Int[Array, "B T"] | None = None,
+        padding_mask: Bool[Array, "B T"] | None = None,
         document_ids: Int[Array, "B T"] | None = None,
         cache: dict[str, KVCache] | None = None,
         deterministic: bool = True,
@@ -62,6 +74,8 @@ class GPT(nn.Module):
 
         Args:
             positions: place of each token in its sequence; 0 ... T-1 if None.
+            padding_mask: True at tokens. Only padding in front of a text needs it: what follows a
+                text is not seen by it. Not together with `cache`.
             document_ids: for packed rows; tokens of unequal ids do not see each other. Within a
                 document the order of the row counts, so positions may restart.
             cache: keys and values of the tokens before these (`init_cache`); `positions` then
@@ -69,7 +83,7 @@ class GPT(nn.Module):
             deterministic: no dropout; otherwise pass `rngs={"dropout": key}` to `apply`.
 
         Raises:
-            ValueError: more tokens than positions; documents together with a cache.
+            ValueError: more tokens than positions; documents or padding together with a cache.
         """
         c = self.config
         B, T = tokens.shape
@@ -77,27 +91,33 @@ class GPT(nn.Module):
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids are given with a cache: packed rows cannot be decoded; "
                              "put one document in a row")
+        if cache is not None and padding_mask is not None:
+            raise ValueError("padding_mask is given with a cache: padding takes no slots; give "
+                             "the positions of the tokens alone")
         order_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         positions_BT = order_BT if positions is None else positions
         if cache is None:
             mask_B1TS = causal_mask(order_BT, order_BT, c.context_size)
             if document_ids is not None:
                 mask_B1TS &= document_mask(document_ids, document_ids)
+            if padding_mask is not None:
+                mask_B1TS &= attention.padding_mask(padding_mask)
         else:
             slots_1S = jnp.arange(cache["layer_0"].key.shape[1])[None]
             mask_B1TS = causal_mask(positions_BT, slots_1S, c.context_size)
-        x_BTD = self.token_embed(tokens) * c.embedding_scale + self.position_embed(positions_BT)
+        x_BTD = self.token_embed(tokens) * c.embedding_scale
+        x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
         x_BTD = self.embed_dropout(x_BTD, deterministic=deterministic)
-        return self.decoder(x_BTD, mask_B1TS, positions_BT, cache, deterministic)
+        return self.decoder(x_BTD, mask_B1TS, positions_BT, cache, deterministic=deterministic)
 
     def lm_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Scores of the next token, by the transposed token embedding."""
-        return self.token_embed.attend(hidden)
+        """Scores of the next token, by the transposed token embedding where it is tied."""
+        return (self.token_embed if self.config.tie_embeddings else self.lm_head).attend(hidden)
 
     def __call__(self, tokens: Int[Array, "B T"], **options) -> GPTOutput:
         """Language model; `options` as for `decode`."""
-        hidden, cache, attention = self.decode(tokens, **options)
-        return GPTOutput(self.lm_logits(hidden), hidden, cache, attention)
+        out = self.decode(tokens, **options)
+        return GPTOutput(self.lm_logits(out.hidden), out.hidden, out.cache, out.attention)
 
     def classify(
         self,
@@ -105,25 +125,36 @@ class GPT(nn.Module):
         *,
         padding_mask: Bool[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        last: Int[Array, "B"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B C"]:
         """Class scores from the hidden state of each row's last token (GPT paper, section 3.2).
 
-        Rows are padded on the right; `padding_mask` is True at tokens. GPT has no segments:
-        `segment_ids` are taken so that one batch serves both families, and ignored.
+        `padding_mask` is True at tokens; the last of them is classified, or that at `last`. GPT has
+        no segments: `segment_ids` are taken so that one batch serves both families, and ignored.
 
         Raises:
             ValueError: the model was built without `num_classes`, or more tokens than positions.
         """
         del segment_ids
         check_classes(self.num_classes)
-        B, T = tokens.shape
-        lengths = jnp.full((B,), T) if padding_mask is None else padding_mask.sum(-1)
-        hidden_BTD = self.decode(tokens, deterministic=deterministic).hidden
-        last_B1 = jnp.maximum(lengths - 1, 0)[:, None]
-        last_BD = take_positions(hidden_BTD, last_B1)[:, 0]
-        last_BD = self.classifier_dropout(last_BD, deterministic=deterministic)
-        return self.classifier(last_BD).astype(jnp.float32)
+        hidden_BTD = self.decode(
+            tokens, padding_mask=padding_mask, deterministic=deterministic).hidden
+        last = last_tokens(tokens, padding_mask) if last is None else last
+        last_BD = take_positions(hidden_BTD, last[:, None])[:, 0]
+        return self._classes(last_BD, deterministic)
+
+    def tag(
+        self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
+    ) -> Float[Array, "B T C"]:
+        """Class scores of every token; `options` as for `decode`."""
+        check_classes(self.num_classes)
+        hidden_BTD = self.decode(tokens, deterministic=deterministic, **options).hidden
+        return self._classes(hidden_BTD, deterministic)
+
+    def _classes(self, features, deterministic):
+        features = self.classifier_dropout(features, deterministic=deterministic)
+        return self.classifier(features).astype(jnp.float32)
 
     @staticmethod
     def init_cache(config: GPTConfig, batch_size: int, length: int) -> dict[str, KVCache]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from transformer_jax.nn.layers import ACTIVATIONS, Bias, Embed, LayerNorm, Linear
 
@@ -17,9 +17,19 @@ def take_positions(
     return jnp.take_along_axis(hidden_BTD, positions_BP[..., None], axis=1)
 
 
+def last_tokens(
+    tokens: Int[Array, "B T"], padding_mask: Bool[Array, "B T"] | None
+) -> Int[Array, "B"]:
+    """Where each row has its last real token, wherever its padding is."""
+    B, T = tokens.shape
+    if padding_mask is None:
+        return jnp.full((B,), T - 1)
+    return jnp.where(padding_mask, jnp.arange(T), 0).max(-1)
+
+
 class MLMHead(nn.Module):
-    """BERT's masked-word head: dense, activation, LayerNorm, then the tied token embedding and a
-    bias of its own (Devlin et al. 2018, section 3.1; `get_masked_lm_output` of the release)."""
+    """BERT's masked-word head: dense, activation, LayerNorm, then `decoder`, the tied token embedding, and
+    a bias of its own (Devlin et al. 2018, section 3.1; `get_masked_lm_output` of the release)."""
 
     activation: str
     epsilon: float
@@ -28,11 +38,11 @@ class MLMHead(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[Array, "... D"], token_embed: Embed
+        self, hidden: Float[Array, "... D"], decoder: Embed
     ) -> Float[Array, "... V"]:
         features = (hidden.shape[-1],)
         x = Linear(features, kernel_init=self.kernel_init, dtype=self.dtype, name="dense")(hidden)
         x = ACTIVATIONS[self.activation](x)
         x = LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
-        return Bias(token_embed.num_embeddings, name="output")(token_embed.attend(x))
+        return Bias(decoder.num_embeddings, name="output")(decoder.attend(x))
 

@@ -33,6 +33,7 @@ class StackConfig(NamedTuple):
     init_std: float
     residual_init_std: float  # for the two kernels of a block that write to the residual stream
     dtype: jnp.dtype
+    cross_attention: bool = False  # blocks also look at a memory: the encoder's hidden states
 
     @property
     def head_dim(self) -> int:
@@ -46,7 +47,8 @@ class StackConfig(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, section 3.2.2) of a sequence to itself."""
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2), of a sequence to itself or to a
+    memory."""
 
     config: StackConfig
 
@@ -57,24 +59,36 @@ class Attention(nn.Module):
         mask_BNTS: Bool[Array, "..."] | None,
         positions_BT: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
+        memory: Float[Array, "B S D"] | KVCache | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None, Float[Array, "B N T S"]]:
+    ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "B N T S"]]:
+        """Queries come from `x`; keys and values from `memory` if given, else from `x`.
+
+        Returns:
+            The attended values; the keys and values that were looked at: `cache` with this call's
+            written at `positions`, or those of `memory`, which stand for it in later calls; the
+            attention weights.
+        """
         c = self.config
 
-        def project(name):
+        def project(name, source_BSD):
             return Linear(
                 (c.num_heads, c.head_dim), kernel_init=c.kernel_init(), dtype=c.dtype, name=name
-            )(x_BTD)
+            )(source_BSD)
 
-        query_BTNH, key_BSNH, value_BSNH = project("query"), project("key"), project("value")
+        query_BTNH = project("query", x_BTD)
+        if isinstance(memory, KVCache):
+            seen = memory
+        else:
+            source = x_BTD if memory is None else memory
+            seen = KVCache(project("key", source), project("value", source))
         if cache is not None:
-            cache = cache.write(key_BSNH, value_BSNH, positions_BT)
-            key_BSNH, value_BSNH = cache
+            seen = cache.write(*seen, positions_BT)
         use_dropout = not deterministic and c.attention_dropout_rate > 0
         out_BTNH, weights_BNTS = attend(
             query_BTNH,
-            key_BSNH,
-            value_BSNH,
+            seen.key,
+            seen.value,
             mask_BNTS,
             dropout_rate=c.attention_dropout_rate,
             dropout_rng=self.make_rng("dropout") if use_dropout else None,
@@ -82,7 +96,7 @@ class Attention(nn.Module):
         out_BTD = Linear(
             (c.d_model,), contract=2, kernel_init=c.residual_init(), dtype=c.dtype, name="out"
         )(out_BTNH)
-        return out_BTD, cache, weights_BNTS
+        return out_BTD, seen, weights_BNTS
 
 
 class MLP(nn.Module):
@@ -98,40 +112,59 @@ class MLP(nn.Module):
         return Linear((c.d_model,), kernel_init=c.residual_init(), dtype=c.dtype, name="wo")(h_BTF)
 
 
+class BlockOutput(NamedTuple):
+    hidden: Float[Array, "B T D"]
+    cache: KVCache
+    attention: Float[Array, "B N T S"]
+    memory: KVCache | None
+    cross_attention: Float[Array, "B N T S"] | None
+
+
 class Block(nn.Module):
-    """Self-attention, then MLP, each inside a residual link with dropout and LayerNorm."""
+    """Self-attention, cross-attention where there is a memory, then MLP, each inside a residual
+    link with dropout and LayerNorm."""
 
     config: StackConfig
 
     @nn.compact
-    def __call__(self, x_BTD, mask_BNTS, positions_BT=None, cache=None, deterministic=True):
+    def __call__(
+        self, x_BTD, mask_BNTS, positions_BT=None, cache=None, memory=None, memory_mask_BNTS=None,
+        deterministic=True,
+    ) -> BlockOutput:
         c = self.config
 
-        def norm(name, x_BTD):
-            return LayerNorm(c.norm_epsilon, dtype=c.dtype, name=name)(x_BTD)
+        def residual(name, sublayer, x_BTD):
+            norm = LayerNorm(c.norm_epsilon, dtype=c.dtype, name=f"{name}_norm")
+            out_BTD, *rest = sublayer(norm(x_BTD) if c.norm_first else x_BTD)
+            x_BTD = x_BTD + nn.Dropout(c.dropout_rate)(out_BTD, deterministic=deterministic)
+            return x_BTD if c.norm_first else norm(x_BTD), *rest
 
-        def drop(x_BTD):
-            return nn.Dropout(c.dropout_rate)(x_BTD, deterministic=deterministic)
+        def look(x_BTD):
+            return Attention(c, name="self_attention")(
+                x_BTD, mask_BNTS, positions_BT, cache, deterministic=deterministic
+            )
 
-        inner_BTD = norm("attention_norm", x_BTD) if c.norm_first else x_BTD
-        attended_BTD, cache, weights_BNTS = Attention(c, name="self_attention")(
-            inner_BTD, mask_BNTS, positions_BT, cache, deterministic
-        )
-        x_BTD = x_BTD + drop(attended_BTD)
-        if not c.norm_first:
-            x_BTD = norm("attention_norm", x_BTD)
+        def look_across(x_BTD):
+            return Attention(c, name="cross_attention")(
+                x_BTD, memory_mask_BNTS, memory=memory, deterministic=deterministic
+            )
 
-        inner_BTD = norm("mlp_norm", x_BTD) if c.norm_first else x_BTD
-        x_BTD = x_BTD + drop(MLP(c, name="mlp")(inner_BTD))
-        if not c.norm_first:
-            x_BTD = norm("mlp_norm", x_BTD)
-        return x_BTD, cache, weights_BNTS
+        x_BTD, cache, weights_BNTS = residual("attention", look, x_BTD)
+        cross_weights_BNTS = None
+        if c.cross_attention:
+            x_BTD, memory, cross_weights_BNTS = residual("cross_attention", look_across, x_BTD)
+        (x_BTD,) = residual("mlp", lambda x_BTD: (MLP(c, name="mlp")(x_BTD),), x_BTD)
+        return BlockOutput(x_BTD, cache, weights_BNTS, memory, cross_weights_BNTS)
 
 
 class StackOutput(NamedTuple):
+    """Hidden states, and what a stack gives to its next call and to those who look on."""
+
     hidden: Float[Array, "B T D"]
     cache: dict[str, KVCache] | None  # as given, with this call's keys and values written
     attention: tuple[Float[Array, "B N T S"], ...]  # weights by layer
+    memory: dict[str, KVCache] | None = None  # the memory's keys and values, for later calls
+    cross_attention: tuple[Float[Array, "B N T S"], ...] = ()
 
 
 class Stack(nn.Module):
@@ -146,17 +179,33 @@ class Stack(nn.Module):
         mask_BNTS: Bool[Array, "..."] | None,
         positions_BT: Int[Array, "B T"] | None = None,
         cache: dict[str, KVCache] | None = None,
+        memory: Float[Array, "B S D"] | dict[str, KVCache] | None = None,
+        memory_mask_BNTS: Bool[Array, "..."] | None = None,
         deterministic: bool = True,
     ) -> StackOutput:
+        """`memory` is what cross-attention looks at: hidden states of an encoder, or, so that they
+        are projected only once, the `memory` of an earlier call's output."""
         c = self.config
-        new_cache, attention = {}, []
+        blocks: dict[str, BlockOutput] = {}
         for i in range(c.num_layers):
             name = f"layer_{i}"
-            x_BTD, new_cache[name], weights_BNTS = Block(c, name=name)(
-                x_BTD, mask_BNTS, positions_BT, cache and cache[name], deterministic
+            blocks[name] = out = Block(c, name=name)(
+                x_BTD,
+                mask_BNTS,
+                positions_BT,
+                cache and cache[name],
+                memory[name] if isinstance(memory, dict) else memory,
+                memory_mask_BNTS,
+                deterministic,
             )
-            x_BTD = constrain_batch(x_BTD)
-            attention.append(weights_BNTS)
+            x_BTD = constrain_batch(out.hidden)
         if c.norm_first:
             x_BTD = LayerNorm(c.norm_epsilon, dtype=c.dtype, name="final_norm")(x_BTD)
-        return StackOutput(x_BTD, new_cache if cache else None, tuple(attention))
+        across = c.cross_attention
+        return StackOutput(
+            x_BTD,
+            {name: out.cache for name, out in blocks.items()} if cache else None,
+            tuple(out.attention for out in blocks.values()),
+            {name: out.memory for name, out in blocks.items()} if across else None,
+            tuple(out.cross_attention for out in blocks.values()) if across else (),
+        )

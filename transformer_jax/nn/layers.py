@@ -4,6 +4,7 @@ Parameters are float32; `dtype` is the type of the arithmetic. LayerNorm statist
 computed in float32. Shape suffixes: B batch, T length, D d_model, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -18,15 +19,23 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # x * Phi(x); BERT's checkpoints
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # GPT, GPT-2
     "relu": jax.nn.relu,
+    "swish": jax.nn.swish,  # Marian
     "tanh": jnp.tanh,
 }
 
-# The laws that the papers draw initial weights from: GPT normal, BERT normal cut off at two
-# standard deviations. Both take the standard deviation.
-INITIALIZERS = {
+# The laws that initial kernels are drawn from, given a standard deviation: GPT and BART normal, BERT
+# normal cut off at two deviations. The Transformer's code (tensor2tensor) takes its width from each
+# kernel's own shape instead (Glorot & Bengio 2010, eq. 16).
+INITIALIZERS: dict[str, Callable[[float], Callable]] = {
     "normal": jax.nn.initializers.normal,
     "truncated_normal": jax.nn.initializers.truncated_normal,
+    "xavier_uniform": lambda std: jax.nn.initializers.xavier_uniform(),
 }
+
+
+def embedding_init(initializer: str, std: float) -> Callable:
+    """The law of initial embeddings: that of kernels, or normal where that has no deviation."""
+    return INITIALIZERS["normal" if initializer == "xavier_uniform" else initializer](std)
 
 
 class Linear(nn.Module):
@@ -38,16 +47,24 @@ class Linear(nn.Module):
 
     features: tuple[int, ...]
     contract: int = 1
+    use_bias: bool = True
     kernel_init: Callable = jax.nn.initializers.normal(0.02)
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         shape = x.shape[-self.contract :] + self.features
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
+        kernel = self.param("kernel", self._init, shape)
         y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
         return y + bias.astype(self.dtype)
+
+    def _init(self, rng, shape):
+        """Drawn as the matrix it stands for, whose two sides a law may look at."""
+        inputs, outputs = math.prod(shape[: self.contract]), math.prod(shape[self.contract :])
+        return self.kernel_init(rng, (inputs, outputs), jnp.float32).reshape(shape)
 
 
 class LayerNorm(nn.Module):
@@ -99,7 +116,7 @@ class Embed(nn.Module):
 
 
 class Bias(nn.Module):
-    """A bias on its own: the output bias of BERT's tied decoder."""
+    """A bias on its own: the output bias of a tied decoder."""
 
     features: int
 

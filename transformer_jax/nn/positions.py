@@ -11,11 +11,14 @@ from jaxtyping import Float, Int
 from transformer_jax.nn.layers import Embed
 
 
-def sinusoidal(length: int, features: int) -> Float[np.ndarray, "length features"]:
+def sinusoidal(
+    length: int, features: int, interleave: bool = True
+) -> Float[np.ndarray, "length features"]:
     """Fixed position encoding of Vaswani et al. 2017, section 3.5.
 
     Row `p`, dimensions `2i` and `2i + 1`: sin and cos of `p / 10000^(2i / features)`; wavelengths
-    grow from 2 pi to 10000 * 2 pi positions.
+    grow from 2 pi to 10000 * 2 pi positions. Without `interleave` all sines stand before all
+    cosines, as in the checkpoints of Marian.
 
     Raises:
         ValueError: `features` is odd.
@@ -24,7 +27,9 @@ def sinusoidal(length: int, features: int) -> Float[np.ndarray, "length features
         raise ValueError(f"sinusoidal positions pair sines with cosines: {features} features is "
                          "odd; use an even d_model or learned positions")
     angles = np.arange(length)[:, None] / 10_000 ** (np.arange(0, features, 2) / features)
-    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(length, features)
+    waves = np.stack([np.sin(angles), np.cos(angles)])
+    order = (1, 2, 0) if interleave else (1, 0, 2)
+    return waves.transpose(order).reshape(length, features)
 
 
 class Sinusoids(nn.Module):
@@ -32,16 +37,19 @@ class Sinusoids(nn.Module):
 
     max_length: int
     features: int
+    interleave: bool = True
     dtype: jnp.dtype = jnp.float32
 
     def __call__(self, positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.asarray(sinusoidal(self.max_length, self.features), self.dtype)[positions]
+        table = sinusoidal(self.max_length, self.features, self.interleave)
+        return jnp.asarray(table, self.dtype)[positions]
 
 
 def make_position_embed(
     kind: str, max_length: int, features: int, *, embedding_init: Callable, dtype: jnp.dtype
 ) -> nn.Module:
-    """The module that gives position vectors: `kind` "learned" owns a table, "sinusoidal" none."""
-    if kind == "sinusoidal":
-        return Sinusoids(max_length, features, dtype)
+    """The module that gives position vectors: `kind` "learned" owns a table, "sinusoidal" and
+    "sinusoidal_halves" none."""
+    if kind != "learned":
+        return Sinusoids(max_length, features, kind == "sinusoidal", dtype)
     return Embed(max_length, features, embedding_init, dtype)

@@ -23,6 +23,17 @@ def cross_entropy(
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+def smoothed_cross_entropy(
+    logits: Float[Array, "... V"], targets: Int[Array, "..."], smoothing: float
+) -> Float[Array, "..."]:
+    """Cross-entropy with a target that gives `smoothing` of its mass to all V classes alike and
+    the rest to `targets` (Szegedy et al. 2015, section 7), in nats."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    expected = (1 - smoothing) * chosen + smoothing * logits.mean(-1)
+    return jax.nn.logsumexp(logits, axis=-1) - expected
+
+
 def correct(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
     """1.0 where the best-scored class is the target."""
     return (logits.argmax(-1) == targets).astype(jnp.float32)
