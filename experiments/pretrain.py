@@ -87,6 +87,6 @@ def loss_curves(history: list[dict], before: dict) -> dict:
 
 
 if __name__ == "__main__":
-    config = tyro.extras.overridable_config_cli(configs.load())
+    config = tyro.extras.overridable_config_cli(configs.load(Pretrain))
     common.start()
     pretrain(config)

@@ -24,7 +24,7 @@ from finetune import Finetune, Settings, finetune, forgotten, load_task
 from pretrain import pretrain
 from rich.console import Console
 from rich.table import Table
-from settings import Optimizer
+from settings import Optimizer, Pretrain
 
 from transformer_jax import draw
 from transformer_jax.generate import fill_mask, generate
@@ -73,7 +73,7 @@ def main(c: Quickstart) -> dict:
     cells, pretraining, trained = [], {}, {}
     for config_name, name in NAMES.items():
         console.rule(f"Pre-training {name} on the documentation of Python")
-        settings = configs.load()[config_name][1]
+        settings = configs.load(Pretrain)[config_name][1]
         settings = dataclasses.replace(
             settings, out=c.out / config_name,
             **({"num_steps": c.pretrain_steps} if c.pretrain_steps else {}))

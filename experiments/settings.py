@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from transformer_jax.models.config import Config
+from transformer_jax.models.config import Config, TransformerConfig
 from transformer_jax.objectives.mlm_nsp import MASK_RATE
 from transformer_jax.train import optim
 
@@ -72,5 +72,51 @@ class Pretrain:
     eval_every: int = 250
     eval_batches: int | None = None
     save_every: int = 500
+    log_every: int = 50
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Translate:
+    """One run from sources to targets: translation, or summarization.
+
+    Attributes:
+        data: a folder with aligned files (train.de, train.en, val.de, ...), a .jsonl, .tsv or .csv
+            file in it for each split, tfds:name or hf:name.
+        source, target: endings of the files, or names of the columns.
+        tokenizer: "bpe" or "unigram", trained on both sides together with the model's vocab_size;
+            or a folder with a tokenizer.
+        buckets: lengths that batches are padded to; each is compiled once.
+        tokens_per_batch: rows times length, at most, over all devices.
+        average: how many of the last checkpoints are averaged into the result; they are saved
+            every `save_every` steps.
+        num_beams, length_penalty: of the beam search.
+        max_new_tokens: of a translation.
+        eval_pairs: how many pairs of the held-out split are translated; all if not given.
+    """
+
+    model: tyro.conf.AvoidSubcommands[TransformerConfig]
+    source: str
+    target: str
+    num_steps: int
+    out: Path
+    data: str
+    tokenizer: str = "bpe"
+    train_split: str = "train"
+    held_out_split: str = "val"
+    buckets: tuple[int, ...] = (16, 32, 64)
+    tokens_per_batch: int = 4096
+    label_smoothing: float = 0.1
+    accumulate: int = 1
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(
+        schedule="inverse_sqrt", warmup_steps=1000, weight_decay=0.0, b2=0.98, eps=1e-9))
+    mesh: Mesh = field(default_factory=Mesh)
+    average: int = 5
+    num_beams: int = 5
+    length_penalty: float = 0.6
+    max_new_tokens: int = 64
+    eval_pairs: int | None = None
+    eval_every: int = 250
+    save_every: int = 250
     log_every: int = 50
     seed: int = 0

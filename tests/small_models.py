@@ -5,7 +5,15 @@ import functools
 import jax
 import numpy as np
 
-from transformer_jax.models import BERTConfig, Config, GPTConfig, build_model, init_params
+from transformer_jax.models import (
+    BARTConfig,
+    BERTConfig,
+    Config,
+    GPTConfig,
+    TransformerConfig,
+    build_model,
+    init_params,
+)
 
 VOCAB = 61
 LENGTH = 32  # positions
@@ -15,6 +23,8 @@ _SHAPE = {"vocab_size": VOCAB, "max_length": LENGTH, "num_layers": 2, "d_model":
 GPT2 = GPTConfig(**_SHAPE, norm_first=True, scale_residual_init=True)
 GPT1 = GPTConfig(**_SHAPE)
 BERT = BERTConfig(**_SHAPE)
+TRANSFORMER = TransformerConfig(**_SHAPE, init_std=0.2, decoder_start_token_id=2)
+BART = BARTConfig(**_SHAPE, output_bias=True, decoder_start_token_id=2)
 
 # As users compile; see conftest.py for how tests do.
 optimized_jit = functools.partial(

@@ -19,6 +19,8 @@ def test_pictures(tmp_path):
         draw.positions(tmp_path / "positions.png", {"fixed": sinusoidal(20, 8)}),
         draw.attention(tmp_path / "attention.png", {"full": np.eye(3), "causal": np.tri(3)},
                        ["a", "b", "c"]),
+        draw.attention(tmp_path / "cross.png", {"layer 0": np.eye(2, 5)}, ["a", "b"],
+                       ["v", "w", "x", "y", "z"], title="cross-attention"),
         draw.label_efficiency(tmp_path / "labels.png", {"GPT": {"full": ([8, 32], [0.3, 0.6],
                                                                         [0.1, 0.0])}},
                               title="t", chance=0.2),

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from transformer_jax import presets
-from transformer_jax.models import BERTConfig, GPTConfig, build_model, init_params
+from transformer_jax.models import (
+    BARTConfig,
+    BERTConfig,
+    GPTConfig,
+    TransformerConfig,
+    build_model,
+    init_params,
+)
 
 # GPT and GPT-2: the released weights (GPT-2's paper counts 117, 345, 762 and 1,542 M by mistake).
 # BERT: both heads, as in the table of google-research/bert; without heads in HEADLESS.
@@ -23,6 +30,11 @@ COUNTS = {
     "bert_medium": 41_668_412,
     "bert_base": 110_106_428,
     "bert_large": 336_226_108,
+    # Vocabulary of 37,000, which the paper says "about" of; it counts 65 M and 213 M.
+    "transformer_base": 37_000 * 512 + 6 * (3_152_384 + 4_204_032),
+    "transformer_big": 37_000 * 1024 + 6 * (12_596_224 + 16_796_672),
+    "bart_base": 139_420_416,
+    "bart_large": 406_291_456,
 }
 HEADLESS = {"bert_tiny": 4_385_920, "bert_mini": 11_170_560, "bert_small": 28_763_648,
             "bert_medium": 41_373_184, "bert_base": 109_482_240, "bert_large": 335_141_888}
@@ -83,7 +95,9 @@ def test_every_preset_has_heads_of_64_and_fourfold_mlps():
         config = presets.get(name)
         assert config.stack.head_dim == 64
         assert config.mlp_dim == 4 * config.d_model
-        assert isinstance(config, BERTConfig if name.startswith("bert") else GPTConfig)
+        kinds = {"gpt1": GPTConfig, "gpt2": GPTConfig, "bert": BERTConfig, "bart": BARTConfig,
+                 "transformer": TransformerConfig}
+        assert type(config) is kinds[name.partition("_")[0]]
 
 
 def test_changes_are_checked():

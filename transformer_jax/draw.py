@@ -57,17 +57,23 @@ def positions(path: str | Path, tables: Mapping[str, np.ndarray]) -> Path:
 
 
 def attention(
-    path: str | Path, maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, title: str = ""
+    path: str | Path,
+    maps: Mapping[str, np.ndarray],
+    tokens: Sequence[str],
+    sources: Sequence[str] | None = None,
+    *,
+    title: str = "",
 ) -> Path:
-    """Attention weights `[T, S]` side by side: row `t` shows where token `t` looks."""
-    size = max(4.0, 0.24 * len(tokens) + 1.6)
-    figure = _figure(size * len(maps), size + 0.5)
+    """Attention weights `[T, S]` side by side: row `t` shows where token `t` looks, in its own text
+    or, in cross-attention, in `sources`."""
+    seen = tokens if sources is None else sources
+    width, height = (max(4.0, 0.24 * len(words) + 1.6) for words in (seen, tokens))
+    figure = _figure(width * len(maps), height + 0.5)
     figure.suptitle(title)
     for axes, (name, weights) in zip(np.atleast_1d(figure.subplots(1, len(maps))), maps.items()):
         axes.imshow(np.asarray(weights), cmap="viridis", vmin=0)
-        ticks = range(len(tokens))
-        axes.set_xticks(ticks, tokens, rotation=90, fontsize=7)
-        axes.set_yticks(ticks, tokens, fontsize=7)
+        axes.set_xticks(range(len(seen)), seen, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(tokens)), tokens, fontsize=7)
         axes.set(title=name, xlabel="sees (key)", ylabel="token (query)")
     return _save(figure, path)
 

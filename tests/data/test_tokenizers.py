@@ -29,6 +29,16 @@ def chars():
     return tokenizers.train_chars(TEXTS)
 
 
+@pytest.fixture(scope="module")
+def joint():
+    return tokenizers.train_bpe(TEXTS, 320, tokenizers.SEQ2SEQ_SPECIALS)
+
+
+@pytest.fixture(scope="module")
+def unigram():
+    return tokenizers.train_unigram(TEXTS * 20, 120)
+
+
 def arbitrary_text(rng: random.Random) -> str:
     """Any code points but surrogates, with plenty of white space, controls and combinations."""
     planes = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
@@ -57,6 +67,23 @@ def test_special_tokens_have_their_places(bpe, wordpiece, chars):
     assert wordpiece.encode("the [MASK] sat")[1:-1] == [wordpiece.mask_id]
     cat = wordpiece.encode("cat")
     assert wordpiece.encode("cat", add_special=True) == [2, *cat, 3]
+
+
+def test_special_tokens_of_an_encoder_decoder(joint, unigram):
+    for found in (joint, unigram):
+        assert (found.cls_id, found.pad_id, found.sep_id, found.unk_id, found.mask_id) == (
+            0, 1, 2, 3, 4)
+    assert joint.encode("a <mask> b").count(4) == 1
+    assert joint.decode(joint.encode("naïve 漢")) == "naïve 漢"
+
+
+def test_unigram_reads_words(unigram):
+    assert unigram.decode(unigram.encode("the  cat\nsat")) == "the cat sat"
+    assert unigram.encode("漢")[-1] == unigram.unk_id
+    assert len(unigram.encode("the cat sat on the mat.")) < 14  # pieces, not letters
+    assert unigram.is_word_start[unigram.encode("the cat")[0]]
+    with pytest.raises(ValueError, match=r"vocab_size 20 has no room.*use at least 69"):
+        tokenizers.train_unigram(TEXTS, 20)
 
 
 def test_wordpiece_reads_as_bert(wordpiece):

@@ -13,7 +13,8 @@ import numpy as np
 import pretrain
 import pytest
 import quickstart
-from settings import Mesh, Optimizer
+import translate
+from settings import Mesh, Optimizer, Pretrain, Translate
 
 SHORT = finetune.Settings(length=16, num_steps=2, optimizer=Optimizer(warmup_steps=1))
 TINY = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 16, "max_length": 64}
@@ -38,9 +39,9 @@ def sentences(tmp_path_factory):
     return str(path)
 
 
-@pytest.mark.parametrize("name", configs.load())
+@pytest.mark.parametrize("name", configs.load(Pretrain))
 def test_two_steps_of_every_config(name, tmp_path, sentences):
-    c = tiny(configs.load()[name][1], tmp_path / "run", data=sentences)
+    c = tiny(configs.load(Pretrain)[name][1], tmp_path / "run", data=sentences)
     results = pretrain.pretrain(c)
     assert np.isfinite(results["metrics"]["held_out"]["loss"])
     saved = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -49,11 +50,38 @@ def test_two_steps_of_every_config(name, tmp_path, sentences):
     assert list((tmp_path / "run" / "events").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize("name", configs.load(Translate))
+def test_a_few_steps_of_every_translation(name, tmp_path):
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    for split, count in (("train", 60), ("val", 5)):
+        rows = [[words[(i * k) % 10] for k in range(1, 3 + i % 6)] for i in range(count)]
+        (tmp_path / f"{split}.de").write_text("\n".join(" ".join(row) for row in rows))
+        (tmp_path / f"{split}.en").write_text("\n".join(" ".join(row[::-1]) for row in rows))
+    c = configs.load(Translate)[name][1]
+    model = c.model.replace(**TINY | {"vocab_size": 300})
+    c = dataclasses.replace(
+        c, data=str(tmp_path), source="de", target="en", out=tmp_path / "run", model=model,
+        num_steps=4, save_every=2, average=2, eval_every=2, log_every=1, buckets=(8, 16),
+        tokens_per_batch=128, max_new_tokens=8, num_beams=2,
+        optimizer=dataclasses.replace(c.optimizer, warmup_steps=1))
+    results = translate.main(c)["metrics"]
+    assert 0 <= results["bleu"] <= 100 and "tok:13a" in results["signature"]
+    assert np.isfinite(results["held_out"]["nll"])
+    lines = (tmp_path / "run" / "translations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["source"] for line in lines] == (
+        tmp_path / "val.de").read_text().splitlines()
+    for picture in ("cross_attention.png", "loss.png"):
+        assert (tmp_path / "run" / picture).stat().st_size > 5000
+    # A finished run is not trained again.
+    again = translate.main(c)["metrics"]
+    assert again["history"] == [] and again["bleu"] == results["bleu"]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, sentences):
     folder = tmp_path_factory.mktemp("runs")
     for name in ("gpt_python_docs", "bert_python_docs"):
-        pretrain.pretrain(tiny(configs.load()[name][1], folder / name, data=sentences))
+        pretrain.pretrain(tiny(configs.load(Pretrain)[name][1], folder / name, data=sentences))
     return folder
 
 
@@ -89,7 +117,7 @@ def test_generate_and_fill(runs):
 
 def test_the_same_command_resumes(tmp_path, sentences):
     """A run that lost all after step 5 ends, by the same command, in the same bits."""
-    c = tiny(configs.load()["gpt_python_docs"][1], tmp_path / "run", data=sentences,
+    c = tiny(configs.load(Pretrain)["gpt_python_docs"][1], tmp_path / "run", data=sentences,
              num_steps=10, save_every=5)
     pretrain.pretrain(c)
     straight = jax.tree.leaves(common.load_run(c.out).params)
@@ -100,7 +128,7 @@ def test_the_same_command_resumes(tmp_path, sentences):
 
 
 def test_unknown_objective_and_missing_run(tmp_path, sentences):
-    c = tiny(configs.load()["gpt_python_docs"][1], tmp_path / "run", data=sentences)
+    c = tiny(configs.load(Pretrain)["gpt_python_docs"][1], tmp_path / "run", data=sentences)
     with pytest.raises(ValueError, match=r"'sorting'.*causal_lm, mlm_nsp"):
         pretrain.pretrain(dataclasses.replace(c, objective="sorting"))
     with pytest.raises(FileNotFoundError, match=r"--out folder"):

@@ -1,5 +1,7 @@
 """A block against a line-by-line NumPy version of both residual forms."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -16,13 +18,17 @@ def norm(p, x):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
 
 
-def self_attention(p, x):
-    q, k, v = (np.einsum("td,dnh->nth", x, p[n]["kernel"]) + p[n]["bias"][:, None]
-               for n in ("query", "key", "value"))
+def attention(p, x, source, mask):
+    q, k, v = (np.einsum("td,dnh->nth", y, p[n]["kernel"]) + p[n]["bias"][:, None]
+               for n, y in (("query", x), ("key", source), ("value", source)))
     scores = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
-    scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf)
+    scores = np.where(mask, scores, -np.inf)
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     return np.einsum("nth,nhd->td", weights @ v, p["out"]["kernel"]) + p["out"]["bias"]
+
+
+def self_attention(p, x):
+    return attention(p, x, x, np.tri(len(x), dtype=bool))
 
 
 def mlp(p, x):
@@ -61,3 +67,36 @@ def test_stack_is_the_formula(norm_first, block):
     assert out.cache is None
     assert [w.shape for w in out.attention] == [(1, 2, 5, 5)] * 2
     np.testing.assert_allclose(out.attention[1].sum(-1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_cross_attention_takes_keys_and_values_from_the_memory(norm_first):
+    config = GPTConfig(**SIZES, norm_first=norm_first).stack._replace(
+        num_layers=1, cross_attention=True)
+    stack = Stack(config)
+    rng = np.random.default_rng(0)
+    x, memory = (rng.normal(size=(1, n, 6)).astype(np.float32) for n in (5, 4))
+    mask, seen = np.tri(5, dtype=bool), np.array([True, False, True, True])
+    call = {"memory": memory, "memory_mask_BNTS": seen}
+    shapes = jax.eval_shape(functools.partial(stack.init, **call), jax.random.key(0), x, mask)
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes["params"])
+    p = params["layer_0"]
+
+    def residual(name, sublayer, x):
+        if norm_first:
+            return x + sublayer(norm(p[f"{name}_norm"], x))
+        return norm(p[f"{name}_norm"], x + sublayer(x))
+
+    expected = residual("attention", lambda y: self_attention(p["self_attention"], y),
+                        x[0].astype(np.float64))
+    expected = residual("cross_attention", lambda y: attention(
+        p["cross_attention"], y, memory[0], seen), expected)
+    expected = residual("mlp", lambda y: mlp(p["mlp"], y), expected)
+    if norm_first:
+        expected = norm(params["final_norm"], expected)
+    out = stack.apply({"params": params}, x, mask, **call)
+    np.testing.assert_allclose(out.hidden[0], expected, rtol=1e-4, atol=1e-5)
+    # The keys and values that come back stand for the memory.
+    again = stack.apply({"params": params}, x, mask, memory=out.memory, memory_mask_BNTS=seen)
+    np.testing.assert_array_equal(again.hidden, out.hidden)
+    assert out.cross_attention[0].shape == (1, 2, 5, 4)

@@ -69,6 +69,7 @@ def test_bias_is_added():
         ("gelu", [-0.1586553, 0, 0.8413447]),  # x times the normal distribution function
         ("gelu_tanh", [-0.1588080, 0, 0.8411920]),
         ("relu", [0, 0, 1]),
+        ("swish", [-0.2689414, 0, 0.7310586]),
         ("tanh", [-0.7615942, 0, 0.7615942]),
     ],
 )
@@ -77,7 +78,7 @@ def test_activations(name, expected):
 
 
 def test_every_activation_is_tested():
-    assert set(ACTIVATIONS) == {"gelu", "gelu_tanh", "relu", "tanh"}
+    assert set(ACTIVATIONS) == {"gelu", "gelu_tanh", "relu", "swish", "tanh"}
 
 
 def test_initial_laws():

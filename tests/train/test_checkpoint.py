@@ -115,6 +115,19 @@ def test_steps_are_kept_and_found(tmp_path):
         checkpoint.restore(tmp_path, state, step=2)
 
 
+def test_the_last_parameters_are_averaged(tmp_path):
+    for number, value in ((1, 100.0), (2, 1.0), (3, 2.0), (4, 6.0)):
+        params = {"a": jnp.full(3, value), "b": {"c": jnp.full(2, -value)}}
+        checkpoint.save(tmp_path, number, step.init_state(params, optax.sgd(0.1)), keep=None)
+    found = checkpoint.average_params(tmp_path, 3)
+    assert_equal(found, {"a": jnp.full(3, 3.0), "b": {"c": jnp.full(2, -3.0)}})
+    assert_equal(checkpoint.average_params(tmp_path, 1)["a"], jnp.full(3, 6.0))
+    with pytest.raises(FileNotFoundError, match="keeps 4 checkpoints, not 5; average fewer"):
+        checkpoint.average_params(tmp_path, 5)
+    with pytest.raises(ValueError, match="last is 0; average at least 1"):
+        checkpoint.average_params(tmp_path, 0)
+
+
 def message_of(error: type[Exception], action) -> str:
     with pytest.raises(error) as found:
         action()

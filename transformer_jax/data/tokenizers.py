@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN_CHARACTER = "<unk>"
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# For an encoder-decoder, in BART's order.
+SEQ2SEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 CONTINUATION = "##"  # how WordPiece writes a piece that does not begin a word
 
 # Each role's usual names, the first one present counts.
@@ -108,7 +110,7 @@ class Tokenizer:
         special = {t.content for t in self.backend.get_added_tokens_decoder().values()}
         if isinstance(self.backend.model, models.WordPiece):
             return np.array([not t.startswith(CONTINUATION) for t in tokens])
-        spaces = "ĠĊĉč" if _is_byte_level(self.backend) else " \n\t\r"
+        spaces = "ĠĊĉč" if _is_byte_level(self.backend) else "▁ \n\t\r"
         return np.array([t in special or t.startswith(tuple(spaces)) for t in tokens])
 
     def save(self, directory: str | Path) -> None:
@@ -145,20 +147,47 @@ def _is_byte_level(backend: Backend) -> bool:
 # Training -----------------------------------------------------------------------------------------
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, specials: Sequence[str] = (END_OF_TEXT,)
+) -> Tokenizer:
     """Byte-level BPE as in GPT-2 (section 2.2): every text has an encoding and comes back exactly.
 
-    "<|endoftext|>" is id 0, the 256 bytes follow, then the merges. Small corpora may run out of
-    pairs to merge before `vocab_size` is reached.
+    The special tokens have the first ids, "<|endoftext|>" or `SEQ2SEQ_SPECIALS`; the 256 bytes
+    follow, then the merges. Small corpora may run out of pairs to merge before `vocab_size` is
+    reached. For two languages give the texts of both: one vocabulary serves encoder and decoder.
 
     Raises:
         ValueError: vocab_size has no room for the bytes, or there is no text.
     """
-    specials, alphabet = [END_OF_TEXT], sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials, alphabet = list(specials), sorted(pre_tokenizers.ByteLevel.alphabet())
     _check_room(vocab_size, len(specials) + len(alphabet), "bytes and special tokens")
     backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials,
                                   initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(_some(texts), trainer)
+    return Tokenizer(backend)
+
+
+def train_unigram(
+    texts: Iterable[str], vocab_size: int, specials: Sequence[str] = SEQ2SEQ_SPECIALS
+) -> Tokenizer:
+    """Unigram language model (Kudo 2018, "Subword Regularization", section 3.2) over text with
+    spaces written as "▁", as SentencePiece does. Runs of spaces become one.
+
+    The special tokens have the first ids, one of which has to be "<unk>".
+
+    Raises:
+        ValueError: vocab_size has no room for special tokens and letters, or there is no text.
+    """
+    _check_room(vocab_size, len(specials) + 64, "special tokens and letters")
+    backend = Backend(models.Unigram())
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=list(specials), unk_token=UNKNOWN_CHARACTER,
+        show_progress=False)
     backend.train_from_iterator(_some(texts), trainer)
     return Tokenizer(backend)
 

@@ -28,8 +28,9 @@ def last_tokens(
 
 
 class MLMHead(nn.Module):
-    """BERT's masked-word head: dense, activation, LayerNorm, then `decoder`, the tied token embedding, and
-    a bias of its own (Devlin et al. 2018, section 3.1; `get_masked_lm_output` of the release)."""
+    """BERT's masked-word head: dense, activation, LayerNorm, then `decoder`, the tied token
+    embedding, and a bias of its own (Devlin et al. 2018, section 3.1; `get_masked_lm_output` of the
+    release)."""
 
     activation: str
     epsilon: float

@@ -1,8 +1,8 @@
 """The Transformer: an encoder that reads, and a decoder that writes while it looks back at it.
 
-Vaswani et al. 2017, "Attention Is All You Need": norm after each residual sum, sinusoidal positions,
-and one embedding for both languages and the output layer, scaled by sqrt(d_model) where it is
-looked up (section 3.4).
+Vaswani et al. 2017, "Attention Is All You Need": norm after each residual sum, sinusoidal
+positions, and one embedding for both languages and the output layer, scaled by sqrt(d_model) where
+it is looked up (section 3.4).
 
     tokens         -> token + position embedding -> encoder stack under a padding mask -> memory
     decoder_tokens -> token + position embedding -> decoder stack under a causal mask, which sees

@@ -23,9 +23,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
 }
 
-# The laws that initial kernels are drawn from, given a standard deviation: GPT and BART normal, BERT
-# normal cut off at two deviations. The Transformer's code (tensor2tensor) takes its width from each
-# kernel's own shape instead (Glorot & Bengio 2010, eq. 16).
+# The laws that initial kernels are drawn from, given a standard deviation: GPT and BART normal,
+# BERT normal cut off at two deviations. The Transformer's code (tensor2tensor) takes its width from
+# each kernel's own shape instead (Glorot & Bengio 2010, eq. 16).
 INITIALIZERS: dict[str, Callable[[float], Callable]] = {
     "normal": jax.nn.initializers.normal,
     "truncated_normal": jax.nn.initializers.truncated_normal,

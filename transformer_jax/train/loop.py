@@ -64,6 +64,7 @@ def fit(
     eval_every: int = 0,
     checkpoint_dir: str | Path | None = None,
     save_every: int = 0,
+    keep: int | None = 3,
     log_every: int = 10,
     writer: Any = None,
     on_log: Callable[[Row], None] | None = None,
@@ -86,6 +87,7 @@ def fit(
       eval_fn: `eval_fn(params) -> {name: number}`, called every `eval_every` updates and at the
         end (0: at the end only). Its numbers appear as "eval_<name>".
       checkpoint_dir: where to save, every `save_every` updates and at the end (0: at the end only).
+      keep: how many checkpoints stay, None for all; averaging wants several.
       log_every: a row of history every so many updates, and for the last.
       writer: a `tensorboardX.SummaryWriter`, or anything with `add_scalar(tag, value, step)`.
       on_log: called with every row.
@@ -201,6 +203,7 @@ def fit(
                         rng=rng,
                         data_state=batches.get_state(),
                         metadata=metadata,
+                        keep=keep,
                         wait=False,
                     )
                 clock.restart()

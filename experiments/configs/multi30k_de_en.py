@@ -1,0 +1,25 @@
+"""Transformer of 3 + 3 layers, 256 wide, from German to English captions (Multi30k).
+
+    python experiments/translate.py multi30k_de_en --data multi30k
+
+The folder holds train.de, train.en, val.de and val.en of multi30k/dataset, task 1, raw.
+"""
+
+from pathlib import Path
+
+from settings import Optimizer, Translate
+
+from transformer_jax import presets
+
+
+def config() -> Translate:
+    return Translate(
+        out=Path("runs/multi30k_de_en"), data="multi30k", source="de", target="en",
+        model=presets.transformer_base(
+            num_layers=3, d_model=256, num_heads=4, mlp_dim=512, vocab_size=6000, max_length=128,
+            dropout_rate=0.2),
+        buckets=(16, 24, 32, 64), tokens_per_batch=2048, num_steps=3600,
+        optimizer=Optimizer(schedule="linear", peak=1e-3, warmup_steps=400, weight_decay=0.0,
+                            b2=0.98, eps=1e-9),
+        average=5, eval_every=400, save_every=100, log_every=100,
+    )

@@ -1,0 +1,245 @@
+"""The Transformer and BART: who sees whom, what is cached, and what has which name."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import small_models
+from small_models import BART, LENGTH, TRANSFORMER, VOCAB, build, forward, random_tokens
+from test_initial_parameters import block, flat, initialize, key
+
+from transformer_jax import presets
+from transformer_jax.models import BERT, build_model, init_params, shift_right
+from transformer_jax.models.heads import last_tokens
+
+S, T = 7, 9
+SOURCE, TARGET = random_tokens(2, S), random_tokens(2, T, seed=1)
+MASK = np.arange(S) < np.array([[S], [4]])
+PRE_NORM = BART.replace(norm_first=True, num_decoder_layers=1, num_decoder_heads=2,
+                        decoder_mlp_dim=16)
+CONFIGS = {"transformer": TRANSFORMER, "bart": BART, "pre_norm_unequal": PRE_NORM}
+ALL = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def run(config, source=SOURCE, target=TARGET, **options):
+    return forward(config, source, decoder_tokens=np.asarray(target), **options)
+
+
+def decoder_block(prefix):
+    own = block(prefix)
+    cross = {name.replace("self_attention", "cross_attention"): shape
+             for name, shape in own.items() if "self_attention" in name}
+    cross |= {f"{prefix}/cross_attention_norm/{leaf}": (24,) for leaf in ("scale", "bias")}
+    return own | cross
+
+
+LAYERS = {**block("encoder/layer_0"), **block("encoder/layer_1"),
+          **decoder_block("decoder/layer_0"), **decoder_block("decoder/layer_1")}
+NORMS = {f"{side}_embed_norm/{leaf}": (24,) for side in ("encoder", "decoder")
+         for leaf in ("scale", "bias")}
+TABLES = {f"{side}_position_embed/embedding": (LENGTH + 2, 24) for side in ("encoder", "decoder")}
+
+
+def test_names_and_shapes():
+    embedding = {"token_embed/embedding": (VOCAB, 24)}
+    shapes = {name: leaf.shape for name, leaf in flat(build(TRANSFORMER)[1]).items()}
+    assert shapes == embedding | LAYERS
+    shapes = {name: leaf.shape for name, leaf in flat(build(BART)[1]).items()}
+    assert shapes == embedding | LAYERS | NORMS | TABLES | {"output/bias": (VOCAB,)}
+    untied = flat(build(BART.replace(tie_embeddings=False))[1])
+    assert untied["lm_head/embedding"].shape == (VOCAB, 24)
+
+
+def test_decoder_may_be_of_another_size():
+    params = build(PRE_NORM)[1]
+    assert set(params["decoder"]) == {"layer_0", "final_norm"}
+    assert params["decoder"]["layer_0"]["self_attention"]["query"]["kernel"].shape == (24, 2, 12)
+    assert params["decoder"]["layer_0"]["mlp"]["wi"]["kernel"].shape == (24, 16)
+    assert params["encoder"]["layer_1"]["mlp"]["wi"]["kernel"].shape == (24, 40)
+
+
+def test_initial_laws():
+    config = TRANSFORMER.replace(num_layers=1, d_model=96, mlp_dim=384, vocab_size=400)
+    for path, leaf in flat(initialize(config)(key(3))).items():
+        leaf = np.asarray(leaf)
+        if path == "token_embed/embedding":
+            np.testing.assert_allclose(leaf.std(), 0.2, rtol=0.05)
+        elif path.endswith("kernel"):
+            # Uniform up to sqrt(6 / (inputs + outputs)), of the matrix it stands for.
+            sides = 96 + 384 if "mlp" in path else 2 * 96
+            limit = (6 / sides) ** 0.5
+            assert 0.98 * limit < np.abs(leaf).max() <= limit, path
+            np.testing.assert_allclose(leaf.std(), limit / 3**0.5, rtol=0.05, err_msg=path)
+
+
+def test_preset_of_the_paper():
+    config = presets.transformer_base()
+    assert config.init_std == 512**-0.5 and config.embedding_scale == 512**0.5
+    assert presets.bart_base().embedding_scale == 1
+    assert presets.bart_base().position_rows == 1026
+
+
+@ALL
+def test_causality_bit_for_bit(config):
+    exact = functools.partial(small_models.forward, optimized=True)
+
+    def logits(target):
+        return np.asarray(exact(config, SOURCE, decoder_tokens=target).logits)
+
+    before = logits(TARGET)
+    for j in range(T):
+        changed = TARGET.copy()
+        changed[:, j] = (changed[:, j] + 1) % VOCAB
+        moved = (logits(changed) != before).any(-1)
+        assert (moved == (np.arange(T) >= j)).all(), f"token {j}"
+
+
+@ALL
+def test_every_source_token_moves_every_logit_and_padding_none(config):
+    before = np.asarray(run(config, padding_mask=MASK).logits)
+    for j in range(S):
+        changed = SOURCE.copy()
+        changed[:, j] = (changed[:, j] + 1) % VOCAB
+        after = np.asarray(run(config, changed, padding_mask=MASK).logits)
+        moved = np.abs(after - before).max((1, 2)) > 1e-4
+        assert moved.tolist() == MASK[:, j].tolist(), f"source token {j}"
+
+
+@ALL
+def test_cached_decoding_equals_the_full_pass(config):
+    """Rows begin at unequal places: a first chunk of 3 and 5 tokens, then one by one."""
+    model, params = build(config)
+    full = np.asarray(run(config, padding_mask=MASK).logits)
+    apply = jax.jit(functools.partial(model.apply, {"params": params}), static_argnames="method")
+    memory = apply(SOURCE, padding_mask=MASK, method="encode").hidden
+    lengths = np.array([3, 5])
+    positions = np.broadcast_to(np.arange(5), (2, 5))
+    out = apply(TARGET[:, :5], memory, memory_mask=MASK, positions=positions,
+                cache=model.init_cache(config, 2, T), method="decode")
+    place = lengths
+    steps = [(out.hidden[np.arange(2), lengths - 1], lengths - 1)]
+    for _ in range(4):
+        # Keys and values of the source are those of the first call.
+        out = apply(TARGET[np.arange(2), place][:, None], out.memory, memory_mask=MASK,
+                    positions=place[:, None], cache=out.cache, method="decode")
+        steps.append((out.hidden[:, 0], place))
+        place = place + 1
+    for hidden, at in steps:
+        logits = np.asarray(apply(hidden, method="lm_logits"))
+        expected = full[np.arange(2), at]
+        assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_padding_in_front_of_the_target_is_not_seen():
+    mask = np.arange(T) >= 2
+    before = np.asarray(run(TRANSFORMER, decoder_padding_mask=np.stack([mask, mask])).logits)
+    changed = TARGET.copy()
+    changed[:, :2] = (changed[:, :2] + 1) % VOCAB
+    after = np.asarray(run(TRANSFORMER, target=changed,
+                           decoder_padding_mask=np.stack([mask, mask])).logits)
+    np.testing.assert_array_equal(after[:, 2:], before[:, 2:])
+    model, params = build(TRANSFORMER)
+    with pytest.raises(ValueError, match="padding takes no slots"):
+        model.apply({"params": params}, TARGET, SOURCE, cache={}, padding_mask=mask[None],
+                    method="decode")
+
+
+def test_shift_right_and_the_default_target():
+    assert shift_right(np.array([[5, 6, 7]]), 2).tolist() == [[2, 5, 6]]
+    expected = run(BART, target=np.concatenate([np.full((2, 1), 2), SOURCE[:, :-1]], 1)).logits
+    np.testing.assert_array_equal(forward(BART, SOURCE).logits, expected)
+
+
+def test_classify_reads_the_decoder_at_the_last_token():
+    def classes(tokens, mask):
+        return np.asarray(forward(BART, tokens, num_classes=3, method="classify",
+                                  padding_mask=np.asarray(mask)))
+
+    before = classes(SOURCE, MASK)
+    assert before.shape == (2, 3)
+    changed = SOURCE.copy()
+    changed[1, 4:] = 1  # padding of the second row
+    np.testing.assert_array_equal(classes(changed, MASK), before)
+    short = classes(SOURCE[1:, :4], MASK[1:, :4])
+    np.testing.assert_allclose(short, before[1:], rtol=1e-5, atol=1e-6)
+
+
+def test_last_tokens():
+    mask = np.array([[1, 1, 0], [0, 1, 1], [1, 1, 1]], bool)
+    assert last_tokens(np.zeros((3, 3)), mask).tolist() == [1, 2, 2]
+    assert last_tokens(np.zeros((3, 3)), None).tolist() == [2, 2, 2]
+
+
+def test_attention_weights():
+    out = run(TRANSFORMER, padding_mask=MASK)
+    assert [w.shape for w in out.cross_attention] == [(2, 3, T, S)] * 2
+    np.testing.assert_allclose(np.asarray(out.cross_attention[0]).sum(-1), 1, rtol=1e-5)
+    assert not np.asarray(out.cross_attention[1])[1, :, :, 4:].any()
+    assert [w.shape for w in out.encoder_attention] == [(2, 3, S, S)] * 2
+
+
+def test_position_offset_moves_the_table():
+    params = build(BART)[1]
+    moved = {**params, "encoder_position_embed": {"embedding": np.roll(
+        params["encoder_position_embed"]["embedding"], -2, axis=0)}}
+    plain = BART.replace(position_offset=0)
+    decoder = {"decoder_position_embed": {"embedding": np.roll(
+        params["decoder_position_embed"]["embedding"], -2, axis=0)}}
+    cut = jax.tree_util.tree_map_with_path(
+        lambda path, x: x[:LENGTH] if "position" in path[0].key else x, {**moved, **decoder})
+    np.testing.assert_array_equal(run(plain, params=cut).logits, run(BART).logits)
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_decoder_layers": 0}, {"num_decoder_heads": 5}, {"position_offset": -1},
+    {"decoder_mlp_dim": 0}, {"pooler_activation": "sine"}, {"num_segments": -1},
+])
+def test_refused(changes):
+    base = small_models.BERT if set(changes) & {"pooler_activation", "num_segments"} else BART
+    with pytest.raises(ValueError, match="it must be"):
+        base.replace(**changes)
+    with pytest.raises(ValueError, match="has no task 'chess'; choose one of base"):
+        build_model(base, task="chess")
+
+
+def test_bert_without_segments_and_with_an_offset():
+    distil = small_models.BERT.replace(num_segments=0)
+    assert "segment_embed" not in build(distil)[1]
+    roberta = small_models.BERT.replace(position_offset=2)
+    # Positions count real tokens: padding in front changes nothing for them.
+    tokens = random_tokens(1, 5)
+    left = np.concatenate([np.full((1, 3), 7), tokens], 1)
+    mask = np.arange(8)[None] >= 3
+    expected = forward(roberta, tokens, method="hidden").hidden
+    actual = forward(roberta, left, method="hidden", padding_mask=mask).hidden[:, 3:]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [small_models.GPT2, small_models.BERT, BART],
+                         ids=["gpt", "bert", "bart"])
+def test_every_task_has_its_own_head_only(config):
+    names = {}
+    for task in build_model(config).METHODS:
+        model = build_model(config, 2, task)
+        params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+        names[task] = set(params)
+    assert "classifier" in names["classification"] & names["question_answering"]
+    assert "classifier" not in names["base"]
+    if build_model(config).__class__ is BERT:
+        assert "pooler" not in names["masked_lm"] | names["question_answering"]
+        assert {"pooler", "nsp_head"} < names["next_sentence"]
+
+
+def test_tags_and_classes_of_gpt():
+    assert forward(small_models.GPT2, SOURCE, num_classes=4, method="tag",
+                   params=build(small_models.GPT2, 4)[1]).shape == (2, S, 4)
+    left = np.concatenate([np.full((2, 2), 7), SOURCE], 1)
+    mask = np.arange(S + 2)[None] >= np.array([[2], [2]])
+    # Padding in front is not seen, but takes positions.
+    shifted = np.arange(S + 2)[None] - 2
+    model, params = build(small_models.GPT2)
+    out = model.apply({"params": params}, left, padding_mask=mask,
+                      positions=np.maximum(np.broadcast_to(shifted, left.shape), 0))
+    np.testing.assert_allclose(out.logits[:, 2:], forward(small_models.GPT2, SOURCE).logits,
+                               rtol=1e-4, atol=1e-5)
