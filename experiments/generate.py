@@ -17,6 +17,7 @@ import tyro
 
 from transformer_jax.generate import fill_mask, generate
 from transformer_jax.models import GPT
+from transformer_jax.objectives import tasks
 from transformer_jax.objectives.layout import bert_row
 
 
@@ -57,8 +58,8 @@ def continued(c: Generate, run: common.Trained) -> list[str]:
         temperature=c.temperature if c.temperature is not None else 1.0, top_k=c.top_k,
         top_p=c.top_p if c.top_p is not None else 1.0, rng=jax.random.key(c.seed),
     )
-    return [text + run.tokenizer.decode(row[-c.max_new_tokens :])
-            for text, row in zip(c.text, rows)]
+    start = max(map(len, prompts))
+    return [text + run.tokenizer.decode(row[start:]) for text, row in zip(c.text, rows)]
 
 
 def filled(c: Generate, run: common.Trained) -> list[str]:
@@ -80,7 +81,7 @@ def classify(c: Generate, run: common.Trained) -> list[str]:
     lines = []
     for text in c.text:
         ids = run.tokenizer.encode(text)
-        row = common.text_row(run.model, run.tokenizer, run.model.config.max_length)(ids)
+        row = tasks.text_row(run.model, run.tokenizer, run.model.config.max_length)(ids)
         logits = run.model.apply(
             {"params": run.params}, row["tokens"][None], method="classify",
             padding_mask=row["padding_mask"][None], segment_ids=row["segment_ids"][None],
