@@ -16,10 +16,12 @@ from settings import Pretrain
 
 from transformer_jax import host
 from transformer_jax.data import pipeline, sources, tokenizers
-from transformer_jax.models import BERT, GPT, build_model, config_from_dict, config_to_dict
+from transformer_jax.models import config_from_dict, config_to_dict
 from transformer_jax.models.config import Config
-from transformer_jax.objectives import causal_lm, layout, mlm_nsp
-from transformer_jax.train import checkpoint
+from transformer_jax.objectives import causal_lm, mlm_nsp
+from transformer_jax.pretrained.runs import Trained, load_run, save_card
+
+__all__ = ["Trained", "load_run", "save_card"]  # and all that is defined here
 
 LOSSES = {"causal_lm": causal_lm.loss, "mlm_nsp": mlm_nsp.loss}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets",
@@ -113,46 +115,7 @@ def objective_rows(c: Pretrain, texts: Sequence[dict], tokenizer: tokenizers.Tok
     return Split(pairs, transform, c.length)
 
 
-def text_row(model: GPT | BERT, tokenizer: tokenizers.Tokenizer, length: int) -> Callable:
-    """How this family writes a text (or a pair) to classify as one row."""
-    if isinstance(model, GPT):
-        return functools.partial(layout.gpt_row, length=length, extract_id=tokenizer.eos_id)
-    return functools.partial(layout.bert_row, length=length, cls_id=tokenizer.cls_id,
-                             sep_id=tokenizer.sep_id, pad_id=tokenizer.pad_id)
-
-
 # A run's folder -----------------------------------------------------------------------------------
-
-
-class Trained(NamedTuple):
-    """What a finished run gives to the next: see `load_run`."""
-
-    model: GPT | BERT
-    params: dict
-    tokenizer: tokenizers.Tokenizer
-    label_names: list[str]  # of a fine-tuned classifier
-
-
-def save_model_card(
-    out: Path, config: Config, tokenizer: tokenizers.Tokenizer, label_names: Sequence[str] = ()
-) -> None:
-    """config.json and the tokenizer's files; parameters are in `<out>/checkpoints`."""
-    out.mkdir(parents=True, exist_ok=True)
-    card = {"model": config_to_dict(config), "label_names": list(label_names)}
-    (out / "config.json").write_text(json.dumps(card, indent=2) + "\n")
-    tokenizer.save(out / "tokenizer")
-
-
-def load_run(out: Path) -> Trained:
-    """The model of a run's folder with its parameters and tokenizer.
-
-    Raises:
-        FileNotFoundError: there is no finished run in the folder.
-    """
-    card = _read_json(out / "config.json")
-    model = build_model(config_from_dict(card["model"]), len(card["label_names"]))
-    return Trained(model, checkpoint.load_params(out / "checkpoints"),
-                   tokenizers.load(out / "tokenizer"), card["label_names"])
 
 
 def held_out_batches(pretrained: Path, tokenizer, batch_size: int = 64) -> list[dict]:

@@ -174,7 +174,7 @@ def finetune(
     """
     num_classes = len(task.label_names)
     examples = few_labels(task.train, labels_per_class, seed)
-    row = common.text_row(model, tokenizer, settings.length)
+    row = tasks.text_row(model, tokenizer, settings.length)
     transform = functools.partial(tasks.prepare_classification, row=row, num_classes=num_classes)
     fresh = _new_params(model, jax.random.key(seed))
     params, report = (fresh, "new parameters") if pretrained is None else tree.load_into(
@@ -235,7 +235,7 @@ def main(c: Finetune) -> dict:
         model, None if c.from_scratch else base.params, base.tokenizer, task, c.train,
         c.settings, c.seed, c.labels_per_class, checkpoint_dir=c.out / "checkpoints", mesh=mesh,
     )
-    common.save_model_card(c.out, model.config, base.tokenizer, task.label_names)
+    common.save_card(c.out, model.config, base.tokenizer, task.label_names)
     metrics = dict(outcome.metrics, history=outcome.history)
     if not c.from_scratch:
         held_out = common.held_out_batches(c.pretrained, base.tokenizer)

@@ -33,7 +33,7 @@ def pretrain(c: Pretrain) -> dict:
     saved = c.out / "tokenizer"
     tokenizer = tokenizers.load(saved) if saved.is_dir() else common.make_tokenizer(c, train_texts)
     c = dataclasses.replace(c, model=c.model.replace(vocab_size=tokenizer.vocab_size))
-    common.save_model_card(c.out, c.model, tokenizer)
+    common.save_card(c.out, c.model, tokenizer)
     train, held_out = (
         common.objective_rows(c, texts, tokenizer) for texts in (train_texts, held_out_texts)
     )

@@ -59,6 +59,11 @@ def batches_of(c: Translate, texts: Sequence[dict], tokenizer) -> pairs.Bucketed
         process_index=jax.process_index(), process_count=jax.process_count())
 
 
+def kept_steps(c: Translate) -> int:
+    """How many checkpoints there are to average at the end."""
+    return min(c.average, -(-c.num_steps // c.save_every) if c.save_every else 1)
+
+
 def train(c: Translate, tokenizer, texts: Sequence[dict], held_out_texts: Sequence[dict]):
     """The model, its averaged parameters and the history. Resumes from `<out>/checkpoints`."""
     data = batches_of(c, texts, tokenizer)
@@ -83,8 +88,7 @@ def train(c: Translate, tokenizer, texts: Sequence[dict], held_out_texts: Sequen
             log_every=c.log_every, checkpoint_dir=c.out / "checkpoints", writer=writer,
             metadata={"model": config_to_dict(c.model)},
         )
-    kept = min(c.average, -(-c.num_steps // c.save_every) if c.save_every else 1)
-    params = checkpoint.average_params(c.out / "checkpoints", kept, state.params)
+    params = checkpoint.average_params(c.out / "checkpoints", kept_steps(c), state.params)
     return model, params, history, step.evaluate(eval_step, params, held_out, mesh)
 
 
@@ -133,7 +137,7 @@ def main(c: Translate) -> dict:
     c = dataclasses.replace(c, model=c.model.replace(
         vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id,
         eos_token_id=tokenizer.sep_id, decoder_start_token_id=tokenizer.sep_id))
-    common.save_model_card(c.out, c.model, tokenizer)
+    common.save_card(c.out, c.model, tokenizer, average=kept_steps(c))
     model, params, history, loss = train(c, tokenizer, texts, held_out)
     print(f"held-out loss {loss['nll']:.3f} nats a token, accuracy {loss['accuracy']:.3f}, "
           "parameters averaged", flush=True)

@@ -16,6 +16,7 @@ GROUND = {"tree", "sharding"}
 USE = GROUND | MODELS | {"objectives", "data", "finetune", "train"}
 MAY_IMPORT = {
     "__init__": set(),
+    "__main__": {"cli"},
     "host": set(),
     "draw": set(),
     "tree": set(),

@@ -91,6 +91,13 @@ def test_rows_are_a_multiple_and_few_pairs_make_small_batches():
     assert small[0]["tokens"].shape == (3, 32)
 
 
+def test_too_few_pairs_can_be_evaluated_but_not_trained_on():
+    data = make(count=3, rows_multiple=8, tokens_per_batch=256)
+    assert sum(batch["weights"].any(1).sum() for batch in data.evaluation()) == 3
+    with pytest.raises(ValueError, match="3 pairs do not fill a batch of 8 rows in any bucket"):
+        data.loader()
+
+
 def test_long_pairs_are_cut_and_counted():
     data = make(buckets=(8, 12))
     longest = [max(len(p["source"]), len(p["target"])) + 1 for p in data.pairs]

@@ -73,6 +73,8 @@ def test_special_tokens_of_an_encoder_decoder(joint, unigram):
     for found in (joint, unigram):
         assert (found.cls_id, found.pad_id, found.sep_id, found.unk_id, found.mask_id) == (
             0, 1, 2, 3, 4)
+    for found in (joint, unigram):
+        assert found.encode("the", add_special=True) == [*found.encode("the"), 2]
     assert joint.encode("a <mask> b").count(4) == 1
     assert joint.decode(joint.encode("naïve 漢")) == "naïve 漢"
 

@@ -146,8 +146,8 @@ def test_too_few_labels_of_a_class():
 def test_quickstart(tmp_path, monkeypatch):
     """The main job on the embedded corpus, with few steps and small models."""
     load = configs.load
-    monkeypatch.setattr(configs, "load", lambda: {
-        name: (text, tiny(c, c.out, eval_batches=2)) for name, (text, c) in load().items()})
+    monkeypatch.setattr(configs, "load", lambda kind: {
+        name: (text, tiny(c, c.out, eval_batches=2)) for name, (text, c) in load(kind).items()})
     results = quickstart.main(quickstart.Quickstart(
         out=tmp_path, seeds=1, labels_per_class=(2,), test_examples=64, pretrain_steps=2,
         settings=SHORT,

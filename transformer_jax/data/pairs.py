@@ -139,9 +139,6 @@ class BucketedBatches:
         self.rows = [min(rows, max(count // rows_multiple * rows_multiple, rows_multiple))
                      for rows, count in zip(self.rows, counts)]
         self.batches_per_epoch = int(sum(c // r for c, r in zip(counts, self.rows)))
-        if not self.batches_per_epoch:
-            raise ValueError(f"{len(pairs)} pairs do not fill a batch of {rows_multiple} rows in "
-                             "any bucket; give more pairs or fewer buckets")
         self._share = slice(process_index, None, process_count)
         self._epoch: tuple[int, list] = (-1, [])
 
@@ -171,7 +168,14 @@ class BucketedBatches:
         return [batches[k] for k in rng.permutation(len(batches))]
 
     def loader(self, prefetch: int = 2) -> Loader:
-        """The batches in order, made ahead in a thread; its state is one number."""
+        """The batches in order, made ahead in a thread; its state is one number.
+
+        Raises:
+            ValueError: no bucket has pairs enough for a row on each device.
+        """
+        if not self.batches_per_epoch:
+            raise ValueError(f"{len(self.pairs)} pairs do not fill a batch of {min(self.rows)} "
+                             "rows in any bucket; give more pairs or fewer buckets")
         return Loader(grain.MapDataset.source(self), prefetch)
 
     def evaluation(self) -> list[Batch]:

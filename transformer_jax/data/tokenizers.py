@@ -165,7 +165,16 @@ def train_bpe(
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials,
                                   initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(_some(texts), trainer)
-    return Tokenizer(backend)
+    return Tokenizer(_end_texts(backend))
+
+
+def _end_texts(backend: Backend) -> Backend:
+    """With `add_special`, texts for an encoder-decoder end with "</s>"."""
+    end = backend.token_to_id("</s>")
+    if end is not None:
+        backend.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", end)])
+    return backend
 
 
 def train_unigram(
@@ -189,7 +198,7 @@ def train_unigram(
         vocab_size=vocab_size, special_tokens=list(specials), unk_token=UNKNOWN_CHARACTER,
         show_progress=False)
     backend.train_from_iterator(_some(texts), trainer)
-    return Tokenizer(backend)
+    return Tokenizer(_end_texts(backend))
 
 
 def train_wordpiece(

@@ -1,12 +1,25 @@
 """Annotated tasks. For now classification of one text or of a pair."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Key
 
+from transformer_jax.models import BERT, GPT, Transformer
+from transformer_jax.objectives.layout import bert_row, gpt_row
 from transformer_jax.objectives.losses import Pair, correct, cross_entropy, dropout, weighted
+
+
+def text_row(model: GPT | BERT | Transformer, tokenizer: Any, length: int) -> Callable:
+    """How a family writes a text, or a pair, to classify as one row: `layout.gpt_row` or
+    `layout.bert_row`, whose form BART shares, with the tokenizer's special tokens."""
+    if isinstance(model, GPT):
+        return functools.partial(gpt_row, length=length, extract_id=tokenizer.eos_id)
+    return functools.partial(bert_row, length=length, cls_id=tokenizer.cls_id,
+                             sep_id=tokenizer.sep_id, pad_id=tokenizer.pad_id)
 
 
 def prepare_classification(
