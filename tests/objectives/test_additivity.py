@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from small_models import BERT, GPT2, build, random_tokens
+from small_models import BERT, GPT2, TRANSFORMER, build, random_tokens
 
-from transformer_jax.objectives import causal_lm, losses, mlm_nsp, tasks
+from transformer_jax.objectives import causal_lm, losses, mlm_nsp, seq2seq, tasks
 
 B, T, P = 6, 9, 3
 RNG = np.random.default_rng(0)
@@ -29,10 +29,15 @@ CLASSES = {
     "padding_mask": MASK, "labels": np.array([0, 2, 1, 1, 0, 2], np.int32),
     "weights": np.ones(B, np.float32),
 }
+PAIRS = {
+    "tokens": TOKENS[:, :T] * MASK, "padding_mask": MASK, "decoder_tokens": TOKENS[:, :T],
+    "targets": TOKENS[:, 1:], "weights": MASK[::-1].astype(np.float32),
+}
 ONE = {"num_layers": 1}
 CASES = {
     "causal_lm": (GPT2.replace(**ONE), 0, causal_lm.loss, CAUSAL),
     "mlm_nsp": (BERT.replace(**ONE), 0, mlm_nsp.loss, MASKED),
+    "seq2seq": (TRANSFORMER.replace(**ONE), 0, seq2seq.loss, PAIRS),
     "classify": (GPT2.replace(**ONE), 3, tasks.classification_loss, CLASSES),
 }
 
@@ -72,10 +77,11 @@ def test_split_and_padded_batches_add_up(name):
     assert losses.mean(*parts[-1][0][:2]) == 0
     # The totals are of the right size: weights are counts, metrics stand on the same weights.
     sums, weights, metrics = whole[0]
-    expected = {"causal_lm": MASK.sum(), "mlm_nsp": {"mlm": 10, "nsp": 6}, "classify": 6}[name]
+    expected = {"causal_lm": MASK.sum(), "mlm_nsp": {"mlm": 10, "nsp": 6}, "classify": 6,
+                "seq2seq": MASK.sum()}[name]
     assert jax.tree.map(float, weights) == jax.tree.map(float, expected)
-    for hits, weight in metrics.values():
-        assert 0 <= hits <= weight
+    for metric, (hits, weight) in metrics.items():
+        assert 0 <= hits and (hits <= weight or metric == "nll")
     assert jax.tree.structure(sums) == jax.tree.structure(weights)
 
 def test_masked_words_without_pairs():

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from transformer_jax import presets, sharding
 from transformer_jax.models import build_model, init_params
-from transformer_jax.objectives import causal_lm, mlm_nsp
+from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
 from transformer_jax.train import optim, step
 
 pytestmark = pytest.mark.tpu_compile
@@ -50,10 +50,18 @@ def mlm_batch(rows: int, length: int, predictions: int) -> dict:
             "nsp_weights": jax.ShapeDtypeStruct((rows,), jnp.float32)}
 
 
+def pair_batch(rows: int, length: int) -> dict:
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    return {"tokens": ids, "decoder_tokens": ids, "targets": ids,
+            "padding_mask": jax.ShapeDtypeStruct((rows, length), jnp.bool_),
+            "weights": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
+
+
 SHAPE = {"dtype": "bfloat16", "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
 CASES = {
     "gpt2": (presets.gpt2(**SHAPE), causal_lm.loss, lm_batch(32, 512)),
     "bert_base": (presets.bert_base(**SHAPE), mlm_nsp.loss, mlm_batch(64, 128, 20)),
+    "bart_base": (presets.bart_base(**SHAPE), seq2seq.loss, pair_batch(32, 256)),
 }
 
 
