@@ -27,3 +27,32 @@ def test_edges():
     assert math.isnan(evaluate.accuracy(np.zeros((2, 2), int)))
     assert evaluate.matthews(np.array([[5, 0], [5, 0]])) == 0  # one class predicted: undefined
     assert evaluate.matthews(np.diag([3, 4, 5])) == pytest.approx(1)
+
+
+def test_bleu_is_sacrebleu_with_its_signature():
+    texts = ["The cat sat on the mat.", "Two dogs ran in the park today."]
+    assert evaluate.bleu(texts, texts).score == pytest.approx(100)
+    found = evaluate.bleu([t.lower() for t in texts], texts)
+    assert 50 < found.score < 100 and "tok:13a" in found.signature
+    assert "case:mixed" in found.signature
+    assert evaluate.bleu([t.lower() for t in texts], texts, lowercase=True).score == pytest.approx(
+        100)
+
+
+def test_rouge_by_hand():
+    # One of two words; the longest common subsequence of "a b c d" and "b a c d" has three.
+    found = evaluate.rouge(["a b c d"], ["b a c d"])
+    assert found["rouge1"] == pytest.approx(100)
+    assert found["rouge2"] == pytest.approx(100 / 3)
+    assert found["rougeL"] == found["rougeLsum"] == pytest.approx(75)
+    assert evaluate.rouge(["x", "a"], ["y", "a"])["rouge1"] == pytest.approx(50)
+
+
+@pytest.mark.parametrize("score", [evaluate.bleu, evaluate.rouge])
+def test_scores_refuse(score):
+    with pytest.raises(ValueError, match="1 hypotheses for 2 references"):
+        score(["a"], ["a", "b"])
+    with pytest.raises(ValueError, match="at least one"):
+        score([], [])
+    with pytest.raises(ValueError, match="give a list of texts"):
+        score("abc", "abc")

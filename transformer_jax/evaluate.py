@@ -1,6 +1,8 @@
 """How good a model is, in the numbers people report."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -37,3 +39,57 @@ def matthews(table: Int[np.ndarray, "C C"]) -> float:
     n, hits, predicted, true = table.sum(), np.trace(table), table.sum(0), table.sum(1)
     spread = (n**2 - predicted @ predicted) * (n**2 - true @ true)
     return float((n * hits - predicted @ true) / math.sqrt(spread)) if spread > 0 else 0.0
+
+
+class BLEU(NamedTuple):
+    """`signature` says what was measured: quote it with the score."""
+
+    score: float  # 0 to 100
+    signature: str
+
+
+def bleu(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    *,
+    lowercase: bool = False,
+    tokenize: str = "13a",
+) -> BLEU:
+    """Corpus BLEU of plain, untokenized texts by sacreBLEU (Post 2018), one reference each.
+
+    Raises:
+        ValueError: no texts, or unlike numbers of them.
+    """
+    from sacrebleu.metrics import BLEU as SacreBLEU
+
+    _check_texts(hypotheses, references)
+    metric = SacreBLEU(lowercase=lowercase, tokenize=tokenize)
+    score = metric.corpus_score(list(hypotheses), [list(references)]).score
+    return BLEU(score, str(metric.get_signature()))
+
+
+def rouge(
+    hypotheses: Sequence[str], references: Sequence[str], *, use_stemmer: bool = True
+) -> dict[str, float]:
+    """Mean F1 of "rouge1", "rouge2", "rougeL" and "rougeLsum", 0 to 100, by rouge-score (Lin 2004).
+
+    rougeLsum takes lines for sentences.
+
+    Raises:
+        ValueError: no texts, or unlike numbers of them.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    _check_texts(hypotheses, references)
+    names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    scorer = RougeScorer(names, use_stemmer=use_stemmer)
+    scores = [scorer.score(r, h) for h, r in zip(hypotheses, references)]
+    return {name: 100 * float(np.mean([s[name].fmeasure for s in scores])) for name in names}
+
+
+def _check_texts(hypotheses: Sequence[str], references: Sequence[str]) -> None:
+    if isinstance(hypotheses, str) or isinstance(references, str):
+        raise ValueError("hypotheses or references is one str; give a list of texts")
+    if len(hypotheses) != len(references) or not len(references):
+        raise ValueError(f"there are {len(hypotheses)} hypotheses for {len(references)} "
+                         "references; give one for each, and at least one")
