@@ -81,7 +81,7 @@ def test_split_and_padded_batches_add_up(name):
                 "seq2seq": MASK.sum()}[name]
     assert jax.tree.map(float, weights) == jax.tree.map(float, expected)
     for metric, (hits, weight) in metrics.items():
-        assert 0 <= hits and (hits <= weight or metric == "nll")
+        assert hits >= 0 and (hits <= weight or metric == "nll")
     assert jax.tree.structure(sums) == jax.tree.structure(weights)
 
 def test_masked_words_without_pairs():

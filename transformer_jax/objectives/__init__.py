@@ -8,6 +8,14 @@ terms return dicts with one sum and weight a term; the loss is then the sum of t
 `metrics` maps a name to its own (sum, weight).
 """
 
-from transformer_jax.objectives import causal_lm, layout, losses, mlm_nsp, seq2seq, tasks
+from transformer_jax.objectives import (
+    causal_lm,
+    denoising,
+    layout,
+    losses,
+    mlm_nsp,
+    seq2seq,
+    tasks,
+)
 
-__all__ = ["causal_lm", "layout", "losses", "mlm_nsp", "seq2seq", "tasks"]
+__all__ = ["causal_lm", "denoising", "layout", "losses", "mlm_nsp", "seq2seq", "tasks"]
