@@ -51,34 +51,70 @@ def test_one_program_for_each_bucket():
 
 
 def test_one_program_for_each_bucket_of_sources():
-    search = {"config": BART, "num_beams": 2, "max_new_tokens": 12}
+    search = {"config": BART, "num_beams": 3, "max_new_tokens": 12, "eos_token_id": [57, 58, 59]}
     run(**search)
     size = programs()
     run([[1], [2], [3] * 16], forced_bos_token_id=4, **search)
     run(**search | {"max_new_tokens": 3}, length_penalty=0.3, early_stopping="never",
-        min_new_tokens=2, forced_eos_token_id=5, eos_token_id=7)
-    run(early_stopping=True, decoder_start_token_id=[1, 2, 3], **search)
+        min_new_tokens=2, forced_eos_token_id=5)
+    run(early_stopping=True, decoder_start_token_id=[1, 2, 3], num_return_sequences=2,
+        **search | {"eos_token_id": [1, 2, 3]})
     assert programs() == size
 
 
 # ---- defaults
 
 
-def test_tokens_come_from_the_config():
+
+def test_special_tokens_one_by_one():
+    names = ("eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id",
+             "suppress_tokens", "begin_suppress_tokens", "decoder_start_token_id")
+
+    def found(config, **given):
+        o = dict.fromkeys(names) | given
+        out = options.special_tokens(config, o, is_seq2seq=config is not GPT)
+        return [out[name].tolist() for name in names if name in out]
+
+    assert found(GPT) == [[]] * 6
+    assert found(GPT, eos_token_id=[7, 8]) == [[7, 8], [7], [], [], [], []]
+    bart = BART.replace(eos_token_id=2, pad_token_id=1, forced_bos_token_id=3,
+                        forced_eos_token_id=(2, 4), bos_token_id=9)
+    assert found(bart) == [[2], [1], [3], [2, 4], [], [], [2]]
+    assert found(bart, eos_token_id=(), forced_bos_token_id=(), pad_token_id=6) == [
+        [], [6], [], [2, 4], [], [], [2]]
+    # As the reference: a decoder without a start token of its own begins with "bos".
+    assert found(bart.replace(decoder_start_token_id=None))[-1] == [9]
+    assert found(bart, decoder_start_token_id=5)[-1] == [5]
+
+
+@pytest.mark.parametrize(
+    ("given", "longest", "expected"),
+    [
+        ({}, 8, (20, 0)),
+        ({}, 30, (10, 0)),  # as many as there is room for
+        ({"max_length": 13, "min_length": 10}, 6, (5, 2)),  # both count the array's width
+        ({"max_new_tokens": 9, "min_new_tokens": 4, "min_length": 10}, 8, (9, 4)),
+        ({"max_new_tokens": 9, "min_length": 3}, 8, (9, 0)),
+    ],
+)
+def test_how_many_tokens(given, longest, expected):
+    names = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
+    o = dict.fromkeys(names) | given
+    assert options.lengths(
+        o, width=8, longest=longest, max_positions=40, what="prompt") == expected
+
+
+def test_without_a_padding_token_the_end_token_pads():
     end = int(new_tokens(run())[0, 3])
-    config = GPT.replace(eos_token_id=(end, 60), pad_token_id=44)
-    np.testing.assert_array_equal(run(config=config), run(eos_token_id=[end, 60], pad_token_id=44))
-    np.testing.assert_array_equal(run(config=config, eos_token_id=(), pad_token_id=0), run())
-    # Without a padding token the end token pads.
-    out = run(eos_token_id=end)
-    assert out[0, 0] == end
-    start = BART.replace(decoder_start_token_id=None, bos_token_id=9)
-    assert run(config=start)[:, 0].tolist() == [9] * 3
+    assert run(eos_token_id=end)[0, 0] == end
 
 
-def test_twenty_new_tokens_or_as_many_as_there_is_room():
-    assert run(max_new_tokens=None).shape == (3, 8 + 20)
-    assert run([[1] * 30], max_new_tokens=None).shape == (1, 40)
+def test_candidates_of_a_search():
+    """One end token leaves as many others; there are no more than the vocabulary has."""
+    o = {"num_beams": 3, "do_sample": False, "num_return_sequences": 2, "no_repeat_ngram_size": 0,
+         "assistant_model": None}
+    counts = [options.make_plan(o, ends, 4, 16).num_candidates for ends in (0, 1, 2, 5)]
+    assert counts == [6, 6, 9, 12]
 
 
 def test_bad_words_become_a_table_of_few_shapes():

@@ -1,12 +1,14 @@
 """Each rule on numbers worked out by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from transformer_jax.generate import rules
-from transformer_jax.generate.rules import Plan, Rules, Text, restrict
+from transformer_jax.generate.rules import Plan, Rules, Text
 
+jitted = jax.jit(rules.restrict, static_argnames="plan")
 V = 6
 SCORES = np.array([[0.5, -1.0, 2.0, 0.0, -0.5, 1.0]], np.float32)
 OUT = -np.inf
@@ -141,7 +143,7 @@ def only(*tokens):
 
 def test_no_rule_changes_nothing():
     for do_sample in (False, True):
-        out = restrict(SCORES, text([1, 1, 1]), make(), Plan(8, do_sample))
+        out = jitted(SCORES, text([1, 1, 1]), make(), Plan(8, do_sample))
         np.testing.assert_array_equal(out, SCORES)
 
 
@@ -150,7 +152,7 @@ def test_rules_know_how_many_tokens_are_new():
     texts = text([1], [1, 1], [1, 1, 1], [1, 1, 1, 1])
 
     def run(**changes):
-        return forbidden(restrict(many(4), texts, make(**changes), Plan(8)))
+        return forbidden(jitted(many(4), texts, make(**changes), Plan(8)))
 
     assert run(is_end=only(2, 3), min_new_tokens=np.int32(2)) == [[2, 3], [2, 3], [], []]
     assert run(forced_first=only(2)) == [[0, 1, 3, 4, 5], [], [], []]
@@ -172,7 +174,7 @@ def test_limits_come_one_after_another():
         rules = make(top_k=np.int32(4))._replace(**changes)
         rules = rules._replace(**{name: np.zeros(4, bool) for name in (
             "is_end", "forced_first", "forced_last", "suppressed", "begin_suppressed")})
-        out = np.asarray(restrict(logits, text([1]), rules, Plan(8, do_sample=True)))[0]
+        out = np.asarray(jitted(logits, text([1]), rules, Plan(8, do_sample=True)))[0]
         best = np.flatnonzero(np.isfinite(out))
         np.testing.assert_allclose(out[best], logits[0, best] / rules.temperature, rtol=1e-6)
         return best.tolist()
@@ -190,5 +192,5 @@ def test_limits_come_one_after_another():
 
 
 def test_greedy_looks_at_no_limit():
-    out = restrict(SCORES, text([1]), make(top_k=np.int32(1)), Plan(8))
+    out = jitted(SCORES, text([1]), make(top_k=np.int32(1)), Plan(8))
     np.testing.assert_array_equal(out, SCORES)

@@ -64,7 +64,7 @@ def generate(
     by speculative decoding. Options are named and mean what they do in Hugging Face Transformers,
     and where nothing is drawn the tokens are the same. Keys and values are cached; a source is read
     once. One program is compiled for each bucket of lengths (powers of two) and number of rows, and
-    for each of do_sample, num_beams, num_return_sequences, no_repeat_ngram_size,
+    for each of do_sample, num_beams, num_return_sequences of draws, no_repeat_ngram_size,
     num_assistant_tokens, and number of end tokens of a beam search; other values reuse it.
 
     Args:
@@ -158,7 +158,9 @@ def generate(
         write, stream = sample.write, sample.stream
     if num_beams > 1:
         search = options.make_search(o, count, cache_length)
-        out = beam.beam_search(model, params, inputs, rules, search, rng, plan=plan)
+        found = beam.beam_search(model, params, inputs, rules, search, rng, plan=plan)
+        out = [np.concatenate(np.asarray(x)[:, :num_return_sequences])
+               for x in (found.tokens, found.lengths)]
     elif streamer is not None:
         out = stream(*arguments, plan=plan, streamer=streamer)
     else:

@@ -106,9 +106,8 @@ def _select(state: State, logits_NV, rules: Rules, search: Search, rng, plan: Pl
 def beam_search(
     model, params: dict, inputs: Inputs, rules: Rules, search: Search, rng: Key[Array, ""], *,
     plan: Plan,
-) -> tuple[Int[Array, "R L"], Int[Array, "R"], Float[Array, "R"]]:
-    """The best `num_returned` texts of each row, best first: tokens by position, the number of new
-    ones, and scores (sum of log probabilities over length ** penalty)."""
+) -> Finished:
+    """The best texts of each row; scores are sums of log probabilities over length ** penalty."""
     B, K = len(inputs.prompt), plan.copies
     logits_NV, cache, source = read(model, params, inputs, plan.cache_length, K)
     text = new_text(inputs, rules, plan)
@@ -127,7 +126,4 @@ def beam_search(
             model, params, state.text.at(last_N1), last_N1, state.cache, source)
         return _select(state._replace(cache=cache), logits_N1V[:, 0], rules, search, rng, plan)
 
-    state = jax.lax.while_loop(lambda state: state.running, advance, state)
-    best = [x[:, : plan.num_returned].reshape(B * plan.num_returned, *x.shape[2:])
-            for x in state.finished]
-    return best[0], best[2], best[1]
+    return jax.lax.while_loop(lambda state: state.running, advance, state).finished

@@ -215,7 +215,6 @@ def make_plan(o: dict[str, Any], num_ends: int, vocab_size: int, cache_length: i
         copies=max(beams, o["num_return_sequences"]),
         ngram_size=int(o["no_repeat_ngram_size"]),
         num_candidates=min(kept, vocab_size) * beams if beams > 1 else 0,
-        num_returned=o["num_return_sequences"] if beams > 1 else 1,
         draft_length=0 if o["assistant_model"] is None else o["num_assistant_tokens"],
         min_kept=(1 + num_ends if num_ends else 2) if beams > 1 else 1,
     )

@@ -71,7 +71,6 @@ class Plan(NamedTuple):
     copies: int = 1  # rows for each prompt: beams, or samples
     ngram_size: int = 0  # 0 for no rule
     num_candidates: int = 0  # of a beam search, at each step
-    num_returned: int = 1  # of a row's beams
     draft_length: int = 0  # tokens that a draft model proposes at a time
     min_kept: int = 1  # tokens that sampling limits leave at the least
 
