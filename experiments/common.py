@@ -17,13 +17,14 @@ from settings import Pretrain
 from transformer_jax import host
 from transformer_jax.data import pipeline, sources, tokenizers
 from transformer_jax.models import config_from_dict, config_to_dict
-from transformer_jax.models.config import Config
-from transformer_jax.objectives import causal_lm, mlm_nsp
+from transformer_jax.models.config import Config, TransformerConfig
+from transformer_jax.objectives import causal_lm, denoising, mlm_nsp
+from transformer_jax.objectives.denoising import Noise
 from transformer_jax.pretrained.runs import Trained, load_run, save_card
 
 __all__ = ["Trained", "load_run", "save_card"]  # and all that is defined here
 
-LOSSES = {"causal_lm": causal_lm.loss, "mlm_nsp": mlm_nsp.loss}
+LOSSES = {"causal_lm": causal_lm.loss, "mlm_nsp": mlm_nsp.loss, "denoising": denoising.loss}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets",
             "tokenizers", "numpy")
 
@@ -66,14 +67,27 @@ def load_texts(c: Pretrain) -> tuple[Sequence, Sequence]:
 def make_tokenizer(c: Pretrain, texts: Sequence[dict]) -> tokenizers.Tokenizer:
     """"bpe", "wordpiece" or "chars" trained on the texts; anything else is a folder to load."""
     size = c.model.vocab_size
+    bpe = functools.partial(tokenizers.train_bpe, vocab_size=size)
+    if c.objective == "denoising":
+        bpe = functools.partial(bpe, specials=tokenizers.SEQ2SEQ_SPECIALS)
     train: dict[str, Callable] = {
-        "bpe": functools.partial(tokenizers.train_bpe, vocab_size=size),
+        "bpe": bpe,
         "wordpiece": functools.partial(tokenizers.train_wordpiece, vocab_size=size),
         "chars": tokenizers.train_chars,
     }
     if c.tokenizer not in train:
         return tokenizers.load(c.tokenizer)
     return train[c.tokenizer]([example["text"] for example in texts])
+
+
+def fit_to(model: Config, tokenizer: tokenizers.Tokenizer) -> Config:
+    """The config with the tokenizer's size, and for encoder-decoders its special tokens."""
+    model = model.replace(vocab_size=tokenizer.vocab_size)
+    if not isinstance(model, TransformerConfig):
+        return model
+    end = tokenizer.sep_id
+    return model.replace(pad_token_id=tokenizer.pad_id, bos_token_id=tokenizer.cls_id,
+                         eos_token_id=end, decoder_start_token_id=end)
 
 
 class Split(NamedTuple):
@@ -104,6 +118,14 @@ def objective_rows(c: Pretrain, texts: Sequence[dict], tokenizer: tokenizers.Tok
         corpus = pipeline.tokenize_corpus(texts, tokenizer, eos_id=tokenizer.eos_id,
                                           sentences=c.unit != "file")
         return Split(pipeline.PackedTokens(corpus, c.length), None, c.length)
+    if c.objective == "denoising":
+        corpus = pipeline.tokenize_corpus(_sentences(texts, c.sentence_end), tokenizer)
+        transform = functools.partial(
+            denoising.prepare, noise=c.noise, length=c.length, mask_id=tokenizer.mask_id,
+            start_id=tokenizer.sep_id, bos_id=tokenizer.cls_id, eos_id=tokenizer.sep_id,
+            pad_id=tokenizer.pad_id,
+            word_starts=tokenizer.is_word_start if c.whole_words else None)
+        return Split(denoising.Passages(corpus, c.length - 2), transform, c.length)
     pairs = mlm_nsp.SentencePairs(pipeline.tokenize_corpus(texts, tokenizer), c.length - 3)
     transform = functools.partial(
         mlm_nsp.prepare, pairs=pairs, length=c.length, rate=c.mask_rate,
@@ -115,6 +137,14 @@ def objective_rows(c: Pretrain, texts: Sequence[dict], tokenizer: tokenizers.Tok
     return Split(pairs, transform, c.length)
 
 
+def _sentences(texts: Sequence[dict], end: str) -> Sequence[dict]:
+    """Texts with a line end after every sentence that `end` ends; as they are if it is empty."""
+    if not end:
+        return texts
+    lines = end.rstrip() + "\n"
+    return [{"text": texts[i]["text"].replace(end, lines)} for i in range(len(texts))]
+
+
 # A run's folder -----------------------------------------------------------------------------------
 
 
@@ -123,6 +153,7 @@ def held_out_batches(pretrained: Path, tokenizer, batch_size: int = 64) -> list[
     saved = _read_json(pretrained / "results.json")["config"]
     saved["model"] = config_from_dict(saved["model"])
     fields = {f.name for f in dataclasses.fields(Pretrain)} - {"optimizer", "mesh", "out"}
+    saved["noise"] = Noise(*saved["noise"])
     c = Pretrain(out=pretrained, **{name: saved[name] for name in fields})
     return objective_rows(c, load_texts(c)[1], tokenizer).evaluation(batch_size)
 

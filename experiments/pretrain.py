@@ -1,4 +1,4 @@
-"""Pre-train GPT or BERT on plain text.
+"""Pre-train GPT, BERT or BART on plain text.
 
     python experiments/pretrain.py gpt_python_docs --out runs/gpt
     python experiments/pretrain.py bert_python_docs --out runs/bert --mesh.fsdp 8
@@ -32,7 +32,7 @@ def pretrain(c: Pretrain) -> dict:
     train_texts, held_out_texts = common.load_texts(c)
     saved = c.out / "tokenizer"
     tokenizer = tokenizers.load(saved) if saved.is_dir() else common.make_tokenizer(c, train_texts)
-    c = dataclasses.replace(c, model=c.model.replace(vocab_size=tokenizer.vocab_size))
+    c = dataclasses.replace(c, model=common.fit_to(c.model, tokenizer))
     common.save_card(c.out, c.model, tokenizer)
     train, held_out = (
         common.objective_rows(c, texts, tokenizer) for texts in (train_texts, held_out_texts)

@@ -6,6 +6,7 @@ from pathlib import Path
 import tyro
 
 from transformer_jax.models.config import Config, TransformerConfig
+from transformer_jax.objectives.denoising import Noise
 from transformer_jax.objectives.mlm_nsp import MASK_RATE
 from transformer_jax.train import optim
 
@@ -50,8 +51,11 @@ class Pretrain:
             vocab_size; or a folder with a tokenizer.
         length: tokens a row.
         batch_size: rows a step over all devices; accumulate splits them into microbatches.
-        objective: "causal_lm" or "mlm_nsp".
-        mask_rate, whole_words: of masked words.
+        objective: "causal_lm", "mlm_nsp" or "denoising".
+        mask_rate, whole_words: of masked words; denoising has whole_words too.
+        noise: of denoising.
+        sentence_end: what ends a sentence within a line, such as " . " in tokenized text, for
+            denoising; lines alone if empty.
     """
 
     model: tyro.conf.AvoidSubcommands[Config]
@@ -66,6 +70,8 @@ class Pretrain:
     validation_share: float = 0.1
     mask_rate: float = MASK_RATE
     whole_words: bool = False
+    noise: Noise = field(default_factory=Noise)
+    sentence_end: str = ""
     accumulate: int = 1
     optimizer: Optimizer = field(default_factory=Optimizer)
     mesh: Mesh = field(default_factory=Mesh)

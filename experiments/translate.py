@@ -64,14 +64,22 @@ def kept_steps(c: Translate) -> int:
     return min(c.average, -(-c.num_steps // c.save_every) if c.save_every else 1)
 
 
-def train(c: Translate, tokenizer, texts: Sequence[dict], held_out_texts: Sequence[dict]):
-    """The model, its averaged parameters and the history. Resumes from `<out>/checkpoints`."""
+def train(c: Translate, tokenizer, texts: Sequence[dict], held_out_texts: Sequence[dict],
+          pretrained: dict | None = None):
+    """The model, its averaged parameters, the history and the held-out loss.
+
+    `pretrained` parameters are copied; None starts from new ones. Resumes from
+    `<out>/checkpoints`.
+    """
     data = batches_of(c, texts, tokenizer)
     held_out = batches_of(c, held_out_texts, tokenizer).evaluation()
     model = build_model(c.model)
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp)
     params = sharding.init_sharded(functools.partial(init_params, model),
                                    jax.random.key(c.seed), mesh)
+    if pretrained is not None:
+        params, report = tree.load_into(params, pretrained)
+        print(report, flush=True)
     loss_fn = functools.partial(seq2seq.loss, model.apply, label_smoothing=c.label_smoothing)
     optimizer = c.optimizer.make(c.num_steps)
     eval_step = step.make_eval_step(loss_fn)
@@ -134,9 +142,7 @@ def main(c: Translate) -> dict:
                        for split in (c.train_split, c.held_out_split))
     saved = c.out / "tokenizer"
     tokenizer = tokenizers.load(saved) if saved.is_dir() else make_tokenizer(c, texts)
-    c = dataclasses.replace(c, model=c.model.replace(
-        vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id,
-        eos_token_id=tokenizer.sep_id, decoder_start_token_id=tokenizer.sep_id))
+    c = dataclasses.replace(c, model=common.fit_to(c.model, tokenizer))
     common.save_card(c.out, c.model, tokenizer, average=kept_steps(c))
     model, params, history, loss = train(c, tokenizer, texts, held_out)
     print(f"held-out loss {loss['nll']:.3f} nats a token, accuracy {loss['accuracy']:.3f}, "
