@@ -15,7 +15,7 @@ MODELS = {"nn", "models"}
 GROUND = {"tree", "sharding"}
 USE = GROUND | MODELS | {"objectives", "data", "finetune", "train"}
 MAY_IMPORT = {
-    "__init__": set(),
+    "__init__": {"pretrained"},
     "__main__": {"cli"},
     "host": set(),
     "draw": set(),

@@ -137,8 +137,8 @@ class BERT(nn.Module):
         """
         hidden_BTD, pooled_BD, weights = self.encode(tokens, **options)
         return BERTOutput(
-            self._mlm(hidden_BTD, masked_positions),
-            self.nsp_head(pooled_BD).astype(jnp.float32),
+            self.mlm_logits(hidden_BTD, masked_positions),
+            self.nsp_logits(pooled_BD),
             hidden_BTD,
             pooled_BD,
             weights,
@@ -152,14 +152,21 @@ class BERT(nn.Module):
         **options,
     ) -> Float[Array, "B P V"]:
         """The masked-word head alone, as `mlm_logits` of a call."""
-        return self._mlm(self.hidden(tokens, **options).hidden, masked_positions)
+        return self.mlm_logits(self.hidden(tokens, **options).hidden, masked_positions)
 
     def next_sentence(self, tokens: Int[Array, "B T"], **options) -> Float[Array, "B 2"]:
         """The next-sentence head alone, as `nsp_logits` of a call."""
-        return self.nsp_head(self.encode(tokens, **options).pooled).astype(jnp.float32)
+        return self.nsp_logits(self.encode(tokens, **options).pooled)
 
-    def _mlm(self, hidden_BTD, positions_BP):
-        chosen = hidden_BTD if positions_BP is None else take_positions(hidden_BTD, positions_BP)
+    def nsp_logits(self, pooled: Float[Array, "B D"]) -> Float[Array, "B 2"]:
+        """Next-sentence scores of the pooled first token."""
+        return self.nsp_head(pooled).astype(jnp.float32)
+
+    def mlm_logits(
+        self, hidden: Float[Array, "B T D"], positions: Int[Array, "B P"] | None = None
+    ) -> Float[Array, "B P V"]:
+        """Word scores of hidden states, at `positions` or everywhere."""
+        chosen = hidden if positions is None else take_positions(hidden, positions)
         return self.mlm_head(
             chosen, self.token_embed if self.config.tie_embeddings else self.lm_head)
 
@@ -174,7 +181,7 @@ class BERT(nn.Module):
         """
         check_classes(self.num_classes)
         pooled_BD = self.encode(tokens, deterministic=deterministic, **options).pooled
-        return self._classes(pooled_BD, deterministic)
+        return self.class_logits(pooled_BD, deterministic)
 
     def tag(
         self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
@@ -182,8 +189,11 @@ class BERT(nn.Module):
         """Class scores of every token; `options` as for `hidden`."""
         check_classes(self.num_classes)
         hidden_BTD = self.hidden(tokens, deterministic=deterministic, **options).hidden
-        return self._classes(hidden_BTD, deterministic)
+        return self.class_logits(hidden_BTD, deterministic)
 
-    def _classes(self, features, deterministic):
+    def class_logits(
+        self, features: Float[Array, "... D"], deterministic: bool = True
+    ) -> Float[Array, "... C"]:
+        """Class scores of hidden states, or of pooled ones."""
         features = self.classifier_dropout(features, deterministic=deterministic)
         return self.classifier(features).astype(jnp.float32)

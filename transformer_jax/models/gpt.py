@@ -142,7 +142,7 @@ class GPT(nn.Module):
             tokens, padding_mask=padding_mask, deterministic=deterministic).hidden
         last = last_tokens(tokens, padding_mask) if last is None else last
         last_BD = take_positions(hidden_BTD, last[:, None])[:, 0]
-        return self._classes(last_BD, deterministic)
+        return self.class_logits(last_BD, deterministic)
 
     def tag(
         self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
@@ -150,9 +150,12 @@ class GPT(nn.Module):
         """Class scores of every token; `options` as for `decode`."""
         check_classes(self.num_classes)
         hidden_BTD = self.decode(tokens, deterministic=deterministic, **options).hidden
-        return self._classes(hidden_BTD, deterministic)
+        return self.class_logits(hidden_BTD, deterministic)
 
-    def _classes(self, features, deterministic):
+    def class_logits(
+        self, features: Float[Array, "... D"], deterministic: bool = True
+    ) -> Float[Array, "... C"]:
+        """Class scores of hidden states."""
         features = self.classifier_dropout(features, deterministic=deterministic)
         return self.classifier(features).astype(jnp.float32)
 

@@ -220,9 +220,7 @@ class Transformer(nn.Module):
         hidden_BTD = self.read_and_write(
             tokens, padding_mask=padding_mask, deterministic=deterministic, **options)[1].hidden
         last = last_tokens(tokens, padding_mask) if last is None else last
-        x_BD = take_positions(hidden_BTD, last[:, None])[:, 0]
-        x_BD = self.classifier_dropout(x_BD, deterministic=deterministic)
-        return self._classes(jnp.tanh(self.pooler(x_BD)), deterministic)
+        return self.pooled_logits(take_positions(hidden_BTD, last[:, None])[:, 0], deterministic)
 
     def tag(
         self,
@@ -236,9 +234,19 @@ class Transformer(nn.Module):
         check_classes(self.num_classes)
         hidden_BTD = self.read_and_write(
             tokens, decoder_tokens, deterministic=deterministic, **options)[1].hidden
-        return self._classes(hidden_BTD, deterministic)
+        return self.class_logits(hidden_BTD, deterministic)
 
-    def _classes(self, features, deterministic):
+    def pooled_logits(
+        self, hidden: Float[Array, "B D"], deterministic: bool = True
+    ) -> Float[Array, "B C"]:
+        """Class scores of one state of each row, through the linear layer and tanh of `pooler`."""
+        hidden = self.classifier_dropout(hidden, deterministic=deterministic)
+        return self.class_logits(jnp.tanh(self.pooler(hidden)), deterministic)
+
+    def class_logits(
+        self, features: Float[Array, "... D"], deterministic: bool = True
+    ) -> Float[Array, "... C"]:
+        """Class scores of features, with no pooler in between."""
         features = self.classifier_dropout(features, deterministic=deterministic)
         return self.classifier(features).astype(jnp.float32)
 
