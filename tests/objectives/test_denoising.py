@@ -1,10 +1,13 @@
 """BART's noise: what each kind does, how often, and that the seed decides."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import small_models
 
+from transformer_jax.data import pipeline
 from transformer_jax.objectives import denoising, seq2seq
 from transformer_jax.objectives.denoising import Noise
 
@@ -59,6 +62,10 @@ def test_infilling_spans_lie_anywhere():
     np.testing.assert_allclose(hit[5:-5] / 2000, 0.3, atol=0.06)
     # One of 71 gaps is in front of the first token, and 10.5 spans on average are not empty.
     np.testing.assert_allclose(hit[[0, -1]] / 2000, 0.15, atol=0.03)
+    # Of two spans the second was cut to fit; it is not always the one behind.
+    found = [spans(denoising.infill(TEXT, rng(seed), share=0.3, mean_span=20.0, mask_id=MASK))
+             for seed in range(200)]
+    assert 60 < sum(pair[0] < pair[-1] for pair in found) < 140
 
 
 def test_infilling_whole_words():
@@ -91,6 +98,11 @@ def test_masking_and_deletion():
     assert (masked == MASK).sum() == 15 and (masked[masked != MASK] == TEXT[masked != MASK]).all()
     shorter = denoising.delete(TEXT, rng(), share=0.2)
     assert len(shorter) == 80 and (np.diff(shorter) > 0).all() and MASK not in shorter
+    masked, gone = (
+        np.mean([~np.isin(TEXT, change(TEXT, rng(seed), share=0.15)) for seed in range(1000)], 0)
+        for change in (functools.partial(denoising.mask, mask_id=MASK), denoising.delete))
+    np.testing.assert_allclose(masked, 0.15, atol=0.06)  # anywhere alike
+    np.testing.assert_allclose(gone, 0.15, atol=0.06)
 
 
 def test_rotation_begins_anywhere():
@@ -166,7 +178,8 @@ def test_the_target_is_clean_and_the_source_is_not():
 @pytest.mark.parametrize(("change", "message"), [
     ({"infill": 1.2}, "noise infill is 1.2; it is a share"),
     ({"delete": -0.1}, "noise delete is -0.1"),
-    ({"mean_span": 0.0}, "noise mean_span is 0.0; it has to be above 0"),
+    ({"mean_span": 0.0}, "noise mean_span is 0.0; it has to be from 0.1 to 1000"),
+    ({"mean_span": 1e9}, "noise mean_span is 1000000000.0"),
 ])
 def test_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -177,3 +190,38 @@ def test_refused(change, message):
 
 def test_the_loss_is_that_of_pairs():
     assert denoising.loss is seq2seq.loss
+
+
+def test_no_place_sees_what_it_predicts():
+    """Two texts that differ from their k-th token on, with nothing left of either in the source:
+    up to the place that predicts that token the logits are equal, bit for bit; behind it not."""
+    ids = IDS | {"mask_id": 4}
+    text = small_models.random_tokens(12, first=5)
+    hide_all = NONE._replace(infill=1.0)
+    for k in (0, 5, 11):
+        other = np.concatenate([text[:k], 5 + (text[k:] + 1) % 50])
+        row, changed = (denoising.prepare([t], rng(), noise=hide_all, length=16, **ids)
+                        for t in (text, other))
+        assert row["tokens"].tolist() == changed["tokens"].tolist() == [0, MASK, 2] + [1] * 13
+        logits, others = (
+            np.asarray(small_models.forward(
+                small_models.BART, r["tokens"][None], decoder_tokens=r["decoder_tokens"][None],
+                padding_mask=r["padding_mask"][None]).logits[0]) for r in (row, changed))
+        place = k + 1  # that of its prediction: in front of the text is <s>
+        assert row["targets"][place] == text[k] != changed["targets"][place]
+        np.testing.assert_array_equal(logits[: place + 1], others[: place + 1])
+        assert np.abs(logits[place + 1] - others[place + 1]).max() > 1e-3
+
+
+def test_each_epoch_is_noised_anew():
+    noised = []
+    for _ in range(2):
+        loader = pipeline.make_loader(
+            denoising.Passages(CORPUS, 40), 2, num_epochs=2, seed=3, prefetch=0,
+            transform=functools.partial(denoising.prepare, noise=Noise(infill=0.4), length=20,
+                                        **IDS))
+        noised.append([batch["tokens"] for batch in loader])
+    for first, again in zip(*noised):
+        np.testing.assert_array_equal(first, again)
+    epochs = [{row.tobytes() for row in rows} for rows in noised[0]]
+    assert len(epochs) == 2 and epochs[0] != epochs[1]

@@ -35,14 +35,13 @@ class Noise(NamedTuple):
     rotate: float = 0.0  # of the texts
 
     def check(self) -> None:
-        """Raises ValueError where a share is outside 0 to 1 or a mean is not above 0."""
+        """Raises ValueError where a share is outside 0 to 1, or a mean outside 0.1 to 1000."""
         for name in ("infill", "mask", "delete", "rotate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"noise {name} is {getattr(self, name)}; it is a share, from 0 "
                                  "to 1")
-        if not 0 < self.mean_span < np.inf:
-            raise ValueError(f"noise mean_span is {self.mean_span}; it has to be above 0 and "
-                             "finite")
+        if not 0.1 <= self.mean_span <= 1000:
+            raise ValueError(f"noise mean_span is {self.mean_span}; it has to be from 0.1 to 1000")
 
 
 def infill(
@@ -65,34 +64,37 @@ def infill(
         word_starts: for each id, whether it begins a word. Given, spans are of whole words, and
             lengths and the share are counted in words.
     """
-    tokens = np.asarray(tokens)
+    tokens = np.asarray(tokens, np.int32)
     if word_starts is None:
         edges = np.arange(len(tokens) + 1)
     else:
         inner = 1 + np.flatnonzero(word_starts[tokens[1:]])
         edges = np.unique(np.concatenate([[0], inner, [len(tokens)]]))
     units = len(edges) - 1
-    left = round(share * units)
-    spans = []
-    while left > 0:
-        spans.append(min(int(rng.poisson(mean_span)), left))
-        left -= spans[-1]
-    stay = units - sum(spans)
-    # Where hardly anything stays there are more spans than gaps: those that are left over join.
-    spans, over = spans[: stay + 1], spans[stay + 1 :]
-    if over:
-        spans[-1] += sum(over)
-    at_gap = np.full(stay + 1, -1)
-    at_gap[rng.choice(stay + 1, len(spans), replace=False)] = spans
-    pieces, place = [], 0
-    for gap, span in enumerate(at_gap):
-        if span >= 0:
-            pieces.append([mask_id])
-            place += span
-        if gap < stay:
-            pieces.append(tokens[edges[place] : edges[place + 1]])
-            place += 1
-    return np.concatenate(pieces).astype(np.int32) if pieces else tokens.astype(np.int32)
+    lengths = _span_lengths(round(share * units), mean_span, rng)
+    gaps = units - lengths.sum() + 1
+    if len(lengths) > gaps:  # where hardly anything stays, the spans that are left over join
+        lengths = np.append(lengths[: gaps - 1], lengths[gaps - 1 :].sum())
+    lengths = rng.permutation(lengths)  # the one that was cut is not always the last
+    # Spans in order: as many units stay in front of each as there are gaps before its own.
+    first = np.sort(rng.choice(gaps, len(lengths), replace=False))
+    first += np.cumsum(lengths) - lengths
+    begins, ends = edges[first], edges[first + lengths]
+    border = np.zeros(len(tokens) + 1, np.int64)
+    border[begins] += 1
+    border[ends] -= 1
+    hidden = np.cumsum(border[:-1]) > 0
+    hidden_before = np.cumsum(ends - begins) - (ends - begins)
+    return np.insert(tokens[~hidden], begins - hidden_before, mask_id)
+
+
+def _span_lengths(total: int, mean: float, rng: np.random.Generator) -> np.ndarray:
+    """Poisson lengths until they sum up to `total`, the last one cut to fit."""
+    lengths = np.zeros(0, np.int64)
+    while lengths.sum() < total:
+        lengths = np.append(lengths, rng.poisson(mean, total))
+    before = np.cumsum(lengths) - lengths
+    return np.minimum(lengths, total - before)[before < total]
 
 
 def mask(tokens: Ids, rng: np.random.Generator, *, share: float, mask_id: int) -> Ids:
