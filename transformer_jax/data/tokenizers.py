@@ -57,18 +57,22 @@ class Tokenizer:
             rows = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special)
         except TypeError:
             for i, text in enumerate(texts):
-                _check_text(text, i)
+                check_text(text, i)
             raise
         return [row.ids for row in rows]
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
         """The text of ids. BPE and characters give back exactly what was encoded."""
+        return self.backend.decode(self._inside(ids), skip_special_tokens=skip_special)
+
+    def _inside(self, ids: Sequence[int] | np.ndarray) -> list[int]:
+        """The ids, all of which are in the vocabulary."""
         ids = np.asarray(ids, np.int64)
         outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if outside.size:
             raise ValueError(f"token id {outside[0]} is outside the vocabulary of "
                              f"{self.vocab_size}; decode with the tokenizer that encoded")
-        return self.backend.decode(ids.tolist(), skip_special_tokens=skip_special)
+        return ids.tolist()
 
     @property
     def vocab_size(self) -> int:
@@ -80,14 +84,17 @@ class Tokenizer:
         Raises:
             ValueError: the vocabulary has no such token.
         """
-        found = self.backend.token_to_id(token)
+        found = self._id(token)
         if found is None:
             raise ValueError(f"{token!r} is not among the {self.vocab_size} tokens of this "
                              "vocabulary; encode(text) splits a text into tokens that are")
         return found
 
+    def _id(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
+
     def _role(self, role: str) -> int | None:
-        ids = map(self.backend.token_to_id, ROLES[role])
+        ids = map(self._id, ROLES[role])
         return next((found for found in ids if found is not None), None)
 
     # Ids of special tokens, None where the vocabulary has none.
@@ -127,7 +134,8 @@ class Tokenizer:
             self.backend.model.save(str(directory))
 
 
-def _check_text(text: object, i: int) -> None:
+def check_text(text: object, i: int = 0) -> None:
+    """Refuse what is not a string of valid Unicode; `i` is its number among the texts."""
     if not isinstance(text, str):
         raise ValueError(f"text {i} is of type {type(text).__name__}; give a str "
                          "(decode bytes as UTF-8)") from None
@@ -255,7 +263,7 @@ def _some(texts: Iterable[str]) -> list[str]:
         raise ValueError("texts is one str; give a list of texts")
     texts = list(texts)
     for i, text in enumerate(texts):
-        _check_text(text, i)
+        check_text(text, i)
     if not any(texts):
         raise ValueError(f"there is nothing to train on in {len(texts)} texts; "
                          "give at least one that is not empty")
