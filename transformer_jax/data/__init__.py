@@ -5,16 +5,15 @@ shuffles and batches them; `python_docs` is a corpus that every Python installat
 All of it is NumPy: batches reach JAX only in the training loop.
 """
 
-from transformer_jax.data import pipeline, python_docs, sources, tokenizers
-from transformer_jax.data.pipeline import (
-    Corpus,
-    PackedTokens,
-    check_ids,
-    make_loader,
-    tokenize_corpus,
-)
-from transformer_jax.data.sources import load_source
-from transformer_jax.data.tokenizers import Tokenizer
+import importlib
+
+# Where each name lives; imported when it is first asked for, because the loader and TFDS take a
+# second that whoever only wants a tokenizer need not wait.
+_HOMES = {
+    "Corpus": "pipeline", "PackedTokens": "pipeline", "Tokenizer": "tokenizers",
+    "check_ids": "pipeline", "load_source": "sources", "make_loader": "pipeline",
+    "tokenize_corpus": "pipeline",
+}
 
 __all__ = [
     "Corpus",
@@ -29,3 +28,10 @@ __all__ = [
     "tokenize_corpus",
     "tokenizers",
 ]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+    return getattr(home, name) if name in _HOMES else home

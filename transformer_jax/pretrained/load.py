@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -185,9 +184,12 @@ def _check_positions(entries, named, config) -> None:
 
 
 def _place(value: np.ndarray, sharding) -> jax.Array:
-    value = np.ascontiguousarray(value, np.float32)
+    if value.dtype != np.float32 or not value.flags.c_contiguous:
+        copy = tensors.empty(value.shape, np.float32)
+        copy[...] = value
+        value = copy
     if sharding is None:
-        return jnp.asarray(value)
+        return jax.device_put(value)  # on a CPU the array itself
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
