@@ -126,3 +126,51 @@ class Translate:
     save_every: int = 250
     log_every: int = 50
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """How a pre-trained encoder-decoder is fine-tuned from sources to targets.
+
+    Attributes:
+        data, source, target, train_split, held_out_split: as in `Translate`.
+        source_length, target_length: tokens a row, special ones included; what is longer is cut.
+        num_beams, length_penalty, no_repeat_ngram_size: of the search for the best target.
+        eval_pairs: how many pairs of the held-out split get a target written; all if not given.
+    """
+
+    source: str
+    target: str
+    num_steps: int
+    data: str
+    train_split: str = "train"
+    held_out_split: str = "dev"
+    source_length: int = 192
+    target_length: int = 64
+    batch_size: int = 16
+    label_smoothing: float = 0.1
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(schedule="linear", b2=0.98))
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 3
+    eval_pairs: int | None = None
+    eval_every: int = 200
+    save_every: int = 200
+    log_every: int = 50
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """Pre-training by denoising, then fine-tuning on pairs, with it and without.
+
+    Attributes:
+        pretrain: the first stage. Its model and mesh serve the second too, and so does its
+            tokenizer, which is trained on the text and the pairs together; its `out` is
+            `<out>/pretraining`.
+        finetune: the second stage.
+    """
+
+    pretrain: Pretrain
+    finetune: Pairs
+    out: Path

@@ -102,11 +102,12 @@ def train(c: Translate, tokenizer, texts: Sequence[dict], held_out_texts: Sequen
 
 def translate(
     model: Transformer, params: dict, tokenizer, texts: Sequence[str], *, batch_size: int = 64,
-    max_source: int = 128, **options,
+    max_source: int = 128, bos_id: int | None = None, **options,
 ) -> list[str]:
-    """A target for each source text; `options` go to `generate`. Texts of like length share
-    batches."""
-    ids = [[*row[: max_source - 1], tokenizer.sep_id]
+    """A target for each source text, which gets `bos_id` in front if given; `options` go to
+    `generate`. Texts of like length share batches."""
+    begin = [] if bos_id is None else [bos_id]
+    ids = [[*begin, *row[: max_source - 1 - len(begin)], tokenizer.sep_id]
            for row in tokenizer.encode_batch(list(texts))]
     order = np.argsort([len(row) for row in ids], kind="stable")
     written: dict[int, str] = {}

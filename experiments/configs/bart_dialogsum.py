@@ -1,0 +1,33 @@
+r"""BART of 3 + 3 layers, 128 wide: denoising of plain text, then summaries of dialogues.
+
+    python experiments/denoise.py bart_dialogsum --pretrain.data wikitext-2 \
+        --finetune.data dialogsum
+
+The folders hold train.txt of WikiText-2, and train.jsonl and dev.jsonl of DialogSum (or .gz).
+"""
+
+from pathlib import Path
+
+from settings import Denoise, Optimizer, Pairs, Pretrain
+
+from transformer_jax import presets
+
+
+def config() -> Denoise:
+    return Denoise(
+        out=Path("runs/bart_dialogsum"),
+        pretrain=Pretrain(
+            out=Path("runs/bart_dialogsum/pretraining"), data="wikitext-2", sentence_end=" . ",
+            model=presets.bart_base(
+                num_layers=3, d_model=128, num_heads=4, mlp_dim=512, vocab_size=4000,
+                max_length=256, dropout_rate=0.1, attention_dropout_rate=0.0,
+                positions="sinusoidal", init_std=0.05),
+            objective="denoising", tokenizer="bpe", length=64, batch_size=32, num_steps=1500,
+            validation_share=0.02,
+            optimizer=Optimizer(schedule="linear", peak=2e-3, warmup_steps=150, b2=0.98),
+            eval_every=250, eval_batches=20, save_every=250, log_every=50),
+        finetune=Pairs(
+            data="dialogsum", source="dialogue", target="summary", held_out_split="dev",
+            num_steps=800, batch_size=16,
+            optimizer=Optimizer(schedule="linear", peak=1e-3, warmup_steps=80, b2=0.98)),
+    )

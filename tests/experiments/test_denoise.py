@@ -1,0 +1,58 @@
+"""A few steps of every two-stage run: denoising, then pairs, with it and without."""
+
+import dataclasses
+import itertools
+import json
+
+import configs
+import denoise
+import numpy as np
+import pytest
+from settings import Denoise
+
+from transformer_jax.pretrained.runs import load_run
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def shortened(c: Denoise, folder) -> Denoise:
+    """The config on a text and pairs of `folder`, with a model small enough for a test."""
+    model = c.pretrain.model.replace(num_layers=1, d_model=16, num_heads=2, mlp_dim=16,
+                                     max_length=32, vocab_size=300)
+    few = {"num_steps": 2, "batch_size": 8, "eval_every": 1, "save_every": 0, "log_every": 1}
+    warm = {"warmup_steps": 1}
+    return dataclasses.replace(
+        c, out=folder / "run",
+        pretrain=dataclasses.replace(
+            c.pretrain, model=model, data=str(folder / "text.txt"), validation_share=0.2,
+            length=16, eval_batches=1, optimizer=dataclasses.replace(c.pretrain.optimizer, **warm),
+            **few),
+        finetune=dataclasses.replace(
+            c.finetune, data=str(folder), source="long", target="short", train_split="train",
+            held_out_split="dev", source_length=32, target_length=8, num_beams=2, eval_pairs=3,
+            optimizer=dataclasses.replace(c.finetune.optimizer, **warm), **few))
+
+
+@pytest.mark.parametrize("name", configs.load(Denoise))
+def test_both_stages_of_every_config(name, tmp_path):
+    rows = [" ".join(WORDS[(i * k) % 10] for k in range(1, 9 + i % 6)) for i in range(40)]
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{a} . {b} ." for a, b in
+                                                   itertools.pairwise(rows)))
+    for split, part in (("train", rows[:32]), ("dev", rows[32:])):
+        lines = [json.dumps({"long": row, "short": row.split()[0]}) for row in part]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    c = shortened(configs.load(Denoise)[name][1], tmp_path)
+
+    metrics = denoise.main(c)["metrics"]
+    assert np.isfinite(metrics["denoising"]["held_out"]["loss"])
+    for run in ("pretrained", "scratch"):
+        assert 0 <= metrics[run]["rouge"]["rougeL"] <= 100
+        assert np.isfinite(metrics[run]["held_out"]["nll"])
+        assert [h["step"] for h in metrics[run]["history"] if "loss" in h] == [1, 2]
+        assert load_run(c.out / run).tokenizer.mask_id is not None
+    assert metrics["pretrained"]["held_out"] != metrics["scratch"]["held_out"]
+    written = [json.loads(line) for line in (c.out / "targets.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in written] == rows[32:35]
+    assert all(isinstance(row["pretrained"], str) and row["target"] in WORDS for row in written)
+    for picture in ("finetuning.png", "pretraining/loss.png"):
+        assert (c.out / picture).stat().st_size > 5000
