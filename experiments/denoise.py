@@ -96,6 +96,7 @@ def write_targets(c: Denoise, model: Transformer, params: dict, tokenizer,
 def main(c: Denoise) -> dict:
     """The command: both stages, the same without the first, scores, texts, pictures."""
     began = time.perf_counter()
+    evaluate.rouge(["a"], ["a"])  # a missing library is missed now, not after the training
     f = c.finetune
     texts, held_out_texts = (pairs.load_pairs(f.data, split, f.source, f.target)
                              for split in (f.train_split, f.held_out_split))

@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -56,3 +57,13 @@ def test_scores_refuse(score):
         score([], [])
     with pytest.raises(ValueError, match="give a list of texts"):
         score("abc", "abc")
+
+
+@pytest.mark.parametrize(("score", "library"), [
+    (evaluate.bleu, "sacrebleu"), (evaluate.rouge, "rouge_score")])
+def test_a_missing_library_is_named(score, library, monkeypatch):
+    for name in [n for n in sys.modules if n.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    with pytest.raises(ModuleNotFoundError, match=rf"{library}.*pip install.*\[scores\]"):
+        score(["a"], ["a"])

@@ -1,7 +1,9 @@
 """How good a model is, in the numbers people report."""
 
+import importlib
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -60,10 +62,8 @@ def bleu(
     Raises:
         ValueError: no texts, or unlike numbers of them.
     """
-    from sacrebleu.metrics import BLEU as SacreBLEU
-
     _check_texts(hypotheses, references)
-    metric = SacreBLEU(lowercase=lowercase, tokenize=tokenize)
+    metric = _library("sacrebleu.metrics").BLEU(lowercase=lowercase, tokenize=tokenize)
     score = metric.corpus_score(list(hypotheses), [list(references)]).score
     return BLEU(score, str(metric.get_signature()))
 
@@ -78,13 +78,19 @@ def rouge(
     Raises:
         ValueError: no texts, or unlike numbers of them.
     """
-    from rouge_score.rouge_scorer import RougeScorer
-
     _check_texts(hypotheses, references)
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-    scorer = RougeScorer(names, use_stemmer=use_stemmer)
+    scorer = _library("rouge_score.rouge_scorer").RougeScorer(names, use_stemmer=use_stemmer)
     scores = [scorer.score(r, h) for h, r in zip(hypotheses, references)]
     return {name: 100 * float(np.mean([s[name].fmeasure for s in scores])) for name in names}
+
+
+def _library(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error.name} is not installed, which counts this score: "
+                                  'pip install "transformer_jax[scores]"') from None
 
 
 def _check_texts(hypotheses: Sequence[str], references: Sequence[str]) -> None:
