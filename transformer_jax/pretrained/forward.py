@@ -189,12 +189,14 @@ def _transformer(
 
 def _shifted(c, input_ids: Array) -> Array:
     """The decoder's inputs where none are given, as in denoising: the source behind its start."""
-    if c.decoder_start_token_id is not None:
+    is_mbart = c.norm_first and c.embed_norm
+    needed = "pad_token_id" if is_mbart else "decoder_start_token_id"
+    if getattr(c, needed) is None:
+        raise ValueError(f"decoder_input_ids are missing, and the config has no {needed} to make "
+                         "them of input_ids; give them")
+    if not is_mbart:
         return shift_right(input_ids, c.decoder_start_token_id)
-    # mBART's start is the language at the end of the text.
-    if c.pad_token_id is None:
-        raise ValueError("decoder_input_ids are missing, and the config has neither "
-                         "decoder_start_token_id nor pad_token_id to make them of; give them")
+    # mBART's start is the language, which stands at the end of the text.
     last_B = (input_ids != c.pad_token_id).sum(-1) - 1
     start_B1 = jnp.take_along_axis(input_ids, last_B[:, None], axis=1)
     return jnp.concatenate([start_B1, input_ids[:, :-1]], axis=1)
