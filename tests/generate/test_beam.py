@@ -47,10 +47,11 @@ def textbook(config, prompt, ends, *, penalty=1.0, early=False, ngram=0, beams=B
 
 
 def frequent(config) -> list[int]:
-    """Three tokens that end some beams early and others late."""
+    """Three tokens that end some rows early and others late: those that few rows have."""
     new = new_tokens(run(config=config), config)
-    firsts = {int(token): min(np.argwhere(new == token)[:, 1]) for token in np.unique(new)}
-    return sorted(token for token in firsts if firsts[token] > 2)[:3]
+    first_column = new[:, 0].tolist()
+    written = [int(token) for token in np.unique(new) if token not in first_column]
+    return sorted(sorted(written, key=lambda token: (new == token).any(1).sum())[:3])
 
 
 SEARCHES = [
