@@ -153,7 +153,7 @@ def held_out_batches(pretrained: Path, tokenizer, batch_size: int = 64) -> list[
     saved = _read_json(pretrained / "results.json")["config"]
     saved["model"] = config_from_dict(saved["model"])
     fields = {f.name for f in dataclasses.fields(Pretrain)} - {"optimizer", "mesh", "out"}
-    saved["noise"] = Noise(*saved["noise"])
+    saved["noise"] = Noise(**saved["noise"])
     c = Pretrain(out=pretrained, **{name: saved[name] for name in fields})
     return objective_rows(c, load_texts(c)[1], tokenizer).evaluation(batch_size)
 
@@ -189,6 +189,8 @@ def to_json(value: Any) -> Any:
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
+    if hasattr(value, "_asdict"):  # a NamedTuple
+        return to_json(value._asdict())
     if isinstance(value, (list, tuple)):
         return [to_json(item) for item in value]
     if isinstance(value, (np.generic, np.ndarray, jax.Array)):

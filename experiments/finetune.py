@@ -27,7 +27,14 @@ from settings import Mesh, Optimizer
 from transformer_jax import draw, evaluate, sharding, tree
 from transformer_jax.data import sources
 from transformer_jax.finetune import select
-from transformer_jax.models import BERT, GPT, config_to_dict, init_params
+from transformer_jax.models import (
+    BERT,
+    GPT,
+    Model,
+    Transformer,
+    config_to_dict,
+    init_params,
+)
 from transformer_jax.objectives import tasks
 from transformer_jax.train import loop, step
 
@@ -134,7 +141,7 @@ class Compiled(NamedTuple):
 
 
 @functools.cache
-def compiled(model: GPT | BERT, recipe: str, settings: Settings) -> Compiled:
+def compiled(model: Model, recipe: str, settings: Settings) -> Compiled:
     """Mask and step of a recipe: the same object for the same arguments, so compiled once."""
     shapes = jax.eval_shape(functools.partial(_new_params, model), jax.random.key(0))
     mask = select.trainable_mask(shapes, recipe)
@@ -163,7 +170,7 @@ class Outcome(NamedTuple):
 
 
 def finetune(
-    model: GPT | BERT, pretrained: dict | None, tokenizer, task: Task, recipe: str,
+    model: Model, pretrained: dict | None, tokenizer, task: Task, recipe: str,
     settings: Settings, seed: int, labels_per_class: int | None = None, quiet: bool = False,
     checkpoint_dir: Path | None = None, mesh: jax.sharding.Mesh | None = None,
 ) -> Outcome:
@@ -209,16 +216,17 @@ def finetune(
 
 
 def forgotten(
-    model: GPT | BERT, pretrained: dict, finetuned: dict, batches: list[dict]
+    model: Model, pretrained: dict, finetuned: dict, batches: list[dict]
 ) -> float:
     """Held-out pre-training loss of fine-tuned parameters, under the pre-trained heads."""
-    objective = "causal_lm" if isinstance(model, GPT) else "mlm_nsp"
+    kinds = {GPT: "causal_lm", BERT: "mlm_nsp", Transformer: "denoising"}
+    objective = next(name for kind, name in kinds.items() if isinstance(model, kind))
     merged = {**pretrained, **{k: v for k, v in finetuned.items() if k in pretrained}}
     return step.evaluate(_eval_step(model, objective), merged, batches)["loss"]
 
 
 @functools.cache
-def _eval_step(model: GPT | BERT, objective: str):
+def _eval_step(model: Model, objective: str):
     return step.make_eval_step(functools.partial(common.LOSSES[objective], model.apply))
 
 

@@ -4,13 +4,13 @@ import dataclasses
 import itertools
 import json
 
+import common
 import configs
 import denoise
+import finetune
 import numpy as np
 import pytest
 from settings import Denoise
-
-from transformer_jax.pretrained.runs import load_run
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -25,14 +25,15 @@ def shortened(c: Denoise, folder) -> Denoise:
         c, out=folder / "run",
         pretrain=dataclasses.replace(
             c.pretrain, model=model, data=str(folder / "text.txt"), validation_share=0.2,
-            length=16, eval_batches=1, optimizer=dataclasses.replace(c.pretrain.optimizer, **warm),
-            **few),
+            length=16, eval_batches=None, **few,
+            optimizer=dataclasses.replace(c.pretrain.optimizer, **warm)),
         finetune=dataclasses.replace(
             c.finetune, data=str(folder), source="long", target="short", train_split="train",
-            held_out_split="dev", source_length=32, target_length=8, num_beams=2, eval_pairs=3,
+            held_out_split="dev", source_length=32, target_length=8, num_beams=1, eval_pairs=3,
             optimizer=dataclasses.replace(c.finetune.optimizer, **warm), **few))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", configs.load(Denoise))
 def test_both_stages_of_every_config(name, tmp_path):
     rows = [" ".join(WORDS[(i * k) % 10] for k in range(1, 9 + i % 6)) for i in range(40)]
@@ -49,10 +50,16 @@ def test_both_stages_of_every_config(name, tmp_path):
         assert 0 <= metrics[run]["rouge"]["rougeL"] <= 100
         assert np.isfinite(metrics[run]["held_out"]["nll"])
         assert [h["step"] for h in metrics[run]["history"] if "loss" in h] == [1, 2]
-        assert load_run(c.out / run).tokenizer.mask_id is not None
+        assert common.load_run(c.out / run).tokenizer.mask_id is not None
     assert metrics["pretrained"]["held_out"] != metrics["scratch"]["held_out"]
     written = [json.loads(line) for line in (c.out / "targets.jsonl").read_text().splitlines()]
     assert [row["source"] for row in written] == rows[32:35]
     assert all(isinstance(row["pretrained"], str) and row["target"] in WORDS for row in written)
     for picture in ("finetuning.png", "pretraining/loss.png"):
         assert (c.out / picture).stat().st_size > 5000
+
+    # What a fine-tuned model forgot is told by the rows that pre-training held out.
+    base = common.load_run(c.out / "pretraining")
+    held_out = common.held_out_batches(c.out / "pretraining", base.tokenizer, batch_size=8)
+    loss = finetune.forgotten(base.model, base.params, {}, held_out)
+    assert loss == pytest.approx(metrics["denoising"]["held_out"]["loss"], 1e-4)
