@@ -1,9 +1,20 @@
-"""Tiny random checkpoints of every family and head, made by PyTorch Transformers itself."""
+"""Tiny random checkpoints of every family and head, made by PyTorch Transformers itself.
 
+    pip install torch==2.13.0 "transformers==5.*" numpy
+    python tests/reference/checkpoints.py
+
+writes `tests/goldens/checkpoints/*.npz`: files and tensors as the reference saves them, a padded
+batch and what the reference makes of it, for tests that need no torch.
+"""
+
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "checkpoints"
 
 # Sizes by seed: odd ones, and encoder and decoder of unlike sizes.
 SIZES = [
@@ -12,6 +23,14 @@ SIZES = [
     {"layers": 3, "decoder_layers": 1, "width": 40, "heads": 5, "decoder_heads": 2, "mlp": 36,
      "decoder_mlp": 52, "length": 20, "vocab": 83},
 ]
+SMALL = {"layers": 1, "decoder_layers": 2, "width": 12, "heads": 2, "decoder_heads": 3, "mlp": 20,
+         "decoder_mlp": 16, "length": 12, "vocab": 30}
+GOLDEN = {  # the head of each family that has most of its own
+    "GPT2": "ForSequenceClassification", "OpenAIGPT": "LMHeadModel", "Bert": "ForPreTraining",
+    "Roberta": "ForSequenceClassification", "DistilBert": "ForMaskedLM",
+    "Bart": "ForConditionalGeneration", "MBart": "ForSequenceClassification", "Marian": "MTModel",
+    "Pegasus": "ForConditionalGeneration",
+}
 ENCODER_HEADS = ["ForMaskedLM", "ForSequenceClassification", "ForTokenClassification",
                  "ForQuestionAnswering", "ForMultipleChoice"]
 BART_HEADS = ["Model", "ForConditionalGeneration", "ForSequenceClassification",
@@ -65,13 +84,16 @@ def config_fields(family: str, s: dict) -> dict:
     }[family]}
 
 
-def make(family: str, head: str, seed: int, folder: Path, dtype: str = "float32", **changes):
+def make(
+    family: str, head: str, seed: int, folder: Path, dtype: str = "float32",
+    sizes: dict | None = None,
+):
     """A random model of the reference in float64 and evaluation mode, saved to `folder`."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    fields = config_fields(family, SIZES[seed]) | changes
+    fields = config_fields(family, sizes or SIZES[seed])
     if head == "ForQuestionAnswering":
         fields.pop("num_labels", None)  # a start and an end
     model = getattr(transformers, family + head)(
@@ -89,10 +111,12 @@ def make(family: str, head: str, seed: int, folder: Path, dtype: str = "float32"
     return model.double()
 
 
-def inputs(family: str, head: str, seed: int, padding: str) -> dict[str, np.ndarray]:
+def inputs(
+    family: str, head: str, seed: int, padding: str, sizes: dict | None = None
+) -> dict[str, np.ndarray]:
     """A batch under the reference's names, padded on the "right", on the "left", or not ("none").
     """
-    s = SIZES[seed]
+    s = sizes or SIZES[seed]
     rng = np.random.default_rng(seed)
     batch, length = 3, s["length"] - 3
     is_choice = head == "ForMultipleChoice"
@@ -148,3 +172,32 @@ def visible(name: str, value: np.ndarray, batch: dict) -> np.ndarray | bool:
     if value.shape[:2] != mask.shape:
         return True
     return mask.reshape(mask.shape + (1,) * (value.ndim - 2))
+
+
+def golden(family: str) -> dict[str, np.ndarray]:
+    """The files of a checkpoint as text, its tensors, inputs and outputs, each under its group."""
+    from safetensors.numpy import load_file
+
+    head = GOLDEN[family]
+    with tempfile.TemporaryDirectory() as folder:
+        model = make(family, head, 0, Path(folder), sizes=SMALL)
+        files = {path.name: np.array(path.read_text()) for path in Path(folder).glob("*.json")}
+        tensors = load_file(Path(folder) / "model.safetensors")
+    batch = inputs(family, head, 0, "left", SMALL)
+    outputs = {f"{name}/{i}": value.astype(np.float32)
+               for name, values in reference(model, batch) for i, value in enumerate(values)}
+    groups = {"files": files, "tensors": tensors, "inputs": batch, "outputs": outputs}
+    return {f"{group}/{name}": value for group, values in groups.items()
+            for name, value in values.items()}
+
+
+def main() -> None:
+    GOLDENS.mkdir(parents=True, exist_ok=True)
+    for family in GOLDEN:
+        path = GOLDENS / f"{family.lower()}.npz"
+        np.savez_compressed(path, **golden(family))
+        print(f"{path.name}: {path.stat().st_size:,} bytes", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from transformer_jax.models import BERT, GPT, Model, Transformer, shift_right
+from transformer_jax.models import (
+    BERT,
+    GPT,
+    Model,
+    Transformer,
+    TransformerConfig,
+    shift_right,
+)
 from transformer_jax.models.heads import last_tokens, take_positions
 from transformer_jax.nn.blocks import Block
 
@@ -169,7 +176,7 @@ def _transformer(
 ) -> dict[str, Array]:
     c = m.config
     if decoder_input_ids is None:
-        decoder_input_ids = _shifted(c, input_ids)
+        decoder_input_ids = default_decoder_ids(c, input_ids)
     mask = _mask(attention_mask)
     read, written = m.read_and_write(
         input_ids, decoder_input_ids, padding_mask=mask,
@@ -187,7 +194,7 @@ def _transformer(
     return out
 
 
-def _shifted(c, input_ids: Array) -> Array:
+def default_decoder_ids(c: TransformerConfig, input_ids: Array) -> Array:
     """The decoder's inputs where none are given, as in denoising: the source behind its start."""
     is_mbart = c.norm_first and c.embed_norm
     needed = "pad_token_id" if is_mbart else "decoder_start_token_id"

@@ -223,7 +223,7 @@ def _write_file(path: Path, plan: Sequence[Planned], values: Iterator[np.ndarray
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in plan:
-            array = np.ascontiguousarray(next(values), tensor.dtype)
+            array = np.asarray(next(values), tensor.dtype, order="C")
             if array.shape != tensor.shape:
                 raise ValueError(f"tensor {tensor.name!r} has shape {array.shape}, not "
                                  f"{tensor.shape}")

@@ -1,0 +1,118 @@
+"""Models of our own as checkpoints, and what no checkpoint can hold."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import small_models
+from pretrained.files import read_all, write
+
+from transformer_jax import load_pretrained, save_pretrained
+from transformer_jax.models import BERTConfig, TransformerConfig, build_model, init_params
+from transformer_jax.tree import flatten_paths
+
+MARIAN = TransformerConfig(vocab_size=20, max_length=10, num_layers=1, d_model=8, num_heads=2,
+                           mlp_dim=12, positions="sinusoidal_halves", decoder_start_token_id=1,
+                           num_decoder_layers=2, activation="swish")
+CASES = {
+    "gpt2": (small_models.GPT2, "causal_lm", 0),
+    "openai-gpt": (small_models.GPT1.replace(mlp_dim=96), "causal_lm", 0),
+    "bert": (small_models.BERT, "pretraining", 0),
+    "roberta": (small_models.BERT.replace(position_offset=2, pad_token_id=1), "classification", 3),
+    "distilbert": (small_models.BERT.replace(num_segments=0, pooler_activation="relu"),
+                   "token_classification", 3),
+    "bart": (small_models.BART, "seq2seq_lm", 0),
+    "mbart": (small_models.BART.replace(norm_first=True), "classification", 2),
+    "marian": (MARIAN, "seq2seq_lm", 0),
+    "pegasus": (MARIAN.replace(norm_first=True), "base", 0),
+}
+
+
+def built(config, task, num_classes=0):
+    model = build_model(config, num_classes, task)
+    shapes = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+    return model, small_models.random_params(shapes)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_model_of_ours_becomes_a_checkpoint(family, tmp_path, capsys):
+    config, task, num_classes = CASES[family]
+    model, params = built(config, task, num_classes)
+    save_pretrained(tmp_path, model, params)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["model_type"] == family
+    again, loaded, _ = load_pretrained(tmp_path)
+    said = capsys.readouterr().err
+    assert "unused" not in said or "0 unused" in said
+    assert (again.task, again.num_classes) == (task, num_classes)
+    for path, leaf in flatten_paths(params).items():
+        np.testing.assert_array_equal(flatten_paths(loaded)[path], leaf)
+    # What decides the numbers is the same again.
+    for name in ("norm_first", "activation", "positions", "position_offset", "max_length",
+                 "embedding_scale", "pad_token_id", "norm_epsilon"):
+        assert getattr(again.config, name) == getattr(config, name), name
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "message"),
+    [
+        (small_models.GPT2.replace(positions="sinusoidal"), "causal_lm",
+         "positions is 'sinusoidal'"),
+        (small_models.GPT2.replace(context_size=4), "causal_lm", "context_size is 4.*gpt2"),
+        (small_models.GPT1, "causal_lm", "mlp_dim is 40.*openai-gpt have only 96"),
+        (small_models.TRANSFORMER, "seq2seq_lm", "positions is 'sinusoidal'.*marian"),
+        (small_models.BART.replace(activation="tanh", tie_embeddings=False), "seq2seq_lm",
+         "tie_embeddings is False"),
+        (BERTConfig(**small_models._SHAPE, pooler_activation="relu"), "base",
+         "pooler_activation is 'relu'"),
+    ],
+)
+def test_what_no_family_has_is_refused(config, task, message, tmp_path):
+    model, params = built(config, task)
+    with pytest.raises(ValueError, match=message) as error:
+        save_pretrained(tmp_path / "out", model, params)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_that_a_family_lacks_is_refused(tmp_path):
+    model, params = built(MARIAN, "question_answering", 2)
+    with pytest.raises(ValueError, match="marian has no question_answering"):
+        save_pretrained(tmp_path, model, params)
+
+
+def test_parameters_of_another_model_are_refused(tmp_path):
+    model, params = built(small_models.GPT2, "causal_lm")
+    less = {name: leaf for name, leaf in params.items() if name != "position_embed"}
+    with pytest.raises(ValueError, match="position_embed/embedding of shape None"):
+        save_pretrained(tmp_path, model, less)
+    more = params | {"lora": {"a": np.zeros(3)}}
+    with pytest.raises(ValueError, match=r"lora/a of shape \(3,\), but a GPT for causal_lm"):
+        save_pretrained(tmp_path, model, more)
+
+
+def test_a_classifier_bias_has_no_place_in_gpt(tmp_path):
+    model, params = built(small_models.GPT2, "classification", 2)
+    with pytest.raises(ValueError, match="classifier/bias has no place in a checkpoint of gpt2"):
+        save_pretrained(tmp_path, model, params)
+    model, params = built(small_models.GPT2.replace(classifier_bias=False), "classification", 2)
+    save_pretrained(tmp_path, model, params)
+    assert "score.weight" in read_all(tmp_path)
+
+
+def test_unknown_fields_stay_and_changed_ones_are_written(tmp_path):
+    write(tmp_path / "in", "bert", config={"my_note": {"a": [1]}, "hidden_act": "gelu_python"})
+    model, params, _ = load_pretrained(tmp_path / "in", dropout_rate=0.4)
+    save_pretrained(tmp_path / "out", model, params)
+    before, after = (json.loads((tmp_path / name / "config.json").read_text())
+                     for name in ("in", "out"))
+    assert after == before | {"hidden_dropout_prob": 0.4}
+
+
+def test_names_of_labels_stay_unless_their_number_changes(tmp_path):
+    names = {"0": "bad", "1": "good", "2": "so", "3": "la"}
+    write(tmp_path / "in", "roberta", config={"id2label": names})
+    model, params, _ = load_pretrained(tmp_path / "in")
+    save_pretrained(tmp_path / "out", model, params)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == names
