@@ -167,6 +167,7 @@ def test_special_ids_come_from_both_files(tmp_path):
         ("gpt2", {"architectures": ["GPT2DoubleHeadsModel"]}, "names this architecture; give task"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ("bert", {"is_decoder": True}, "is_decoder True"),
+        ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings False; only True"),
         ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings"),
         ("marian", {"decoder_vocab_size": 40}, "only one vocabulary"),
         ("marian", {"tie_word_embeddings": False}, "tie_word_embeddings False"),

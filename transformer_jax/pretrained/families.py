@@ -91,8 +91,9 @@ _BART_HEADS = {"seq2seq_lm": "ForConditionalGeneration", "base": "Model",
                "classification": "ForSequenceClassification",
                "question_answering": "ForQuestionAnswering"}
 
-_NO_DECODER = {"is_decoder": False, "add_cross_attention": False,
-               "position_embedding_type": "absolute", "chunk_size_feed_forward": 0}
+# Untied, the reference's BERT has two output biases, one of which it does not use.
+_NO_DECODER = {"tie_word_embeddings": True, "is_decoder": False, "add_cross_attention": False,
+               "position_embedding_type": "absolute"}
 _ROBERTA = _bert(50_265, 1, 0, 2)
 _SEQ2SEQ_ONLY = {"is_decoder": False, "is_encoder_decoder": True, "tie_word_embeddings": True}
 _MARIAN = {"positions": "sinusoidal_halves", "embed_norm": False, "norm_epsilon": 1e-5,

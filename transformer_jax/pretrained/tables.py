@@ -179,11 +179,9 @@ BODIES: dict[str, list[Rule]] = {
     "marian": _bart(),
     "pegasus": _bart(*_FINAL_NORMS),
 }
-_UNTIED = {  # the output layer where it is a matrix of its own
-    "bert": _embed("lm_head", "cls.predictions.decoder"),
-    "roberta": _embed("lm_head", "lm_head.decoder"),
-    "distilbert": _embed("lm_head", "vocab_projector"),
-}
+# The output layer where it is a matrix of its own.
+_UNTIED = {"gpt2": _embed("lm_head", "lm_head"), "openai-gpt": _embed("lm_head", "lm_head"),
+           "distilbert": _embed("lm_head", "vocab_projector")}
 _QA = _linear("classifier", "qa_outputs")
 _CLASSIFIER = _linear("classifier", "classifier")
 _BERT_WORDS = [
@@ -265,9 +263,8 @@ def rules(family: str, task: str, config: Config, shapes) -> Iterator[Rule]:
               "decoder": getattr(config, "num_decoder_layers", None) or config.num_layers}
     body = BODIES[family]
     if not config.tie_embeddings:
-        kind = "roberta" if "roberta" in family or family == "camembert" else family
-        body = [*(r._replace(aliases=()) if r.ours[0].startswith("token_embed") else r
-                  for r in body), _UNTIED.get(kind, _embed("lm_head", "lm_head"))]
+        body = [*(rule._replace(aliases=()) if rule.ours[0].startswith("token_embed") else rule
+                  for rule in body), _UNTIED[family]]
     head = HEADS[family].get(task, [])
     on_top = {rule.ours for rule in head}  # RoBERTa's classifier has a pooler of its own
     for rule in [*(rule for rule in body if rule.ours not in on_top), *head]:
