@@ -19,7 +19,7 @@ from transformer_jax.models import BERT, GPT, build_model, config_from_dict, con
         ({"dropout_rate": 1.0}, "dropout_rate is 1.0; it must be at least 0 and below 1"),
         ({"attention_dropout_rate": -0.1}, "attention_dropout_rate is -0.1; it must be at least 0"),
         ({"positions": "rotary"}, "positions is 'rotary'; it must be one of learned, sinusoidal"),
-        ({"activation": "swish"}, "activation is 'swish'; it must be one of gelu, gelu_tanh"),
+        ({"activation": "sine"}, "activation is 'sine'; it must be one of gelu, gelu_tanh"),
         ({"initializer": "zeros"}, "initializer is 'zeros'; it must be one of normal, truncated"),
         ({"dtype": "float16"}, "dtype is 'float16'; it must be one of float32, bfloat16"),
         ({"norm_epsilon": 0.0}, "norm_epsilon is 0.0; it must be a finite number above 0"),
@@ -34,8 +34,8 @@ def test_values_out_of_range(change, message):
 
 
 def test_segments_out_of_range():
-    with pytest.raises(ValueError, match="num_segments is 0; it must be at least 1"):
-        small_models.BERT.replace(num_segments=0)
+    with pytest.raises(ValueError, match="num_segments is -1; it must be at least 0"):
+        small_models.BERT.replace(num_segments=-1)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_json_round_trip(config, kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"family": "bart"}, "model family is 'bart'; it must be one of gpt, bert"),
+        ({"family": "t5"}, "model family is 't5'; it must be one of gpt, bert"),
         ({"context_size": 4}, "unknown fields of a bert config: context_size"),
         ({"d_model": 7}, "d_model is 7; it must be a multiple"),
     ],
