@@ -22,9 +22,9 @@ def config() -> Denoise:
                 num_layers=3, d_model=128, num_heads=4, mlp_dim=512, vocab_size=4000,
                 max_length=256, dropout_rate=0.1, attention_dropout_rate=0.0,
                 positions="sinusoidal", init_std=0.05),
-            objective="denoising", tokenizer="bpe", length=128, batch_size=16, num_steps=1200,
-            optimizer=Optimizer(schedule="linear", peak=2e-3, warmup_steps=120, b2=0.98),
-            eval_every=200, eval_batches=40, save_every=200, log_every=50),
+            objective="denoising", tokenizer="bpe", length=64, batch_size=32, num_steps=1000,
+            optimizer=Optimizer(schedule="linear", peak=2e-3, warmup_steps=100, b2=0.98),
+            eval_every=200, eval_batches=20, save_every=200, log_every=50),
         finetune=Pairs(
             data="dialogsum", source="dialogue", target="summary", held_out_split="dev",
             num_steps=600, batch_size=16,
