@@ -216,8 +216,8 @@ def attention_maps(model: GPT, params: dict, ids: list[int]) -> dict[str, np.nda
     masks = {"with the causal mask": causal_mask(order, order), "without it": None}
     stack = Stack(model.config.stack)
     return {
-        name: np.asarray(stack.apply({"params": params["decoder"]}, x[None], mask).attention[-1])
-        .mean((0, 1))
+        name: np.asarray(jax.jit(stack.apply)({"params": params["decoder"]}, x[None], mask)
+                         .attention[-1]).mean((0, 1))
         for name, mask in masks.items()
     }
 

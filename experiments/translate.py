@@ -128,7 +128,7 @@ def cross_attention(
     ids = [*tokenizer.encode(source), tokenizer.sep_id]
     out_ids = [*tokenizer.encode(target), tokenizer.sep_id]
     shifted = [model.config.decoder_start_token_id, *out_ids[:-1]]
-    out = model.apply({"params": params}, np.array([ids]), np.array([shifted]))
+    out = jax.jit(model.apply)({"params": params}, np.array([ids]), np.array([shifted]))
     maps = {f"layer {i}": np.asarray(weights)[0].mean(0)
             for i, weights in enumerate(out.cross_attention)}
     words = [[tokenizer.decode([i], skip_special=False) for i in row] for row in (out_ids, ids)]

@@ -1,6 +1,7 @@
 """Two steps of every config, and the scripts one after another on the embedded corpus."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -39,15 +40,27 @@ def sentences(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, sentences):
+    """The folder of two steps of a config, trained when it is first asked for."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def run(name):
+        pretrain.pretrain(tiny(configs.load(Pretrain)[name][1], folder / name, data=sentences))
+        return folder / name
+
+    return run
+
+
 @pytest.mark.parametrize("name", configs.load(Pretrain))
-def test_two_steps_of_every_config(name, tmp_path, sentences):
-    c = tiny(configs.load(Pretrain)[name][1], tmp_path / "run", data=sentences)
-    results = pretrain.pretrain(c)
-    assert np.isfinite(results["metrics"]["held_out"]["loss"])
-    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+def test_two_steps_of_every_config(name, pretrained):
+    out = pretrained(name)
+    saved = json.loads((out / "results.json").read_text())
+    assert np.isfinite(saved["metrics"]["held_out"]["loss"])
     assert saved["config"]["num_steps"] == 2 and saved["versions"]["jax"] and saved["device"]
-    assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
-    assert list((tmp_path / "run" / "events").glob("events.out.tfevents.*"))
+    assert (out / "loss.png").stat().st_size > 5000
+    assert list((out / "events").glob("events.out.tfevents.*"))
 
 
 @pytest.mark.parametrize("name", configs.load(Translate))
@@ -77,22 +90,14 @@ def test_a_few_steps_of_every_translation(name, tmp_path):
     assert again["history"] == [] and again["bleu"] == results["bleu"]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, sentences):
-    folder = tmp_path_factory.mktemp("runs")
-    for name in ("gpt_python_docs", "bert_python_docs"):
-        pretrain.pretrain(tiny(configs.load(Pretrain)[name][1], folder / name, data=sentences))
-    return folder
-
-
 @pytest.mark.parametrize("name", ["gpt_python_docs", "bert_python_docs"])
-def test_finetune_then_classify(name, runs, tmp_path):
+def test_finetune_then_classify(name, pretrained, tmp_path):
     rows = "sentence\tlabel\n" + "".join(f"it is {w} {i}\t{w}\n" for i in range(12)
                                          for w in ("good", "bad"))
     (tmp_path / "train.tsv").write_text(rows)
     out = tmp_path / "tuned"
     c = finetune.Finetune(
-        pretrained=runs / name, out=out, train="last_k:1", data=str(tmp_path / "train.tsv"),
+        pretrained=pretrained(name), out=out, train="last_k:1", data=str(tmp_path / "train.tsv"),
         validation=tmp_path / "train.tsv", text="sentence",
         settings=SHORT,
     )
@@ -106,12 +111,12 @@ def test_finetune_then_classify(name, runs, tmp_path):
     assert len(answers) == 2 and "good" in answers[0]
 
 
-def test_generate_and_fill(runs):
-    gpt = generate.Generate(run=runs / "gpt_python_docs", text=("Document 3", "The"),
+def test_generate_and_fill(pretrained):
+    gpt = generate.Generate(run=pretrained("gpt_python_docs"), text=("Document 3", "The"),
                             max_new_tokens=5)
     assert [a.startswith(t) for a, t in zip(generate.answer(gpt), gpt.text)] == [True, True]
     assert generate.answer(dataclasses.replace(gpt, top_p=0.5)) != []
-    bert = generate.Generate(run=runs / "bert_python_docs", text=("Document [MASK] says",))
+    bert = generate.Generate(run=pretrained("bert_python_docs"), text=("Document [MASK] says",))
     assert generate.answer(bert)[0].count(",") == 4
 
 
@@ -150,9 +155,9 @@ def test_quickstart(tmp_path, monkeypatch):
         name: (text, tiny(c, c.out, eval_batches=2)) for name, (text, c) in load(kind).items()})
     results = quickstart.main(quickstart.Quickstart(
         out=tmp_path, seeds=1, labels_per_class=(2,), test_examples=64, pretrain_steps=2,
-        settings=SHORT,
+        recipes=("head",), peaks=(1e-2,), settings=SHORT,
     ))
     cells = results["metrics"]["finetuning"]
-    assert len(cells) == 2 * 4 and all(np.isfinite(c["accuracy"]) for c in cells)
+    assert len(cells) == 2 * 2 and all(np.isfinite(c["accuracy"]) for c in cells)
     assert {"positions.png", "attention.png", "labels.png", "results.json"} <= {
         p.name for p in tmp_path.iterdir()}

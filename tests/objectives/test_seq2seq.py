@@ -1,5 +1,6 @@
 """Pairs as rows, the shift between decoder inputs and targets, and the smoothed loss."""
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -73,7 +74,7 @@ def test_no_logit_depends_on_its_own_target():
         return model.apply({"params": soft}, tokens, ids).logits[0, t, : len(table)]
 
     onehot = jax.nn.one_hot(random_tokens(T), len(params["token_embed"]["embedding"]))
-    jacobian = jax.jacobian(logit)(onehot, 2)  # [V, T, V]
+    jacobian = jax.jit(jax.jacobian(logit), static_argnums=1)(onehot, 2)  # [V, T, V]
     reach = np.abs(np.asarray(jacobian)).max((0, 2))
     assert (reach[:3] > 0).all() and not reach[3:].any()
 
@@ -94,8 +95,8 @@ def test_smoothing_trains_and_does_not_evaluate():
     batch = {name: values[None] for name, values in batch.items()}
 
     def loss(rng, smoothing):
-        total, weight, metrics = seq2seq.loss(
-            model.apply, params, batch, rng, label_smoothing=smoothing)
+        fn = functools.partial(seq2seq.loss, model.apply, label_smoothing=smoothing)
+        total, weight, metrics = jax.jit(fn)(params, batch, rng)
         return float(total / weight), float(metrics["nll"][0] / metrics["nll"][1])
 
     plain, nll = loss(None, 0.1)
