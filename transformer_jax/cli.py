@@ -20,7 +20,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from transformer_jax.pretrained import load_pretrained, save_pretrained
+from transformer_jax.pretrained import generation_options, load_pretrained, save_pretrained
+from transformer_jax.pretrained.generation import effective
 from transformer_jax.pretrained.runs import Trained, is_run, load_run
 
 Text = tyro.conf.Positional[tuple[str, ...]]
@@ -202,12 +203,15 @@ def translate(
     model: Model,
     text: Text = (),
     /,
-    num_beams: int = 5,
-    length_penalty: float = 0.6,
-    max_new_tokens: int = 128,
-    no_repeat_ngram_size: int = 0,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    max_new_tokens: int | None = None,
+    no_repeat_ngram_size: int | None = None,
 ) -> None:
     """The targets of an encoder-decoder for texts, a line each, as batches are done.
+
+    What is not given is as the checkpoint has it; where it does not say, 5 beams, a length penalty
+    of 0.6 and at most 128 tokens.
 
     Args:
         model: a run's folder, a Hugging Face folder, or a hub id; of an encoder-decoder.
@@ -217,8 +221,10 @@ def translate(
         max_new_tokens: at most so many.
         no_repeat_ngram_size: no so many tokens come twice.
     """
-    for line in _write(model, _texts(text), num_beams=num_beams, length_penalty=length_penalty,
-                       max_new_tokens=max_new_tokens, no_repeat_ngram_size=no_repeat_ngram_size):
+    given = {"num_beams": num_beams, "length_penalty": length_penalty,
+             "max_new_tokens": max_new_tokens, "no_repeat_ngram_size": no_repeat_ngram_size}
+    usual = {"num_beams": 5, "length_penalty": 0.6, "max_length": 129}
+    for line in _write(model, _texts(text), given, usual):
         print(line, flush=True)
 
 
@@ -226,13 +232,16 @@ def summarize(
     model: Model,
     text: Text = (),
     /,
-    num_beams: int = 4,
-    length_penalty: float = 2.0,
-    max_new_tokens: int = 142,
-    min_new_tokens: int = 0,
-    no_repeat_ngram_size: int = 3,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    max_new_tokens: int | None = None,
+    min_new_tokens: int | None = None,
+    no_repeat_ngram_size: int | None = None,
 ) -> None:
     """A summary of each text by an encoder-decoder.
+
+    What is not given is as the checkpoint has it; where it does not say, 4 beams, a length penalty
+    of 2, at most 142 tokens, and no three of them twice.
 
     Args:
         model: a run's folder, a Hugging Face folder, or a hub id; of an encoder-decoder.
@@ -243,22 +252,24 @@ def summarize(
         min_new_tokens: at least so many.
         no_repeat_ngram_size: no so many tokens come twice.
     """
-    for line in _write(model, _texts(text, whole=True), num_beams=num_beams,
-                       length_penalty=length_penalty, max_new_tokens=max_new_tokens,
-                       min_new_tokens=min_new_tokens, no_repeat_ngram_size=no_repeat_ngram_size):
+    given = {"num_beams": num_beams, "length_penalty": length_penalty,
+             "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens,
+             "no_repeat_ngram_size": no_repeat_ngram_size}
+    usual = {"num_beams": 4, "length_penalty": 2.0, "max_length": 143, "no_repeat_ngram_size": 3}
+    for line in _write(model, _texts(text, whole=True), given, usual):
         print(line, flush=True)
 
 
-def _write(source: str, texts: list[str], *, batch_size: int = 16, **options) -> Iterator[str]:
+def _write(
+    source: str, texts: list[str], given: dict, usual: dict, *, batch_size: int = 16
+) -> Iterator[str]:
     """Targets for texts, in their order. Sources longer than the positions are cut, and said so."""
     from transformer_jax.generate import generate as write
 
     found = load(source, "seq2seq_lm")
     _writes(found.model, "Transformer")
     t, room = found.tokenizer, found.model.config.max_length
-    options["max_new_tokens"] = min(options["max_new_tokens"], room - 1)
-    if options["num_beams"] == 1:
-        del options["length_penalty"]
+    options = writing_options(found.model.config, given, usual)
     for k in range(0, len(texts), batch_size):
         rows = t.encode_batch(texts[k : k + batch_size], add_special=True)
         for i, row in enumerate(rows):
@@ -268,6 +279,15 @@ def _write(source: str, texts: list[str], *, batch_size: int = 16, **options) ->
                 rows[i] = [*row[: room - 1], row[-1]]
         for ids in write(found.model, found.params, rows, **options):
             yield t.decode(ids).strip()
+
+
+def writing_options(config, given: dict, usual: dict) -> dict:
+    """Of each option what is given, else what the checkpoint says, else what is usual."""
+    given = {name: value for name, value in given.items() if value is not None}
+    one_text = {"do_sample": False, "num_return_sequences": 1}
+    options = effective(usual | generation_options(config) | given | one_text)
+    most = {"max_new_tokens": config.max_length - 1, "max_length": config.max_length}
+    return options | {name: min(options[name], most[name]) for name in most if name in options}
 
 
 def convert(model: Model, out: tyro.conf.Positional[Path], /, task: str | None = None) -> None:

@@ -6,7 +6,7 @@ r"""BART of 3 + 3 layers, 128 wide: denoising of plain text, then summaries of d
 The folders hold train.txt of WikiText-2, and train.jsonl and dev.jsonl of DialogSum (or .gz).
 Denoising lowers the loss of held-out rows from 8.44 to 2.69 nats a token. After 600 steps on
 dialogues, ROUGE-L of the 500 held-out summaries is 25.4, and 19.6 for the same model from scratch
-(ROUGE-1 31.6 and 22.7; 2.94 and 3.66 nats a token). 37 minutes on 2 busy AMD EPYC cores.
+(ROUGE-1 31.6 and 22.7; 2.94 and 3.66 nats a token). 38 minutes on 2 busy AMD EPYC cores.
 """
 
 from pathlib import Path

@@ -4,13 +4,14 @@
     python -m pytest tests/reference -m reference
 """
 
+import copy
 import functools
 
 import numpy as np
 import pytest
 
 from transformer_jax.generate import generate, rules
-from transformer_jax.pretrained import load_pretrained
+from transformer_jax.pretrained import generation_options, load_pretrained
 
 # Warnings of the reference's own imports are not ours.
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore")]
@@ -152,6 +153,23 @@ def test_defaults_are_the_reference_s(pairs, family):
         if family == "gpt2":  # what stands for padding in a prompt, they leave and we write
             out, expected = out[:, 7:], expected[:, 7:]
         np.testing.assert_array_equal(out, expected)
+
+
+def test_the_options_of_a_checkpoint_are_the_reference_s(pairs, tmp_path):
+    """generation_config.json's search, which nobody has to repeat."""
+    import torch
+
+    theirs = copy.deepcopy(pairs("bart")[0])
+    chosen = {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True, "max_length": 12,
+              "min_length": 5, "no_repeat_ngram_size": 2}
+    theirs.generation_config.update(**chosen)
+    theirs.save_pretrained(tmp_path)
+    model, params, _ = load_pretrained(tmp_path)
+    assert generation_options(model.config).items() >= chosen.items()
+    ids, mask = prompts("bart")
+    expected = theirs.generate(torch.tensor(ids), attention_mask=torch.tensor(mask)).numpy()
+    out = generate(model, params, ids, mask, **generation_options(model.config))
+    np.testing.assert_array_equal(out, expected)
 
 
 def test_rules_are_the_reference_s_processors():
