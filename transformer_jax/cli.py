@@ -20,8 +20,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from transformer_jax.pretrained import generation_options, load_pretrained, save_pretrained
-from transformer_jax.pretrained.generation import effective
+from transformer_jax.generate.defaults import effective, generation_options
+from transformer_jax.pretrained import load_pretrained, save_pretrained
 from transformer_jax.pretrained.runs import Trained, is_run, load_run
 
 Text = tyro.conf.Positional[tuple[str, ...]]

@@ -10,8 +10,8 @@ import functools
 import numpy as np
 import pytest
 
-from transformer_jax.generate import generate, rules
-from transformer_jax.pretrained import generation_options, load_pretrained
+from transformer_jax.generate import generate, generation_options, rules
+from transformer_jax.pretrained import load_pretrained
 
 # Warnings of the reference's own imports are not ours.
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore")]

@@ -8,8 +8,7 @@ from pretrained.files import golden, write
 from small_models import BART
 
 from transformer_jax import cli, load_pretrained
-from transformer_jax.generate import generate
-from transformer_jax.pretrained import generation_options
+from transformer_jax.generate import generate, generation_options
 
 # generation_config.json of a well-known summarizer, and what it means here.
 SUMMARIZER = {
