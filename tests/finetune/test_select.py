@@ -106,7 +106,7 @@ def test_abstract_parameters_will_do():
     ("recipe", "message"),
     [
         ("haed", "unknown recipe 'haed', did you mean 'head'?"),
-        ("", "unknown recipe ''; choose from full, head, last_k:N"),
+        ("", "unknown recipe ''; choose from full, head, last_k:2, layers"),
         ("head+bitfti", "unknown recipe 'bitfti', did you mean 'bitfit'?"),
         ("last_k", "recipe 'last_k' needs an argument; write for example last_k:2"),
         ("last_k:", "recipe 'last_k' needs an argument"),

@@ -1,16 +1,27 @@
 """What trains: a recipe in words becomes a mask of booleans over the parameters.
 
-| recipe    | trains                                                          | source     |
-|-----------|-----------------------------------------------------------------|------------|
-| full      | everything                                                      | 1810.04805 |
-| head      | the new classifier alone, on frozen features                    | 1903.05987 |
-| last_k:N  | the last N layers of each stack, final norm, pooler, classifier | 1911.03090 |
-| bitfit    | every bias, and the classifier                                  | 2106.10199 |
-| layernorm | scale and bias of every norm, and the classifier                | 2312.11420 |
-| regex:R   | every parameter in whose path the regular expression R is found |            |
+| recipe     | trains, besides new parameters                     | source                         |
+|------------|----------------------------------------------------|--------------------------------|
+| full       | everything                                         | 1810.04805                     |
+| head       | nothing: features stay frozen                      | 1903.05987                     |
+| last_k:N   | the last N layers of each stack, final norm, pooler | 1911.03090                    |
+| layers:A-B | layers A to B of each stack, counted from 0        | 1911.03090                     |
+| embeddings | tables of tokens, positions and segments           | 1910.11856                     |
+| bitfit     | every bias                                         | 2106.10199                     |
+| layernorm  | scale and bias of every norm                       | 2312.11420                     |
+| lora:R     | low-rank updates of some kernels                   | 2106.09685                     |
+| adapter:M  | bottlenecks after each sublayer, and norms         | 1902.00751                     |
+| prefix:P   | keys and values in front of every attention's      | 2101.00190                     |
+| prompt:P   | vectors in front of the embedded tokens            | 2104.08691                     |
+| ia3        | factors of keys, values and MLP activations        | 2205.05638                     |
+| regex:R    | in whose path the regular expression R is found (without new parameters) |          |
 
-"+" unites recipes: "head+layernorm". A regular expression may itself contain "+", so `regex:` comes
-last: "last_k:2+regex:position_embed".
+New parameters are the classifier, the pooler of an encoder-decoder (no checkpoint is pre-trained
+with one) and the rows of new special tokens. lora, adapter, prefix, prompt and ia3 train parameters
+that `deltas.add_deltas` makes first; see there for their arguments.
+
+"+" unites recipes: "lora:8+layernorm". A regular expression may itself contain "+", so `regex:`
+comes last: "last_k:2+regex:position_embed".
 
 The mask is a tree of the parameters' structure with a Python bool at each leaf, which is what
 `optax.masked`, `tree.split` and `train.step.make_train_step` take.
@@ -19,23 +30,47 @@ The mask is a tree of the parameters' structure with a Python bool at each leaf,
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from transformer_jax.tree import PyTree, count, flatten_paths, map_paths
 
 CLASSIFIER = r"(^|/)classifier/"
+EXTRA_TOKENS = r"(^|/)token_embed/extra$"
+NORMS = r"(^|[/_])norm/(scale|bias)$"
 _LAYER = re.compile(r"^((?:.*/)?)layer_(\d+)/")
+
+
+def new_parameters(paths: Sequence[str]) -> list[str]:
+    """The patterns of parameters that no pre-training made: see the top of this file."""
+    seq2seq = any(p.startswith("encoder/") for p in paths) and any(
+        p.startswith("decoder/") for p in paths)
+    return [CLASSIFIER, EXTRA_TOKENS, *([r"^pooler/"] if seq2seq else [])]
+
+
+def _head(argument: str | None, paths: Sequence[str]) -> Sequence[str]:
+    return new_parameters(paths)
+
+
+def _stacks(paths: Sequence[str]) -> dict[str, int]:
+    """The number of layers of every stack, by the stack's path."""
+    stacks: dict[str, int] = {}
+    for path in paths:
+        if match := _LAYER.match(path):
+            stacks[match[1]] = max(stacks.get(match[1], 0), int(match[2]) + 1)
+    return stacks
+
+
+def _numbered(name: str, paths: Sequence[str]) -> tuple[dict[str, int], int]:
+    stacks = _stacks(paths)
+    if not stacks:
+        raise ValueError(
+            f"{name}: the parameters have no layer_0, layer_1, ...; use regex: instead")
+    return stacks, min(stacks.values())
 
 
 def _last_k(argument: str, paths: Sequence[str]) -> list[str]:
     """The patterns of the last N layers of every stack, and of what comes after a stack."""
-    stacks: dict[str, int] = {}
-    for path in paths:
-        if match := _LAYER.match(path):
-            stack, i = match[1], int(match[2])
-            stacks[stack] = max(stacks.get(stack, 0), i + 1)
-    depth = min(stacks.values(), default=0)
-    if not depth:
-        raise ValueError("last_k: the parameters have no layer_0, layer_1, ...; use regex: instead")
+    stacks, depth = _numbered("last_k", paths)
     if not argument.isdecimal() or not 1 <= int(argument) <= depth:
         raise ValueError(
             f"last_k:{argument}: the number of layers has to be from 1 to {depth}; "
@@ -46,46 +81,84 @@ def _last_k(argument: str, paths: Sequence[str]) -> list[str]:
         for stack, layers in stacks.items()
         for i in range(layers - int(argument), layers)
     ]
-    return [*last, r"(^|/)final_norm/", r"(^|/)pooler/", CLASSIFIER]
+    return [*last, r"(^|/)final_norm/", r"(^|/)pooler/"]
 
 
-# Recipe -> the patterns (searched in paths) of what trains, most characteristic first: the first
-# has to match something, or the recipe makes no sense for this model. A recipe whose patterns
-# depend on an argument or on the model is a function of both.
-RECIPES: dict[str, Sequence[str] | Callable[[str, Sequence[str]], Sequence[str]]] = {
-    "full": [r""],
-    "head": [CLASSIFIER],
-    "last_k": _last_k,
-    "bitfit": [r"(^|/)bias$", CLASSIFIER],
-    "layernorm": [r"(^|[/_])norm/(scale|bias)$", CLASSIFIER],
-    "regex": lambda argument, paths: [argument],
+def _layers(argument: str, paths: Sequence[str]) -> list[str]:
+    """The patterns of layers A to B, or of layer A alone, of every stack."""
+    _, depth = _numbered("layers", paths)
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", argument)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if not first <= last < depth:
+        raise ValueError(
+            f"layers:{argument}: the layers have to be from 0 to {depth - 1}, first to last; "
+            f"write for example layers:{max(depth - 2, 0)}-{depth - 1}"
+        )
+    return [rf"(^|/)layer_{i}/" for i in range(first, last + 1)]
+
+
+class Recipe(NamedTuple):
+    """What a recipe trains.
+
+    `patterns` are searched in paths; the first has to match something, or the recipe makes no sense
+    for this model. Patterns that depend on the argument or on the model are a function of both.
+    """
+
+    patterns: Sequence[str] | Callable[[str, Sequence[str]], Sequence[str]]
+    example: str = ""  # of the recipe with its argument, where it takes one
+    adds: bool = False  # trains what `deltas.add_deltas` makes
+    new: bool = True  # trains new parameters too
+
+
+RECIPES: dict[str, Recipe] = {
+    "full": Recipe([r""]),
+    "head": Recipe(_head),
+    "last_k": Recipe(_last_k, "last_k:2"),
+    "layers": Recipe(_layers, "layers:8-11"),
+    "embeddings": Recipe([r"(^|/)token_embed/", r"(position|segment)_embed/"]),
+    "bitfit": Recipe([r"(^|/)bias$"]),
+    "layernorm": Recipe([NORMS]),
+    "lora": Recipe([r"/lora_(a|b|magnitude)$"], "lora:8", adds=True),
+    "adapter": Recipe([r"_adapter/", NORMS], "adapter:64", adds=True),
+    "prefix": Recipe([r"/prefix_(key|value)$"], "prefix:16", adds=True),
+    "prompt": Recipe([r"^prompt$"], "prompt:16", adds=True),
+    "ia3": Recipe([r"/ia3_(input|output)$"], adds=True),
+    "regex": Recipe(lambda argument, paths: [argument], "regex:pooler", new=False),
 }
+_WITHOUT_ARGUMENT = ("full", "head", "embeddings", "bitfit", "layernorm", "ia3")
 
 
-def _parts(recipe: str) -> list[tuple[str, str | None]]:
-    """[(name, argument)] of a recipe; the argument is None without a colon."""
+def parts(recipe: str) -> list[tuple[str, str | None]]:
+    """[(name, argument)] of a recipe; the argument is None without a colon.
+
+    Raises:
+        ValueError: an unknown name, or an argument that is missing or not taken.
+    """
     before, colon, regex = recipe.partition("regex:")
     names = [name for name in before.removesuffix("+").split("+") if name or not colon]
-    parts = [(name, arg if sep else None) for name, sep, arg in (n.partition(":") for n in names)]
-    return parts + ([("regex", regex)] if colon else [])
-
-
-def _patterns(name: str, argument: str | None, paths: Sequence[str]) -> Sequence[str]:
-    rule = RECIPES.get(name)
-    if rule is None:
-        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.5)
-        raise ValueError(
-            f"unknown recipe {name!r}{f', did you mean {near[0]!r}?' if near else ';'} "
-            "choose from full, head, last_k:N, bitfit, layernorm, regex:..., joined by '+'"
-        )
-    if callable(rule):
-        if not argument:
-            example = {"last_k": "last_k:2", "regex": "regex:pooler"}[name]
+    found = [(name, arg if sep else None) for name, sep, arg in (n.partition(":") for n in names)]
+    found += [("regex", regex)] if colon else []
+    for name, argument in found:
+        if name not in RECIPES:
+            near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.5)
+            raise ValueError(
+                f"unknown recipe {name!r}{f', did you mean {near[0]!r}?' if near else ';'} "
+                "choose from "
+                + ", ".join(rule.example or name for name, rule in RECIPES.items())
+                + ", joined by '+'"
+            )
+        example = RECIPES[name].example
+        if example and not argument:
             raise ValueError(f"recipe {name!r} needs an argument; write for example {example}")
-        return rule(argument, paths)
-    if argument is not None:
-        raise ValueError(f"recipe {name!r} takes no argument, got {argument!r}; write {name!r}")
-    return rule
+        if argument is not None and not example:
+            raise ValueError(f"recipe {name!r} takes no argument, got {argument!r}; write {name!r}")
+    return found
+
+
+def _patterns(name: str, argument: str | None, paths: Sequence[str]) -> list[str]:
+    own = RECIPES[name].patterns
+    own = own(argument, paths) if callable(own) else own
+    return [*own, *(new_parameters(paths) if RECIPES[name].new else ())]
 
 
 def _nearest(pattern: str, paths: Sequence[str]) -> str:
@@ -114,11 +187,11 @@ def trainable_mask(params: PyTree, recipe: str) -> PyTree:
 
     Raises:
       ValueError: an unknown recipe, a number of layers out of range, a broken regular expression,
-        or a recipe that matches nothing (with the nearest names).
+        a recipe that matches nothing (with the nearest names), or one whose deltas are not there.
     """
     paths = list(flatten_paths(params))
     chosen: set[str] = set()
-    for name, argument in _parts(recipe):
+    for name, argument in parts(recipe):
         for i, pattern in enumerate(_patterns(name, argument, paths)):
             try:
                 found = [path for path in paths if re.search(pattern, path)]
@@ -126,13 +199,22 @@ def trainable_mask(params: PyTree, recipe: str) -> PyTree:
                 raise ValueError(
                     f"recipe {recipe!r}: {pattern!r} is no regular expression ({error}); mend it"
                 ) from None
+            if not found and i == 0 and RECIPES[name].adds:
+                raise ValueError(
+                    f"recipe {recipe!r}: the parameters have no {name}; add it first: "
+                    "deltas.add_deltas(params, recipe, rng)"
+                )
             if not found and i == 0:
                 raise ValueError(
                     f"recipe {recipe!r}: {name} matches none of {len(paths)} parameters "
                     f"({pattern!r}); the nearest are {_nearest(pattern, paths)}"
                 )
             chosen.update(found)
-    return map_paths(lambda path, leaf: path in chosen, params)
+    # Factors that are settings, such as a LoRA's scale, never train, not even in "full".
+    return map_paths(lambda path, leaf: path in chosen and not SETTINGS.search(path), params)
+
+
+SETTINGS = re.compile(r"/lora_(scale|dropout)$|_(int8|scale)$")
 
 
 def describe(params: PyTree, mask: PyTree) -> str:

@@ -15,7 +15,12 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from transformer_jax.models.config import BERTConfig, check_classes, check_length
-from transformer_jax.models.heads import MLMHead, take_positions
+from transformer_jax.models.heads import (
+    MLMHead,
+    take_positions,
+    with_prompt,
+    without_prompt,
+)
 from transformer_jax.nn import attention
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, Embed, LayerNorm, Linear
@@ -110,8 +115,10 @@ class BERT(nn.Module):
         if c.num_segments:
             segment_ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
             x_BTD = x_BTD + self.segment_embed(segment_ids)
+        x_BTD, mask_B11T, prompt = with_prompt(self, x_BTD, mask_B11T)
         x_BTD = self.embed_dropout(self.embed_norm(x_BTD), deterministic=deterministic)
-        return self.encoder(x_BTD, mask_B11T, deterministic=deterministic)
+        out = self.encoder(x_BTD, mask_B11T, deterministic=deterministic)
+        return without_prompt(out, prompt)
 
     def pool(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         """The first token's hidden state through a linear layer and tanh."""
@@ -180,8 +187,18 @@ class BERT(nn.Module):
             ValueError: the model was built without `num_classes`, or more tokens than positions.
         """
         check_classes(self.num_classes)
-        pooled_BD = self.encode(tokens, deterministic=deterministic, **options).pooled
-        return self.class_logits(pooled_BD, deterministic)
+        features_BD = self.features(tokens, deterministic=deterministic, **options)
+        return self.feature_logits(features_BD, deterministic)
+
+    def features(self, tokens: Int[Array, "B T"], **options) -> Float[Array, "B D"]:
+        """What `classify` classifies, the pooled first token; `options` as for `hidden`."""
+        return self.encode(tokens, **options).pooled
+
+    def feature_logits(
+        self, features: Float[Array, "B D"], deterministic: bool = True
+    ) -> Float[Array, "B C"]:
+        """Class scores of `features`."""
+        return self.class_logits(features, deterministic)
 
     def tag(
         self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options

@@ -15,7 +15,12 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from transformer_jax.models.config import GPTConfig, check_classes, check_length
-from transformer_jax.models.heads import last_tokens, take_positions
+from transformer_jax.models.heads import (
+    last_tokens,
+    take_positions,
+    with_prompt,
+    without_prompt,
+)
 from transformer_jax.nn import attention
 from transformer_jax.nn.attention import KVCache, causal_mask, document_mask, init_cache
 from transformer_jax.nn.blocks import Stack, StackOutput
@@ -107,8 +112,23 @@ class GPT(nn.Module):
             mask_B1TS = causal_mask(positions_BT, slots_1S, c.context_size)
         x_BTD = self.token_embed(tokens) * c.embedding_scale
         x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
+        if cache is not None and self.has_variable("params", "prompt"):
+            raise ValueError("a cache has no slots for the prompt in these parameters; fold it "
+                             "into prefixes first: finetune.deltas.fold_prompt(model, params)")
+        x_BTD, mask_B1TS, prompt = with_prompt(self, x_BTD, mask_B1TS, causal=True)
         x_BTD = self.embed_dropout(x_BTD, deterministic=deterministic)
-        return self.decoder(x_BTD, mask_B1TS, positions_BT, cache, deterministic=deterministic)
+        out = self.decoder(x_BTD, mask_B1TS, positions_BT, cache, deterministic=deterministic)
+        return without_prompt(out, prompt)
+
+    def prompt_cache(self, cache: dict[str, KVCache]) -> dict[str, KVCache]:
+        """Keys and values of the prompt in each layer, written to a cache of its length: what the
+        tokens see of it, since a causal prompt does not see them."""
+        P = cache["layer_0"].key.shape[1]
+        order_1P = jnp.arange(P)[None]
+        x_1PD, _, _ = with_prompt(
+            self, jnp.zeros((1, 0, self.config.d_model), self.config.compute_dtype), None)
+        mask_11PP = causal_mask(order_1P, order_1P, self.config.context_size)
+        return self.decoder(x_1PD, mask_11PP, order_1P, cache).cache
 
     def lm_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of the next token, by the transposed token embedding where it is tied."""
@@ -128,21 +148,44 @@ class GPT(nn.Module):
         last: Int[Array, "B"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B C"]:
-        """Class scores from the hidden state of each row's last token (GPT paper, section 3.2).
+        """Class scores of `features`; arguments as there.
+
+        Raises:
+            ValueError: the model was built without `num_classes`, or more tokens than positions.
+        """
+        check_classes(self.num_classes)
+        features_BD = self.features(tokens, padding_mask=padding_mask, segment_ids=segment_ids,
+                                    last=last, deterministic=deterministic)
+        return self.feature_logits(features_BD, deterministic)
+
+    def features(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        padding_mask: Bool[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        last: Int[Array, "B"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B D"]:
+        """The hidden state of each row's last token, which is classified (GPT paper, section 3.2).
 
         `padding_mask` is True at tokens; the last of them is classified, or that at `last`. GPT has
         no segments: `segment_ids` are taken so that one batch serves both families, and ignored.
 
         Raises:
-            ValueError: the model was built without `num_classes`, or more tokens than positions.
+            ValueError: more tokens than positions.
         """
         del segment_ids
-        check_classes(self.num_classes)
         hidden_BTD = self.decode(
             tokens, padding_mask=padding_mask, deterministic=deterministic).hidden
         last = last_tokens(tokens, padding_mask) if last is None else last
-        last_BD = take_positions(hidden_BTD, last[:, None])[:, 0]
-        return self.class_logits(last_BD, deterministic)
+        return take_positions(hidden_BTD, last[:, None])[:, 0]
+
+    def feature_logits(
+        self, features: Float[Array, "B D"], deterministic: bool = True
+    ) -> Float[Array, "B C"]:
+        """Class scores of `features`."""
+        return self.class_logits(features, deterministic)
 
     def tag(
         self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options

@@ -1,12 +1,14 @@
 """What stands on top of a stack: from hidden states to the numbers a task asks for."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from transformer_jax.nn.blocks import StackOutput
 from transformer_jax.nn.layers import ACTIVATIONS, Bias, Embed, LayerNorm, Linear
 
 
@@ -25,6 +27,47 @@ def last_tokens(
     if padding_mask is None:
         return jnp.full((B,), T - 1)
     return jnp.where(padding_mask, jnp.arange(T), 0).max(-1)
+
+
+class Prompted(NamedTuple):
+    """A stack's input with a prompt of P vectors in front, and its mask."""
+
+    x: Float[Array, "B P+T D"]
+    mask: Bool[Array, "..."] | None
+    length: int  # P
+
+
+def with_prompt(
+    module: nn.Module,
+    x_BTD: Float[Array, "B T D"],
+    mask_BNTT: Bool[Array, "..."] | None,
+    causal: bool = False,
+) -> Prompted:
+    """Prompt tuning (Lester et al. 2021, section 2): an edit `prompt` `[P, D]` of the parameters
+    stands in front of the embedded tokens, which all see it. It takes no positions. A causal
+    prompt sees only what of it stands before.
+    """
+    if not module.has_variable("params", "prompt"):
+        return Prompted(x_BTD, mask_BNTT, 0)
+    prompt_PD = module.get_variable("params", "prompt").astype(x_BTD.dtype)
+    P, T = len(prompt_PD), x_BTD.shape[1]
+    prompt_BPD = jnp.broadcast_to(prompt_PD, (len(x_BTD), *prompt_PD.shape))
+    x_BTD = jnp.concatenate([prompt_BPD, x_BTD], axis=1)
+    if mask_BNTT is not None:
+        mask_BNTT = jnp.pad(mask_BNTT, [(0, 0)] * 3 + [(P, 0)], constant_values=True)
+    if causal:
+        own = jnp.tril(jnp.ones((P, P + T), bool))
+        above = jnp.broadcast_to(own, (*mask_BNTT.shape[:2], P, P + T))
+        mask_BNTT = jnp.concatenate([above, mask_BNTT], axis=2)
+    return Prompted(x_BTD, mask_BNTT, P)
+
+
+def without_prompt(out: StackOutput, length: int) -> StackOutput:
+    """What a stack says of the tokens alone."""
+    if not length:
+        return out
+    attention = tuple(weights[..., length:, length:] for weights in out.attention)
+    return out._replace(hidden=out.hidden[:, length:], attention=attention)
 
 
 class MLMHead(nn.Module):

@@ -17,7 +17,12 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from transformer_jax.models.config import TransformerConfig, check_classes, check_length
-from transformer_jax.models.heads import last_tokens, take_positions
+from transformer_jax.models.heads import (
+    last_tokens,
+    take_positions,
+    with_prompt,
+    without_prompt,
+)
 from transformer_jax.nn import attention
 from transformer_jax.nn.attention import KVCache, causal_mask, init_cache
 from transformer_jax.nn.blocks import Stack, StackOutput
@@ -108,7 +113,8 @@ class Transformer(nn.Module):
         positions_BS = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         mask_B11S = None if padding_mask is None else attention.padding_mask(padding_mask)
         x_BSD = self._embed("encoder", tokens, positions_BS, deterministic)
-        return self.encoder(x_BSD, mask_B11S, deterministic=deterministic)
+        x_BSD, mask_B11S, prompt = with_prompt(self, x_BSD, mask_B11S)
+        return without_prompt(self.encoder(x_BSD, mask_B11S, deterministic=deterministic), prompt)
 
     def decode(
         self,
@@ -208,19 +214,39 @@ class Transformer(nn.Module):
         deterministic: bool = True,
         **options,
     ) -> Float[Array, "B C"]:
-        """Class scores from the decoder's state at each row's last token, when the same text goes
-        into encoder and decoder (BART paper, section 3.1); at `last` if given. There are no
-        segments: `segment_ids` are ignored.
+        """Class scores of `features`; arguments as there.
 
         Raises:
             ValueError: the model was built without `num_classes`, or more tokens than positions.
         """
-        del segment_ids
         check_classes(self.num_classes)
+        features_BD = self.features(
+            tokens, padding_mask=padding_mask, segment_ids=segment_ids, last=last,
+            deterministic=deterministic, **options)
+        return self.feature_logits(features_BD, deterministic)
+
+    def features(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        padding_mask: Bool[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        last: Int[Array, "B"] | None = None,
+        deterministic: bool = True,
+        **options,
+    ) -> Float[Array, "B D"]:
+        """The decoder's state at each row's last token, when the same text goes into encoder and
+        decoder (BART paper, section 3.1); at `last` if given. There are no segments: `segment_ids`
+        are ignored.
+
+        Raises:
+            ValueError: more tokens than positions.
+        """
+        del segment_ids
         hidden_BTD = self.read_and_write(
             tokens, padding_mask=padding_mask, deterministic=deterministic, **options)[1].hidden
         last = last_tokens(tokens, padding_mask) if last is None else last
-        return self.pooled_logits(take_positions(hidden_BTD, last[:, None])[:, 0], deterministic)
+        return take_positions(hidden_BTD, last[:, None])[:, 0]
 
     def tag(
         self,
@@ -236,12 +262,12 @@ class Transformer(nn.Module):
             tokens, decoder_tokens, deterministic=deterministic, **options)[1].hidden
         return self.class_logits(hidden_BTD, deterministic)
 
-    def pooled_logits(
-        self, hidden: Float[Array, "B D"], deterministic: bool = True
+    def feature_logits(
+        self, features: Float[Array, "B D"], deterministic: bool = True
     ) -> Float[Array, "B C"]:
-        """Class scores of one state of each row, through the linear layer and tanh of `pooler`."""
-        hidden = self.classifier_dropout(hidden, deterministic=deterministic)
-        return self.class_logits(jnp.tanh(self.pooler(hidden)), deterministic)
+        """Class scores of `features`, through the linear layer and tanh of `pooler`."""
+        features = self.classifier_dropout(features, deterministic=deterministic)
+        return self.class_logits(jnp.tanh(self.pooler(features)), deterministic)
 
     def class_logits(
         self, features: Float[Array, "... D"], deterministic: bool = True

@@ -84,11 +84,12 @@ class Attention(nn.Module):
             seen = KVCache(project("key", source), project("value", source))
         if cache is not None:
             seen = cache.write(*seen, positions_BT)
+        key, value, mask_BNTS, prefix = with_prefix(self, seen, mask_BNTS)
         use_dropout = not deterministic and c.attention_dropout_rate > 0
         out_BTNH, weights_BNTS = attend(
             query_BTNH,
-            seen.key,
-            seen.value,
+            key,
+            value,
             mask_BNTS,
             dropout_rate=c.attention_dropout_rate,
             dropout_rng=self.make_rng("dropout") if use_dropout else None,
@@ -96,7 +97,37 @@ class Attention(nn.Module):
         out_BTD = Linear(
             (c.d_model,), contract=2, kernel_init=c.residual_init(), dtype=c.dtype, name="out"
         )(out_BTNH)
-        return out_BTD, seen, weights_BNTS
+        return out_BTD, seen, weights_BNTS[..., prefix:]
+
+
+def with_prefix(module: nn.Module, seen: KVCache, mask_BNTS):
+    """(keys, values, mask, P) with the P keys and values of a `prefix_key` and `prefix_value` in
+    front, which every query sees (Li & Liang 2021, "Prefix-Tuning", section 4.2), if there are."""
+    if not module.has_variable("params", "prefix_key"):
+        return *seen, mask_BNTS, 0
+    front = [module.get_variable("params", f"prefix_{name}") for name in KVCache._fields]
+    key, value = (
+        jnp.concatenate([jnp.broadcast_to(f.astype(x.dtype), (x.shape[0], *f.shape)), x], axis=1)
+        for f, x in zip(front, seen)
+    )
+    P = front[0].shape[0]
+    if mask_BNTS is not None:
+        mask_BNTS = jnp.pad(mask_BNTS, [(0, 0)] * 3 + [(P, 0)], constant_values=True)
+    return key, value, mask_BNTS, P
+
+
+class Adapter(nn.Module):
+    """A bottleneck that is nearly the identity at first: x + up(f(down(x))) (Houlsby et al. 2019,
+    section 2.1). Its width is that of the parameters, which `finetune.deltas` makes."""
+
+    config: StackConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c = self.config
+        width = self.get_variable("params", "down")["kernel"].shape[-1]
+        h = ACTIVATIONS[c.activation](Linear((width,), dtype=c.dtype, name="down")(x_BTD))
+        return x_BTD + Linear((c.d_model,), dtype=c.dtype, name="up")(h)
 
 
 class MLP(nn.Module):
@@ -136,7 +167,10 @@ class Block(nn.Module):
         def residual(name, sublayer, x_BTD):
             norm = LayerNorm(c.norm_epsilon, dtype=c.dtype, name=f"{name}_norm")
             out_BTD, *rest = sublayer(norm(x_BTD) if c.norm_first else x_BTD)
-            x_BTD = x_BTD + nn.Dropout(c.dropout_rate)(out_BTD, deterministic=deterministic)
+            out_BTD = nn.Dropout(c.dropout_rate)(out_BTD, deterministic=deterministic)
+            if self.has_variable("params", f"{name}_adapter"):
+                out_BTD = Adapter(c, name=f"{name}_adapter")(out_BTD)
+            x_BTD = x_BTD + out_BTD
             return x_BTD if c.norm_first else norm(x_BTD), *rest
 
         def look(x_BTD):

@@ -2,6 +2,10 @@
 
 Parameters are float32; `dtype` is the type of the arithmetic. LayerNorm statistics are always
 computed in float32. Shape suffixes: B batch, T length, D d_model, V vocabulary.
+
+Layers honour edits of their parameters (`finetune.deltas`): leaves that `init` never makes, such as
+`lora_a`, count where they are present. A frozen kernel or embedding may be of another type, or be
+int8 with a scale (`finetune.shrink`).
 """
 
 import math
@@ -38,6 +42,24 @@ def embedding_init(initializer: str, std: float) -> Callable:
     return INITIALIZERS["normal" if initializer == "xavier_uniform" else initializer](std)
 
 
+def _edit(module: nn.Module, name: str) -> Array | None:
+    """A leaf that an edit of the parameters put into a layer."""
+    return module.get_variable("params", name) if module.has_variable("params", name) else None
+
+
+def stored(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]):
+    """A matrix as it is kept: (values, None), or (int8, the scale to multiply outputs by)."""
+    if (small := _edit(module, f"{name}_int8")) is not None:
+        return small, _edit(module, f"{name}_scale")
+    return module.param(name, init, shape), None
+
+
+def dense(kernel: Array, scale: Array | None) -> Array:
+    """The float32 kernel that int8 values and the scale of their outputs stand for."""
+    kernel = kernel.astype(jnp.float32)
+    return kernel if scale is None else kernel * scale
+
+
 class Linear(nn.Module):
     """Contract the last `contract` axes of the input with a kernel; add a bias.
 
@@ -54,12 +76,41 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         shape = x.shape[-self.contract :] + self.features
-        kernel = self.param("kernel", self._init, shape)
-        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract)
-        if not self.use_bias:
+        if (ia3 := _edit(self, "ia3_input")) is not None:
+            x = x * ia3
+        x = x.astype(self.dtype)
+        kernel, scale = stored(self, "kernel", self._init, shape)
+        y = jnp.tensordot(x, kernel.astype(self.dtype), axes=self.contract)
+        if scale is not None:
+            y = y * scale.astype(self.dtype)
+        if (lora_b := _edit(self, "lora_b")) is not None:
+            y = self._lora(x, y, kernel, scale, lora_b)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
+            y = y + bias.astype(self.dtype)
+        if (ia3 := _edit(self, "ia3_output")) is not None:
+            y = y * ia3.astype(self.dtype)
+        return y
+
+    def _lora(self, x, y, kernel, scale, lora_b):
+        """y + s x A B (Hu et al. 2021, "LoRA", section 4.1), s being `lora_scale`. With a
+        `lora_magnitude` m, DoRA: m (W + s A B) / |W + s A B| instead of the sum, the norm of each
+        output's column taken as a constant (Liu et al. 2024, sections 4.1 and 4.3)."""
+        lora_a, lora_scale = _edit(self, "lora_a"), _edit(self, "lora_scale")
+        rate = _edit(self, "lora_dropout")
+        if rate is not None and self.has_rng("dropout"):
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, x.shape)
+            x = jnp.where(keep, x / (1 - rate).astype(self.dtype), 0)
+        low = jnp.tensordot(x, lora_a.astype(self.dtype), axes=self.contract)
+        low = low * lora_scale.astype(self.dtype)
+        y = y + jnp.tensordot(low, lora_b.astype(self.dtype), axes=1)
+        magnitude = _edit(self, "lora_magnitude")
+        if magnitude is None:
             return y
-        bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
-        return y + bias.astype(self.dtype)
+        whole = dense(kernel, scale) + lora_scale * jnp.tensordot(lora_a, lora_b, axes=1)
+        norm = jnp.sqrt(jnp.square(whole).sum(tuple(range(self.contract))))
+        norm = jnp.maximum(jax.lax.stop_gradient(norm), jnp.finfo(jnp.float32).tiny)
+        return y * (magnitude / norm).astype(self.dtype)
 
     def _init(self, rng, shape):
         """Drawn as the matrix it stands for, whose two sides a law may look at."""
@@ -94,15 +145,28 @@ class Embed(nn.Module):
 
     def setup(self):
         shape = (self.num_embeddings, self.features)
-        self.embedding = self.param("embedding", self.embedding_init, shape, jnp.float32)
+        self.embedding, self.scale = stored(self, "embedding", self._init, shape)
+        self.extra = _edit(self, "extra")
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        """Rows for `ids`. Ids outside the table give NaN, negative ones count from its end: check
-        them on the host."""
-        rows = jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        """Rows for `ids`; those from `num_embeddings` on are in the edit `extra`, if there is one.
+        Ids outside the table give NaN, negative ones count from its end: check them on the host."""
+        rows = self._rows(ids if self.extra is None else jnp.minimum(ids, self.num_embeddings - 1))
+        if self.extra is not None:
+            more = jnp.take(self.extra, jnp.maximum(ids - self.num_embeddings, 0), axis=0)
+            rows = jnp.where((ids < self.num_embeddings)[..., None], rows, more.astype(self.dtype))
         # Each device looks up its cut of D; only then are rows exchanged, and gradients likewise.
         rows = constrain(rows, "data", *[None] * (ids.ndim - 1), "fsdp")
         return constrain_batch(rows)
+
+    def _init(self, rng, shape):
+        return self.embedding_init(rng, shape, jnp.float32)
+
+    def _rows(self, ids):
+        rows = jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        if self.scale is None:
+            return rows
+        return rows * jnp.take(self.scale, ids, axis=0)[..., None].astype(self.dtype)
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits of a tied output layer (Press & Wolf 2017), in float32."""
@@ -112,7 +176,7 @@ class Embed(nn.Module):
             self.embedding.astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
-        return constrain_batch(logits)
+        return constrain_batch(logits if self.scale is None else logits * self.scale)
 
 
 class Bias(nn.Module):

@@ -189,7 +189,7 @@ def _transformer(
         ends = mask if c.eos_token_id is None else jnp.isin(
             input_ids, jnp.asarray(c.eos_token_id))
         last_B = last_tokens(input_ids, ends)
-        out["logits"] = m.pooled_logits(
+        out["logits"] = m.feature_logits(
             take_positions(hidden_BTD, last_B[:, None])[:, 0], deterministic)
     return out
 
