@@ -64,6 +64,21 @@ def test_tables_in_three_forms(tmp_path):
     assert sources.table(tmp_path / "t.csv", columns=["label"])[0] == {"label": "1"}
 
 
+def test_tables_without_a_header_line(tmp_path):
+    (tmp_path / "t.tsv").write_text("a\t1\n\nb\t0\n")
+    assert sources.table(tmp_path / "t.tsv", header=("text", "label"))[1] == {
+        "text": "b", "label": "0"}
+    rows = sources.numbered_rows(tmp_path / "t.tsv", header=("text", "label"))
+    assert [line for line, _ in rows] == [1, 3]
+    with pytest.raises(ValueError, match="line 1 has 2 fields, the header 1"):
+        sources.table(tmp_path / "t.tsv", header=["text"])
+    with pytest.raises(ValueError, match=r"header is .text.*as a sequence"):
+        sources.table(tmp_path / "t.tsv", header="text")
+    (tmp_path / "t.jsonl").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"only for \.tsv and \.csv"):
+        sources.table(tmp_path / "t.jsonl", header=["a"])
+
+
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("t.tsv", "a\tb\n1\t2\n3\n", r"t\.tsv line 3 has 1 fields, the header 2"),
     ("t.tsv", "a\tb\n", "has 0 rows"),
@@ -129,6 +144,12 @@ def test_tfds_mocked_sets_of_its_catalogue():
         source = sources.tfds_source("mnist", "train")
         assert len(source) == 3 and len(source.label_names) == 10
         assert source[0]["image"].shape == (28, 28, 1)
+
+
+def test_tfds_sets_whose_modules_are_not_imported(tmp_path):
+    with pytest.raises(FileNotFoundError, match="glue/sst2 is not prepared"):
+        sources.tfds_source("glue/sst2", "train", tmp_path)
+    assert "tensorflow" not in sys.modules
 
 
 def test_tfds_errors(tiny, tmp_path):

@@ -114,32 +114,23 @@ def _documents(text: str) -> list[str]:
 
 
 def table(
-    path: str | Path, columns: Sequence[str] | Mapping[str, str] | None = None
+    path: str | Path, columns: Sequence[str] | Mapping[str, str] | None = None,
+    *, header: Sequence[str] | None = None,
 ) -> list[Example]:
     """Rows of a .tsv, .csv or .jsonl file (or .gz of one) as dicts.
 
     The first line of .tsv and .csv names the columns. Quotes in .tsv are literal, in .csv they
-    quote. Values are str, in .jsonl what JSON says.
+    quote. Values are str, in .jsonl what JSON says. A .txt file is read like .tsv.
 
     Args:
         columns: which to keep, all by default; a mapping renames, `{"text": "sentence"}`.
+        header: the columns of a .tsv or .csv file whose first line is a row already.
 
     Raises:
         FileNotFoundError: the path does not exist.
         ValueError: it is empty, a column is missing, or a line does not fit (it is named).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a .tsv, .csv or .jsonl file")
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"{path} ends in {suffix!r}; "
-                         f"a table is one of {', '.join(TABLE_SUFFIXES)}")
-    text = _read_text(path)
-    read = _json_rows(text, path) if suffix == ".jsonl" else _csv_rows(text, path, TABLES[suffix])
-    rows = list(read)
-    if not rows:
-        raise ValueError(f"{path} has 0 rows below its header; write at least 1")
+    rows = numbered_rows(path, header=header)
     if columns is None:
         return [row for _, row in rows]
     names = dict(columns) if isinstance(columns, Mapping) else {c: c for c in columns}
@@ -151,11 +142,37 @@ def table(
     return [{new: row[old] for new, old in names.items()} for _, row in rows]
 
 
-def _csv_rows(text: str, path: Path, delimiter: str) -> Iterator[tuple[int, Example]]:
+def numbered_rows(
+    path: str | Path, *, header: Sequence[str] | None = None
+) -> list[tuple[int, Example]]:
+    """Rows of `table`, each with the number of its (last) line in the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a .tsv, .csv or .jsonl file")
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix == ".txt":
+        suffix = ".tsv"
+    if suffix not in TABLE_SUFFIXES:
+        raise ValueError(f"{path} ends in {suffix!r}; "
+                         f"a table is one of {', '.join(TABLE_SUFFIXES)}")
+    if header is not None and (suffix == ".jsonl" or isinstance(header, str)):
+        raise ValueError(f"header is {header!r} for {path}; give the names of the columns as a "
+                         "sequence, and only for .tsv and .csv")
+    text = _read_text(path)
+    rows = list(_json_rows(text, path) if suffix == ".jsonl"
+                else _csv_rows(text, path, TABLES[suffix], header))
+    if not rows:
+        raise ValueError(f"{path} has 0 rows below its header; write at least 1")
+    return rows
+
+
+def _csv_rows(
+    text: str, path: Path, delimiter: str, header: Sequence[str] | None
+) -> Iterator[tuple[int, Example]]:
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     reader = csv.reader(text.splitlines(keepends=True) if delimiter == "," else text.split("\n"),
                         delimiter=delimiter, quoting=quoting)
-    header = [name.strip() for name in next(reader)]
+    header = [name.strip() for name in (next(reader) if header is None else header)]
     for row in reader:
         if not row:
             continue
@@ -202,11 +219,12 @@ def tfds_source(
     import tensorflow_datasets as tfds
 
     where = "" if data_dir is None else f" in {data_dir}"
-    options = {} if data_dir is None else {"data_dir": data_dir}
+    options: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
     try:
         # Only to prepare is a file format chosen; what is prepared already knows its own.
-        builder = tfds.builder(name, **options,
-                               **({"file_format": "array_record"} if download else {}))
+        if download:
+            options["file_format"] = "array_record"
+        builder = _tfds_builder(name, **options)
         if download:
             builder.download_and_prepare()
     except tfds.core.DatasetNotFoundError:
@@ -223,6 +241,18 @@ def tfds_source(
         raise FileNotFoundError(f"TFDS data set {name} is not prepared{where}; prepare it with "
                                 "tfds.builder(..., file_format='array_record'), or download=True"
                                 ) from error
+
+
+def _tfds_builder(name: str, **options: Any) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, **options)
+    except tfds.core.DatasetNotFoundError:
+        # Many builders, those of GLUE among them, are known only once their module is imported.
+        for module in ("text", "summarization", "translate", "question_answering"):
+            importlib.import_module(f"tensorflow_datasets.{module}")
+        return tfds.builder(name, **options)
 
 
 def hf_source(name_or_path: str, split: str, config: str | None = None, **options: Any) -> Mapped:
@@ -249,7 +279,9 @@ def hf_source(name_or_path: str, split: str, config: str | None = None, **option
         if split not in found:
             raise ValueError(_unknown(f"split of {name_or_path}", split, found))
         found = found[split]
-    classes = {key: feature.names for key, feature in found.features.items()
+    features = {key: getattr(feature, "feature", feature)  # a list's is that of its items
+                for key, feature in found.features.items()}
+    classes = {key: feature.names for key, feature in features.items()
                if isinstance(feature, datasets.ClassLabel)}
     return Mapped(found, dict, classes)
 

@@ -1,0 +1,507 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from transformer_jax.data import annotated_table, few_labels, load_annotated, mapped, sources
+
+# Files
+
+
+def write(path, lines, header=None):
+    """A .tsv of rows of strings, or a .jsonl of dicts."""
+    if path.suffix == ".jsonl":
+        text = "\n".join(map(json.dumps, lines))
+    else:
+        text = "\n".join("\t".join(row) for row in ([header] if header else []) + lines)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "my_train.tsv", [["good", "pos"], ["bad", "neg"], ["fine", "pos"]],
+          ["sentence", "label"])
+    write(tmp_path / "dev.tsv", [["awful", "neg"]], ["sentence", "label"])
+    return tmp_path
+
+
+def test_a_folder_tells_all(folder):
+    found = load_annotated(folder)
+    assert found.kind == "classification" and found.metric == "accuracy"
+    assert found.label_names == ("neg", "pos") and found.label_range is None
+    assert found.train == [{"text": "good", "label": 1}, {"text": "bad", "label": 0},
+                           {"text": "fine", "label": 1}]
+    assert found.validation == [{"text": "awful", "label": 0}]
+    assert found.dropped == {"train": {}, "validation": {}}
+    assert load_annotated(folder / "my_train.tsv", validation=folder / "dev.tsv") == found
+    assert load_annotated(folder, validation="dev.tsv") == found
+
+
+def test_headers_byte_order_marks_and_other_label_values(tmp_path):
+    (tmp_path / "train.txt").write_text("1\t1\ta \"b\tc\n2\t2\td\te\n3\t3\tf\tg\n")
+    (tmp_path / "dev.tsv").write_text("h\ti\t0\nj\tk\t2\n")
+    found = load_annotated(
+        tmp_path, header=("label", "again", "premise", "hypothesis"),
+        validation_header=("premise", "hypothesis", "label"),
+        label_names={"3": "entailment", "1": "neutral", "2": "contradiction"},
+        validation_label_names=("entailment", "neutral", "contradiction"))
+    assert found.label_names == ("entailment", "neutral", "contradiction")
+    assert found.train[0] == {"text": 'a "b', "text_b": "c", "label": 1}
+    assert [e["label"] for e in found.train] == [1, 2, 0]
+    assert [e["label"] for e in found.validation] == [0, 2]
+
+    (tmp_path / "mrpc.tsv").write_text("\ufeffQuality\t#1 String\n10\ta\n9\tb\n10\tc\n")
+    found = load_annotated(tmp_path / "mrpc.tsv", validation=tmp_path / "mrpc.tsv",
+                           columns={"text": "#1 String", "label": "Quality"}, metric="f1")
+    assert found.label_names == ("9", "10") and found.metric == "f1"
+    assert [e["label"] for e in found.train] == [1, 0, 1]
+
+
+def test_parts_of_train_are_held_out(tmp_path):
+    rows = [{"text": f"t{i}", "label": i % 2, "fold": i % 5} for i in range(20)]
+    path = tmp_path / "reviews.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    found = load_annotated(path, held_out={"fold": [1, "4"]})
+    assert [e["text"] for e in found.validation] == [
+        f"t{i}" for i in range(20) if i % 5 in (1, 4)]
+    assert len(found.train) == 12 and load_annotated(tmp_path, held_out={"fold": [1, 4]}) == found
+
+    drawn = load_annotated(path, validation_share=0.2, seed=1)
+    assert len(drawn.validation) == 4 and drawn == load_annotated(
+        path, validation_share=0.2, seed=1)
+    texts = [e["text"] for e in [*drawn.train, *drawn.validation]]
+    assert sorted(texts) == sorted(row["text"] for row in rows)
+    assert drawn.validation != load_annotated(path, validation_share=0.2, seed=2).validation
+    few = load_annotated(path, held_out={"fold": [0]}, limit=8, seed=3)
+    assert len(few.train) == 8 and len(few.validation) == 4
+
+    for options, message in [
+        ({"held_out": {"fold": [7]}}, "takes 0 of 20 rows"),
+        ({"held_out": {"fould": [1]}}, "line 1: no column 'fould'; did you mean 'fold'"),
+        ({"validation_share": 1.5}, "validation_share is 1.5; give a share between 0 and 1"),
+        ({"validation_share": 0.1, "held_out": {"fold": [1]}}, "give one of validation, held_out"),
+        ({"validation_share": 0.1, "limit": 0}, "limit is 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_annotated(path, **options)
+
+
+def test_kinds_told_by_columns(tmp_path):
+    def load(row, other, **options):
+        write(tmp_path / "train.jsonl", [row, other])
+        write(tmp_path / "test.jsonl", [row])
+        found = load_annotated(tmp_path, **options)
+        return found.kind, found.train[0], found
+
+    kind, example, found = load({"sentence1": "a", "sentence2": "b", "label": 4},
+                                {"sentence1": "c", "sentence2": "d", "label": 1.5})
+    assert kind == "regression" and example == {"text": "a", "text_b": "b", "label": 4.0}
+    assert found.label_range == (1.5, 4.0) and found.label_names == ()
+    assert found.metric == "pearson_spearman"
+    kind, example, found = load({"text": "a", "label": 4.0}, {"text": "b", "label": 1.0})
+    assert kind == "classification" and found.label_names == ("1", "4")
+    kind, _, found = load({"text": "a", "label": 4}, {"text": "b", "label": 1}, kind="regression",
+                          label_range=(0, 5))
+    assert kind == "regression" and found.label_range == (0, 5)
+    _, example, found = load({"text": "a", "label": True}, {"text": "b", "label": False})
+    assert found.label_names == ("false", "true") and example["label"] == 1
+
+    choices = {"text": "q", "choices": ["x", "y"], "label": 1}
+    kind, example, _ = load(choices, choices)
+    assert kind == "multiple_choice" and example == choices
+    row = {"stem": "q", "a": "x", "b": "y", "key": "B"}
+    _, example, _ = load(row, row, kind="multiple_choice",
+                         columns={"text": "stem", "choices": ["a", "b"], "label": "key"})
+    assert example == choices
+    tagged = {"words": ["a", "b"], "tags": ["O", "LOC"]}
+    kind, example, found = load(tagged, {"words": "c d", "tags": "O O"})
+    assert kind == "token_classification" and found.label_names == ("LOC", "O")
+    assert example == {"words": ["a", "b"], "tags": [1, 0]} and found.metric == "f1"
+    assert found.train[1] == {"words": ["c", "d"], "tags": [1, 1]}
+    pair = {"id": 7, "dialogue": "a b", "summary": "c"}
+    kind, example, found = load(pair, pair)
+    assert kind == "seq2seq" and example == {"id": 7, "source": "a b", "target": "c"}
+    assert found.metric == "rouge"
+
+
+def test_answers_in_three_forms(tmp_path):
+    base = {"id": "q1", "question": "who?", "context": "It was Ann."}
+    wanted = {**base, "answers": [{"text": "Ann", "start": 7}]}
+    for row in ({**base, "answers": {"text": ["Ann"], "answer_start": [7], "other": [1]}},
+                {**base, "answers": [{"text": "Ann", "start": 7}]},
+                {**base, "answer": "Ann", "start": "7"}):
+        path = write(tmp_path / "a.jsonl", [row])
+        found = load_annotated(path, validation=path)
+        assert found.kind == "question_answering" and found.metric == "squad"
+        assert found.train == [wanted]
+    path = write(tmp_path / "a.jsonl", [{**base, "answers": {"text": [], "answer_start": []}}])
+    assert load_annotated(path, validation=path).train[0]["answers"] == []
+
+    off = {**base, "id": "q2", "answers": [{"text": "Ann", "start": 6}]}
+    path = write(tmp_path / "a.jsonl", [wanted, off])
+    with pytest.raises(ValueError, match=r"a\.jsonl line 2 \(id q2\): the answer 'Ann' does not "
+                                         "stand at 6 of the context, but ' An'"):
+        load_annotated(path, validation=path)
+    found = load_annotated(path, validation=path, on_bad="drop")
+    assert found.train == [wanted]
+    assert found.dropped["train"] == {"answer not in its context": 1}
+    path = write(tmp_path / "a.jsonl", [off])
+    with pytest.raises(ValueError, match="all others are left out"):
+        load_annotated(path, validation=path, on_bad="drop")
+
+
+GOOD = [["a", "x"], ["b", "y"]]
+
+
+@pytest.mark.parametrize(("train", "options", "message"), [
+    (GOOD, {"columns": {"text": "sentense", "label": "label"}},
+     r"train\.tsv line 2: no column 'sentense'; did you mean 'sentence'; it has 'sentence', 'label'"
+     ),
+    (GOOD, {"columns": {"text": "sentence", "label": "lable"}},
+     r"line 2: no column 'lable'; did you mean 'label'; it has"),
+    (GOOD, {"columns": {"texd": "sentence"}}, "columns names 'texd', which .* did you mean 'text'"),
+    (GOOD, {"kind": "seq2seq"}, "no column for source, target of seq2seq; name it by columns"),
+    (GOOD, {"kind": "sorting"}, "unknown kind 'sorting'; choose one of classification"),
+    (GOOD, {"on_bad": "skip"}, "unknown on_bad 'skip'"),
+    (GOOD, {"kind": "regression"}, "line 2: label 'x' is not a number"),
+    ([["a", "1"], ["b", "7.5"]], {"label_range": (0, 5)},
+     "line 3: label 7.5 is outside the range 0 to 5"),
+    ([["a", "1.5"], ["b", "2"]], {"label_range": (5, 5)}, r"label_range is \(5, 5\)"),
+    ([*GOOD, [" ", "x"]], {}, "line 4: the text in column 'sentence' is empty"),
+    ([*GOOD, ["c", ""]], {}, "line 4: the label is empty"),
+    ([["a", "x"]], {}, "all labels in column 'label' are 'x'"),
+    (GOOD, {"label_names": ("x", "y", "z")}, "no training example among 2 has the label 'z'"),
+    (GOOD, {"label_names": ("x", "x")}, "give at least 2 names, all different"),
+    (GOOD, {"label_names": ("x", "w")}, "line 3: label 'y' is not among the training labels x, w"),
+    (GOOD, {"validation_label_names": ("x", "w")}, "validation has a class 'w' that train lacks"),
+    (GOOD, {"like": "hf:snly"}, "no annotated set 'hf:snly' is known; choose from hf:snli"),
+    (GOOD, {"like": "hf:snli"}, "no column 'premise'"),
+])
+def test_bad_input_is_named(tmp_path, train, options, message):
+    write(tmp_path / "train.tsv", train, ["sentence", "label"])
+    write(tmp_path / "dev.tsv", train[:1], ["sentence", "label"])
+    with pytest.raises(ValueError, match=message):
+        load_annotated(tmp_path, **options)
+
+
+def test_bad_validation_is_named(folder):
+    write(folder / "dev.tsv", [["a", "pos"], ["b", "neutral"]], ["sentence", "label"])
+    with pytest.raises(ValueError, match=r"dev\.tsv line 3: label 'neutral' is not among the "
+                                         "training labels neg, pos"):
+        load_annotated(folder)
+    with pytest.raises(ValueError, match="has no validation split; name a file by validation"):
+        load_annotated(folder / "my_train.tsv")
+    with pytest.raises(FileNotFoundError, match=r"no\.tsv does not exist"):
+        load_annotated(folder, validation="no.tsv")
+    (folder / "other_dev.tsv").write_text("x")
+    with pytest.raises(ValueError, match="has 2 tables with the word dev in their names"):
+        load_annotated(folder)
+    (folder / "my_train.tsv").unlink()
+    with pytest.raises(FileNotFoundError, match="no table with the word train"):
+        load_annotated(folder)
+    with pytest.raises(FileNotFoundError, match="unknown data set"):
+        load_annotated(folder / "none")
+
+
+def test_bad_rows_of_other_kinds(tmp_path):
+    def load(*rows, **options):
+        path = write(tmp_path / "rows.jsonl", list(rows))
+        return load_annotated(path, validation=path, **options)
+
+    two = {"choices": ["a", "b"], "label": 0}
+    for rows, message in [
+        ((two, {"choices": ["a", "b", "c"], "label": 2}), "examples have 2, 3 choices"),
+        ((two, {"choices": ["a", "b"], "label": 2}), "line 2: label 2 of 2 choices"),
+        ((two, {"choices": ["a", "b"], "label": "best"}), "label 'best' names no choice"),
+        ((two, {"choices": ["a", ""], "label": 0}), "line 2: one of the choices"),
+        ((two, {"choices": ["a"], "label": 0}), "line 2: 1 choices"),
+        (({"choices": {"text": ["a", "b"]}, "label": 0},), "name what is in it, .*'choices.text'"),
+        (({"choices": 3, "label": 0},), "line 1: column 'choices' holds 3; give a list"),
+        (({"question": "q", "context": "a", "answers": {"text": ["a"], "start": []}},),
+         "line 1: the answers are .*; give a list of"),
+        (({"question": "q", "context": "a", "answers": "a"},), "the answers are a; give a list"),
+        (({"words": ["a"], "tags": ["O", "X"]},), "line 1: 1 words but 2 tags"),
+        (({"words": ["a", " "], "tags": ["O", "X"]},), "line 1: no word, or an empty one"),
+        (({"source": "a", "target": ""},), "line 1: the text in column 'target' is empty"),
+        (({"foo": "a"},), "line 1: the columns 'foo' do not tell what to learn"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load(*rows)
+    found = load({"source": "a", "target": ""}, {"source": "a", "target": "b"}, on_bad="drop")
+    assert len(found.train) == 1 and found.dropped["validation"] == {"empty text": 1}
+
+
+def test_unlabelled_rows_are_counted(tmp_path):
+    path = write(tmp_path / "a.tsv", [["a", "-"], ["b", "x"], ["c", "y"], ["d", "-1"]],
+                 ["text", "label"])
+    found = load_annotated(path, validation=path, label_names=("x", "y"))
+    assert len(found.train) == 2 and found.dropped["train"] == {"no label": 2}
+    found = load_annotated(path, validation=path, label_names=("x", "y", "z"),
+                           allow_empty_classes=True)
+    assert found.label_names == ("x", "y", "z")
+    signs = write(tmp_path / "b.tsv", [["a", "-1"], ["b", "1"]], ["text", "label"])
+    assert load_annotated(signs, validation=signs).label_names == ("-1", "1")
+
+
+# TFDS
+
+TFDS = [*annotated_table.TFDS, "wmt14_translate/de-en", "ted_hrlr_translate/pt_to_en",
+        "imdb_reviews/plain_text", "squad/v1.1:3.0.0", "paws_wiki/labeled_final_raw"]
+
+
+def made_up(feature, i, name=""):
+    """Example i of a feature, as a data source reads it."""
+    if isinstance(feature, tfds.features.Sequence):
+        if hasattr(feature.feature, "items"):
+            return {key: [made_up(item, i, key)] for key, item in feature.feature.items()}
+        return [made_up(feature.feature, i)] * 4
+    if hasattr(feature, "items"):
+        return {key: made_up(item, i, key) for key, item in feature.items()}
+    if isinstance(feature, tfds.features.ClassLabel):
+        return np.int64(i % feature.num_classes)
+    if feature.np_dtype in (np.object_, str):
+        return f"né {i}".encode()
+    return np.asarray(0 if name == "answer_start" else i % 4, feature.np_dtype)
+
+
+@pytest.mark.parametrize("name", TFDS)
+def test_tfds_sets_have_these_columns(name, tmp_path):
+    def as_data_source(self, split, **_):
+        return [made_up(self.info.features, i) for i in range(8)]
+
+    with tfds.testing.mock_data(as_data_source_fn=as_data_source):
+        features = sources._tfds_builder(name, data_dir=tmp_path).info.features
+        found = load_annotated(f"tfds:{name}", data_dir=tmp_path)
+    named = annotated_table.known(f"tfds:{name}")
+    assert found.kind == named.kind and len(found.train) == len(found.validation) == 8
+    assert found.dropped == {"train": {}, "validation": {}}
+    assert ("id" in found.train[0]) == ("id" in named.columns)
+    if named.kind == "classification":
+        names = features[named.columns["label"]].names
+        assert [e["label"] for e in found.train] == [i % len(names) for i in range(8)]
+        assert found.label_names == named.label_names and len(names) == len(found.label_names)
+        if name.split("/")[0] not in ("imdb_reviews", "yelp_polarity_reviews"):
+            assert tuple(names) == found.label_names
+    if named.kind == "seq2seq":
+        assert found.train[3]["source"] == "né 3" == found.train[3]["target"]
+    if named.kind == "multiple_choice":
+        assert [e["label"] for e in found.train] == [
+            i % len(found.train[0]["choices"]) for i in range(8)]
+    if named.kind == "token_classification":
+        assert found.label_names[:3] == ("O", "B-PER", "I-PER")
+        assert found.train[1]["tags"] == [1] * 4
+    if named.kind == "question_answering":
+        assert found.train[2]["answers"] == [{"text": "né 2", "start": 0}]
+
+
+@pytest.mark.parametrize("name", ["glue/sst2", "glue/mnli", "snli", "cosmos_qa", "samsum"])
+def test_tfds_mocked_by_itself(name):
+    with tfds.testing.mock_data(num_examples=3):
+        found = load_annotated(f"tfds:{name}", allow_empty_classes=True)
+    assert len(found.train) + sum(found.dropped["train"].values()) == 3 and found.validation
+
+
+def test_tfds_splits_and_metrics():
+    """Splits are known only to prepared sets, so here stands what their pages say."""
+    splits = {name: named.validation for name, named in annotated_table.TFDS.items()
+              if named.validation != "validation"}
+    assert splits == {
+        "glue/mnli": "validation_matched", "multi_nli": "validation_matched",
+        "imdb_reviews": "test", "yelp_polarity_reviews": "test", "ag_news_subset": "test"}
+    metrics = {name: annotated_table.find(f"tfds:{name}").metric for name in TFDS}
+    assert {k: v for k, v in metrics.items() if v} == {
+        "glue/cola": "matthews", "glue/mrpc": "f1", "glue/qqp": "f1",
+        "wmt14_translate/de-en": "bleu", "ted_hrlr_translate/pt_to_en": "bleu"}
+
+
+class TinyAnswers(tfds.core.GeneratorBasedBuilder):
+    """With answers and tags, to see in which form array_record gives them back."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        f = tfds.features
+        return tfds.core.DatasetInfo(builder=self, features=f.FeaturesDict({
+            "id": f.Text(), "question": f.Text(), "context": f.Text(),
+            "answers": f.Sequence({"text": f.Text(), "answer_start": np.int32}),
+            "tokens": f.Sequence(f.Text()), "ner": f.Sequence(f.ClassLabel(names=["O", "LOC"]))}))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(3), "validation": self._generate_examples(1)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            answers = {"text": ["né", "e"], "answer_start": [2, 5]} if i else {
+                "text": [], "answer_start": []}
+            yield i, {"id": f"q{i}", "question": "?", "context": "a né e", "answers": answers,
+                      "tokens": ["a", "né"], "ner": ["O", "LOC"]}
+
+
+def test_tfds_prepared(tmp_path):
+    found = load_annotated("tfds:tiny_answers", data_dir=tmp_path, download=True)
+    by_id = {e["id"]: e for e in found.train}
+    assert found.kind == "question_answering" and by_id["q0"]["answers"] == []
+    assert by_id["q2"]["answers"] == [{"text": "né", "start": 2}, {"text": "e", "start": 5}]
+    found = load_annotated("tfds:tiny_answers", data_dir=tmp_path, like="tfds:conll2003")
+    assert found.label_names == ("O", "LOC")
+    assert found.validation == [{"words": ["a", "né"], "tags": [0, 1]}]
+
+
+# Hugging Face
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """Saves rows with their features, and loads them like a named set."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets = pytest.importorskip("datasets")
+
+    def load(name, rows, classes=None, **options):
+        made = datasets.Dataset.from_list(rows)
+        for column, feature in (classes or {}).items():
+            made = made.cast_column(column, feature(datasets))
+        split = annotated_table.known(f"hf:{name}").validation
+        datasets.DatasetDict({"train": made, split: made}).save_to_disk(tmp_path / "set")
+        return load_annotated(f"hf:{tmp_path / 'set'}", like=f"hf:{name}", **options)
+
+    return load
+
+
+def classes(*names):
+    return lambda datasets: datasets.ClassLabel(names=names)
+
+
+def test_hf_classes(saved):
+    rows = [{"premise": "a", "hypothesis": "b", "label": i, "idx": i} for i in (0, 1, 2, -1)]
+    for name in ("snli", "glue/mnli"):
+        found = saved(name, rows, {"label": classes(*annotated_table.NLI)})
+        assert found.label_names == annotated_table.NLI
+        assert found.dropped == {"train": {"no label": 1}, "validation": {"no label": 1}}
+        assert [e["label"] for e in found.train] == [0, 1, 2]
+    assert found.train[1] == {"id": 1, "text": "a", "text_b": "b", "label": 1}
+    assert saved("snli", rows, columns={"text": "hypothesis"}).train[0] == {"text": "b", "label": 0}
+    rows = [{"sentence1": "a", "sentence2": "b", "label": i, "id": i} for i in (0, 1)]
+    assert saved("paws", rows, {"label": classes("0", "1")}).label_names == annotated_table.SAME_AS
+    rows = [{"question": "a", "passage": "b", "answer": i} for i in (True, False)]
+    assert [e["label"] for e in saved("boolq", rows).train] == [1, 0]
+    rows = [{"sentence1": "a", "sentence2": "b", "label": x, "idx": 0} for x in (5.0, 3.0)]
+    found = saved("glue/stsb", rows)
+    assert found.label_range == (0.0, 5.0) and [e["label"] for e in found.train] == [5.0, 3.0]
+
+
+def test_hf_other_kinds(saved):
+    found = saved("commonsense_qa", [{"id": "1", "question": "q", "answerKey": "B", "choices": {
+        "label": ["A", "B"], "text": ["x", "y"]}}])
+    assert found.train == [{"id": "1", "text": "q", "choices": ["x", "y"], "label": 1}]
+    found = saved("hellaswag", [{"ctx": "q", "endings": ["x", "y"], "label": "1"}])
+    assert found.train == [{"text": "q", "choices": ["x", "y"], "label": 1}]
+    found = saved("squad_v2", [{"id": "1", "question": "q", "context": "a b", "title": "",
+                                "answers": {"text": ["b"], "answer_start": [2]}}])
+    assert found.train[0]["answers"] == [{"text": "b", "start": 2}]
+    found = saved("conll2003", [{"id": "0", "tokens": ["a", "b"], "ner_tags": [1, 0]}], {
+        "ner_tags": lambda datasets: datasets.List(datasets.ClassLabel(names=["O", "B-PER"]))})
+    assert found.label_names == ("O", "B-PER") and found.train[0]["tags"] == [1, 0]
+    found = saved("wmt14/de-en", [{"translation": {"de": "ja", "en": "yes"}}])
+    assert found.train == [{"source": "ja", "target": "yes"}] and found.metric == "bleu"
+
+
+def test_hf_names_become_paths_and_configs(monkeypatch, tmp_path):
+    asked = []
+
+    def hf_source(path, split, config=None, **options):
+        asked.append((path, split, config, options))
+        return [{"sentence": "a", "label": 0, "idx": 0}, {"sentence": "b", "label": 1, "idx": 1}]
+
+    monkeypatch.setattr(sources, "hf_source", hf_source)
+    for name in ("glue/cola", "nyu-mll/glue/cola"):
+        assert load_annotated(f"hf:{name}").metric == "matthews"
+        assert asked.pop(0) == ("nyu-mll/glue", "train", "cola", {})
+        assert asked.pop(0) == ("nyu-mll/glue", "validation", "cola", {})
+    load_annotated("hf:me/mine", config="big", validation="test")
+    assert asked == [("me/mine", "train", "big", {}), ("me/mine", "test", "big", {})]
+    assert annotated_table.find("hf:conll2003").hub[2] == {"revision": "refs/convert/parquet"}
+    assert annotated_table.find("hf:rajpurkar/squad") is annotated_table.HF["squad"]
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a single split; give held_out or validation_share"):
+        load_annotated(f"hf:{tmp_path}")
+
+
+# Python's documentation
+
+
+def test_python_docs(monkeypatch):
+    asked = []
+
+    def load_source(spec, split):
+        asked.append((spec, split))
+        return mapped.Mapped([{"text": "a", "label": 1}, {"text": "b", "label": 0}], dict,
+                             {"label": ("no", "yes")})
+
+    monkeypatch.setattr(sources, "load_source", load_source)
+    found = load_annotated("python_docs/topics", validation="test")
+    assert found.label_names == ("no", "yes") and found.train[0] == {"text": "a", "label": 1}
+    assert asked == [("python_docs/topics", "train"), ("python_docs/topics", "test")]
+    with pytest.raises(ValueError, match=r"header is \['a'\], but python_docs/topics is no file"):
+        load_annotated("python_docs/topics", header=["a"])
+
+
+# Few labels
+
+
+def test_few_labels():
+    examples = [{"label": int(i % 10 == 0), "n": i} for i in range(100)]
+    assert few_labels(examples) is examples
+    drawn = few_labels(examples, 10, seed=1)
+    assert np.bincount([e["label"] for e in drawn]).tolist() == [10, 10]
+    with pytest.raises(ValueError, match=r"11 labels a class .* only \{1: 10\}"):
+        few_labels(examples, 11)
+    small, large = (few_labels(examples, total=n, seed=2) for n in (8, 32))
+    assert large[:8] == small and large == few_labels(examples, total=32, seed=2)
+    assert large != few_labels(examples, total=32, seed=3)
+    assert np.bincount([e["label"] for e in small]).tolist() == [4, 4]
+    assert np.bincount([e["label"] for e in large]).tolist() == [22, 10]
+    assert len({e["n"] for e in few_labels(examples, total=100)}) == 100
+    with pytest.raises(ValueError, match="101 examples were asked for, but there are 100"):
+        few_labels(examples, total=101)
+    with pytest.raises(ValueError, match="give one"):
+        few_labels(examples, 1, total=1)
+    scores = [{"label": float(i)} for i in range(9)]
+    assert few_labels(scores, total=4) == few_labels(scores, total=9)[:4]
+
+
+# Real data
+
+SENTENCES = {"text": "sentence_A", "text_b": "sentence_B"}
+REAL = {
+    "sst2": ({}, 67349, 872, ("0", "1")),
+    "sick": ({"columns": {**SENTENCES, "label": "entailment_judgment"}}, 4500, 500,
+             ("CONTRADICTION", "ENTAILMENT", "NEUTRAL")),
+    "rte": ({}, 2490, 277, ("entailment", "not_entailment")),
+    "snli": ({"header": ("label", "label2", "premise", "hypothesis"),
+              "validation_header": ("premise", "hypothesis", "label"),
+              "label_names": {"3": "entailment", "1": "neutral", "2": "contradiction"},
+              "validation_label_names": annotated_table.NLI}, 18000, 9842, annotated_table.NLI),
+    "cola": ({"header": ("source", "label", "star", "sentence")}, 8551, 527, ("0", "1")),
+    "mrpc": ({"columns": {"text": "#1 String", "text_b": "#2 String", "label": "Quality"},
+              "validation_share": 0.1}, 3668, 408, ("0", "1")),
+    "squad": ({}, 87599, 10570, ()),
+    "movie_reviews": ({"held_out": {"fold": [9]}}, 1800, 200, ("neg", "pos")),
+    "dialogsum": ({}, 12460, 500, ()),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_sets(name, real_data):
+    options, train, validation, names = REAL[name]
+    found = load_annotated(real_data / name, **options)
+    assert (len(found.train), len(found.validation)) == (train, validation)
+    assert found.label_names == names and not any(found.dropped.values())
+
+
+def test_real_relatedness(real_data):
+    found = load_annotated(real_data / "sick", columns={**SENTENCES, "label": "relatedness_score"})
+    assert found.kind == "regression" and found.label_range == (1.0, 5.0)
