@@ -10,6 +10,7 @@ terms return dicts with one sum and weight a term; the loss is then the sum of t
 
 from transformer_jax.objectives import (
     causal_lm,
+    contrastive,
     denoising,
     layout,
     losses,
@@ -18,4 +19,4 @@ from transformer_jax.objectives import (
     tasks,
 )
 
-__all__ = ["causal_lm", "denoising", "layout", "losses", "mlm_nsp", "seq2seq", "tasks"]
+__all__ = ["causal_lm", "contrastive", "denoising", "layout", "losses", "mlm_nsp", "seq2seq", "tasks"]

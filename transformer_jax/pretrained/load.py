@@ -7,6 +7,7 @@ and on a mesh no device more than its share.
 
 import dataclasses
 import difflib
+import importlib.resources
 import json
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ GENERATION = "generation_config.json"
 # Of a hub's repository only these are fetched: not the same weights in three formats.
 NEEDED = (CONFIG, GENERATION, tensors.WEIGHTS, tensors.INDEX, "model-*-of-*.safetensors",
           *tokenizer.FILES)
+PACKAGE = "package:"
 _CLASSIFIED = ("classification", "token_classification")
 
 
@@ -60,7 +62,8 @@ def load_pretrained(
     """The model of a checkpoint with the head of `task`, float32 parameters, and its tokenizer.
 
     Args:
-        source: a folder, or an id on the Hugging Face hub, such as "openai-community/gpt2".
+        source: a folder, an id on the Hugging Face hub, such as "openai-community/gpt2", or
+            "package:NAME/FOLDER", a folder inside an installed package.
         task: a task of the model's METHODS ("classification"), a class of Transformers
             ("BertForSequenceClassification") or a pipeline ("text-classification"); None for that
             of the checkpoint.
@@ -206,6 +209,8 @@ def _fresh(model: Model, rng: jax.Array, paths: list[str], shardings: list) -> d
 
 def _find(source: str | Path, revision: str | None) -> Path:
     """The checkpoint's folder, fetched if it is not here."""
+    if str(source).startswith(PACKAGE):
+        return _in_package(str(source).removeprefix(PACKAGE))
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -224,6 +229,20 @@ def _find(source: str | Path, revision: str | None) -> Path:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(f"{name} is no folder, and the hub did not give it "
                                 f"({type(error).__name__}: {reason})") from None
+
+
+def _in_package(name: str) -> Path:
+    """The folder of weights that were installed like a package: NAME, or NAME/FOLDER."""
+    package, _, inside = name.partition("/")
+    try:
+        found = importlib.resources.files(package)
+    except (ModuleNotFoundError, TypeError, ValueError):
+        raise FileNotFoundError(f"{PACKAGE}{name}: there is no package {package!r}; install it, or "
+                                "give a folder") from None
+    folder = Path(str(found)) / inside
+    if not folder.resolve().is_relative_to(Path(str(found)).resolve()) or not folder.is_dir():
+        raise FileNotFoundError(f"{PACKAGE}{name}: the package {package} has no folder {inside!r}")
+    return folder
 
 
 def _read_json(path: Path) -> dict[str, Any]:
