@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from transformer_jax.models.config import BERTConfig, check_classes, check_length
 from transformer_jax.models.heads import (
     MLMHead,
+    mean_tokens,
     take_positions,
     with_prompt,
     without_prompt,
@@ -190,9 +191,19 @@ class BERT(nn.Module):
         features_BD = self.features(tokens, deterministic=deterministic, **options)
         return self.feature_logits(features_BD, deterministic)
 
-    def features(self, tokens: Int[Array, "B T"], **options) -> Float[Array, "B D"]:
-        """What `classify` classifies, the pooled first token; `options` as for `hidden`."""
-        return self.encode(tokens, **options).pooled
+    def features(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        padding_mask: Bool[Array, "B T"] | None = None,
+        **options,
+    ) -> Float[Array, "B D"]:
+        """What `classify` classifies: the pooled first token, or the mean of all tokens, by the
+        config's `pooling`; `options` as for `hidden`."""
+        out = self.hidden(tokens, padding_mask=padding_mask, **options)
+        if self.config.pooling == "first":
+            return self.pool(out.hidden)
+        return mean_tokens(out.hidden, padding_mask)
 
     def feature_logits(
         self, features: Float[Array, "B D"], deterministic: bool = True

@@ -169,15 +169,21 @@ class BERTConfig(Config):
     Attributes:
         num_segments: rows of the segment embedding: sentences A and B; 0 for none (DistilBERT).
         pooler_activation: on the linear layer of the first token; DistilBERT's is "relu".
+        pooling: what of a text is classified: "first", the pooled first token (BERT), or "mean",
+            the mean of the tokens' states (Reimers & Gurevych 2019, "Sentence-BERT", section 3),
+            which is what sentence encoders such as all-MiniLM-L6-v2 were trained for.
     """
 
     norm_epsilon: float = 1e-12
     initializer: str = "truncated_normal"
     num_segments: int = 2
     pooler_activation: str = "tanh"
+    pooling: str = "first"
 
     def __post_init__(self):
         super().__post_init__()
+        _require(self.pooling in ("first", "mean"), "pooling", repr(self.pooling),
+                 "one of first, mean")
         _require(self.num_segments >= 0, "num_segments", self.num_segments, "at least 0")
         _require(self.pooler_activation in ACTIVATIONS, "pooler_activation",
                  repr(self.pooler_activation), f"one of {', '.join(ACTIVATIONS)}")

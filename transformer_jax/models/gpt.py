@@ -47,7 +47,7 @@ class GPT(nn.Module):
 
     METHODS: ClassVar[dict[str, str]] = {
         "base": "decode", "causal_lm": "__call__", "classification": "classify",
-        "token_classification": "tag", "question_answering": "tag",
+        "multiple_choice": "classify", "token_classification": "tag", "question_answering": "tag",
     }
 
     def setup(self):

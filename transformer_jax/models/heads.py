@@ -29,6 +29,16 @@ def last_tokens(
     return jnp.where(padding_mask, jnp.arange(T), 0).max(-1)
 
 
+def mean_tokens(
+    hidden: Float[Array, "B T D"], padding_mask: Bool[Array, "B T"] | None
+) -> Float[Array, "B D"]:
+    """The mean of the real tokens' states."""
+    if padding_mask is None:
+        return hidden.mean(1)
+    real = padding_mask[..., None].astype(hidden.dtype)
+    return (hidden * real).sum(1) / jnp.maximum(real.sum(1), 1)
+
+
 class Prompted(NamedTuple):
     """A stack's input with a prompt of P vectors in front, and its mask."""
 

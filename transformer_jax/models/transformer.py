@@ -58,7 +58,7 @@ class Transformer(nn.Module):
 
     METHODS: ClassVar[dict[str, str]] = {
         "base": "read_and_write", "seq2seq_lm": "__call__", "classification": "classify",
-        "question_answering": "tag",
+        "multiple_choice": "classify", "token_classification": "tag", "question_answering": "tag",
     }
 
     def setup(self):

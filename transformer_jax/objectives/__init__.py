@@ -19,4 +19,6 @@ from transformer_jax.objectives import (
     tasks,
 )
 
-__all__ = ["causal_lm", "contrastive", "denoising", "layout", "losses", "mlm_nsp", "seq2seq", "tasks"]
+__all__ = [
+    "causal_lm", "contrastive", "denoising", "layout", "losses", "mlm_nsp", "seq2seq", "tasks",
+]

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Key
 
+from transformer_jax.models.heads import mean_tokens
 from transformer_jax.objectives.layout import bert_row
 from transformer_jax.objectives.losses import Pair, correct, cross_entropy, dropout, weighted
 
@@ -32,12 +33,11 @@ def prepare(
                for name in ("tokens", "padding_mask")}, "weights": np.float32(1)}
 
 
-def mean_pool(
+def embed(
     hidden: Float[Array, "B T D"], padding_mask: Bool[Array, "B T"]
 ) -> Float[Array, "B D"]:
-    """The mean of the real tokens' states, of length 1."""
-    real = padding_mask[..., None].astype(hidden.dtype)
-    mean = (hidden * real).sum(1) / jnp.maximum(real.sum(1), 1)
+    """A text's embedding: the mean of its tokens' states, of length 1."""
+    mean = mean_tokens(hidden, padding_mask)
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
 
 
@@ -53,7 +53,7 @@ def loss(
     mask = batch["padding_mask"].reshape(2 * B, T)
     hidden = apply({"params": params}, batch["tokens"].reshape(2 * B, T), padding_mask=mask,
                    method="hidden", **dropout(rng)).hidden
-    embeddings = mean_pool(hidden.astype(jnp.float32), mask).reshape(B, 2, -1)
+    embeddings = embed(hidden.astype(jnp.float32), mask).reshape(B, 2, -1)
     scores = SCALE * embeddings[:, 0] @ embeddings[:, 1].T
     scores = jnp.where(batch["weights"][None] > 0, scores, jnp.finfo(jnp.float32).min)
     own = jnp.arange(B)

@@ -71,9 +71,11 @@ def gpt_row(
     length: int,
     extract_id: int,
     delimiter_id: int | None = None,
+    start_id: int | None = None,
     pad_id: int = 0,
 ) -> dict[str, np.ndarray]:
-    """a extract, or a delimiter b extract (GPT paper, section 3.3, without its start token).
+    """start a extract, or start a delimiter b extract (GPT paper, section 3.3), without start where
+    `start_id` is None.
 
     The hidden state of the extract token is classified; GPT-2's end-of-text token serves. Longer
     text is cut at the end (`truncate_pair`).
@@ -87,15 +89,31 @@ def gpt_row(
     if b is not None and delimiter_id is None:
         raise ValueError("a second text is given but delimiter_id is None; pass the id of the "
                          "token that parts the two texts")
-    specials = 1 if b is None else 2
-    _check_room(length, specials)
+    front = [] if start_id is None else [start_id]
+    room = length - len(front) - (1 if b is None else 2)
+    _check_room(length, length - room)
     if b is None:
-        ids = [*a[: length - 1], extract_id]
+        ids = [*front, *a[:room], extract_id]
     else:
-        a_cut, b_cut = truncate_pair(a, b, length - 2)
-        ids = [*a_cut, delimiter_id, *b_cut, extract_id]
+        a_cut, b_cut = truncate_pair(a, b, room)
+        ids = [*front, *a_cut, delimiter_id, *b_cut, extract_id]
     return {"tokens": pad(ids, length, pad_id), "segment_ids": np.zeros(length, np.int32),
             "padding_mask": np.arange(length) < len(ids)}
+
+
+def num_cut(a: Ids, b: Ids | None, length: int, specials: int) -> int:
+    """How many tokens of a text, or of a pair, a row of `length` with so many special tokens has no
+    room for.
+
+    Raises:
+        ValueError: nothing of one side of a pair would be left.
+    """
+    total = len(a) + (0 if b is None else len(b))
+    room = length - specials
+    if b is not None and total > room and room < 2:
+        raise ValueError(f"a pair of {len(a)} and {len(b)} tokens has {max(room, 0)} places in a "
+                         f"row of {length}; nothing of one side is left: raise the length")
+    return max(total - room, 0)
 
 
 def _check_room(length: int, specials: int) -> None:

@@ -1,34 +1,80 @@
-"""Annotated tasks. For now classification of one text or of a pair."""
+"""Annotated tasks on whole texts: classes, scores, and choices.
+
+For each a `prepare` for the host, a loss and a prediction for the device, together in `TASKS` with
+those of other files (`tags`, `spans`). Examples have ids in the place of texts.
+
+The GPT paper's way (Radford et al. 2018, section 3.3) differs in three things, each an option here:
+start, delimiter and extract tokens of its own (`Specials`), pairs in both orders where order means
+nothing (`both_orders`), and the language model's loss beside the task's (`lm_weight`, section 3.2).
+"""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Key
 
 from transformer_jax.models import BERT, GPT, Transformer
+from transformer_jax.objectives import spans, tags
 from transformer_jax.objectives.layout import bert_row, gpt_row
 from transformer_jax.objectives.losses import Pair, correct, cross_entropy, dropout, weighted
 
+Terms = Float[Array, ""] | dict[str, Float[Array, ""]]
 
-def text_row(model: GPT | BERT | Transformer, tokenizer: Any, length: int) -> Callable:
-    """How a family writes a text, or a pair, to classify as one row: `layout.gpt_row` or
-    `layout.bert_row`, whose form BART shares, with the tokenizer's special tokens."""
+
+class Specials(NamedTuple):
+    """Ids of GPT's tokens around a text: ids from vocab_size on are rows that
+    `finetune.deltas.add_tokens` makes."""
+
+    start: int | None
+    delimiter: int | None
+    extract: int
+
+    @classmethod
+    def new(cls, vocab_size: int) -> "Specials":
+        """Three new tokens after the vocabulary, as in the paper."""
+        return cls(vocab_size, vocab_size + 1, vocab_size + 2)
+
+
+def text_row(
+    model: GPT | BERT | Transformer, tokenizer: Any, length: int, specials: Specials | None = None
+) -> Callable:
+    """How a family writes a text, or a pair, as one row: `layout.gpt_row` or `layout.bert_row`,
+    whose form BART shares, with the tokenizer's special tokens, or for GPT with `specials`."""
     if isinstance(model, GPT):
-        return functools.partial(gpt_row, length=length, extract_id=tokenizer.eos_id)
+        s = specials or Specials(None, None, tokenizer.eos_id)
+        return functools.partial(gpt_row, length=length, start_id=s.start,
+                                 delimiter_id=s.delimiter, extract_id=s.extract)
     return functools.partial(bert_row, length=length, cls_id=tokenizer.cls_id,
                              sep_id=tokenizer.sep_id, pad_id=tokenizer.pad_id)
 
 
+def _texts(example: dict, row: Callable, both_orders: bool) -> dict[str, np.ndarray]:
+    texts = [example[key] for key in ("tokens", "tokens_b") if key in example]
+    if not both_orders:
+        return row(*texts)
+    if len(texts) != 2:
+        raise ValueError("both_orders needs two texts, and the example has one; leave it out")
+    orders = [row(*texts), row(*texts[::-1])]
+    return {name: np.stack([made[name] for made in orders]) for name in orders[0]}
+
+
+# Classes ------------------------------------------------------------------------------------------
+
+
 def prepare_classification(
-    example: dict, rng: np.random.Generator | None = None, *, row: Callable, num_classes: int
+    example: dict, rng: np.random.Generator | None = None, *, row: Callable, num_classes: int,
+    both_orders: bool = False,
 ) -> dict[str, np.ndarray]:
     """`{"tokens", "label"}`, and "tokens_b" for a pair, as one row of a batch.
 
     Args:
         row: `layout.bert_row` or `layout.gpt_row` with length and special tokens filled in.
+        both_orders: a pair as two rows, a before b and b before a: tokens `[2, T]`.
 
     Raises:
         ValueError: the label is not in `[0, num_classes)`.
@@ -38,21 +84,188 @@ def prepare_classification(
     if not 0 <= label < num_classes:
         raise ValueError(f"label {label} is outside the {num_classes} classes 0 to "
                          f"{num_classes - 1}; mend the data or raise num_classes")
-    texts = [example[key] for key in ("tokens", "tokens_b") if key in example]
-    return {**row(*texts), "labels": np.int32(label), "weights": np.float32(1)}
+    return {**_texts(example, row, both_orders), "labels": np.int32(label),
+            "weights": np.float32(1)}
 
 
 def classification_loss(
+    apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None,
+    *, lm_weight: float = 0.0, vocab_size: int | None = None,
+) -> tuple[Terms, Terms, dict[str, Pair]]:
+    """Sum over examples of -log P(label), in nats; its weight is the number of examples.
+
+    With an `lm_weight` lambda, for GPT, a second term "lm" is lambda times the mean of the language
+    model's loss over the same rows (GPT paper, section 3.2, L3): from -log P(next token) at every
+    token but the last, special tokens of ids from `vocab_size` on excepted as targets.
+    """
+    logits, lm = _classify(apply, params, batch, rng, lm_weight, vocab_size)
+    total, weight = weighted(cross_entropy(logits, batch["labels"]), batch["weights"])
+    metrics = {"accuracy": weighted(correct(logits, batch["labels"]), batch["weights"])}
+    return _with_lm(total, weight, metrics, lm, lm_weight)
+
+
+def classification_predict(apply: Callable, params: dict, batch: dict[str, Array]) -> dict:
+    """{"probabilities": `[B, C]`}."""
+    logits, _ = _classify(apply, params, batch, None, 0.0, None)
+    return {"probabilities": jax.nn.softmax(logits)}
+
+
+def _classify(apply, params, batch, rng, lm_weight, vocab_size):
+    """Class scores `[B, C]`, and (sum, weight) of the language model's loss if it is wanted.
+
+    Rows of both orders `[B, 2, T]` are flattened; their features are added (GPT paper, figure 1).
+    """
+    tokens = batch["tokens"]
+    inputs = {name: batch[name] for name in ("segment_ids", "padding_mask") if name in batch}
+    # Features in the place of tokens have no padding mask: see `finetune.features`.
+    pair = "padding_mask" in inputs and tokens.ndim == 3
+    if pair:
+        inputs = {name: x.reshape(-1, x.shape[-1]) for name, x in inputs.items()}
+    if not pair and not lm_weight:
+        return apply({"params": params}, tokens, method="classify", **inputs, **dropout(rng)), None
+    if pair:
+        tokens = tokens.reshape(-1, tokens.shape[-1])
+
+    def both(model, tokens, deterministic):
+        hidden = model.decode(tokens, padding_mask=inputs["padding_mask"],
+                              deterministic=deterministic).hidden
+        last = jnp.where(inputs["padding_mask"], jnp.arange(tokens.shape[1]), 0).max(-1)
+        features = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        if pair:
+            features = features.reshape(-1, 2, features.shape[-1]).sum(1)
+        logits = model.feature_logits(features, deterministic)
+        return logits, model.lm_logits(hidden[:, :-1]) if lm_weight else None
+
+    logits, lm_logits = apply({"params": params}, tokens, method=both, **dropout(rng))
+    if not lm_weight:
+        return logits, None
+    targets = tokens[:, 1:]
+    known = inputs["padding_mask"][:, 1:] & (targets < lm_logits.shape[-1])
+    rows = jnp.repeat(batch["weights"] > 0, len(tokens) // len(batch["weights"]))
+    nats = cross_entropy(lm_logits, jnp.where(known, targets, 0))
+    return logits, weighted(nats, known & rows[:, None])
+
+
+def _with_lm(total, weight, metrics, lm, lm_weight):
+    if lm is None:
+        return total, weight, metrics
+    return ({"task": total, "lm": lm_weight * lm[0]}, {"task": weight, "lm": lm[1]},
+            metrics | {"lm_nats": lm})
+
+
+# Scores -------------------------------------------------------------------------------------------
+
+
+def prepare_regression(
+    example: dict, rng: np.random.Generator | None = None, *, row: Callable,
+    label_range: tuple[float, float], both_orders: bool = False,
+) -> dict[str, np.ndarray]:
+    """As `prepare_classification`, with a number as label, of which 0 to 1 stands for the range.
+
+    Raises:
+        ValueError: the label is not finite, or the range is empty.
+    """
+    del rng
+    low, high = label_range
+    label = float(example["label"])
+    if not low < high:
+        raise ValueError(f"label_range is {low} to {high}; give the least and the greatest label")
+    if not np.isfinite(label):
+        raise ValueError(f"label {label} is no finite number; mend the data")
+    return {**_texts(example, row, both_orders), "weights": np.float32(1),
+            "labels": np.float32((label - low) / (high - low))}
+
+
+def regression_loss(
     apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Pair]]:
-    """Sum over examples of -log P(label), in nats; its weight is the number of examples."""
-    logits = apply(
-        {"params": params},
-        batch["tokens"],
-        segment_ids=batch.get("segment_ids"),
-        padding_mask=batch.get("padding_mask"),
-        method="classify",
-        **dropout(rng),
-    )
-    total, weight = weighted(cross_entropy(logits, batch["labels"]), batch["weights"])
-    return total, weight, {"accuracy": weighted(correct(logits, batch["labels"]), batch["weights"])}
+    """Sum of squared errors of a model of one class, on labels of 0 to 1; the weight is the number
+    of examples."""
+    scores = _classify(apply, params, batch, rng, 0.0, None)[0][:, 0]
+    errors = jnp.square(scores - batch["labels"])
+    total, weight = weighted(errors, batch["weights"])
+    return total, weight, {"squared_error": (total, weight)}
+
+
+def regression_predict(apply: Callable, params: dict, batch: dict[str, Array]) -> dict:
+    """{"scores": `[B]`}, 0 to 1 for the label range."""
+    return {"scores": _classify(apply, params, batch, None, 0.0, None)[0][:, 0]}
+
+
+# Choices ------------------------------------------------------------------------------------------
+
+
+def prepare_choice(
+    example: dict, rng: np.random.Generator | None = None, *, row: Callable, num_choices: int
+) -> dict[str, np.ndarray]:
+    """`{"tokens", "choices", "label"}` as C rows of the text with each choice: tokens `[C, T]`.
+
+    Without a text the choice stands alone. Fewer choices than `num_choices` are filled up with
+    rows of zeros; "choices" `[C]` is True at real ones.
+
+    Raises:
+        ValueError: more choices than there is room for, fewer than 2, or a label outside them.
+    """
+    del rng
+    choices, label = example["choices"], int(example["label"])
+    if not 2 <= len(choices) <= num_choices:
+        raise ValueError(f"an example has {len(choices)} choices; give 2 to num_choices = "
+                         f"{num_choices}")
+    if not 0 <= label < len(choices):
+        raise ValueError(f"label {label} is outside the {len(choices)} choices 0 to "
+                         f"{len(choices) - 1}; mend the data")
+    text = example.get("tokens", ())
+    rows = [row(text, choice) if len(text) else row(choice) for choice in choices]
+    rows += [{name: np.zeros_like(x) for name, x in rows[0].items()}] * (num_choices - len(rows))
+    return {**{name: np.stack([made[name] for made in rows]) for name in rows[0]},
+            "choices": np.arange(num_choices) < len(choices), "labels": np.int32(label),
+            "weights": np.float32(1)}
+
+
+def _choice_scores(apply, params, batch, rng):
+    """[B, C], from a classifier of one class on every choice's row."""
+    tokens = batch["tokens"]
+    B, C = tokens.shape[:2]
+    inputs = {name: batch[name].reshape(B * C, -1) for name in ("segment_ids", "padding_mask")
+              if name in batch}
+    scores = apply({"params": params}, tokens.reshape(B * C, -1), method="classify", **inputs,
+                   **dropout(rng))
+    return jnp.where(batch["choices"], scores.reshape(B, C), jnp.finfo(jnp.float32).min)
+
+
+def choice_loss(
+    apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None
+) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Pair]]:
+    """Sum over examples of -log P(right choice), in nats: a softmax over one score for each (GPT
+    paper, section 3.3; BERT paper, section 4.4)."""
+    scores = _choice_scores(apply, params, batch, rng)
+    total, weight = weighted(cross_entropy(scores, batch["labels"]), batch["weights"])
+    return total, weight, {"accuracy": weighted(correct(scores, batch["labels"]),
+                                                batch["weights"])}
+
+
+def choice_predict(apply: Callable, params: dict, batch: dict[str, Array]) -> dict:
+    """{"probabilities": `[B, C]`}."""
+    return {"probabilities": jax.nn.softmax(_choice_scores(apply, params, batch, None))}
+
+
+# All of them --------------------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """What a kind of task is: the model's task, and its pure functions."""
+
+    task: str
+    prepare: Callable
+    loss: Callable
+    predict: Callable
+
+
+TASKS = {
+    "classification": Kind("classification", prepare_classification, classification_loss,
+                           classification_predict),
+    "regression": Kind("classification", prepare_regression, regression_loss, regression_predict),
+    "multiple_choice": Kind("multiple_choice", prepare_choice, choice_loss, choice_predict),
+    "token_classification": Kind("token_classification", tags.prepare, tags.loss, tags.predict),
+    "question_answering": Kind("question_answering", spans.prepare, spans.loss, spans.predict),
+}
