@@ -16,11 +16,12 @@ from settings import Pretrain
 
 from transformer_jax import host
 from transformer_jax.data import pipeline, sources, tokenizers
-from transformer_jax.models import config_from_dict, config_to_dict
+from transformer_jax.models import build_model, config_from_dict, config_to_dict
 from transformer_jax.models.config import Config, TransformerConfig
 from transformer_jax.objectives import causal_lm, denoising, mlm_nsp
 from transformer_jax.objectives.denoising import Noise
-from transformer_jax.pretrained.runs import Trained, load_run, save_card
+from transformer_jax.pretrained import load_pretrained
+from transformer_jax.pretrained.runs import Trained, is_run, load_run, save_card
 
 __all__ = ["Trained", "load_run", "save_card"]  # and all that is defined here
 
@@ -146,6 +147,21 @@ def _sentences(texts: Sequence[dict], end: str) -> Sequence[dict]:
 
 
 # A run's folder -----------------------------------------------------------------------------------
+
+
+def load_base(source: str | Path, **changes: Any) -> Trained:
+    """What is fine-tuned: the model of a run's folder, or of a checkpoint in the Hugging Face
+    format (a folder, an id on the hub, "package:NAME/FOLDER"), with its pre-trained heads.
+
+    `changes` are fields of the model's config, such as dropout_rate.
+    """
+    if is_run(source):
+        run = load_run(source)
+        return run._replace(model=build_model(run.model.config.replace(**changes)))
+    model, params, tokenizer = load_pretrained(source, **changes)
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer; add its tokenizer.json or vocabulary files")
+    return Trained(model, params, tokenizer, [])
 
 
 def held_out_batches(pretrained: Path, tokenizer, batch_size: int = 64) -> list[dict]:

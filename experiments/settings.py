@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tyro
 
+from transformer_jax.data import Annotated, load_annotated
 from transformer_jax.models.config import Config, TransformerConfig
 from transformer_jax.objectives.denoising import Noise
 from transformer_jax.objectives.mlm_nsp import MASK_RATE
@@ -37,6 +38,84 @@ class Optimizer:
                                        self.end)
         return optim.make_optimizer(schedule, weight_decay=self.weight_decay, b2=self.b2,
                                     eps=self.eps, clip_norm=self.clip_norm)
+
+
+@dataclass(frozen=True)
+class FinetuneOptimizer(Optimizer):
+    """AdamW for a pre-trained model: what trains faster, later, or stays near where it began.
+
+    Attributes:
+        warmup_share: of the steps; in the place of warmup_steps.
+        layer_decay: each layer's rate is this times that of the layer above it.
+        head_rate: factor of the rate of new heads.
+        unfreeze_every: release a layer every so many steps, from the top down.
+        l2_sp: strength of the pull toward the pre-trained point, in the place of weight decay.
+        ema: decay of the average of what trains, which is evaluated and kept in its place.
+    """
+
+    schedule: str = "linear"
+    warmup_share: float | None = 0.1
+    layer_decay: float | None = None
+    head_rate: float = 1.0
+    unfreeze_every: int | None = None
+    l2_sp: float | None = None
+    ema: float | None = None
+
+    def make(self, num_steps: int):
+        warmup = (self.warmup_steps if self.warmup_share is None
+                  else int(self.warmup_share * num_steps))
+        schedule = optim.make_schedule(self.schedule, self.peak, num_steps, warmup, self.end)
+        return optim.make_optimizer(
+            schedule, weight_decay=self.weight_decay, b2=self.b2, eps=self.eps,
+            clip_norm=self.clip_norm, layer_decay=self.layer_decay, head_rate=self.head_rate,
+            unfreeze_every=self.unfreeze_every, l2_sp=self.l2_sp, ema=self.ema)
+
+
+@dataclass(frozen=True)
+class Data:
+    """An annotated set.
+
+    Attributes:
+        data: tfds:NAME, hf:NAME, python_docs/topics, a .tsv, .csv or .jsonl file, or a folder with
+            a file of each split.
+        validation: the file, or the name of the split, to evaluate on.
+        kind: classification, regression, multiple_choice, token_classification,
+            question_answering or seq2seq; told by the columns if not given.
+        columns: what the columns are: `--columns text sentence label label`.
+        header: names of columns of files without a header line; validation_header if the file to
+            evaluate on has others.
+        label_names: in order, where the data does not name its classes.
+        like: the named set whose columns this one has.
+        held_out: values of the column `fold` that are evaluated on; validation_share: or the share
+            of train that is.
+        limit: draw at most so many examples of each split.
+        on_bad: "drop" or "error" for empty texts and misplaced answers.
+    """
+
+    data: str = "python_docs/topics"
+    validation: str | None = None
+    kind: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    header: tuple[str, ...] = ()
+    validation_header: tuple[str, ...] = ()
+    label_names: dict[str, str] = field(default_factory=dict)
+    validation_label_names: dict[str, str] = field(default_factory=dict)
+    like: str | None = None
+    held_out: tuple[int, ...] = ()
+    validation_share: float | None = None
+    limit: int | None = None
+    on_bad: str | None = None
+
+    def load(self) -> Annotated:
+        """The set, read and checked: `data.load_annotated`."""
+        options = {name: getattr(self, name) or None for name in (
+            "validation", "kind", "columns", "header", "validation_header", "label_names",
+            "validation_label_names", "like", "validation_share", "limit", "on_bad")}
+        if self.data.startswith("python_docs/"):
+            options["validation"] = self.validation or "test"
+        if self.held_out:
+            options["held_out"] = {"fold": self.held_out}
+        return load_annotated(self.data, **options)
 
 
 @dataclass(frozen=True)

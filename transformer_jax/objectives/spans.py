@@ -180,7 +180,7 @@ def predict(apply: Callable, params: dict, batch: dict[str, Array], *, top: int 
 
     Returns:
         start_scores, start_places, end_scores, end_places `[B, top]`, places counted in the
-        window's context; none `[B]`, the sum of start and end score at the place that stands for it.
+        window's context; none `[B]`, the sum of start and end score at the place standing for it.
     """
     scores = _scores(apply, params, batch, None)
     none = jnp.take_along_axis(scores, batch["none"][None, :, None], axis=2).sum((0, 2))

@@ -1,12 +1,14 @@
 """Learning-rate schedules and AdamW with weight decay only where it belongs."""
 
 import difflib
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from transformer_jax.train import finetuning
 from transformer_jax.tree import PyTree, first_match, map_paths
 
 Schedule = Callable[[jax.Array | int], jax.Array]
@@ -91,16 +93,56 @@ def make_optimizer(
     b2: float = 0.999,
     eps: float = 1e-6,
     clip_norm: float | None = 1.0,
+    layer_decay: float | None = None,
+    head_rate: float = 1.0,
+    unfreeze_every: int | None = None,
+    l2_sp: float | None = None,
+    ema: float | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019) behind clipping by the global norm; BERT's defaults.
 
     Everything here sees only the tree that it is given. `make_train_step` gives it what trains, so
-    the norm that is clipped is the norm of what trains, and only that has moments.
+    the norm that is clipped is the norm of what trains, and only that has moments. What fine-tuning
+    adds is in `train.finetuning`.
 
     Args:
       schedule: from `make_schedule`, or a constant rate.
       weight_decay: decoupled, multiplied by the learning rate, where `decay_mask` is true.
       clip_norm: gradients with a larger global norm are scaled down to it; None never clips.
+      layer_decay: each layer's rate is this times the rate of the layer above it.
+      head_rate: factor of the classifier's rate.
+      unfreeze_every: release a layer every so many updates, from the top down.
+      l2_sp: strength of a decay toward the pre-trained point; new parameters keep `weight_decay`,
+        and all, biases too, are pulled.
+      ema: decay of an average of what trains, for `finetuning.ema_params`.
+
+    Raises:
+      ValueError: a value out of range.
     """
-    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
-    return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+    for name, value, low, high in (
+        ("layer_decay", layer_decay, 0, 1), ("head_rate", head_rate, 0, math.inf),
+        ("l2_sp", l2_sp, 0, math.inf), ("ema", ema, 0, 1),
+    ):
+        if value is not None and not low < value <= high:
+            raise ValueError(f"{name} is {value}; it must be above {low} and at most {high}")
+    if unfreeze_every is not None and unfreeze_every < 1:
+        raise ValueError(f"unfreeze_every is {unfreeze_every}; release a layer every step at most")
+    moments = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    decay = (optax.add_decayed_weights(weight_decay, decay_mask) if l2_sp is None
+             else finetuning.decay_to_start(l2_sp, weight_decay))
+    if unfreeze_every is not None:
+        chain = [finetuning.by_release(optax.chain(moments, decay), unfreeze_every, clip_norm),
+                 optax.scale_by_learning_rate(schedule)]
+    elif l2_sp is not None:
+        chain = [moments, decay, optax.scale_by_learning_rate(schedule)]
+    else:
+        chain = [optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay,
+                             mask=decay_mask)]
+    if clip_norm is not None and unfreeze_every is None:
+        chain = [optax.clip_by_global_norm(clip_norm), *chain]
+    if layer_decay is not None or head_rate != 1.0:
+        chain.append(finetuning.scale_by_path(
+            lambda tree: finetuning.rates(tree, layer_decay, head_rate)))
+    if ema is not None:
+        chain.append(finetuning.average_of(ema))
+    return chain[0] if len(chain) == 1 else optax.chain(*chain)

@@ -1,0 +1,190 @@
+"""How fast what trains: rates by depth, release from the top down, a pull toward the pre-trained
+point, and an average of what trains.
+
+Each is an Optax transformation on the tree that trains, with None in its gaps;
+`optim.make_optimizer` puts them together. What they decide by is the path of a parameter.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from transformer_jax.tree import PyTree, flatten_paths, map_paths
+
+NEW = r"(^|/)(classifier/|extra$)|^pooler/|(^|/)(lora_\w+|prefix_\w+|ia3_\w+|prompt)$|_adapter/"
+HEAD = r"(^|/)classifier/"
+_LAYER = re.compile(r"(?:^|/)(encoder|decoder)/layer_(\d+)/")
+_BELOW = re.compile(r"_embed/|(^|/)embed_norm/|_embed_norm/|^prompt$")
+_GROUP = "frozen_until_"
+
+
+# Depth --------------------------------------------------------------------------------------------
+
+
+def depths(params: PyTree) -> tuple[dict[str, int], int]:
+    """(path -> depth, number of layers L): 0 for embeddings, i + 1 inside layer i, L + 1 above.
+
+    The layers of an encoder-decoder count on: the decoder's stand above the encoder's.
+    Gaps (None) have no depth. Where only some layers are given, L is that of the last one.
+    """
+    paths = list(flatten_paths(params))
+    found = {path: match for path in paths if (match := _LAYER.search(path))}
+    size = {stack: 1 + max((int(m[2]) for m in found.values() if m[1] == stack), default=-1)
+            for stack in ("encoder", "decoder")}
+    below = {"encoder": 0, "decoder": size["encoder"]}
+    total = sum(size.values())
+
+    def depth(path: str) -> int:
+        if match := found.get(path):
+            return below[match[1]] + int(match[2]) + 1
+        if path.startswith("encoder/"):  # the encoder's own final norm
+            return size["encoder"]
+        return 0 if _BELOW.search(path) else total + 1
+
+    return {path: depth(path) for path in paths}, total
+
+
+def rates(params: PyTree, layer_decay: float | None, head_rate: float, head: str = HEAD) -> PyTree:
+    """The factor of every parameter's learning rate: `layer_decay` to the power of its distance
+    from the top (Howard & Ruder 2018, "ULMFiT", section 3.2; Clark et al. 2020, "ELECTRA", appendix
+    B), times `head_rate` where the path has the regular expression `head`."""
+    depth, layers = depths(params)
+
+    def rate(path: str, leaf: Any) -> float:
+        decay = 1.0 if layer_decay is None else layer_decay ** (layers + 1 - depth[path])
+        return decay * (head_rate if re.search(head, path) else 1.0)
+
+    return map_paths(rate, params)
+
+
+def scale_by_path(factors: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
+    """Multiplies each update by the factor that `factors(updates)` has at its place."""
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+        return jax.tree.map(lambda u, f: u * f, updates, factors(updates)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+# Gradual unfreezing -------------------------------------------------------------------------------
+
+
+def release_steps(params: PyTree, every: int) -> PyTree:
+    """The update at which each parameter is released: 0 above the layers, then a layer more every
+    so many steps, from the top down, and the embeddings last (ULMFiT, section 3.3)."""
+    depth, layers = depths(params)
+    return map_paths(lambda path, leaf: (layers + 1 - depth[path]) * every, params)
+
+
+class FrozenState(NamedTuple):
+    count: jax.Array  # int32[], updates so far
+    inner: Any
+
+
+def frozen_until(inner: optax.GradientTransformation, start: int) -> optax.GradientTransformation:
+    """`inner` from update `start` on; before, no update and no change of its state, so that its
+    moments and their bias correction begin with the first gradient that counts."""
+
+    def init(params: PyTree) -> FrozenState:
+        return FrozenState(jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update(updates: PyTree, state: FrozenState, params: PyTree | None = None):
+        active = state.count >= start
+        found, new = inner.update(updates, state.inner, params)
+        found = jax.tree.map(lambda u: jnp.where(active, u, jnp.zeros_like(u)), found)
+        new = jax.tree.map(lambda a, b: jnp.where(active, a, b), new, state.inner)
+        return found, FrozenState(state.count + 1, new)
+
+    return optax.GradientTransformation(init, update)
+
+
+def by_release(
+    inner: optax.GradientTransformation, every: int, clip_norm: float | None
+) -> optax.GradientTransformation:
+    """`inner`, with a state of its own for each group that is released together.
+
+    What is still frozen is out of the norm that is clipped. One program serves all steps.
+    """
+
+    def groups(params: PyTree) -> PyTree:
+        return map_paths(lambda path, start: f"{_GROUP}{start}", release_steps(params, every))
+
+    def parted(params: PyTree) -> optax.GradientTransformation:
+        labels = groups(params)
+        names = sorted(set(jax.tree.leaves(labels)))
+        return optax.partition(
+            {name: frozen_until(inner, int(name.removeprefix(_GROUP))) for name in names}, labels)
+
+    def init(params: PyTree) -> FrozenState:
+        return FrozenState(jnp.zeros((), jnp.int32), parted(params).init(params))
+
+    def update(updates: PyTree, state: FrozenState, params: PyTree | None = None):
+        released = jax.tree.map(lambda start: state.count >= start, release_steps(updates, every))
+        updates = jax.tree.map(lambda u, on: jnp.where(on, u, jnp.zeros_like(u)), updates, released)
+        if clip_norm is not None:
+            updates, _ = optax.clip_by_global_norm(clip_norm).update(updates, optax.EmptyState())
+        found, new = parted(updates).update(updates, state.inner, params)
+        return found, FrozenState(state.count + 1, new)
+
+    return optax.GradientTransformation(init, update)
+
+
+# The pre-trained point ----------------------------------------------------------------------------
+
+
+class AnchorState(NamedTuple):
+    anchor: PyTree  # the parameters at the first update; zero for new ones
+
+
+def decay_to_start(rate: float, new_rate: float, new: str = NEW) -> optax.GradientTransformation:
+    """Decay toward the pre-trained point, the parameters of `init`, and toward zero for new ones
+    (Li et al. 2018, "Explicit Inductive Bias for Transfer Learning", L2-SP, equation 5). Decoupled,
+    as AdamW's: it stands before the learning rate and after the moments."""
+
+    def init(params: PyTree) -> AnchorState:
+        return AnchorState(map_paths(
+            lambda path, p: jnp.zeros_like(p) if re.search(new, path) else jnp.copy(p), params))
+
+    def update(updates: PyTree, state: AnchorState, params: PyTree):
+        def pull(path: str, anchor: jax.Array) -> float:
+            return new_rate if re.search(new, path) else rate
+
+        strength = map_paths(pull, state.anchor)
+        return jax.tree.map(lambda u, p, a, r: u + r * (p - a), updates, params, state.anchor,
+                            strength), state
+
+    return optax.GradientTransformation(init, update)
+
+
+# The average --------------------------------------------------------------------------------------
+
+
+class AverageState(NamedTuple):
+    average: PyTree
+
+
+def average_of(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the parameters after each update, which begins at the
+    first ones (Polyak averaging; it needs no correction, being a mean of parameters throughout).
+    Place it last. `ema_params` finds it."""
+
+    def init(params: PyTree) -> AverageState:
+        return AverageState(jax.tree.map(jnp.copy, params))
+
+    def update(updates: PyTree, state: AverageState, params: PyTree):
+        new = optax.apply_updates(params, updates)
+        return updates, AverageState(
+            jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, new))
+
+    return optax.GradientTransformation(init, update)
+
+
+def ema_params(opt_state: PyTree) -> PyTree | None:
+    """The average in an optimizer's state, with its gaps; None if there is none."""
+    found = [s for s in jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, AverageState))
+             if isinstance(s, AverageState)]
+    return found[0].average if found else None
