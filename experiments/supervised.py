@@ -1,7 +1,9 @@
 """An annotated set as one model reads it: rows of ids, a loss, predictions, scores."""
 
 import functools
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,91 +13,217 @@ from transformer_jax import evaluate
 from transformer_jax.data import Annotated
 from transformer_jax.data.buckets import GroupedBatches
 from transformer_jax.finetune import features
-from transformer_jax.models import Model
-from transformer_jax.objectives import tasks
+from transformer_jax.models import GPT, Model
+from transformer_jax.objectives import spans, tags, tasks
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
+NEW_TOKENS = 3  # GPT's start, delimiter and extract tokens
+
+Predictions = dict[str, np.ndarray]
+
+
+class Reading(NamedTuple):
+    """How a model reads: what is longer than `length` tokens is cut, or read through windows."""
+
+    length: int
+    new_tokens: bool = False  # GPT's own tokens around texts, as in its paper
+    both_orders: bool = False
+    stride: int = 128
+    num_choices: int = 2
 
 
 class Task(NamedTuple):
-    """A set in a tokenizer's ids: examples with lists of ids in the place of texts."""
+    """A set, as one model reads it.
 
-    kind: str
-    train: list[dict]
-    validation: list[dict]
-    label_names: tuple[str, ...]
-    metric: str
-    label_range: tuple[float, float] | None
-    texts: Annotated
+    Attributes:
+        items: what becomes a row: an example in ids, or a window of a long context.
+        make_row: `make_row(item, length)`.
+        report: `report(predictions)` of all validation items: (scores, the main one first, and one
+            line of the prediction file for each example).
+    """
 
-    @property
-    def num_classes(self) -> int:
-        return {"regression": 1, "multiple_choice": 1, "question_answering": 2}.get(
-            self.kind, len(self.label_names))
-
-
-def tokenized(data: Annotated, tokenizer) -> Task:
-    """The set, each text tokenized once."""
-    def encode(examples: Sequence[dict]) -> list[dict]:
-        texts = [text for e in examples for text in (
-            [e["text"], *e.get("choices", ()), *([e["text_b"]] if "text_b" in e else [])])]
-        ids = iter(tokenizer.encode_batch(texts))
-        made = []
-        for e in examples:
-            row = {"tokens": np.asarray(next(ids), np.int32)}
-            if "choices" in e:
-                row["choices"] = [np.asarray(next(ids), np.int32) for _ in e["choices"]]
-            if "text_b" in e:
-                row["tokens_b"] = np.asarray(next(ids), np.int32)
-            made.append({**row, "label": e["label"]})
-        return made
-
-    return Task(data.kind, encode(data.train), encode(data.validation), data.label_names,
-                data.metric, data.label_range, data)
+    data: Annotated
+    train: list
+    validation: list
+    lengths: Callable[[Sequence], list[int]]
+    make_row: Callable[[Any, int], dict]
+    report: Callable[[Predictions], tuple[dict[str, Any], list[dict]]]
 
 
-def row_maker(task: Task, model: Model, tokenizer, **options) -> Callable[[dict, int], dict]:
-    """`make_row(example, length)`: an example of the task as a row of a batch."""
-    prepare = tasks.TASKS[task.kind].prepare
-    if task.kind == "classification":
-        options["num_classes"] = len(task.label_names)
-    if task.kind == "regression":
-        options["label_range"] = task.label_range
-
-    def make_row(example: dict, length: int) -> dict:
-        row = tasks.text_row(model, tokenizer, length)
-        return prepare(example, row=row, **options)
-
-    return make_row
+def num_classes(data: Annotated) -> int:
+    """The width of the head that a set needs."""
+    return {"regression": 1, "multiple_choice": 1, "question_answering": 2}.get(
+        data.kind, len(data.label_names))
 
 
-def lengths(examples: Sequence[dict], specials: int = 4) -> list[int]:
-    """Tokens of each example's longest row, special ones included."""
-    return [len(e["tokens"]) + len(e.get("tokens_b", ())) + specials
-            + max(map(len, e.get("choices", [()]))) for e in examples]
+def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
+    """The set in ids, each text tokenized once.
+
+    Raises:
+        ValueError: the kind is not for a model with a classifier, or a pair for a GPT without the
+            tokens to part it.
+    """
+    if data.kind not in tasks.TASKS:
+        raise ValueError(f"data of the kind {data.kind} is not classified; it is one of "
+                         f"{', '.join(tasks.TASKS)}: use denoise.py or translate.py for texts")
+    specials = None
+    if isinstance(model, GPT):
+        if not how.new_tokens and ("text_b" in data.train[0] or data.kind == "question_answering"):
+            raise ValueError("GPT needs a token between two texts; set new_tokens (its paper's "
+                             "start, delimiter and extract tokens)")
+        if how.new_tokens:
+            specials = tasks.Specials.new(model.config.vocab_size)
+    make = {"token_classification": _tagging, "question_answering": _answering}.get(
+        data.kind, _whole_texts)
+    return make(data, model, tokenizer, how, specials)
 
 
-def batches(
-    examples: Sequence[dict], make_row: Callable[[dict, int], dict], *, length: int,
-    batch_size: int, seed: int = 0,
-) -> GroupedBatches:
+# Whole texts --------------------------------------------------------------------------------------
+
+
+def _whole_texts(data, model, tokenizer, how: Reading, specials) -> Task:
+    prepare = tasks.TASKS[data.kind].prepare
+    options: dict[str, Any] = {
+        "classification": {"num_classes": len(data.label_names), "both_orders": how.both_orders},
+        "regression": {"label_range": data.label_range, "both_orders": how.both_orders},
+        "multiple_choice": {"num_choices": how.num_choices},
+    }[data.kind]
+    if data.kind == "multiple_choice":
+        options["num_choices"] = max(len(e["choices"]) for e in data.train)
+
+    def make_row(item: dict, length: int) -> dict:
+        return prepare(item, row=tasks.text_row(model, tokenizer, length, specials), **options)
+
+    def lengths(items: Sequence[dict]) -> list[int]:
+        return [len(e["tokens"]) + len(e.get("tokens_b", ())) + (3 if "tokens_b" in e else 2)
+                + (max(map(len, e["choices"])) + 1 if "choices" in e else 0) for e in items]
+
+    report = {"classification": _report_classes, "regression": _report_scores,
+              "multiple_choice": _report_classes}[data.kind]
+    return Task(data, _ids(data.train, tokenizer), _ids(data.validation, tokenizer), lengths,
+                make_row, functools.partial(report, data))
+
+
+def _ids(examples: Sequence[dict], tokenizer) -> list[dict]:
+    texts = [text for e in examples
+             for text in [e["text"], *e.get("choices", ()), *filter(None, [e.get("text_b")])]]
+    ids = iter(tokenizer.encode_batch(texts))
+    made = []
+    for e in examples:
+        row: dict[str, Any] = {"tokens": np.asarray(next(ids), np.int32), "label": e["label"]}
+        if "choices" in e:
+            row["choices"] = [np.asarray(next(ids), np.int32) for _ in e["choices"]]
+        if "text_b" in e:
+            row["tokens_b"] = np.asarray(next(ids), np.int32)
+        made.append(row)
+    return made
+
+
+def _report_classes(data: Annotated, found: Predictions) -> tuple[dict, list[dict]]:
+    probabilities = found["probabilities"]
+    chosen = probabilities.argmax(-1)
+    labels = np.array([e["label"] for e in data.validation])
+    table = evaluate.confusion(labels, chosen, probabilities.shape[1])
+    names = data.label_names or tuple(map(str, range(probabilities.shape[1])))
+    lines = [{"id": e.get("id", i), "prediction": names[c], "label": names[e["label"]],
+              **{f"p({name})": round(float(x), 6) for name, x in zip(names, p)}}
+             for i, (e, c, p) in enumerate(zip(data.validation, chosen, probabilities))]
+    return {**evaluate.class_scores(data.metric, table), "confusion": table,
+            "calibration": evaluate.calibration(probabilities, labels)}, lines
+
+
+def _report_scores(data: Annotated, found: Predictions) -> tuple[dict, list[dict]]:
+    low, high = data.label_range
+    scores = low + (high - low) * found["scores"]
+    labels = np.array([e["label"] for e in data.validation])
+    lines = [{"id": e.get("id", i), "prediction": round(float(s), 4), "label": e["label"]}
+             for i, (e, s) in enumerate(zip(data.validation, scores))]
+    return evaluate.correlations(scores, labels), lines
+
+
+# Tags ---------------------------------------------------------------------------------------------
+
+
+def _tagging(data, model, tokenizer, how: Reading, specials) -> Task:
+    causal = isinstance(model, GPT)
+
+    def items(examples):
+        return [{"words": tags.pieces(e["words"], tokenizer, space=tokenizer.cls_id is None),
+                 "tags": e["tags"]} for e in examples]
+
+    def make_row(item: dict, length: int) -> dict:
+        return tags.prepare(
+            item, length=length, num_classes=len(data.label_names), last_piece=causal,
+            cls_id=None if causal else tokenizer.cls_id,
+            sep_id=None if causal else tokenizer.sep_id, pad_id=tokenizer.pad_id or 0)
+
+    def report(found: Predictions) -> tuple[dict, list[dict]]:
+        names = data.label_names
+        chosen = [[names[t] for t in tags.of_words(p, w)]
+                  for p, w in zip(found["probabilities"], found["words"])]
+        true = [[names[t] for t in e["tags"]] for e in data.validation]
+        scores = evaluate.entity_f1(true, chosen)
+        right = [a == b for t, c in zip(true, chosen) for a, b in zip(t, c)]
+        lines = [{"id": e.get("id", i), "words": e["words"], "tags": c}
+                 for i, (e, c) in enumerate(zip(data.validation, chosen))]
+        return {"f1": scores["f1"], **scores, "accuracy": float(np.mean(right))}, lines
+
+    return Task(data, items(data.train), items(data.validation),
+                lambda found: [2 + sum(map(len, e["words"])) for e in found], make_row, report)
+
+
+# Answers ------------------------------------------------------------------------------------------
+
+
+def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
+    causal = isinstance(model, GPT)
+    windows = functools.partial(spans.make_windows, tokenizer=tokenizer, length=how.length,
+                                specials=4 if causal else 3, stride=how.stride)
+    train, validation = windows(data.train), windows(data.validation)
+    some_have_none = any(not e["answers"] for e in data.train)
+
+    def make_row(window, length: int) -> dict:
+        return spans.prepare(window, row=tasks.text_row(model, tokenizer, length, specials),
+                             last=causal)
+
+    def report(found: Predictions) -> tuple[dict, list[dict]]:
+        answers = spans.decode(data.validation, validation, found, no_answer=some_have_none)
+        scores = evaluate.squad([a.text for a in answers],
+                                [[g["text"] for g in e["answers"]] for e in data.validation])
+        lines = [{"id": e.get("id", i), "prediction": a.text, "start": a.start, "stop": a.stop,
+                  "score": a.score, "no_answer": a.none, "best": a.best[:5]}
+                 for i, (e, a) in enumerate(zip(data.validation, answers))]
+        return {"f1": scores["f1"], "exact_match": scores["exact_match"]}, lines
+
+    return Task(data, train, validation,
+                lambda found: [3 + len(w.question) + len(w.context) for w in found], make_row,
+                report)
+
+
+# Batches ------------------------------------------------------------------------------------------
+
+
+def batches(task: Task, items: Sequence, *, length: int, batch_size: int, seed: int = 0):
     """Rows of at most `length` tokens, padded to the buckets below it."""
     buckets = [b for b in BUCKETS if b < length] + [length]
     return GroupedBatches(
-        examples, lengths(examples), make_row, buckets=buckets, batch_size=batch_size, seed=seed,
-        process_index=jax.process_index(), process_count=jax.process_count())
+        items, task.lengths(items), task.make_row, buckets=buckets, batch_size=batch_size,
+        seed=seed, process_index=jax.process_index(), process_count=jax.process_count())
 
 
-def cached(
-    model: Model, params: dict, examples: Sequence[dict], make_row, *, length: int
-) -> list[dict]:
-    """The rows of examples with the body's features as tokens, in the examples' order."""
-    data = batches(examples, make_row, length=length, batch_size=64).evaluation()
+def cached(model: Model, params: dict, task: Task, items: Sequence, length: int) -> list[dict]:
+    """The rows of items with the body's features in the place of tokens, in their order."""
+    data = batches(task, items, length=length, batch_size=64).evaluation()
     rows = features.compute(model, params, data)
-    ordered: list[dict] = [{}] * len(rows)
-    for row in rows:
-        ordered[int(row.pop("index"))] = row
-    return ordered
+    return sorted(rows, key=lambda row: int(row["index"]))
+
+
+def of_features(rows: Sequence[dict], batch_size: int, seed: int) -> GroupedBatches:
+    """Batches of cached rows."""
+    return GroupedBatches(
+        rows, [1] * len(rows), lambda row, length: {k: v for k, v in row.items() if k != "index"},
+        buckets=[1], batch_size=batch_size, seed=seed,
+        process_index=jax.process_index(), process_count=jax.process_count())
 
 
 @functools.cache
@@ -103,21 +231,31 @@ def _predict(model: Model, kind: str) -> Callable:
     return jax.jit(functools.partial(tasks.TASKS[kind].predict, model.apply))
 
 
-def predict(model: Model, params: dict, kind: str, data: Sequence[dict]) -> Any:
-    """What the model says of every example, in the examples' order: arrays [n, ...]."""
-    found: dict[str, list] = {}
-    index = []
+def predict(model: Model, params: dict, kind: str, data: Sequence[dict]) -> Predictions:
+    """What the model says of every item, in the items' order: arrays [n, ...].
+
+    Rows of unlike lengths are filled up with zeros.
+    """
+    rows: dict[int, dict] = {}
     for batch in data:
-        batch = dict(batch)
-        numbers = np.asarray(batch.pop("index"))
-        out = jax.device_get(_predict(model, kind)(params, batch))
-        index.append(numbers[numbers >= 0])
-        for name, value in out.items():
-            found.setdefault(name, []).append(np.asarray(value)[numbers >= 0])
-    order = np.argsort(np.concatenate(index), kind="stable")
-    return {name: np.concatenate(values)[order] for name, values in found.items()}
+        numbers = np.asarray(batch["index"])
+        found = jax.device_get(_predict(model, kind)(
+            params, {name: x for name, x in batch.items() if name != "index"}))
+        for k in np.flatnonzero(numbers >= 0):
+            rows[int(numbers[k])] = {name: np.asarray(x)[k] for name, x in found.items()}
+    ordered = [rows[i] for i in range(len(rows))]
+    return {name: _stack([row[name] for row in ordered]) for name in ordered[0]}
 
 
-def score(task: Task, labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """The numbers that people report for the task's metric."""
-    return evaluate.scores(task.metric, labels, predictions, num_classes=task.num_classes)
+def _stack(values: list[np.ndarray]) -> np.ndarray:
+    shape = np.max([v.shape for v in values], axis=0) if values[0].ndim else ()
+    out = np.zeros((len(values), *np.asarray(shape, int)), values[0].dtype)
+    for i, value in enumerate(values):
+        out[(i, *map(slice, value.shape))] = value
+    return out
+
+
+def write_predictions(path: Path, lines: Sequence[dict]) -> None:
+    """One JSON object a line, in the order of the data."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -67,3 +67,61 @@ def test_a_missing_library_is_named(score, library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
     with pytest.raises(ModuleNotFoundError, match=rf"{library}.*pip install.*\[scores\]"):
         score(["a"], ["a"])
+
+
+def test_f1_of_a_class_by_hand():
+    table = np.array([[5, 2], [1, 3]])
+    assert evaluate.f1(table) == pytest.approx(2 * 3 / (4 + 5))
+    assert evaluate.f1(table, positive=0) == pytest.approx(2 * 5 / (7 + 6))
+
+
+def test_correlations_by_hand_and_with_ties():
+    a, b = [1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0]
+    assert evaluate.pearson(a, b) == pytest.approx(0.8)
+    assert evaluate.spearman(a, np.exp(b)) == pytest.approx(0.8)
+    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
+    assert evaluate.spearman([0, 7, 7, 9], a) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+    assert np.isnan(evaluate.pearson([1, 1, 1], [1, 2, 3]))
+    found = evaluate.correlations(np.array(a), np.array(b))
+    assert found["pearson_spearman"] == pytest.approx(0.8) and found["mse"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("true", "found", "f1"), [
+    ("B-PER I-PER O B-LOC", "B-PER I-PER O B-LOC", 1.0),
+    ("B-PER I-PER O B-LOC", "B-PER O O B-LOC", 0.5),
+    ("B-PER I-PER O B-LOC", "B-PER I-LOC O B-LOC", 0.4),  # three found, one right
+    ("I-PER I-PER O", "B-PER I-PER O", 1.0),
+    ("B-PER B-PER", "B-PER I-PER", 0.0),
+    ("O O", "O O", 0.0),
+])
+def test_entities(true, found, f1):
+    assert evaluate.entity_f1([true.split()], [found.split()])["f1"] == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(("answer", "gold", "exact", "f1"), [
+    ("The Cat.", ["a cat"], 100, 100),
+    ("black cat", ["cat", "dog"], 0, 200 / 3),
+    ("", [], 100, 100),
+    ("cat", [], 0, 0),
+    ("the", ["cat"], 0, 0),
+    ("a cat cat", ["cat"], 0, 200 / 3),
+])
+def test_squad(answer, gold, exact, f1):
+    found = evaluate.squad([answer], [gold])
+    assert (found["exact_match"], found["f1"]) == (exact, pytest.approx(f1))
+
+
+def test_calibration_by_hand():
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.45, 0.55], [1.0, 0.0]])
+    found = evaluate.calibration(probabilities, np.array([0, 1, 1, 0]), bins=5)
+    assert found["count"].tolist() == [0, 0, 1, 0, 3]
+    np.testing.assert_allclose(found["confidence"][[2, 4]], [0.55, 0.9])
+    np.testing.assert_allclose(found["accuracy"][[2, 4]], [1, 2 / 3])
+    assert found["ece"] == pytest.approx((0.45 + 3 * (0.9 - 2 / 3)) / 4)
+    assert found["brier"] == pytest.approx((0.02 + 1.28 + 0.405 + 0) / 4)
+
+
+def test_spread_and_class_scores():
+    assert evaluate.spread([1.0, 3.0]) == (2.0, pytest.approx(np.sqrt(2)), 2)
+    assert np.isnan(evaluate.spread([1.0]).std)
+    assert next(iter(evaluate.class_scores("matthews", np.eye(2, dtype=int)))) == "matthews"

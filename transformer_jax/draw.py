@@ -106,3 +106,70 @@ def label_efficiency(
         axes.grid(alpha=0.25)
     grid[0].legend(frameon=False, fontsize=8)
     return _save(figure, path)
+
+
+def confusion(
+    path: str | Path, table: np.ndarray, names: Sequence[str], *, title: str
+) -> Path:
+    """Counts `[C, C]`, true classes down and predicted ones across, shaded by their share of the
+    row."""
+    table = np.asarray(table)
+    C = len(names)
+    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    longest = max(map(len, names))
+    figure = _figure(2.2 + 0.09 * longest + 0.62 * C, 1.6 + 0.09 * longest + 0.5 * C)
+    axes = figure.subplots()
+    axes.imshow(share, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for i in range(C):
+        for j in range(C):
+            below = f"\n{100 * share[i, j]:.0f} %" if C <= 8 else ""
+            axes.text(j, i, f"{table[i, j]:,}{below}", ha="center", va="center",
+                      fontsize=9 if C <= 8 else 6,
+                      color="white" if share[i, j] > 0.6 else "black")
+    axes.set_xticks(range(C), names, rotation=90 if longest * C > 40 else 0)
+    axes.set_yticks(range(C), names)
+    axes.set(title=title, xlabel="predicted", ylabel="true")
+    return _save(figure, path)
+
+
+def calibration(path: str | Path, found: Mapping[str, np.ndarray], *, title: str) -> Path:
+    """The reliability diagram of `evaluate.calibration`: how often the chosen class is right, by
+    the probability it was given, and how many examples are in each bin."""
+    accuracy, count = np.asarray(found["accuracy"]), np.asarray(found["count"])
+    bins = len(count)
+    edges = np.arange(bins) / bins
+    figure = _figure(5, 5.6)
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    axes.bar(edges, np.nan_to_num(accuracy), width=1 / bins, align="edge", edgecolor="white",
+             label="observed")
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfectly calibrated")
+    axes.set(title=f"{title}\nexpected calibration error {100 * found['ece']:.1f} %",
+             ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(frameon=False, loc="upper left")
+    below.bar(edges, count, width=1 / bins, align="edge", edgecolor="white", color="grey")
+    below.set(xlabel="probability of the chosen class", ylabel="examples")
+    return _save(figure, path)
+
+
+def recipes(
+    path: str | Path,
+    found: Mapping[str, tuple[float, float, float]],
+    *,
+    title: str,
+    ylabel: str,
+) -> Path:
+    """What training ever fewer parameters costs: `{recipe: (share trained, mean score, standard
+    deviation)}`, shares on a log axis."""
+    figure = _figure(7, 4.2)
+    axes = figure.subplots()
+    for k, (recipe, (share, mean, deviation)) in enumerate(found.items()):
+        axes.errorbar(100 * share, mean, np.nan_to_num(deviation), marker="o", capsize=4,
+                      color=f"C{k % 10}")
+        axes.annotate(recipe, (100 * share, mean), xytext=(7, 5), textcoords="offset points",
+                      color=f"C{k % 10}", fontsize=9)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.18, y=0.15)
+    axes.set(title=title, xlabel="share of the parameters that trains (%)", ylabel=ylabel)
+    axes.grid(alpha=0.25)
+    return _save(figure, path)

@@ -2,12 +2,15 @@
 
 import importlib
 import math
-from collections.abc import Sequence
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 
 def perplexity(loss: float) -> float:
@@ -99,3 +102,136 @@ def _check_texts(hypotheses: Sequence[str], references: Sequence[str]) -> None:
     if len(hypotheses) != len(references) or not len(references):
         raise ValueError(f"there are {len(hypotheses)} hypotheses for {len(references)} "
                          "references; give one for each, and at least one")
+
+
+# Annotated tasks ----------------------------------------------------------------------------------
+
+
+def f1(table: Int[np.ndarray, "C C"], positive: int = 1) -> float:
+    """F1 of one class of a confusion table, as GLUE reports MRPC and QQP; 0 where undefined."""
+    hits = table[positive, positive]
+    return float(2 * hits / max(table[positive].sum() + table[:, positive].sum(), 1))
+
+
+def pearson(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
+    """Pearson's correlation; nan where one side does not vary."""
+    a, b = (np.asarray(x, np.float64) - np.mean(x) for x in (a, b))
+    spread = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / spread if spread > 0 else math.nan
+
+
+def spearman(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
+    """Spearman's rank correlation; equal values share the mean of their ranks."""
+    return pearson(_ranks(a), _ranks(b))
+
+
+def _ranks(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[place]
+
+
+def entity_f1(
+    labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Precision, recall and F1 of whole entities in BIO tags, as conlleval counts them: an I- of
+    another kind, or after O, begins an entity."""
+    true, found = ({(i, *span) for i, tags in enumerate(rows) for span in _entities(tags)}
+                   for rows in (labels, predictions))
+    hits = len(true & found)
+    return {"precision": hits / max(len(found), 1), "recall": hits / max(len(true), 1),
+            "f1": 2 * hits / max(len(true) + len(found), 1)}
+
+
+def _entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
+    spans, begin, kind = [], 0, ""
+    for i, tag in enumerate([*tags, "O"]):
+        mark, _, new = tag.partition("-")
+        if kind and (mark != "I" or new != kind):
+            spans.append((begin, i, kind))
+            kind = ""
+        if mark in ("B", "I") and not kind:
+            begin, kind = i, new
+    return spans
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without punctuation, articles and superfluous spaces: as SQuAD's script."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def squad(answers: Sequence[str], gold: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Exact match and F1 over words, 0 to 100, each against the best of an example's gold answers
+    (SQuAD's evaluation scripts, 1.1 and 2.0). An example without gold answers wants ""."""
+    if len(answers) != len(gold) or not len(gold):
+        raise ValueError(f"there are {len(answers)} answers to {len(gold)} questions; give one for "
+                         "each, and at least one")
+    pairs = [[(normalize_answer(answer), normalize_answer(g)) for g in (found or [""])]
+             for answer, found in zip(answers, gold)]
+    exact = [max(a == g for a, g in found) for found in pairs]
+    overlap = [max(_word_f1(a.split(), g.split()) for a, g in found) for found in pairs]
+    return {"exact_match": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(overlap))}
+
+
+def _word_f1(answer: list[str], gold: list[str]) -> float:
+    if not answer or not gold:
+        return float(answer == gold)
+    common = sum((Counter(answer) & Counter(gold)).values())
+    return 2 * common / (len(answer) + len(gold))
+
+
+def calibration(
+    probabilities: Float[np.ndarray, "n C"], labels: Int[np.ndarray, "n"], bins: int = 10
+) -> dict[str, Any]:
+    """How far to believe the probability of the chosen class (Guo et al. 2017, section 2).
+
+    Returns:
+        "ece", the expected calibration error; "brier", the mean squared distance from the truth;
+        "confidence", "accuracy" and "count" of each bin of equal width, nan in an empty one.
+    """
+    probabilities = np.asarray(probabilities, np.float64)
+    sure, hit = probabilities.max(1), probabilities.argmax(1) == labels
+    place = np.minimum((sure * bins).astype(int), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        confidence, accuracy = (np.bincount(place, x, bins) / count for x in (sure, hit))
+    gaps = np.abs(np.nan_to_num(confidence) - np.nan_to_num(accuracy))
+    truth = np.eye(probabilities.shape[1])[labels]
+    return {"ece": float(gaps @ count / count.sum()),
+            "brier": float(np.square(probabilities - truth).sum(1).mean()),
+            "confidence": confidence, "accuracy": accuracy, "count": count}
+
+
+class Spread(NamedTuple):
+    """Of one number over seeds; `std` is the sample's, nan for one seed."""
+
+    mean: float
+    std: float
+    n: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation over seeds."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return Spread(float(np.mean(values)), std, len(values))
+
+
+# What people report for a metric, the main one first.
+CLASS_SCORES: dict[str, dict[str, Callable]] = {
+    "accuracy": {"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews},
+    "matthews": {"matthews": matthews, "accuracy": accuracy, "macro_f1": macro_f1},
+    "f1": {"f1": f1, "accuracy": accuracy, "matthews": matthews},
+}
+
+
+def class_scores(metric: str, table: Int[np.ndarray, "C C"]) -> dict[str, float]:
+    """The numbers of a confusion table, that of `metric` first."""
+    return {name: score(table) for name, score in CLASS_SCORES[metric].items()}
+
+
+def correlations(scores: Float[np.ndarray, "n"], labels: Float[np.ndarray, "n"]) -> dict:
+    """Pearson's and Spearman's, and their mean, which GLUE reports for STS-B."""
+    found = {"pearson": pearson(scores, labels), "spearman": spearman(scores, labels)}
+    return {"pearson_spearman": sum(found.values()) / 2, **found,
+            "mse": float(np.mean(np.square(np.asarray(scores) - np.asarray(labels))))}

@@ -173,7 +173,8 @@ def load_into(target: PyTree, source: PyTree) -> tuple[PyTree, LoadReport]:
         if path not in theirs:
             return leaf
         value = jnp.asarray(theirs[path], leaf.dtype)
-        return jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
+        placed = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        return jax.device_put(value, leaf.sharding) if placed else value
 
     return map_paths(copy, target), report
 

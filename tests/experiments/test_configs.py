@@ -15,9 +15,9 @@ import pretrain
 import pytest
 import quickstart
 import translate
-from settings import Mesh, Optimizer, Pretrain, Translate
+from settings import Data, Mesh, Pretrain, Translate
 
-SHORT = finetune.Settings(length=16, num_steps=2, optimizer=Optimizer(warmup_steps=1))
+SHORT = finetune.Settings(length=16, num_steps=2)
 TINY = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 16, "max_length": 64}
 
 
@@ -97,10 +97,9 @@ def test_finetune_then_classify(name, pretrained, tmp_path):
     (tmp_path / "train.tsv").write_text(rows)
     out = tmp_path / "tuned"
     c = finetune.Finetune(
-        pretrained=pretrained(name), out=out, train="last_k:1", data=str(tmp_path / "train.tsv"),
-        validation=tmp_path / "train.tsv", text="sentence",
-        settings=SHORT,
-    )
+        pretrained=str(pretrained(name)), out=out, train="last_k:1", settings=SHORT,
+        data=Data(str(tmp_path / "train.tsv"), validation=str(tmp_path / "train.tsv"),
+                  columns={"text": "sentence"}))
     metrics = finetune.main(c)["metrics"]
     assert np.sum(metrics["confusion"]) == 24  # every example exactly once
     assert 0 < metrics["share_trained"] < 1 and metrics["held_out_after"] > 0
@@ -138,13 +137,6 @@ def test_unknown_objective_and_missing_run(tmp_path, sentences):
         pretrain.pretrain(dataclasses.replace(c, objective="sorting"))
     with pytest.raises(FileNotFoundError, match=r"--out folder"):
         common.load_run(tmp_path / "nowhere")
-
-
-def test_too_few_labels_of_a_class():
-    examples = [{"label": 0}] * 5 + [{"label": 1}]
-    with pytest.raises(ValueError, match=r"2 labels a class.*lower labels_per_class"):
-        finetune.few_labels(examples, 2, seed=0)
-    assert len(finetune.few_labels(examples, 1, seed=0)) == 2
 
 
 @pytest.mark.slow

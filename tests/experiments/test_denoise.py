@@ -7,7 +7,7 @@ import json
 import common
 import configs
 import denoise
-import finetune
+import forgetting
 import numpy as np
 import pytest
 from settings import Denoise
@@ -61,5 +61,5 @@ def test_both_stages_of_every_config(name, tmp_path):
     # What a fine-tuned model forgot is told by the rows that pre-training held out.
     base = common.load_run(c.out / "pretraining")
     held_out = common.held_out_batches(c.out / "pretraining", base.tokenizer, batch_size=8)
-    loss = finetune.forgotten(base.model, base.params, {}, held_out)
+    loss = forgetting.Memory(base.model, base.params, "denoising", held_out).loss({})
     assert loss == pytest.approx(metrics["denoising"]["held_out"]["loss"], 1e-4)

@@ -188,7 +188,9 @@ def predict(apply: Callable, params: dict, batch: dict[str, Array], *, top: int 
     begin = batch["context_mask"].argmax(-1)
     found = {"none": none}
     for name, side in zip(("start", "end"), inside):
-        best, places = jax.lax.top_k(side, min(top, side.shape[1]))
+        # Short rows have fewer places than are asked for.
+        side = jnp.pad(side, ((0, 0), (0, max(top - side.shape[1], 0))), constant_values=_LOW)
+        best, places = jax.lax.top_k(side, top)
         found |= {f"{name}_scores": best, f"{name}_places": places - begin[:, None]}
     return found
 
