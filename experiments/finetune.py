@@ -15,9 +15,7 @@ forgotten: the held-out pre-training loss before and after. `predictions.jsonl` 
 example, `delta/` what was trained and nothing else.
 """
 
-import dataclasses
 import functools
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +27,7 @@ import jax
 import numpy as np
 import supervised
 import tyro
-from settings import Data, FinetuneOptimizer, Mesh
+from settings import Data, Mesh, Settings
 
 from transformer_jax import draw, sharding, tree
 from transformer_jax.data import few_labels
@@ -37,46 +35,6 @@ from transformer_jax.finetune import deltas, features, select, shrink
 from transformer_jax.models import Model, build_model, config_to_dict, init_params
 from transformer_jax.objectives import tasks
 from transformer_jax.train import finetuning, loop, step
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train, whatever the data. Runs with equal settings and recipe share compiled steps.
-
-    Attributes:
-        length: tokens a row, at most; batches of short texts are padded to less.
-        num_steps: updates; or `epochs` over the examples, but at least `min_steps`.
-        frozen: float32, bfloat16 or int8, of kernels and embeddings that do not train.
-        cache_features: where only the head trains, compute the body once, without dropout.
-        lm_weight: of GPT's language-model loss beside the task's.
-        new_tokens: GPT's start, delimiter and extract tokens, as in its paper.
-        both_orders: read a pair in both orders (GPT).
-        stride: how far a window of a long context begins after the one before.
-    """
-
-    length: int = 64
-    batch_size: int = 16
-    num_steps: int = 100
-    epochs: float | None = None
-    min_steps: int = 1
-    optimizer: FinetuneOptimizer = field(default_factory=lambda: FinetuneOptimizer(
-        peak=1e-3, b2=0.99))
-    frozen: str = "float32"
-    cache_features: bool = True
-    lm_weight: float = 0.0
-    new_tokens: bool = False
-    both_orders: bool = False
-    stride: int = 128
-
-    def reading(self) -> supervised.Reading:
-        return supervised.Reading(self.length, self.new_tokens, self.both_orders, self.stride)
-
-    def for_examples(self, count: int) -> "Settings":
-        """The same with epochs as steps."""
-        if self.epochs is None:
-            return self
-        steps = max(math.ceil(self.epochs * count / self.batch_size), self.min_steps)
-        return dataclasses.replace(self, epochs=None, num_steps=steps)
 
 
 @dataclass(frozen=True)

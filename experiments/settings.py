@@ -1,8 +1,11 @@
 """The settings of a run, as `experiments/configs` fills them in and flags change them."""
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import supervised
 import tyro
 
 from transformer_jax.data import Annotated, load_annotated
@@ -116,6 +119,76 @@ class Data:
         if self.held_out:
             options["held_out"] = {"fold": self.held_out}
         return load_annotated(self.data, **options)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train, whatever the data. Runs with equal settings and recipe share compiled steps.
+
+    Attributes:
+        length: tokens a row, at most; batches of short texts are padded to less.
+        num_steps: updates; or `epochs` over the examples, but at least `min_steps`.
+        frozen: float32, bfloat16 or int8, of kernels and embeddings that do not train.
+        cache_features: where only the head trains, compute the body once, without dropout.
+        lm_weight: of GPT's language-model loss beside the task's.
+        new_tokens: GPT's start, delimiter and extract tokens, as in its paper.
+        both_orders: read a pair in both orders (GPT).
+        stride: how far a window of a long context begins after the one before.
+    """
+
+    length: int = 64
+    batch_size: int = 16
+    num_steps: int = 100
+    epochs: float | None = None
+    min_steps: int = 1
+    optimizer: FinetuneOptimizer = field(default_factory=lambda: FinetuneOptimizer(
+        peak=1e-3, b2=0.99))
+    frozen: str = "float32"
+    cache_features: bool = True
+    lm_weight: float = 0.0
+    new_tokens: bool = False
+    both_orders: bool = False
+    stride: int = 128
+
+    def reading(self) -> supervised.Reading:
+        return supervised.Reading(self.length, self.new_tokens, self.both_orders, self.stride)
+
+    def for_examples(self, count: int) -> "Settings":
+        """The same with epochs as steps."""
+        if self.epochs is None:
+            return self
+        steps = max(math.ceil(self.epochs * count / self.batch_size), self.min_steps)
+        return dataclasses.replace(self, epochs=None, num_steps=steps)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Recipes side by side.
+
+    Attributes:
+        pretrained, dropout_rate, remember: as of finetune.py.
+        recipes, peaks: what trains, and its highest learning rate; "scratch" trains all of a model
+            of the same size from new parameters.
+        examples: how many training examples, as balanced as the classes allow; all if empty.
+        seeds: runs of each cell: examples, new parameters, order and dropout.
+    """
+
+    pretrained: str
+    out: Path
+    data: Data
+    recipes: tuple[str, ...] = ("full", "lora:8", "bitfit", "last_k:2", "head")
+    peaks: tuple[float, ...] = ()
+    examples: tuple[int, ...] = ()
+    seeds: int = 3
+    dropout_rate: float | None = None
+    remember: str = "python_docs/documents"
+    settings: Settings = field(default_factory=Settings)
+    quiet: bool = False
+
+    def __post_init__(self):
+        if self.peaks and len(self.peaks) != len(self.recipes):
+            raise ValueError(f"there are {len(self.peaks)} peaks for {len(self.recipes)} recipes; "
+                             "give one for each")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,165 @@
+"""Recipes side by side: one annotated set, several recipes, numbers of examples and seeds.
+
+    python experiments/sweep.py sst2 --data.data path/to/sst2 --out runs/sst2
+    python experiments/sweep.py sst2_few --data.data path/to/sst2 --out runs/sst2_few
+
+The configs say what they need, how long they take and what to expect. Each cell of the table, a
+recipe with a number of examples and a seed, is written to `cells.jsonl` when it is done, and the
+same command goes on where a run was cut off. Runs that differ in the seed alone share their
+compiled steps. "scratch" among the recipes trains a model of the same size from new parameters.
+`results.json` has means and deviations over seeds, each beside what was forgotten.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Sequence
+
+import common
+import configs
+import forgetting
+import numpy as np
+import supervised
+import tyro
+from finetune import finetune, for_task
+from rich.console import Console
+from rich.table import Table
+from settings import Sweep
+
+from transformer_jax import draw, evaluate
+from transformer_jax.data import few_labels
+
+SCRATCH = "scratch"
+KEPT = ("accuracy", "macro_f1", "matthews", "f1", "exact_match", "pearson_spearman", "pearson",
+        "spearman", "precision", "recall", "labels", "steps", "trained", "share_trained", "cut",
+        "seconds", "seconds_per_step")
+
+
+def main(c: Sweep) -> dict:
+    """The command: all cells that are not done yet, then the table and the pictures."""
+    began = time.perf_counter()
+    console = Console(width=120)
+    changes = {} if c.dropout_rate is None else {
+        "dropout_rate": c.dropout_rate, "attention_dropout_rate": c.dropout_rate}
+    base = common.load_base(c.pretrained, **changes)
+    data = c.data.load()
+    model, start = for_task(base, data)
+    memory = forgetting.measure(c.pretrained, base, text=c.remember)
+    before = memory.loss({})
+    console.print(f"{len(data.train):,} examples, {len(data.validation):,} to evaluate on; "
+                  f"left out: {data.dropped}; held-out pre-training loss ({memory.objective}) "
+                  f"{before:.3f}")
+    # The recipe outside the seeds, so that its steps are compiled once.
+    for examples in c.examples or (None,):
+        read = functools.cache(functools.partial(_read, c, data, model, base.tokenizer, examples))
+        for k, recipe in enumerate(c.recipes):
+            for seed in range(c.seeds):
+                cell = {"recipe": recipe, "examples": examples, "seed": seed}
+                if any(done.items() >= cell.items() for done in _cells(c)):
+                    continue
+                run_cell(c, cell, k, model, start, base.tokenizer, read(seed), memory)
+                last = _cells(c)[-1]
+                console.print(f"{recipe}, {last['labels']:,} examples, seed {seed}: "
+                              f"{data.metric} {last['score']:.4f}, "
+                              f"{last['seconds']:.0f} s, pre-training loss "
+                              f"{last['held_out_after']:.3f}", highlight=False)
+    rows = summary(c, _cells(c))
+    console.print(table(c, rows, data.metric, before))
+    pictures(c, rows, data)
+    return common.write_results(
+        c.out, c, {"cells": rows, "held_out_objective": memory.objective,
+                   "held_out_before": before, "metric": data.metric, "dropped": data.dropped},
+        time.perf_counter() - began)
+
+
+def _read(c: Sweep, data, model, tokenizer, examples: int | None, seed: int) -> supervised.Task:
+    chosen = few_labels(data.train, None, seed, total=examples)
+    return supervised.read(data._replace(train=chosen), model, tokenizer, c.settings.reading())
+
+
+def run_cell(c: Sweep, cell: dict, k: int, model, start, tokenizer, task, memory) -> None:
+    """One run, its line in cells.jsonl, and for the first seed predictions and pictures."""
+    recipe = "full" if cell["recipe"] == SCRATCH else cell["recipe"]
+    settings = c.settings if not c.peaks else dataclasses.replace(
+        c.settings, optimizer=dataclasses.replace(c.settings.optimizer, peak=c.peaks[k]))
+    outcome = finetune(model, None if cell["recipe"] == SCRATCH else start, tokenizer, task,
+                       recipe, settings, cell["seed"], quiet=c.quiet)
+    m = outcome.metrics
+    name = f"{cell['recipe'].replace(':', '_').replace(',', '_')}_{m['labels']}"
+    if cell["seed"] == 0:
+        supervised.write_predictions(c.out / "predictions" / f"{name}.jsonl", outcome.lines)
+        if "confusion" in m and task.data.label_names:
+            title = f"{c.data.data.rstrip('/').rpartition('/')[2]}, {cell['recipe']}"
+            draw.confusion(c.out / f"confusion_{name}.png", m["confusion"],
+                           task.data.label_names, title=title)
+            draw.calibration(c.out / f"calibration_{name}.png", m["calibration"], title=title)
+    line = cell | {name: m[name] for name in KEPT if name in m} | {
+        "score": m[task.data.metric if task.data.metric in m else "f1"],
+        "ece": m["calibration"]["ece"] if "calibration" in m else None,
+        "held_out_after": memory.loss(outcome.params)}
+    c.out.mkdir(parents=True, exist_ok=True)
+    with (c.out / "cells.jsonl").open("a") as file:
+        file.write(json.dumps(common.to_json(line)) + "\n")
+
+
+def _cells(c: Sweep) -> list[dict]:
+    path = c.out / "cells.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def summary(c: Sweep, cells: Sequence[dict]) -> list[dict]:
+    """A row for each recipe and number of examples: means and deviations over seeds."""
+    rows = []
+    for examples in c.examples or (None,):
+        for recipe in c.recipes:
+            found = [x for x in cells if (x["recipe"], x["examples"]) == (recipe, examples)]
+            row = {"recipe": recipe, "labels": found[0]["labels"], "seeds": len(found),
+                   "trained": found[0]["trained"], "share_trained": found[0]["share_trained"],
+                   "scores": [x["score"] for x in found]}
+            for name in ("score", "exact_match", "f1", "accuracy", "matthews", "spearman", "ece",
+                         "held_out_after", "seconds", "seconds_per_step"):
+                values = [x[name] for x in found if x.get(name) is not None]
+                if values:
+                    row[name], row[f"{name}_std"], _ = evaluate.spread(values)
+            rows.append(row)
+    return rows
+
+
+def table(c: Sweep, rows: Sequence[dict], metric: str, before: float) -> Table:
+    shown = Table(title=f"{c.data.data}: {metric} over {c.seeds} seeds; held-out pre-training loss "
+                        f"before {before:.3f}")
+    for heading in ("examples", "recipe", metric, "trained %", "ms/step", "seconds",
+                    "pre-training loss after"):
+        shown.add_column(heading, justify="left" if heading == "recipe" else "right")
+    for row in rows:
+        scale = 100 if row["score"] <= 1 else 1
+        shown.add_row(
+            f"{row['labels']:,}", row["recipe"],
+            f"{scale * row['score']:.1f} ± {scale * row['score_std']:.1f}",
+            f"{100 * row['share_trained']:.3f}", f"{1000 * row.get('seconds_per_step', 0):.0f}",
+            f"{row['seconds']:.0f}", f"{row['held_out_after']:.3f}")
+    return shown
+
+
+def pictures(c: Sweep, rows: Sequence[dict], data) -> None:
+    name = c.data.data.rstrip("/").rpartition("/")[2]
+    if len(c.examples) > 1:
+        lines = {recipe: tuple(zip(*[(r["labels"], r["score"], r["score_std"]) for r in rows
+                                     if r["recipe"] == recipe])) for recipe in c.recipes}
+        labels = [e["label"] for e in data.validation]
+        draw.label_efficiency(
+            c.out / "label_efficiency.png", {name: lines},
+            title=f"How many labels does it take? ({c.seeds} seeds)",
+            chance=float(max(np.bincount(labels)) / len(labels)))
+        return
+    scale = 100 if rows[0]["score"] <= 1 else 1
+    draw.recipes(c.out / "recipes.png", {
+        r["recipe"]: (r["share_trained"], scale * r["score"], scale * r["score_std"])
+        for r in rows}, title=f"{name}, {c.seeds} seeds", ylabel=f"{data.metric} (%)")
+
+
+if __name__ == "__main__":
+    config = tyro.extras.overridable_config_cli(configs.load(Sweep), description=__doc__)
+    common.start()
+    main(config)
