@@ -161,6 +161,9 @@ class Settings:
         return dataclasses.replace(self, epochs=None, num_steps=steps)
 
 
+SCRATCH = "scratch"
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Recipes side by side.
@@ -169,6 +172,7 @@ class Sweep:
         pretrained, dropout_rate, remember: as of finetune.py.
         recipes, peaks: what trains, and its highest learning rate; "scratch" trains all of a model
             of the same size from new parameters.
+        lm_weights: weight of the language model's loss beside each recipe's (GPT).
         examples: how many training examples, as balanced as the classes allow; all if empty.
         seeds: runs of each cell: examples, new parameters, order and dropout.
     """
@@ -178,6 +182,7 @@ class Sweep:
     data: Data
     recipes: tuple[str, ...] = ("full", "lora:8", "bitfit", "last_k:2", "head")
     peaks: tuple[float, ...] = ()
+    lm_weights: tuple[float, ...] = ()
     examples: tuple[int, ...] = ()
     seeds: int = 3
     dropout_rate: float | None = None
@@ -186,9 +191,26 @@ class Sweep:
     quiet: bool = False
 
     def __post_init__(self):
-        if self.peaks and len(self.peaks) != len(self.recipes):
-            raise ValueError(f"there are {len(self.peaks)} peaks for {len(self.recipes)} recipes; "
-                             "give one for each")
+        for name in ("peaks", "lm_weights"):
+            given = getattr(self, name)
+            if given and len(given) != len(self.recipes):
+                raise ValueError(f"there are {len(given)} {name} for {len(self.recipes)} recipes; "
+                                 "give one for each")
+
+    @property
+    def rows(self) -> dict[str, tuple[str, Settings]]:
+        """Name of each row of the table -> its recipe and settings."""
+        rows = {}
+        for k, recipe in enumerate(self.recipes):
+            name, settings = recipe, self.settings
+            if self.peaks:
+                optimizer = dataclasses.replace(settings.optimizer, peak=self.peaks[k])
+                settings = dataclasses.replace(settings, optimizer=optimizer)
+            if self.lm_weights:
+                name = f"{recipe}, LM loss x {self.lm_weights[k]:g}"
+                settings = dataclasses.replace(settings, lm_weight=self.lm_weights[k])
+            rows[name] = ("full" if recipe == SCRATCH else recipe, settings)
+        return rows
 
 
 @dataclass(frozen=True)

