@@ -31,7 +31,7 @@ from settings import Data, Mesh, Settings
 
 from transformer_jax import draw, sharding, tree
 from transformer_jax.data import few_labels
-from transformer_jax.finetune import deltas, features, select, shrink
+from transformer_jax.finetune import deltas, features, select, shrink, store
 from transformer_jax.models import Model, build_model, config_to_dict, init_params
 from transformer_jax.objectives import tasks
 from transformer_jax.train import finetuning, loop, step
@@ -164,6 +164,11 @@ def _loaded(model: Model, pretrained: dict) -> tree.LoadReport:
     return tree.LoadReport(sorted(ours & theirs), sorted(ours - theirs), sorted(theirs - ours))
 
 
+def base_params(model: Model, pretrained: dict) -> dict:
+    """What a run starts from before its deltas: the base that `finetune.store` knows it by."""
+    return tree.load_into(init_params(model, jax.random.key(0)), pretrained)[0]
+
+
 def for_task(base: common.Trained, data) -> tuple[Model, dict]:
     """The base's model with the head that a set needs, and the parameters it starts from: a head
     of the same shape is kept, any other is left out."""
@@ -199,6 +204,9 @@ def main(c: Finetune) -> dict:
     supervised.write_predictions(c.out / "predictions.jsonl", outcome.lines)
     metrics = dict(outcome.metrics, history=outcome.history, dropped=data.dropped)
     if not c.from_scratch:
+        store.save_delta(c.out / "delta", outcome.params, outcome.mask, base_params(model, start),
+                         recipe=c.train, label_names=data.label_names, task=data.kind,
+                         pretrained=c.pretrained)
         memory = forgetting.measure(c.pretrained, base, text=c.remember)
         metrics["held_out_objective"] = memory.objective
         metrics["held_out_before"] = memory.loss({})

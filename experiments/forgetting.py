@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common
+import numpy as np
 from settings import Pretrain
 
 from transformer_jax.data import pipeline, sources
@@ -80,6 +81,8 @@ def _sentence_pairs(texts, base: common.Trained) -> common.Split:
     t, length = base.tokenizer, 64
     pairs = [{"tokens": a, "tokens_b": b}
              for i in range(len(texts)) for a, b in _neighbours(texts[i]["text"], t)]
+    # Others in the batch should be of other documents.
+    pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
     transform = functools.partial(contrastive.prepare, length=length, cls_id=t.cls_id,
                                   sep_id=t.sep_id, pad_id=t.pad_id)
     return common.Split(pairs, transform, length)

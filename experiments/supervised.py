@@ -29,7 +29,7 @@ class Reading(NamedTuple):
     new_tokens: bool = False  # GPT's own tokens around texts, as in its paper
     both_orders: bool = False
     stride: int = 128
-    num_choices: int = 2
+    max_question: int = 64
 
 
 class Task(NamedTuple):
@@ -86,10 +86,8 @@ def _whole_texts(data, model, tokenizer, how: Reading, specials) -> Task:
     options: dict[str, Any] = {
         "classification": {"num_classes": len(data.label_names), "both_orders": how.both_orders},
         "regression": {"label_range": data.label_range, "both_orders": how.both_orders},
-        "multiple_choice": {"num_choices": how.num_choices},
+        "multiple_choice": {"num_choices": max(len(e.get("choices", ())) for e in data.train)},
     }[data.kind]
-    if data.kind == "multiple_choice":
-        options["num_choices"] = max(len(e["choices"]) for e in data.train)
 
     def make_row(item: dict, length: int) -> dict:
         return prepare(item, row=tasks.text_row(model, tokenizer, length, specials), **options)
@@ -178,7 +176,8 @@ def _tagging(data, model, tokenizer, how: Reading, specials) -> Task:
 def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
     causal = isinstance(model, GPT)
     windows = functools.partial(spans.make_windows, tokenizer=tokenizer, length=how.length,
-                                specials=4 if causal else 3, stride=how.stride)
+                                specials=4 if causal else 3, stride=how.stride,
+                                max_question=how.max_question)
     train, validation = windows(data.train), windows(data.validation)
     some_have_none = any(not e["answers"] for e in data.train)
 

@@ -14,8 +14,13 @@ import numpy as np
 import pretrain
 import pytest
 import quickstart
+import supervised
+import sweep
 import translate
-from settings import Data, Mesh, Pretrain, Translate
+from settings import Data, Mesh, Pretrain, Settings, Sweep, Translate
+
+from transformer_jax import tree
+from transformer_jax.finetune import store
 
 SHORT = finetune.Settings(length=16, num_steps=2)
 TINY = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 16, "max_length": 64}
@@ -106,8 +111,73 @@ def test_finetune_then_classify(name, pretrained, tmp_path):
     assert common.load_run(out).label_names == ["bad", "good"]
     again = finetune.main(c)["metrics"]  # the same command on a finished run
     assert again["confusion"] == metrics["confusion"]
+    # The delta, and the base that it was trained on, are the run.
+    tuned, base = common.load_run(out), common.load_run(pretrained(name))
+    start = finetune.base_params(tuned.model, base.params)
+    delta = store.load_delta(out / "delta", start)
+    assert delta.manifest["label_names"] == ["bad", "good"]
+    for path, leaf in tree.flatten_paths(store.apply_delta(start, delta)).items():
+        np.testing.assert_array_equal(leaf, tree.flatten_paths(tuned.params)[path])
     answers = generate.answer(generate.Generate(run=out, text=("it is good", "it is bad")))
     assert len(answers) == 2 and "good" in answers[0]
+
+
+ROWS = {
+    "classification": ({"text": "one two", "text_b": "two three", "label": "yes"},
+                       {"text": "four", "text_b": "five six", "label": "no"}),
+    "regression": ({"text": "one two", "text_b": "two three", "label": 1.5},
+                   {"text": "four", "text_b": "five six", "label": 4.25}),
+    "multiple_choice": ({"text": "one two", "choices": ["two", "three four"], "label": 1},
+                        {"text": "four", "choices": ["five", "six"], "label": 0}),
+    "token_classification": ({"words": ["one", "two"], "tags": ["B-X", "O"]},
+                             {"words": ["three", "four", "five"], "tags": ["O", "B-X", "I-X"]}),
+    "question_answering": (
+        {"id": "a", "question": "one", "context": "one two three", "answer": "two", "start": 4},
+        {"id": "b", "question": "four", "context": "four five six", "answer": "six", "start": 10}),
+}
+
+
+@pytest.mark.parametrize("name", ["gpt_python_docs", "bert_python_docs"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_every_kind_of_task(kind, name, pretrained, tmp_path):
+    """From a file to scores and a prediction for each example."""
+    for split, count in (("train", 12), ("validation", 5)):
+        rows = [ROWS[kind][i % 2] for i in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    base = common.load_run(pretrained(name))
+    data = Data(str(tmp_path), kind=kind).load()
+    model, start = finetune.for_task(base, data)
+    settings = Settings(length=24, batch_size=4, num_steps=2, new_tokens="gpt" in name)
+    task = supervised.read(data, model, base.tokenizer,
+                           settings.reading()._replace(max_question=8))
+    outcome = finetune.finetune(model, start, base.tokenizer, task, "lora:2", settings, 0,
+                                quiet=True)
+    main = {"regression": "pearson_spearman", "token_classification": "f1",
+            "question_answering": "f1"}.get(kind, "accuracy")
+    assert next(iter(outcome.metrics)) == main
+    assert len(outcome.lines) == 5 and 0 < outcome.metrics["share_trained"] < 1
+    json.dumps(common.to_json(outcome.lines))
+    if kind == "question_answering":
+        for line, example in zip(outcome.lines, data.validation):
+            assert line["prediction"] == example["context"][line["start"] : line["stop"]] != ""
+
+
+def test_sweep_goes_on_where_it_was_cut_off(pretrained, tmp_path):
+    c = Sweep(pretrained=str(pretrained("gpt_python_docs")), out=tmp_path, data=Data(limit=64),
+              recipes=("lora:2", "head", "scratch"), lm_weights=(0.5, 0.0, 0.0), seeds=2,
+              quiet=True, settings=Settings(length=16, batch_size=8, num_steps=2))
+    rows = sweep.main(c)["metrics"]["cells"]
+    assert [row["recipe"] for row in rows] == [
+        "lora:2, LM loss x 0.5", "head, LM loss x 0", "scratch, LM loss x 0"]
+    assert all(row["seeds"] == 2 and len(row["scores"]) == 2 for row in rows)
+    assert (tmp_path / "recipes.png").stat().st_size > 5000
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines()
+    (tmp_path / "cells.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    assert sweep.main(c)["metrics"]["cells"][0] == rows[0]
+    again = (tmp_path / "cells.jsonl").read_text().splitlines()
+    assert again[:4] == lines[:4] and len(again) == 6
+    with pytest.raises(ValueError, match="1 peaks for 3 recipes"):
+        dataclasses.replace(c, peaks=(1e-3,))
 
 
 def test_generate_and_fill(pretrained):

@@ -133,7 +133,7 @@ def _lora(argument: str, leaves: Leaves, rng: jax.Array) -> Leaves:
         if lora.dropout:
             made[f"{layer}/lora_dropout"] = jnp.float32(lora.dropout)
         if lora.dora:
-            made[f"{layer}/lora_magnitude"] = _column_norms(_dense(leaves, layer), len(inputs))
+            made[f"{layer}/lora_magnitude"] = column_norms(float_matrix(leaves, layer), len(inputs))
     return made
 
 
@@ -172,7 +172,7 @@ def _prompt(argument: str, leaves: Leaves, rng: jax.Array) -> Leaves:
     """Rows of tokens drawn from the vocabulary, which does better than noise (Lester et al. 2021,
     section 3.2)."""
     length = _positive("prompt", argument)
-    table = _dense(leaves, "token_embed", "embedding")
+    table = float_matrix(leaves, "token_embed", "embedding")
     rows = jax.random.choice(rng, table.shape[0], (length,))
     return {"prompt": jnp.take(table, rows, axis=0)}
 
@@ -242,12 +242,12 @@ def _fold(leaves: Leaves) -> Leaves:
     for layer in edited:
         edits = {name: leaves.get(f"{layer}/{name}") for name in (
             "lora_a", "lora_b", "lora_scale", "lora_magnitude", "ia3_input", "ia3_output")}
-        kernel = _dense(leaves, layer)
+        kernel = float_matrix(leaves, layer)
         if edits["lora_a"] is not None:
             kernel = kernel + edits["lora_scale"] * jnp.tensordot(
                 edits["lora_a"], edits["lora_b"], axes=1)
         if edits["lora_magnitude"] is not None:
-            norms = _column_norms(kernel, kernel.ndim - edits["lora_magnitude"].ndim)
+            norms = column_norms(kernel, kernel.ndim - edits["lora_magnitude"].ndim)
             kernel = kernel * (edits["lora_magnitude"] / norms)
         if (factor := edits["ia3_input"]) is not None:
             kernel = kernel * factor.reshape(*factor.shape, *[1] * (kernel.ndim - factor.ndim))
@@ -261,7 +261,7 @@ def _fold(leaves: Leaves) -> Leaves:
     return plain
 
 
-def _dense(leaves: Leaves, layer: str, name: str = "kernel") -> jax.Array:
+def float_matrix(leaves: Leaves, layer: str, name: str = "kernel") -> jax.Array:
     """A layer's matrix in float32, however it is kept."""
     if f"{layer}/{name}" in leaves:
         return jnp.asarray(leaves[f"{layer}/{name}"], jnp.float32)
@@ -269,7 +269,7 @@ def _dense(leaves: Leaves, layer: str, name: str = "kernel") -> jax.Array:
     return dense(leaves[f"{layer}/{name}_int8"], scale if name == "kernel" else scale[:, None])
 
 
-def _column_norms(kernel: jax.Array, inputs: int) -> jax.Array:
+def column_norms(kernel: jax.Array, inputs: int) -> jax.Array:
     """The length of every output's column of weights, and a little where it is zero."""
     norms = jnp.sqrt(jnp.square(kernel).sum(tuple(range(inputs))))
     return jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
@@ -288,7 +288,7 @@ def add_tokens(params: PyTree, count: int, rng: jax.Array, std: float = 0.02) ->
     if "token_embed/extra" in leaves:
         raise ValueError(f"the parameters have {len(leaves['token_embed/extra'])} new tokens "
                          "already; add all at once")
-    width = _dense(leaves, "token_embed", "embedding").shape[1]
+    width = float_matrix(leaves, "token_embed", "embedding").shape[1]
     rows = std * jax.random.normal(rng, (count, width), jnp.float32)
     return unflatten_paths(leaves | {"token_embed/extra": rows})
 
@@ -300,7 +300,7 @@ def fold_tokens(model: Model, params: PyTree) -> tuple[Model, PyTree]:
     extra = leaves.pop("token_embed/extra", None)
     if extra is None:
         return model, params
-    table = jnp.concatenate([_dense(leaves, "token_embed", "embedding"), extra])
+    table = jnp.concatenate([float_matrix(leaves, "token_embed", "embedding"), extra])
     for name in ("embedding_int8", "embedding_scale"):
         leaves.pop(f"token_embed/{name}", None)
     leaves["token_embed/embedding"] = table
