@@ -200,7 +200,8 @@ def main(c: Finetune) -> dict:
     outcome = finetune(
         model, None if c.from_scratch else start, base.tokenizer, task, c.train, c.settings,
         c.seed, checkpoint_dir=c.out / "checkpoints", mesh=mesh)
-    common.save_card(c.out, model.config, base.tokenizer, data.label_names)
+    common.save_card(c.out, model.config, base.tokenizer, data.label_names, task=model.task,
+                     num_classes=model.num_classes)
     supervised.write_predictions(c.out / "predictions.jsonl", outcome.lines)
     metrics = dict(outcome.metrics, history=outcome.history, dropped=data.dropped)
     if not c.from_scratch:

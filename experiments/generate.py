@@ -81,7 +81,10 @@ def classify(c: Generate, run: common.Trained) -> list[str]:
     lines = []
     for text in c.text:
         ids = run.tokenizer.encode(text)
-        row = tasks.text_row(run.model, run.tokenizer, run.model.config.max_length)(ids)
+        new = "extra" in run.params["token_embed"]
+        row = tasks.text_row(
+            run.model, run.tokenizer, run.model.config.max_length,
+            tasks.Specials.new(run.model.config.vocab_size) if new else None)(ids)
         logits = run.model.apply(
             {"params": run.params}, row["tokens"][None], method="classify",
             padding_mask=row["padding_mask"][None], segment_ids=row["segment_ids"][None],

@@ -144,10 +144,11 @@ def _report_scores(data: Annotated, found: Predictions) -> tuple[dict, list[dict
 
 def _tagging(data, model, tokenizer, how: Reading, specials) -> Task:
     causal = isinstance(model, GPT)
+    space = tokenizer.encode(" a") != tokenizer.encode("a")  # byte-level BPE: spaces are in tokens
 
     def items(examples):
-        return [{"words": tags.pieces(e["words"], tokenizer, space=tokenizer.cls_id is None),
-                 "tags": e["tags"]} for e in examples]
+        return [{"words": tags.pieces(e["words"], tokenizer, space), "tags": e["tags"]}
+                for e in examples]
 
     def make_row(item: dict, length: int) -> dict:
         return tags.prepare(
@@ -176,8 +177,7 @@ def _tagging(data, model, tokenizer, how: Reading, specials) -> Task:
 def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
     causal = isinstance(model, GPT)
     windows = functools.partial(spans.make_windows, tokenizer=tokenizer, length=how.length,
-                                specials=4 if causal else 3, stride=how.stride,
-                                max_question=how.max_question)
+                                stride=how.stride, max_question=how.max_question)
     train, validation = windows(data.train), windows(data.validation)
     some_have_none = any(not e["answers"] for e in data.train)
 

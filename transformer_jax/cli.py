@@ -178,19 +178,21 @@ def classify(model: Model, text: Text = (), /, top_k: int = 5) -> None:
 
     Args:
         model: the folder of a fine-tuned run, a Hugging Face folder, or a hub id.
-        text: to classify.
+        text: to classify; a tab parts the two texts of a pair.
         top_k: classes for each text.
     """
     import jax
 
-    from transformer_jax.objectives.tasks import text_row
+    from transformer_jax.objectives.tasks import Specials, text_row
 
     found = load(model, "classification")
-    if not found.model.num_classes:
+    if not found.model.num_classes or not found.label_names:
         raise ValueError(f"{model} has no classifier; fine-tune it first (experiments/finetune.py)")
-    as_row = text_row(found.model, found.tokenizer, found.model.config.max_length)
+    new = "extra" in found.params["token_embed"]
+    as_row = text_row(found.model, found.tokenizer, found.model.config.max_length,
+                      Specials.new(found.model.config.vocab_size) if new else None)
     for line in _texts(text):
-        row = as_row(found.tokenizer.encode(line))
+        row = as_row(*map(found.tokenizer.encode, line.split("\t", 1)))
         logits = found.model.apply(
             {"params": found.params}, row["tokens"][None], method="classify",
             padding_mask=row["padding_mask"][None], segment_ids=row["segment_ids"][None])

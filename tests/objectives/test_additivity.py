@@ -1,13 +1,14 @@
 """Sums and weights add over any split of a batch, and rows of zeros count nothing."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from small_models import BERT, GPT2, TRANSFORMER, build, random_tokens
+from small_models import BART, BERT, GPT2, TRANSFORMER, build, random_tokens
 
-from transformer_jax.objectives import causal_lm, losses, mlm_nsp, seq2seq, tasks
+from transformer_jax.objectives import causal_lm, losses, mlm_nsp, seq2seq, spans, tags, tasks
 
 B, T, P = 6, 9, 3
 RNG = np.random.default_rng(0)
@@ -33,12 +34,28 @@ PAIRS = {
     "tokens": TOKENS[:, :T] * MASK, "padding_mask": MASK, "decoder_tokens": TOKENS[:, :T],
     "targets": TOKENS[:, 1:], "weights": MASK[::-1].astype(np.float32),
 }
+SCORES = CLASSES | {"labels": np.linspace(0, 1, B, dtype=np.float32)}
+ORDERS = CLASSES | {name: np.stack([CLASSES[name], CLASSES[name][::-1]], axis=1)
+                    for name in ("tokens", "segment_ids", "padding_mask")}
+CHOICES = ORDERS | {"labels": np.array([0, 1, 1, 0, 0, 1], np.int32),
+                    "choices": np.arange(2) < np.array([2, 2, 2, 1, 2, 2])[:, None]}
+TAGS = {"tokens": TOKENS[:, :T] * MASK, "padding_mask": MASK, "labels": TOKENS[:, 1:] % 3,
+        "weights": (MASK & (TOKENS[:, :T] % 2 > 0)).astype(np.float32)}
+SPANS = CLASSES | {"context_mask": MASK & (np.arange(T) > 0), "none": np.zeros(B, np.int32),
+                   "starts": np.array([3, 0, 1, 2, 0, 1], np.int32),
+                   "ends": np.array([8, 0, 3, 2, 0, 4], np.int32)}
+with_lm = functools.partial(tasks.classification_loss, lm_weight=0.5)
 ONE = {"num_layers": 1}
 CASES = {
     "causal_lm": (GPT2.replace(**ONE), 0, causal_lm.loss, CAUSAL),
     "mlm_nsp": (BERT.replace(**ONE), 0, mlm_nsp.loss, MASKED),
     "seq2seq": (TRANSFORMER.replace(**ONE), 0, seq2seq.loss, PAIRS),
     "classify": (GPT2.replace(**ONE), 3, tasks.classification_loss, CLASSES),
+    "regression": (GPT2.replace(**ONE), 1, tasks.regression_loss, SCORES),
+    "choices": (BERT.replace(**ONE), 1, tasks.choice_loss, CHOICES),
+    "both_orders_lm": (GPT2.replace(**ONE), 3, with_lm, ORDERS),
+    "tags": (BART.replace(**ONE), 3, tags.loss, TAGS),
+    "spans": (BERT.replace(**ONE), 2, spans.loss, SPANS),
 }
 
 
@@ -78,10 +95,12 @@ def test_split_and_padded_batches_add_up(name):
     # The totals are of the right size: weights are counts, metrics stand on the same weights.
     sums, weights, metrics = whole[0]
     expected = {"causal_lm": MASK.sum(), "mlm_nsp": {"mlm": 10, "nsp": 6}, "classify": 6,
-                "seq2seq": MASK.sum()}[name]
+                "seq2seq": MASK.sum(), "regression": 6, "choices": 6, "spans": 6,
+                "both_orders_lm": {"task": 6, "lm": 2 * MASK[:, 1:].sum()},
+                "tags": TAGS["weights"].sum()}[name]
     assert jax.tree.map(float, weights) == jax.tree.map(float, expected)
     for metric, (hits, weight) in metrics.items():
-        assert hits >= 0 and (hits <= weight or metric == "nll")
+        assert hits >= 0 and (hits <= weight or metric in ("nll", "lm_nats", "squared_error"))
     assert jax.tree.structure(sums) == jax.tree.structure(weights)
 
 def test_masked_words_without_pairs():

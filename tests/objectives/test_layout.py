@@ -63,7 +63,9 @@ GPT_ROW = functools.partial(layout.gpt_row, extract_id=7, delimiter_id=8)
 
 @pytest.mark.parametrize(
     ("row", "b", "length"),
-    [(BERT_ROW, None, 2), (BERT_ROW, [1], 3), (GPT_ROW, None, 1), (GPT_ROW, [1], 2)],
+    [(BERT_ROW, None, 2), (BERT_ROW, [1], 4), (GPT_ROW, None, 1), (GPT_ROW, [1], 3),
+     (functools.partial(GPT_ROW, start_id=5), None, 2),
+     (functools.partial(GPT_ROW, start_id=5), [1], 4), (BERT_ROW, [], 3)],
 )
 def test_no_room_for_text(row, b, length):
     least = f"length {length} leaves no room .* use at least {length + 1}$"
@@ -93,3 +95,26 @@ def test_gpt_row_of_a_pair():
 def test_gpt_row_of_a_pair_needs_a_delimiter():
     with pytest.raises(ValueError, match="delimiter_id is None; pass the id"):
         layout.gpt_row([1], [2], length=7, extract_id=7)
+
+
+def test_gpt_row_with_a_start_token():
+    """GPT paper, figure 1."""
+    row = functools.partial(GPT_ROW, start_id=5, length=8)
+    assert row([1, 2])["tokens"].tolist() == [5, 1, 2, 7, 0, 0, 0, 0]
+    assert row([1, 2], [3])["tokens"].tolist() == [5, 1, 2, 8, 3, 7, 0, 0]
+    assert row(range(10, 30))["tokens"].tolist() == [5, 10, 11, 12, 13, 14, 15, 7]
+    assert row([1, 2, 3, 4], [6, 6, 6, 6])["tokens"].tolist() == [5, 1, 2, 3, 8, 6, 6, 7]
+
+
+@pytest.mark.parametrize(("a", "b", "lost"), [(3, None, 0), (9, None, 3), (3, 2, 0), (9, 1, 5)])
+def test_num_cut(a, b, lost):
+    specials = 2 if b is None else 3
+    second = None if b is None else range(b)
+    assert layout.num_cut(range(a), second, length=8, specials=specials) == lost
+    kept = BERT_ROW(range(a), second, length=8)["padding_mask"].sum() - specials
+    assert kept == a + (b or 0) - lost
+
+
+def test_num_cut_of_a_side_with_no_room():
+    with pytest.raises(ValueError, match="length 4 leaves no room for both texts beside 3 special"):
+        layout.num_cut([1, 2], [3], length=4, specials=3)

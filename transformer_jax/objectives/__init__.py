@@ -16,9 +16,12 @@ from transformer_jax.objectives import (
     losses,
     mlm_nsp,
     seq2seq,
+    spans,
+    tags,
     tasks,
 )
 
 __all__ = [
-    "causal_lm", "contrastive", "denoising", "layout", "losses", "mlm_nsp", "seq2seq", "tasks",
+    "causal_lm", "contrastive", "denoising", "layout", "losses", "mlm_nsp", "seq2seq", "spans",
+    "tags", "tasks",
 ]

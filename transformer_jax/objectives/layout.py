@@ -51,10 +51,10 @@ def bert_row(
         tokens, segment_ids int32 `[length]`; padding_mask bool `[length]`, True at tokens.
 
     Raises:
-        ValueError: no room for text.
+        ValueError: no room for text, or for a token of each text.
     """
     specials = 2 if b is None else 3
-    _check_room(length, specials)
+    _check_room(length, specials, a, b)
     a, b_cut = truncate_pair(a, [] if b is None else b, length - specials, rng)
     first = [cls_id, *a, sep_id]
     second = [] if b is None else [*b_cut, sep_id]
@@ -84,14 +84,14 @@ def gpt_row(
         tokens, segment_ids (all 0) int32 `[length]`; padding_mask bool `[length]`, True at tokens.
 
     Raises:
-        ValueError: a pair without `delimiter_id`, or no room for text.
+        ValueError: a pair without `delimiter_id`, or no room for text, or for a token of each text.
     """
     if b is not None and delimiter_id is None:
         raise ValueError("a second text is given but delimiter_id is None; pass the id of the "
                          "token that parts the two texts")
     front = [] if start_id is None else [start_id]
     room = length - len(front) - (1 if b is None else 2)
-    _check_room(length, length - room)
+    _check_room(length, length - room, a, b)
     if b is None:
         ids = [*front, *a[:room], extract_id]
     else:
@@ -106,17 +106,15 @@ def num_cut(a: Ids, b: Ids | None, length: int, specials: int) -> int:
     room for.
 
     Raises:
-        ValueError: nothing of one side of a pair would be left.
+        ValueError: no room for text, or for a token of each text.
     """
-    total = len(a) + (0 if b is None else len(b))
-    room = length - specials
-    if b is not None and total > room and room < 2:
-        raise ValueError(f"a pair of {len(a)} and {len(b)} tokens has {max(room, 0)} places in a "
-                         f"row of {length}; nothing of one side is left: raise the length")
-    return max(total - room, 0)
+    _check_room(length, specials, a, b)
+    return max(len(a) + (0 if b is None else len(b)) + specials - length, 0)
 
 
-def _check_room(length: int, specials: int) -> None:
-    if length <= specials:
-        raise ValueError(f"length {length} leaves no room for text beside {specials} special "
-                         f"tokens; use at least {specials + 1}")
+def _check_room(length: int, specials: int, a: Ids, b: Ids | None) -> None:
+    least = specials + (2 if b is not None and len(a) and len(b) else 1)
+    if length < least:
+        text = "text" if least == specials + 1 else "both texts"
+        raise ValueError(f"length {length} leaves no room for {text} beside {specials} special "
+                         f"tokens; use at least {least}")

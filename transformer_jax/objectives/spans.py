@@ -5,6 +5,7 @@ and keeps where in the characters every token stands; `prepare` makes a window a
 the best span of an example over all of its windows, as exact characters of the context.
 """
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ class Window(NamedTuple):
     Attributes:
         example: number of the example.
         question, context: ids.
-        offsets: first character of each token of `context` and the one after its last, `[n, 2]`.
+        offsets: first character of each token of `context` and the one after its last, `[n, 2]`,
+            without white space around it.
         start, end: first and last token of the answer, counted in `context`; None where the window
             does not hold all of it.
     """
@@ -54,7 +56,7 @@ def check_answer(example: dict) -> None:
 
 def make_windows(
     examples: Sequence[dict], tokenizer: Any, *, length: int, specials: int = 3, stride: int = 128,
-    max_question: int = 64,
+    max_question: int = 64, check: bool = True, without_answer: bool = True,
 ) -> list[Window]:
     """All windows of all examples, in order.
 
@@ -63,6 +65,10 @@ def make_windows(
         length: of a row, `specials` special tokens included.
         stride: how far a window begins after the one before (`doc_stride` of BERT's release).
         max_question: longer questions are cut to so many tokens.
+        check: refuse an example whose answer is not where it should be; False makes no windows of
+            it, so that `{w.example for w in windows}` tells which were used.
+        without_answer: keep the windows that do not hold the answer of their example. Examples
+            without an answer keep theirs in any case.
 
     Raises:
         ValueError: no room for the context, an answer that is not in its context, or an empty
@@ -73,43 +79,74 @@ def make_windows(
                          f"the context beside {max_question} of a question, and the stride is "
                          f"{stride}; raise the length, or lower max_question")
     contexts = list(dict.fromkeys(e["context"] for e in examples))
-    encoded = dict(zip(contexts, tokenizer.backend.encode_batch(
-        contexts, add_special_tokens=False)))
-    read = {text: (np.asarray(e.ids, np.int32), np.asarray(e.offsets, np.int64).reshape(-1, 2))
-            for text, e in encoded.items()}
+    try:
+        encoded = tokenizer.backend.encode_batch(contexts, add_special_tokens=False)
+    except TypeError:
+        tokenizer.encode_batch(contexts)  # says which is no text
+        raise
+    read = {text: (np.asarray(e.ids, np.int32), _exact(text, e.offsets))
+            for text, e in zip(contexts, encoded)}
     questions = tokenizer.encode_batch([e["question"].strip() for e in examples])
     windows = []
     for i, (example, question) in enumerate(zip(examples, questions)):
-        check_answer(example)
         ids, offsets = read[example["context"]]
         if not question or not len(ids):
             raise ValueError(f"question {example.get('id', i)!r} has "
                              f"{'no tokens' if not question else 'a context without tokens'}")
         question = np.asarray(question[:max_question], np.int32)
-        first, last = _token_span(example, offsets)
+        try:
+            first, last = _token_span(example, offsets)
+        except ValueError:
+            if check:
+                raise
+            continue
         room = length - specials - len(question)
         begin = 0
         while True:
             stop = min(begin + room, len(ids))
             inside = first is not None and begin <= first and last < stop
-            windows.append(Window(i, question, ids[begin:stop], offsets[begin:stop],
-                                  first - begin if inside else None,
-                                  last - begin if inside else None))
+            if inside or without_answer or first is None:
+                windows.append(Window(i, question, ids[begin:stop], offsets[begin:stop],
+                                      first - begin if inside else None,
+                                      last - begin if inside else None))
             if stop == len(ids):
                 break
             begin += min(stride, room)
     return windows
 
 
+def _exact(text: str, offsets: Sequence[tuple[int, int]]) -> Int[np.ndarray, "n 2"]:
+    """Offsets without the white space that byte-level BPE counts to its tokens, and with the
+    accents after a letter that WordPiece drops where they are characters of their own."""
+    found = np.asarray(offsets, np.int64).reshape(-1, 2)
+    n = len(text)
+    place = np.arange(n + 1)
+    space = np.fromiter(map(str.isspace, text), bool, n)
+    # The first character from each place on that is no space; one past the last before it.
+    first = np.minimum.accumulate(np.append(np.where(space, n, place[:n]), n)[::-1])[::-1]
+    past = np.maximum.accumulate(np.append(0, np.where(space, 0, place[1:])))
+    start = np.minimum(first[found[:, 0]], found[:, 1])
+    stop = np.maximum(past[found[:, 1]], start)
+    if not text.isascii():
+        accent = np.fromiter(map(unicodedata.combining, text), int, n) > 0
+        letter = np.minimum.accumulate(np.append(np.where(accent, n, place[:n]), n)[::-1])[::-1]
+        stop = np.where(stop > start, letter[stop], stop)
+    return np.stack([start, stop], axis=1)
+
+
 def _token_span(example: dict, offsets: np.ndarray) -> tuple[int | None, int | None]:
-    """First and last token that share a character with the first answer."""
+    """First and last token that share a character with the first answer; None without answers."""
+    check_answer(example)
     answers = example.get("answers", ())
     if not answers:
         return None, None
     start = answers[0]["start"]
     stop = start + len(answers[0]["text"])
     inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop))
-    return (int(inside[0]), int(inside[-1])) if len(inside) else (None, None)
+    if not len(inside):
+        raise ValueError(f"question {example.get('id', example['question'])!r}: no token has a "
+                         f"character of the answer {answers[0]['text']!r}; leave the question out")
+    return int(inside[0]), int(inside[-1])
 
 
 def prepare(
@@ -127,12 +164,19 @@ def prepare(
         The row, with "context_mask" bool `[T]`, where an answer may be; "none" int32, the place
         that stands for no answer; "starts" and "ends" int32, that place too where the window does
         not hold the answer; "weights".
+
+    Raises:
+        ValueError: the row is too short for the window.
     """
     del rng
     made = row(window.question, window.context)
     # The special token at the row's end stands after the context in every family.
     end = int(made["padding_mask"].sum()) - 1
     begin = end - len(window.context)
+    if begin < 0 or not np.array_equal(made["tokens"][begin:end], window.context):
+        raise ValueError(f"a window of {len(window.question)} and {len(window.context)} tokens "
+                         f"does not fit into a row of {len(made['tokens'])}; make windows for rows "
+                         "of that length")
     places = np.arange(len(made["tokens"]))
     none = np.int32(end if last else 0)
     held = window.start is not None
@@ -175,24 +219,29 @@ def loss(
     return total, weight, {"exact": weighted(both, batch["weights"])}
 
 
-def predict(apply: Callable, params: dict, batch: dict[str, Array], *, top: int = 20) -> dict:
-    """The `top` best tokens of each window to start and to end, and the score of no answer.
+def predict(
+    apply: Callable, params: dict, batch: dict[str, Array], *, top: int = 20, max_answer: int = 30
+) -> dict:
+    """The `top` best spans of each window, of 1 to `max_answer` tokens, from the best.
 
     Returns:
-        start_scores, start_places, end_scores, end_places `[B, top]`, places counted in the
-        window's context; none `[B]`, the sum of start and end score at the place standing for it.
+        scores `[B, top]`, start score plus end score; firsts and lasts int32 `[B, top]`, their
+        tokens, counted in the window's context; none `[B]`, start plus end score of the place that
+        stands for no answer.
     """
     scores = _scores(apply, params, batch, None)
     none = jnp.take_along_axis(scores, batch["none"][None, :, None], axis=2).sum((0, 2))
-    inside = jnp.where(batch["context_mask"], scores, _LOW)
-    begin = batch["context_mask"].argmax(-1)
-    found = {"none": none}
-    for name, side in zip(("start", "end"), inside):
-        # Short rows have fewer places than are asked for.
-        side = jnp.pad(side, ((0, 0), (0, max(top - side.shape[1], 0))), constant_values=_LOW)
-        best, places = jax.lax.top_k(side, top)
-        found |= {f"{name}_scores": best, f"{name}_places": places - begin[:, None]}
-    return found
+    starts, ends = jnp.where(batch["context_mask"], scores, _LOW)
+    begin = batch["context_mask"].argmax(-1)[:, None]
+    B, T = starts.shape
+    ends = jnp.pad(ends, ((0, 0), (0, max_answer)), constant_values=_LOW)
+    reach = jnp.arange(T)[:, None] + jnp.arange(max_answer)
+    spans = (starts[..., None] + ends[:, reach]).reshape(B, -1)
+    # Short rows have fewer spans than are asked for.
+    spans = jnp.pad(spans, ((0, 0), (0, top)), constant_values=2 * _LOW)
+    best, place = jax.lax.top_k(spans, top)
+    firsts = place // max_answer - begin
+    return {"scores": best, "firsts": firsts, "lasts": firsts + place % max_answer, "none": none}
 
 
 class Answer(NamedTuple):
@@ -200,8 +249,8 @@ class Answer(NamedTuple):
 
     Attributes:
         text: exact characters `context[start:stop]`; "" for no answer.
-        score: start score plus end score of the best span; `none` is that of no answer, the lowest
-            over windows.
+        score: start score plus end score of what is answered; `none` is that of no answer, the
+            lowest over windows.
         probability: of `text` among the `best`.
         best: (text, start, stop, score, probability) of the n best, in order.
     """
@@ -217,51 +266,55 @@ class Answer(NamedTuple):
 
 def decode(
     examples: Sequence[dict], windows: Sequence[Window], predictions: dict[str, np.ndarray], *,
-    max_answer: int = 30, n_best: int = 20, no_answer: bool = False, threshold: float = 0.0,
+    n_best: int = 20, no_answer: bool = False, threshold: float = 0.0,
 ) -> list[Answer]:
-    """The best span of each example, over its windows.
+    """The best span of each example, over its windows; of equal ones the first and shortest.
 
     Args:
         predictions: of `predict`, for all windows in order.
-        max_answer: tokens of a span, at most.
+        n_best: spans to keep, at most the `top` of `predict`.
         no_answer: answer "" where `none` is above the best span's score by more than `threshold`
             (BERT paper, section 4.3: SQuAD 2.0).
+
+    Raises:
+        ValueError: an example without windows, or other windows than were predicted.
     """
-    candidates: list[list[tuple[float, int, int]]] = [[] for _ in examples]
-    none = np.full(len(examples), np.inf)
     p = {name: np.asarray(value) for name, value in predictions.items()}
-    for w, window in enumerate(windows):
-        none[window.example] = min(none[window.example], float(p["none"][w]))
-        first, last = p["start_places"][w], p["end_places"][w]
-        scores = p["start_scores"][w][:, None] + p["end_scores"][w][None]
-        size = last[None] - first[:, None]
-        scores = np.where((size >= 0) & (size < max_answer) & (scores > _LOW / 2), scores, -np.inf)
-        for flat in np.argsort(-scores, axis=None)[:n_best]:
-            s, e = np.unravel_index(flat, scores.shape)
-            if np.isfinite(scores[s, e]):
-                candidates[window.example].append(
-                    (float(scores[s, e]), int(window.offsets[first[s], 0]),
-                     int(window.offsets[last[e], 1])))
-    return [_answer(example["context"], found, float(none[i]), n_best,
-                    no_answer, threshold)
-            for i, (example, found) in enumerate(zip(examples, candidates))]
+    number = np.array([window.example for window in windows], np.int64)
+    if n_best < 1 or len(p["none"]) != len(windows):
+        raise ValueError(f"n_best is {n_best}, at least 1, and {len(p['none'])} windows were "
+                         f"predicted of {len(windows)}; give the predictions of all of them")
+    count = np.bincount(number, minlength=len(examples))
+    if len(count) > len(examples) or not count.all():
+        raise ValueError(f"{np.sum(count == 0)} of {len(examples)} examples have no window; make "
+                         "the windows of these examples, without answers if those are wrong")
+    none = np.full(len(examples), np.inf)
+    np.minimum.at(none, number, p["none"])
+    row, rank = np.nonzero(p["scores"] > _LOW / 2)
+    offsets = np.concatenate([window.offsets for window in windows])
+    base = np.cumsum([0, *(len(window.offsets) for window in windows[:-1])])[row]
+    start = offsets[base + p["firsts"][row, rank], 0]
+    stop = offsets[base + p["lasts"][row, rank], 1]
+    score, example = p["scores"][row, rank], number[row]
+    order = np.lexsort((stop, start, -score, example))
+    order = order[stop[order] > start[order]]
+    found = list(zip(score[order].tolist(), start[order].tolist(), stop[order].tolist()))
+    ends = np.searchsorted(example[order], np.arange(len(examples) + 1))
+    return [_answer(e["context"], found[ends[i] : ends[i + 1]], float(none[i]), n_best, no_answer,
+                    threshold) for i, e in enumerate(examples)]
 
 
 def _answer(context, found, none, n_best, no_answer, threshold) -> Answer:
     spans: dict[tuple[int, int], float] = {}
-    for score, start, stop in sorted(found, reverse=True):
+    for score, start, stop in found:
         spans.setdefault((start, stop), score)  # windows overlap: the best of each span
     best = [(score, start, stop) for (start, stop), score in spans.items()][:n_best]
+    empty = not best or (no_answer and none - best[0][0] > threshold)
     if no_answer or not best:
-        best = sorted([*best, (none, 0, 0)], reverse=True)
+        best = sorted([*best, (none, 0, 0)], key=lambda span: -span[0])
     shares = np.exp(np.array([score for score, *_ in best]) - best[0][0])
-    shares = shares / shares.sum()
-    ranked = [(context[start:stop], start, stop, score, float(share))
+    shares = (shares / shares.sum()).tolist()
+    ranked = [(context[start:stop], start, stop, score, share)
               for (score, start, stop), share in zip(best, shares)]
-    real = [entry for entry in ranked if entry[2] > entry[1]]
-    empty = next((entry for entry in ranked if entry[2] == entry[1]), None)
-    chosen = real[0] if real else empty
-    if empty is not None and (not real or none - real[0][3] > threshold):
-        chosen = empty
-    text, start, stop, score, share = chosen
+    text, start, stop, score, share = next(span for span in ranked if (span[2] == 0) == empty)
     return Answer(text, start, stop, score, none, share, ranked)

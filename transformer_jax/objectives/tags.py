@@ -43,13 +43,18 @@ def prepare(
         tokens, labels int32 `[length]`, padding_mask bool, weights float32 `[length]`.
 
     Raises:
-        ValueError: unlike numbers of words and tags, a tag outside the classes, or a text longer
-            than the row: cut it into sentences, since no word may be lost.
+        ValueError: unlike numbers of words and tags, a word without tokens, a tag outside the
+            classes, or a text longer than the row: cut it into sentences, since no word may be
+            lost.
     """
     del rng
     words, labels = example["words"], np.asarray(example["tags"], np.int32)
-    if len(words) != len(labels):
-        raise ValueError(f"a text has {len(words)} words and {len(labels)} tags; give one for each")
+    if not len(words) or len(words) != len(labels):
+        raise ValueError(f"a text has {len(words)} words and {len(labels)} tags; give one for "
+                         "each, and at least one")
+    empty = [i for i, word in enumerate(words) if not len(word)]
+    if empty:
+        raise ValueError(f"word {empty[0]} has no tokens; remove it and its tag")
     outside = labels[(labels < 0) | (labels >= num_classes)]
     if outside.size:
         raise ValueError(f"tag {outside[0]} is outside the {num_classes} classes 0 to "
@@ -59,8 +64,8 @@ def prepare(
     if len(ids) > length:
         raise ValueError(f"a text of {len(words)} words has {len(ids)} tokens, more than the row's "
                          f"{length}; raise the length, or split the text")
-    ends = len(front) + np.cumsum([len(word) for word in words], dtype=np.int64)
-    places = ends - (1 if last_piece else np.asarray([len(word) for word in words], np.int64))
+    sizes = np.array([len(word) for word in words], np.int64)
+    places = len(front) + np.cumsum(sizes) - (1 if last_piece else sizes)
     row = {"tokens": np.full(length, pad_id, np.int32), "labels": np.zeros(length, np.int32),
            "weights": np.zeros(length, np.float32), "padding_mask": np.arange(length) < len(ids)}
     row["tokens"][: len(ids)] = ids

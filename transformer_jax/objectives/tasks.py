@@ -19,6 +19,7 @@ from jax import Array
 from jaxtyping import Float, Key
 
 from transformer_jax.models import BERT, GPT, Transformer
+from transformer_jax.models.heads import last_tokens, take_positions
 from transformer_jax.objectives import spans, tags
 from transformer_jax.objectives.layout import bert_row, gpt_row
 from transformer_jax.objectives.losses import Pair, correct, cross_entropy, dropout, weighted
@@ -96,7 +97,11 @@ def classification_loss(
 
     With an `lm_weight` lambda, for GPT, a second term "lm" is lambda times the mean of the language
     model's loss over the same rows (GPT paper, section 3.2, L3): from -log P(next token) at every
-    token but the last, special tokens of ids from `vocab_size` on excepted as targets.
+    token but the last, special tokens of ids from `vocab_size` on, the model's if None, excepted as
+    targets.
+
+    Raises:
+        ValueError: both orders or an `lm_weight` for another family than GPT.
     """
     logits, lm = _classify(apply, params, batch, rng, lm_weight, vocab_size)
     total, weight = weighted(cross_entropy(logits, batch["labels"]), batch["weights"])
@@ -106,33 +111,34 @@ def classification_loss(
 
 def classification_predict(apply: Callable, params: dict, batch: dict[str, Array]) -> dict:
     """{"probabilities": `[B, C]`}."""
-    logits, _ = _classify(apply, params, batch, None, 0.0, None)
-    return {"probabilities": jax.nn.softmax(logits)}
+    return {"probabilities": jax.nn.softmax(_classify(apply, params, batch, None)[0])}
 
 
-def _classify(apply, params, batch, rng, lm_weight, vocab_size):
+def _classify(apply, params, batch, rng, lm_weight=0.0, vocab_size=None, orders=None):
     """Class scores `[B, C]`, and (sum, weight) of the language model's loss if it is wanted.
 
     Rows of both orders `[B, 2, T]` are flattened; their features are added (GPT paper, figure 1).
+    `orders` is 1 where the rows `[B, R, T]` are no orders: all of them get scores, `[B * R, C]`.
     """
     tokens = batch["tokens"]
-    inputs = {name: batch[name] for name in ("segment_ids", "padding_mask") if name in batch}
-    # Features in the place of tokens have no padding mask: see `finetune.features`.
-    pair = "padding_mask" in inputs and tokens.ndim == 3
-    if pair:
-        inputs = {name: x.reshape(-1, x.shape[-1]) for name, x in inputs.items()}
-    if not pair and not lm_weight:
+    orders = orders or (tokens.shape[1] if tokens.ndim == 3 else 1)
+    inputs = {name: batch[name].reshape(-1, batch[name].shape[-1])
+              for name in ("segment_ids", "padding_mask") if name in batch}
+    if "padding_mask" not in inputs and orders > 1:
+        # Features in the place of tokens have no padding mask: see `finetune.features`.
+        tokens, orders = tokens.sum(1), 1
+    tokens = tokens.reshape(-1, tokens.shape[-1])
+    if orders == 1 and not lm_weight:
         return apply({"params": params}, tokens, method="classify", **inputs, **dropout(rng)), None
-    if pair:
-        tokens = tokens.reshape(-1, tokens.shape[-1])
 
     def both(model, tokens, deterministic):
-        hidden = model.decode(tokens, padding_mask=inputs["padding_mask"],
-                              deterministic=deterministic).hidden
-        last = jnp.where(inputs["padding_mask"], jnp.arange(tokens.shape[1]), 0).max(-1)
-        features = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        if pair:
-            features = features.reshape(-1, 2, features.shape[-1]).sum(1)
+        if not isinstance(model, GPT):
+            raise ValueError(f"both_orders and lm_weight are for GPT, and the model is a "
+                             f"{type(model).__name__}; leave them out")
+        mask = inputs["padding_mask"]
+        hidden = model.decode(tokens, padding_mask=mask, deterministic=deterministic).hidden
+        features = take_positions(hidden, last_tokens(tokens, mask)[:, None])[:, 0]
+        features = features.reshape(-1, orders, features.shape[-1]).sum(1)
         logits = model.feature_logits(features, deterministic)
         return logits, model.lm_logits(hidden[:, :-1]) if lm_weight else None
 
@@ -140,7 +146,7 @@ def _classify(apply, params, batch, rng, lm_weight, vocab_size):
     if not lm_weight:
         return logits, None
     targets = tokens[:, 1:]
-    known = inputs["padding_mask"][:, 1:] & (targets < lm_logits.shape[-1])
+    known = inputs["padding_mask"][:, 1:] & (targets < (vocab_size or lm_logits.shape[-1]))
     rows = jnp.repeat(batch["weights"] > 0, len(tokens) // len(batch["weights"]))
     nats = cross_entropy(lm_logits, jnp.where(known, targets, 0))
     return logits, weighted(nats, known & rows[:, None])
@@ -177,19 +183,23 @@ def prepare_regression(
 
 
 def regression_loss(
-    apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None
-) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Pair]]:
+    apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None,
+    *, lm_weight: float = 0.0, vocab_size: int | None = None,
+) -> tuple[Terms, Terms, dict[str, Pair]]:
     """Sum of squared errors of a model of one class, on labels of 0 to 1; the weight is the number
-    of examples."""
-    scores = _classify(apply, params, batch, rng, 0.0, None)[0][:, 0]
-    errors = jnp.square(scores - batch["labels"])
-    total, weight = weighted(errors, batch["weights"])
-    return total, weight, {"squared_error": (total, weight)}
+    of examples. Options as for `classification_loss`."""
+    scores, lm = _classify(apply, params, batch, rng, lm_weight, vocab_size)
+    total, weight = weighted(jnp.square(scores[:, 0] - batch["labels"]), batch["weights"])
+    return _with_lm(total, weight, {"squared_error": (total, weight)}, lm, lm_weight)
 
 
-def regression_predict(apply: Callable, params: dict, batch: dict[str, Array]) -> dict:
-    """{"scores": `[B]`}, 0 to 1 for the label range."""
-    return {"scores": _classify(apply, params, batch, None, 0.0, None)[0][:, 0]}
+def regression_predict(
+    apply: Callable, params: dict, batch: dict[str, Array], *,
+    label_range: tuple[float, float] = (0.0, 1.0),
+) -> dict:
+    """{"scores": `[B]`}, in the labels' own units where their range is given."""
+    low, high = label_range
+    return {"scores": low + (high - low) * _classify(apply, params, batch, None)[0][:, 0]}
 
 
 # Choices ------------------------------------------------------------------------------------------
@@ -222,31 +232,28 @@ def prepare_choice(
             "weights": np.float32(1)}
 
 
-def _choice_scores(apply, params, batch, rng):
-    """[B, C], from a classifier of one class on every choice's row."""
-    tokens = batch["tokens"]
-    B, C = tokens.shape[:2]
-    inputs = {name: batch[name].reshape(B * C, -1) for name in ("segment_ids", "padding_mask")
-              if name in batch}
-    scores = apply({"params": params}, tokens.reshape(B * C, -1), method="classify", **inputs,
-                   **dropout(rng))
-    return jnp.where(batch["choices"], scores.reshape(B, C), jnp.finfo(jnp.float32).min)
+def _choice_scores(apply, params, batch, rng, lm_weight=0.0, vocab_size=None):
+    """[B, C], from a classifier of one class on every choice's row; and as `_classify`."""
+    scores, lm = _classify(apply, params, batch, rng, lm_weight, vocab_size, orders=1)
+    scores = scores.reshape(batch["choices"].shape)
+    return jnp.where(batch["choices"], scores, jnp.finfo(jnp.float32).min), lm
 
 
 def choice_loss(
-    apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None
-) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Pair]]:
+    apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None,
+    *, lm_weight: float = 0.0, vocab_size: int | None = None,
+) -> tuple[Terms, Terms, dict[str, Pair]]:
     """Sum over examples of -log P(right choice), in nats: a softmax over one score for each (GPT
-    paper, section 3.3; BERT paper, section 4.4)."""
-    scores = _choice_scores(apply, params, batch, rng)
+    paper, section 3.3; BERT paper, section 4.4). Options as for `classification_loss`."""
+    scores, lm = _choice_scores(apply, params, batch, rng, lm_weight, vocab_size)
     total, weight = weighted(cross_entropy(scores, batch["labels"]), batch["weights"])
-    return total, weight, {"accuracy": weighted(correct(scores, batch["labels"]),
-                                                batch["weights"])}
+    metrics = {"accuracy": weighted(correct(scores, batch["labels"]), batch["weights"])}
+    return _with_lm(total, weight, metrics, lm, lm_weight)
 
 
 def choice_predict(apply: Callable, params: dict, batch: dict[str, Array]) -> dict:
     """{"probabilities": `[B, C]`}."""
-    return {"probabilities": jax.nn.softmax(_choice_scores(apply, params, batch, None))}
+    return {"probabilities": jax.nn.softmax(_choice_scores(apply, params, batch, None)[0])}
 
 
 # All of them --------------------------------------------------------------------------------------

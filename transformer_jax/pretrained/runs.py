@@ -29,11 +29,18 @@ def save_card(
     tokenizer: tokenizers.Tokenizer,
     label_names: Sequence[str] = (),
     average: int = 1,
+    task: str | None = None,
+    num_classes: int | None = None,
 ) -> None:
-    """config.json and the tokenizer's files; parameters are in `<out>/checkpoints`."""
+    """config.json and the tokenizer's files; parameters are in `<out>/checkpoints`.
+
+    `task` and `num_classes` are those of the model's head; None: classification by `label_names`,
+    or pre-training where there are none.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    card = {"model": config_to_dict(config), "label_names": list(label_names), "average": average}
+    card = {"model": config_to_dict(config), "label_names": list(label_names), "average": average,
+            "task": task, "num_classes": num_classes}
     (out / "config.json").write_text(json.dumps(card, indent=2) + "\n")
     tokenizer.save(out / "tokenizer")
 
@@ -57,7 +64,8 @@ def load_run(folder: str | Path) -> Trained:
         raise FileNotFoundError(f"{path} does not exist; give the --out folder of a finished run")
     card = json.loads(path.read_text())
     labels = card["label_names"]
-    model = build_model(config_from_dict(card["model"]), len(labels),
-                        "classification" if labels else None)
+    width = card.get("num_classes")
+    model = build_model(config_from_dict(card["model"]), len(labels) if width is None else width,
+                        card.get("task") or ("classification" if labels else None))
     params = checkpoint.average_params(folder / "checkpoints", card.get("average", 1))
     return Trained(model, params, tokenizers.load(folder / "tokenizer"), labels)

@@ -1,0 +1,101 @@
+"""Tags of words: which piece is labelled, and that no word is lost."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import BART, BERT, GPT2, build
+
+from transformer_jax.objectives import tags
+
+EXAMPLE = {"words": [[11, 12], [13], [14, 15, 16]], "tags": [2, 0, 1]}
+prepare = functools.partial(tags.prepare, length=10, num_classes=3, cls_id=1, sep_id=2)
+
+
+@pytest.mark.parametrize(("options", "tokens", "places"), [
+    ({}, [1, 11, 12, 13, 14, 15, 16, 2, 9, 9], [1, 3, 4]),
+    ({"last_piece": True}, [1, 11, 12, 13, 14, 15, 16, 2, 9, 9], [2, 3, 6]),
+    ({"cls_id": None, "sep_id": None}, [11, 12, 13, 14, 15, 16, 9, 9, 9, 9], [0, 2, 3]),
+    ({"cls_id": None, "sep_id": None, "last_piece": True},
+     [11, 12, 13, 14, 15, 16, 9, 9, 9, 9], [1, 2, 5]),
+])
+def test_rows_by_hand(options, tokens, places):
+    row = prepare(EXAMPLE, pad_id=9, **options)
+    assert row["tokens"].tolist() == tokens
+    assert np.flatnonzero(row["weights"]).tolist() == places
+    assert row["labels"][places].tolist() == EXAMPLE["tags"]
+    assert row["padding_mask"].sum() == 10 - tokens.count(9)
+    assert {name: x.dtype.name for name, x in row.items()} == {
+        "tokens": "int32", "labels": "int32", "weights": "float32", "padding_mask": "bool"}
+
+
+def test_loss_and_words_by_hand():
+    """Only places with a weight count, and their tags come back in the order of the words."""
+    row = prepare(EXAMPLE)
+    scores = np.random.default_rng(0).normal(size=(1, 10, 3)).astype(np.float32)
+    scores[0, [1, 3, 4]] = np.log([[1, 1, 2], [1, 2, 1], [1, 6, 1]])
+
+    def apply(variables, tokens, *, method, **options):
+        return jnp.asarray(scores)
+
+    batch = {name: x[None] for name, x in row.items()}
+    total, weight, metrics = tags.loss(apply, {}, batch)
+    assert float(total) == pytest.approx(-np.log(2 / 4 * 1 / 4 * 6 / 8), rel=1e-5)
+    assert weight == 3 and metrics["accuracy"] == (2, 3)
+    found = tags.predict(apply, {}, batch)
+    np.testing.assert_allclose(found["probabilities"].sum(-1), 1, rtol=1e-5)
+    assert tags.of_words(found["probabilities"][0], found["words"][0]).tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize("config", [GPT2, BERT, BART], ids=lambda c: type(c).__name__)
+def test_tags_are_learnt(config):
+    model, params = build(config.replace(num_layers=1), 3)
+    batch = {name: x[None] for name, x in prepare(EXAMPLE, last_piece=config is GPT2).items()}
+
+    @jax.jit
+    def step(params):
+        def total(params):
+            return tags.loss(model.apply, params, batch)[0]
+
+        value, gradient = jax.value_and_grad(total)(params)
+        return value, jax.tree.map(lambda p, g: p - 0.02 * g, params, gradient)
+
+    first, params = step(params)
+    for _ in range(5):
+        last, params = step(params)
+    assert 0 < last < first
+
+
+class Words:
+    """A letter is a piece, with its code as id; a space too."""
+
+    @staticmethod
+    def encode_batch(texts):
+        return [[ord(c) for c in text] for text in texts]
+
+
+def test_pieces():
+    assert tags.pieces(["ab", "c"], Words) == [[97, 98], [99]]
+    assert tags.pieces(["ab", "c"], Words, space=True) == [[97, 98], [32, 99]]
+    with pytest.raises(ValueError, match="the word '' gives no token"):
+        tags.pieces(["ab", ""], Words)
+
+
+@pytest.mark.parametrize(("changes", "options", "message"), [
+    ({"tags": [0, 1]}, {}, "3 words and 2 tags; give one for each"),
+    ({"words": [], "tags": []}, {}, "0 words and 0 tags"),
+    ({"words": [[1], [], [2]]}, {}, "word 1 has no tokens"),
+    ({"tags": [0, 3, 1]}, {}, "tag 3 is outside the 3 classes 0 to 2"),
+    ({"tags": [0, -1, 1]}, {}, "tag -1 is outside"),
+    ({}, {"length": 7}, "a text of 3 words has 8 tokens, more than the row's 7; raise the length"),
+])
+def test_bad_input(changes, options, message):
+    with pytest.raises(ValueError, match=message):
+        prepare({**EXAMPLE, **changes}, **options)
+
+
+def test_a_row_that_just_fits():
+    assert SimpleNamespace(**prepare(EXAMPLE, length=8)).padding_mask.all()
