@@ -9,10 +9,10 @@
 Hardware and time: python_docs/topics with the quickstart's models takes under a minute on 2 cores.
 `--train` is a recipe of `finetune.select`, such as full, head, last_k:2, bitfit, lora:8 or
 adapter:64, joined by "+"; the table that is printed says what trains. The kind of task is told by
-the data: classes, scores, choices, tags of words, or answers to questions. `--settings.frozen`
-keeps what does not train in bfloat16 or int8. `results.json` has the task's scores and what was
-forgotten: the held-out pre-training loss before and after. `predictions.jsonl` has a line for each
-example, `delta/` what was trained and nothing else.
+the data: classes, scores, choices, tags of words, answers to questions, or texts to write.
+`--settings.frozen` keeps what does not train in bfloat16 or int8. `results.json` has the task's
+scores and what was forgotten: the held-out pre-training loss before and after. `predictions.jsonl`
+has a line for each example, `delta/` what was trained and nothing else.
 """
 
 import functools
@@ -27,13 +27,14 @@ import jax
 import numpy as np
 import supervised
 import tyro
+import writing
 from settings import Data, Mesh, Settings
 
 from transformer_jax import draw, sharding, tree
 from transformer_jax.data import few_labels
 from transformer_jax.finetune import deltas, features, select, shrink, store
-from transformer_jax.models import Model, build_model, config_to_dict, init_params
-from transformer_jax.objectives import tasks
+from transformer_jax.models import GPT, Model, build_model, config_to_dict, init_params
+from transformer_jax.objectives import causal_lm, seq2seq, tasks
 from transformer_jax.train import finetuning, loop, step
 
 
@@ -80,7 +81,7 @@ def compiled(model: Model, recipe: str, settings: Settings, kind: str, cached: b
     optimizer = settings.optimizer.make(settings.num_steps)
     apply = features.on_features(model.apply) if cached else model.apply
     options = {"lm_weight": settings.lm_weight} if settings.lm_weight else {}
-    loss_fn = functools.partial(tasks.TASKS[kind].loss, apply, **options)
+    loss_fn = functools.partial(loss_of(model, kind), apply, **options)
     return Compiled(mask, optimizer, step.make_train_step(loss_fn, optimizer, mask))
 
 
@@ -94,6 +95,19 @@ def _start(model: Model, recipe: str, settings: Settings, rng: jax.Array, pretra
         params = deltas.add_tokens(params, supervised.NEW_TOKENS, keys[1])
     params, mask = deltas.prepare(params, recipe, keys[2])
     return shrink.shrink(params, mask, settings.frozen)[0]
+
+
+def loss_of(model: Model, kind: str):
+    """The objective of a kind of task."""
+    if kind == "seq2seq":
+        return causal_lm.loss if isinstance(model, GPT) else seq2seq.loss
+    return tasks.TASKS[kind].loss
+
+
+def read(data, model: Model, tokenizer, settings: Settings) -> supervised.Task:
+    """The set as the model reads it."""
+    reader = writing if data.kind == "seq2seq" else supervised
+    return reader.read(data, model, tokenizer, settings.reading())
 
 
 class Outcome(NamedTuple):
@@ -142,8 +156,12 @@ def finetune(
     if (average := finetuning.ema_params(state.opt_state)) is not None:
         params = tree.merge(average, tree.split(params, mask)[1])
     seconds = time.perf_counter() - began
-    held_out = supervised.batches(task, task.validation, length=settings.length, batch_size=64)
-    scores, lines = task.report(supervised.predict(model, params, kind, held_out.evaluation()))
+    if kind == "seq2seq":
+        found = writing.write(model, params, tokenizer, task, settings.reading())
+    else:
+        held_out = supervised.batches(task, task.validation, length=settings.length, batch_size=64)
+        found = supervised.predict(model, params, kind, held_out.evaluation())
+    scores, lines = task.report(found)
     timed = [h["seconds_per_step"] for h in history if "seconds_per_step" in h]
     trained = tree.count(tree.split(params, mask)[0])
     return Outcome(params, mask, {
@@ -172,8 +190,9 @@ def base_params(model: Model, pretrained: dict) -> dict:
 def for_task(base: common.Trained, data) -> tuple[Model, dict]:
     """The base's model with the head that a set needs, and the parameters it starts from: a head
     of the same shape is kept, any other is left out."""
-    model = build_model(base.model.config, supervised.num_classes(data),
-                        tasks.TASKS[data.kind].task)
+    writes = data.kind == "seq2seq"
+    model = build_model(base.model.config, 0 if writes else supervised.num_classes(data),
+                        None if writes else tasks.TASKS[data.kind].task)
     shapes = tree.flatten_paths(jax.eval_shape(
         functools.partial(init_params, model), jax.random.key(0)))
     fits = {path: leaf for path, leaf in tree.flatten_paths(base.params).items()
@@ -196,7 +215,7 @@ def main(c: Finetune) -> dict:
         data = data._replace(train=few_labels(data.train, c.labels_per_class, c.seed,
                                               total=c.examples))
     model, start = for_task(base, data)
-    task = supervised.read(data, model, base.tokenizer, c.settings.reading())
+    task = read(data, model, base.tokenizer, c.settings)
     outcome = finetune(
         model, None if c.from_scratch else start, base.tokenizer, task, c.train, c.settings,
         c.seed, checkpoint_dir=c.out / "checkpoints", mesh=mesh)

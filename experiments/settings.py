@@ -134,6 +134,7 @@ class Settings:
         new_tokens: GPT's start, delimiter and extract tokens, as in its paper.
         both_orders: read a pair in both orders (GPT).
         stride: how far a window of a long context begins after the one before.
+        target_length, num_beams: of a text to write.
     """
 
     length: int = 64
@@ -149,9 +150,13 @@ class Settings:
     new_tokens: bool = False
     both_orders: bool = False
     stride: int = 128
+    target_length: int = 64
+    num_beams: int = 4
 
     def reading(self) -> supervised.Reading:
-        return supervised.Reading(self.length, self.new_tokens, self.both_orders, self.stride)
+        return supervised.Reading(
+            self.length, self.new_tokens, self.both_orders, self.stride,
+            target_length=self.target_length, num_beams=self.num_beams)
 
     def for_examples(self, count: int) -> "Settings":
         """The same with epochs as steps."""

@@ -30,6 +30,8 @@ class Reading(NamedTuple):
     both_orders: bool = False
     stride: int = 128
     max_question: int = 64
+    target_length: int = 64  # of a text to write, with num_beams
+    num_beams: int = 4
 
 
 class Task(NamedTuple):
@@ -64,8 +66,8 @@ def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
             tokens to part it.
     """
     if data.kind not in tasks.TASKS:
-        raise ValueError(f"data of the kind {data.kind} is not classified; it is one of "
-                         f"{', '.join(tasks.TASKS)}: use denoise.py or translate.py for texts")
+        raise ValueError(f"data of the kind {data.kind} is not classified; that is one of "
+                         f"{', '.join(tasks.TASKS)}")
     specials = None
     if isinstance(model, GPT):
         if not how.new_tokens and ("text_b" in data.train[0] or data.kind == "question_answering"):

@@ -22,7 +22,7 @@ import forgetting
 import numpy as np
 import supervised
 import tyro
-from finetune import finetune, for_task
+from finetune import finetune, for_task, read
 from rich.console import Console
 from rich.table import Table
 from settings import SCRATCH, Sweep
@@ -30,9 +30,9 @@ from settings import SCRATCH, Sweep
 from transformer_jax import draw, evaluate
 from transformer_jax.data import few_labels
 
-KEPT = ("accuracy", "macro_f1", "matthews", "f1", "exact_match", "pearson_spearman", "pearson",
-        "spearman", "precision", "recall", "labels", "steps", "trained", "share_trained", "cut",
-        "seconds", "seconds_per_step")
+KEPT = ("rouge", "rouge1", "rouge2", "bleu", "accuracy", "macro_f1", "matthews", "f1",
+        "exact_match", "pearson_spearman", "pearson", "spearman", "precision", "recall", "labels",
+        "steps", "trained", "share_trained", "cut", "seconds", "seconds_per_step")
 
 
 def main(c: Sweep) -> dict:
@@ -51,13 +51,13 @@ def main(c: Sweep) -> dict:
                   f"{before:.3f}")
     # The recipe outside the seeds, so that its steps are compiled once.
     for examples in c.examples or (None,):
-        read = functools.cache(functools.partial(_read, c, data, model, base.tokenizer, examples))
+        task = functools.cache(functools.partial(_task, c, data, model, base.tokenizer, examples))
         for name in c.rows:
             for seed in range(c.seeds):
                 cell = {"recipe": name, "examples": examples, "seed": seed}
                 if any(done.items() >= cell.items() for done in _cells(c)):
                     continue
-                run_cell(c, cell, model, start, base.tokenizer, read(seed), memory)
+                run_cell(c, cell, model, start, base.tokenizer, task(seed), memory)
                 last = _cells(c)[-1]
                 console.print(f"{name}, {last['labels']:,} examples, seed {seed}: "
                               f"{data.metric} {last['score']:.4f}, "
@@ -72,9 +72,9 @@ def main(c: Sweep) -> dict:
         time.perf_counter() - began)
 
 
-def _read(c: Sweep, data, model, tokenizer, examples: int | None, seed: int) -> supervised.Task:
+def _task(c: Sweep, data, model, tokenizer, examples: int | None, seed: int) -> supervised.Task:
     chosen = few_labels(data.train, None, seed, total=examples)
-    return supervised.read(data._replace(train=chosen), model, tokenizer, c.settings.reading())
+    return read(data._replace(train=chosen), model, tokenizer, c.settings)
 
 
 def run_cell(c: Sweep, cell: dict, model, start, tokenizer, task, memory) -> None:

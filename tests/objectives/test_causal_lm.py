@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from small_models import VOCAB, random_tokens
 
 from transformer_jax.objectives import causal_lm
@@ -95,3 +96,29 @@ def test_the_model_is_told_of_positions_and_documents():
     causal_lm.loss(apply, {}, batch)
     assert told["positions"] is batch["positions"]
     assert told["document_ids"] is batch["document_ids"]
+
+
+def test_a_continuation_learns_the_target_alone():
+    row = causal_lm.prepare_continuation(
+        {"source": [5, 6], "target": [7, 8]}, length=8, delimiter_id=1, eos_id=2)
+    assert row["tokens"].tolist() == [5, 6, 1, 7, 8, 2, 0, 0]
+    assert row["targets"].tolist() == [6, 1, 7, 8, 2, 0, 0, 0]
+    assert row["weights"].tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("source", "target", "tokens", "learnt"), [
+    ([5] * 9, [7], [5, 5, 5, 1, 7, 2], [7, 2]),  # the source gives way
+    ([5], [7] * 9, [5, 1, 7, 7, 7, 2], [7, 7, 7, 2]),  # unless the target is too long by itself
+    ([5] * 9, [7] * 9, [5, 5, 1, 7, 7, 2], [7, 7, 2]),  # half of the room for each
+])
+def test_a_continuation_that_is_too_long(source, target, tokens, learnt):
+    row = causal_lm.prepare_continuation(
+        {"source": source, "target": target}, length=6, delimiter_id=1, eos_id=2)
+    assert row["tokens"].tolist() == tokens
+    assert row["targets"][row["weights"] > 0].tolist() == learnt
+
+
+def test_a_continuation_without_room():
+    with pytest.raises(ValueError, match="length 3 leaves no room for two texts"):
+        causal_lm.prepare_continuation({"source": [5], "target": [7]}, length=3, delimiter_id=1,
+                                       eos_id=2)

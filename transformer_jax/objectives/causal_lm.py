@@ -69,3 +69,30 @@ def loss(
     total, weight = weighted(cross_entropy(logits, batch["targets"]), batch["weights"])
     metrics = {"accuracy": weighted(correct(logits, batch["targets"]), batch["weights"])}
     return total, weight, metrics
+
+
+def prepare_continuation(
+    example: dict, rng: np.random.Generator | None = None, *, length: int, delimiter_id: int,
+    eos_id: int,
+) -> dict[str, np.ndarray]:
+    """`{"source", "target"}` ids as one row: source delimiter target eos, where only the target and
+    its end are learnt (GPT-2 paper, section 3.6: "TL;DR:" between an article and its summary).
+
+    A source that is too long loses its end; a target that is, its own, if half the row is not
+    enough for it.
+
+    Raises:
+        ValueError: no room for text.
+    """
+    del rng
+    if length < 4:
+        raise ValueError(f"length {length} leaves no room for two texts and 2 special tokens; use "
+                         "at least 4")
+    source, target = np.asarray(example["source"]), np.asarray(example["target"])
+    target = target[: max(length - 2 - len(source), (length - 2) // 2)]
+    source = source[: length - 2 - len(target)]
+    ids = np.array([*source, delimiter_id, *target, eos_id], np.int32)
+    place = np.arange(length)
+    learnt = (place >= len(source)) & (place < len(ids) - 1)
+    return {"tokens": pad(ids[:length], length), "targets": pad(ids[1:], length),
+            "weights": learnt.astype(np.float32)}
