@@ -173,3 +173,22 @@ def recipes(
     axes.set(title=title, xlabel="share of the parameters that trains (%)", ylabel=ylabel)
     axes.grid(alpha=0.25)
     return _save(figure, path)
+
+
+def costs(path: str | Path, found: Mapping[str, Mapping[str, float]], *, title: str) -> Path:
+    """Bars of relative costs: `{recipe: {what: share}}`, with the share above each bar."""
+    kinds = list(next(iter(found.values())))
+    figure = _figure(2 + 1.25 * len(found), 4.2)
+    axes = figure.subplots()
+    width = 0.8 / len(kinds)
+    for k, kind in enumerate(kinds):
+        shares = [row[kind] for row in found.values()]
+        bars = axes.bar(np.arange(len(found)) + (k - (len(kinds) - 1) / 2) * width, shares, width,
+                        label=kind)
+        axes.bar_label(bars, [f"{x:.2f}" if x >= 0.005 else f"{x:.0e}" for x in shares],
+                       fontsize=7, padding=2)
+    axes.set_xticks(range(len(found)), list(found))
+    axes.set(title=title, ylabel=f"relative to {next(iter(found))}")
+    axes.margins(y=0.12)
+    axes.legend(frameon=False)
+    return _save(figure, path)
