@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transformer_jax.nn import layers
 from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, Bias, Embed, LayerNorm, Linear
 
 
@@ -89,3 +90,21 @@ def test_initial_laws():
     # Cut off at two deviations, the deviation left is 0.8796 (TensorFlow's law, BERT's release).
     assert np.abs(draws["truncated_normal"]).max() <= 0.04
     np.testing.assert_allclose(draws["truncated_normal"].std(), 0.02 * 0.8796, rtol=0.02)
+
+
+def test_layer_norm_has_the_gradient_that_jax_derives():
+    def naive(x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+
+    x = 3 + 2 * jax.random.normal(jax.random.key(0), (5, 16))
+    t = jax.random.normal(jax.random.key(1), (5, 16))
+
+    def ours(x):
+        return layers.standardize(x, 1e-5)
+
+    np.testing.assert_array_equal(ours(x), naive(x))
+    for mode in (jax.jvp, lambda f, x, t: jax.vjp(f, *x)[1](*t)):
+        found, expected = (mode(f, (x,), (t,))[-1] for f in (ours, naive))
+        np.testing.assert_allclose(jax.tree.leaves(found)[0], jax.tree.leaves(expected)[0],
+                                   rtol=1e-4, atol=1e-6)

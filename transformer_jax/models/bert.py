@@ -24,6 +24,7 @@ from transformer_jax.models.heads import (
 )
 from transformer_jax.nn import attention
 from transformer_jax.nn.blocks import Stack, StackOutput
+from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, Embed, LayerNorm, Linear
 from transformer_jax.nn.positions import make_position_embed
 
@@ -69,7 +70,7 @@ class BERT(nn.Module):
         if c.num_segments:
             self.segment_embed = Embed(c.num_segments, c.d_model, **shared)
         self.embed_norm = LayerNorm(c.norm_epsilon, dtype=dtype)
-        self.embed_dropout = nn.Dropout(c.dropout_rate)
+        self.embed_dropout = Dropout(c.dropout_rate)
         self.encoder = Stack(c.stack)
         self.pooler = Linear((c.d_model,), kernel_init=init, dtype=dtype)
         self.mlm_head = MLMHead(c.activation, c.norm_epsilon, init, dtype)
@@ -77,7 +78,7 @@ class BERT(nn.Module):
             self.lm_head = Embed(c.vocab_size, c.d_model, **shared)
         self.nsp_head = Linear((2,), kernel_init=init)
         if self.num_classes:
-            self.classifier_dropout = nn.Dropout(c.dropout_rate)
+            self.classifier_dropout = Dropout(c.dropout_rate)
             self.classifier = Linear((self.num_classes,), kernel_init=init)
 
     def hidden(

@@ -24,6 +24,7 @@ from transformer_jax.models.heads import (
 from transformer_jax.nn import attention
 from transformer_jax.nn.attention import KVCache, causal_mask, document_mask, init_cache
 from transformer_jax.nn.blocks import Stack, StackOutput
+from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import INITIALIZERS, Embed, Linear
 from transformer_jax.nn.positions import make_position_embed
 
@@ -56,13 +57,13 @@ class GPT(nn.Module):
         shared = {"embedding_init": c.embedding_init(), "dtype": c.compute_dtype}
         self.token_embed = Embed(c.vocab_size, c.d_model, **shared)
         self.position_embed = make_position_embed(c.positions, c.position_rows, c.d_model, **shared)
-        self.embed_dropout = nn.Dropout(c.dropout_rate)
+        self.embed_dropout = Dropout(c.dropout_rate)
         self.decoder = Stack(c.stack)
         if not c.tie_embeddings:
             self.lm_head = Embed(c.vocab_size, c.d_model, **shared)
         if self.num_classes:
             has_bias = c.classifier_bias or self.task != "classification"
-            self.classifier_dropout = nn.Dropout(c.dropout_rate)
+            self.classifier_dropout = Dropout(c.dropout_rate)
             self.classifier = Linear((self.num_classes,), kernel_init=init, use_bias=has_bias)
 
     def decode(

@@ -26,6 +26,7 @@ from transformer_jax.models.heads import (
 from transformer_jax.nn import attention
 from transformer_jax.nn.attention import KVCache, causal_mask, init_cache
 from transformer_jax.nn.blocks import Stack, StackOutput
+from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import INITIALIZERS, Bias, Embed, LayerNorm, Linear
 from transformer_jax.nn.positions import make_position_embed
 
@@ -72,7 +73,7 @@ class Transformer(nn.Module):
         if c.embed_norm:
             self.encoder_embed_norm = LayerNorm(c.norm_epsilon, dtype=dtype)
             self.decoder_embed_norm = LayerNorm(c.norm_epsilon, dtype=dtype)
-        self.embed_dropout = nn.Dropout(c.dropout_rate)
+        self.embed_dropout = Dropout(c.dropout_rate)
         self.encoder = Stack(c.stack)
         self.decoder = Stack(c.decoder_stack)
         if not c.tie_embeddings:
@@ -82,7 +83,7 @@ class Transformer(nn.Module):
         if self.num_classes:
             init = INITIALIZERS[c.initializer](c.init_std)
             self.pooler = Linear((c.d_model,), kernel_init=init, dtype=dtype)
-            self.classifier_dropout = nn.Dropout(c.dropout_rate)
+            self.classifier_dropout = Dropout(c.dropout_rate)
             self.classifier = Linear((self.num_classes,), kernel_init=init)
 
     def _embed(self, side, tokens, positions, deterministic):

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
+from transformer_jax.nn.dropout import dropout
+
 
 def causal_mask(
     query_positions: Int[Array, "B T"],
@@ -64,8 +66,7 @@ def attend(
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
     dropped_BNTS = weights_BNTS
     if dropout_rng is not None and dropout_rate > 0:
-        keep = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, weights_BNTS.shape)
-        dropped_BNTS = jnp.where(keep, weights_BNTS / (1 - dropout_rate), 0)
+        dropped_BNTS = dropout(weights_BNTS, dropout_rate, dropout_rng)
     out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", dropped_BNTS.astype(value_BSNH.dtype), value_BSNH)
     return out_BTNH, weights_BNTS
 

@@ -13,6 +13,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from transformer_jax.nn.attention import KVCache, attend
+from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, LayerNorm, Linear
 from transformer_jax.sharding import constrain_batch
 
@@ -167,7 +168,7 @@ class Block(nn.Module):
         def residual(name, sublayer, x_BTD):
             norm = LayerNorm(c.norm_epsilon, dtype=c.dtype, name=f"{name}_norm")
             out_BTD, *rest = sublayer(norm(x_BTD) if c.norm_first else x_BTD)
-            out_BTD = nn.Dropout(c.dropout_rate)(out_BTD, deterministic=deterministic)
+            out_BTD = Dropout(c.dropout_rate)(out_BTD, deterministic=deterministic)
             if self.has_variable("params", f"{name}_adapter"):
                 out_BTD = Adapter(c, name=f"{name}_adapter")(out_BTD)
             x_BTD = x_BTD + out_BTD

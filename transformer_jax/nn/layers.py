@@ -8,6 +8,7 @@ Layers honour edits of their parameters (`finetune.deltas`): leaves that `init` 
 int8 with a scale (`finetune.shrink`).
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -17,11 +18,18 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from transformer_jax.nn.dropout import dropout
 from transformer_jax.sharding import constrain, constrain_batch
 
+
+def _gelu(approximate: bool) -> Callable[[Array], Array]:
+    """GELU that keeps its input alone for the way back, not four arrays of its size."""
+    return jax.checkpoint(functools.partial(jax.nn.gelu, approximate=approximate))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # x * Phi(x); BERT's checkpoints
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # GPT, GPT-2
+    "gelu": _gelu(approximate=False),  # x * Phi(x); BERT's checkpoints
+    "gelu_tanh": _gelu(approximate=True),  # GPT, GPT-2
     "relu": jax.nn.relu,
     "swish": jax.nn.swish,  # Marian
     "tanh": jnp.tanh,
@@ -99,8 +107,7 @@ class Linear(nn.Module):
         lora_a, lora_scale = _edit(self, "lora_a"), _edit(self, "lora_scale")
         rate = _edit(self, "lora_dropout")
         if rate is not None and self.has_rng("dropout"):
-            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, x.shape)
-            x = jnp.where(keep, x / (1 - rate).astype(self.dtype), 0)
+            x = dropout(x, rate, self.make_rng("dropout"))
         low = jnp.tensordot(x, lora_a.astype(self.dtype), axes=self.contract)
         low = low * lora_scale.astype(self.dtype)
         y = y + jnp.tensordot(low, lora_b.astype(self.dtype), axes=1)
@@ -118,6 +125,27 @@ class Linear(nn.Module):
         return self.kernel_init(rng, (inputs, outputs), jnp.float32).reshape(shape)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def standardize(x: Float[Array, "... D"], epsilon: float) -> Float[Array, "... D"]:
+    """Mean 0 and variance 1 along the last axis."""
+    return _standardize(x, epsilon)[0]
+
+
+def _standardize(x, epsilon):
+    centred = x - x.mean(-1, keepdims=True)
+    per_std = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+    return centred * per_std, per_std
+
+
+@standardize.defjvp
+def _(epsilon, primals, tangents):
+    """The derivative in closed form. It is its own transpose, and keeps two arrays for the way
+    back; XLA makes strided copies of the one that it is left to derive."""
+    (x,), (t,) = primals, tangents
+    y, per_std = _standardize(x, epsilon)
+    return y, per_std * (t - t.mean(-1, keepdims=True) - y * (y * t).mean(-1, keepdims=True))
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis (Ba et al. 2016, arXiv 1607.06450, eq. 4)."""
 
@@ -128,10 +156,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
-        x = x.astype(jnp.float32)
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+        y = standardize(x.astype(jnp.float32), self.epsilon) * scale + bias
         return y.astype(self.dtype)
 
 
