@@ -8,7 +8,6 @@ import shutil
 import common
 import configs
 import finetune
-import finetune_cost
 import generate
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ import sweep
 import translate
 from settings import Data, Mesh, Pretrain, Settings, Sweep, Translate
 
-from transformer_jax import presets, tree
+from transformer_jax import tree
 from transformer_jax.finetune import store
 
 SHORT = finetune.Settings(length=16, num_steps=2)
@@ -139,8 +138,12 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ["gpt_python_docs", "bert_python_docs"])
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize(("kind", "name"), [
+    ("classification", "gpt_python_docs"), ("regression", "bert_python_docs"),
+    ("multiple_choice", "gpt_python_docs"), ("token_classification", "bert_python_docs"),
+    ("question_answering", "gpt_python_docs"), ("question_answering", "bert_python_docs"),
+    ("seq2seq", "gpt_python_docs"), ("seq2seq", "bert_python_docs"),
+])
 def test_every_kind_of_task(kind, name, pretrained, tmp_path):
     """From a file to scores and a prediction for each example."""
     for split, count in (("train", 12), ("validation", 5)):
@@ -232,18 +235,3 @@ def test_quickstart(tmp_path, monkeypatch):
     assert len(cells) == 2 * 2 and all(np.isfinite(c["accuracy"]) for c in cells)
     assert {"positions.png", "attention.png", "labels.png", "results.json"} <= {
         p.name for p in tmp_path.iterdir()}
-
-
-def test_cost_of_recipes(tmp_path):
-    c = finetune_cost.Cost(
-        out=tmp_path, recipes=("full", "head", "lora:2"), rounds=1, per_round=1, epoch_batches=2,
-        batch_size=2, length=8,
-        model=presets.bert_tiny(vocab_size=50, num_layers=2, d_model=16, num_heads=2, mlp_dim=32))
-    metrics = finetune_cost.main(c)["metrics"]
-    full, head, lora = metrics["recipes"]
-    assert full["flops_ratio"] == 1 > lora["flops_ratio"] > head["flops_ratio"]
-    # Two moments of what trains, of four bytes, and counts.
-    for row in (full, head, lora):
-        assert 0 <= row["optimizer_bytes"] - 8 * row["trained"] <= 16
-    assert metrics["cached_features"]["cached"] > 0
-    assert (tmp_path / "cost.png").stat().st_size > 5000
