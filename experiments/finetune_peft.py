@@ -5,16 +5,18 @@
 
 BERT-base's shape with random weights, classification of 8 rows of 128 tokens, float32, LoRA of rank
 8 on query and value, dropout 0.1, AdamW. Two processes each prepare and warm up; then they take
-turns, the other waiting, and tell their seconds and peak memory. Medians over rounds. Hardware: 2
-CPU cores take about five minutes.
+turns, the other stopped (SIGSTOP), and tell their seconds and peak memory. Medians over rounds.
+Hardware: 2 CPU cores and 4 GB of memory take about two minutes; Linux, for the peak.
 """
 
 import json
+import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 WORKER = "--worker"
@@ -24,8 +26,11 @@ WORKER = "--worker"
 class Comparison:
     """Attributes:
     reference_python: the interpreter of an environment with torch, transformers and peft.
-    recipe: full trains everything on both sides.
+    recipe: full, which trains everything on both sides, or lora:R.
     rounds, per_round: turns of each side, and steps of a turn.
+    threads: of torch; JAX takes every core.
+    keep_freed_memory: ours by `host.keep_freed_memory`, as the other scripts run: fewer page faults
+        for a higher peak, because a step's one large buffer may not fit where the last one was.
     """
 
     reference_python: Path
@@ -37,33 +42,39 @@ class Comparison:
     length: int = 128
     rounds: int = 7
     per_round: int = 2
-    threads: int = field(default=2)
+    threads: int = 2
+    keep_freed_memory: bool = False
 
 
 def ours(c: dict):
-    """A function that trains one step, until it is done."""
+    """(a function that trains one step, until it is done; number of parameters that train)."""
     import functools
 
     import jax
     import numpy as np
 
-    from transformer_jax import host, presets
-    from transformer_jax.finetune import deltas
+    from transformer_jax import host, presets, tree
+    from transformer_jax.finetune import deltas, select
     from transformer_jax.models import BERT, init_params
     from transformer_jax.objectives import tasks
     from transformer_jax.train import optim, step
 
-    host.keep_freed_memory()
+    if c["keep_freed_memory"]:
+        host.keep_freed_memory()
     config = presets.bert_base(num_layers=c["layers"], d_model=c["width"],
                                num_heads=c["width"] // 64, mlp_dim=4 * c["width"])
     model = BERT(config, num_classes=2, task="classification")
-    params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
-    params, mask = deltas.prepare(params, c["recipe"], jax.random.key(1))
     optimizer = optim.make_optimizer(1e-4)
+
+    def params_of(key):
+        return deltas.add_deltas(init_params(model, key), c["recipe"], key)
+
+    mask = select.trainable_mask(jax.eval_shape(params_of, jax.random.key(0)), c["recipe"])
+    state = jax.jit(lambda key: step.init_state(params_of(key), optimizer, mask))(
+        jax.random.key(0))
+    trained = tree.count(tree.split(state.params, mask)[0])
     loss_fn = functools.partial(tasks.classification_loss, model.apply)
     run = jax.jit(step.make_train_step(loss_fn, optimizer, mask), donate_argnums=0)
-    state = step.init_state(params, optimizer, mask)
-    del params
     tokens, labels = batch(c, config.vocab_size)
     rows = jax.device_put({
         "tokens": tokens, "labels": labels, "segment_ids": np.zeros_like(tokens),
@@ -76,7 +87,7 @@ def ours(c: dict):
         state, metrics = run(state, rows, rng)
         jax.block_until_ready((state, metrics))
 
-    return one_step
+    return one_step, trained
 
 
 def theirs(c: dict):
@@ -95,20 +106,19 @@ def theirs(c: dict):
         model = get_peft_model(model, LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], task_type="SEQ_CLS"))
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4,
-                                  weight_decay=0.01)
+    trains = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trains, lr=1e-4, weight_decay=0.01, fused=True)
     tokens, labels = (torch.from_numpy(x).long() for x in batch(c, config.vocab_size))
     mask = torch.ones_like(tokens)
 
     def one_step():
         loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(
-            [p for p in model.parameters() if p.requires_grad], 1.0)
+        torch.nn.utils.clip_grad_norm_(trains, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return one_step
+    return one_step, sum(p.numel() for p in trains)
 
 
 def batch(c: dict, vocab_size: int):
@@ -122,15 +132,16 @@ def batch(c: dict, vocab_size: int):
 def worker(side: str, settings: str) -> None:
     """Prepares, warms up, and then takes a turn for each line on standard input."""
     c = json.loads(settings)
-    one_step = {"ours": ours, "theirs": theirs}[side](c)
+    one_step, trained = {"ours": ours, "theirs": theirs}[side](c)
     for _ in range(2):
         one_step()
-    print("ready", flush=True)
+    print("ready", trained, flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
         for _ in range(c["per_round"]):
             one_step()
-        print((time.perf_counter() - began) / c["per_round"], peak_memory(), flush=True)
+        seconds = (time.perf_counter() - began) / c["per_round"]
+        print("took", seconds, peak_memory(), flush=True)
 
 
 def peak_memory() -> int:
@@ -141,33 +152,53 @@ def peak_memory() -> int:
     raise OSError("/proc/self/status has no VmHWM; this needs Linux")
 
 
-def compare(c: Comparison) -> dict[str, list[tuple[float, int]]]:
-    """(seconds a step, peak bytes) of each turn, by side."""
+def compare(c: Comparison) -> tuple[dict[str, list[tuple[float, int]]], dict[str, int]]:
+    """((seconds a step, peak bytes) of each turn, number of parameters that train), by side.
+
+    Raises:
+        ValueError: a recipe that the other side has no counterpart of.
+        RuntimeError: a side does not start, or ends early.
+    """
+    if not re.fullmatch(r"full|lora:[1-9]\d*", c.recipe):
+        raise ValueError(f"recipe {c.recipe!r} is not compared; choose full, or a LoRA such as "
+                         "lora:8")
     settings = json.dumps({"layers": c.layers, "width": c.width, "recipe": c.recipe,
                            "batch_size": c.batch_size, "length": c.length,
-                           "per_round": c.per_round, "threads": c.threads})
+                           "per_round": c.per_round, "threads": c.threads,
+                           "keep_freed_memory": c.keep_freed_memory})
     pythons = {"ours": sys.executable, "theirs": str(c.reference_python)}
-    workers, turns = {}, {side: [] for side in pythons}
+    workers, turns, trained = {}, {side: [] for side in pythons}, {}
     try:
         for side, python in pythons.items():  # one after the other: compiling is not timed
             workers[side] = subprocess.Popen(
                 [python, __file__, WORKER, side, settings], text=True, stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE)
-            answer = workers[side].stdout.readline().strip()
-            if answer != "ready":
-                raise RuntimeError(f"{side} did not start by {python} (it said {answer!r}); see "
-                                   "its message above")
+            trained[side] = int(answer(side, workers[side], "ready")[0])
+            workers[side].send_signal(signal.SIGSTOP)  # its threads may spin while they wait
         for _ in range(c.rounds):
             for side, process in workers.items():
+                process.send_signal(signal.SIGCONT)
                 process.stdin.write("go\n")
                 process.stdin.flush()
-                seconds, memory = process.stdout.readline().split()
+                seconds, memory = answer(side, process, "took")
+                process.send_signal(signal.SIGSTOP)
                 turns[side].append((float(seconds), int(memory)))
     finally:
         for process in workers.values():
             process.kill()
             process.communicate()
-    return turns
+    return turns, trained
+
+
+def answer(side: str, process: subprocess.Popen, word: str) -> list[str]:
+    """What follows `word` in a worker's next line that starts with it; a library may print too."""
+    for line in process.stdout:
+        found = line.split()
+        if found[:1] == [word]:
+            return found[1:]
+    raise RuntimeError(f"the side {side!r} ended with status {process.wait()} before it was "
+                       f"{word}: {process.args[0]} has to be a Python with its packages (see the "
+                       "top of this file); its own message is above")
 
 
 def main(c: Comparison) -> dict:
@@ -175,10 +206,11 @@ def main(c: Comparison) -> dict:
     import common
 
     began = time.perf_counter()
-    turns = compare(c)
+    turns, trained = compare(c)
     ratios = [a / b for (a, _), (b, _) in zip(turns["ours"], turns["theirs"])]
     metrics = {
-        **{side: {"seconds_per_step": statistics.median(s for s, _ in found),
+        **{side: {"trained": trained[side],
+                  "seconds_per_step": statistics.median(s for s, _ in found),
                   "seconds": [s for s, _ in found], "peak_bytes": max(m for _, m in found)}
            for side, found in turns.items()},
         "time_ratio": statistics.median(ratios), "time_ratios": ratios,

@@ -205,8 +205,10 @@ def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
 
 
 def batches(task: Task, items: Sequence, *, length: int, batch_size: int, seed: int = 0):
-    """Rows of at most `length` tokens, padded to the buckets below it."""
-    buckets = [b for b in BUCKETS if b < length] + [length]
+    """Rows of at most `length` tokens, padded to the buckets below it, or, where there are too few
+    rows to sort by length or to be worth a compilation for each bucket, all to `length`."""
+    few = len(items) < 64 * batch_size
+    buckets = [length] if few else [*(b for b in BUCKETS if b < length), length]
     return GroupedBatches(
         items, task.lengths(items), task.make_row, buckets=buckets, batch_size=batch_size,
         seed=seed, process_index=jax.process_index(), process_count=jax.process_count())

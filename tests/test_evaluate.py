@@ -82,6 +82,9 @@ def test_correlations_by_hand_and_with_ties():
     # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
     assert evaluate.spearman([0, 7, 7, 9], a) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
     assert np.isnan(evaluate.pearson([1, 1, 1], [1, 2, 3]))
+    assert np.isnan(evaluate.pearson([0.1, 0.1, 0.1], [1, 2, 3]))  # whose mean is not 0.1
+    assert np.isnan(evaluate.spearman([1, 2, 3], [2, 2, 2]))
+    assert np.isnan(evaluate.pearson([], []))
     found = evaluate.correlations(np.array(a), np.array(b))
     assert found["pearson_spearman"] == pytest.approx(0.8) and found["mse"] == pytest.approx(0.5)
 
@@ -93,13 +96,28 @@ def test_correlations_by_hand_and_with_ties():
     ("I-PER I-PER O", "B-PER I-PER O", 1.0),
     ("B-PER B-PER", "B-PER I-PER", 0.0),
     ("O O", "O O", 0.0),
+    ("O I-PER B-PER I-PER", "O B-PER B-PER I-PER", 1.0),
+    ("B-A-X I-A-X", "B-A-X I-A-Y", 0.0),
+    ("B I O B", "B I O O", 2 / 3),  # one kind, without a name
 ])
 def test_entities(true, found, f1):
     assert evaluate.entity_f1([true.split()], [found.split()])["f1"] == pytest.approx(f1)
 
 
+def test_entities_over_rows_by_hand():
+    """Two entities in each of two rows; three are found, two of them right."""
+    true = [["B-PER", "I-PER", "O", "B-LOC"], ["B-ORG", "B-ORG"]]
+    found = [["B-PER", "I-PER", "O", "O"], ["B-ORG", "I-PER"]]
+    assert evaluate.entity_f1(true, found) == pytest.approx(
+        {"f1": 4 / 7, "precision": 2 / 3, "recall": 1 / 2})
+    with pytest.raises(ValueError, match="1 predictions for 2 labels"):
+        evaluate.entity_f1([["O", "O"]], [["O"]])
+
+
 @pytest.mark.parametrize(("answer", "gold", "exact", "f1"), [
     ("The Cat.", ["a cat"], 100, 100),
+    ("", ["the"], 100, 100),  # nothing is left of this gold answer
+    ("cat", ["a", "cat"], 100, 100),
     ("black cat", ["cat", "dog"], 0, 200 / 3),
     ("", [], 100, 100),
     ("cat", [], 0, 0),
@@ -109,6 +127,15 @@ def test_entities(true, found, f1):
 def test_squad(answer, gold, exact, f1):
     found = evaluate.squad([answer], [gold])
     assert (found["exact_match"], found["f1"]) == (exact, pytest.approx(f1))
+
+
+def test_squad_with_and_without_answers():
+    found = evaluate.squad(["black cat", "", "dog", "dog"], [["cat"], ["cat"], [], ["dog"]])
+    assert found == pytest.approx({
+        "f1": (200 / 3 + 100) / 4, "exact_match": 25,
+        "has_answer_f1": (200 / 3 + 100) / 3, "has_answer_exact_match": 100 / 3,
+        "no_answer_f1": 0, "no_answer_exact_match": 0})
+    assert evaluate.squad(["cat"], [["cat"]]) == {"f1": 100, "exact_match": 100}
 
 
 def test_calibration_by_hand():
@@ -125,3 +152,62 @@ def test_spread_and_class_scores():
     assert evaluate.spread([1.0, 3.0]) == (2.0, pytest.approx(np.sqrt(2)), 2)
     assert np.isnan(evaluate.spread([1.0]).std)
     assert next(iter(evaluate.class_scores("matthews", np.eye(2, dtype=int)))) == "matthews"
+
+
+REPORTS = {
+    "accuracy": ([1, 1, 0], [1, 0, 0], {"accuracy": 2 / 3, "macro_f1": 2 / 3, "matthews": 0.5}),
+    "macro_f1": ([1, 1, 0], [1, 0, 0], {"macro_f1": 2 / 3, "accuracy": 2 / 3, "matthews": 0.5}),
+    "matthews": ([0, 0], [0, 0], {"matthews": 0, "accuracy": 1, "macro_f1": 0.5}),
+    "f1": ([1, 1, 0, 0], [1, 0, 0, 0], {"f1": 2 / 3, "accuracy": 3 / 4, "matthews": 3**-0.5}),
+    "pearson_spearman": ([1.0, 3.0, 2.0, 4.0], [1.0, 2.0, 3.0, 4.0], {
+        "pearson_spearman": 0.8, "pearson": 0.8, "spearman": 0.8, "mse": 0.5}),
+    "squad": (["a cat"], [["cat"]], {"f1": 100, "exact_match": 100}),
+    "entity_f1": ([["B-X", "B-X"]], [["B-X", "O"]], {
+        "f1": 2 / 3, "precision": 1 / 2, "recall": 1}),
+}
+
+
+@pytest.mark.parametrize("metric", REPORTS)
+def test_what_people_report(metric):
+    predictions, labels, expected = REPORTS[metric]
+    found = evaluate.report(metric, predictions, labels)
+    assert list(found) == list(expected)
+    assert found == pytest.approx(expected)
+
+
+def test_classes_that_never_occur_count_for_macro_f1():
+    assert evaluate.report("macro_f1", [0, 1], [0, 1], num_classes=4)["macro_f1"] == 0.5
+
+
+def test_bad_predictions():
+    with pytest.raises(ValueError, match="unknown metric 'acuracy', did you mean 'accuracy'"):
+        evaluate.report("acuracy", [0], [0])
+    with pytest.raises(ValueError, match="unknown metric 'squad'"):
+        evaluate.class_scores("squad", np.eye(2))
+    with pytest.raises(ValueError, match="labels go from -1 to 1, outside 0 to 1"):
+        evaluate.confusion(np.array([1, -1]), np.array([0, 0]), 2)
+    with pytest.raises(ValueError, match="1 predictions for 2 labels"):
+        evaluate.report("accuracy", [0], [0, 1])
+    with pytest.raises(ValueError, match="f1 is that of class 1"):
+        evaluate.class_scores("f1", np.eye(1))
+    with pytest.raises(ValueError, match="0 values"):
+        evaluate.spread([])
+    with pytest.raises(ValueError, match="0 labels"):
+        evaluate.calibration(np.zeros((0, 2)), np.zeros(0, int))
+
+
+def test_as_scipy_counts_correlations():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 6, (2, 40))
+    assert evaluate.spearman(a, b) == pytest.approx(stats.spearmanr(a, b)[0])
+    assert evaluate.pearson(a, b) == pytest.approx(stats.pearsonr(a, b)[0])
+
+
+def test_as_scikit_learn_counts_classes():
+    metrics = pytest.importorskip("sklearn.metrics")
+    a, b = np.random.default_rng(0).integers(0, 3, (2, 60))
+    table = evaluate.confusion(a, b, 3)
+    assert evaluate.macro_f1(table) == pytest.approx(metrics.f1_score(a, b, average="macro"))
+    assert evaluate.matthews(table) == pytest.approx(metrics.matthews_corrcoef(a, b))
+    assert evaluate.f1(table) == pytest.approx(metrics.f1_score(a == 1, b == 1))

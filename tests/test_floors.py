@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "host": set(),
     "draw": set(),
+    "predictions": set(),
     "tree": set(),
     "sharding": {"tree"},
     "nn": {"sharding"},
@@ -32,10 +33,11 @@ MAY_IMPORT = {
     "generate": USE,
     "pretrained": USE,
     "plan": USE,
-    "cli": USE | {"presets", "evaluate", "generate", "pretrained", "plan", "host", "draw"},
+    "cli": USE | {"presets", "evaluate", "generate", "pretrained", "plan", "host", "draw",
+                  "predictions"},
 }
 # Host code: NumPy, never jnp, which would compile in the loader.
-NO_JAX = {"data", "draw", "host"}
+NO_JAX = {"data", "draw", "host", "predictions"}
 
 
 def imported(source: str, package: tuple[str, ...]) -> list[str]:

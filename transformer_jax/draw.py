@@ -1,5 +1,6 @@
 """Pictures of what people would rather look at than read. Each function writes one PNG."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -84,51 +85,80 @@ def label_efficiency(
     *,
     title: str,
     chance: float,
+    ylabel: str = "accuracy (%)",
 ) -> Path:
-    """Accuracy over the number of labels, a panel a model and a line a recipe.
+    """A score over the number of labels, a panel a model and a line a recipe with its deviation
+    over seeds as a band. Labels that contain "scratch" are dashed.
 
     Args:
-        panels: `{model: {recipe: (labels, mean accuracy, standard deviation)}}`, in shares of 1.
-        chance: accuracy of the commonest class, drawn as a dotted line.
+        panels: `{model: {recipe: (labels, mean score, standard deviation)}}`, in shares of 1.
+        chance: score of the commonest class, drawn as a dotted line.
     """
-    figure = _figure(5.2 * len(panels), 4.2)
+    figure = _figure(5.2 * len(panels) + 1.2, 4.2)
     figure.suptitle(title)
     grid = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    recipes = list(dict.fromkeys(recipe for lines in panels.values() for recipe in lines))
     for axes, (name, lines) in zip(grid, panels.items()):
         for recipe, (labels, mean, deviation) in lines.items():
-            axes.errorbar(labels, 100 * np.asarray(mean), 100 * np.asarray(deviation),
-                          label=recipe, marker="o", markersize=4, capsize=3)
+            mean, deviation = 100 * np.asarray(mean), 100 * np.nan_to_num(deviation)
+            color = f"C{recipes.index(recipe) % 10}"
+            axes.plot(labels, mean, label=recipe, color=color, marker="o", markersize=4,
+                      linestyle="--" if "scratch" in recipe else "-")
+            axes.fill_between(labels, mean - deviation, mean + deviation, color=color, alpha=0.15,
+                              linewidth=0)
         axes.axhline(100 * chance, color="grey", linestyle=":", label="commonest class")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(next(iter(lines.values()))[0],
-                        [str(n) for n in next(iter(lines.values()))[0]])
-        axes.set(title=name, xlabel="labelled examples", ylabel="accuracy (%)")
+        ticks = sorted({n for labels, *_ in lines.values() for n in labels})
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=90 if len(ticks) > 8 else 0)
+        axes.set_xticks([], minor=True)
+        axes.set(title=name, xlabel="labelled examples")
         axes.grid(alpha=0.25)
-    grid[0].legend(frameon=False, fontsize=8)
+    grid[0].set_ylabel(ylabel)
+    grid[-1].legend(*_legend(grid), frameon=False, fontsize=8, loc="center left",
+                    bbox_to_anchor=(1, 0.5))
     return _save(figure, path)
+
+
+def _legend(grid: Sequence) -> tuple[list, list[str]]:
+    """Every label of all panels once."""
+    found = {label: handle for axes in grid
+             for handle, label in zip(*axes.get_legend_handles_labels())}
+    return list(found.values()), list(found)
 
 
 def confusion(
     path: str | Path, table: np.ndarray, names: Sequence[str], *, title: str
 ) -> Path:
     """Counts `[C, C]`, true classes down and predicted ones across, shaded by their share of the
-    row."""
+    row. Of more than 8 classes only the diagonal has its share in figures, and zeros are left out.
+    """
     table = np.asarray(table)
     C = len(names)
     share = table / np.maximum(table.sum(1, keepdims=True), 1)
     longest = max(map(len, names))
-    figure = _figure(2.2 + 0.09 * longest + 0.62 * C, 1.6 + 0.09 * longest + 0.5 * C)
+    upright = longest * C > 40
+    margin = 0.09 * longest
+    few = C <= 8
+    cell = (0.9, 0.62) if few else (0.5, 0.4)
+    wide = max(cell[0], 0 if upright else 0.1 * longest)
+    figure = _figure(2.0 + margin + wide * C, 1.4 + margin * upright + cell[1] * C)
     axes = figure.subplots()
-    axes.imshow(share, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    for i in range(C):
-        for j in range(C):
-            below = f"\n{100 * share[i, j]:.0f} %" if C <= 8 else ""
-            axes.text(j, i, f"{table[i, j]:,}{below}", ha="center", va="center",
-                      fontsize=9 if C <= 8 else 6,
-                      color="white" if share[i, j] > 0.6 else "black")
-    axes.set_xticks(range(C), names, rotation=90 if longest * C > 40 else 0)
+    image = axes.imshow(share, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for i, j in np.ndindex(C, C):
+        figures = f"{table[i, j]:,}" if few or table[i, j] else ""
+        figures += f"\n{100 * share[i, j]:.0f} %" if few or i == j else ""
+        axes.text(j, i, figures, ha="center", va="center", fontsize=10 if few else 8,
+                  color="white" if share[i, j] > 0.5 else "black")
+    axes.set_xticks(range(C), names, rotation=90 if upright else 0)
     axes.set_yticks(range(C), names)
-    axes.set(title=title, xlabel="predicted", ylabel="true")
+    axes.tick_params(length=0)
+    right = f"{100 * np.trace(table) / max(table.sum(), 1):.1f} % right"
+    axes.set(title=f"{title}\n{right} of {table.sum():,}", xlabel="predicted class",
+             ylabel="true class")
+    bar = figure.colorbar(image, ax=axes, aspect=32, pad=0.02,
+                          format=lambda x, _: f"{100 * x:.0f} %")
+    bar.set_label("share of the true class")
+    bar.outline.set_visible(False)
     return _save(figure, path)
 
 
@@ -142,7 +172,7 @@ def calibration(path: str | Path, found: Mapping[str, np.ndarray], *, title: str
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     axes.bar(edges, np.nan_to_num(accuracy), width=1 / bins, align="edge", edgecolor="white",
              label="observed")
-    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfectly calibrated")
+    axes.plot([0, 1], [0, 1], color="black", linestyle=":", label="perfectly calibrated")
     axes.set(title=f"{title}\nexpected calibration error {100 * found['ece']:.1f} %",
              ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
     axes.legend(frameon=False, loc="upper left")
@@ -160,19 +190,50 @@ def recipes(
 ) -> Path:
     """What training ever fewer parameters costs: `{recipe: (share trained, mean score, standard
     deviation)}`, shares on a log axis."""
-    figure = _figure(7, 4.2)
+    figure = _figure(7.5, 4.6)
     axes = figure.subplots()
-    for k, (recipe, (share, mean, deviation)) in enumerate(found.items()):
+    for k, (share, mean, deviation) in enumerate(found.values()):
         axes.errorbar(100 * share, mean, np.nan_to_num(deviation), marker="o", capsize=4,
                       color=f"C{k % 10}")
-        axes.annotate(recipe, (100 * share, mean), xytext=(7, 5), textcoords="offset points",
-                      color=f"C{k % 10}", fontsize=9)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(x=0.18, y=0.15)
+    axes.margins(x=0.12, y=0.15)
     axes.set(title=title, xlabel="share of the parameters that trains (%)", ylabel=ylabel)
     axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    figure.draw_without_rendering()  # the layout, which the labels' places depend on
+    _label(axes, {name: (100 * share, mean) for name, (share, mean, _) in found.items()},
+           [(100 * share, mean + sign * np.nan_to_num(deviation))
+            for share, mean, deviation in found.values() for sign in np.linspace(-1, 1, 9)])
     return _save(figure, path)
+
+
+def _label(axes, points: Mapping[str, tuple[float, float]], ink: Sequence[tuple]) -> None:
+    """Writes each name near its point, at the first place that hides no other name and no `ink`;
+    where all places do, at the one that hides least."""
+    ink = axes.transData.transform(ink)
+    taken: list = []
+    for name, point in points.items():
+        tried = []
+        for distance, (dx, dy) in itertools.product((8, 22), itertools.product((1, -1, 0),
+                                                                               (0, 1, -1))):
+            text = axes.annotate(
+                name, point, (distance * dx, distance * dy), textcoords="offset points",
+                fontsize=9, ha=("center", "left", "right")[dx], va="center",
+                arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.5,
+                            "shrinkB": 3} if distance > 8 else None)
+            box = text.get_window_extent().padded(2)
+            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+            hidden = (sum(box.overlaps(other) for other in taken) + int(box.count_contains(ink))
+                      + (not inside))
+            tried.append((hidden, len(tried), text, box))
+            if not hidden:
+                break
+        *_, best, box = min(tried, key=lambda place: place[:2])
+        taken.append(box)
+        for *_, text, _ in tried:
+            if text is not best:
+                text.remove()
 
 
 def costs(path: str | Path, found: Mapping[str, Mapping[str, float]], *, title: str) -> Path:
@@ -185,7 +246,7 @@ def costs(path: str | Path, found: Mapping[str, Mapping[str, float]], *, title: 
         shares = [row[kind] for row in found.values()]
         bars = axes.bar(np.arange(len(found)) + (k - (len(kinds) - 1) / 2) * width, shares, width,
                         label=kind)
-        axes.bar_label(bars, [f"{x:.2f}" if x >= 0.005 else f"{x:.0e}" for x in shares],
+        axes.bar_label(bars, [f"{x:.2f}" if x >= 0.005 else f"{x:.1g}" for x in shares],
                        fontsize=7, padding=2)
     axes.set_xticks(range(len(found)), list(found))
     axes.set(title=title, ylabel=f"relative to {next(iter(found))}")

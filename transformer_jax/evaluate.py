@@ -1,11 +1,16 @@
-"""How good a model is, in the numbers people report."""
+"""How good a model is, in the numbers people report.
 
+Shares and correlations (accuracy, F1 of classes and entities, Matthews, calibration) are at most 1;
+scores of texts (BLEU, ROUGE, SQuAD) go to 100, as their scripts print them.
+"""
+
+import difflib
 import importlib
 import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,7 +26,16 @@ def perplexity(loss: float) -> float:
 def confusion(
     labels: Int[np.ndarray, "n"], predictions: Int[np.ndarray, "n"], num_classes: int
 ) -> Int[np.ndarray, "C C"]:
-    """Counts; row: true class, column: predicted class."""
+    """Counts; row: true class, column: predicted class.
+
+    Raises:
+        ValueError: unlike numbers of labels and predictions, or a class out of range.
+    """
+    _check_pairs(labels, predictions)
+    for name, found in (("labels", labels), ("predictions", predictions)):
+        if len(found) and not 0 <= np.min(found) <= np.max(found) < num_classes:
+            raise ValueError(f"{name} go from {np.min(found)} to {np.max(found)}, outside 0 to "
+                             f"{num_classes - 1}; leave out what has no label")
     table = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(table, (np.asarray(labels), np.asarray(predictions)), 1)
     return table
@@ -88,6 +102,12 @@ def rouge(
     return {name: 100 * float(np.mean([s[name].fmeasure for s in scores])) for name in names}
 
 
+def _check_pairs(labels: Sequence, predictions: Sequence) -> None:
+    if len(labels) != len(predictions):
+        raise ValueError(f"there are {len(predictions)} predictions for {len(labels)} labels; give "
+                         "one for each")
+
+
 def _library(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
@@ -115,9 +135,11 @@ def f1(table: Int[np.ndarray, "C C"], positive: int = 1) -> float:
 
 def pearson(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
     """Pearson's correlation; nan where one side does not vary."""
-    a, b = (np.asarray(x, np.float64) - np.mean(x) for x in (a, b))
-    spread = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / spread if spread > 0 else math.nan
+    _check_pairs(a, b)
+    if not len(a) or np.ptp(a) == 0 or np.ptp(b) == 0:  # rounding would make a constant vary
+        return math.nan
+    a, b = (np.asarray(x, np.float64) - np.mean(x, dtype=np.float64) for x in (a, b))
+    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
 
 
 def spearman(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
@@ -134,23 +156,31 @@ def _ranks(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
 def entity_f1(
     labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Precision, recall and F1 of whole entities in BIO tags, as conlleval counts them: an I- of
-    another kind, or after O, begins an entity."""
+    """F1, precision and recall of whole entities in BIO tags, as conlleval counts them: an I- of
+    another kind, or after O, begins an entity. 0 where undefined.
+
+    Raises:
+        ValueError: unlike numbers of rows, or of tags in one.
+    """
+    _check_pairs(labels, predictions)
+    for row, found in zip(labels, predictions):
+        _check_pairs(row, found)
     true, found = ({(i, *span) for i, tags in enumerate(rows) for span in _entities(tags)}
                    for rows in (labels, predictions))
     hits = len(true & found)
-    return {"precision": hits / max(len(found), 1), "recall": hits / max(len(true), 1),
-            "f1": 2 * hits / max(len(true) + len(found), 1)}
+    return {"f1": 2 * hits / max(len(true) + len(found), 1),
+            "precision": hits / max(len(found), 1), "recall": hits / max(len(true), 1)}
 
 
 def _entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
-    spans, begin, kind = [], 0, ""
+    spans: list[tuple[int, int, str]] = []
+    begin, kind = 0, None
     for i, tag in enumerate([*tags, "O"]):
         mark, _, new = tag.partition("-")
-        if kind and (mark != "I" or new != kind):
+        if kind is not None and (mark != "I" or new != kind):
             spans.append((begin, i, kind))
-            kind = ""
-        if mark in ("B", "I") and not kind:
+            kind = None
+        if mark in ("B", "I") and kind is None:
             begin, kind = i, new
     return spans
 
@@ -162,16 +192,30 @@ def normalize_answer(text: str) -> str:
 
 
 def squad(answers: Sequence[str], gold: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Exact match and F1 over words, 0 to 100, each against the best of an example's gold answers
-    (SQuAD's evaluation scripts, 1.1 and 2.0). An example without gold answers wants ""."""
+    """F1 over words and exact match, 0 to 100, each against the best of an example's gold answers
+    (SQuAD's evaluation scripts, 1.1 and 2.0). An example without gold answers wants "".
+
+    Where some have an answer and some have none, "has_answer_f1", "no_answer_f1" and so on are of
+    these alone.
+
+    Raises:
+        ValueError: no questions, or unlike numbers of answers.
+    """
     if len(answers) != len(gold) or not len(gold):
         raise ValueError(f"there are {len(answers)} answers to {len(gold)} questions; give one for "
                          "each, and at least one")
-    pairs = [[(normalize_answer(answer), normalize_answer(g)) for g in (found or [""])]
-             for answer, found in zip(answers, gold)]
-    exact = [max(a == g for a, g in found) for found in pairs]
-    overlap = [max(_word_f1(a.split(), g.split()) for a, g in found) for found in pairs]
-    return {"exact_match": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(overlap))}
+    rows, answerable = [], []
+    for answer, found in zip(answers, gold):
+        wanted = [g for g in map(normalize_answer, found) if g]  # as 2.0's script
+        answer = normalize_answer(answer)
+        rows.append([max(_word_f1(answer.split(), g.split()) for g in wanted or [""]),
+                     answer in (wanted or [""])])
+        answerable.append(bool(wanted))
+    has = np.array(answerable)
+    groups = {"": has | True, "has_answer_": has, "no_answer_": ~has}
+    return {prefix + name: 100 * float(np.mean([row[k] for row, ours in zip(rows, chosen) if ours]))
+            for prefix, chosen in groups.items() if not prefix or 0 < chosen.sum() < len(has)
+            for k, name in enumerate(("f1", "exact_match"))}
 
 
 def _word_f1(answer: list[str], gold: list[str]) -> float:
@@ -189,8 +233,14 @@ def calibration(
     Returns:
         "ece", the expected calibration error; "brier", the mean squared distance from the truth;
         "confidence", "accuracy" and "count" of each bin of equal width, nan in an empty one.
+
+    Raises:
+        ValueError: no rows, or unlike numbers of them.
     """
-    probabilities = np.asarray(probabilities, np.float64)
+    _check_pairs(labels, probabilities)
+    if not len(labels):
+        raise ValueError("there are 0 labels; calibration needs at least 1")
+    probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
     sure, hit = probabilities.max(1), probabilities.argmax(1) == labels
     place = np.minimum((sure * bins).astype(int), bins - 1)
     count = np.bincount(place, minlength=bins)
@@ -204,7 +254,7 @@ def calibration(
 
 
 class Spread(NamedTuple):
-    """Of one number over seeds; `std` is the sample's, nan for one seed."""
+    """Of one number over seeds; `std` is the sample's (n - 1), nan for one seed."""
 
     mean: float
     std: float
@@ -212,7 +262,13 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation over seeds."""
+    """Mean and standard deviation over seeds.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not len(values):
+        raise ValueError("there are 0 values; a mean needs at least 1 seed")
     std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
     return Spread(float(np.mean(values)), std, len(values))
 
@@ -221,12 +277,20 @@ def spread(values: Sequence[float]) -> Spread:
 CLASS_SCORES: dict[str, dict[str, Callable]] = {
     "accuracy": {"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews},
     "matthews": {"matthews": matthews, "accuracy": accuracy, "macro_f1": macro_f1},
+    "macro_f1": {"macro_f1": macro_f1, "accuracy": accuracy, "matthews": matthews},
     "f1": {"f1": f1, "accuracy": accuracy, "matthews": matthews},
 }
 
 
 def class_scores(metric: str, table: Int[np.ndarray, "C C"]) -> dict[str, float]:
-    """The numbers of a confusion table, that of `metric` first."""
+    """The numbers of a confusion table, that of `metric` first.
+
+    Raises:
+        ValueError: an unknown metric, or F1 of class 1 where there is none.
+    """
+    _check_metric(metric, CLASS_SCORES)
+    if metric == "f1" and len(table) < 2:
+        raise ValueError(f"f1 is that of class 1, but there are {len(table)} classes; use accuracy")
     return {name: score(table) for name, score in CLASS_SCORES[metric].items()}
 
 
@@ -235,3 +299,39 @@ def correlations(scores: Float[np.ndarray, "n"], labels: Float[np.ndarray, "n"])
     found = {"pearson": pearson(scores, labels), "spearman": spearman(scores, labels)}
     return {"pearson_spearman": sum(found.values()) / 2, **found,
             "mse": float(np.mean(np.square(np.asarray(scores) - np.asarray(labels))))}
+
+
+OTHER_SCORES: dict[str, Callable[[Sequence, Sequence], dict[str, float]]] = {
+    "pearson_spearman": correlations,
+    "squad": squad,
+    "entity_f1": lambda predictions, labels: entity_f1(labels, predictions),
+}
+
+
+def report(
+    metric: str, predictions: Sequence, labels: Sequence, num_classes: int | None = None
+) -> dict[str, float]:
+    """The numbers people report for a metric, the main one first.
+
+    Args:
+        metric: of `CLASS_SCORES`, for classes by number; "pearson_spearman", for scores; "squad",
+            for answers and lists of gold ones; "entity_f1", for rows of BIO tags.
+        num_classes: for classes; the largest that occurs, and at least 2, if not given.
+
+    Raises:
+        ValueError: an unknown metric, or predictions that do not fit the labels.
+    """
+    _check_metric(metric, [*CLASS_SCORES, *OTHER_SCORES])
+    if metric in OTHER_SCORES:
+        return OTHER_SCORES[metric](predictions, labels)
+    if num_classes is None:
+        num_classes = 1 + max(int(np.max(x, initial=1)) for x in (predictions, labels))
+    return class_scores(metric, confusion(labels, predictions, num_classes))
+
+
+def _check_metric(metric: str, known: Iterable[str]) -> None:
+    if metric not in known:
+        near = difflib.get_close_matches(metric, known, n=1)
+        raise ValueError(f"unknown metric {metric!r}"
+                         f"{f', did you mean {near[0]!r}?' if near else ';'} choose from "
+                         f"{', '.join(known)}")

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from transformer_jax import tree
+from transformer_jax import sharding, tree
 from transformer_jax.train import checkpoint, finetuning, optim, step
 
 W = {"kernel": jnp.ones((2, 2))}
@@ -60,10 +60,41 @@ def test_deltas_have_the_depth_of_their_layer():
     assert set(depth.values()) == {3}
 
 
+def test_gaps_count_as_layers():
+    """A mask that leaves layers out does not bring those below nearer to the top."""
+    some = tree.split(params(), tree.map_paths(
+        lambda path, x: "layer_0" in path or "classifier" in path, params()))[0]
+    assert finetuning.depths(some) == ({layer(0): 1, "classifier/kernel": 4}, 3)
+    rate = tree.flatten_paths(finetuning.rates(some, 0.5, 1.0))
+    assert rate == {layer(0): 1 / 8, "classifier/kernel": 1.0}
+
+
+def test_a_lone_encoders_final_norm_is_above_its_layers():
+    depth, _ = finetuning.depths({"encoder": {"layer_0": W, "final_norm": {"scale": 0}}})
+    assert depth == {"encoder/layer_0/kernel": 1, "encoder/final_norm/scale": 2}
+
+
+def test_stacked_layers_have_no_depth():
+    with pytest.raises(ValueError, match=r"encoder/layers/mlp/wi/kernel.*unstack_layers"):
+        finetuning.depths(tree.stack_layers(params()))
+
+
+def test_when_each_is_released():
+    assert tree.flatten_paths(finetuning.release_steps(params(), 5)) == {
+        "classifier/kernel": 0, "pooler/kernel": 0, layer(2): 5, layer(1): 10, layer(0): 15,
+        "token_embed/embedding": 20}
+    # Something trains from the first step on, and what does not train takes no turn.
+    some = tree.split(params(), tree.map_paths(
+        lambda path, x: "layer_0" in path or "layer_2" in path, params()))[0]
+    assert tree.flatten_paths(finetuning.release_steps(some, 5)) == {layer(2): 0, layer(0): 5}
+
+
 def test_rates_by_layer_and_of_the_head():
     rate = tree.flatten_paths(finetuning.rates(params(), 0.5, 10.0))
     assert rate == {"token_embed/embedding": 1 / 16, layer(0): 1 / 8, layer(1): 1 / 4,
                     layer(2): 1 / 2, "pooler/kernel": 1.0, "classifier/kernel": 10.0}
+    other = tree.flatten_paths(finetuning.rates(params(), None, 10.0, head="^pooler/"))
+    assert {path for path, r in other.items() if r == 10.0} == {"pooler/kernel"}
 
 
 def one_step(optimizer, start, grads, steps: int = 1) -> dict:
@@ -135,15 +166,62 @@ def test_moments_are_kept_when_more_is_released():
     np.testing.assert_allclose(moments, list(zip(head, [0, 0, 0.1, 0.19])), rtol=1e-5)
 
 
+def counts(state) -> dict:
+    """Of each group, how many gradients its moments have seen: Adam's own count."""
+    return {path.split("frozen_until_")[1].split("/")[0]: int(x)
+            for path, x in tree.flatten_paths(state).items() if path.endswith("/inner/0/count")}
+
+
+def test_bias_correction_begins_at_release_and_the_schedule_does_not():
+    p, grads = params(), jax.tree.map(jnp.ones_like, params())
+    optimizer = optim.make_optimizer(lambda n: 0.1 * (n + 1), weight_decay=0.0, clip_norm=None,
+                                     unfreeze_every=2, eps=1e-12)
+    state = optimizer.init(p)
+    for _ in range(3):
+        updates, state = optimizer.update(grads, state, p)
+    assert counts(state) == {"0": 3, "2": 1, "4": 0, "6": 0, "8": 0}
+    found = tree.flatten_paths(updates)  # the third update has the rate 0.3 for all
+    np.testing.assert_allclose(found["classifier/kernel"], -0.3, rtol=1e-5)
+    np.testing.assert_allclose(found[layer(2)], -0.3, rtol=1e-5)
+    assert not np.any(found[layer(1)])
+
+
 def test_decay_to_the_start_pulls_back_and_new_parameters_to_zero():
-    optimizer = finetuning.decay_to_start(0.5, 0.25)
-    start = params()
+    optimizer = optim.make_optimizer(1.0, weight_decay=0.25, l2_sp=0.5, clip_norm=None)
+    start = {
+        "encoder": {"layer_0": {"mlp": {"wi": {"kernel": 3.0, "bias": 3.0, "lora_a": 3.0},
+                                        "wo": {"ia3_input": 3.0}},
+                                "mlp_adapter": {"up": {"kernel": 3.0, "bias": 3.0}}}},
+        "pooler": {"kernel": 3.0},
+        "classifier": {"kernel": 3.0, "bias": 3.0},
+        "prompt": None,
+    }
+    start = jax.tree.map(jnp.asarray, start)
     state = optimizer.init(start)
     moved = jax.tree.map(lambda x: x + 2.0, start)
     zero = jax.tree.map(jnp.zeros_like, start)
-    found = tree.flatten_paths(optimizer.update(zero, state, moved)[0])
-    np.testing.assert_allclose(found[layer(0)], 0.5 * 2)
-    np.testing.assert_allclose(found["classifier/kernel"], 0.25 * 3)
+    found = {path.rpartition("layer_0/")[2]: -float(u) for path, u in
+             tree.flatten_paths(optimizer.update(zero, state, moved)[0]).items()}
+    assert found == {
+        "mlp/wi/kernel": 1.0, "mlp/wi/bias": 1.0, "pooler/kernel": 1.0,  # 0.5 (5 - 3)
+        "mlp_adapter/up/kernel": 1.25, "classifier/kernel": 1.25,  # 0.25 * 5
+        "mlp/wi/lora_a": 0.0, "mlp/wo/ia3_input": 0.0,  # what never decays
+        "mlp_adapter/up/bias": 0.0, "classifier/bias": 0.0}
+
+
+def test_what_is_new_to_the_pull_to_the_start():
+    def pulled(start, **options):
+        optimizer = optim.make_optimizer(1.0, weight_decay=0.25, l2_sp=0.5, clip_norm=None,
+                                         **options)
+        zero = jax.tree.map(jnp.zeros_like, start)
+        return tree.flatten_paths(optimizer.update(zero, optimizer.init(start), start)[0])
+
+    both = {**seq2seq(), "pooler": W}  # no checkpoint of an encoder-decoder has a pooler
+    np.testing.assert_array_equal(pulled(both)["pooler/kernel"], -0.25)
+    np.testing.assert_array_equal(pulled(params())["pooler/kernel"], 0.0)
+    named = pulled(params(), new="layer_1/")
+    np.testing.assert_array_equal(named[layer(1)], -0.25)
+    np.testing.assert_array_equal(named["classifier/kernel"], 0.0)
 
 
 def test_the_average_by_hand_and_with_gaps():
@@ -162,30 +240,69 @@ def test_the_average_by_hand_and_with_gaps():
 ALL = {"layer_decay": 0.8, "head_rate": 2.0, "unfreeze_every": 2, "l2_sp": 0.1, "ema": 0.9}
 
 
+def product_loss(p, batch, rng):
+    total = sum((x * batch["x"].mean(0)).sum() ** 2 for x in jax.tree.leaves(p))
+    return total * batch["x"].shape[0], jnp.asarray(batch["x"].shape[0]), {}
+
+
+MASK = tree.map_paths(lambda path, x: "token" not in path and layer(0) != path, params())
+BATCH = {"x": np.full((8, 2, 2), 0.1, np.float32)}
+
+
 def test_resumed_bit_for_bit(tmp_path):
-    mask = tree.map_paths(lambda path, x: "token" not in path, params())
     optimizer = optim.make_optimizer(1e-2, **ALL)
-
-    def loss(p, batch, rng):
-        total = sum((x * batch["x"]).sum() ** 2 for x in jax.tree.leaves(p))
-        return total, jnp.ones(()), {}
-
-    train_step = jax.jit(step.make_train_step(loss, optimizer, mask))
-    batch = {"x": jnp.full((2, 2), 0.1)}
-    state = step.init_state(params(), optimizer, mask)
+    train_step = jax.jit(step.make_train_step(product_loss, optimizer, MASK))
+    state = step.init_state(params(), optimizer, MASK)
     for n in range(5):
         if n == 3:
             checkpoint.save(tmp_path, 3, state, rng=None, data_state={}, metadata=None)
-        state, _ = train_step(state, batch, None)
-    again = checkpoint.restore(tmp_path, step.init_state(params(), optimizer, mask)).state
+        state, _ = train_step(state, BATCH, None)
+    again = checkpoint.restore(tmp_path, step.init_state(params(), optimizer, MASK)).state
     for _ in range(2):
-        again, _ = train_step(again, batch, None)
+        again, _ = train_step(again, BATCH, None)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
+    assert counts(state) == {"0": 5, "2": 3, "4": 1}
+    average = tree.flatten_paths(finetuning.ema_params(state.opt_state))
+    assert set(average) == {path for path, x in tree.flatten_paths(MASK).items() if x}
+
+
+def test_not_released_the_average_stays_bit_for_bit():
+    start = jax.tree.map(lambda x: x / 3, params())
+    optimizer = optim.make_optimizer(1e-2, ema=0.9, unfreeze_every=50)
+    state = optimizer.init(start)
+    for _ in range(3):
+        _, state = optimizer.update(start, state, start)
+    average = tree.flatten_paths(finetuning.ema_params(state))
+    np.testing.assert_array_equal(average[layer(1)], start["encoder"]["layer_1"]["mlp"]["wi"][
+        "kernel"])
+    assert not np.array_equal(average["classifier/kernel"], start["classifier"]["kernel"])
+
+
+def test_on_many_devices_as_on_one():
+    """Sharded over a mesh, and mapped over devices with a copy of the state each."""
+    optimizer = optim.make_optimizer(1e-2, **ALL)
+    state = step.init_state(params(), optimizer, MASK)
+    one = jax.jit(step.make_train_step(product_loss, optimizer, MASK))
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    cut = jax.device_put(state, sharding.param_shardings(state, mesh))
+    mapped = jax.pmap(step.make_train_step(product_loss, optimizer, MASK, axis_name="devices"),
+                      axis_name="devices", in_axes=(None, 0, None), out_axes=None)
+    pieces = {"x": BATCH["x"].reshape(8, 1, 2, 2)}
+    copies = state
+    with jax.set_mesh(mesh):
+        for _ in range(4):
+            cut, _ = one(cut, sharding.shard_batch(BATCH, mesh), None)
+    for _ in range(4):
+        state, _ = one(state, BATCH, None)
+        copies, _ = mapped(copies, pieces, None)
+    for a, b, c in zip(*map(jax.tree.leaves, (state, cut, copies)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(c, a, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("layer_decay", 0.0), ("layer_decay", 1.1), ("head_rate", -1.0), ("l2_sp", 0.0), ("ema", 1.5),
+    ("layer_decay", 0.0), ("layer_decay", 1.1), ("head_rate", -1.0), ("l2_sp", 0.0), ("ema", 1.0),
     ("unfreeze_every", 0),
 ])
 def test_out_of_range(name, value):
@@ -194,5 +311,15 @@ def test_out_of_range(name, value):
 
 
 def test_without_them_the_optimizer_is_what_it_was():
-    plain, full = (optim.make_optimizer(1e-2), optim.make_optimizer(1e-2, head_rate=1.0))
-    assert jax.tree.structure(plain.init(params())) == jax.tree.structure(full.init(params()))
+    """Bit for bit and in its state: checkpoints were saved with it."""
+    ours = optim.make_optimizer(1e-2, weight_decay=0.1)
+    plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
+        1e-2, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.1, mask=optim.decay_mask))
+    p = params()
+    states = [ours.init(p), plain.init(p)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for _ in range(3):
+        found = [o.update(p, s, p) for o, s in zip((ours, plain), states)]
+        states = [s for _, s in found]
+        for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -92,6 +92,16 @@ def test_decay_mask_leaf_by_leaf():
     assert tree.flatten_paths(optim.decay_mask(ones())) == dict(sorted(DECAYS.items()))
 
 
+def test_of_deltas_only_the_kernels_of_adapters_decay():
+    layer = "decoder/layer_0/"
+    deltas = ["prompt", "token_embed/extra", layer + "mlp_adapter/down/bias",
+              layer + "mlp_adapter/down/kernel", layer + "mlp/wo/ia3_input",
+              layer + "self_attention/prefix_key",
+              *(layer + f"self_attention/query/lora_{x}" for x in ("a", "b", "magnitude"))]
+    mask = tree.flatten_paths(optim.decay_mask(tree.unflatten_paths(dict.fromkeys(deltas, 0))))
+    assert [path for path, decays in mask.items() if decays] == [layer + "mlp_adapter/down/kernel"]
+
+
 def test_decay_mask_of_stacked_layers():
     stacked = tree.flatten_paths(optim.decay_mask(tree.stack_layers(ones())))
     assert stacked["encoder/layers/mlp/wi/kernel"]

@@ -25,7 +25,8 @@ class GroupedBatches:
             is longer.
         buckets: ascending lengths; what is longer than the last is cut to it.
         batch_size: rows, of all hosts together.
-        group: how many batches are sorted together.
+        group: how many batches are sorted together, at most: a quarter of an epoch, and one where
+            there is one bucket.
 
     Raises:
         ValueError: no examples, buckets that do not ascend, or a batch_size that does not divide by
@@ -55,7 +56,10 @@ class GroupedBatches:
         self.examples, self.make_row, self.buckets = examples, make_row, tuple(buckets)
         self.lengths = np.minimum(np.asarray(lengths), buckets[-1])
         self.num_cut = int(np.sum(np.asarray(lengths) > buckets[-1]))
-        self.batch_size, self.seed, self.group = batch_size, seed, group
+        self.batch_size, self.seed = batch_size, seed
+        # Sorting much of an epoch together would fill batches with like examples.
+        quarter = len(examples) // batch_size // 4
+        self.group = 1 if len(buckets) == 1 else max(min(group, quarter), 1)
         self._share = slice(process_index, None, process_count)
         self._plan: tuple[int, list[np.ndarray]] = (-1, [])
 

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from transformer_jax.tree import PyTree, flatten_paths, map_paths
+from transformer_jax.tree import LAYERS, PyTree, flatten_paths, map_paths, path_string
 
-NEW = r"(^|/)(classifier/|extra$)|^pooler/|(^|/)(lora_\w+|prefix_\w+|ia3_\w+|prompt)$|_adapter/"
+NEW = r"(^|/)(classifier/|extra$)|(^|/)(lora_\w+|prefix_\w+|ia3_\w+|prompt)$|_adapter/"
 HEAD = r"(^|/)classifier/"
 _LAYER = re.compile(r"(?:^|/)(encoder|decoder)/layer_(\d+)/")
+_STACKED = re.compile(rf"(^|/){LAYERS}/")
 _BELOW = re.compile(r"_embed/|(^|/)embed_norm/|_embed_norm/|^prompt$")
 _GROUP = "frozen_until_"
 
@@ -25,27 +26,43 @@ _GROUP = "frozen_until_"
 # Depth --------------------------------------------------------------------------------------------
 
 
-def depths(params: PyTree) -> tuple[dict[str, int], int]:
-    """(path -> depth, number of layers L): 0 for embeddings, i + 1 inside layer i, L + 1 above.
+def _with_gaps(params: PyTree) -> list[str]:
+    """All paths, those of gaps too: what does not train still says how deep the model is."""
+    def gap(node: Any) -> bool:
+        return node is None or isinstance(node, optax.MaskedNode)
 
-    The layers of an encoder-decoder count on: the decoder's stand above the encoder's.
-    Gaps (None) have no depth. Where only some layers are given, L is that of the last one.
+    return [path_string(keys)
+            for keys, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=gap)]
+
+
+def depths(params: PyTree) -> tuple[dict[str, int], int]:
+    """(path -> depth, number of layers L): 0 for embeddings and prompts, i + 1 inside layer i with
+    its deltas, L + 1 above.
+
+    The layers of an encoder-decoder count on: the decoder's stand above the encoder's, whose final
+    norm is as deep as its last layer. Gaps (None) have no depth but count as layers.
+
+    Raises:
+      ValueError: the layers are stacked in one leaf.
     """
-    paths = list(flatten_paths(params))
-    found = {path: match for path in paths if (match := _LAYER.search(path))}
-    size = {stack: 1 + max((int(m[2]) for m in found.values() if m[1] == stack), default=-1)
+    everything = _with_gaps(params)
+    if stacked := [path for path in everything if _STACKED.search(path)]:
+        raise ValueError(f"{stacked[0]} holds all layers, which have one rate; train the "
+                         "parameters that tree.unstack_layers makes")
+    layers = [match for path in everything if (match := _LAYER.search(path))]
+    size = {stack: 1 + max((int(m[2]) for m in layers if m[1] == stack), default=-1)
             for stack in ("encoder", "decoder")}
     below = {"encoder": 0, "decoder": size["encoder"]}
     total = sum(size.values())
 
     def depth(path: str) -> int:
-        if match := found.get(path):
+        if match := _LAYER.search(path):
             return below[match[1]] + int(match[2]) + 1
-        if path.startswith("encoder/"):  # the encoder's own final norm
+        if path.startswith("encoder/") and size["decoder"]:
             return size["encoder"]
         return 0 if _BELOW.search(path) else total + 1
 
-    return {path: depth(path) for path in paths}, total
+    return {path: depth(path) for path in flatten_paths(params)}, total
 
 
 def rates(params: PyTree, layer_decay: float | None, head_rate: float, head: str = HEAD) -> PyTree:
@@ -74,10 +91,13 @@ def scale_by_path(factors: Callable[[PyTree], PyTree]) -> optax.GradientTransfor
 
 
 def release_steps(params: PyTree, every: int) -> PyTree:
-    """The update at which each parameter is released: 0 above the layers, then a layer more every
-    so many steps, from the top down, and the embeddings last (ULMFiT, section 3.3)."""
-    depth, layers = depths(params)
-    return map_paths(lambda path, leaf: (layers + 1 - depth[path]) * every, params)
+    """The update at which each parameter is released: 0 for the highest that train, which are the
+    classifier and what else is above the layers; then a layer more every so many steps, from the
+    top down, and the embeddings last (ULMFiT, section 3.3). Layers that do not train take no turn.
+    """
+    depth, _ = depths(params)
+    turns = {d: turn for turn, d in enumerate(sorted(set(depth.values()), reverse=True))}
+    return map_paths(lambda path, leaf: turns[depth[path]] * every, params)
 
 
 class FrozenState(NamedTuple):
@@ -140,20 +160,31 @@ class AnchorState(NamedTuple):
     anchor: PyTree  # the parameters at the first update; zero for new ones
 
 
-def decay_to_start(rate: float, new_rate: float, new: str = NEW) -> optax.GradientTransformation:
+def decay_to_start(
+    rate: float, new_rate: float, mask: Callable[[PyTree], PyTree], new: str = NEW
+) -> optax.GradientTransformation:
     """Decay toward the pre-trained point, the parameters of `init`, and toward zero for new ones
     (Li et al. 2018, "Explicit Inductive Bias for Transfer Learning", L2-SP, equation 5). Decoupled,
-    as AdamW's: it stands before the learning rate and after the moments."""
+    as AdamW's: it stands before the learning rate and after the moments.
+
+    Args:
+      rate: of what was pre-trained, biases and norms too: all of it has a point to go back to.
+      new_rate: of new parameters, where `mask(params)` is true.
+      new: a regular expression that new parameters have in their path. The pooler of an
+        encoder-decoder is new besides.
+    """
+
+    def is_new(params: PyTree) -> PyTree:
+        pooler = r"|^pooler/" if {"encoder", "decoder"} <= set(params) else ""
+        return map_paths(lambda path, leaf: bool(re.search(new + pooler, path)), params)
 
     def init(params: PyTree) -> AnchorState:
-        return AnchorState(map_paths(
-            lambda path, p: jnp.zeros_like(p) if re.search(new, path) else jnp.copy(p), params))
+        return AnchorState(jax.tree.map(
+            lambda p, fresh: jnp.zeros_like(p) if fresh else jnp.copy(p), params, is_new(params)))
 
     def update(updates: PyTree, state: AnchorState, params: PyTree):
-        def pull(path: str, anchor: jax.Array) -> float:
-            return new_rate if re.search(new, path) else rate
-
-        strength = map_paths(pull, state.anchor)
+        strength = jax.tree.map(lambda fresh, decays: new_rate * decays if fresh else rate,
+                                is_new(params), mask(params))
         return jax.tree.map(lambda u, p, a, r: u + r * (p - a), updates, params, state.anchor,
                             strength), state
 
@@ -178,7 +209,7 @@ def average_of(decay: float) -> optax.GradientTransformation:
     def update(updates: PyTree, state: AverageState, params: PyTree):
         new = optax.apply_updates(params, updates)
         return updates, AverageState(
-            jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, new))
+            jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state.average, new))
 
     return optax.GradientTransformation(init, update)
 

@@ -77,7 +77,11 @@ def make_schedule(
 DECAY_RULES = ((r"(^|/)(kernel|embedding)$", True), (r"", False))
 """Which parameters weight decay pulls to zero: matrices. Biases and norm scales it never touches
 (they set offsets and units, and shrinking them is no simplicity). Decided by name and not by rank:
-a kernel keeps its head axes, and stacked layers give every leaf one more."""
+a kernel keeps its head axes, and stacked layers give every leaf one more.
+
+Of deltas, the kernels of adapters decay, as Houlsby et al. 2019 train them, by BERT's optimizer.
+IA3's factors and DoRA's magnitudes are scales. LoRA's factors, prefixes and prompts do not decay
+either, though LoRA's released code decays its factors: rank and length bound them already."""
 
 
 def decay_mask(params: PyTree) -> PyTree:
@@ -95,8 +99,10 @@ def make_optimizer(
     clip_norm: float | None = 1.0,
     layer_decay: float | None = None,
     head_rate: float = 1.0,
+    head: str = finetuning.HEAD,
     unfreeze_every: int | None = None,
     l2_sp: float | None = None,
+    new: str = finetuning.NEW,
     ema: float | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019) behind clipping by the global norm; BERT's defaults.
@@ -110,26 +116,31 @@ def make_optimizer(
       weight_decay: decoupled, multiplied by the learning rate, where `decay_mask` is true.
       clip_norm: gradients with a larger global norm are scaled down to it; None never clips.
       layer_decay: each layer's rate is this times the rate of the layer above it.
-      head_rate: factor of the classifier's rate.
-      unfreeze_every: release a layer every so many updates, from the top down.
-      l2_sp: strength of a decay toward the pre-trained point; new parameters keep `weight_decay`,
-        and all, biases too, are pulled.
-      ema: decay of an average of what trains, for `finetuning.ema_params`.
+      head_rate: factor of the rate of what has the regular expression `head` in its path, the
+        classifier by default.
+      unfreeze_every: release a layer every so many updates, from the top down. The schedule and
+        `ema` run on meanwhile.
+      l2_sp: strength of a decay toward the parameters at `init`, of biases too; what has the
+        regular expression `new` in its path, classifier and deltas by default, keeps
+        `weight_decay`.
+      ema: decay of an average of what trains, below 1, for `finetuning.ema_params`.
 
     Raises:
       ValueError: a value out of range.
     """
-    for name, value, low, high in (
-        ("layer_decay", layer_decay, 0, 1), ("head_rate", head_rate, 0, math.inf),
-        ("l2_sp", l2_sp, 0, math.inf), ("ema", ema, 0, 1),
+    for name, value, fits, limit in (
+        ("layer_decay", layer_decay, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        ("head_rate", head_rate, lambda x: 0 < x < math.inf, "above 0"),
+        ("l2_sp", l2_sp, lambda x: 0 < x < math.inf, "above 0"),
+        ("ema", ema, lambda x: 0 < x < 1, "above 0 and below 1"),
     ):
-        if value is not None and not low < value <= high:
-            raise ValueError(f"{name} is {value}; it must be above {low} and at most {high}")
+        if value is not None and not fits(value):
+            raise ValueError(f"{name} is {value}; it must be {limit}")
     if unfreeze_every is not None and unfreeze_every < 1:
         raise ValueError(f"unfreeze_every is {unfreeze_every}; release a layer every step at most")
     moments = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     decay = (optax.add_decayed_weights(weight_decay, decay_mask) if l2_sp is None
-             else finetuning.decay_to_start(l2_sp, weight_decay))
+             else finetuning.decay_to_start(l2_sp, weight_decay, decay_mask, new))
     if unfreeze_every is not None:
         chain = [finetuning.by_release(optax.chain(moments, decay), unfreeze_every, clip_norm),
                  optax.scale_by_learning_rate(schedule)]
@@ -142,7 +153,7 @@ def make_optimizer(
         chain = [optax.clip_by_global_norm(clip_norm), *chain]
     if layer_decay is not None or head_rate != 1.0:
         chain.append(finetuning.scale_by_path(
-            lambda tree: finetuning.rates(tree, layer_decay, head_rate)))
+            lambda tree: finetuning.rates(tree, layer_decay, head_rate, head)))
     if ema is not None:
         chain.append(finetuning.average_of(ema))
     return chain[0] if len(chain) == 1 else optax.chain(*chain)
