@@ -100,3 +100,20 @@ def test_cross_attention_takes_keys_and_values_from_the_memory(norm_first):
     again = stack.apply({"params": params}, x, mask, memory=out.memory, memory_mask_BNTS=seen)
     np.testing.assert_array_equal(again.hidden, out.hidden)
     assert out.cross_attention[0].shape == (1, 2, 5, 4)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_the_gradient_of_the_residual_stream_is_computed_once(norm_first):
+    """The compiled gradient grows with the number of layers, not with its square."""
+
+    def operations(num_layers):
+        c = GPTConfig(**SIZES | {"num_layers": num_layers, "d_model": 128, "mlp_dim": 256},
+                      norm_first=norm_first)
+        stack = Stack(c.stack)
+        x, mask = np.ones((4, 32, 128), np.float32), np.tri(32, dtype=bool)
+        params = jax.eval_shape(stack.init, jax.random.key(0), x, mask)
+        gradient = jax.jit(jax.grad(lambda x, p: stack.apply(p, x, mask).hidden.sum()))
+        return gradient.lower(x, params).compile().cost_analysis()["flops"]
+
+    few, some, many = operations(2), operations(6), operations(10)
+    assert many - some == pytest.approx(some - few, rel=0.02)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from transformer_jax.nn.attention import KVCache, attend
 from transformer_jax.nn.dropout import Dropout
-from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, LayerNorm, Linear
+from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, LayerNorm, Linear, sum_gradients
 from transformer_jax.sharding import constrain_batch
 
 
@@ -167,6 +167,7 @@ class Block(nn.Module):
 
         def residual(name, sublayer, x_BTD):
             norm = LayerNorm(c.norm_epsilon, dtype=c.dtype, name=f"{name}_norm")
+            x_BTD = sum_gradients(x_BTD)
             out_BTD, *rest = sublayer(norm(x_BTD) if c.norm_first else x_BTD)
             out_BTD = Dropout(c.dropout_rate)(out_BTD, deterministic=deterministic)
             if self.has_variable("params", f"{name}_adapter"):

@@ -146,6 +146,28 @@ def _(epsilon, primals, tangents):
     return y, per_std * (t - t.mean(-1, keepdims=True) - y * (y * t).mean(-1, keepdims=True))
 
 
+@jax.custom_jvp
+def sum_gradients(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`; the gradients of its uses are summed here, and the sum is stored.
+
+    XLA for CPUs fuses sums into each of their uses. The gradient of the residual stream is a sum of
+    what all layers above send down, so each layer would compute it again from the top: a third of a
+    LoRA step of 12 layers. It drops optimization barriers before it fuses, but does not fuse
+    through a branch.
+    """
+    return x
+
+
+@sum_gradients.defjvp
+def _(primals, tangents):
+    def branch(x):
+        certain = jax.lax.optimization_barrier(jnp.array(True))
+        return jax.lax.cond(certain, lambda x: x, lambda x: x * jnp.nan, x)
+
+    (x,), (t,) = primals, tangents
+    return x, jax.lax.platform_dependent(t, cpu=branch, default=lambda t: t)
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis (Ba et al. 2016, arXiv 1607.06450, eq. 4)."""
 
