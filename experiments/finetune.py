@@ -12,7 +12,8 @@ adapter:64, joined by "+"; the table that is printed says what trains. The kind 
 the data: classes, scores, choices, tags of words, answers to questions, or texts to write.
 `--settings.frozen` keeps what does not train in bfloat16 or int8. `results.json` has the task's
 scores and what was forgotten: the held-out pre-training loss before and after. `predictions.jsonl`
-has a line for each example, `delta/` what was trained and nothing else.
+has a line for each example, with answers beside it in SQuAD's form, `predictions.json`. `delta/`
+has what was trained and nothing else.
 """
 
 import functools
@@ -130,6 +131,8 @@ def finetune(
     """
     settings = settings.for_examples(len(task.train))
     kind = task.data.kind
+    if pretrained is not None:
+        recipe = with_what_is_new(model, pretrained, recipe)
     params = _new(model, recipe, settings, jax.random.key(seed), pretrained)
     whole = tree.count(params)
     mask = select.trainable_mask(params, recipe)
@@ -180,6 +183,13 @@ def _loaded(model: Model, pretrained: dict) -> tree.LoadReport:
     fresh = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     ours, theirs = (set(tree.flatten_paths(x)) for x in (fresh, pretrained))
     return tree.LoadReport(sorted(ours & theirs), sorted(ours - theirs), sorted(theirs - ours))
+
+
+def with_what_is_new(model: Model, pretrained: dict, recipe: str) -> str:
+    """The recipe, and the modules above the body that the checkpoint lacks: a RoBERTa or DistilBERT
+    without a head has no pooler, and a random one must not stay frozen."""
+    new = {path.partition("/")[0] for path in _loaded(model, pretrained).new}
+    return "+".join([recipe, *(f"regex:^{name}/" for name in sorted(new - {"classifier"}))])
 
 
 def base_params(model: Model, pretrained: dict) -> dict:

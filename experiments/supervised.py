@@ -62,8 +62,8 @@ def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
     """The set in ids, each text tokenized once.
 
     Raises:
-        ValueError: the kind is not for a model with a classifier, or a pair for a GPT without the
-            tokens to part it.
+        ValueError: the kind is not for a model with a classifier, a pair for a GPT without the
+            tokens to part it, or both orders for another model.
     """
     if data.kind not in tasks.TASKS:
         raise ValueError(f"data of the kind {data.kind} is not classified; that is one of "
@@ -75,6 +75,9 @@ def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
                              "start, delimiter and extract tokens)")
         if how.new_tokens:
             specials = tasks.Specials.new(model.config.vocab_size)
+    elif how.both_orders:
+        raise ValueError(f"both_orders is for GPT, and the model is a {type(model).__name__}; "
+                         "leave it out")
     make = {"token_classification": _tagging, "question_answering": _answering}.get(
         data.kind, _whole_texts)
     return make(data, model, tokenizer, how, specials)
@@ -206,12 +209,14 @@ def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
 
 def batches(task: Task, items: Sequence, *, length: int, batch_size: int, seed: int = 0):
     """Rows of at most `length` tokens, padded to the buckets below it, or, where there are too few
-    rows to sort by length or to be worth a compilation for each bucket, all to `length`."""
-    few = len(items) < 64 * batch_size
-    buckets = [length] if few else [*(b for b in BUCKETS if b < length), length]
+    rows to sort by length or to be worth a compilation for each bucket, all to the longest's."""
+    lengths = task.lengths(items)
+    buckets = [*(b for b in BUCKETS if b < length), length]
+    if len(items) < 64 * batch_size:
+        buckets = [min(b for b in buckets if b >= min(max(lengths), length))]
     return GroupedBatches(
-        items, task.lengths(items), task.make_row, buckets=buckets, batch_size=batch_size,
-        seed=seed, process_index=jax.process_index(), process_count=jax.process_count())
+        items, lengths, task.make_row, buckets=buckets, batch_size=batch_size, seed=seed,
+        process_index=jax.process_index(), process_count=jax.process_count())
 
 
 def cached(model: Model, params: dict, task: Task, items: Sequence, length: int) -> list[dict]:
@@ -259,6 +264,10 @@ def _stack(values: list[np.ndarray]) -> np.ndarray:
 
 
 def write_predictions(path: Path, lines: Sequence[dict]) -> None:
-    """One JSON object a line, in the order of the data."""
+    """One JSON object a line, in the order of the data. Answers to questions are written a second
+    time, to the same name with .json, as the `{id: text}` that SQuAD's own script reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if lines and "no_answer" in lines[0]:
+        answers = {str(line["id"]): line["prediction"] for line in lines}
+        path.with_suffix(".json").write_text(json.dumps(answers, ensure_ascii=False, indent=1))

@@ -19,7 +19,7 @@ import sweep
 import translate
 from settings import Data, Mesh, Pretrain, Settings, Sweep, Translate
 
-from transformer_jax import tree
+from transformer_jax import models, tree
 from transformer_jax.finetune import store
 
 SHORT = finetune.Settings(length=16, num_steps=2)
@@ -122,6 +122,24 @@ def test_finetune_then_classify(name, pretrained, tmp_path):
     assert len(answers) == 2 and "good" in answers[0]
 
 
+def test_what_a_checkpoint_lacks_trains(pretrained):
+    """RoBERTa's and DistilBERT's poolers belong to their heads: bare checkpoints have none."""
+    base = common.load_run(pretrained("bert_python_docs"))
+    model = models.build_model(base.model.config, 2, "classification")
+    start = {name: x for name, x in base.params.items() if name != "pooler"}
+    assert finetune.with_what_is_new(model, base.params, "lora:2") == "lora:2"
+    recipe = finetune.with_what_is_new(model, start, "lora:2")
+    mask = finetune.compiled(model, recipe, Settings(), "classification", False).mask
+    assert mask["pooler"]["kernel"] and not mask["token_embed"]["embedding"]
+
+
+def test_both_orders_are_for_gpt(pretrained):
+    base = common.load_run(pretrained("bert_python_docs"))
+    with pytest.raises(ValueError, match="both_orders is for GPT, and the model is a BERT"):
+        supervised.read(Data().load(), base.model, base.tokenizer,
+                        Settings(both_orders=True).reading())
+
+
 ROWS = {
     "classification": ({"text": "one two", "text_b": "two three", "label": "yes"},
                        {"text": "four", "text_b": "five six", "label": "no"}),
@@ -168,8 +186,11 @@ def test_every_kind_of_task(kind, name, pretrained, tmp_path):
             "question_answering": "f1", "seq2seq": "rouge"}.get(kind, "accuracy")
     assert next(iter(outcome.metrics)) == main
     assert len(outcome.lines) == 5 and 0 < outcome.metrics["share_trained"] < 1
-    json.dumps(common.to_json(outcome.lines))
+    supervised.write_predictions(tmp_path / "out.jsonl", common.to_json(outcome.lines))
+    assert (tmp_path / "out.json").is_file() == (kind == "question_answering")
     if kind == "question_answering":
+        answers = json.loads((tmp_path / "out.json").read_text())
+        assert answers == {x["id"]: x["prediction"] for x in outcome.lines}
         for line, example in zip(outcome.lines, data.validation):
             assert line["prediction"] == example["context"][line["start"] : line["stop"]] != ""
 

@@ -222,6 +222,7 @@ def prepare(params: PyTree, recipe: str, rng: jax.Array) -> tuple[PyTree, PyTree
 
 def merge(params: PyTree) -> PyTree:
     """Plain parameters of the same function: LoRA, DoRA and IA3 are folded into their kernels.
+    Those kernels are float32; what else is in bfloat16 or int8 stays so (`shrink.restore`).
 
     Raises:
         ValueError: adapters, prefixes, prompts or new tokens, which no plain model has a place for.

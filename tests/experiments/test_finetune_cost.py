@@ -1,0 +1,102 @@
+"""What recipes cost: shares at a small size, and the driver that takes turns with PEFT."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import finetune_cost
+import finetune_peft
+import numpy as np
+import pytest
+
+from transformer_jax import presets
+
+SMALL = finetune_cost.Cost(
+    recipes=("full", "head", "lora:2"), rounds=1, per_round=1, epoch_batches=0, batch_size=4,
+    length=32,
+    model=presets.bert_tiny(vocab_size=100, num_layers=2, d_model=64, num_heads=4, mlp_dim=256))
+
+
+def test_what_is_frozen_costs_nothing(tmp_path):
+    """The forward pass is a third of a full step, the way back through the layers another, and the
+    gradients of weights the last: `head` needs the first and `lora` two. Elementwise work, more at
+    a small width, moves that a little."""
+    metrics = finetune_cost.main(dataclasses.replace(SMALL, out=tmp_path))["metrics"]
+    full, head, lora = metrics["recipes"]
+    assert full["flops_ratio"] == full["share_trained"] == 1
+    assert 0.25 < head["flops_ratio"] < 0.37
+    assert 0.6 < lora["flops_ratio"] < 0.75
+    assert head["trained"] == 2 * 64 + 2
+    assert lora["trained"] == head["trained"] + 2 * 2 * (64 * 2 + 2 * 64)
+    for row in (full, head, lora):
+        assert 0 <= row["optimizer_bytes"] - 8 * row["trained"] <= 16, row["recipe"]
+    assert 0 < head["temporary_bytes"] < full["temporary_bytes"] / 2
+
+
+def tiny(**changes):
+    return finetune_peft.Comparison(**{
+        "reference_python": Path(sys.executable), "layers": 1, "width": 64, "batch_size": 2,
+        "length": 8, "rounds": 3, "per_round": 1, "recipe": "lora:2"} | changes)
+
+
+SECONDS = {"ours": 1.0, "theirs": 4.0}
+WORKER = """
+import sys
+print("a library says hello")
+print("ready", 7)
+sys.stdout.flush()
+for _ in sys.stdin:
+    print("took", {}, 1000, flush=True)
+"""
+
+
+def replaced(monkeypatch, worker):
+    """Processes that run `worker` of their side in the place of models."""
+    start = subprocess.Popen
+    started = []
+
+    def popen(command, **options):
+        started.append(start([sys.executable, "-c", worker(command[3])], **options))
+        return started[-1]
+
+    monkeypatch.setattr(finetune_peft.subprocess, "Popen", popen)
+    return started
+
+
+def test_turns_while_the_other_is_stopped(monkeypatch, tmp_path):
+    started = replaced(monkeypatch, lambda side: WORKER.format(SECONDS[side]))
+    answer, others = finetune_peft.answer, []
+
+    def watched(side, process, word):
+        if word == "took":
+            others.extend(Path(f"/proc/{p.pid}/stat").read_text().rsplit(")")[1].split()[0]
+                          for p in started if p is not process)
+        return answer(side, process, word)
+
+    monkeypatch.setattr(finetune_peft, "answer", watched)
+    metrics = finetune_peft.main(tiny(out=tmp_path))["metrics"]
+    assert others == ["T"] * 6  # stopped
+    assert metrics["time_ratios"] == [0.25] * 3 and metrics["time_ratio"] == 0.25
+    assert metrics["memory_ratio"] == 1 and metrics["ours"]["trained"] == 7
+    assert all(p.returncode is not None for p in started)
+
+
+def test_our_side_trains():
+    one_step, trained = finetune_peft.ours(dataclasses.asdict(tiny()))
+    assert trained == 2 * 64 + 2 + 512
+    one_step()
+    one_step()  # the state is donated, and kept
+    assert finetune_peft.peak_memory() > 50e6
+    tokens, labels = finetune_peft.batch(dataclasses.asdict(tiny()), 100)
+    assert tokens.shape == (2, 8) and tokens.max() < 100 and np.isin(labels, (0, 1)).all()
+
+
+def test_refusals(monkeypatch):
+    with pytest.raises(ValueError, match=r"recipe 'head' is not compared; choose full, or a LoRA"):
+        finetune_peft.compare(tiny(recipe="head"))
+    started = replaced(monkeypatch, lambda side: "raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match=r"the side 'ours' ended with status 3 before it was "
+                                           r"ready"):
+        finetune_peft.compare(tiny())
+    assert len(started) == 1
