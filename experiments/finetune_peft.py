@@ -9,7 +9,9 @@ turns, the other stopped (SIGSTOP), and tell their seconds and peak memory. Medi
 Hardware: 2 CPU cores and 4 GB of memory take about two minutes; Linux, for the peak.
 """
 
+import contextlib
 import json
+import os
 import re
 import signal
 import statistics
@@ -174,20 +176,27 @@ def compare(c: Comparison) -> tuple[dict[str, list[tuple[float, int]]], dict[str
                 [python, __file__, WORKER, side, settings], text=True, stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE)
             trained[side] = int(answer(side, workers[side], "ready")[0])
-            workers[side].send_signal(signal.SIGSTOP)  # its threads may spin while they wait
+            stop(workers[side])
         for _ in range(c.rounds):
             for side, process in workers.items():
                 process.send_signal(signal.SIGCONT)
                 process.stdin.write("go\n")
                 process.stdin.flush()
                 seconds, memory = answer(side, process, "took")
-                process.send_signal(signal.SIGSTOP)
+                stop(process)
                 turns[side].append((float(seconds), int(memory)))
     finally:
         for process in workers.values():
             process.kill()
             process.communicate()
     return turns, trained
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Stops a worker, whose threads may spin while they wait, and waits until it stands."""
+    process.send_signal(signal.SIGSTOP)
+    with contextlib.suppress(ChildProcessError):  # it ended: its next answer is missed
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
 
 
 def answer(side: str, process: subprocess.Popen, word: str) -> list[str]:

@@ -16,7 +16,7 @@ from transformer_jax.finetune import features
 from transformer_jax.models import GPT, Model
 from transformer_jax.objectives import spans, tags, tasks
 
-BUCKETS = (16, 32, 64, 128, 256, 512)
+BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 NEW_TOKENS = 3  # GPT's start, delimiter and extract tokens
 
 Predictions = dict[str, np.ndarray]
@@ -208,11 +208,14 @@ def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
 
 
 def batches(task: Task, items: Sequence, *, length: int, batch_size: int, seed: int = 0):
-    """Rows of at most `length` tokens, padded to the buckets below it, or, where there are too few
-    rows to sort by length or to be worth a compilation for each bucket, all to the longest's."""
-    lengths = task.lengths(items)
-    buckets = [*(b for b in BUCKETS if b < length), length]
-    if len(items) < 64 * batch_size:
+    """Rows of at most `length` tokens, padded to the buckets below it.
+
+    Each bucket is compiled once, so that few batches take every second bucket, and where there are
+    too few to be sorted by length, all are padded to the longest row's.
+    """
+    lengths, count = task.lengths(items), len(items) / batch_size
+    buckets = [*(b for b in BUCKETS[count < 1024 :: 1 + (count < 1024)] if b < length), length]
+    if count < 64:
         buckets = [min(b for b in buckets if b >= min(max(lengths), length))]
     return GroupedBatches(
         items, lengths, task.make_row, buckets=buckets, batch_size=batch_size, seed=seed,

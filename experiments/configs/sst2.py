@@ -18,6 +18,6 @@ def config() -> Sweep:
                   label_names={"0": "negative", "1": "positive"}),
         recipes=("full", "lora:8", "bitfit", "last_k:2", "head"),
         peaks=(1e-4, 1e-3, 1e-3, 3e-4, 3e-3),
-        settings=Settings(length=64, batch_size=32, epochs=1,
+        settings=Settings(length=64, batch_size=32, epochs=2,
                           optimizer=FinetuneOptimizer(peak=1e-4)),
     )
