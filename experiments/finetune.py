@@ -147,8 +147,9 @@ def finetune(
         rows = supervised.cached(model, params, task, task.train, settings.length)
         data = supervised.of_features(rows, settings.batch_size, seed)
     else:
-        data = supervised.batches(task, task.train, length=settings.length,
-                                  batch_size=settings.batch_size, seed=seed)
+        data = supervised.batches(
+            task, task.train, length=settings.length, batch_size=settings.batch_size, seed=seed,
+            num_steps=settings.num_steps)
     state, history = loop.fit(
         step.init_state(params, optimizer, mask), train_step, data.loader(),
         rng=jax.random.key(seed + 1), num_steps=settings.num_steps, quiet=quiet,

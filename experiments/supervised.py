@@ -11,12 +11,11 @@ import numpy as np
 
 from transformer_jax import evaluate
 from transformer_jax.data import Annotated
-from transformer_jax.data.buckets import GroupedBatches
+from transformer_jax.data.buckets import GroupedBatches, choose_buckets
 from transformer_jax.finetune import features
 from transformer_jax.models import GPT, Model
 from transformer_jax.objectives import spans, tags, tasks
 
-BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 NEW_TOKENS = 3  # GPT's start, delimiter and extract tokens
 
 Predictions = dict[str, np.ndarray]
@@ -207,19 +206,16 @@ def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
 # Batches ------------------------------------------------------------------------------------------
 
 
-def batches(task: Task, items: Sequence, *, length: int, batch_size: int, seed: int = 0):
-    """Rows of at most `length` tokens, padded to the buckets below it.
-
-    Each bucket is compiled once, so that few batches take every second bucket, and where there are
-    too few to be sorted by length, all are padded to the longest row's.
-    """
-    lengths, count = task.lengths(items), len(items) / batch_size
-    buckets = [*(b for b in BUCKETS[count < 1024 :: 1 + (count < 1024)] if b < length), length]
-    if count < 64:
-        buckets = [min(b for b in buckets if b >= min(max(lengths), length))]
+def batches(task: Task, items: Sequence, *, length: int, batch_size: int, seed: int = 0,
+            num_steps: int | None = None):
+    """Rows of at most `length` tokens, padded to buckets: for each 64 of `num_steps` one more, since
+    each is compiled once; to read the items once, which compiles faster, for each 4 batches."""
+    lengths = task.lengths(items)
+    most = len(items) // batch_size // 4 if num_steps is None else num_steps // 64
     return GroupedBatches(
-        items, lengths, task.make_row, buckets=buckets, batch_size=batch_size, seed=seed,
-        process_index=jax.process_index(), process_count=jax.process_count())
+        items, lengths, task.make_row, buckets=choose_buckets(lengths, length, min(max(most, 1), 8)),
+        batch_size=batch_size, seed=seed, process_index=jax.process_index(),
+        process_count=jax.process_count())
 
 
 def cached(model: Model, params: dict, task: Task, items: Sequence, length: int) -> list[dict]:

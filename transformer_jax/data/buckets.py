@@ -15,6 +15,32 @@ import numpy as np
 from transformer_jax.data.pipeline import Batch, Loader
 
 
+def choose_buckets(lengths: Sequence[int], limit: int, most: int) -> list[int]:
+    """At most so many buckets, under which rows of these lengths are padded the least.
+
+    They are multiples of 8, which vector units want, and the last is the longest row's or `limit`;
+    chosen by dynamic programming over all of them.
+
+    Raises:
+        ValueError: no lengths, or a limit or number below 1.
+    """
+    if not len(lengths) or limit < 1 or most < 1:
+        raise ValueError(f"{len(lengths)} lengths, limit {limit}, most {most}; give at least 1")
+    rounded = np.minimum(-8 * (-np.asarray(lengths) // 8), limit)
+    edges, count = np.unique(rounded, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(count)])
+    # cost[i]: padded tokens of the rows up to edge i, its buckets ending there in best[i].
+    cost, best = edges * below[1:], [[int(edge)] for edge in edges]
+    for _ in range(min(most, len(edges)) - 1):
+        through = [[cost[j] + edges[i] * (below[i + 1] - below[j + 1]) for j in range(i)]
+                   for i in range(len(edges))]
+        last = [int(np.argmin(row)) if row and min(row) < cost[i] else None
+                for i, row in enumerate(through)]
+        best = [best[i] if j is None else [*best[j], int(edges[i])] for i, j in enumerate(last)]
+        cost = np.array([cost[i] if j is None else through[i][j] for i, j in enumerate(last)])
+    return best[-1]
+
+
 class GroupedBatches:
     """Random access to the batches of a run.
 
