@@ -161,13 +161,36 @@ def test_dropout_of_lora_is_in_training_only():
     found = [call(params, {"dropout": jax.random.key(i)}) for i in (0, 0, 1)]
     np.testing.assert_array_equal(found[0], found[1])
     assert np.abs(found[0] - found[2]).max() > 1e-3
+    # A key that is there does not mean that there is dropout.
+    quiet = [model.apply({"params": params}, tokens, method="classify", **rngs)
+             for rngs in ({}, {"rngs": {"dropout": jax.random.key(1)}})]
+    np.testing.assert_array_equal(*quiet)
     # The mean over many draws of one linear layer is what it says without dropout.
     layer = {"kernel": jnp.zeros((3, 2)), "lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 2)),
              "lora_scale": jnp.float32(2), "lora_dropout": jnp.float32(0.25)}
-    out = Linear((2,), use_bias=False).apply({"params": layer}, jnp.ones((20000, 3)),
+    out = Linear((2,), use_bias=False).apply({"params": layer}, jnp.ones((20000, 3)), False,
                                              rngs={"dropout": jax.random.key(0)})
     np.testing.assert_allclose(out.mean(0), 6, rtol=0.02)
     np.testing.assert_allclose(np.unique(np.round(out, 4)), [0, 8 / 3, 16 / 3, 8], atol=1e-3)
+
+
+def test_the_gradient_of_dora_takes_the_norm_as_a_constant():
+    """Liu et al. 2024, section 4.3, by hand."""
+    rng = np.random.default_rng(0)
+    x, w, a, b, m, up = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (
+        (5, 4), (4, 3), (4, 2), (2, 3), (3,), (5, 3)))
+    scale = 1.5
+    layer = {"kernel": w, "lora_a": a, "lora_b": b, "lora_scale": jnp.float32(scale),
+             "lora_magnitude": m}
+    linear = Linear((3,), use_bias=False)
+    found = jax.grad(lambda p: (linear.apply({"params": p}, x) * up).sum())(layer)
+    whole = w + scale * a @ b
+    factor = m / jnp.sqrt(jnp.square(whole).sum(0))
+    to_whole = x.T @ (up * factor)  # d loss / d whole, the norm a constant
+    for name, expected in (("kernel", to_whole), ("lora_a", scale * to_whole @ b.T),
+                           ("lora_b", scale * a.T @ to_whole),
+                           ("lora_magnitude", (up * (x @ whole)).sum(0) * factor / m)):
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5)
 
 
 def moved(params, seed=0):
@@ -207,6 +230,16 @@ def test_decoding_with_a_cache_is_the_whole_forward(recipe):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_a_folded_prompt_is_the_same_in_a_limited_context():
+    config = FAMILIES["gpt"].replace(context_size=2)
+    model, plain = small_models.build(config)
+    params = moved(deltas.add_deltas(plain, "prompt:5", jax.random.key(0)))
+    tokens = small_models.random_tokens(2, 6)
+    before, after = (small_models.forward(config, tokens, params=tree).logits
+                     for tree in (params, deltas.fold_prompt(model, params)))
+    np.testing.assert_allclose(after, before, atol=1e-5)
+
+
 def test_an_encoder_decoder_writes_with_prefixes():
     config = FAMILIES["bart"]
     model, plain = small_models.build(config)
@@ -234,24 +267,28 @@ def test_what_cannot_be_folded():
             deltas.fold_prompt(model, params)
 
 
-@pytest.mark.parametrize("family", ["gpt", "bert"])
-def test_new_tokens(family):
-    config = FAMILIES[family]
+@pytest.mark.parametrize(("family", "changes"), [
+    ("gpt", {}), ("bert", {}), ("bart", {}), ("gpt", {"tie_embeddings": False}),
+    ("bert", {"tie_embeddings": False})], ids=str)
+def test_new_tokens(family, changes):
+    config = FAMILIES[family].replace(**changes)
     model, plain = small_models.build(config)
     params = deltas.add_tokens(plain, 3, jax.random.key(0))
     assert params["token_embed"]["extra"].shape == (3, 24)
     assert flatten_paths(trainable_mask(params, "bitfit"))["token_embed/extra"]
     old = small_models.random_tokens(2, 6)
-    name = "logits" if family == "gpt" else "mlm_logits"
-    same, before = (getattr(small_models.forward(config, old, params=tree), name)
+    name = "mlm_logits" if family == "bert" else "logits"
+    target = {"decoder_tokens": old} if family == "bart" else {}
+    same, before = (getattr(small_models.forward(config, old, params=tree, **target), name)
                     for tree in (params, plain))
     np.testing.assert_array_equal(same, before)
     new = np.where(np.arange(6) % 3 == 2, 61 + np.arange(6) // 3, old).astype(np.int32)
-    out = getattr(small_models.forward(config, new, params=params), name)
+    out = getattr(small_models.forward(config, new, params=params, **target), name)
     assert out.shape[-1] == 61 and np.isfinite(out).all()  # inputs only
     folded, whole = deltas.fold_tokens(model, params)
     assert folded.config.vocab_size == 64 and "extra" not in whole["token_embed"]
-    again = getattr(small_models.forward(folded.config, new, params=whole), name)
+    again = getattr(small_models.forward(folded.config, new, params=whole, **target), name)
+    assert again.shape[-1] == 64
     np.testing.assert_allclose(again[..., :61], out, atol=1e-5)
     assert deltas.fold_tokens(model, plain) == (model, plain)
     with pytest.raises(ValueError, match="count is 0; add at least 1"):

@@ -168,3 +168,21 @@ def test_describe():
         "encoder                1/2            90           990    9.09 %",
         "total                  2/3           100         1,000   10.00 %",
     ]
+
+
+def test_what_is_kept_in_int8_does_not_train():
+    params = {"mlp": {"wi": {"kernel_int8": 0, "kernel_scale": 0, "bias": 0}},
+              "classifier": {"kernel": 0}}
+    assert trained(params, "bitfit") == {"mlp/wi/bias", "classifier/kernel"}
+    for recipe in ("full", "regex:mlp/wi/kernel"):
+        with pytest.raises(ValueError, match=r"mlp/wi/kernel_int8 is kept in int8.*before"):
+            trained(params, recipe)
+
+
+def test_layers_are_counted_from_0_with_both_ends():
+    for recipe, layers in (("layers:8-10", {8, 9, 10}), ("layers:1", {1}),
+                           ("layers:0-11", range(12))):
+        below = {path for path in trained(gpt(), recipe) if path.startswith("decoder/layer_")}
+        assert below == {path for path in tree.flatten_paths(gpt())
+                         if any(path.startswith(f"decoder/layer_{i}/") for i in layers)}
+        assert trained(gpt(), recipe) - below == HEAD

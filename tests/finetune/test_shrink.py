@@ -155,3 +155,14 @@ def test_texts_are_written_with_a_shrunk_base(dtype):
     found = generate(model, small, prompt, max_new_tokens=4, eos_token_id=())
     np.testing.assert_array_equal(
         found, generate(model, restore(small), prompt, max_new_tokens=4, eos_token_id=()))
+
+
+def test_halves_are_rounded_as_the_floats_they_are():
+    kernel = jax.random.normal(jax.random.key(0), (64, 32)).astype(jnp.bfloat16)
+    params = {"mlp": {"wi": {"kernel": kernel}}}
+    mask = jax.tree.map(lambda _: False, params)
+    small = shrink(params, mask, "int8")[0]["mlp"]["wi"]
+    as_floats = shrink(jax.tree.map(jnp.float32, params), mask, "int8")[0]["mlp"]["wi"]
+    for name in ("kernel_int8", "kernel_scale"):
+        np.testing.assert_array_equal(small[name], as_floats[name])
+    assert small["kernel_scale"].dtype == jnp.float32 and small["kernel_int8"].min() >= -127

@@ -140,6 +140,15 @@ def test_over_a_shrunk_base(dtype, tmp_path):
     assert_same(store.apply_delta(resident, store.load_delta(tmp_path / "b", resident)), edited)
 
 
+def test_doubles_are_refused_when_they_are_saved(tmp_path):
+    _, _, params, mask = trained(BERT, "head")
+    params = params | {"classifier": {name: np.asarray(leaf, np.float64)
+                                      for name, leaf in params["classifier"].items()}}
+    with pytest.raises(ValueError, match="classifier/bias is of float64; a delta holds float32"):
+        store.save_delta(tmp_path, params, mask, small_models.build(BERT, 3)[1], recipe="head")
+    assert not list(tmp_path.iterdir())
+
+
 def test_trained_halves_stay_halves(tmp_path):
     _, base, params, mask = trained(BERT, "bitfit")
     trains = flatten_paths(mask)
@@ -235,6 +244,12 @@ def _field(name, value):
         (_leaf("encoder/layer_0/self_attention/prefix_key", np.ones((2, 3, 8))), "does not fit"),
         (_leaf("encoder/layer_0/mlp_adapter/up/kernel", np.ones((2, 24))), "does not fit"),
         (_leaf("prompt", np.ones((2, 25))), "does not fit"),
+        (_leaf("encoder/prompt", np.ones((2, 24))), "encoder/prompt .* does not fit"),
+        (_leaf("classifier/kernel/kernel", np.ones((24, 3))), "does not fit"),
+        (_leaf("junk/classifier/kernel", np.ones((24, 3))), "does not fit"),
+        (_leaf(f"{LORA}/lora_foo", np.ones(())), "lora_foo .* does not fit"),
+        (_leaf(f"{LORA}/ia3_foo", np.ones((3, 8))), "ia3_foo .* does not fit"),
+        (_leaf(f"{LORA}/ia3_output", np.ones(8)), "ia3_output .* does not fit"),
         (_leaf("classifier/kernel", np.ones((25, 3))), "does not fit"),
         (_leaf("classifier/kernel", np.ones((24, 4))), "classifier/bias .* does not fit"),
     ],
@@ -254,6 +269,19 @@ def test_damaged_and_hostile_files(edit, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         store.load_delta(tmp_path, base)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["down/bias", "up/kernel"])
+def test_an_adapter_that_lacks_a_part(part, tmp_path):
+    _, _, params, mask = trained(BERT, "adapter:3")
+    base = small_models.build(BERT, 3)[1]
+    lame = {path: leaf for path, leaf in flatten_paths(params).items()
+            if path != f"encoder/layer_0/mlp_adapter/{part}"}
+    store.save_delta(tmp_path, unflatten_paths(lame), unflatten_paths(
+        {path: train for path, train in flatten_paths(mask).items() if path in lame}),
+        base, recipe="adapter:3")
+    with pytest.raises(ValueError, match="parts of it are missing"):
+        store.load_delta(tmp_path, base)
 
 
 def test_files_that_are_missing_or_cut_off(tmp_path):
@@ -312,6 +340,30 @@ def test_each_row_by_its_own_task(mix):
         classes = tasks[task][1]
         np.testing.assert_allclose(logits[row, :classes], alone[0], atol=1e-6, rtol=1e-6)
         assert (logits[row, classes:] == -np.inf).all()
+
+
+def test_no_task_answers_for_another_under_jit():
+    base = small_models.build(BERT, 3)[1]
+    stacked = serve.stack_deltas([trained(BERT, "ia3", 3)[2], trained(BERT, "head", 2)[2]], base)
+    run = jax.jit(functools.partial(serve.apply_each, build_model(BERT, 3).apply,
+                                    method="classify"))
+    logits = run(base, stacked, np.array([0, 1, 2, -1]), small_models.random_tokens(4, 5))
+    assert np.isnan(logits[2:]).all() and not np.isnan(logits[:2]).any()
+
+
+def test_the_method_is_known_however_it_is_named():
+    base = small_models.build(BERT, 3)[1]
+    model, tokens = build_model(BERT, 3), small_models.random_tokens(2, 5)
+    stacked = serve.stack_deltas([trained(BERT, "ia3", 3)[2], trained(BERT, "head", 2)[2]], base)
+    for apply, named in (
+        (functools.partial(model.apply, method="classify"), {}),
+        (model.apply, {"method": type(model).classify}),
+    ):
+        logits = serve.apply_each(apply, base, stacked, [0, 1], tokens, **named)
+        assert logits[1, 2] == -np.inf and np.isfinite(logits[0]).all()
+    with pytest.raises(ValueError, match="name its method, such as method='classify'"):
+        serve.apply_each(lambda *args: model.apply(*args, method="classify"), base, stacked,
+                         [0, 1], tokens)
 
 
 def test_a_kernel_of_one_task_on_a_base_in_int8():
@@ -387,3 +439,5 @@ def test_tasks_that_cannot_be_served_together():
         serve.apply_each(model.apply, base, stacked, [0, 2], tokens, method="classify")
     with pytest.raises(ValueError, match="has 2 rows, and there are 3 task numbers"):
         serve.apply_each(model.apply, base, stacked, [0, 1, 1], tokens, method="classify")
+    with pytest.raises(ValueError, match="none of the 2 deltas differs from the base"):
+        serve.stack_deltas([small_models.build(GPT)[1]] * 2, small_models.build(GPT)[1])

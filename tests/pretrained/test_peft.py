@@ -209,6 +209,18 @@ def test_what_the_format_cannot_hold(recipe, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("config", "task", "recipe", "path"), [
+    # PEFT would copy all of cls.predictions, and miss the tied decoder in the file.
+    (small_models.BERT, "masked_lm", "lora:2+regex:mlm_head", "mlm_head/output/bias"),
+    (small_models.BART, "seq2seq_lm", "lora:2+regex:^output/", "output/bias"),
+])
+def test_modules_that_peft_could_not_load(config, task, recipe, path, tmp_path):
+    model, _, params, mask = adapted(config, task, recipe, 0)
+    with pytest.raises(ValueError, match=f"{path} trained beside LoRA"):
+        save_peft(tmp_path / "out", model, params, mask=mask)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_classifier_bias_has_no_place_in_gpt(tmp_path):
     model, _, params, _ = adapted(small_models.GPT2, "classification", "lora:2", 2)
     with pytest.raises(ValueError, match="classifier/bias has no place in a checkpoint of gpt2"):

@@ -60,6 +60,15 @@ def test_deltas_have_the_depth_of_their_layer():
     assert set(depth.values()) == {3}
 
 
+def test_new_tokens_learn_from_the_first_step_on():
+    with_tokens = params() | {"token_embed": {"embedding": jnp.ones((2, 2)),
+                                              "extra": jnp.ones((3, 2))}}
+    depth, layers = finetuning.depths(with_tokens)
+    assert depth["token_embed/extra"] == layers + 1 and depth["token_embed/embedding"] == 0
+    release = tree.flatten_paths(finetuning.release_steps(with_tokens, 5))
+    assert release["token_embed/extra"] == 0 < release["token_embed/embedding"]
+
+
 def test_gaps_count_as_layers():
     """A mask that leaves layers out does not bring those below nearer to the top."""
     some = tree.split(params(), tree.map_paths(

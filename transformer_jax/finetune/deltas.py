@@ -296,18 +296,23 @@ def add_tokens(params: PyTree, count: int, rng: jax.Array, std: float = 0.02) ->
 
 def fold_tokens(model: Model, params: PyTree) -> tuple[Model, PyTree]:
     """(model, parameters) with the rows of new tokens at the end of the vocabulary: a plain model,
-    for export. Its tied output layer then scores them too."""
+    for export. Its output layer then scores them too: a tied one by their rows, another as 0."""
     leaves = dict(flatten_paths(params))
     extra = leaves.pop("token_embed/extra", None)
     if extra is None:
         return model, params
     table = jnp.concatenate([float_matrix(leaves, "token_embed", "embedding"), extra])
-    for name in ("embedding_int8", "embedding_scale"):
-        leaves.pop(f"token_embed/{name}", None)
-    leaves["token_embed/embedding"] = table
-    if "mlm_head/output/bias" in leaves:
-        bias = leaves["mlm_head/output/bias"]
-        leaves["mlm_head/output/bias"] = jnp.pad(bias, (0, len(extra)))
+    tables = {"token_embed": table}
+    if any(path.startswith("lm_head/embedding") for path in leaves):
+        untied = float_matrix(leaves, "lm_head", "embedding")
+        tables["lm_head"] = jnp.pad(untied, ((0, len(extra)), (0, 0)))
+    for layer, whole in tables.items():
+        for name in ("embedding_int8", "embedding_scale"):
+            leaves.pop(f"{layer}/{name}", None)
+        leaves[f"{layer}/embedding"] = whole
+    for path in ("mlm_head/output/bias", "output/bias"):
+        if path in leaves:
+            leaves[path] = jnp.pad(leaves[path], (0, len(extra)))
     config = model.config.replace(vocab_size=table.shape[0])
     return type(model)(config, model.num_classes, model.task), unflatten_paths(leaves)
 

@@ -187,7 +187,8 @@ def trainable_mask(params: PyTree, recipe: str) -> PyTree:
 
     Raises:
       ValueError: an unknown recipe, a number of layers out of range, a broken regular expression,
-        a recipe that matches nothing (with the nearest names), or one whose deltas are not there.
+        a recipe that matches nothing (with the nearest names), one whose deltas are not there, or
+        one that would train what is kept in int8.
     """
     paths = list(flatten_paths(params))
     chosen: set[str] = set()
@@ -210,6 +211,9 @@ def trainable_mask(params: PyTree, recipe: str) -> PyTree:
                     f"({pattern!r}); the nearest are {_nearest(pattern, paths)}"
                 )
             chosen.update(found)
+    if small := sorted(path for path in chosen if path.endswith("_int8")):
+        raise ValueError(f"recipe {recipe!r}: {small[0]} is kept in int8, which does not train; "
+                         "choose what trains before `shrink`, or `shrink.restore` it")
     # Factors that are settings, such as a LoRA's scale, never train, not even in "full".
     return map_paths(lambda path, leaf: path in chosen and not SETTINGS.search(path), params)
 

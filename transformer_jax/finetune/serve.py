@@ -37,8 +37,9 @@ def stack_deltas(deltas: Sequence[Delta | PyTree], base: PyTree) -> Stacked:
     base's. Dropout of LoRA is left out.
 
     Raises:
-        ValueError: there are no deltas, or they cannot be made alike: prefixes or prompts that
-            some lack or that differ in length, or a task without a classifier.
+        ValueError: there are no deltas, none adds anything to the base, or they cannot be made
+            alike: prefixes or prompts that some lack or that differ in length, or a task without a
+            classifier.
     """
     if not deltas:
         raise ValueError("there are 0 deltas; give at least one")
@@ -58,6 +59,9 @@ def stack_deltas(deltas: Sequence[Delta | PyTree], base: PyTree) -> Stacked:
             found = [jnp.pad(leaf, [(0, most - size) for most, size in zip(largest, leaf.shape)])
                      for leaf in found]
         made[path] = jnp.stack(found)
+    if not made:
+        raise ValueError(f"none of the {len(deltas)} deltas differs from the base; call the model "
+                         "itself, or give the deltas that were trained")
     classes = [task["classifier/kernel"].shape[-1] for task in tasks
                if "classifier/kernel" in task]
     return Stacked(unflatten_paths(made),
@@ -111,6 +115,12 @@ def _without_dora(leaves: Leaves) -> Leaves:
 _SCORES = ("classify", "tag", "feature_logits", "class_logits")
 
 
+def _method(apply: Callable, kwargs: dict[str, Any]) -> str | None:
+    """The name of the model's method, whether it is given by name or not, here or in a partial."""
+    found = kwargs.get("method", getattr(apply, "keywords", {}).get("method"))
+    return getattr(found, "__name__", found)
+
+
 def apply_each(
     apply: Callable, base: PyTree, stacked: Stacked, task_ids: Int[Array, "B"], *inputs: Array,
     **kwargs: Any,
@@ -126,10 +136,12 @@ def apply_each(
         inputs, kwargs: as the model takes them; arrays have rows, whatever else is for all.
 
     Returns:
-        As the model. Class scores of classes that a row's task lacks are -inf.
+        As the model. Class scores of classes that a row's task lacks are -inf. Under jit, where it
+        cannot be an error, a row whose task there is not is NaN.
 
     Raises:
-        ValueError: a task's number that there is not, or unequal numbers of rows.
+        ValueError: a task's number that there is not, unequal numbers of rows, or tasks of unlike
+            numbers of classes and no `method` by name.
     """
     count = jax.tree.leaves(stacked.params)[0].shape[0]
     if not isinstance(task_ids, jax.core.Tracer):
@@ -150,9 +162,16 @@ def apply_each(
         out = apply({"params": apply_delta(base, delta)}, *inputs, **named, **others)
         return jax.tree.map(lambda x: x[0], out)
 
+    method = _method(apply, kwargs)
+    if stacked.classes is not None and method is None:
+        raise ValueError("these tasks have unlike numbers of classes, and it is not known whether "
+                         "the model gives class scores; name its method, such as method='classify'")
     own = jax.tree.map(lambda leaf: leaf[task_ids], stacked.params)
     out = jax.vmap(one)(own, (tuple(map(jnp.asarray, inputs)), jax.tree.map(jnp.asarray, rows)))
-    if stacked.classes is None or kwargs.get("method") not in _SCORES:
+    there = (task_ids >= 0) & (task_ids < count)
+    out = jax.tree.map(lambda x: jnp.where(there.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
+                       if jnp.issubdtype(x.dtype, jnp.floating) else x, out)
+    if stacked.classes is None or method not in _SCORES:
         return out
     has = jnp.arange(out.shape[-1]) < stacked.classes[task_ids].reshape(-1, *[1] * (out.ndim - 1))
-    return jnp.where(has, out, -jnp.inf)
+    return jnp.where(has | jnp.isnan(out), out, -jnp.inf)

@@ -43,7 +43,7 @@ def shrink(params: PyTree, mask: PyTree, dtype: str) -> tuple[PyTree, PyTree]:
 
 
 def _int8(path: str, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    inputs = _input_axes(path, leaf.ndim)
+    inputs, leaf = _input_axes(path, leaf.ndim), leaf.astype(jnp.float32)
     largest = jnp.abs(leaf).max(inputs, keepdims=True)
     scale = jnp.where(largest > 0, largest / 127, 1.0)
     return jnp.round(leaf / scale).astype(jnp.int8), scale.squeeze(inputs)

@@ -30,6 +30,7 @@ FORMAT = 1
 _FIELDS = {"format": int, "recipe": str, "task": str, "label_names": list, "base": str,
            "frozen": str, "version": str, "weights": str, "sha256": str, "leaves": dict,
            "metadata": dict}
+_TYPES = ("float32", "bfloat16", "float16")
 _SMALL = ("_int8", "_scale")  # what `shrink` puts in the place of a matrix
 
 
@@ -83,8 +84,8 @@ def save_delta(
         metadata: anything that JSON can hold, for the manifest.
 
     Raises:
-        ValueError: what is frozen is not the base's, new parameters are in int8, or JSON does not
-            hold the metadata.
+        ValueError: what is frozen is not the base's, new parameters are in int8, what trained is
+            of another type than float32, bfloat16 or float16, or JSON does not hold the metadata.
     """
     leaves, trains, before = (flatten_paths(tree) for tree in (params, mask, base))
     if leaves.keys() != trains.keys():
@@ -97,6 +98,9 @@ def save_delta(
     for path in leaves.keys() - set(chosen):
         _check_frozen(path, leaves[path], before)
     kept = {path: np.asarray(leaves[path]) for path in chosen}
+    if wide := [path for path, value in kept.items() if value.dtype.name not in _TYPES]:
+        raise ValueError(f"{wide[0]} is of {kept[wide[0]].dtype}; a delta holds "
+                         f"{', '.join(_TYPES)}, so convert it to one of them")
     # Not every reader of the format in NumPy knows bfloat16; float32 holds it exactly.
     wide = {path: value if value.dtype.kind == "f" else value.astype(np.float32)
             for path, value in kept.items()}
@@ -202,8 +206,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: weights is {manifest['weights']!r}; it must be a file "
                          "delta-*.safetensors beside it")
     for name, leaf in manifest["leaves"].items():
-        if not isinstance(leaf, dict) or leaf.get("dtype") not in (
-                "float32", "bfloat16", "float16") or not isinstance(leaf.get("shape"), list):
+        if not isinstance(leaf, dict) or leaf.get("dtype") not in _TYPES or not isinstance(
+                leaf.get("shape"), list):
             raise ValueError(f"{path}: leaf {name!r} is {leaf!r}; it must have a shape and a "
                              "floating dtype")
     return manifest
@@ -248,25 +252,28 @@ def _fits(path: str, every: Leaves) -> bool:
     width = of("embedding", "token_embed")[1:]
     if name.startswith("lora_"):
         a, b = of("lora_a", layer), of("lora_b", layer)
-        wanted = {"lora_magnitude": b[1:]}.get(name, shape if name in ("lora_a", "lora_b") else ())
+        wanted = {"lora_a": a, "lora_b": b, "lora_magnitude": b[1:], "lora_scale": (),
+                  "lora_dropout": ()}.get(name)
         return (len(a) > 1 and len(b) > 1 and (*a[:-1], *b[1:]) == kernel and a[-1] == b[0]
                 and f"{layer}/lora_scale" in every and shape == wanted)
-    if name.startswith("ia3_"):
-        side = kernel[:len(shape)] if name == "ia3_input" else kernel[-len(shape):]
-        return 0 < len(shape) < len(kernel) and side == shape
+    if name in ("ia3_input", "ia3_output"):
+        inputs = 2 if layer.endswith("attention/out") else 1
+        return bool(kernel) and shape == (
+            kernel[:inputs] if name == "ia3_input" else kernel[inputs:])
     if name.startswith("prefix_"):
         kernel = of(f"{name.removeprefix('prefix_')}/kernel", layer)
         return len(shape) == 3 and shape[1:] == kernel[1:] and (
             of("prefix_key", layer) == of("prefix_value", layer))
     if found := re.fullmatch(r"(.+)_adapter/(down|up)/(kernel|bias)", path):
         down, up = (of("kernel", f"{found[1]}_adapter/{side}") for side in ("down", "up"))
-        return (len(shape) == 2 - (name == "bias") and down == up[::-1]
-                and up[1:] == of("scale", f"{found[1]}_norm") and shape[-1:] == kernel[-1:])
-    if name in ("prompt", "extra"):
+        biases = [of("bias", f"{found[1]}_adapter/{side}") for side in ("down", "up")]
+        return (len(down) == 2 and down == up[::-1] and biases == [down[1:], up[1:]]
+                and up[1:] == of("scale", f"{found[1]}_norm"))
+    if path in ("prompt", "token_embed/extra"):
         return len(shape) == 2 and shape[1:] == width
-    # The classifier, or an encoder-decoder's pooler.
-    return kernel[:1] == width and (
-        shape == kernel[1:] if name == "bias" else name == "kernel" and len(shape) == 2)
+    if not re.fullmatch(r"(classifier|pooler)/(kernel|bias)", path):
+        return False
+    return len(kernel) == 2 and kernel[:1] == width and (name == "kernel" or shape == kernel[1:])
 
 
 def apply_delta(base: PyTree, delta: Delta | PyTree) -> PyTree:

@@ -128,7 +128,8 @@ class GPT(nn.Module):
         order_1P = jnp.arange(P)[None]
         x_1PD, _, _ = with_prompt(
             self, jnp.zeros((1, 0, self.config.d_model), self.config.compute_dtype), None)
-        mask_11PP = causal_mask(order_1P, order_1P, self.config.context_size)
+        # As in `with_prompt`, a context does not reach into the prompt: it has no positions.
+        mask_11PP = causal_mask(order_1P, order_1P)
         return self.decoder(x_1PD, mask_11PP, order_1P, cache).cache
 
     def lm_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

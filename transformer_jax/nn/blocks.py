@@ -75,7 +75,7 @@ class Attention(nn.Module):
         def project(name, source_BSD):
             return Linear(
                 (c.num_heads, c.head_dim), kernel_init=c.kernel_init(), dtype=c.dtype, name=name
-            )(source_BSD)
+            )(source_BSD, deterministic)
 
         query_BTNH = project("query", x_BTD)
         if isinstance(memory, KVCache):
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         )
         out_BTD = Linear(
             (c.d_model,), contract=2, kernel_init=c.residual_init(), dtype=c.dtype, name="out"
-        )(out_BTNH)
+        )(out_BTNH, deterministic)
         return out_BTD, seen, weights_BNTS[..., prefix:]
 
 
@@ -137,11 +137,13 @@ class MLP(nn.Module):
     config: StackConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], deterministic: bool = True
+    ) -> Float[Array, "B T D"]:
         c = self.config
-        h_BTF = Linear((c.mlp_dim,), kernel_init=c.kernel_init(), dtype=c.dtype, name="wi")(x_BTD)
-        h_BTF = ACTIVATIONS[c.activation](h_BTF)
-        return Linear((c.d_model,), kernel_init=c.residual_init(), dtype=c.dtype, name="wo")(h_BTF)
+        wi = Linear((c.mlp_dim,), kernel_init=c.kernel_init(), dtype=c.dtype, name="wi")
+        wo = Linear((c.d_model,), kernel_init=c.residual_init(), dtype=c.dtype, name="wo")
+        return wo(ACTIVATIONS[c.activation](wi(x_BTD, deterministic)), deterministic)
 
 
 class BlockOutput(NamedTuple):
@@ -189,7 +191,8 @@ class Block(nn.Module):
         cross_weights_BNTS = None
         if c.cross_attention:
             x_BTD, memory, cross_weights_BNTS = residual("cross_attention", look_across, x_BTD)
-        (x_BTD,) = residual("mlp", lambda x_BTD: (MLP(c, name="mlp")(x_BTD),), x_BTD)
+        (x_BTD,) = residual(
+            "mlp", lambda x_BTD: (MLP(c, name="mlp")(x_BTD, deterministic),), x_BTD)
         return BlockOutput(x_BTD, cache, weights_BNTS, memory, cross_weights_BNTS)
 
 

@@ -82,7 +82,7 @@ class Linear(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "..."], deterministic: bool = True) -> Float[Array, "..."]:
         shape = x.shape[-self.contract :] + self.features
         if (ia3 := _edit(self, "ia3_input")) is not None:
             x = x * ia3
@@ -92,7 +92,7 @@ class Linear(nn.Module):
         if scale is not None:
             y = y * scale.astype(self.dtype)
         if (lora_b := _edit(self, "lora_b")) is not None:
-            y = self._lora(x, y, kernel, scale, lora_b)
+            y = self._lora(x, y, kernel, scale, lora_b, deterministic)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
             y = y + bias.astype(self.dtype)
@@ -100,13 +100,13 @@ class Linear(nn.Module):
             y = y * ia3.astype(self.dtype)
         return y
 
-    def _lora(self, x, y, kernel, scale, lora_b):
+    def _lora(self, x, y, kernel, scale, lora_b, deterministic):
         """y + s x A B (Hu et al. 2021, "LoRA", section 4.1), s being `lora_scale`. With a
         `lora_magnitude` m, DoRA: m (W + s A B) / |W + s A B| instead of the sum, the norm of each
         output's column taken as a constant (Liu et al. 2024, sections 4.1 and 4.3)."""
         lora_a, lora_scale = _edit(self, "lora_a"), _edit(self, "lora_scale")
         rate = _edit(self, "lora_dropout")
-        if rate is not None and self.has_rng("dropout"):
+        if rate is not None and not deterministic:
             x = dropout(x, rate, self.make_rng("dropout"))
         low = jnp.tensordot(x, lora_a.astype(self.dtype), axes=self.contract)
         low = low * lora_scale.astype(self.dtype)

@@ -254,7 +254,10 @@ def _besides(
         return whole, "lora_only"
     for path in sorted(left):
         module, _ = placed.get(path, (None, None))
-        if module is None or module in lows or path.startswith("token_embed/"):
+        # PEFT copies a module with all that is inside it, so nothing else may own a part of it.
+        nested = module is not None and any(
+            other.startswith(f"{module}.") for other, _ in placed.values())
+        if not module or nested or module in lows or path.startswith("token_embed/"):
             raise ValueError(f"{path} trained beside LoRA, and PEFT's format has no place for it; "
                              "merge the LoRA and use save_pretrained, or keep it with "
                              "finetune.store.save_delta")

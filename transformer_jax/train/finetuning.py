@@ -37,7 +37,7 @@ def _with_gaps(params: PyTree) -> list[str]:
 
 def depths(params: PyTree) -> tuple[dict[str, int], int]:
     """(path -> depth, number of layers L): 0 for embeddings and prompts, i + 1 inside layer i with
-    its deltas, L + 1 above.
+    its deltas, L + 1 above, and for rows of new tokens.
 
     The layers of an encoder-decoder count on: the decoder's stand above the encoder's, whose final
     norm is as deep as its last layer. Gaps (None) have no depth but count as layers.
@@ -60,7 +60,8 @@ def depths(params: PyTree) -> tuple[dict[str, int], int]:
             return below[match[1]] + int(match[2]) + 1
         if path.startswith("encoder/") and size["decoder"]:
             return size["encoder"]
-        return 0 if _BELOW.search(path) else total + 1
+        # Rows of new tokens learn from the first step on, as a new head does.
+        return 0 if _BELOW.search(path) and not path.endswith("/extra") else total + 1
 
     return {path: depth(path) for path in flatten_paths(params)}, total
 
