@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -198,7 +199,8 @@ def write_results(out: Path, config: Any, metrics: dict, seconds: float) -> dict
 
 
 def to_json(value: Any) -> Any:
-    """Dataclasses, paths, NumPy numbers and arrays as JSON values; model configs with family."""
+    """Dataclasses, paths, NumPy numbers and arrays as JSON values; model configs with family; NaN
+    and infinity as null."""
     if isinstance(value, Config):
         return config_to_dict(value)
     if dataclasses.is_dataclass(value):
@@ -210,5 +212,7 @@ def to_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_json(item) for item in value]
     if isinstance(value, (np.generic, np.ndarray, jax.Array)):
-        return np.asarray(value).tolist()
+        return to_json(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no NaN
     return str(value) if isinstance(value, Path) else value

@@ -106,9 +106,23 @@ def loss_of(model: Model, kind: str):
 
 
 def read(data, model: Model, tokenizer, settings: Settings) -> supervised.Task:
-    """The set as the model reads it."""
+    """The set as the model reads it.
+
+    Raises:
+        ValueError: the model or the settings are not for such data; see `supervised.read` and
+            `writing.read`.
+    """
+    if settings.length > model.config.max_length:
+        raise ValueError(f"length is {settings.length}, and the model has "
+                         f"{model.config.max_length} positions; lower settings.length")
+    if settings.lm_weight and not (isinstance(model, GPT) and data.kind in LM_BESIDE):
+        raise ValueError(f"lm_weight is for GPT on {', '.join(LM_BESIDE)}, and this is a "
+                         f"{type(model).__name__} on {data.kind}; leave it out")
     reader = writing if data.kind == "seq2seq" else supervised
     return reader.read(data, model, tokenizer, settings.reading())
+
+
+LM_BESIDE = ("classification", "regression", "multiple_choice")
 
 
 class Outcome(NamedTuple):
@@ -142,6 +156,11 @@ def finetune(
     if not quiet:
         report = "new parameters" if pretrained is None else _loaded(model, pretrained)
         print(report, select.describe(params, mask), sep="\n", flush=True)
+    cut = [sum(n > settings.length for n in task.lengths(items))
+           for items in (task.train, task.validation)]
+    if any(cut) and not quiet:
+        print(f"{cut[0]} of {len(task.train)} training rows and {cut[1]} of {len(task.validation)} "
+              f"others are longer than {settings.length} tokens, and are cut", flush=True)
     began = time.perf_counter()
     if cached:
         rows = supervised.cached(model, params, task, task.train, settings.length)
@@ -170,7 +189,8 @@ def finetune(
     trained = tree.count(tree.split(params, mask)[0])
     return Outcome(params, mask, {
         **scores, "labels": len(task.train), "steps": settings.num_steps, "trained": trained,
-        "share_trained": trained / whole, "cut": data.num_cut,
+        "share_trained": trained / whole, "cut": cut[0],
+        "cut_validation": cut[1],
         "seconds_per_step": float(np.median(timed)) if timed else None, "seconds": seconds,
     }, lines, history)
 
@@ -222,11 +242,13 @@ def main(c: Finetune) -> dict:
     base = base._replace(params=jax.device_put(
         base.params, sharding.param_shardings(base.params, mesh)))
     data = c.data.load()
-    if c.labels_per_class or c.examples:
+    if c.labels_per_class is not None or c.examples is not None:
         data = data._replace(train=few_labels(data.train, c.labels_per_class, c.seed,
                                               total=c.examples))
     model, start = for_task(base, data)
     task = read(data, model, base.tokenizer, c.settings)
+    memory = None if c.from_scratch else forgetting.measure(c.pretrained, base, text=c.remember)
+    before = memory and memory.loss({})
     outcome = finetune(
         model, None if c.from_scratch else start, base.tokenizer, task, c.train, c.settings,
         c.seed, checkpoint_dir=c.out / "checkpoints", mesh=mesh)
@@ -238,9 +260,8 @@ def main(c: Finetune) -> dict:
         store.save_delta(c.out / "delta", outcome.params, outcome.mask, base_params(model, start),
                          recipe=c.train, label_names=data.label_names, task=data.kind,
                          pretrained=c.pretrained)
-        memory = forgetting.measure(c.pretrained, base, text=c.remember)
         metrics["held_out_objective"] = memory.objective
-        metrics["held_out_before"] = memory.loss({})
+        metrics["held_out_before"] = before
         metrics["held_out_after"] = memory.loss(outcome.params)
         print(f"held-out pre-training loss ({memory.objective}) "
               f"{metrics['held_out_before']:.3f} before, {metrics['held_out_after']:.3f} after "

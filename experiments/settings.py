@@ -84,11 +84,16 @@ class Data:
         validation: the file, or the name of the split, to evaluate on.
         kind: classification, regression, multiple_choice, token_classification,
             question_answering or seq2seq; told by the columns if not given.
-        columns: what the columns are: `--columns text sentence label label`.
+        columns: what the columns are: `--columns text sentence label label`; several as "a+b",
+            joined for a text, one for each of the choices.
         header: names of columns of files without a header line; validation_header if the file to
             evaluate on has others.
         label_names: in order, where the data does not name its classes.
         like: the named set whose columns this one has.
+        metric: what the table shows: of classes accuracy, f1, macro_f1 or matthews, of texts rouge
+            or bleu.
+        label_range: the least and the greatest label of a regression; those of train if not given.
+        allow_empty_classes: accept a class that no training example has.
         held_out: values of the column `fold` that are evaluated on; validation_share: or the share
             of train that is.
         limit: draw at most so many examples of each split.
@@ -104,6 +109,9 @@ class Data:
     label_names: dict[str, str] = field(default_factory=dict)
     validation_label_names: dict[str, str] = field(default_factory=dict)
     like: str | None = None
+    metric: str | None = None
+    label_range: tuple[float, float] | None = None
+    allow_empty_classes: bool = False
     held_out: tuple[int, ...] = ()
     validation_share: float | None = None
     limit: int | None = None
@@ -113,7 +121,11 @@ class Data:
         """The set, read and checked: `data.load_annotated`."""
         options = {name: getattr(self, name) or None for name in (
             "validation", "kind", "columns", "header", "validation_header", "label_names",
-            "validation_label_names", "like", "validation_share", "limit", "on_bad")}
+            "validation_label_names", "like", "metric", "label_range", "allow_empty_classes",
+            "validation_share", "limit", "on_bad")}
+        options["columns"] = {name: tuple(column.split("+")) if "+" in column else column
+                              for name, column in self.columns.items()} or None
+        options["allow_empty_classes"] = self.allow_empty_classes
         if self.data.startswith("python_docs/"):
             options["validation"] = self.validation or "test"
         if self.held_out:
@@ -134,6 +146,7 @@ class Settings:
         new_tokens: GPT's start, delimiter and extract tokens, as in its paper.
         both_orders: read a pair in both orders (GPT).
         stride: how far a window of a long context begins after the one before.
+        max_question: tokens of a question; what is longer is cut.
         target_length, num_beams: of a text to write.
     """
 
@@ -150,12 +163,13 @@ class Settings:
     new_tokens: bool = False
     both_orders: bool = False
     stride: int = 128
+    max_question: int = 64
     target_length: int = 64
     num_beams: int = 4
 
     def reading(self) -> supervised.Reading:
         return supervised.Reading(
-            self.length, self.new_tokens, self.both_orders, self.stride,
+            self.length, self.new_tokens, self.both_orders, self.stride, self.max_question,
             target_length=self.target_length, num_beams=self.num_beams)
 
     def for_examples(self, count: int) -> "Settings":

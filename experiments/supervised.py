@@ -62,21 +62,30 @@ def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
 
     Raises:
         ValueError: the kind is not for a model with a classifier, a pair for a GPT without the
-            tokens to part it, or both orders for another model.
+            tokens to part it, an option of GPT for another model, or an annotated text that may
+            not be cut and is longer than a row.
     """
     if data.kind not in tasks.TASKS:
         raise ValueError(f"data of the kind {data.kind} is not classified; that is one of "
                          f"{', '.join(tasks.TASKS)}")
     specials = None
+    if how.both_orders and data.kind not in ("classification", "regression"):
+        raise ValueError(f"both_orders is for pairs of texts, and the data is {data.kind}; leave "
+                         "it out")
     if isinstance(model, GPT):
+        if not how.new_tokens and tokenizer.eos_id is None and data.kind != "token_classification":
+            raise ValueError("the tokenizer has no end-of-text token for GPT to classify at; set "
+                             "new_tokens")
         if not how.new_tokens and ("text_b" in data.train[0] or data.kind == "question_answering"):
             raise ValueError("GPT needs a token between two texts; set new_tokens (its paper's "
                              "start, delimiter and extract tokens)")
         if how.new_tokens:
             specials = tasks.Specials.new(model.config.vocab_size)
-    elif how.both_orders:
-        raise ValueError(f"both_orders is for GPT, and the model is a {type(model).__name__}; "
-                         "leave it out")
+    else:
+        for name in ("both_orders", "new_tokens"):
+            if getattr(how, name):
+                raise ValueError(f"{name} is for GPT, and the model is a {type(model).__name__}; "
+                                 "leave it out")
     make = {"token_classification": _tagging, "question_answering": _answering}.get(
         data.kind, _whole_texts)
     return make(data, model, tokenizer, how, specials)
@@ -150,9 +159,18 @@ def _tagging(data, model, tokenizer, how: Reading, specials) -> Task:
     causal = isinstance(model, GPT)
     space = tokenizer.encode(" a") != tokenizer.encode("a")  # byte-level BPE: spaces are in tokens
 
-    def items(examples):
-        return [{"words": tags.pieces(e["words"], tokenizer, space), "tags": e["tags"]}
-                for e in examples]
+    def lengths(found):
+        return [2 * (not causal) + sum(map(len, e["words"])) for e in found]
+
+    def items(split, examples):
+        found = [{"words": tags.pieces(e["words"], tokenizer, space), "tags": e["tags"]}
+                 for e in examples]
+        for i, n in enumerate(lengths(found)):
+            if n > how.length:
+                raise ValueError(f"{split} example {examples[i].get('id', i)!r} has {n} tokens, "
+                                 f"more than a row's {how.length}, and no tagged word may be lost; "
+                                 "raise the length, or split the text")
+        return found
 
     def make_row(item: dict, length: int) -> dict:
         return tags.prepare(
@@ -169,10 +187,11 @@ def _tagging(data, model, tokenizer, how: Reading, specials) -> Task:
         right = [a == b for t, c in zip(true, chosen) for a, b in zip(t, c)]
         lines = [{"id": e.get("id", i), "words": e["words"], "tags": c}
                  for i, (e, c) in enumerate(zip(data.validation, chosen))]
-        return {"f1": scores["f1"], **scores, "accuracy": float(np.mean(right))}, lines
+        scores = {"accuracy": float(np.mean(right)), **scores}
+        return {data.metric: scores[data.metric], **scores}, lines
 
-    return Task(data, items(data.train), items(data.validation),
-                lambda found: [2 + sum(map(len, e["words"])) for e in found], make_row, report)
+    return Task(data, items("training", data.train), items("validation", data.validation), lengths,
+                make_row, report)
 
 
 # Answers ------------------------------------------------------------------------------------------
@@ -182,7 +201,12 @@ def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
     causal = isinstance(model, GPT)
     windows = functools.partial(spans.make_windows, tokenizer=tokenizer, length=how.length,
                                 stride=how.stride, max_question=how.max_question)
-    train, validation = windows(data.train), windows(data.validation)
+    train = windows(data.train, check=False)
+    if left := len(data.train) - len({window.example for window in train}):
+        print(f"{left} of {len(data.train)} training questions are left out: no token has a "
+              "character of their answer", flush=True)
+    # What an answer should be is for the scores; windows need only hold the context.
+    validation = windows([{**e, "answers": []} for e in data.validation])
     some_have_none = any(not e["answers"] for e in data.train)
 
     def make_row(window, length: int) -> dict:
@@ -196,7 +220,7 @@ def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
         lines = [{"id": e.get("id", i), "prediction": a.text, "start": a.start, "stop": a.stop,
                   "score": a.score, "no_answer": a.none, "best": a.best[:5]}
                  for i, (e, a) in enumerate(zip(data.validation, answers))]
-        return {"f1": scores["f1"], "exact_match": scores["exact_match"]}, lines
+        return {"f1": scores["f1"], "exact_match": scores["exact_match"], **scores}, lines
 
     return Task(data, train, validation,
                 lambda found: [3 + len(w.question) + len(w.context) for w in found], make_row,
@@ -208,14 +232,14 @@ def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
 
 def batches(task: Task, items: Sequence, *, length: int, batch_size: int, seed: int = 0,
             num_steps: int | None = None):
-    """Rows of at most `length` tokens, padded to buckets: for each 64 of `num_steps` one more, since
+    """Rows of at most `length` tokens, padded to buckets: one for each 64 of `num_steps`, since
     each is compiled once; to read the items once, which compiles faster, for each 4 batches."""
     lengths = task.lengths(items)
     most = len(items) // batch_size // 4 if num_steps is None else num_steps // 64
     return GroupedBatches(
-        items, lengths, task.make_row, buckets=choose_buckets(lengths, length, min(max(most, 1), 8)),
-        batch_size=batch_size, seed=seed, process_index=jax.process_index(),
-        process_count=jax.process_count())
+        items, lengths, task.make_row,
+        buckets=choose_buckets(lengths, length, min(max(most, 1), 8)), batch_size=batch_size,
+        seed=seed, process_index=jax.process_index(), process_count=jax.process_count())
 
 
 def cached(model: Model, params: dict, task: Task, items: Sequence, length: int) -> list[dict]:
@@ -266,7 +290,9 @@ def write_predictions(path: Path, lines: Sequence[dict]) -> None:
     """One JSON object a line, in the order of the data. Answers to questions are written a second
     time, to the same name with .json, as the `{id: text}` that SQuAD's own script reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+                    encoding="utf-8")
     if lines and "no_answer" in lines[0]:
         answers = {str(line["id"]): line["prediction"] for line in lines}
-        path.with_suffix(".json").write_text(json.dumps(answers, ensure_ascii=False, indent=1))
+        path.with_suffix(".json").write_text(json.dumps(answers, ensure_ascii=False, indent=1),
+                                             encoding="utf-8")

@@ -11,6 +11,7 @@ compiled steps. "scratch" among the recipes trains a model of the same size from
 """
 
 import functools
+import hashlib
 import json
 import re
 import time
@@ -54,7 +55,7 @@ def main(c: Sweep) -> dict:
         task = functools.cache(functools.partial(_task, c, data, model, base.tokenizer, examples))
         for name in c.rows:
             for seed in range(c.seeds):
-                cell = {"recipe": name, "examples": examples, "seed": seed}
+                cell = _cell(c, name, examples, seed)
                 if any(done.items() >= cell.items() for done in _cells(c)):
                     continue
                 run_cell(c, cell, model, start, base.tokenizer, task(seed), memory)
@@ -96,13 +97,25 @@ def run_cell(c: Sweep, cell: dict, model, start, tokenizer, task, memory) -> Non
         "ece": m["calibration"]["ece"] if "calibration" in m else None,
         "held_out_after": memory.loss(outcome.params)}
     c.out.mkdir(parents=True, exist_ok=True)
-    with (c.out / "cells.jsonl").open("a") as file:
+    path = c.out / "cells.jsonl"
+    if path.is_file() and not (text := path.read_text()).endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1])  # a line that was cut off
+    with path.open("a") as file:
         file.write(json.dumps(common.to_json(line)) + "\n")
 
 
+def _cell(c: Sweep, recipe: str, examples: int | None, seed: int) -> dict:
+    """What tells a cell from others, also from those of another configuration in the folder."""
+    what = [c.pretrained, c.data, c.rows[recipe], c.dropout_rate, c.remember]
+    digest = hashlib.sha256(json.dumps(common.to_json(what), sort_keys=True).encode()).hexdigest()
+    return {"recipe": recipe, "examples": examples, "seed": seed, "config": digest[:16]}
+
+
 def _cells(c: Sweep) -> list[dict]:
+    """All that are done. A last line that was cut off is not."""
     path = c.out / "cells.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def summary(c: Sweep, cells: Sequence[dict]) -> list[dict]:
@@ -110,7 +123,8 @@ def summary(c: Sweep, cells: Sequence[dict]) -> list[dict]:
     rows = []
     for examples in c.examples or (None,):
         for recipe in c.rows:
-            found = [x for x in cells if (x["recipe"], x["examples"]) == (recipe, examples)]
+            wanted = [_cell(c, recipe, examples, seed) for seed in range(c.seeds)]
+            found = [x for x in cells if any(x.items() >= cell.items() for cell in wanted)]
             row = {"recipe": recipe, "labels": found[0]["labels"], "seeds": len(found),
                    "trained": found[0]["trained"], "share_trained": found[0]["share_trained"],
                    "scores": [x["score"] for x in found]}
@@ -123,6 +137,11 @@ def summary(c: Sweep, cells: Sequence[dict]) -> list[dict]:
     return rows
 
 
+def scale_of(metric: str) -> int:
+    """What makes percents of a metric: some are shares, others percents by custom."""
+    return 1 if metric in ("squad", "rouge", "bleu") else 100
+
+
 def table(c: Sweep, rows: Sequence[dict], metric: str, before: float) -> Table:
     shown = Table(title=f"{c.data.data}: {metric} over {c.seeds} seeds; held-out pre-training loss "
                         f"before {before:.3f}")
@@ -130,7 +149,7 @@ def table(c: Sweep, rows: Sequence[dict], metric: str, before: float) -> Table:
                     "pre-training loss after"):
         shown.add_column(heading, justify="left" if heading == "recipe" else "right")
     for row in rows:
-        scale = 100 if row["score"] <= 1 else 1
+        scale = scale_of(metric)
         shown.add_row(
             f"{row['labels']:,}", row["recipe"],
             f"{scale * row['score']:.1f} ± {scale * row['score_std']:.1f}",
@@ -142,15 +161,19 @@ def table(c: Sweep, rows: Sequence[dict], metric: str, before: float) -> Table:
 def pictures(c: Sweep, rows: Sequence[dict], data) -> None:
     name = c.data.data.rstrip("/").rpartition("/")[2]
     if len(c.examples) > 1:
-        lines = {recipe: tuple(zip(*[(r["labels"], r["score"], r["score_std"]) for r in rows
-                                     if r["recipe"] == recipe])) for recipe in c.rows}
-        labels = [e["label"] for e in data.validation]
+        share = scale_of(data.metric) / 100
+        lines = {recipe: tuple(zip(*[(r["labels"], share * r["score"], share * r["score_std"])
+                                     for r in rows if r["recipe"] == recipe])) for recipe in c.rows}
+        chance = None
+        if data.metric == "accuracy" and data.kind != "token_classification":
+            labels = [e["label"] for e in data.validation]
+            chance = float(max(np.bincount(labels)) / len(labels))
         draw.label_efficiency(
             c.out / "label_efficiency.png", {name: lines},
-            title=f"How many labels does it take? ({c.seeds} seeds)",
-            chance=float(max(np.bincount(labels)) / len(labels)))
+            title=f"How many labels does it take? ({c.seeds} seeds)", chance=chance,
+            ylabel=f"{data.metric} (%)")
         return
-    scale = 100 if rows[0]["score"] <= 1 else 1
+    scale = scale_of(data.metric)
     draw.recipes(c.out / "recipes.png", {
         r["recipe"]: (r["share_trained"], scale * r["score"], scale * r["score_std"])
         for r in rows}, title=f"{name}, {c.seeds} seeds", ylabel=f"{data.metric} (%)")

@@ -19,11 +19,24 @@ def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
     """Pairs of texts in ids. GPT's end-of-text token stands between source and target.
 
     Raises:
-        ValueError: the model is a BERT.
+        ValueError: the model is a BERT, or rows have no room for a source beside a target.
+        ModuleNotFoundError: the library that scores is not installed.
     """
     if isinstance(model, BERT):
         raise ValueError("BERT writes no texts; fine-tune a GPT or an encoder-decoder on pairs of "
                          "source and target")
+
+    evaluate.require(data.metric)
+    room = _room(model, how)
+    if room < 1:
+        raise ValueError(f"a row of {how.length} tokens has no room for a source beside a target "
+                         f"of {how.target_length}; raise the length")
+    if not isinstance(model, GPT) and how.target_length > model.config.max_length:
+        raise ValueError(f"target_length is {how.target_length}, and the model has "
+                         f"{model.config.max_length} positions; lower it")
+    if isinstance(model, GPT) and tokenizer.eos_id is None:
+        raise ValueError("the tokenizer has no end-of-text token to part source and target; give "
+                         "a GPT whose tokenizer has one")
 
     def items(examples: Sequence[dict]) -> list[dict]:
         sides = [tokenizer.encode_batch([e[side] for e in examples])
@@ -39,8 +52,10 @@ def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
     else:
         c = model.config
         bos = tokenizer.cls_id if isinstance(model, BART) else None
+        start = next(i for i in (c.decoder_start_token_id, c.bos_token_id, tokenizer.sep_id)
+                     if i is not None)  # as `generate` begins
         prepare = functools.partial(
-            seq2seq.prepare, start_id=c.decoder_start_token_id or tokenizer.sep_id, bos_id=bos,
+            seq2seq.prepare, start_id=start, bos_id=bos,
             eos_id=tokenizer.sep_id, pad_id=tokenizer.pad_id, target_length=how.target_length)
 
         def lengths(found):
@@ -65,14 +80,15 @@ def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
     return Task(data, items(data.train), items(data.validation), lengths, make_row, report)
 
 
+def _room(model: Model, how: Reading) -> int:
+    """Tokens of a source: a causal model's row holds the target too."""
+    return how.length - (how.target_length if isinstance(model, GPT) else 2)
+
+
 def write(model: Model, params: dict, tokenizer, task: Task, how: Reading,
           batch_size: int = 16) -> Predictions:
     """A text for every validation item."""
-    causal = isinstance(model, GPT)
-    room = how.length - (how.target_length if causal else 2)
-    if room < 1:
-        raise ValueError(f"a row of {how.length} tokens has no room for a source beside a target "
-                         f"of {how.target_length}; raise the length")
+    causal, room = isinstance(model, GPT), _room(model, how)
     front = [tokenizer.cls_id] if isinstance(model, BART) else []
     end = [tokenizer.eos_id if causal else tokenizer.sep_id]
     if causal and "prompt" in params:

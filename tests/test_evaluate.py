@@ -99,6 +99,9 @@ def test_correlations_by_hand_and_with_ties():
     ("O I-PER B-PER I-PER", "O B-PER B-PER I-PER", 1.0),
     ("B-A-X I-A-X", "B-A-X I-A-Y", 0.0),
     ("B I O B", "B I O O", 2 / 3),  # one kind, without a name
+    ("U-PER O B-LOC I-LOC L-LOC", "O O B-LOC I-LOC L-LOC", 2 / 3),  # BILOU
+    ("S-PER S-PER B-LOC E-LOC", "S-PER S-PER B-LOC E-LOC", 1.0),  # IOBES
+    ("B-LOC E-LOC", "B-LOC S-LOC", 0.0),
 ])
 def test_entities(true, found, f1):
     assert evaluate.entity_f1([true.split()], [found.split()])["f1"] == pytest.approx(f1)

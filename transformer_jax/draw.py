@@ -84,7 +84,7 @@ def label_efficiency(
     panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[float]]]],
     *,
     title: str,
-    chance: float,
+    chance: float | None = None,
     ylabel: str = "accuracy (%)",
 ) -> Path:
     """A score over the number of labels, a panel a model and a line a recipe with its deviation
@@ -93,6 +93,7 @@ def label_efficiency(
     Args:
         panels: `{model: {recipe: (labels, mean score, standard deviation)}}`, in shares of 1.
         chance: score of the commonest class, drawn as a dotted line.
+        ylabel: what the score is.
     """
     figure = _figure(5.2 * len(panels) + 1.2, 4.2)
     figure.suptitle(title)
@@ -106,7 +107,8 @@ def label_efficiency(
                       linestyle="--" if "scratch" in recipe else "-")
             axes.fill_between(labels, mean - deviation, mean + deviation, color=color, alpha=0.15,
                               linewidth=0)
-        axes.axhline(100 * chance, color="grey", linestyle=":", label="commonest class")
+        if chance is not None:
+            axes.axhline(100 * chance, color="grey", linestyle=":", label="commonest class")
         axes.set_xscale("log", base=2)
         ticks = sorted({n for labels, *_ in lines.values() for n in labels})
         axes.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=90 if len(ticks) > 8 else 0)

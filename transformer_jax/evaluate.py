@@ -108,6 +108,17 @@ def _check_pairs(labels: Sequence, predictions: Sequence) -> None:
                          "one for each")
 
 
+def require(metric: str) -> None:
+    """Nothing, if `metric` can be counted: to be asked before a training, not after it.
+
+    Raises:
+        ModuleNotFoundError: the library that counts BLEU or ROUGE is not installed.
+    """
+    library = {"bleu": "sacrebleu.metrics", "rouge": "rouge_score.rouge_scorer"}.get(metric)
+    if library is not None:
+        _library(library)
+
+
 def _library(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
@@ -157,7 +168,8 @@ def entity_f1(
     labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]
 ) -> dict[str, float]:
     """F1, precision and recall of whole entities in BIO tags, as conlleval counts them: an I- of
-    another kind, or after O, begins an entity. 0 where undefined.
+    another kind, or after O, begins an entity. Of BILOU and IOBES, U- and S- are read as B-, L- and
+    E- as I-. 0 where undefined.
 
     Raises:
         ValueError: unlike numbers of rows, or of tags in one.
@@ -172,11 +184,15 @@ def entity_f1(
             "precision": hits / max(len(found), 1), "recall": hits / max(len(true), 1)}
 
 
+_MARKS = {"U": "B", "S": "B", "L": "I", "E": "I"}
+
+
 def _entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
     spans: list[tuple[int, int, str]] = []
     begin, kind = 0, None
     for i, tag in enumerate([*tags, "O"]):
-        mark, _, new = tag.partition("-")
+        mark, dash, new = tag.partition("-")
+        mark = _MARKS.get(mark, mark) if dash else mark
         if kind is not None and (mark != "I" or new != kind):
             spans.append((begin, i, kind))
             kind = None

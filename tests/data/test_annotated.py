@@ -118,7 +118,11 @@ def test_kinds_told_by_columns(tmp_path):
     tagged = {"words": ["a", "b"], "tags": ["O", "LOC"]}
     kind, example, found = load(tagged, {"words": "c d", "tags": "O O"})
     assert kind == "token_classification" and found.label_names == ("LOC", "O")
-    assert example == {"words": ["a", "b"], "tags": [1, 0]} and found.metric == "f1"
+    assert example == {"words": ["a", "b"], "tags": [1, 0]}
+    # F1 is of entities: without B- and I- there are none.
+    assert found.metric == "accuracy"
+    entities = {"words": ["a", "b"], "tags": ["O", "B-LOC"]}
+    assert load(entities, entities)[2].metric == "f1"
     assert found.train[1] == {"words": ["c", "d"], "tags": [1, 1]}
     pair = {"id": 7, "dialogue": "a b", "summary": "c"}
     kind, example, found = load(pair, pair)
@@ -169,6 +173,10 @@ GOOD = [["a", "x"], ["b", "y"]]
     ([["a", "1"], ["b", "7.5"]], {"label_range": (0, 5)},
      "line 3: label 7.5 is outside the range 0 to 5"),
     ([["a", "1.5"], ["b", "2"]], {"label_range": (5, 5)}, r"label_range is \(5, 5\)"),
+    ([["a", "1.5"], ["b", "1.5"]], {}, r"all labels of train are 1\.5; a regression needs"),
+    ([["a", "1.5"], ["b", ""]], {}, "line 3: the label is empty"),
+    (GOOD, {"metric": "acuracy"}, "metric 'acuracy' is none of classification; choose one of acc"),
+    (GOOD, {"metric": "bleu"}, "metric 'bleu' is none of classification"),
     ([*GOOD, [" ", "x"]], {}, "line 4: the text in column 'sentence' is empty"),
     ([*GOOD, ["c", ""]], {}, "line 4: the label is empty"),
     ([["a", "x"]], {}, "all labels in column 'label' are 'x'"),
@@ -216,6 +224,9 @@ def test_bad_rows_of_other_kinds(tmp_path):
         ((two, {"choices": ["a", "b"], "label": 2}), "line 2: label 2 of 2 choices"),
         ((two, {"choices": ["a", "b"], "label": "best"}), "label 'best' names no choice"),
         ((two, {"choices": ["a", ""], "label": 0}), "line 2: one of the choices"),
+        ((two, {"choices": ["a", None], "label": 0}), "line 2: one of the choices"),
+        ((two, {"choices": "red apple|pear", "label": 0}),
+         "line 2: column 'choices' holds the text 'red apple.*give a list such as"),
         ((two, {"choices": ["a"], "label": 0}), "line 2: 1 choices"),
         (({"choices": {"text": ["a", "b"]}, "label": 0},), "name what is in it, .*'choices.text'"),
         (({"choices": 3, "label": 0},), "line 1: column 'choices' holds 3; give a list"),
@@ -231,6 +242,21 @@ def test_bad_rows_of_other_kinds(tmp_path):
             load(*rows)
     found = load({"source": "a", "target": ""}, {"source": "a", "target": "b"}, on_bad="drop")
     assert len(found.train) == 1 and found.dropped["validation"] == {"empty text": 1}
+
+
+def test_choices_and_missing_numbers_in_tables(tmp_path):
+    (tmp_path / "a.csv").write_text('text,choices,label\nq,"[""red"", ""green pear""]",1\n')
+    found = load_annotated(tmp_path / "a.csv", validation=tmp_path / "a.csv")
+    assert found.train == [{"text": "q", "choices": ["red", "green pear"], "label": 1}]
+    rows = [{"text": "a", "label": x} for x in (1.5, None, 0.25, float("nan"), 2)]
+    path = write(tmp_path / "b.jsonl", rows)
+    found = load_annotated(path, validation=path, on_bad="drop")
+    assert found.kind == "regression" and found.label_range == (0.25, 2.0)
+    assert found.dropped["train"] == {"empty label": 2}
+    # Only train needs an id.
+    write(tmp_path / "c.jsonl", [{"text": "a", "label": "x", "id": 7}, {"text": "b", "label": "y"}])
+    found = load_annotated(tmp_path / "c.jsonl", validation=tmp_path / "c.jsonl")
+    assert found.train[0]["id"] == 7 and "id" not in found.train[1]
 
 
 def test_unlabelled_rows_are_counted(tmp_path):
@@ -265,6 +291,8 @@ def test_few_labels():
         few_labels(examples, total=101)
     with pytest.raises(ValueError, match="give one"):
         few_labels(examples, 1, total=1)
+    with pytest.raises(ValueError, match="0 labels a class were asked for; give at least 1"):
+        few_labels(examples, 0)
     scores = [{"label": float(i)} for i in range(9)]
     assert few_labels(scores, total=4) == few_labels(scores, total=9)[:4]
 

@@ -82,6 +82,9 @@ def test_tables_without_a_header_line(tmp_path):
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("t.tsv", "a\tb\n1\t2\n3\n", r"t\.tsv line 3 has 1 fields, the header 2"),
     ("t.tsv", "a\tb\n", "has 0 rows"),
+    ("t.tsv", "b\tb\n1\t2\n", "has two columns 'b'"),
+    ("t.csv", 'a,b\n1,2\n3,"4\n5,6\n', r"t\.csv: the row from line 3 on is no CSV"),
+    ("t.csv", 'a,b\n1,"2" 3\n', "the row from line 2 on is no CSV.*double their quotes"),
     ("t.tsv", "a\tc\n1\t2\n", "line 2 has no column 'b'; it has 'a', 'c'"),
     ("t.jsonl", '{"b": 1}\n{\n', r"line 2 is not JSON"),
     ("t.jsonl", "[1]\n", "line 1 is a list"),
@@ -91,6 +94,28 @@ def test_bad_tables_are_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         sources.table(tmp_path / name, columns=["b"])
+
+
+def test_only_line_ends_end_lines(tmp_path):
+    """Other ends of lines that Unicode knows are text, and so is a quote in .tsv."""
+    texts = ["a\u2028b", "c\x0bd\x0ce", "f\u0085\x1cg", "h" * 200_000]
+    (tmp_path / "t.csv").write_bytes(b"label,text\r\n" + b"".join(
+        f"1,{text}\r\n".encode() for text in texts))
+    assert [row["text"] for row in sources.table(tmp_path / "t.csv")] == texts
+    (tmp_path / "t.tsv").write_text("label\ttext\n" + "".join(f"1\t{t}\n" for t in texts))
+    assert [row["text"] for row in sources.table(tmp_path / "t.tsv")] == texts
+    (tmp_path / "q.csv").write_text('label,text\n1,"two\nlines, ""quoted"""\n0,x\n')
+    assert [row["text"] for row in sources.table(tmp_path / "q.csv")] == [
+        'two\nlines, "quoted"', "x"]
+    assert [line for line, _ in sources.numbered_rows(tmp_path / "q.csv")] == [3, 4]
+
+
+def test_a_gzip_file_that_is_damaged_inside(tmp_path):
+    content = bytearray(gzip.compress(b"label\ttext\n" + b"1\tabc\n" * 50))
+    content[12] ^= 255
+    (tmp_path / "t.tsv.gz").write_bytes(content)
+    with pytest.raises(ValueError, match="is not a whole gzip file"):
+        sources.table(tmp_path / "t.tsv.gz")
 
 
 def test_lists_are_checked():

@@ -8,6 +8,7 @@ import shutil
 import common
 import configs
 import finetune
+import forgetting
 import generate
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ import translate
 from settings import Data, Mesh, Pretrain, Settings, Sweep, Translate
 
 from transformer_jax import models, tree
+from transformer_jax.data import Annotated
 from transformer_jax.finetune import store
 
 SHORT = finetune.Settings(length=16, num_steps=2)
@@ -133,11 +135,53 @@ def test_what_a_checkpoint_lacks_trains(pretrained):
     assert mask["pooler"]["kernel"] and not mask["token_embed"]["embedding"]
 
 
-def test_both_orders_are_for_gpt(pretrained):
+@pytest.mark.parametrize(("name", "kind", "changes", "message"), [
+    ("bert", "classification", {"both_orders": True}, "both_orders is for GPT, .* is a BERT"),
+    ("bert", "classification", {"new_tokens": True}, "new_tokens is for GPT"),
+    ("bert", "classification", {"lm_weight": 0.5}, "lm_weight is for GPT on class.* a BERT on cl"),
+    ("bert", "classification", {"length": 65}, "length is 65, and the model has 64 positions"),
+    ("bert", "token_classification", {"length": 4}, "training example 0 has .* tokens, more than"),
+    ("gpt", "token_classification", {"lm_weight": 0.5}, "a GPT on token_classification"),
+    ("gpt", "multiple_choice", {"both_orders": True}, "both_orders is for pairs of texts"),
+    ("gpt", "classification", {}, "GPT needs a token between two texts; set new_tokens"),
+    ("gpt", "seq2seq", {"target_length": 24}, "a row of 24 tokens has no room for a source"),
+])
+def test_what_does_not_fit_is_said_before_training(name, kind, changes, message, pretrained,
+                                                   tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[kind]))
+    base = common.load_run(pretrained(f"{name}_python_docs"))
+    data = Data(str(path), validation=str(path), kind=kind).load()
+    model, _ = finetune.for_task(base, data)
+    with pytest.raises(ValueError, match=message):
+        finetune.read(data, model, base.tokenizer, Settings(**{"length": 24, **changes}))
+
+
+def test_a_text_to_measure_forgetting_by_is_missed_before_training(pretrained, tmp_path,
+                                                                   monkeypatch):
+    path = tmp_path / "rows.tsv"
+    path.write_text("text\tlabel\na\tx\nb\ty\n")
+    monkeypatch.setattr(finetune, "finetune", lambda *args, **options: pytest.fail("it trained"))
+    monkeypatch.setattr(forgetting, "is_run", lambda source: False)
+    with pytest.raises(FileNotFoundError, match=r"nosuch\.txt"):
+        finetune.main(finetune.Finetune(
+            pretrained=str(pretrained("gpt_python_docs")), out=tmp_path / "out",
+            remember=str(tmp_path / "nosuch.txt"), settings=SHORT,
+            data=Data(str(path), validation=str(path))))
+
+
+def test_questions_whose_answer_has_no_token_are_left_out(pretrained, capsys):
     base = common.load_run(pretrained("bert_python_docs"))
-    with pytest.raises(ValueError, match="both_orders is for GPT, and the model is a BERT"):
-        supervised.read(Data().load(), base.model, base.tokenizer,
-                        Settings(both_orders=True).reading())
+    lost = {"question": "one", "context": "one \u200b two", "answers": [
+        {"text": "\u200b", "start": 4}]}
+    kept = {"question": "one", "context": "one two", "answers": [{"text": "two", "start": 4}]}
+    data = Annotated("question_answering", [lost, kept], [lost, kept], (), "squad", None, {})
+    model, _ = finetune.for_task(base, data)
+    task = finetune.read(data, model, base.tokenizer,
+                         Settings(length=24, max_question=8, num_steps=2))
+    assert "1 of 2 training questions are left out" in capsys.readouterr().out
+    assert {w.example for w in task.train} == {1}
+    assert {w.example for w in task.validation} == {0, 1}  # all are answered and counted
 
 
 ROWS = {
@@ -211,6 +255,33 @@ def test_sweep_goes_on_where_it_was_cut_off(pretrained, tmp_path):
     assert again[:4] == lines[:4] and len(again) == 6
     with pytest.raises(ValueError, match="1 peaks for 3 recipes"):
         dataclasses.replace(c, peaks=(1e-3,))
+    # Cells of another configuration are not taken for these, nor is a line that was cut off.
+    (tmp_path / "cells.jsonl").write_text("".join(f"{line}\n" for line in again) + '{"recipe": "l')
+    other = dataclasses.replace(c, recipes=("head",), lm_weights=(0.0,), seeds=1,
+                                settings=Settings(length=16, batch_size=8, num_steps=3))
+    sweep.main(other)
+    lines = [json.loads(x) for x in (tmp_path / "cells.jsonl").read_text().splitlines()]
+    assert len(lines) == 7 and lines[-1]["steps"] == 3
+    assert sweep.main(c)["metrics"]["cells"] == sweep.main(c)["metrics"]["cells"]
+
+
+@pytest.mark.parametrize("kind", ["question_answering", "regression", "seq2seq"])
+def test_a_sweep_over_examples_of_any_kind(kind, pretrained, tmp_path):
+    rows = "".join(json.dumps({**ROWS[kind][i % 2], "id": str(i)}) + "\n" for i in range(8))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    path = str(tmp_path / "rows.jsonl")
+    c = Sweep(pretrained=str(pretrained("gpt_python_docs")), out=tmp_path / "out",
+              data=Data(path, validation=path, kind=kind), recipes=("bitfit",), examples=(4, 8),
+              seeds=1, quiet=True, settings=Settings(
+                  length=32, batch_size=4, num_steps=1, max_question=8, target_length=4,
+                  num_beams=1, new_tokens=kind in ("regression", "question_answering")))
+    cells = sweep.main(c)["metrics"]["cells"]
+    assert [cell["labels"] for cell in cells] == [4, 8]
+    assert (tmp_path / "out" / "label_efficiency.png").stat().st_size > 5000
+    row = {**cells[0], "score": 0.8, "score_std": 0.1}
+    for metric, seen in (("squad", "0.8 ± 0.1"), ("rouge", "0.8 ± 0.1"), ("f1", "80.0 ± 10.0")):
+        (shown,) = sweep.table(c, [row], metric, 1.0).columns[2].cells
+        assert shown == seen
 
 
 def test_generate_and_fill(pretrained):

@@ -119,6 +119,8 @@ def test_rows_by_hand():
     ("naïve ÉTÉ 日本語 \N{GRINNING FACE} end", "\N{GRINNING FACE}"),
     ("naïve ÉTÉ 日本語 \N{GRINNING FACE} end", "日本語"),
     ("a\n\n  the cat  \u3000 sat ", "the cat"), ("a\n\n  the cat  \u3000 sat ", "sat"),
+    ("a \u2764\ufe0f b", "\u2764\ufe0f"),  # marks that do not combine with what is before them
+    ("a \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 b", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35"),
 ])
 def test_characters_are_exact(kind, context, answer):
     examples = [example(context, answer)]

@@ -14,6 +14,7 @@ All keep an "id" where the set has one.
 import collections
 import difflib
 import functools
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +94,7 @@ def load_annotated(
             they are given, rows with a label of -1 or "-", for none, are left out.
         validation_label_names: of the validation file, if its values stand for others.
         label_range: the least and greatest label of a regression.
+        metric: of METRICS; F1 of whole entities for BIO tags and their kin, accuracy for others.
         limit: draw at most so many rows of each split, by `seed`.
         on_bad: what to do with an empty text, an empty label, or an answer that is not where it
             should be: "error", or "drop" to leave the row out and count it. By default "drop" for
@@ -105,7 +107,8 @@ def load_annotated(
     Raises:
         FileNotFoundError: a path does not exist, or there is no such set.
         ValueError: there is nothing to evaluate on, a column is missing, a row is bad (file and
-            line are named), a label is not among those of train, a class has no example.
+            line are named), a label is not among those of train, a class has no example, or the
+            metric is not of the kind.
     """
     spec = str(spec)
     local = sources.is_local(spec)
@@ -151,9 +154,17 @@ def load_annotated(
     if kind == "regression":
         scores = [example["label"] for example in examples[0]]
         bounds = bounds or (min(scores), max(scores))
-    default = named.metric if named and named.kind == kind else ""
+        if bounds[0] == bounds[1]:
+            raise ValueError(f"{spec}: all labels of train are {bounds[0]:g}; a regression needs "
+                             "different ones, or a label_range")
+    metric = metric or (named.metric if named and named.kind == kind else "") or (
+        "accuracy" if kind == "token_classification" and not all(map(_is_of_entity, labels))
+        else METRICS[kind][0])
+    if metric not in METRICS[kind]:
+        raise ValueError(f"metric {metric!r} is none of {kind}; choose one of "
+                         f"{', '.join(METRICS[kind])}")
     return Annotated(kind, *examples, label_names=labels if kind.endswith("classification") else (),
-                     metric=metric or default or METRICS[kind],
+                     metric=metric,
                      label_range=bounds if kind == "regression" else None, dropped=dropped)
 
 
@@ -290,6 +301,11 @@ def _canonical(
     return examples, dropped
 
 
+def _is_of_entity(tag: str) -> bool:
+    """Whether a tag marks a place in an entity, as BIO and its kin do; parts of speech do not."""
+    return tag in ("O", "B", "I") or re.match(r"[BILUSE]-.", tag) is not None
+
+
 def _check_classes(train: Sequence[Example], names: Sequence[str], spec: str) -> None:
     present = {example["label"] for example in train}
     if empty := [name for i, name in enumerate(names) if i not in present]:
@@ -325,6 +341,8 @@ def few_labels(
         raise ValueError(f"{per_class} labels a class and {total} in all were asked for; give one")
     if per_class is None and total is None:
         return examples
+    if per_class is not None and per_class < 1:
+        raise ValueError(f"{per_class} labels a class were asked for; give at least 1")
     by_class: dict[Any, list[Example]] = {}
     for i in np.random.default_rng(seed).permutation(len(examples)):
         label = examples[int(i)].get("label")

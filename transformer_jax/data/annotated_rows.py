@@ -1,6 +1,7 @@
 """One row of an annotated data set as a canonical example, and labels as numbers."""
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -61,9 +62,9 @@ class Labels(NamedTuple):
 
 
 def as_word(value: Any) -> str:
-    """How a label is written: 1, 1.0 and "1" alike, True as "true", None as ""."""
+    """How a label is written: 1, 1.0 and "1" alike, True as "true", None and NaN as ""."""
     value = plain(value)
-    if value is None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if isinstance(value, bool):
         return str(value).lower()
@@ -113,9 +114,10 @@ def infer(values: Iterable[Any]) -> Labels:
 
 
 def are_scores(values: Iterable[Any]) -> bool:
-    """Whether all labels are numbers and not all of them whole: those of a regression."""
+    """Whether all labels are numbers and not all of them whole: those of a regression. Empty ones
+    say nothing."""
     try:
-        numbers = [float(as_word(value)) for value in values]
+        numbers = [float(word) for word in map(as_word, values) if word]
     except ValueError:
         return False
     return all(map(math.isfinite, numbers)) and not all(map(float.is_integer, numbers))
@@ -184,8 +186,24 @@ def _classification(row: Example, columns: Columns, number: Number) -> Example:
     return {**example, "label": number(cell(row, columns["label"]))}
 
 
+def _choices(row: Example, column: str | Sequence[str]) -> list[str]:
+    """The choices in a column that holds a list, as JSON too, or in several columns."""
+    found = cell(row, column) if isinstance(column, str) else None
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except ValueError:
+            found = None
+        if not isinstance(found, list):
+            raise ValueError(f"column {column!r} holds the text {cell(row, column)!r}; give a list "
+                             'such as ["yes", "no"], or name a column for each choice')
+    else:
+        found = _items(row, column)
+    return ["" if choice is None else str(choice) for choice in found]
+
+
 def _multiple_choice(row: Example, columns: Columns, number: Number) -> Example:
-    choices = [str(choice) for choice in _items(row, columns["choices"])]
+    choices = _choices(row, columns["choices"])
     if len(choices) < 2:
         raise ValueError(f"{len(choices)} choices in {columns['choices']!r}; give at least 2")
     if not all(map(str.strip, choices)):
@@ -289,7 +307,8 @@ def canonical(kind: str, row: Example, columns: Columns, number: Number) -> Exam
         ValueError: a column is missing, or a value is not what it should be.
     """
     example = READERS[kind](row, columns, number)
-    return {"id": cell(row, columns["id"]), **example} if "id" in columns else example
+    has_id = columns.get("id") in row  # validation may lack it
+    return {"id": cell(row, columns["id"]), **example} if has_id else example
 
 
 def score(low: float, high: float) -> Number:
@@ -300,6 +319,8 @@ def score(low: float, high: float) -> Number:
     """
     def read(value: Any) -> float:
         word = as_word(value)
+        if not word:
+            raise BadRow("empty label", "the label is empty; write one")
         try:
             number = float(word)
         except ValueError:

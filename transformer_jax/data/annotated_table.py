@@ -32,13 +32,14 @@ class Named(NamedTuple):
     hub: tuple[str, str | None, Mapping[str, Any]] = ("", None, MappingProxyType({}))
 
 
+# Kind -> by what it may be measured; the first is what it is measured by if nothing is said.
 METRICS = {
-    "classification": "accuracy",
-    "regression": "pearson_spearman",
-    "multiple_choice": "accuracy",
-    "token_classification": "f1",
-    "question_answering": "squad",
-    "seq2seq": "rouge",
+    "classification": ("accuracy", "f1", "macro_f1", "matthews"),
+    "regression": ("pearson_spearman",),
+    "multiple_choice": ("accuracy", "macro_f1", "matthews"),
+    "token_classification": ("f1", "accuracy"),
+    "question_answering": ("squad",),
+    "seq2seq": ("rouge", "bleu"),
 }
 
 # Sets that both libraries have -------------------------------------------------------------------

@@ -9,7 +9,9 @@ import csv
 import difflib
 import gzip
 import importlib
+import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,7 +87,7 @@ def _read_text(file: Path) -> str:
     """The file's text with its line ends as they are."""
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file} is not a whole gzip file ({error}); copy it again") from None
     try:
         text = data.decode("utf-8-sig")
@@ -169,18 +171,36 @@ def numbered_rows(
 def _csv_rows(
     text: str, path: Path, delimiter: str, header: Sequence[str] | None
 ) -> Iterator[tuple[int, Example]]:
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(text.splitlines(keepends=True) if delimiter == "," else text.split("\n"),
-                        delimiter=delimiter, quoting=quoting)
-    header = [name.strip() for name in (next(reader) if header is None else header)]
-    for row in reader:
-        if not row:
+    rows = _quoted(text, path) if delimiter == "," else (
+        (number, line.removesuffix("\r").split(delimiter))
+        for number, line in enumerate(text.split("\n"), 1))
+    names = [name.strip() for name in (next(rows)[1] if header is None else header)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{path} has two columns {min(twice)!r}; give each a name of its own")
+    for number, row in rows:
+        if row in ([], [""]):
             continue
-        if len(row) != len(header):
-            raise ValueError(f"{path} line {reader.line_num} has {len(row)} fields, the header "
-                             f"{len(header)}; mend the line")
-        row[-1] = row[-1].removesuffix("\r")
-        yield reader.line_num, dict(zip(header, row))
+        if len(row) != len(names):
+            raise ValueError(f"{path} line {number} has {len(row)} fields, the header "
+                             f"{len(names)}; mend the line")
+        yield number, dict(zip(names, row))
+
+
+def _quoted(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a .csv file. Only \\n and \\r end a line, whatever else Unicode calls an end."""
+    csv.field_size_limit(2**31 - 1)  # articles are longer than the 128 KiB that it allows
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        begin = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(f"{path}: the row from line {begin} on is no CSV ({error}); quote "
+                             'fields with quotes or line ends in them, and double their quotes, ""'
+                             ) from None
+        yield reader.line_num, row
 
 
 def _json_rows(text: str, path: Path) -> Iterator[tuple[int, Example]]:

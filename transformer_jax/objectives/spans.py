@@ -116,8 +116,8 @@ def make_windows(
 
 
 def _exact(text: str, offsets: Sequence[tuple[int, int]]) -> Int[np.ndarray, "n 2"]:
-    """Offsets without the white space that byte-level BPE counts to its tokens, and with the
-    accents after a letter that WordPiece drops where they are characters of their own."""
+    """Offsets without the white space that byte-level BPE counts to its tokens, and with the marks
+    on a letter that WordPiece drops where they are characters of their own."""
     found = np.asarray(offsets, np.int64).reshape(-1, 2)
     n = len(text)
     place = np.arange(n + 1)
@@ -128,7 +128,7 @@ def _exact(text: str, offsets: Sequence[tuple[int, int]]) -> Int[np.ndarray, "n 
     start = np.minimum(first[found[:, 0]], found[:, 1])
     stop = np.maximum(past[found[:, 1]], start)
     if not text.isascii():
-        accent = np.fromiter(map(unicodedata.combining, text), int, n) > 0
+        accent = np.fromiter((unicodedata.category(c) == "Mn" for c in text), bool, n)
         letter = np.minimum.accumulate(np.append(np.where(accent, n, place[:n]), n)[::-1])[::-1]
         stop = np.where(stop > start, letter[stop], stop)
     return np.stack([start, stop], axis=1)
