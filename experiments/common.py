@@ -150,12 +150,17 @@ def _sentences(texts: Sequence[dict], end: str) -> Sequence[dict]:
 # A run's folder -----------------------------------------------------------------------------------
 
 
-def load_base(source: str | Path, **changes: Any) -> Trained:
+def load_base(
+    source: str | Path, *, dropout_rate: float | None = None, pooling: str | None = None
+) -> Trained:
     """What is fine-tuned: the model of a run's folder, or of a checkpoint in the Hugging Face
     format (a folder, an id on the hub, "package:NAME/FOLDER"), with its pre-trained heads.
 
-    `changes` are fields of the model's config, such as dropout_rate.
+    `dropout_rate`, of attention too, and `pooling` are the model's own if not given.
     """
+    changes: dict[str, Any] = {} if dropout_rate is None else {
+        "dropout_rate": dropout_rate, "attention_dropout_rate": dropout_rate}
+    changes |= {} if pooling is None else {"pooling": pooling}
     if is_run(source):
         run = load_run(source)
         return run._replace(model=build_model(run.model.config.replace(**changes)))

@@ -51,6 +51,8 @@ class Finetune:
         labels_per_class: how many annotated examples of each class to use; all if not given.
         examples: how many in all, as balanced as the classes allow.
         dropout_rate: of the model, if not its own.
+        pooling: what BERT classifies of a text: "first", the pooled first token, its own way, or
+            "mean", the mean of all tokens, for which sentence encoders were trained.
         remember: text on which forgetting of a checkpoint is measured.
     """
 
@@ -62,6 +64,7 @@ class Finetune:
     labels_per_class: int | None = None
     examples: int | None = None
     dropout_rate: float | None = None
+    pooling: str | None = None
     remember: str = "python_docs/documents"
     settings: Settings = field(default_factory=Settings)
     mesh: Mesh = field(default_factory=Mesh)
@@ -236,9 +239,7 @@ def main(c: Finetune) -> dict:
     """The command: one run, its record, and pictures."""
     began = time.perf_counter()
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp)
-    changes = {} if c.dropout_rate is None else {
-        "dropout_rate": c.dropout_rate, "attention_dropout_rate": c.dropout_rate}
-    base = common.load_base(c.pretrained, **changes)
+    base = common.load_base(c.pretrained, dropout_rate=c.dropout_rate, pooling=c.pooling)
     base = base._replace(params=jax.device_put(
         base.params, sharding.param_shardings(base.params, mesh)))
     data = c.data.load()

@@ -188,7 +188,7 @@ class Sweep:
     """Recipes side by side.
 
     Attributes:
-        pretrained, dropout_rate, remember: as of finetune.py.
+        pretrained, dropout_rate, pooling, remember: as of finetune.py.
         recipes, peaks: what trains, and its highest learning rate; "scratch" trains all of a model
             of the same size from new parameters.
         lm_weights: weight of the language model's loss beside each recipe's (GPT).
@@ -205,6 +205,7 @@ class Sweep:
     examples: tuple[int, ...] = ()
     seeds: int = 3
     dropout_rate: float | None = None
+    pooling: str | None = None
     remember: str = "python_docs/documents"
     settings: Settings = field(default_factory=Settings)
     quiet: bool = False

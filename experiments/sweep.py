@@ -40,9 +40,7 @@ def main(c: Sweep) -> dict:
     """The command: all cells that are not done yet, then the table and the pictures."""
     began = time.perf_counter()
     console = Console(width=120)
-    changes = {} if c.dropout_rate is None else {
-        "dropout_rate": c.dropout_rate, "attention_dropout_rate": c.dropout_rate}
-    base = common.load_base(c.pretrained, **changes)
+    base = common.load_base(c.pretrained, dropout_rate=c.dropout_rate, pooling=c.pooling)
     data = c.data.load()
     model, start = for_task(base, data)
     memory = forgetting.measure(c.pretrained, base, text=c.remember)
@@ -106,7 +104,8 @@ def run_cell(c: Sweep, cell: dict, model, start, tokenizer, task, memory) -> Non
 
 def _cell(c: Sweep, recipe: str, examples: int | None, seed: int) -> dict:
     """What tells a cell from others, also from those of another configuration in the folder."""
-    what = [c.pretrained, c.data, c.rows[recipe], c.dropout_rate, c.remember]
+    what = [c.pretrained, c.data, c.rows[recipe], c.dropout_rate, c.pooling,
+            c.remember]
     digest = hashlib.sha256(json.dumps(common.to_json(what), sort_keys=True).encode()).hexdigest()
     return {"recipe": recipe, "examples": examples, "seed": seed, "config": digest[:16]}
 

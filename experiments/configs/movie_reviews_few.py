@@ -15,7 +15,7 @@ from configs.sst2 import MINILM
 
 def config() -> Sweep:
     return Sweep(
-        pretrained=MINILM, out=Path("runs/movie_reviews_few"),
+        pretrained=MINILM, pooling="mean", out=Path("runs/movie_reviews_few"),
         data=Data("movie_reviews.jsonl.gz", columns={"text": "text", "label": "label"},
                   held_out=(8, 9)),
         recipes=("full", "scratch"), peaks=(1e-4, 3e-4), examples=(32, 128, 512, 1600),

@@ -13,7 +13,7 @@ from configs.sst2 import MINILM
 
 def config() -> Sweep:
     return Sweep(
-        pretrained=MINILM, out=Path("runs/rte"),
+        pretrained=MINILM, pooling="mean", out=Path("runs/rte"),
         data=Data("rte", columns={"text": "sentence1", "text_b": "sentence2", "label": "label"}),
         recipes=("full", "lora:8"), peaks=(2e-4, 2e-3),
         settings=Settings(length=128, batch_size=32, epochs=3,

@@ -13,7 +13,7 @@ from configs.sst2 import MINILM
 
 def config() -> Sweep:
     return Sweep(
-        pretrained=MINILM, out=Path("runs/sick"),
+        pretrained=MINILM, pooling="mean", out=Path("runs/sick"),
         data=Data("sick", columns={"text": "sentence_A", "text_b": "sentence_B",
                                    "label": "entailment_judgment"}),
         recipes=("full", "lora:8", "head"), peaks=(2e-4, 2e-3, 3e-3),

@@ -13,7 +13,7 @@ from configs.sst2 import MINILM
 
 def config() -> Sweep:
     return Sweep(
-        pretrained=MINILM, out=Path("runs/sick_relatedness"),
+        pretrained=MINILM, pooling="mean", out=Path("runs/sick_relatedness"),
         data=Data("sick", kind="regression", columns={
             "text": "sentence_A", "text_b": "sentence_B", "label": "relatedness_score"}),
         recipes=("full", "lora:8"), peaks=(2e-4, 2e-3),

@@ -15,7 +15,7 @@ from configs.sst2 import MINILM
 
 def config() -> Sweep:
     return Sweep(
-        pretrained=MINILM, out=Path("runs/snli"),
+        pretrained=MINILM, pooling="mean", out=Path("runs/snli"),
         data=Data("snli", columns={"text": "premise", "text_b": "hypothesis", "label": "label"},
                   header=("label", "label2", "premise", "hypothesis"),
                   validation_header=("premise", "hypothesis", "label"),

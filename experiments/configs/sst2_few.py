@@ -13,7 +13,7 @@ from configs.sst2 import MINILM
 
 def config() -> Sweep:
     return Sweep(
-        pretrained=MINILM, out=Path("runs/sst2_few"),
+        pretrained=MINILM, pooling="mean", out=Path("runs/sst2_few"),
         data=Data("sst2", columns={"text": "sentence", "label": "label"},
                   label_names={"0": "negative", "1": "positive"}),
         recipes=("full", "lora:8", "scratch"), peaks=(1e-4, 1e-3, 3e-4),

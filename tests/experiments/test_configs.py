@@ -170,6 +170,14 @@ def test_a_text_to_measure_forgetting_by_is_missed_before_training(pretrained, t
             data=Data(str(path), validation=str(path))))
 
 
+def test_what_is_classified_is_a_choice(pretrained):
+    folder = pretrained("bert_python_docs")
+    first, mean = (common.load_base(folder, pooling=pooling) for pooling in (None, "mean"))
+    assert (first.model.config.pooling, mean.model.config.pooling) == ("first", "mean")
+    with pytest.raises(ValueError, match="pooling"):
+        common.load_base(folder, pooling="last")
+
+
 def test_questions_whose_answer_has_no_token_are_left_out(pretrained, capsys):
     base = common.load_run(pretrained("bert_python_docs"))
     lost = {"question": "one", "context": "one \u200b two", "answers": [

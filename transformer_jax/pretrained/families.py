@@ -120,14 +120,15 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(
         BERTConfig, "Bert", "bert.", _bert(30_522, 0),
         {"norm_first": False, "positions": "learned", "position_offset": 0,
-         "pooler_activation": "tanh", "scale_embedding": None, "initializer": "truncated_normal"},
+         "pooler_activation": "tanh", "pooling": "first", "scale_embedding": None,
+         "initializer": "truncated_normal"},
         {"pretraining": "ForPreTraining", "next_sentence": "ForNextSentencePrediction",
          **_BASE, **_ENCODER_HEADS},
         _NO_DECODER),
     **{name: Family(
         BERTConfig, prefix, "roberta.", _ROBERTA,
         {"norm_first": False, "positions": "learned", "pooler_activation": "tanh",
-         "scale_embedding": None, "initializer": "truncated_normal"},
+         "pooling": "first", "scale_embedding": None, "initializer": "truncated_normal"},
         _ROBERTA_HEADS, _NO_DECODER)
        for name, prefix in (("roberta", "Roberta"), ("xlm-roberta", "XLMRoberta"),
                             ("camembert", "Camembert"))},
@@ -142,8 +143,8 @@ FAMILIES: dict[str, Family] = {
             "activation": ("activation", "gelu"), "init_std": ("initializer_range", 0.02),
         }, 0),
         {"norm_first": False, "positions": "learned", "position_offset": 0, "num_segments": 0,
-         "pooler_activation": "relu", "norm_epsilon": 1e-12, "scale_embedding": None,
-         "initializer": "truncated_normal"},
+         "pooler_activation": "relu", "pooling": "first", "norm_epsilon": 1e-12,
+         "scale_embedding": None, "initializer": "truncated_normal"},
         {"encoder": "Model", **_ENCODER_HEADS}),
     "bart": Family(
         BARTConfig, "Bart", "model.", _bart(50_265, 1, 0, 2, 2),
