@@ -157,8 +157,9 @@ def reference(model, batch: dict) -> Iterator[tuple[str, list[np.ndarray]]]:
         out = model(**{name: torch.from_numpy(value) for name, value in batch.items()},
                     output_hidden_states=True)
     for name, value in out.items():
-        if name != "past_key_values":
-            yield name, [v.numpy() for v in (value if isinstance(value, tuple) else [value])]
+        values = value if isinstance(value, tuple) else [value]
+        if all(isinstance(v, torch.Tensor) for v in values):  # caches go by other names and types
+            yield name, [v.numpy() for v in values]
 
 
 def visible(name: str, value: np.ndarray, batch: dict) -> np.ndarray | bool:
