@@ -191,7 +191,7 @@ def finetune(
     timed = [h["seconds_per_step"] for h in history if "seconds_per_step" in h]
     trained = tree.count(tree.split(params, mask)[0])
     return Outcome(params, mask, {
-        **scores, "labels": len(task.train), "steps": settings.num_steps, "trained": trained,
+        **scores, "labels": len(task.data.train), "steps": settings.num_steps, "trained": trained,
         "share_trained": trained / whole, "cut": cut[0],
         "cut_validation": cut[1],
         "seconds_per_step": float(np.median(timed)) if timed else None, "seconds": seconds,

@@ -33,7 +33,8 @@ from transformer_jax.data import few_labels
 
 KEPT = ("rouge", "rouge1", "rouge2", "bleu", "accuracy", "macro_f1", "matthews", "f1",
         "exact_match", "pearson_spearman", "pearson", "spearman", "precision", "recall", "labels",
-        "steps", "trained", "share_trained", "cut", "seconds", "seconds_per_step")
+        "steps", "trained", "share_trained", "cut", "cut_validation",
+        "seconds", "seconds_per_step")
 
 
 def main(c: Sweep) -> dict:
@@ -123,7 +124,8 @@ def summary(c: Sweep, cells: Sequence[dict]) -> list[dict]:
     for examples in c.examples or (None,):
         for recipe in c.rows:
             wanted = [_cell(c, recipe, examples, seed) for seed in range(c.seeds)]
-            found = [x for x in cells if any(x.items() >= cell.items() for cell in wanted)]
+            # The first of each: two processes may have shared the folder.
+            found = [next(x for x in cells if x.items() >= cell.items()) for cell in wanted]
             row = {"recipe": recipe, "labels": found[0]["labels"], "seeds": len(found),
                    "trained": found[0]["trained"], "share_trained": found[0]["share_trained"],
                    "scores": [x["score"] for x in found]}
@@ -151,7 +153,8 @@ def table(c: Sweep, rows: Sequence[dict], metric: str, before: float) -> Table:
         scale = scale_of(metric)
         shown.add_row(
             f"{row['labels']:,}", row["recipe"],
-            f"{scale * row['score']:.1f} ± {scale * row['score_std']:.1f}",
+            f"{scale * row['score']:.1f}" + (
+                f" ± {scale * row['score_std']:.1f}" if row["seeds"] > 1 else ""),
             f"{100 * row['share_trained']:.3f}", f"{1000 * row.get('seconds_per_step', 0):.0f}",
             f"{row['seconds']:.0f}", f"{row['held_out_after']:.3f}")
     return shown

