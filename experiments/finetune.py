@@ -108,6 +108,9 @@ def loss_of(model: Model, kind: str):
     return tasks.TASKS[kind].loss
 
 
+LM_BESIDE = ("classification", "regression", "multiple_choice")  # what `lm_weight` is for
+
+
 def read(data, model: Model, tokenizer, settings: Settings) -> supervised.Task:
     """The set as the model reads it.
 
@@ -123,9 +126,6 @@ def read(data, model: Model, tokenizer, settings: Settings) -> supervised.Task:
                          f"{type(model).__name__} on {data.kind}; leave it out")
     reader = writing if data.kind == "seq2seq" else supervised
     return reader.read(data, model, tokenizer, settings.reading())
-
-
-LM_BESIDE = ("classification", "regression", "multiple_choice")
 
 
 class Outcome(NamedTuple):
@@ -192,8 +192,7 @@ def finetune(
     trained = tree.count(tree.split(params, mask)[0])
     return Outcome(params, mask, {
         **scores, "labels": len(task.data.train), "steps": settings.num_steps, "trained": trained,
-        "share_trained": trained / whole, "cut": cut[0],
-        "cut_validation": cut[1],
+        "share_trained": trained / whole, "cut": cut[0], "cut_validation": cut[1],
         "seconds_per_step": float(np.median(timed)) if timed else None, "seconds": seconds,
     }, lines, history)
 

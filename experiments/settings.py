@@ -120,9 +120,9 @@ class Data:
     def load(self) -> Annotated:
         """The set, read and checked: `data.load_annotated`."""
         options = {name: getattr(self, name) or None for name in (
-            "validation", "kind", "columns", "header", "validation_header", "label_names",
-            "validation_label_names", "like", "metric", "label_range", "allow_empty_classes",
-            "validation_share", "limit", "on_bad")}
+            "validation", "kind", "header", "validation_header", "label_names",
+            "validation_label_names", "like", "metric", "label_range", "validation_share", "limit",
+            "on_bad")}
         options["columns"] = {name: tuple(column.split("+")) if "+" in column else column
                               for name, column in self.columns.items()} or None
         options["allow_empty_classes"] = self.allow_empty_classes

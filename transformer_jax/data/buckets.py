@@ -81,7 +81,6 @@ class GroupedBatches:
                              "processes; use a multiple of their number")
         self.examples, self.make_row, self.buckets = examples, make_row, tuple(buckets)
         self.lengths = np.minimum(np.asarray(lengths), buckets[-1])
-        self.num_cut = int(np.sum(np.asarray(lengths) > buckets[-1]))
         self.batch_size, self.seed = batch_size, seed
         # Sorting much of an epoch together would fill batches with like examples.
         quarter = len(examples) // batch_size // 4

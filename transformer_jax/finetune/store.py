@@ -98,8 +98,8 @@ def save_delta(
     for path in leaves.keys() - set(chosen):
         _check_frozen(path, leaves[path], before)
     kept = {path: np.asarray(leaves[path]) for path in chosen}
-    if wide := [path for path, value in kept.items() if value.dtype.name not in _TYPES]:
-        raise ValueError(f"{wide[0]} is of {kept[wide[0]].dtype}; a delta holds "
+    if odd := [path for path, value in kept.items() if value.dtype.name not in _TYPES]:
+        raise ValueError(f"{odd[0]} is of {kept[odd[0]].dtype}; a delta holds "
                          f"{', '.join(_TYPES)}, so convert it to one of them")
     # Not every reader of the format in NumPy knows bfloat16; float32 holds it exactly.
     wide = {path: value if value.dtype.kind == "f" else value.astype(np.float32)
