@@ -189,8 +189,8 @@ class Sweep:
 
     Attributes:
         pretrained, dropout_rate, pooling, remember: as of finetune.py.
-        recipes, peaks: what trains, and its highest learning rate; "scratch" trains all of a model
-            of the same size from new parameters.
+        recipes, peaks, epochs: what trains, its highest learning rate, and how often it sees each
+            example; "scratch" trains all of a model of the same size from new parameters.
         lm_weights: weight of the language model's loss beside each recipe's (GPT).
         examples: how many training examples, as balanced as the classes allow; all if empty.
         seeds: runs of each cell: examples, new parameters, order and dropout.
@@ -201,6 +201,7 @@ class Sweep:
     data: Data
     recipes: tuple[str, ...] = ("full", "lora:8", "bitfit", "last_k:2", "head")
     peaks: tuple[float, ...] = ()
+    epochs: tuple[float, ...] = ()
     lm_weights: tuple[float, ...] = ()
     examples: tuple[int, ...] = ()
     seeds: int = 3
@@ -211,7 +212,7 @@ class Sweep:
     quiet: bool = False
 
     def __post_init__(self):
-        for name in ("peaks", "lm_weights"):
+        for name in ("peaks", "epochs", "lm_weights"):
             given = getattr(self, name)
             if given and len(given) != len(self.recipes):
                 raise ValueError(f"there are {len(given)} {name} for {len(self.recipes)} recipes; "
@@ -226,6 +227,8 @@ class Sweep:
             if self.peaks:
                 optimizer = dataclasses.replace(settings.optimizer, peak=self.peaks[k])
                 settings = dataclasses.replace(settings, optimizer=optimizer)
+            if self.epochs:
+                settings = dataclasses.replace(settings, epochs=self.epochs[k])
             if self.lm_weights:
                 name = f"{recipe}, LM loss x {self.lm_weights[k]:g}"
                 settings = dataclasses.replace(settings, lm_weight=self.lm_weights[k])

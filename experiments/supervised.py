@@ -215,8 +215,13 @@ def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
 
     def report(found: Predictions) -> tuple[dict, list[dict]]:
         answers = spans.decode(data.validation, validation, found, no_answer=some_have_none)
-        scores = evaluate.squad([a.text for a in answers],
-                                [[g["text"] for g in e["answers"]] for e in data.validation])
+        gold = [[g["text"] for g in e["answers"]] for e in data.validation]
+        scores = evaluate.squad([a.text for a in answers], gold)
+        if some_have_none:
+            spoken = [next((b for b in a.best if b[2]), None) for a in answers]
+            scores |= evaluate.squad_thresholds(
+                [b[0] if b else "" for b in spoken],
+                [a.none - (b[3] if b else -np.inf) for a, b in zip(answers, spoken)], gold)
         lines = [{"id": e.get("id", i), "prediction": a.text, "start": a.start, "stop": a.stop,
                   "score": a.score, "no_answer": a.none, "best": a.best[:5]}
                  for i, (e, a) in enumerate(zip(data.validation, answers))]

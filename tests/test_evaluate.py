@@ -141,6 +141,28 @@ def test_squad_with_and_without_answers():
     assert evaluate.squad(["cat"], [["cat"]]) == {"f1": 100, "exact_match": 100}
 
 
+def test_squad_thresholds_are_the_best_there_are():
+    found = evaluate.squad_thresholds(["black cat", "dog", "cow"], [-1.0, 0.5, 3.0],
+                                      [["cat"], ["dog"], []])
+    assert found == pytest.approx({
+        "best_f1": (200 / 3 + 200) / 3, "best_f1_threshold": 0.5,
+        "best_exact_match": 200 / 3, "best_exact_match_threshold": 0.5})
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        answers = [str(w) for w in rng.choice(["a cat", "dog", "black cat"], 9)]
+        gold = [[str(w) for w in rng.choice(["cat", "dog"], rng.integers(3))] for _ in answers]
+        margins = rng.integers(-3, 3, 9).astype(float)  # some are equal
+        found = evaluate.squad_thresholds(answers, margins, gold)
+        for name in ("f1", "exact_match"):
+            tried = {t: evaluate.squad([a if m <= t else "" for a, m in zip(answers, margins)],
+                                       gold)[name] for t in (-9.0, *margins)}
+            assert found[f"best_{name}"] == pytest.approx(max(tried.values()))
+            at = found[f"best_{name}_threshold"]
+            assert tried.get(at, tried[-9.0]) == pytest.approx(max(tried.values()))
+    with pytest.raises(ValueError, match="1 margins of 2 answers"):
+        evaluate.squad_thresholds(["a", "b"], [0.0], [["a"], ["b"]])
+
+
 def test_calibration_by_hand():
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.45, 0.55], [1.0, 0.0]])
     found = evaluate.calibration(probabilities, np.array([0, 1, 1, 0]), bins=5)

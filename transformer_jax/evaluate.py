@@ -217,6 +217,45 @@ def squad(answers: Sequence[str], gold: Sequence[Sequence[str]]) -> dict[str, fl
     Raises:
         ValueError: no questions, or unlike numbers of answers.
     """
+    rows, has = _squad_rows(answers, gold)
+    groups = {"": has | True, "has_answer_": has, "no_answer_": ~has}
+    return {prefix + name: 100 * float(rows[chosen, k].mean())
+            for prefix, chosen in groups.items() if not prefix or 0 < chosen.sum() < len(has)
+            for k, name in enumerate(("f1", "exact_match"))}
+
+
+def squad_thresholds(
+    answers: Sequence[str], margins: Sequence[float], gold: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """The best that `squad` could give if questions whose margin is above a threshold were left
+    unanswered, and that threshold, for F1 and exact match apart (SQuAD 2.0's evaluation script).
+    Chosen on the very set it is reported of, so an upper bound; choose it on another for use.
+
+    Args:
+        answers: of every question, also of those to be left unanswered.
+        margins: the score of no answer less that of the answer.
+
+    Raises:
+        ValueError: no questions, or unlike numbers.
+    """
+    given, has = _squad_rows(answers, gold)
+    if len(margins) != len(answers):
+        raise ValueError(f"there are {len(margins)} margins of {len(answers)} answers; give one "
+                         "for each")
+    order = np.argsort(margins, kind="stable")
+    sizes = np.asarray(margins, np.float64)[order]
+    # Row k: the first k in order are answered. Equal margins go together.
+    gain = np.where(has, 0.0, 1.0)[order, None] - given[order]
+    means = given.mean(0) + np.concatenate([gain[::-1].cumsum(0)[::-1], [[0, 0]]]) / len(sizes)
+    means[1:-1][sizes[1:] == sizes[:-1]] = -1
+    best = means.argmax(0)
+    lowest = np.concatenate([[sizes[0] - 1], sizes])
+    return {f"best_{name}{end}": float(value) for k, name in enumerate(("f1", "exact_match"))
+            for end, value in (("", 100 * means[best[k], k]), ("_threshold", lowest[best[k]]))}
+
+
+def _squad_rows(answers, gold) -> tuple[np.ndarray, np.ndarray]:
+    """(F1 and exact match of each question, 0 to 1; which have an answer)."""
     if len(answers) != len(gold) or not len(gold):
         raise ValueError(f"there are {len(answers)} answers to {len(gold)} questions; give one for "
                          "each, and at least one")
@@ -227,11 +266,7 @@ def squad(answers: Sequence[str], gold: Sequence[Sequence[str]]) -> dict[str, fl
         rows.append([max(_word_f1(answer.split(), g.split()) for g in wanted or [""]),
                      answer in (wanted or [""])])
         answerable.append(bool(wanted))
-    has = np.array(answerable)
-    groups = {"": has | True, "has_answer_": has, "no_answer_": ~has}
-    return {prefix + name: 100 * float(np.mean([row[k] for row, ours in zip(rows, chosen) if ours]))
-            for prefix, chosen in groups.items() if not prefix or 0 < chosen.sum() < len(has)
-            for k, name in enumerate(("f1", "exact_match"))}
+    return np.array(rows, np.float64), np.array(answerable)
 
 
 def _word_f1(answer: list[str], gold: list[str]) -> float:

@@ -192,6 +192,23 @@ def test_questions_whose_answer_has_no_token_are_left_out(pretrained, capsys):
     assert {w.example for w in task.validation} == {0, 1}  # all are answered and counted
 
 
+def test_questions_without_an_answer(pretrained):
+    base = common.load_run(pretrained("bert_python_docs"))
+    rows = [{"question": "one", "context": "one two", "answers": [{"text": "two", "start": 4}]},
+            {"question": "three", "context": "one two", "answers": []}] * 4
+    data = Annotated("question_answering", rows, rows, (), "squad", None, {})
+    model, start = finetune.for_task(base, data)
+    settings = Settings(length=24, max_question=8, num_steps=2, batch_size=4)
+    task = finetune.read(data, model, base.tokenizer, settings)
+    outcome = finetune.finetune(model, start, base.tokenizer, task, "bitfit", settings, 0,
+                                quiet=True)
+    assert next(iter(outcome.metrics)) == "f1"
+    # Half are right where nothing is answered, and equal margins cannot be parted better.
+    assert outcome.metrics["best_f1"] >= max(outcome.metrics["f1"], 50)
+    assert np.isfinite(outcome.metrics["best_f1_threshold"])
+    assert all(line["best"] for line in outcome.lines)
+
+
 ROWS = {
     "classification": ({"text": "one two", "text_b": "two three", "label": "yes"},
                        {"text": "four", "text_b": "five six", "label": "no"}),
