@@ -230,6 +230,23 @@ def test_decoding_with_a_cache_is_the_whole_forward(recipe):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize(("config", "part"), [
+    (small_models.GPT2, "decode"), (small_models.BERT, "hidden"), (small_models.BART, "encode"),
+    (small_models.BART.replace(scale_embedding=True), "encode")])
+def test_a_prompt_of_token_rows_is_those_tokens(config, part):
+    """Scale and normalization of the embedding are the tokens' own; but for the places."""
+    _, plain = small_models.build(config)
+    plain = map_paths(lambda path, leaf: leaf * (not re.search("(position|segment)_emb", path)),
+                      plain)
+    tokens = small_models.random_tokens(2, 5)
+    tokens[:, :2] = tokens[0, :2]
+    rows = np.asarray(plain["token_embed"]["embedding"])[tokens[0, :2]]
+    whole = small_models.forward(config, tokens, params=plain, method=part).hidden[:, 2:]
+    found = small_models.forward(config, tokens[:, 2:], params=plain | {"prompt": rows},
+                                 method=part).hidden
+    np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
 def test_a_folded_prompt_is_the_same_in_a_limited_context():
     config = FAMILIES["gpt"].replace(context_size=2)
     model, plain = small_models.build(config)

@@ -54,12 +54,13 @@ def with_prompt(
     causal: bool = False,
 ) -> Prompted:
     """Prompt tuning (Lester et al. 2021, section 2): an edit `prompt` `[P, D]` of the parameters
-    stands in front of the embedded tokens, which all see it. It takes no positions. A causal
-    prompt sees only what of it stands before.
+    stands in front of the embedded tokens, which all see it. It is scaled as they are, and takes
+    no positions. A causal prompt sees only what of it stands before.
     """
     if not module.has_variable("params", "prompt"):
         return Prompted(x_BTD, mask_BNTT, 0)
     prompt_PD = module.get_variable("params", "prompt").astype(x_BTD.dtype)
+    prompt_PD = prompt_PD * module.config.embedding_scale
     P, T = len(prompt_PD), x_BTD.shape[1]
     prompt_BPD = jnp.broadcast_to(prompt_PD, (len(x_BTD), *prompt_PD.shape))
     x_BTD = jnp.concatenate([prompt_BPD, x_BTD], axis=1)

@@ -86,11 +86,13 @@ class Transformer(nn.Module):
             self.classifier_dropout = Dropout(c.dropout_rate)
             self.classifier = Linear((self.num_classes,), kernel_init=init)
 
-    def _embed(self, side, tokens, positions, deterministic):
+    def _embed(self, side, tokens, positions):
         c = self.config
         x_BTD = self.token_embed(tokens) * c.embedding_scale
-        x_BTD = x_BTD + getattr(self, f"{side}_position_embed")(positions + c.position_offset)
-        if c.embed_norm:
+        return x_BTD + getattr(self, f"{side}_position_embed")(positions + c.position_offset)
+
+    def _normalize(self, side, x_BTD, deterministic):
+        if self.config.embed_norm:
             x_BTD = getattr(self, f"{side}_embed_norm")(x_BTD)
         return self.embed_dropout(x_BTD, deterministic=deterministic)
 
@@ -113,8 +115,9 @@ class Transformer(nn.Module):
         check_length(tokens.shape[1], self.config.max_length)
         positions_BS = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         mask_B11S = None if padding_mask is None else attention.padding_mask(padding_mask)
-        x_BSD = self._embed("encoder", tokens, positions_BS, deterministic)
+        x_BSD = self._embed("encoder", tokens, positions_BS)
         x_BSD, mask_B11S, prompt = with_prompt(self, x_BSD, mask_B11S)
+        x_BSD = self._normalize("encoder", x_BSD, deterministic)
         return without_prompt(self.encoder(x_BSD, mask_B11S, deterministic=deterministic), prompt)
 
     def decode(
@@ -157,7 +160,8 @@ class Transformer(nn.Module):
             slots_1S = jnp.arange(cache["layer_0"].key.shape[1])[None]
             mask_B1TS = causal_mask(positions_BT, slots_1S)
         memory_mask_B11S = None if memory_mask is None else attention.padding_mask(memory_mask)
-        x_BTD = self._embed("decoder", tokens, positions_BT, deterministic)
+        x_BTD = self._embed("decoder", tokens, positions_BT)
+        x_BTD = self._normalize("decoder", x_BTD, deterministic)
         return self.decoder(
             x_BTD, mask_B1TS, positions_BT, cache, memory, memory_mask_B11S, deterministic
         )
