@@ -20,7 +20,7 @@ import functools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import common
 import forgetting
@@ -29,7 +29,7 @@ import numpy as np
 import supervised
 import tyro
 import writing
-from settings import Data, Mesh, Settings
+from settings import Downstream, Mesh, Settings
 
 from transformer_jax import draw, sharding, tree
 from transformer_jax.data import few_labels
@@ -39,34 +39,21 @@ from transformer_jax.objectives import causal_lm, seq2seq, tasks
 from transformer_jax.train import finetuning, loop, step
 
 
-@dataclass(frozen=True)
-class Finetune:
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Downstream):
     """One fine-tuning run.
 
     Attributes:
-        pretrained: the --out folder of a pretrain.py run; a checkpoint in the Hugging Face format:
-            a folder, an id on the hub, or package:NAME/FOLDER.
         train: which parameters change: a recipe.
         from_scratch: start from new parameters instead of a copy of the pre-trained ones.
         labels_per_class: how many annotated examples of each class to use; all if not given.
         examples: how many in all, as balanced as the classes allow.
-        dropout_rate: of the model, if not its own.
-        pooling: what BERT classifies of a text: "first", the pooled first token, its own way, or
-            "mean", the mean of all tokens, for which sentence encoders were trained.
-        remember: text on which forgetting of a checkpoint is measured.
     """
 
-    pretrained: str
-    out: Path
     train: str = "full"
     from_scratch: bool = False
-    data: Annotated[Data, tyro.conf.arg(name="")] = field(default_factory=Data)
     labels_per_class: int | None = None
     examples: int | None = None
-    dropout_rate: float | None = None
-    pooling: str | None = None
-    remember: str = "python_docs/documents"
-    settings: Settings = field(default_factory=Settings)
     mesh: Mesh = field(default_factory=Mesh)
     seed: int = 0
 

@@ -4,11 +4,12 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import supervised
 import tyro
 
-from transformer_jax.data import Annotated, load_annotated
+from transformer_jax import data as sets
 from transformer_jax.models.config import Config, TransformerConfig
 from transformer_jax.objectives.denoising import Noise
 from transformer_jax.objectives.mlm_nsp import MASK_RATE
@@ -117,7 +118,7 @@ class Data:
     limit: int | None = None
     on_bad: str | None = None
 
-    def load(self) -> Annotated:
+    def load(self) -> sets.Annotated:
         """The set, read and checked: `data.load_annotated`."""
         options = {name: getattr(self, name) or None for name in (
             "validation", "kind", "header", "validation_header", "label_names",
@@ -130,7 +131,7 @@ class Data:
             options["validation"] = self.validation or "test"
         if self.held_out:
             options["held_out"] = {"fold": self.held_out}
-        return load_annotated(self.data, **options)
+        return sets.load_annotated(self.data, **options)
 
 
 @dataclass(frozen=True)
@@ -180,35 +181,50 @@ class Settings:
         return dataclasses.replace(self, epochs=None, num_steps=steps)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Downstream:
+    """What is fine-tuned, and on what.
+
+    Attributes:
+        pretrained: the --out folder of a pretrain.py run; a checkpoint in the Hugging Face format:
+            a folder, an id on the hub, or package:NAME/FOLDER.
+        dropout_rate: of the model, if not its own.
+        pooling: what BERT classifies of a text: "first", the pooled first token, its own way, or
+            "mean", the mean of all tokens, for which sentence encoders were trained.
+        remember: text on which forgetting of a checkpoint is measured.
+    """
+
+    pretrained: str
+    out: Path
+    data: Annotated[Data, tyro.conf.arg(name="")] = field(default_factory=Data)
+    dropout_rate: float | None = None
+    pooling: str | None = None
+    remember: str = "python_docs/documents"
+    settings: Settings = field(default_factory=Settings)
+
+
 SCRATCH = "scratch"
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Downstream):
     """Recipes side by side.
 
     Attributes:
-        pretrained, dropout_rate, pooling, remember: as of finetune.py.
-        recipes, peaks, epochs: what trains, its highest learning rate, and how often it sees each
-            example; "scratch" trains all of a model of the same size from new parameters.
+        recipes: what trains; "scratch" trains all of a model of the same size from new parameters.
+        peaks: the highest learning rate of each recipe.
+        epochs: how often each recipe sees an example.
         lm_weights: weight of the language model's loss beside each recipe's (GPT).
         examples: how many training examples, as balanced as the classes allow; all if empty.
         seeds: runs of each cell: examples, new parameters, order and dropout.
     """
 
-    pretrained: str
-    out: Path
-    data: Data
     recipes: tuple[str, ...] = ("full", "lora:8", "bitfit", "last_k:2", "head")
     peaks: tuple[float, ...] = ()
     epochs: tuple[float, ...] = ()
     lm_weights: tuple[float, ...] = ()
     examples: tuple[int, ...] = ()
     seeds: int = 3
-    dropout_rate: float | None = None
-    pooling: str | None = None
-    remember: str = "python_docs/documents"
-    settings: Settings = field(default_factory=Settings)
     quiet: bool = False
 
     def __post_init__(self):

@@ -1,7 +1,7 @@
 """Recipes side by side: one annotated set, several recipes, numbers of examples and seeds.
 
-    python experiments/sweep.py sst2 --data.data path/to/sst2 --out runs/sst2
-    python experiments/sweep.py sst2_few --data.data path/to/sst2 --out runs/sst2_few
+    python experiments/sweep.py sst2 --data path/to/sst2 --out runs/sst2
+    python experiments/sweep.py sst2_few --data path/to/sst2 --out runs/sst2_few
 
 The configs say what they need, how long they take and what to expect. Each cell of the table, a
 recipe with a number of examples and a seed, is written to `cells.jsonl` when it is done, and the

