@@ -13,7 +13,7 @@ import pytest
 from transformer_jax import presets
 
 SMALL = finetune_cost.Cost(
-    recipes=("full", "head", "lora:2"), rounds=1, per_round=1, epoch_batches=0, batch_size=4,
+    recipes=("full", "head", "lora:2", "lora:2:all"), rounds=1, per_round=1, epoch_batches=0, batch_size=4,
     length=32,
     model=presets.bert_tiny(vocab_size=100, num_layers=2, d_model=64, num_heads=4, mlp_dim=256))
 
@@ -23,13 +23,16 @@ def test_what_is_frozen_costs_nothing(tmp_path):
     gradients of weights the last: `head` needs the first and `lora` two. Elementwise work, more at
     a small width, moves that a little."""
     metrics = finetune_cost.main(dataclasses.replace(SMALL, out=tmp_path))["metrics"]
-    full, head, lora = metrics["recipes"]
+    full, head, lora, everywhere = metrics["recipes"]
     assert full["flops_ratio"] == full["share_trained"] == 1
     assert 0.25 < head["flops_ratio"] < 0.37
     assert 0.6 < lora["flops_ratio"] < 0.75
+    # An activation's gradient, which three products need, is computed once.
+    assert everywhere["flops_ratio"] < 0.74
+    assert everywhere["temporary_bytes"] < 1.1 * full["temporary_bytes"]
     assert head["trained"] == 2 * 64 + 2
     assert lora["trained"] == head["trained"] + 2 * 2 * (64 * 2 + 2 * 64)
-    for row in (full, head, lora):
+    for row in (full, head, lora, everywhere):
         assert 0 <= row["optimizer_bytes"] - 8 * row["trained"] <= 16, row["recipe"]
     assert 0 < head["temporary_bytes"] < full["temporary_bytes"] / 2
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from transformer_jax.nn.attention import KVCache, attend
 from transformer_jax.nn.dropout import Dropout
-from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, LayerNorm, Linear, sum_gradients
+from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, LayerNorm, Linear, store_gradient
 from transformer_jax.sharding import constrain_batch
 
 
@@ -143,7 +143,8 @@ class MLP(nn.Module):
         c = self.config
         wi = Linear((c.mlp_dim,), kernel_init=c.kernel_init(), dtype=c.dtype, name="wi")
         wo = Linear((c.d_model,), kernel_init=c.residual_init(), dtype=c.dtype, name="wo")
-        return wo(ACTIVATIONS[c.activation](wi(x_BTD, deterministic)), deterministic)
+        h_BTF = store_gradient(wi(x_BTD, deterministic))
+        return wo(ACTIVATIONS[c.activation](h_BTF), deterministic)
 
 
 class BlockOutput(NamedTuple):
@@ -169,7 +170,7 @@ class Block(nn.Module):
 
         def residual(name, sublayer, x_BTD):
             norm = LayerNorm(c.norm_epsilon, dtype=c.dtype, name=f"{name}_norm")
-            x_BTD = sum_gradients(x_BTD)
+            x_BTD = store_gradient(x_BTD)
             out_BTD, *rest = sublayer(norm(x_BTD) if c.norm_first else x_BTD)
             out_BTD = Dropout(c.dropout_rate)(out_BTD, deterministic=deterministic)
             if self.has_variable("params", f"{name}_adapter"):
