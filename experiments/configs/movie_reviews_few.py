@@ -19,6 +19,6 @@ def config() -> Sweep:
         data=Data("movie_reviews.jsonl.gz", columns={"text": "text", "label": "label"},
                   held_out=(8, 9)),
         recipes=("full", "scratch"), peaks=(1e-4, 3e-4), examples=(32, 128, 512, 1600),
-        settings=Settings(length=128, batch_size=16, epochs=3, min_steps=60,
+        settings=Settings(length=128, batch_size=16, epochs=2, min_steps=40,
                           optimizer=FinetuneOptimizer(peak=1e-4)),
     )

@@ -16,7 +16,7 @@ def config() -> Sweep:
         pretrained=MINILM, pooling="mean", out=Path("runs/sst2_few"),
         data=Data("sst2", columns={"text": "sentence", "label": "label"},
                   label_names={"0": "negative", "1": "positive"}),
-        recipes=("full", "lora:8", "scratch"), peaks=(1e-4, 1e-3, 3e-4),
+        recipes=("full", "scratch"), peaks=(1e-4, 3e-4),
         examples=(32, 128, 512, 2048),
         settings=Settings(length=64, batch_size=16, epochs=3, min_steps=60,
                           optimizer=FinetuneOptimizer(peak=1e-4)),

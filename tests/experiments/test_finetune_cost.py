@@ -13,8 +13,8 @@ import pytest
 from transformer_jax import presets
 
 SMALL = finetune_cost.Cost(
-    recipes=("full", "head", "lora:2", "lora:2:all"), rounds=1, per_round=1, epoch_batches=0, batch_size=4,
-    length=32,
+    recipes=("full", "head", "lora:2", "lora:2:all"), rounds=1, per_round=1, epoch_batches=0,
+    batch_size=4, length=32,
     model=presets.bert_tiny(vocab_size=100, num_layers=2, d_model=64, num_heads=4, mlp_dim=256))
 
 
