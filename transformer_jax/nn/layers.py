@@ -155,7 +155,7 @@ def store_gradient(x: Float[Array, "..."]) -> Float[Array, "..."]:
     XLA for CPUs fuses elementwise operations into each of their uses. The gradient of the residual
     stream is a sum of what all layers above send down, so each layer would compute it again from
     the top: a third of a LoRA step of 12 layers. That of an activation serves the products of a
-    kernel, of a LoRA and of a bias, which doubled a step of `lora:8:all`. XLA drops optimization
+    kernel, of a LoRA and of a bias: a third of a step of `lora:8:all`. XLA drops optimization
     barriers before it fuses, but does not fuse through a branch.
     """
     return x
