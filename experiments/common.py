@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from settings import Pretrain
 
-from transformer_jax import host
+from transformer_jax import host, sharding
 from transformer_jax.data import pipeline, sources, tokenizers
 from transformer_jax.models import build_model, config_from_dict, config_to_dict
 from transformer_jax.models.config import Config, TransformerConfig
@@ -99,16 +100,19 @@ class Split(NamedTuple):
     transform: Callable | None
     tokens_per_row: int
 
-    def loader(self, batch_size: int, **options) -> pipeline.Loader:
+    def loader(self, batch_size: int, mesh: Mesh | None = None, **options) -> pipeline.Loader:
         """Batches for this process, which takes its share of the rows of each global batch."""
+        share = sharding.data_share(mesh)
         return pipeline.make_loader(
             self.rows, batch_size, transform=self.transform,
-            process_index=jax.process_index(), process_count=jax.process_count(), **options,
+            process_index=share.index, process_count=share.count, **options,
         )
 
-    def evaluation(self, batch_size: int, limit: int | None = None) -> list[dict]:
+    def evaluation(
+        self, batch_size: int, limit: int | None = None, mesh: Mesh | None = None
+    ) -> list[dict]:
         """Every row once, in fixed batches: masks and pairs are drawn once, so losses compare."""
-        loader = self.loader(batch_size, shuffle=False, num_epochs=1, drop_remainder=False)
+        loader = self.loader(batch_size, mesh, shuffle=False, num_epochs=1, drop_remainder=False)
         return [batch for i, batch in enumerate(loader) if limit is None or i < limit]
 
 

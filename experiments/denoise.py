@@ -65,7 +65,7 @@ def finetune(c: Denoise, name: str, train_step, eval_step, train: common.Split,
              held_out: list[dict], base: common.Trained, params: dict) -> Tuned:
     """Trains a copy of `params` in `<out>/<name>`."""
     out, f = c.out / name, c.finetune
-    mesh = sharding.make_mesh(c.pretrain.mesh.data, c.pretrain.mesh.fsdp)
+    mesh = c.pretrain.mesh.make()
     params = jax.device_put(params, sharding.param_shardings(params, mesh))
     common.save_card(out, base.model.config, base.tokenizer)
 
@@ -75,7 +75,7 @@ def finetune(c: Denoise, name: str, train_step, eval_step, train: common.Split,
     with SummaryWriter(str(out / "events")) as writer:
         state, history = loop.fit(
             step.init_state(params, f.optimizer.make(f.num_steps)), train_step,
-            train.loader(f.batch_size, seed=f.seed), rng=jax.random.key(f.seed + 1),
+            train.loader(f.batch_size, mesh, seed=f.seed), rng=jax.random.key(f.seed + 1),
             num_steps=f.num_steps, mesh=mesh, eval_fn=held_out_loss, eval_every=f.eval_every,
             save_every=f.save_every, log_every=f.log_every, checkpoint_dir=out / "checkpoints",
             writer=writer, metadata={"model": config_to_dict(base.model.config)})

@@ -154,11 +154,11 @@ def finetune(
     began = time.perf_counter()
     if cached:
         rows = supervised.cached(model, params, task, task.train, settings.length)
-        data = supervised.of_features(rows, settings.batch_size, seed)
+        data = supervised.of_features(rows, settings.batch_size, seed, mesh)
     else:
         data = supervised.batches(
             task, task.train, length=settings.length, batch_size=settings.batch_size, seed=seed,
-            num_steps=settings.num_steps)
+            num_steps=settings.num_steps, mesh=mesh)
     state, history = loop.fit(
         step.init_state(params, optimizer, mask), train_step, data.loader(),
         rng=jax.random.key(seed + 1), num_steps=settings.num_steps, quiet=quiet,
@@ -224,7 +224,7 @@ def for_task(base: common.Trained, data) -> tuple[Model, dict]:
 def main(c: Finetune) -> dict:
     """The command: one run, its record, and pictures."""
     began = time.perf_counter()
-    mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp)
+    mesh = c.mesh.make()
     base = common.load_base(c.pretrained, dropout_rate=c.dropout_rate, pooling=c.pooling)
     base = base._replace(params=jax.device_put(
         base.params, sharding.param_shardings(base.params, mesh)))

@@ -37,11 +37,11 @@ def pretrain(c: Pretrain) -> dict:
     train, held_out = (
         common.objective_rows(c, texts, tokenizer) for texts in (train_texts, held_out_texts)
     )
-    batches = train.loader(c.batch_size, seed=c.seed)
-    held_out_batches = held_out.evaluation(c.batch_size, c.eval_batches)
+    mesh = c.mesh.make()
+    batches = train.loader(c.batch_size, mesh, seed=c.seed)
+    held_out_batches = held_out.evaluation(c.batch_size, c.eval_batches, mesh)
 
     model = build_model(c.model)
-    mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp)
     params = sharding.init_sharded(functools.partial(init_params, model),
                                    jax.random.key(c.seed), mesh)
     loss_fn = functools.partial(common.LOSSES[c.objective], model.apply)
@@ -53,7 +53,7 @@ def pretrain(c: Pretrain) -> dict:
         return step.evaluate(eval_step, params, held_out_batches, mesh)
 
     print(f"{tree.count(params):,} parameters, {len(train.rows):,} rows of {c.length} tokens, "
-          f"global batch {c.batch_size} = {c.batch_size // jax.device_count()} a device, "
+          f"global batch {c.batch_size} = {c.batch_size // sharding.batch_parts(mesh)} a device, "
           f"{c.num_steps} steps, {len(held_out.rows):,} rows held out", flush=True)
     for batch in held_out_batches:
         pipeline.check_ids(batch, c.model.vocab_size, c.model.max_length)

@@ -10,6 +10,7 @@ import supervised
 import tyro
 
 from transformer_jax import data as sets
+from transformer_jax import sharding
 from transformer_jax.models.config import Config, TransformerConfig
 from transformer_jax.objectives.denoising import Noise
 from transformer_jax.objectives.mlm_nsp import MASK_RATE
@@ -18,10 +19,15 @@ from transformer_jax.train import optim
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices by axis; -1 takes the rest."""
+    """Devices by axis (`transformer_jax.sharding`); -1 takes the rest."""
 
     data: int = -1
     fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    def make(self):
+        return sharding.make_mesh(self.data, self.fsdp, self.sequence, self.tensor)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from transformer_jax import evaluate
+from transformer_jax import evaluate, sharding
 from transformer_jax.data import Annotated
 from transformer_jax.data.buckets import GroupedBatches, choose_buckets
 from transformer_jax.finetune import features
@@ -236,15 +237,15 @@ def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
 
 
 def batches(task: Task, items: Sequence, *, length: int, batch_size: int, seed: int = 0,
-            num_steps: int | None = None):
+            num_steps: int | None = None, mesh: Mesh | None = None):
     """Rows of at most `length` tokens, padded to buckets: one for each 64 of `num_steps`, since
     each is compiled once; to read the items once, which compiles faster, for each 4 batches."""
-    lengths = task.lengths(items)
+    lengths, share = task.lengths(items), sharding.data_share(mesh)
     most = len(items) // batch_size // 4 if num_steps is None else num_steps // 64
     return GroupedBatches(
         items, lengths, task.make_row,
         buckets=choose_buckets(lengths, length, min(max(most, 1), 8)), batch_size=batch_size,
-        seed=seed, process_index=jax.process_index(), process_count=jax.process_count())
+        seed=seed, process_index=share.index, process_count=share.count)
 
 
 def cached(model: Model, params: dict, task: Task, items: Sequence, length: int) -> list[dict]:
@@ -254,12 +255,15 @@ def cached(model: Model, params: dict, task: Task, items: Sequence, length: int)
     return sorted(rows, key=lambda row: int(row["index"]))
 
 
-def of_features(rows: Sequence[dict], batch_size: int, seed: int) -> GroupedBatches:
+def of_features(
+    rows: Sequence[dict], batch_size: int, seed: int, mesh: Mesh | None = None
+) -> GroupedBatches:
     """Batches of cached rows."""
+    share = sharding.data_share(mesh)
     return GroupedBatches(
         rows, [1] * len(rows), lambda row, length: {k: v for k, v in row.items() if k != "index"},
         buckets=[1], batch_size=batch_size, seed=seed,
-        process_index=jax.process_index(), process_count=jax.process_count())
+        process_index=share.index, process_count=share.count)
 
 
 @functools.cache

@@ -46,17 +46,18 @@ def make_tokenizer(c: Translate, texts: Sequence[dict]) -> tokenizers.Tokenizer:
     return TRAINERS[c.tokenizer](both, c.model.vocab_size)
 
 
-def batches_of(c: Translate, texts: Sequence[dict], tokenizer) -> pairs.BucketedBatches:
+def batches_of(c: Translate, texts: Sequence[dict], tokenizer, mesh) -> pairs.BucketedBatches:
     """Tokenized pairs in buckets, as the objective takes them."""
     sides = [tokenizer.encode_batch([pair[side] for pair in texts])
              for side in ("source", "target")]
     ids = [{"source": s, "target": t} for s, t in zip(*sides)]
     row = functools.partial(seq2seq.prepare, start_id=c.model.decoder_start_token_id,
                             eos_id=tokenizer.sep_id, pad_id=tokenizer.pad_id)
+    share = sharding.data_share(mesh)
     return pairs.BucketedBatches(
         ids, row, buckets=c.buckets, tokens_per_batch=c.tokens_per_batch, seed=c.seed,
-        rows_multiple=jax.device_count() * c.accumulate,
-        process_index=jax.process_index(), process_count=jax.process_count())
+        rows_multiple=sharding.batch_parts(mesh) * c.accumulate,
+        process_index=share.index, process_count=share.count)
 
 
 def kept_steps(c: Translate) -> int:
@@ -71,10 +72,10 @@ def train(c: Translate, tokenizer, texts: Sequence[dict], held_out_texts: Sequen
     `pretrained` parameters are copied; None starts from new ones. Resumes from
     `<out>/checkpoints`.
     """
-    data = batches_of(c, texts, tokenizer)
-    held_out = batches_of(c, held_out_texts, tokenizer).evaluation()
+    mesh = c.mesh.make()
+    data = batches_of(c, texts, tokenizer, mesh)
+    held_out = batches_of(c, held_out_texts, tokenizer, mesh).evaluation()
     model = build_model(c.model)
-    mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp)
     params = sharding.init_sharded(functools.partial(init_params, model),
                                    jax.random.key(c.seed), mesh)
     if pretrained is not None:

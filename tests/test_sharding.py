@@ -1,5 +1,7 @@
 """Meshes, the table of placements, and constraints, on eight fake devices."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,22 +13,26 @@ from transformer_jax import sharding, tree
 
 D, N, H, F, V = 16, 2, 8, 32, 50
 
-# Every kind of parameter: path, shape, and where it belongs on a mesh with fsdp = 8.
+# Every kind of parameter: path, shape, and where it belongs on a mesh of fsdp 4 x tensor 2.
 PLACES = {
-    "token_embed/embedding": ((V, D), P(None, "fsdp")),
+    "token_embed/embedding": ((V, D), P("tensor", "fsdp")),
     "position_embed/embedding": ((V, D), P(None, "fsdp")),
     "segment_embed/embedding": ((2, D), P(None, "fsdp")),
     "embed_norm/scale": ((D,), P(None)),
-    "encoder/layer_0/self_attention/query/kernel": ((D, N, H), P("fsdp", None, None)),
-    "encoder/layer_0/self_attention/query/bias": ((N, H), P(None, None)),
-    "encoder/layer_0/self_attention/out/kernel": ((N, H, D), P(None, None, "fsdp")),
+    "encoder/layer_0/self_attention/query/kernel": ((D, N, H), P("fsdp", "tensor", None)),
+    "encoder/layer_0/self_attention/query/bias": ((N, H), P("tensor", None)),
+    "encoder/layer_0/self_attention/key/kernel_int8": ((D, N, H), P("fsdp", "tensor", None)),
+    "encoder/layer_0/self_attention/key/kernel_scale": ((N, H), P(None, None)),
+    "encoder/layer_0/self_attention/out/kernel": ((N, H, D), P("tensor", None, "fsdp")),
     "encoder/layer_0/self_attention/out/bias": ((D,), P(None)),
-    "encoder/layer_0/mlp/wi/kernel": ((D, F), P("fsdp", None)),
-    "encoder/layer_0/mlp/wo/kernel": ((F, D), P(None, "fsdp")),
+    "encoder/layer_0/mlp/wi/kernel": ((D, F), P("fsdp", "tensor")),
+    "encoder/layer_0/mlp/wi/bias": ((F,), P("tensor")),
+    "encoder/layer_0/mlp/wo/kernel": ((F, D), P("tensor", "fsdp")),
     "encoder/layer_0/mlp_norm/scale": ((D,), P(None)),
     "pooler/kernel": ((D, D), P("fsdp", None)),
+    "lm_head/embedding": ((V, D), P("tensor", "fsdp")),
     "mlm_head/dense/kernel": ((D, D), P("fsdp", None)),
-    "mlm_head/bias": ((V,), P(None)),
+    "mlm_head/output/bias": ((V,), P(None)),
     "nsp_head/kernel": ((D, 2), P("fsdp", None)),
     "classifier/kernel": ((D, 3), P("fsdp", None)),
 }
@@ -41,11 +47,34 @@ def specs(placed) -> dict[str, P]:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "shape"), [({}, (8, 1)), ({"data": 2, "fsdp": -1}, (2, 4)), ({"fsdp": 8}, (1, 8))]
+    ("sizes", "shape"),
+    [({}, (8, 1, 1, 1)), ({"data": 2, "fsdp": -1}, (2, 4, 1, 1)), ({"fsdp": 8}, (1, 8, 1, 1)),
+     ({"sequence": 4}, (2, 1, 4, 1)), ({"data": 1, "tensor": -1, "sequence": 2}, (1, 1, 2, 4))]
 )
 def test_make_mesh(sizes, shape):
     mesh = sharding.make_mesh(**sizes)
-    assert tuple(mesh.shape.items()) == (("data", shape[0]), ("fsdp", shape[1]))
+    assert tuple(mesh.shape.items()) == tuple(
+        zip(("data", "fsdp", "sequence", "tensor"), shape))
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device of one of several slices."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "a chip"
+
+
+def test_only_data_spans_slices():
+    chips = [Chip(i, i // 4) for i in range(8)]
+    mesh = sharding.make_mesh(data=4, fsdp=2, devices=chips)
+    where = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)[:, :, 0, 0]
+    np.testing.assert_array_equal(where, [[0, 0], [0, 0], [1, 1], [1, 1]])
+    with pytest.raises(ValueError, match="data = 1 does not span 2 slices .* a multiple of 2"):
+        sharding.make_mesh(data=1, fsdp=8, devices=chips)
 
 
 def test_make_mesh_of_some_devices():
@@ -55,11 +84,11 @@ def test_make_mesh_of_some_devices():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 3}, "data=3, fsdp=1 does not fit 8 devices"),
-        ({"data": -1, "fsdp": 3}, "data=-1, fsdp=3 does not fit 8 devices"),
-        ({"data": 4, "fsdp": 1}, "data=4, fsdp=1 does not fit 8 devices"),
+        ({"data": 3}, "data=3, fsdp=1, sequence=1, tensor=1 does not fit 8 devices"),
+        ({"data": -1, "fsdp": 3}, "data=-1, fsdp=3, .* does not fit 8 devices"),
+        ({"data": 4, "fsdp": 1}, "data=4, fsdp=1, .* does not fit 8 devices"),
         ({"data": 0}, "mesh axis data = 0; give at least 1"),
-        ({"data": -1, "fsdp": -1}, "only one can take the rest"),
+        ({"data": -1, "tensor": -1}, "data and tensor are -1; only one can take the rest"),
     ],
 )
 def test_make_mesh_that_does_not_fit(sizes, message):
@@ -67,8 +96,11 @@ def test_make_mesh_that_does_not_fit(sizes, message):
         sharding.make_mesh(**sizes)
 
 
+FOUR_BY_TWO = {"data": 1, "fsdp": 4, "tensor": 2}
+
+
 def test_every_parameter_has_its_place():
-    found = specs(sharding.param_shardings(parameters(), sharding.make_mesh(1, 8)))
+    found = specs(sharding.param_shardings(parameters(), sharding.make_mesh(**FOUR_BY_TWO)))
     assert {path: tuple(spec) for path, spec in found.items()} == {
         path: tuple(spec) for path, (_, spec) in PLACES.items()
     }
@@ -83,7 +115,7 @@ def test_an_axis_that_does_not_divide_is_dropped():
 
 def test_optimizer_state_follows_its_parameter():
     state = jax.eval_shape(optax.adamw(1e-3).init, parameters())  # abstract trees will do
-    found = specs(sharding.param_shardings(state, sharding.make_mesh(1, 8)))
+    found = specs(sharding.param_shardings(state, sharding.make_mesh(**FOUR_BY_TWO)))
     assert found["0/count"] == P()
     for path, (_, spec) in PLACES.items():
         assert tuple(found[f"0/mu/{path}"]) == tuple(found[f"0/nu/{path}"]) == tuple(spec)
@@ -91,9 +123,9 @@ def test_optimizer_state_follows_its_parameter():
 
 def test_stacked_layers_keep_their_places():
     stacked = tree.stack_layers(parameters())
-    found = specs(sharding.param_shardings(stacked, sharding.make_mesh(1, 8)))
-    assert found["encoder/layers/self_attention/query/kernel"] == P(None, "fsdp", None, None)
-    assert found["encoder/layers/mlp/wo/kernel"] == P(None, None, "fsdp")
+    found = specs(sharding.param_shardings(stacked, sharding.make_mesh(**FOUR_BY_TWO)))
+    assert found["encoder/layers/self_attention/query/kernel"] == P(None, "fsdp", "tensor", None)
+    assert found["encoder/layers/mlp/wo/kernel"] == P(None, "tensor", "fsdp")
 
 
 def test_a_mesh_without_the_axis_replicates():
@@ -124,7 +156,34 @@ def test_constrain_under_a_mesh():
         place = jax.jit(lambda x: sharding.constrain(x * 2, ("data", "fsdp"), None))
         assert place(jnp.ones((8, 4))).sharding.spec[0] == ("data", "fsdp")
         x = jnp.ones((6, 3))
-        assert sharding.constrain(x, ("data", "fsdp"), "tensor") is x  # nothing fits
+        assert sharding.constrain(x, "fsdp", "tensor") is x  # nothing fits
+        # Of several axes, as many as divide: six rows over data alone.
+        assert place(x).sharding.spec == P("data")
+
+
+# Which process owns each device of a mesh, as (data, fsdp, tensor), and the shares that follow.
+OWNERS = {
+    "a process for each row block": ([[[0], [1]], [[2], [3]]], [(0, 4), (1, 4), (2, 4), (3, 4)]),
+    "two blocks each": ([[[0], [0]], [[1], [1]]], [(0, 2), (1, 2)]),
+    "tensor spans processes": ([[[0, 1]], [[2, 3]]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    "all hold all rows": ([[[0, 1, 2]]], [(0, 1)] * 3),
+}
+
+
+@pytest.mark.parametrize("name", OWNERS)
+def test_processes_that_hold_the_same_rows_share_them(name):
+    owners, shares = OWNERS[name]
+    owners = np.array(owners)
+    assert [sharding._share(owners, [0, 1], p) for p in range(owners.max() + 1)] == shares
+
+
+def test_rows_that_overlap_in_part_have_no_share():
+    with pytest.raises(ValueError, match=r"overlapping rows .* \[\(0, 1\), \(1,\)\] of 2"):
+        sharding._share(np.array([[[0, 0]], [[0, 1]]]), [0, 1], 0)
+
+
+def test_one_process_reads_everything():
+    assert sharding.data_share(sharding.make_mesh(2, 4)) == (0, 1) == sharding.data_share()
 
 
 def test_replicate():

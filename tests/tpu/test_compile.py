@@ -6,9 +6,8 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from transformer_jax import presets, sharding
 from transformer_jax.models import build_model, init_params
@@ -28,8 +27,7 @@ def mesh() -> Mesh:
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
-    devices = np.array(topology.devices).reshape(4, 4)
-    return Mesh(devices, sharding.BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    return sharding.make_mesh(data=4, fsdp=4, devices=topology.devices)
 
 
 def lm_batch(rows: int, length: int) -> dict:

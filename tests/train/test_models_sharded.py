@@ -16,7 +16,7 @@ from transformer_jax.models import build_model, init_params
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq, tasks
 from transformer_jax.train import optim, step
 
-TINY = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 32, "vocab_size": 40,
+TINY = {"num_layers": 1, "d_model": 16, "num_heads": 4, "mlp_dim": 32, "vocab_size": 40,
         "max_length": 12, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
 ROWS, LENGTH, STEPS = 32, 12, 5
 
@@ -110,17 +110,22 @@ class Setup:
 prepared = functools.cache(Setup)
 
 RUNS = {
-    "data 8": lambda s: s.run(sharding.make_mesh(8, 1)),
-    "fsdp 8": lambda s: s.run(sharding.make_mesh(1, 8)),
+    "data 8": lambda s: s.run(sharding.make_mesh(8)),
+    "fsdp 8": lambda s: s.run(sharding.make_mesh(1, fsdp=8)),
+    "sequence 4": lambda s: s.run(sharding.make_mesh(1, sequence=4, devices=jax.devices()[:4])),
+    "tensor 4": lambda s: s.run(sharding.make_mesh(1, tensor=4, devices=jax.devices()[:4])),
     "data 2 x fsdp 4": lambda s: s.on_both_axes[:2],
+    "fsdp 4 x tensor 2": lambda s: s.run(sharding.make_mesh(1, fsdp=4, tensor=2)),
+    "all four": lambda s: s.run(
+        sharding.make_mesh(1, fsdp=2, sequence=2, tensor=2), accumulate=2),
     "4 microbatches": lambda s: s.run(accumulate=4),
     "pmap": Setup.run_pmap,
 }
 
 
-# An encoder-decoder is cut by the same rules: the run that uses both axes stands for all.
+# An encoder-decoder is cut by the same rules: the runs that use several axes stand for all.
 CHOSEN = [(name, how) for name in CASES for how in RUNS
-          if name != "bart_base" or how == "data 2 x fsdp 4"]
+          if name != "bart_base" or how in ("data 2 x fsdp 4", "all four")]
 
 
 @pytest.mark.parametrize(("name", "how"), CHOSEN)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from transformer_jax.nn.attention import KVCache, attend
 from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, LayerNorm, Linear, store_gradient
-from transformer_jax.sharding import constrain_batch
+from transformer_jax.sharding import BATCH_AXES, constrain, constrain_hidden
 
 
 class StackConfig(NamedTuple):
@@ -77,12 +77,14 @@ class Attention(nn.Module):
                 (c.num_heads, c.head_dim), kernel_init=c.kernel_init(), dtype=c.dtype, name=name
             )(source_BSD, deterministic)
 
-        query_BTNH = project("query", x_BTD)
+        query_BTNH = constrain(project("query", x_BTD), BATCH_AXES, "sequence", "tensor", None)
         if isinstance(memory, KVCache):
             seen = memory
         else:
             source = x_BTD if memory is None else memory
-            seen = KVCache(project("key", source), project("value", source))
+            # Queries keep their cut of the tokens, and look at keys and values of all of them.
+            seen = KVCache(*(constrain(project(name, source), BATCH_AXES, None, "tensor", None)
+                             for name in KVCache._fields))
         if cache is not None:
             seen = cache.write(*seen, positions_BT)
         key, value, mask_BNTS, prefix = with_prefix(self, seen, mask_BNTS)
@@ -143,7 +145,8 @@ class MLP(nn.Module):
         c = self.config
         wi = Linear((c.mlp_dim,), kernel_init=c.kernel_init(), dtype=c.dtype, name="wi")
         wo = Linear((c.d_model,), kernel_init=c.residual_init(), dtype=c.dtype, name="wo")
-        h_BTF = store_gradient(wi(x_BTD, deterministic))
+        h_BTF = constrain(wi(x_BTD, deterministic), BATCH_AXES, "sequence", "tensor")
+        h_BTF = store_gradient(h_BTF)
         return wo(ACTIVATIONS[c.activation](h_BTF), deterministic)
 
 
@@ -171,11 +174,12 @@ class Block(nn.Module):
         def residual(name, sublayer, x_BTD):
             norm = LayerNorm(c.norm_epsilon, dtype=c.dtype, name=f"{name}_norm")
             x_BTD = store_gradient(x_BTD)
-            out_BTD, *rest = sublayer(norm(x_BTD) if c.norm_first else x_BTD)
+            in_BTD = norm(x_BTD) if c.norm_first else x_BTD
+            out_BTD, *rest = sublayer(constrain(in_BTD, BATCH_AXES, "sequence", None))
             out_BTD = Dropout(c.dropout_rate)(out_BTD, deterministic=deterministic)
             if self.has_variable("params", f"{name}_adapter"):
                 out_BTD = Adapter(c, name=f"{name}_adapter")(out_BTD)
-            x_BTD = x_BTD + out_BTD
+            x_BTD = constrain_hidden(x_BTD + out_BTD)
             return x_BTD if c.norm_first else norm(x_BTD), *rest
 
         def look(x_BTD):
@@ -238,7 +242,7 @@ class Stack(nn.Module):
                 memory_mask_BNTS,
                 deterministic,
             )
-            x_BTD = constrain_batch(out.hidden)
+            x_BTD = out.hidden
         if c.norm_first:
             x_BTD = LayerNorm(c.norm_epsilon, dtype=c.dtype, name="final_norm")(x_BTD)
         across = c.cross_attention

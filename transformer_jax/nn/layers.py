@@ -19,7 +19,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from transformer_jax.nn.dropout import dropout
-from transformer_jax.sharding import constrain, constrain_batch
+from transformer_jax.sharding import BATCH_AXES, constrain, constrain_hidden
 
 
 def _gelu(approximate: bool) -> Callable[[Array], Array]:
@@ -108,11 +108,15 @@ class Linear(nn.Module):
         rate = _edit(self, "lora_dropout")
         if rate is not None and not deterministic:
             x = dropout(x, rate, self.make_rng("dropout"))
-        # Two-dimensional, lest XLA for CPUs copy y's gradient, transposed, for that of B.
-        rank = lora_a.shape[-1]
-        low = x.reshape(-1, lora_a.size // rank) @ lora_a.reshape(-1, rank).astype(self.dtype)
-        low = low * lora_scale.astype(self.dtype)
-        y = y + (low @ lora_b.reshape(rank, -1).astype(self.dtype)).reshape(y.shape)
+        rank, a, b = lora_a.shape[-1], lora_a.astype(self.dtype), lora_b.astype(self.dtype)
+        scale_low = lora_scale.astype(self.dtype)
+        if jax.sharding.get_abstract_mesh().empty:
+            # Two-dimensional, lest XLA for CPUs copy y's gradient, transposed, for that of B.
+            low = x.reshape(-1, a.size // rank) @ a.reshape(-1, rank) * scale_low
+            y = y + (low @ b.reshape(rank, -1)).reshape(y.shape)
+        else:  # A mesh may cut rows and tokens, which the other way merges.
+            low = jnp.tensordot(x, a, axes=self.contract) * scale_low
+            y = y + jnp.tensordot(low, b, axes=1)
         magnitude = _edit(self, "lora_magnitude")
         if magnitude is None:
             return y
@@ -207,7 +211,7 @@ class Embed(nn.Module):
             rows = jnp.where((ids < self.num_embeddings)[..., None], rows, more.astype(self.dtype))
         # Each device looks up its cut of D; only then are rows exchanged, and gradients likewise.
         rows = constrain(rows, "data", *[None] * (ids.ndim - 1), "fsdp")
-        return constrain_batch(rows)
+        return constrain_hidden(rows)
 
     def _init(self, rng, shape):
         return self.embedding_init(rng, shape, jnp.float32)
@@ -226,7 +230,8 @@ class Embed(nn.Module):
             self.embedding.astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
-        return constrain_batch(logits if self.scale is None else logits * self.scale)
+        logits = logits if self.scale is None else logits * self.scale
+        return constrain(logits, BATCH_AXES, *["sequence"] * (logits.ndim - 2), "tensor")
 
 
 class Bias(nn.Module):
