@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "nn": {"sharding"},
     "models": {"nn"},
     "presets": {"models"},
-    "objectives": MODELS,
+    "objectives": MODELS | {"sharding"},
     "data": {"objectives", "tree"},
     "finetune": GROUND | MODELS | {"objectives"},
     "train": GROUND | {"objectives"},

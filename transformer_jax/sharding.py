@@ -104,7 +104,7 @@ def make_mesh(
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def axis_names(entry: Any) -> tuple[str, ...]:
     """The mesh axes in one entry of a spec: None, a name, or a tuple of names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
@@ -117,7 +117,7 @@ def _fit(spec: Sequence[Any], shape: Sequence[int], axis_sizes: dict[str, int]) 
     entries = [None] * (len(shape) - len(spec)) + list(spec)
     fitted = []
     for entry, size in zip(entries, shape):
-        names = tuple(name for name in _names(entry) if axis_sizes.get(name, 1) > 1)
+        names = tuple(name for name in axis_names(entry) if axis_sizes.get(name, 1) > 1)
         while size % int(np.prod([axis_sizes[name] for name in names])):
             names = names[:-1]
         fitted.append(None if not names else names[0] if len(names) == 1 else names)
@@ -216,16 +216,28 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     already local, this is `x` itself: models run unchanged in a bare notebook. Axes that the mesh
     lacks or that do not divide the dimension are dropped.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = {
-        name: size
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-        if kind == AxisType.Auto
-    }
-    spec = _fit(axes, x.shape, automatic)
+    spec = fit(axes, x.shape)
     if not any(spec):
         return x
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def fit(axes: Sequence[Any], shape: Sequence[int]) -> P:
+    """What `constrain` asks for, given an array's shape."""
+    return _fit(axes, shape, _automatic())
+
+
+def axis_size(name: str) -> int:
+    """The size of an axis of the mesh set by `jax.set_mesh`; 1 where `constrain` would drop it."""
+    return _automatic().get(name, 1)
+
+
+def _automatic() -> dict[str, int]:
+    """Axes along which arrays are global and XLA decides how they are cut."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name: size
+            for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+            if kind == AxisType.Auto}
 
 
 def constrain_hidden(x: jax.Array) -> jax.Array:

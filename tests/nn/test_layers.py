@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from transformer_jax.nn import layers
-from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, Bias, Embed, LayerNorm, Linear
+from transformer_jax.nn.layers import (
+    ACTIVATIONS,
+    INITIALIZERS,
+    Bias,
+    Embed,
+    LayerNorm,
+    Linear,
+    Projection,
+)
 
 
 def test_layer_norm_by_hand():
@@ -56,12 +64,14 @@ def test_embed_looks_up_and_scores_by_one_table():
     table = jnp.asarray([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
     embed, variables = Embed(3, 2), {"params": {"embedding": table}}
     assert embed.apply(variables, np.array([2, 0])).tolist() == [[3, 3], [1, 0]]
-    assert embed.apply(variables, jnp.asarray([1.0, 10.0]), method="attend").tolist() == [1, 20, 33]
+    projection = embed.apply(variables, jnp.asarray([1.0, 10.0]), method="project")
+    assert projection.logits().tolist() == [1, 20, 33]
 
 
 def test_bias_is_added():
     variables = {"params": {"bias": jnp.asarray([1.0, 2.0])}}
-    assert Bias(2).apply(variables, jnp.asarray([[10.0, 20.0]])).tolist() == [[11, 22]]
+    projection = Projection(jnp.asarray([[10.0, 20.0]]), jnp.eye(2))
+    assert Bias(2).apply(variables, projection).logits().tolist() == [[11, 22]]
 
 
 @pytest.mark.parametrize(

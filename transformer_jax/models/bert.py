@@ -25,7 +25,14 @@ from transformer_jax.models.heads import (
 from transformer_jax.nn import attention
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
-from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, Embed, LayerNorm, Linear
+from transformer_jax.nn.layers import (
+    ACTIVATIONS,
+    INITIALIZERS,
+    Embed,
+    LayerNorm,
+    Linear,
+    Projection,
+)
 from transformer_jax.nn.positions import make_position_embed
 
 
@@ -36,13 +43,15 @@ class EncoderOutput(NamedTuple):
 
 
 class BERTOutput(NamedTuple):
-    """Logits are float32. `mlm_logits` has P = T where no positions were chosen."""
+    """Logits are float32. `mlm_logits`, those of `mlm_projection`, has P = T where no positions
+    were chosen."""
 
     mlm_logits: Float[Array, "B P V"]
     nsp_logits: Float[Array, "B 2"]  # column 0: B follows A; column 1: B is a random sentence
     hidden: Float[Array, "B T D"]
     pooled: Float[Array, "B D"]
     attention: tuple[Float[Array, "B N T T"], ...]
+    mlm_projection: Projection
 
 
 class BERT(nn.Module):
@@ -145,12 +154,10 @@ class BERT(nn.Module):
                 projection; all T of them if None.
         """
         hidden_BTD, pooled_BD, weights = self.encode(tokens, **options)
+        projection = self.mlm_projection(hidden_BTD, masked_positions)
         return BERTOutput(
-            self.mlm_logits(hidden_BTD, masked_positions),
-            self.nsp_logits(pooled_BD),
-            hidden_BTD,
-            pooled_BD,
-            weights,
+            projection.logits(), self.nsp_logits(pooled_BD), hidden_BTD, pooled_BD, weights,
+            projection,
         )
 
     def mask_logits(
@@ -175,6 +182,12 @@ class BERT(nn.Module):
         self, hidden: Float[Array, "B T D"], positions: Int[Array, "B P"] | None = None
     ) -> Float[Array, "B P V"]:
         """Word scores of hidden states, at `positions` or everywhere."""
+        return self.mlm_projection(hidden, positions).logits()
+
+    def mlm_projection(
+        self, hidden: Float[Array, "B T D"], positions: Int[Array, "B P"] | None = None
+    ) -> Projection:
+        """The masked-word head up to its output layer."""
         chosen = hidden if positions is None else take_positions(hidden, positions)
         return self.mlm_head(
             chosen, self.token_embed if self.config.tie_embeddings else self.lm_head)

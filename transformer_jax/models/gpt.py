@@ -25,17 +25,18 @@ from transformer_jax.nn import attention
 from transformer_jax.nn.attention import KVCache, causal_mask, document_mask, init_cache
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
-from transformer_jax.nn.layers import INITIALIZERS, Embed, Linear
+from transformer_jax.nn.layers import INITIALIZERS, Embed, Linear, Projection
 from transformer_jax.nn.positions import make_position_embed
 
 
 class GPTOutput(NamedTuple):
-    """`logits[:, t]` scores the token at t + 1; they are float32."""
+    """`logits[:, t]` scores the token at t + 1; they are float32, and those of `projection`."""
 
     logits: Float[Array, "B T V"]
     hidden: Float[Array, "B T D"]
     cache: dict[str, KVCache] | None
     attention: tuple[Float[Array, "B N T S"], ...]
+    projection: Projection
 
 
 class GPT(nn.Module):
@@ -132,14 +133,19 @@ class GPT(nn.Module):
         mask_11PP = causal_mask(order_1P, order_1P)
         return self.decoder(x_1PD, mask_11PP, order_1P, cache).cache
 
+    def lm_projection(self, hidden: Float[Array, "... D"]) -> Projection:
+        """The output layer for `hidden`: the token embedding where it is tied."""
+        return (self.token_embed if self.config.tie_embeddings else self.lm_head).project(hidden)
+
     def lm_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Scores of the next token, by the transposed token embedding where it is tied."""
-        return (self.token_embed if self.config.tie_embeddings else self.lm_head).attend(hidden)
+        """Scores of the next token."""
+        return self.lm_projection(hidden).logits()
 
     def __call__(self, tokens: Int[Array, "B T"], **options) -> GPTOutput:
         """Language model; `options` as for `decode`."""
         out = self.decode(tokens, **options)
-        return GPTOutput(self.lm_logits(out.hidden), out.hidden, out.cache, out.attention)
+        projection = self.lm_projection(out.hidden)
+        return GPTOutput(projection.logits(), out.hidden, out.cache, out.attention, projection)
 
     def classify(
         self,

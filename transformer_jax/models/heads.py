@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from transformer_jax.nn.blocks import StackOutput
-from transformer_jax.nn.layers import ACTIVATIONS, Bias, Embed, LayerNorm, Linear
+from transformer_jax.nn.layers import ACTIVATIONS, Bias, Embed, LayerNorm, Linear, Projection
 
 
 def take_positions(
@@ -94,10 +94,10 @@ class MLMHead(nn.Module):
     @nn.compact
     def __call__(
         self, hidden: Float[Array, "... D"], decoder: Embed
-    ) -> Float[Array, "... V"]:
+    ) -> Projection:
         features = (hidden.shape[-1],)
         x = Linear(features, kernel_init=self.kernel_init, dtype=self.dtype, name="dense")(hidden)
         x = ACTIVATIONS[self.activation](x)
         x = LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
-        return Bias(decoder.num_embeddings, name="output")(decoder.attend(x))
+        return Bias(decoder.num_embeddings, name="output")(decoder.project(x))
 

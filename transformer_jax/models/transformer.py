@@ -27,13 +27,13 @@ from transformer_jax.nn import attention
 from transformer_jax.nn.attention import KVCache, causal_mask, init_cache
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
-from transformer_jax.nn.layers import INITIALIZERS, Bias, Embed, LayerNorm, Linear
+from transformer_jax.nn.layers import INITIALIZERS, Bias, Embed, LayerNorm, Linear, Projection
 from transformer_jax.nn.positions import make_position_embed
 
 
 class Seq2SeqOutput(NamedTuple):
-    """`logits[:, t]` scores the target's token that comes after `decoder_tokens[:, t]`; float32.
-    Attention weights are given by layer; those of `cross_attention` are `[B, N, T, S]`."""
+    """`logits[:, t]` scores the target's token that comes after `decoder_tokens[:, t]`; float32,
+    and those of `projection`. Attention weights are given by layer; those of `cross_attention` are `[B, N, T, S]`."""
 
     logits: Float[Array, "B T V"]
     hidden: Float[Array, "B T D"]
@@ -41,6 +41,7 @@ class Seq2SeqOutput(NamedTuple):
     encoder_attention: tuple[Float[Array, "B N S S"], ...]
     attention: tuple[Float[Array, "B N T T"], ...]
     cross_attention: tuple[Float[Array, "B N T S"], ...]
+    projection: Projection
 
 
 def shift_right(tokens: Int[Array, "B T"], start_id: int) -> Int[Array, "B T"]:
@@ -166,11 +167,15 @@ class Transformer(nn.Module):
             x_BTD, mask_B1TS, positions_BT, cache, memory, memory_mask_B11S, deterministic
         )
 
-    def lm_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Scores of the next token, by the transposed token embedding where it is tied."""
+    def lm_projection(self, hidden: Float[Array, "... D"]) -> Projection:
+        """The output layer for `hidden`: the token embedding where it is tied."""
         c = self.config
-        logits = (self.token_embed if c.tie_embeddings else self.lm_head).attend(hidden)
-        return self.output(logits) if c.output_bias else logits
+        projection = (self.token_embed if c.tie_embeddings else self.lm_head).project(hidden)
+        return self.output(projection) if c.output_bias else projection
+
+    def lm_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Scores of the next token."""
+        return self.lm_projection(hidden).logits()
 
     def read_and_write(
         self,
@@ -204,9 +209,10 @@ class Transformer(nn.Module):
     ) -> Seq2SeqOutput:
         """The output layer; arguments as for `read_and_write`."""
         read, written = self.read_and_write(tokens, decoder_tokens, **options)
+        projection = self.lm_projection(written.hidden)
         return Seq2SeqOutput(
-            self.lm_logits(written.hidden), written.hidden, read.hidden, read.attention,
-            written.attention, written.cross_attention,
+            projection.logits(), written.hidden, read.hidden, read.attention, written.attention,
+            written.cross_attention, projection,
         )
 
     def classify(

@@ -11,6 +11,7 @@ int8 with a scale (`finetune.shrink`).
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -189,6 +190,26 @@ class LayerNorm(nn.Module):
         return y.astype(self.dtype)
 
 
+class Projection(NamedTuple):
+    """Hidden states and the output layer that they are for. A loss that takes these instead of
+    logits need not hold `[B, T, V]` (`objectives.projection`)."""
+
+    hidden: Float[Array, "... D"]  # of the type of the arithmetic
+    embedding: Float[Array, "V D"]
+    scale: Float[Array, "V"] | None = None  # of an int8 table
+    bias: Float[Array, "V"] | None = None
+
+    def logits(self) -> Float[Array, "... V"]:
+        """hidden @ embedding.T * scale + bias, in float32."""
+        logits = jnp.einsum(
+            "...D,VD->...V", self.hidden, self.embedding.astype(self.hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        logits = logits if self.scale is None else logits * self.scale
+        logits = constrain(logits, BATCH_AXES, *["sequence"] * (logits.ndim - 2), "tensor")
+        return logits if self.bias is None else logits + self.bias
+
+
 class Embed(nn.Module):
     """A table of `num_embeddings` rows, looked up by id or, transposed, used as output layer."""
 
@@ -222,16 +243,9 @@ class Embed(nn.Module):
             return rows
         return rows * jnp.take(self.scale, ids, axis=0)[..., None].astype(self.dtype)
 
-    def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Logits of a tied output layer (Press & Wolf 2017), in float32."""
-        logits = jnp.einsum(
-            "...D,VD->...V",
-            x.astype(self.dtype),
-            self.embedding.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        logits = logits if self.scale is None else logits * self.scale
-        return constrain(logits, BATCH_AXES, *["sequence"] * (logits.ndim - 2), "tensor")
+    def project(self, x: Float[Array, "... D"]) -> Projection:
+        """The table as output layer (Press & Wolf 2017)."""
+        return Projection(x.astype(self.dtype), self.embedding, self.scale)
 
 
 class Bias(nn.Module):
@@ -240,5 +254,6 @@ class Bias(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... V"]) -> Float[Array, "... V"]:
-        return x + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+    def __call__(self, projection: Projection) -> Projection:
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return projection._replace(bias=bias)

@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Float, Int, Key
 
 from transformer_jax.objectives.layout import pad
-from transformer_jax.objectives.losses import Pair, correct, cross_entropy, dropout, weighted
+from transformer_jax.objectives.losses import Pair, dropout, score_tokens
 
 
 def shift(
@@ -59,16 +59,16 @@ def loss(
 
     `batch` holds tokens, targets, weights `[B, T]`, and for packed rows positions and document_ids.
     """
-    logits = apply(
+    out = apply(
         {"params": params},
         batch["tokens"],
         positions=batch.get("positions"),
         document_ids=batch.get("document_ids"),
         **dropout(rng),
-    ).logits
-    total, weight = weighted(cross_entropy(logits, batch["targets"]), batch["weights"])
-    metrics = {"accuracy": weighted(correct(logits, batch["targets"]), batch["weights"])}
-    return total, weight, metrics
+    )
+    loss, metrics = score_tokens(out.logits, getattr(out, "projection", None), batch["targets"],
+                                 batch["weights"])
+    return *loss, {"accuracy": metrics["accuracy"]}
 
 
 def prepare_continuation(

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Key
 
+from transformer_jax.nn.layers import Projection
+from transformer_jax.objectives.projection import CHUNK_LOGITS, local_tokens, totals
+
 Total = Float[Array, ""] | Mapping[str, Float[Array, ""]]
 Pair = tuple[Float[Array, ""], Float[Array, ""]]
 
@@ -37,6 +40,30 @@ def smoothed_cross_entropy(
 def correct(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
     """1.0 where the best-scored class is the target."""
     return (logits.argmax(-1) == targets).astype(jnp.float32)
+
+
+def score_tokens(
+    logits: Float[Array, "... V"],
+    projection: Projection | None,
+    targets: Int[Array, "..."],
+    weights: Float[Array, "..."],
+    smoothing: float = 0.0,
+) -> tuple[Pair, dict[str, Pair]]:
+    """The loss of predicted tokens, and the metrics "nll" and "accuracy": weighted sums, in nats.
+
+    Where the logits of a device are many and the model says what they are made of, its
+    `projection`, they are taken a chunk at a time.
+    """
+    tokens = projection and local_tokens(targets.shape)
+    if tokens and tokens * projection.embedding.shape[0] > 2 * CHUNK_LOGITS:
+        found = totals(projection, targets, weights, smoothing=smoothing)
+        weight = weights.astype(jnp.float32).sum()
+        return (found.loss, weight), {"nll": (found.nll, weight),
+                                      "accuracy": (found.correct, weight)}
+    nll = cross_entropy(logits, targets)
+    trained = smoothed_cross_entropy(logits, targets, smoothing) if smoothing else nll
+    return weighted(trained, weights), {"nll": weighted(nll, weights),
+                                        "accuracy": weighted(correct(logits, targets), weights)}
 
 
 def weighted(values: Float[Array, "..."], weights: Float[Array, "..."]) -> Pair:

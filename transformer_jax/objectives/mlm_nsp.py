@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
 from transformer_jax.objectives.layout import bert_row, pad
-from transformer_jax.objectives.losses import Pair, correct, cross_entropy, dropout, weighted
+from transformer_jax.objectives.losses import Pair, dropout, score_tokens
 
 MASK_RATE = 0.15  # of the tokens are predicted; of these
 KEEP_MASK, KEEP_RANDOM = 0.8, 0.1  # 80 % become [MASK], 10 % a random token, 10 % stay
@@ -211,16 +211,12 @@ def loss(
         masked_positions=batch["masked_positions"],
         **dropout(rng),
     )
-    scored = {"mlm": (out.mlm_logits, batch["masked_targets"], batch["masked_weights"])}
+    scored = {"mlm": (out.mlm_logits, getattr(out, "mlm_projection", None),
+                      batch["masked_targets"], batch["masked_weights"])}
     if "nsp_labels" in batch:
-        scored["nsp"] = (out.nsp_logits, batch["nsp_labels"], batch["nsp_weights"])
-    terms = {
-        name: weighted(cross_entropy(logits, targets), weights)
-        for name, (logits, targets, weights) in scored.items()
-    }
-    metrics = {
-        f"{name}_accuracy": weighted(correct(logits, targets), weights)
-        for name, (logits, targets, weights) in scored.items()
-    }
+        scored["nsp"] = (out.nsp_logits, None, batch["nsp_labels"], batch["nsp_weights"])
+    found = {name: score_tokens(*args) for name, args in scored.items()}
+    terms = {name: loss for name, (loss, _) in found.items()}
+    metrics = {f"{name}_accuracy": measured["accuracy"] for name, (_, measured) in found.items()}
     totals = {name: total for name, (total, _) in terms.items()}
     return totals, {name: weight for name, (_, weight) in terms.items()}, metrics

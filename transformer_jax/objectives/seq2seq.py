@@ -10,14 +10,7 @@ from jax import Array
 from jaxtyping import Float, Int, Key
 
 from transformer_jax.objectives.layout import pad
-from transformer_jax.objectives.losses import (
-    Pair,
-    correct,
-    cross_entropy,
-    dropout,
-    smoothed_cross_entropy,
-    weighted,
-)
+from transformer_jax.objectives.losses import Pair, dropout, score_tokens
 
 Ids = Int[np.ndarray, "N"]
 
@@ -79,18 +72,14 @@ def loss(
     It trains, and so it is left out where there is no dropout key, when a model is evaluated; the
     metric "nll" never has it.
     """
-    logits = apply(
+    out = apply(
         {"params": params},
         batch["tokens"],
         batch["decoder_tokens"],
         padding_mask=batch["padding_mask"],
         **dropout(rng),
-    ).logits
-    targets, weights = batch["targets"], batch["weights"]
-    nll = cross_entropy(logits, targets)
-    smoothing = label_smoothing if rng is not None else 0.0
-    trained = smoothed_cross_entropy(logits, targets, smoothing) if smoothing else nll
-    total, weight = weighted(trained, weights)
-    metrics = {"nll": weighted(nll, weights),
-               "accuracy": weighted(correct(logits, targets), weights)}
-    return total, weight, metrics
+    )
+    loss, metrics = score_tokens(
+        out.logits, getattr(out, "projection", None), batch["targets"], batch["weights"],
+        label_smoothing if rng is not None else 0.0)
+    return *loss, metrics

@@ -22,7 +22,14 @@ from transformer_jax.models import BERT, GPT, Transformer
 from transformer_jax.models.heads import last_tokens, take_positions
 from transformer_jax.objectives import spans, tags
 from transformer_jax.objectives.layout import bert_row, gpt_row
-from transformer_jax.objectives.losses import Pair, correct, cross_entropy, dropout, weighted
+from transformer_jax.objectives.losses import (
+    Pair,
+    correct,
+    cross_entropy,
+    dropout,
+    score_tokens,
+    weighted,
+)
 
 Terms = Float[Array, ""] | dict[str, Float[Array, ""]]
 
@@ -140,16 +147,16 @@ def _classify(apply, params, batch, rng, lm_weight=0.0, vocab_size=None, orders=
         features = take_positions(hidden, last_tokens(tokens, mask)[:, None])[:, 0]
         features = features.reshape(-1, orders, features.shape[-1]).sum(1)
         logits = model.feature_logits(features, deterministic)
-        return logits, model.lm_logits(hidden[:, :-1]) if lm_weight else None
+        return logits, model.lm_projection(hidden[:, :-1]) if lm_weight else None
 
-    logits, lm_logits = apply({"params": params}, tokens, method=both, **dropout(rng))
+    logits, projection = apply({"params": params}, tokens, method=both, **dropout(rng))
     if not lm_weight:
         return logits, None
     targets = tokens[:, 1:]
-    known = inputs["padding_mask"][:, 1:] & (targets < (vocab_size or lm_logits.shape[-1]))
+    known = inputs["padding_mask"][:, 1:] & (targets < (vocab_size or len(projection.embedding)))
     rows = jnp.repeat(batch["weights"] > 0, len(tokens) // len(batch["weights"]))
-    nats = cross_entropy(lm_logits, jnp.where(known, targets, 0))
-    return logits, weighted(nats, known & rows[:, None])
+    return logits, score_tokens(projection.logits(), projection, jnp.where(known, targets, 0),
+                                known & rows[:, None])[0]
 
 
 def _with_lm(total, weight, metrics, lm, lm_weight):
