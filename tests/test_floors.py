@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "predictions": set(),
     "tree": set(),
     "sharding": {"tree"},
-    "nn": {"sharding"},
+    "nn": GROUND,
     "models": {"nn"},
     "presets": {"models"},
     "objectives": MODELS | {"sharding"},

@@ -73,7 +73,7 @@ def test_only_data_spans_slices():
     mesh = sharding.make_mesh(data=4, fsdp=2, devices=chips)
     where = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)[:, :, 0, 0]
     np.testing.assert_array_equal(where, [[0, 0], [0, 0], [1, 1], [1, 1]])
-    with pytest.raises(ValueError, match="data = 1 does not span 2 slices .* a multiple of 2"):
+    with pytest.raises(ValueError, match=r"data = 1 does not span 2 slices .* a multiple of 2"):
         sharding.make_mesh(data=1, fsdp=8, devices=chips)
 
 

@@ -7,11 +7,10 @@ import pytest
 
 from transformer_jax.nn.attention import (
     KVCache,
+    Mask,
     attend,
     causal_mask,
-    document_mask,
     init_cache,
-    padding_mask,
 )
 
 ROW = np.arange(4)[None]
@@ -49,11 +48,19 @@ def test_causal_mask_has_a_row_for_each_sequence():
 
 def test_document_mask():
     documents = np.array([[1, 1, 2, 0]])
-    assert as_text(document_mask(documents, documents)) == ["xx..", "xx..", "..x.", "...x"]
+    mask = Mask(query_documents=documents, key_documents=documents)
+    assert as_text(mask.dense(4, 4)) == ["xx..", "xx..", "..x.", "...x"]
+    assert as_text(mask.replace(causal=True).dense(4, 4)) == ["x...", "xx..", "..x.", "...x"]
+
+
+def test_a_mask_with_keys_in_front_that_all_see():
+    mask = Mask(causal=True).after(2, 3, 3)
+    assert as_text(mask.dense(3, 5)) == ["xxx..", "xxxx.", "xxxxx"]
+    assert Mask().after(2, 3, 3).dense(3, 5) is None
 
 
 def test_padding_mask_hides_keys_from_every_query():
-    mask = padding_mask(np.array([[1, 1, 0]]))  # integers, as tokenizers return them
+    mask = Mask(real=np.array([[1, 1, 0]])).dense(1, 3)  # integers, as tokenizers return them
     assert mask.shape == (1, 1, 1, 3)
     assert mask.dtype == bool
     assert np.asarray(mask).ravel().tolist() == [True, True, False]
@@ -69,7 +76,7 @@ def test_attend_by_hand():
     query = one_head([[2, 0, 0, 0]])
     key = one_head([[0, 5, 5, 5], [np.log(3), 7, 7, 7]])
     value = one_head([[4, 0, 0, 0], [8, 0, 0, 4]])
-    out, weights = attend(query, key, value, None)
+    out, weights = attend(query, key, value, Mask())
     np.testing.assert_allclose(weights.ravel(), [0.25, 0.75], rtol=1e-6)
     np.testing.assert_allclose(out.ravel(), [7, 0, 0, 3], rtol=1e-6)
 
@@ -77,7 +84,7 @@ def test_attend_by_hand():
 def test_attend_gives_hidden_keys_exactly_nothing():
     query = one_head([[1.0]])
     out, weights = attend(query, one_head([[0.0], [300.0]]), one_head([[2.0], [1e30]]),
-                          jnp.asarray([True, False]))
+                          Mask(allowed=jnp.asarray([True, False])))
     assert weights.ravel().tolist() == [1, 0]
     assert out.ravel().tolist() == [2]
 
@@ -85,7 +92,7 @@ def test_attend_gives_hidden_keys_exactly_nothing():
 def test_a_query_that_sees_nothing_stays_finite_and_so_does_its_gradient():
     def total(query):
         value = one_head([[2.0], [4.0]])
-        return attend(query, value, value, jnp.asarray([False, False]))[0].sum()
+        return attend(query, value, value, Mask(allowed=jnp.asarray([False, False])))[0].sum()
 
     value, gradient = jax.value_and_grad(total)(one_head([[1.0]]))
     assert value == 3
@@ -94,14 +101,14 @@ def test_a_query_that_sees_nothing_stays_finite_and_so_does_its_gradient():
 
 def test_softmax_of_bfloat16_is_float32():
     x = jnp.ones((1, 3, 1, 4), jnp.bfloat16)
-    out, weights = attend(x, x, x, None)
+    out, weights = attend(x, x, x, Mask())
     assert (out.dtype, weights.dtype) == (jnp.bfloat16, jnp.float32)
 
 
 def test_attention_dropout_drops_its_share_and_keeps_the_mean():
     # All weights are 1 / 500 and all values 1: the output is (kept keys) / 500 / (1 - rate).
     ones = np.ones((1, 500, 4, 1), np.float32)
-    call = jax.jit(lambda rng, ones: attend(ones[:, :50], ones, ones, None, dropout_rate=0.2,
+    call = jax.jit(lambda rng, ones: attend(ones[:, :50], ones, ones, Mask(), dropout_rate=0.2,
                                               dropout_rng=rng)[0])
     out = np.asarray(call(jax.random.key(0), ones))
     kept = np.round(out * 0.8 * 500)

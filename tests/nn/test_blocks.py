@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from transformer_jax.models import GPTConfig
+from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.blocks import Stack
 
 SIZES = {"vocab_size": 9, "max_length": 8, "num_layers": 2, "d_model": 6, "num_heads": 2,
@@ -51,7 +52,7 @@ def test_stack_is_the_formula(norm_first, block):
     stack = Stack(GPTConfig(**SIZES, norm_first=norm_first).stack)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 5, 6)).astype(np.float32)
-    mask = np.tri(5, dtype=bool)
+    mask = Mask(causal=True)
     shapes = jax.eval_shape(stack.init, jax.random.key(0), x, mask)["params"]
     # Biases and scales are random too, so that a forgotten one shows.
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
@@ -76,8 +77,8 @@ def test_cross_attention_takes_keys_and_values_from_the_memory(norm_first):
     stack = Stack(config)
     rng = np.random.default_rng(0)
     x, memory = (rng.normal(size=(1, n, 6)).astype(np.float32) for n in (5, 4))
-    mask, seen = np.tri(5, dtype=bool), np.array([True, False, True, True])
-    call = {"memory": memory, "memory_mask_BNTS": seen}
+    mask, seen = Mask(causal=True), np.array([True, False, True, True])
+    call = {"memory": memory, "memory_mask": Mask(allowed=seen)}
     shapes = jax.eval_shape(functools.partial(stack.init, **call), jax.random.key(0), x, mask)
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes["params"])
     p = params["layer_0"]
@@ -97,7 +98,8 @@ def test_cross_attention_takes_keys_and_values_from_the_memory(norm_first):
     out = stack.apply({"params": params}, x, mask, **call)
     np.testing.assert_allclose(out.hidden[0], expected, rtol=1e-4, atol=1e-5)
     # The keys and values that come back stand for the memory.
-    again = stack.apply({"params": params}, x, mask, memory=out.memory, memory_mask_BNTS=seen)
+    again = stack.apply({"params": params}, x, mask, memory=out.memory,
+                        memory_mask=call["memory_mask"])
     np.testing.assert_array_equal(again.hidden, out.hidden)
     assert out.cross_attention[0].shape == (1, 2, 5, 4)
 
@@ -110,7 +112,7 @@ def test_the_gradient_of_the_residual_stream_is_computed_once(norm_first):
         c = GPTConfig(**SIZES | {"num_layers": num_layers, "d_model": 128, "mlp_dim": 256},
                       norm_first=norm_first)
         stack = Stack(c.stack)
-        x, mask = np.ones((4, 32, 128), np.float32), np.tri(32, dtype=bool)
+        x, mask = np.ones((4, 32, 128), np.float32), Mask(causal=True)
         params = jax.eval_shape(stack.init, jax.random.key(0), x, mask)
         gradient = jax.jit(jax.grad(lambda x, p: stack.apply(p, x, mask).hidden.sum()))
         return gradient.lower(x, params).compile().cost_analysis()["flops"]

@@ -22,7 +22,7 @@ from transformer_jax.models.heads import (
     with_prompt,
     without_prompt,
 )
-from transformer_jax.nn import attention
+from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import (
@@ -120,15 +120,14 @@ class BERT(nn.Module):
             positions = jnp.where(padding_mask, jnp.cumsum(padding_mask, -1), 0) - 1
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-        mask_B11T = None if padding_mask is None else attention.padding_mask(padding_mask)
         x_BTD = self.token_embed(tokens) * c.embedding_scale
         x_BTD = x_BTD + self.position_embed(positions + c.position_offset)
         if c.num_segments:
             segment_ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
             x_BTD = x_BTD + self.segment_embed(segment_ids)
-        x_BTD, mask_B11T, prompt = with_prompt(self, x_BTD, mask_B11T)
+        x_BTD, mask, prompt = with_prompt(self, x_BTD, Mask(real=padding_mask))
         x_BTD = self.embed_dropout(self.embed_norm(x_BTD), deterministic=deterministic)
-        out = self.encoder(x_BTD, mask_B11T, deterministic=deterministic)
+        out = self.encoder(x_BTD, mask, deterministic=deterministic)
         return without_prompt(out, prompt)
 
     def pool(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:

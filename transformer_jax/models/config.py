@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from transformer_jax.nn.blocks import StackConfig
+from transformer_jax.nn.blocks import REMAT, StackConfig
+from transformer_jax.nn.kernels import CHOICES
 from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, embedding_init
 
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves")
@@ -47,6 +48,10 @@ class Config:
         source: the configuration file that a foreign checkpoint came with, for the way back.
         dtype: "float32" or "bfloat16" for matmuls and activations. Parameters, softmax,
             LayerNorm statistics, logits and losses are float32 either way.
+        kernel: attention by "xla", "cudnn", "splash", or "auto": see `nn.attention.attend`.
+        remat: what the way back computes again instead of keeping it (Chen et al. 2016, "Training
+            Deep Nets with Sublinear Memory Cost"): "none"; "dots", all but matrix products; "full",
+            every block from its input, for a third more arithmetic.
 
     Raises:
         ValueError: a value is of another type or out of its range; the message names it and what
@@ -71,6 +76,8 @@ class Config:
     initializer: str = "normal"
     init_std: float = 0.02
     dtype: str = "float32"
+    kernel: str = "auto"
+    remat: str = "none"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | tuple | None = None
@@ -89,7 +96,8 @@ class Config:
                      "a finite number above 0")
         _require(self.position_offset >= 0, "position_offset", self.position_offset, "at least 0")
         choices = {"positions": POSITIONS, "activation": tuple(ACTIVATIONS),
-                   "initializer": tuple(INITIALIZERS), "dtype": tuple(DTYPES)}
+                   "initializer": tuple(INITIALIZERS), "dtype": tuple(DTYPES),
+                   "kernel": CHOICES, "remat": tuple(REMAT)}
         for name, allowed in choices.items():
             value = getattr(self, name)
             _require(value in allowed, name, repr(value), f"one of {', '.join(allowed)}")

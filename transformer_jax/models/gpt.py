@@ -21,8 +21,7 @@ from transformer_jax.models.heads import (
     with_prompt,
     without_prompt,
 )
-from transformer_jax.nn import attention
-from transformer_jax.nn.attention import KVCache, causal_mask, document_mask, init_cache
+from transformer_jax.nn.attention import KVCache, Mask, causal_mask, init_cache
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import INITIALIZERS, Embed, Linear, Projection
@@ -104,22 +103,19 @@ class GPT(nn.Module):
         order_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         positions_BT = order_BT if positions is None else positions
         if cache is None:
-            mask_B1TS = causal_mask(order_BT, order_BT, c.context_size)
-            if document_ids is not None:
-                mask_B1TS &= document_mask(document_ids, document_ids)
-            if padding_mask is not None:
-                mask_B1TS &= attention.padding_mask(padding_mask)
+            mask = Mask(causal=True, context_size=c.context_size, query_documents=document_ids,
+                        key_documents=document_ids, real=padding_mask)
         else:
             slots_1S = jnp.arange(cache["layer_0"].key.shape[1])[None]
-            mask_B1TS = causal_mask(positions_BT, slots_1S, c.context_size)
+            mask = Mask(allowed=causal_mask(positions_BT, slots_1S, c.context_size))
         x_BTD = self.token_embed(tokens) * c.embedding_scale
         x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
         if cache is not None and self.has_variable("params", "prompt"):
             raise ValueError("a cache has no slots for the prompt in these parameters; fold it "
                              "into prefixes first: finetune.deltas.fold_prompt(model, params)")
-        x_BTD, mask_B1TS, prompt = with_prompt(self, x_BTD, mask_B1TS, causal=True)
+        x_BTD, mask, prompt = with_prompt(self, x_BTD, mask)
         x_BTD = self.embed_dropout(x_BTD, deterministic=deterministic)
-        out = self.decoder(x_BTD, mask_B1TS, positions_BT, cache, deterministic=deterministic)
+        out = self.decoder(x_BTD, mask, positions_BT, cache, deterministic=deterministic)
         return without_prompt(out, prompt)
 
     def prompt_cache(self, cache: dict[str, KVCache]) -> dict[str, KVCache]:
@@ -128,10 +124,10 @@ class GPT(nn.Module):
         P = cache["layer_0"].key.shape[1]
         order_1P = jnp.arange(P)[None]
         x_1PD, _, _ = with_prompt(
-            self, jnp.zeros((1, 0, self.config.d_model), self.config.compute_dtype), None)
+            self, jnp.zeros((1, 0, self.config.d_model), self.config.compute_dtype), Mask())
         # As in `with_prompt`, a context does not reach into the prompt: it has no positions.
-        mask_11PP = causal_mask(order_1P, order_1P)
-        return self.decoder(x_1PD, mask_11PP, order_1P, cache).cache
+        mask = Mask(allowed=causal_mask(order_1P, order_1P))
+        return self.decoder(x_1PD, mask, order_1P, cache).cache
 
     def lm_projection(self, hidden: Float[Array, "... D"]) -> Projection:
         """The output layer for `hidden`: the token embedding where it is tied."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.blocks import StackOutput
 from transformer_jax.nn.layers import ACTIVATIONS, Bias, Embed, LayerNorm, Linear, Projection
 
@@ -43,34 +44,28 @@ class Prompted(NamedTuple):
     """A stack's input with a prompt of P vectors in front, and its mask."""
 
     x: Float[Array, "B P+T D"]
-    mask: Bool[Array, "..."] | None
+    mask: Mask
     length: int  # P
 
 
-def with_prompt(
-    module: nn.Module,
-    x_BTD: Float[Array, "B T D"],
-    mask_BNTT: Bool[Array, "..."] | None,
-    causal: bool = False,
-) -> Prompted:
+def with_prompt(module: nn.Module, x_BTD: Float[Array, "B T D"], mask: Mask) -> Prompted:
     """Prompt tuning (Lester et al. 2021, section 2): an edit `prompt` `[P, D]` of the parameters
     stands in front of the embedded tokens, which all see it. It is scaled as they are, and takes
     no positions. A causal prompt sees only what of it stands before.
     """
     if not module.has_variable("params", "prompt"):
-        return Prompted(x_BTD, mask_BNTT, 0)
+        return Prompted(x_BTD, mask, 0)
     prompt_PD = module.get_variable("params", "prompt").astype(x_BTD.dtype)
     prompt_PD = prompt_PD * module.config.embedding_scale
     P, T = len(prompt_PD), x_BTD.shape[1]
     prompt_BPD = jnp.broadcast_to(prompt_PD, (len(x_BTD), *prompt_PD.shape))
     x_BTD = jnp.concatenate([prompt_BPD, x_BTD], axis=1)
-    if mask_BNTT is not None:
-        mask_BNTT = jnp.pad(mask_BNTT, [(0, 0)] * 3 + [(P, 0)], constant_values=True)
-    if causal:
+    prompted = mask.after(P, T, T)
+    if mask.causal:
         own = jnp.tril(jnp.ones((P, P + T), bool))
-        above = jnp.broadcast_to(own, (*mask_BNTT.shape[:2], P, P + T))
-        mask_BNTT = jnp.concatenate([above, mask_BNTT], axis=2)
-    return Prompted(x_BTD, mask_BNTT, P)
+        above = jnp.broadcast_to(own, (*prompted.allowed.shape[:2], P, P + T))
+        prompted = Mask(allowed=jnp.concatenate([above, prompted.allowed], axis=2))
+    return Prompted(x_BTD, prompted, P)
 
 
 def without_prompt(out: StackOutput, length: int) -> StackOutput:

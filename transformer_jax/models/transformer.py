@@ -23,8 +23,7 @@ from transformer_jax.models.heads import (
     with_prompt,
     without_prompt,
 )
-from transformer_jax.nn import attention
-from transformer_jax.nn.attention import KVCache, causal_mask, init_cache
+from transformer_jax.nn.attention import KVCache, Mask, causal_mask, init_cache
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import INITIALIZERS, Bias, Embed, LayerNorm, Linear, Projection
@@ -33,7 +32,8 @@ from transformer_jax.nn.positions import make_position_embed
 
 class Seq2SeqOutput(NamedTuple):
     """`logits[:, t]` scores the target's token that comes after `decoder_tokens[:, t]`; float32,
-    and those of `projection`. Attention weights are given by layer; those of `cross_attention` are `[B, N, T, S]`."""
+    and those of `projection`. Attention weights are given by layer; those of `cross_attention` are
+    `[B, N, T, S]`."""
 
     logits: Float[Array, "B T V"]
     hidden: Float[Array, "B T D"]
@@ -115,11 +115,10 @@ class Transformer(nn.Module):
         """
         check_length(tokens.shape[1], self.config.max_length)
         positions_BS = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        mask_B11S = None if padding_mask is None else attention.padding_mask(padding_mask)
         x_BSD = self._embed("encoder", tokens, positions_BS)
-        x_BSD, mask_B11S, prompt = with_prompt(self, x_BSD, mask_B11S)
+        x_BSD, mask, prompt = with_prompt(self, x_BSD, Mask(real=padding_mask))
         x_BSD = self._normalize("encoder", x_BSD, deterministic)
-        return without_prompt(self.encoder(x_BSD, mask_B11S, deterministic=deterministic), prompt)
+        return without_prompt(self.encoder(x_BSD, mask, deterministic=deterministic), prompt)
 
     def decode(
         self,
@@ -154,17 +153,14 @@ class Transformer(nn.Module):
         order_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         positions_BT = order_BT if positions is None else positions
         if cache is None:
-            mask_B1TS = causal_mask(order_BT, order_BT)
-            if padding_mask is not None:
-                mask_B1TS &= attention.padding_mask(padding_mask)
+            mask = Mask(causal=True, real=padding_mask)
         else:
             slots_1S = jnp.arange(cache["layer_0"].key.shape[1])[None]
-            mask_B1TS = causal_mask(positions_BT, slots_1S)
-        memory_mask_B11S = None if memory_mask is None else attention.padding_mask(memory_mask)
+            mask = Mask(allowed=causal_mask(positions_BT, slots_1S))
         x_BTD = self._embed("decoder", tokens, positions_BT)
         x_BTD = self._normalize("decoder", x_BTD, deterministic)
         return self.decoder(
-            x_BTD, mask_B1TS, positions_BT, cache, memory, memory_mask_B11S, deterministic
+            x_BTD, mask, positions_BT, cache, memory, Mask(real=memory_mask), deterministic
         )
 
     def lm_projection(self, hidden: Float[Array, "... D"]) -> Projection:

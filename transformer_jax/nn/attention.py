@@ -1,9 +1,7 @@
-"""Who may look at whom, and the look itself.
+"""Who may look at whom, and the look itself."""
 
-A mask is a boolean array that broadcasts to `[B, N, T, S]`: True where query `t` sees key `s`.
-Masks are built once per model call and combined by `&`; every layer shares the result.
-"""
-
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,7 +9,58 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
+from transformer_jax.nn import kernels
 from transformer_jax.nn.dropout import dropout
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, meta_fields=("causal", "context_size"),
+    data_fields=("query_documents", "key_documents", "real", "allowed"))
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which keys a query sees: those that all fields allow. It is said in words as far as it can
+    be, since kernels skip what they are told in words, and `dense` says it in booleans.
+
+    Attributes:
+        causal: the keys up to the query's own place in the row.
+        context_size: of these, so many, itself included; all if None. In a language model position
+            i - 1 predicts token i, so k is the k of P(w_i | w_{i-k} ... w_{i-1}) for one layer; a
+            stack of L layers reaches L * (k - 1) + 1 back.
+        query_documents, key_documents: packed rows: a token sees its own document only.
+        real: the keys that are tokens; others are padding.
+        allowed: anything else, such as what a cache holds.
+    """
+
+    causal: bool = False
+    context_size: int | None = None
+    query_documents: Int[Array, "B T"] | None = None
+    key_documents: Int[Array, "B S"] | None = None
+    real: Bool[Array, "B S"] | None = None
+    allowed: Bool[Array, "..."] | None = None
+
+    def replace(self, **changes) -> "Mask":
+        return dataclasses.replace(self, **changes)
+
+    def after(self, P: int, T: int, S: int) -> "Mask":
+        """For keys with P more in front, which every query sees."""
+        mask = self.dense(T, S)
+        if mask is None:
+            return self
+        return Mask(allowed=jnp.pad(mask, [(0, 0)] * 3 + [(P, 0)], constant_values=True))
+
+    def dense(self, T: int, S: int) -> Bool[Array, "..."] | None:
+        """Booleans that broadcast to `[B, N, T, S]`; None where all is seen."""
+        parts = []
+        if self.causal:
+            parts.append(causal_mask(jnp.arange(T)[None], jnp.arange(S)[None], self.context_size))
+        if self.query_documents is not None:
+            parts.append(self.query_documents[:, None, :, None]
+                         == self.key_documents[:, None, None, :])
+        if self.real is not None:
+            parts.append(self.real[:, None, None, :].astype(bool))
+        if self.allowed is not None:
+            parts.append(self.allowed)
+        return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
 def causal_mask(
@@ -19,54 +68,50 @@ def causal_mask(
     key_positions: Int[Array, "B S"],
     context_size: int | None = None,
 ) -> Bool[Array, "B 1 T S"]:
-    """Each position sees itself and the `context_size - 1` positions before it (all if None).
-
-    In a language model position i - 1 predicts token i, so `context_size` k is the k of
-    P(w_i | w_{i-k} ... w_{i-1}) for one layer; a stack of L layers reaches L * (k - 1) + 1 back.
-    """
+    """Each position sees itself and the `context_size - 1` positions before it (all if None)."""
     distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
     mask = distance >= 0
     return mask if context_size is None else mask & (distance < context_size)
-
-
-def padding_mask(real: Bool[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
-    """Only keys that are real tokens are seen."""
-    return real[:, None, None, :].astype(bool)
-
-
-def document_mask(
-    query_documents: Int[Array, "B T"], key_documents: Int[Array, "B S"]
-) -> Bool[Array, "B 1 T S"]:
-    """Packed sequences: a token sees its own document only."""
-    return query_documents[:, None, :, None] == key_documents[:, None, None, :]
 
 
 def attend(
     query_BTNH: Float[Array, "B T N H"],
     key_BSNH: Float[Array, "B S N H"],
     value_BSNH: Float[Array, "B S N H"],
-    mask_BNTS: Bool[Array, "..."] | None,
+    mask: Mask,
     *,
+    kernel: str = "auto",
     dropout_rate: float = 0.0,
     dropout_rng: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
     """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1).
 
-    The softmax is computed in float32. A query that sees no key (padding) averages all values:
-    finite, and thrown away by the loss. `dropout_rng` None means no dropout.
+    The softmax is computed in float32. A query that sees no key (padding) gives something finite
+    that the loss throws away: here, the average of all values.
+
+    Args:
+        kernel: "xla" for the plain products, "cudnn" or "splash" for a kernel that never holds the
+            weights `[T, S]` (Dao et al. 2022, "FlashAttention"), "auto" for that of the platform.
+            What a kernel cannot do (see `kernels.choose`) is left to the plain products.
+        dropout_rng: None means no dropout.
 
     Returns:
-        The attended values, and the attention weights before dropout.
+        The attended values, and the attention weights before dropout. Beside a kernel the weights
+        are computed apart, if anything uses them.
     """
+    dropped = dropout_rng is not None and dropout_rate > 0
+    chosen = kernels.choose(kernel, query_BTNH, key_BSNH, mask, dropped)
+    mask_BNTS = mask.dense(query_BTNH.shape[1], key_BSNH.shape[1])
     scores_BNTS = jnp.einsum(
         "BTNH,BSNH->BNTS", query_BTNH, key_BSNH, preferred_element_type=jnp.float32
     ) * (query_BTNH.shape[-1] ** -0.5)
     if mask_BNTS is not None:
         scores_BNTS = jnp.where(mask_BNTS, scores_BNTS, jnp.finfo(jnp.float32).min)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
-    dropped_BNTS = weights_BNTS
-    if dropout_rng is not None and dropout_rate > 0:
-        dropped_BNTS = dropout(weights_BNTS, dropout_rate, dropout_rng)
+    if chosen != "xla":
+        out_BTNH = kernels.KERNELS[chosen](query_BTNH, key_BSNH, value_BSNH, mask)
+        return out_BTNH, weights_BNTS
+    dropped_BNTS = dropout(weights_BNTS, dropout_rate, dropout_rng) if dropped else weights_BNTS
     out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", dropped_BNTS.astype(value_BSNH.dtype), value_BSNH)
     return out_BTNH, weights_BNTS
 

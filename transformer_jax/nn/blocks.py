@@ -8,14 +8,23 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from transformer_jax.nn.attention import KVCache, attend
+from transformer_jax.nn.attention import KVCache, Mask, attend
 from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, LayerNorm, Linear, store_gradient
 from transformer_jax.sharding import BATCH_AXES, constrain, constrain_hidden
+from transformer_jax.tree import LAYERS
+
+# What is kept for the way back under each `remat`; None: everything.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class StackConfig(NamedTuple):
@@ -34,6 +43,8 @@ class StackConfig(NamedTuple):
     init_std: float
     residual_init_std: float  # for the two kernels of a block that write to the residual stream
     dtype: jnp.dtype
+    kernel: str
+    remat: str
     cross_attention: bool = False  # blocks also look at a memory: the encoder's hidden states
 
     @property
@@ -57,7 +68,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        mask_BNTS: Bool[Array, "..."] | None,
+        mask: Mask,
         positions_BT: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         memory: Float[Array, "B S D"] | KVCache | None = None,
@@ -87,13 +98,14 @@ class Attention(nn.Module):
                              for name in KVCache._fields))
         if cache is not None:
             seen = cache.write(*seen, positions_BT)
-        key, value, mask_BNTS, prefix = with_prefix(self, seen, mask_BNTS)
+        key, value, mask, prefix = with_prefix(self, seen, mask, x_BTD.shape[1])
         use_dropout = not deterministic and c.attention_dropout_rate > 0
         out_BTNH, weights_BNTS = attend(
             query_BTNH,
             key,
             value,
-            mask_BNTS,
+            mask,
+            kernel=c.kernel,
             dropout_rate=c.attention_dropout_rate,
             dropout_rng=self.make_rng("dropout") if use_dropout else None,
         )
@@ -103,20 +115,18 @@ class Attention(nn.Module):
         return out_BTD, seen, weights_BNTS[..., prefix:]
 
 
-def with_prefix(module: nn.Module, seen: KVCache, mask_BNTS):
+def with_prefix(module: nn.Module, seen: KVCache, mask: Mask, T: int):
     """(keys, values, mask, P) with the P keys and values of a `prefix_key` and `prefix_value` in
     front, which every query sees (Li & Liang 2021, "Prefix-Tuning", section 4.2), if there are."""
     if not module.has_variable("params", "prefix_key"):
-        return *seen, mask_BNTS, 0
+        return *seen, mask, 0
     front = [module.get_variable("params", f"prefix_{name}") for name in KVCache._fields]
     key, value = (
         jnp.concatenate([jnp.broadcast_to(f.astype(x.dtype), (x.shape[0], *f.shape)), x], axis=1)
         for f, x in zip(front, seen)
     )
     P = front[0].shape[0]
-    if mask_BNTS is not None:
-        mask_BNTS = jnp.pad(mask_BNTS, [(0, 0)] * 3 + [(P, 0)], constant_values=True)
-    return key, value, mask_BNTS, P
+    return key, value, mask.after(P, T, seen.key.shape[1]), P
 
 
 class Adapter(nn.Module):
@@ -166,7 +176,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD, mask_BNTS, positions_BT=None, cache=None, memory=None, memory_mask_BNTS=None,
+        self, x_BTD, mask, positions_BT=None, cache=None, memory=None, memory_mask=None,
         deterministic=True,
     ) -> BlockOutput:
         c = self.config
@@ -184,12 +194,12 @@ class Block(nn.Module):
 
         def look(x_BTD):
             return Attention(c, name="self_attention")(
-                x_BTD, mask_BNTS, positions_BT, cache, deterministic=deterministic
+                x_BTD, mask, positions_BT, cache, deterministic=deterministic
             )
 
         def look_across(x_BTD):
             return Attention(c, name="cross_attention")(
-                x_BTD, memory_mask_BNTS, memory=memory, deterministic=deterministic
+                x_BTD, memory_mask, memory=memory, deterministic=deterministic
             )
 
         x_BTD, cache, weights_BNTS = residual("attention", look, x_BTD)
@@ -212,7 +222,11 @@ class StackOutput(NamedTuple):
 
 
 class Stack(nn.Module):
-    """`layer_0` ... `layer_n`, and a `final_norm` where the blocks leave their sum unnormalised."""
+    """`layer_0` ... `layer_n`, and a `final_norm` where the blocks leave their sum unnormalised.
+
+    Parameters that `tree.stack_layers` has stacked are run by `jax.lax.scan`, which compiles one
+    layer in the place of n. They give no attention weights and take no cache.
+    """
 
     config: StackConfig
 
@@ -220,32 +234,40 @@ class Stack(nn.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        mask_BNTS: Bool[Array, "..."] | None,
+        mask: Mask,
         positions_BT: Int[Array, "B T"] | None = None,
         cache: dict[str, KVCache] | None = None,
         memory: Float[Array, "B S D"] | dict[str, KVCache] | None = None,
-        memory_mask_BNTS: Bool[Array, "..."] | None = None,
+        memory_mask: Mask | None = None,
         deterministic: bool = True,
     ) -> StackOutput:
         """`memory` is what cross-attention looks at: hidden states of an encoder, or, so that they
         are projected only once, the `memory` of an earlier call's output."""
         c = self.config
+        block = Block
+        if c.remat != "none":
+            block = nn.remat(Block, policy=REMAT[c.remat], static_argnums=(7,))
         blocks: dict[str, BlockOutput] = {}
-        for i in range(c.num_layers):
+        if stacked := self.has_variable("params", LAYERS):
+            if cache is not None or isinstance(memory, dict):
+                raise ValueError("a cache is for single layers, and these parameters are stacked; "
+                                 "give tree.unstack_layers(params)")
+            x_BTD = self._scan(block, x_BTD, mask, memory, memory_mask, deterministic)
+        for i in range(0 if stacked else c.num_layers):
             name = f"layer_{i}"
-            blocks[name] = out = Block(c, name=name)(
+            blocks[name] = out = block(c, name=name)(
                 x_BTD,
-                mask_BNTS,
+                mask,
                 positions_BT,
                 cache and cache[name],
                 memory[name] if isinstance(memory, dict) else memory,
-                memory_mask_BNTS,
+                memory_mask,
                 deterministic,
             )
             x_BTD = out.hidden
         if c.norm_first:
             x_BTD = LayerNorm(c.norm_epsilon, dtype=c.dtype, name="final_norm")(x_BTD)
-        across = c.cross_attention
+        across = c.cross_attention and not stacked
         return StackOutput(
             x_BTD,
             {name: out.cache for name, out in blocks.items()} if cache else None,
@@ -253,3 +275,18 @@ class Stack(nn.Module):
             {name: out.memory for name, out in blocks.items()} if across else None,
             tuple(out.cross_attention for out in blocks.values()) if across else (),
         )
+
+    def _scan(self, block, x_BTD, mask, memory, memory_mask, deterministic):
+        c = self.config
+        rng = None if deterministic or not self.has_rng("dropout") else self.make_rng("dropout")
+
+        def run(x_BTD, layer):
+            i, params = layer
+            rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, i)}
+            out = block(c, parent=None).apply(
+                {"params": params}, x_BTD, mask, None, None, memory, memory_mask, deterministic,
+                rngs=rngs)
+            return out.hidden, None
+
+        layers = self.get_variable("params", LAYERS)
+        return jax.lax.scan(run, x_BTD, (jnp.arange(c.num_layers), layers))[0]

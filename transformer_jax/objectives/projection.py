@@ -1,10 +1,10 @@
 """Cross-entropy of an output layer without its logits.
 
-Logits are the largest array of a language model's step: 16,384 tokens of a vocabulary of 50,257 are
-3.3 GB in float32, and their gradient as much again. Here tokens go through the output layer a chunk
-at a time, and each chunk's logits become, at once, its loss and what it adds to the gradients of the
-hidden states and of the table. So memory does not grow with tokens times vocabulary, and no product
-is computed twice: only the (scalar) derivative of the total is left for the way back.
+Logits are the largest array of a language model's step: 16,384 tokens of a vocabulary of 50,257
+are 3.3 GB in float32, and their gradient as much again. Here tokens go through the output layer a
+chunk at a time, and each chunk's logits become, at once, its loss and what it adds to the gradients
+of the hidden states and of the table. So memory does not grow with tokens times vocabulary, and no
+product is computed twice: only the (scalar) derivative of the total is left for the way back.
 """
 
 import functools
