@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "evaluate": USE,
     "generate": USE,
     "pretrained": USE,
-    "plan": USE,
+    "hlo": set(),
+    "plan": USE | {"hlo"},
     "cli": USE | {"presets", "evaluate", "generate", "pretrained", "plan", "host", "draw",
                   "predictions"},
 }

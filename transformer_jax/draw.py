@@ -255,3 +255,29 @@ def costs(path: str | Path, found: Mapping[str, Mapping[str, float]], *, title: 
     axes.margins(y=0.12)
     axes.legend(frameon=False)
     return _save(figure, path)
+
+
+def plans(path: str | Path, found: Mapping[str, Mapping[str, float]], *, limit: float,
+          title: str) -> Path:
+    """Settings side by side, a row each: GiB of memory by kind under the device's limit, and the
+    least milliseconds of a step by what it needs. `{setting: {"state", "temporary" (GiB),
+    "arithmetic", "memory", "network" (ms)}}`."""
+    figure = _figure(12, 1.6 + 0.5 * len(found))
+    left, right = figure.subplots(1, 2, sharey=True)
+    rows, start = np.arange(len(found)), np.zeros(len(found))
+    for kind in ("state", "temporary"):
+        sizes = np.array([row[kind] for row in found.values()])
+        left.barh(rows, sizes, left=start, label=kind, height=0.6)
+        start = start + sizes
+    left.axvline(limit, color="black", linestyle="--", linewidth=1, label="the device has")
+    for k, kind in enumerate(("arithmetic", "memory", "network")):
+        right.barh(rows + 0.2 * (k - 1), [row[kind] for row in found.values()], label=kind,
+                   height=0.2)
+    left.set_yticks(rows, list(found))
+    left.invert_yaxis()
+    left.set(xlabel="GiB of one device", title=title)
+    right.set(xlabel="least ms of a step, if nothing else took time")
+    for axes in (left, right):
+        axes.grid(alpha=0.25, axis="x")
+        axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)

@@ -98,7 +98,8 @@ def _run(axes, smoothing, chunk, args, wanted):
     if not names:
         return local(*args)
     rows = P(*(entry or None for entry in axes))
-    grads = {name: rows if name == "hidden" else P() for name in wanted}
+    where = {"hidden": rows, "table": P(None, _scattered(names, args[0].shape[-1]))}
+    grads = {name: where.get(name, P()) for name in wanted}
     return jax.shard_map(
         local, in_specs=(rows, P(), P(), P(), rows, rows), out_specs=((P(), P(), P()), grads),
         axis_names=set(names), check_vma=False,
@@ -166,10 +167,27 @@ def _local(smoothing, chunk, wanted, axes, hidden, table, scale, bias, targets, 
     (sums, by_row), d_hidden = jax.lax.scan(
         step, (zeros, tuple(empty)), (cut(hidden), cut(targets), cut(weights)))
     grads = {name: x[:V] for name, x in zip(("table", "scale", "bias"), by_row) if x is not None}
-    sums, grads = jax.lax.psum((sums, grads), axes) if axes else (sums, grads)
+    axis = _scattered(axes, shape[-1])
+    if axis and "table" in grads:
+        grads["table"] = jax.lax.psum_scatter(
+            grads["table"], axis, scatter_dimension=1, tiled=True)
+    sums = _sum(sums, axes)
+    grads = {name: _sum(x, [a for a in axes if a != axis or name != "table"])
+             for name, x in grads.items()}
     if "hidden" in wanted:
         grads["hidden"] = d_hidden.reshape(-1, shape[-1])[:num_tokens].reshape(shape)
     return tuple(sums), grads
+
+
+def _sum(x, axes):
+    return jax.lax.psum(x, tuple(axes)) if axes else x
+
+
+def _scattered(axes: tuple[str, ...], width: int) -> str | None:
+    """The axis over which the table's gradient is scattered as the table is, if there is one: each
+    device then gets the columns of its own parameters alone."""
+    cut = "fsdp" in axes and not width % jax.sharding.get_abstract_mesh().shape["fsdp"]
+    return "fsdp" if cut else None
 
 
 def _over_tensor(x: Array) -> Array:

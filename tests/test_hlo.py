@@ -1,0 +1,112 @@
+# ruff: noqa: E501
+"""Collectives read from compiled programs, against what was asked for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from transformer_jax import hlo, sharding
+
+MESH = sharding.make_mesh(data=2, fsdp=4)
+
+
+def compiled(fn, in_specs, out_specs, *shapes) -> str:
+    mapped = jax.shard_map(fn, mesh=MESH, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(mapped).lower(*args).compile().as_text()
+
+
+def one(text: str) -> hlo.Collective:
+    (found,) = hlo.collectives(text)
+    return found
+
+
+def test_all_gather():
+    text = compiled(lambda x: jax.lax.all_gather(x, "fsdp", tiled=True), P("fsdp"), P(), (32, 8))
+    found = one(text)
+    assert found[:4] == ("all-gather", 32 * 8 * 4, 4, 1)
+    assert found.sent == 32 * 8 * 4 * 3 / 4
+
+
+def test_all_reduce_over_one_axis_and_over_both():
+    text = compiled(lambda x: jax.lax.psum(x, "fsdp"), P(), P(), (32, 8))
+    assert one(text)[:4] == ("all-reduce", 1024, 4, 1)
+    assert one(text).sent == 2 * 1024 * 3 / 4
+    text = compiled(lambda x: jax.lax.psum(x, ("data", "fsdp")), P(), P(), (32, 8))
+    assert one(text)[:4] == ("all-reduce", 1024, 8, 1)
+
+
+def test_reduce_scatter_counts_what_is_reduced():
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name="fsdp", tiled=True)
+    found = one(compiled(scatter, P(), P("fsdp"), (32, 8)))
+    assert found[:4] == ("reduce-scatter", 1024, 4, 1)
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    def run(x):
+        def body(x, _):
+            return jnp.sin(jax.lax.psum(x, "data")), None
+
+        def outer(x, _):
+            return jax.lax.scan(body, x, None, length=5)[0], None
+
+        return jax.lax.scan(outer, x, None, length=3)[0]
+
+    found = one(compiled(run, P(), P(), (16,)))
+    assert found[:4] == ("all-reduce", 64, 2, 15)
+
+
+def test_a_program_of_one_device_sends_nothing():
+    text = jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8))).compile().as_text()
+    assert hlo.collectives(text) == []
+
+
+TPU = """
+%all-reduce-scatter.1 (input: bf16[16,64]) -> bf16[4,64] {
+  %all-reduce.5 = bf16[16,64]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+
+%fused.1 (p: bf16[4,64]) -> bf16[16,64] {
+  %all-gather.1 = bf16[16,64]{1,0} all-gather(%p), channel_id=9, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}, metadata={op_name="layer/wi"}
+}
+
+%fused.2 (p: bf16[4,64]) -> bf16[16,64] {
+  %all-gather.2 = bf16[16,64]{1,0} all-gather(%p), channel_id=9, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}, metadata={op_name="layer/wi"}
+}
+
+%condition (t: (s32[], bf16[4,64])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(48)
+}
+
+%body (t: (s32[], bf16[4,64])) -> (s32[], bf16[4,64]) {
+  %a = bf16[16,64] fusion(%x), kind=kCustom, calls=%fused.1
+  %b = bf16[16,64] fusion(%a), kind=kCustom, calls=%fused.2
+  %c = bf16[4,64] fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+ENTRY %main.1 (x: bf16[4,64]) -> bf16[4,64] {
+  %w = (s32[], bf16[4,64]) while(%t), condition=%condition, body=%body
+  %p = (f32[8]{0}, f32[8]{0}) collective-permute-start(%q), channel_id=1, source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+def test_what_a_tpu_makes_of_them():
+    """Pieces of one exchange share a channel; a reduce-scatter is a fusion of that name."""
+    found = {c.kind: c for c in hlo.collectives(TPU)}
+    assert found["all-gather"] == ("all-gather", 2048, 4, 48, "layer/wi")
+    assert found["reduce-scatter"][:4] == ("reduce-scatter", 2048, 4, 48)
+    assert found["collective-permute"][:2] == ("collective-permute", 32)
+    assert found["collective-permute"].sent == 32
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(("line", "group"), [
+    ("replica_groups={{0,4},{1,5}}", 2), ("replica_groups=[2,8]<=[16]", 8),
+    ("replica_groups=[4,4]<=[4,4]T(1,0)", 4), ("source_target_pairs={{0,1}}", 1),
+    ("replica_groups=mesh['a'=4,'b'=1,'c'=4], device_ids=([4,4]T(1,0)) {'c'}", 4)])
+def test_groups_in_every_way_they_are_written(line, group):
+    assert hlo._group(line) == group

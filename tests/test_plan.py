@@ -1,0 +1,89 @@
+"""Plans of tiny models on eight fake devices; tests/tpu has those of real slices."""
+
+import jax
+import pytest
+from small_models import BART, BERT, GPT2
+
+import transformer_jax.cli as cli
+from transformer_jax import plan, presets
+
+CHIP = plan.Chip(flops=1e9, memory=2**30, bandwidth=1e9, network=1e9)
+SIZES = {"num_layers": 3, "d_model": 64, "num_heads": 4, "mlp_dim": 256, "vocab_size": 512,
+         "max_length": 64, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+MODELS = {"gpt2": GPT2.replace(**SIZES), "bert": BERT.replace(**SIZES),
+          "bart": BART.replace(**SIZES, num_decoder_layers=2)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_program_does_what_the_model_needs(name):
+    setting = plan.Setting(MODELS[name], {"data": 2, "fsdp": 4}, rows=32, length=64)
+    found = plan.make(setting, jax.devices(), CHIP)
+    # More than the products: softmax, LayerNorm, GELU, AdamW, which a model so narrow feels.
+    assert 1.0 < found.compiled_flops / found.model_flops < 1.5
+    bytes_of_state = 3 * 4 * found.parameters  # AdamW has two numbers for each parameter
+    assert bytes_of_state / 4 < found.state_bytes < bytes_of_state / 3  # biases are on all
+    assert found.total_bytes >= found.state_bytes
+    assert found.collectives.keys() >= {"all-gather", "all-reduce"}
+    # What is gathered: every kernel, for the way forward and for the way back.
+    assert found.collectives["all-gather"] > 2 * 0.5 * found.parameters * 3 / 4
+
+
+def test_model_flops_by_hand():
+    c = GPT2.replace(num_layers=2, d_model=8, num_heads=2, mlp_dim=16, vocab_size=10)
+    tokens = 3 * 4
+    layer = 2 * tokens * (4 * 8 * 8 + 2 * 8 * 16) + 4 * 3 * 4 * 4 * 8
+    head = 2 * tokens * 8 * 10
+    assert plan.model_flops(plan.Setting(c, {}, rows=3, length=4)) == 3 * (2 * layer + head)
+
+
+def test_times_and_what_follows_from_them():
+    setting = plan.Setting(GPT2, {"data": 1}, rows=8, length=16)
+    made = plan.Plan(setting, 4, 10, 2**20, 2**20, 2**21, model_flops=1e9, compiled_flops=2e9,
+                     bytes_read=1e9, collectives={"all-reduce": 5e8}, chip=CHIP,
+                     compile_seconds=0.0)
+    assert made.times == {"arithmetic": 2.0, "memory": 1.0, "network": 0.5}
+    assert (made.step_seconds, made.mfu, made.fits) == (2.0, 0.5, True)
+    assert made.tokens_per_day == 8 * 16 / 2 * 86_400
+    slower = made._replace(bytes_read=4e9)
+    larger = made._replace(total_bytes=2**31, compiled_flops=1e9)
+    assert plan.best([slower, larger, made]) is made
+    assert plan.best([larger]) is None
+
+
+def test_settings_are_all_that_fit():
+    made = plan.settings(GPT2, 8, meshes={"data": (-1,), "fsdp": (1, 4, 3), "tensor": (1,)},
+                         remat=("none", "full"))
+    assert [(s.mesh["data"], s.mesh["fsdp"], s.rows, s.config.remat) for s in made] == [
+        (8, 1, 32, "none"), (8, 1, 32, "full"), (2, 4, 32, "none"), (2, 4, 32, "full")]
+    assert str(made[2]) == "data 2 x fsdp 4, 32 rows, remat none"
+    with pytest.raises(ValueError, match="no mesh .* has 8 devices"):
+        plan.settings(GPT2, 8, meshes={"data": (3,)})
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"mesh": {"data": 3}}, "does not fit 8 devices"),
+    ({"rows": 12}, "12 rows cannot be shared by 8"),
+    ({"rows": 8, "accumulate": 2}, "8 rows cannot be shared by 16"),
+    ({"length": 99}, "length 99 is more than the model's 32 positions")])
+def test_what_cannot_be_is_said_before_anything_is_compiled(changes, message):
+    setting = plan.Setting(GPT2, {"data": 8}, rows=8, length=16)._replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        plan.make(setting, jax.devices(), CHIP)
+
+
+def test_the_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(plan, "devices_of", lambda topology: jax.devices())
+    monkeypatch.setattr(presets, "get", lambda name, **options: MODELS["gpt2"].replace(
+        dtype=options["dtype"]))
+    assert cli.main(["plan", "gpt2", "--topology", "v5e:2x4", "--mesh.data", "2", "--mesh.fsdp",
+                     "4", "--rows", "16", "--length", "32", "--dtype", "float32",
+                     "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "data 2 x fsdp 4, 16 rows, remat none" in said and "best that fits" in said
+    assert (tmp_path / "plan.json").exists() and (tmp_path / "plan.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("topology", ["v9z:4x4", "16"])
+def test_a_slice_that_nobody_makes(topology, capsys):
+    assert cli.main(["plan", "gpt2", "--topology", topology]) == 2
+    assert "is of no known chip; give one of v4, v5e, v5p, v6e" in capsys.readouterr().err
