@@ -56,7 +56,7 @@ def test_settings_are_all_that_fit():
     assert [(s.mesh["data"], s.mesh["fsdp"], s.rows, s.config.remat) for s in made] == [
         (8, 1, 32, "none"), (8, 1, 32, "full"), (2, 4, 32, "none"), (2, 4, 32, "full")]
     assert str(made[2]) == "data 2 x fsdp 4, 32 rows, remat none"
-    with pytest.raises(ValueError, match="no mesh .* has 8 devices"):
+    with pytest.raises(ValueError, match=r"no mesh .* has 8 devices"):
         plan.settings(GPT2, 8, meshes={"data": (3,)})
 
 

@@ -353,8 +353,10 @@ def show(plans: Sequence[Plan], title: str) -> None:
         sent = ", ".join(f"{kind} {n / 2**20:,.0f} MiB" for kind, n in plan.collectives.items())
         console.print(f"{plan.setting}: each device sends {sent or 'nothing'}")
     chosen = best(plans)
-    console.print("none of these fits; more devices, remat full, or fewer rows" if chosen is None
-                  else f"best that fits: {chosen.setting}, {chosen.tokens_per_day:.3g} tokens a day")
+    if chosen is None:
+        console.print("none of these fits; try more devices, remat full, or fewer rows")
+    else:
+        console.print(f"best that fits: {chosen.setting}, {chosen.tokens_per_day:.3g} tokens a day")
 
 
 def bars(plans: Sequence[Plan]) -> dict[str, dict[str, float]]:
