@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from settings import Pretrain
 
-from transformer_jax import host, sharding
+from transformer_jax import distributed, host, sharding
 from transformer_jax.data import pipeline, sources, tokenizers
 from transformer_jax.models import build_model, config_from_dict, config_to_dict
 from transformer_jax.models.config import Config, TransformerConfig
@@ -33,7 +33,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 
 
 def start() -> None:
-    """Call first in a script: host settings, and the devices, said aloud."""
+    """Call first in a script: host settings, other processes, and the devices, said aloud."""
+    distributed.join()
     if jax.default_backend() == "cpu":
         host.keep_freed_memory()
     devices = jax.devices()

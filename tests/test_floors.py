@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "generate": USE,
     "pretrained": USE,
     "hlo": set(),
+    "distributed": set(),
     "plan": USE | {"hlo"},
     "cli": USE | {"presets", "evaluate", "generate", "pretrained", "plan", "host", "draw",
                   "predictions"},

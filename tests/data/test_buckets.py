@@ -83,7 +83,7 @@ def test_processes_share_each_batch():
     parts = [batches(process_index=i, process_count=2) for i in range(2)]
     for i in range(5):
         together = np.concatenate([part[i]["number"] for part in parts])
-        assert sorted(together) == sorted(whole[i]["number"])
+        np.testing.assert_array_equal(together, whole[i]["number"])
         assert len({part[i]["tokens"].shape for part in parts}) == 1
 
 

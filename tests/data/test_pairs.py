@@ -81,7 +81,7 @@ def test_processes_share_each_batch():
     parts = [make(process_index=i, process_count=2) for i in range(2)]
     for i in range(6):
         rows = np.concatenate([part[i]["tokens"] for part in parts])
-        assert sorted(map(tuple, rows)) == sorted(map(tuple, whole[i]["tokens"]))
+        np.testing.assert_array_equal(rows, whole[i]["tokens"])
 
 
 def test_rows_are_a_multiple_and_few_pairs_make_small_batches():

@@ -6,13 +6,14 @@ first bucket that holds its longest example: as many shapes, and compilations, a
 batch is full and every example comes once an epoch, however few there are.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from transformer_jax.data.pipeline import Batch, Loader
+from transformer_jax.data.pipeline import Batch, Loader, part
 
 
 def choose_buckets(lengths: Sequence[int], limit: int, most: int) -> list[int]:
@@ -85,7 +86,7 @@ class GroupedBatches:
         # Sorting much of an epoch together would fill batches with like examples.
         quarter = len(examples) // batch_size // 4
         self.group = 1 if len(buckets) == 1 else max(min(group, quarter), 1)
-        self._share = slice(process_index, None, process_count)
+        self._part = functools.partial(part, process_index, process_count)
         self._plan: tuple[int, list[np.ndarray]] = (-1, [])
 
     def __len__(self) -> int:
@@ -117,7 +118,7 @@ class GroupedBatches:
     def _batch(self, members: np.ndarray) -> Batch:
         bucket = int(np.searchsorted(self.buckets, self.lengths[members].max()))
         rows = [self.make_row(self.examples[j], self.buckets[bucket])
-                for j in members[self._share]]
+                for j in members[self._part(len(members))]]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def loader(self, prefetch: int = 2) -> Loader:
@@ -141,5 +142,5 @@ class GroupedBatches:
             batch = {name: np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
                      for name, x in batch.items()}
             batch["index"] = np.pad(members, (0, missing), constant_values=-1).astype(np.int32)
-            batches.append({name: x[self._share] for name, x in batch.items()})
+            batches.append({name: x[self._part(size)] for name, x in batch.items()})
         return batches

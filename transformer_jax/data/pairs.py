@@ -4,6 +4,7 @@ Rows of a batch are padded to one shape, and each shape is compiled once, so pai
 few buckets of length. A batch holds about the same number of tokens whatever its bucket.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from transformer_jax.data.pipeline import Batch, Loader
+from transformer_jax.data.pipeline import Batch, Loader, part
 from transformer_jax.data.sources import TABLE_SUFFIXES, Example, _read_text, load_source, table
 
 # Sources ------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ class BucketedBatches:
         self.rows = [min(rows, max(count // rows_multiple * rows_multiple, rows_multiple))
                      for rows, count in zip(self.rows, counts)]
         self.batches_per_epoch = int(sum(c // r for c, r in zip(counts, self.rows)))
-        self._share = slice(process_index, None, process_count)
+        self._part = functools.partial(part, process_index, process_count)
         self._epoch: tuple[int, list] = (-1, [])
 
     def __len__(self) -> int:
@@ -155,7 +156,7 @@ class BucketedBatches:
         bucket, members = plan[place]
         length = self.buckets[bucket]
         rows = [self.make_row(self.pairs[j], source_length=length, target_length=length)
-                for j in members[self._share]]
+                for j in members[self._part(len(members))]]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _deal(self, epoch: int) -> list[tuple[int, np.ndarray]]:
@@ -191,5 +192,5 @@ class BucketedBatches:
                 batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
                 batches.append({
                     name: np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
-                    [self._share] for name, x in batch.items()})
+                    [self._part(rows)] for name, x in batch.items()})
         return batches

@@ -195,7 +195,8 @@ def make_loader(
         drop_remainder: drop the last batch of the last epoch if it is not full. False fills it
             with rows of zeros, which weigh nothing: for evaluation with num_epochs=1.
         prefetch: batches made ahead in a thread; 0 makes each when it is asked for.
-        process_index, process_count: this host takes every process_count-th row of each batch.
+        process_index, process_count: this host takes its part of the rows of each batch. The parts
+            in order are the batch, so that what depends on a row's place depends on no host.
 
     Raises:
         ValueError: the source is empty, or too small for one batch, or batch_size does not divide
@@ -220,9 +221,31 @@ def make_loader(
         else:
             rows = rows[: whole * batch_size]
     if process_count > 1:
-        rows = rows[process_index::process_count]
+        rows = grain.MapDataset.source(_Part(rows, batch_size, process_index, process_count))
     batches = rows.batch(batch_size // process_count, drop_remainder=True)
     return Loader(batches.map(source.take) if at_once else batches, prefetch)
+
+
+def part(process_index: int, process_count: int, rows: int) -> slice:
+    """The rows of one process among those of a batch, which all processes share equally."""
+    own = rows // process_count
+    return slice(process_index * own, (process_index + 1) * own)
+
+
+class _Part:
+    """The rows of one process, in batches that `part` cuts."""
+
+    def __init__(self, rows: Sequence, batch_size: int, process_index: int, process_count: int):
+        self._rows, self._batch_size = rows, batch_size
+        self._first = part(process_index, process_count, batch_size).start
+        self._own, self._length = batch_size // process_count, len(rows) // process_count
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> Any:
+        batch, place = divmod(i, self._own)
+        return self._rows[batch * self._batch_size + self._first + place]
 
 
 class _Filled:

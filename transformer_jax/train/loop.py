@@ -138,6 +138,7 @@ def fit(
         print(f"starting at step {start} of {num_steps}", flush=True)
 
     step_fn = _compile(train_step, state, mesh)
+    shares = sharding.data_share(mesh).count
     history: list[Row] = []
     saving: checkpoint.PendingSave | None = None
     clock = _Clock()
@@ -171,7 +172,7 @@ def fit(
             row = {"step": sent.step, "loss": metrics.pop("loss"), **metrics}
             if seconds := clock.lap():
                 row["seconds_per_step"] = seconds
-                if tokens := tokens_per_batch or _count_tokens(sent.batch):
+                if tokens := tokens_per_batch or _count_tokens(sent.batch) * shares:
                     row["tokens_per_second"] = tokens / seconds
             log(row, "train")
 
@@ -250,7 +251,7 @@ def _next(batches: Batches, step: int, num_steps: int) -> PyTree:
 
 def _count_tokens(batch: PyTree) -> int:
     tokens = batch.get("tokens") if isinstance(batch, dict) else None
-    return 0 if tokens is None else int(np.size(tokens)) * jax.process_count()
+    return 0 if tokens is None else int(np.size(tokens))
 
 
 def _check_finite(sent: _Dispatched, metrics: Row, checkpoint_dir: str | Path | None) -> None:

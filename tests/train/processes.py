@@ -1,0 +1,57 @@
+"""One of several processes that train a tiny GPT together: `test_processes` starts them.
+
+    python processes.py DEVICES MESH OUT    with JAX_COORDINATOR_ADDRESS and so on, or alone
+"""
+
+import functools
+import json
+import sys
+
+import jax
+
+from transformer_jax import distributed, sharding
+from transformer_jax.data import pipeline
+from transformer_jax.models import GPTConfig, build_model, init_params
+from transformer_jax.objectives import causal_lm
+from transformer_jax.train import loop, optim, step
+
+CONFIG = GPTConfig(vocab_size=40, max_length=8, num_layers=1, d_model=16, num_heads=2, mlp_dim=32,
+                   dropout_rate=0.1, attention_dropout_rate=0.0, norm_first=True)
+
+
+class Rows:
+    """64 rows that are known by their number."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        ids = (3 * i + 7 * jax.numpy.arange(9) ** 2) % 40
+        return causal_lm.shift(jax.device_get(ids), jax.device_get(0 * ids + 1))
+
+
+def main(devices: int, sizes: dict, out: str) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    distributed.join()
+    mesh = sharding.make_mesh(**sizes)
+    share = sharding.data_share(mesh)
+    batches = pipeline.make_loader(Rows(), 16, seed=3, process_index=share.index,
+                                   process_count=share.count)
+    model = build_model(CONFIG)
+    params = sharding.init_sharded(functools.partial(init_params, model), jax.random.key(0), mesh)
+    optimizer = optim.make_optimizer(1e-2)
+    state, history = loop.fit(
+        step.init_state(params, optimizer),
+        step.make_train_step(functools.partial(causal_lm.loss, model.apply), optimizer),
+        batches, rng=jax.random.key(1), num_steps=5, mesh=mesh, log_every=1, quiet=True)
+    norm = jax.jit(lambda p: sum((x**2).sum() for x in jax.tree.leaves(p)))(state.params)
+    if jax.process_index() == 0:
+        found = {"losses": [row["loss"] for row in history], "norm": float(norm),
+                 "processes": jax.process_count(), "share": share}
+        with open(out, "w") as file:
+            json.dump(found, file)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,85 @@
+"""Several processes on the loopback train as one does; and who they are is read right."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from transformer_jax import distributed
+
+SCRIPT = Path(__file__).with_name("processes.py")
+
+
+def train(folder: Path, processes: int, devices: int, sizes: dict) -> dict:
+    """What `processes` processes of so many devices each come to."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out = folder / f"{processes}.json"
+    running = []
+    for i in range(processes):
+        several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_PROCESS_ID": str(i),
+                   "JAX_NUM_PROCESSES": str(processes)} if processes > 1 else {}
+        running.append(subprocess.Popen(
+            [sys.executable, SCRIPT, str(devices), json.dumps(sizes), out],
+            env=os.environ | several, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    try:
+        said = [one.communicate(timeout=240)[0] for one in running]
+    finally:
+        for one in running:
+            one.kill()
+    assert [one.returncode for one in running] == [0] * processes, "\n".join(said)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "sizes", "count"), [
+    (2, {"data": 2, "fsdp": 2}, 2),
+    (4, {"data": 2, "sequence": 2, "tensor": 2}, 2),  # each row is on two processes
+])
+def test_several_processes_are_one(tmp_path, processes, sizes, count):
+    total = int(np.prod(list(sizes.values())))
+    alone = train(tmp_path, 1, total, sizes)
+    several = train(tmp_path, processes, total // processes, sizes)
+    assert (alone["processes"], several["processes"]) == (1, processes)
+    assert several["share"] == [0, count]
+    np.testing.assert_allclose(several["losses"], alone["losses"], rtol=1e-5)
+    np.testing.assert_allclose(several["norm"], alone["norm"], rtol=1e-5)
+    assert several["losses"][-1] < several["losses"][0]
+
+
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1234"}
+ENVIRONMENTS = [
+    ({}, None),
+    (ADDRESS, None),  # for a launcher that JAX knows
+    ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1"}, None),
+    ({"SLURM_STEP_NUM_TASKS": "4"}, ()),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, ()),
+    ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, ()),
+    ({"TRANSFORMER_JAX_DISTRIBUTED": "1"}, ()),
+    (ADDRESS | {"JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}, ("host:1234", 3, 2)),
+]
+
+
+@pytest.mark.parametrize(("environment", "asked"), ENVIRONMENTS, ids=str)
+def test_what_started_us_says_who_we_are(monkeypatch, environment, asked):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: calls.append(args))
+    assert not distributed.join(environment)
+    assert calls == ([] if asked is None else [asked])
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID is not; set all three"),
+    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is '2' of JAX_NUM"),
+    ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "numbered from 0")])
+def test_half_an_identity_is_an_error(changes, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.join(ADDRESS | changes)
