@@ -42,8 +42,12 @@ def pretrain(c: Pretrain) -> dict:
     held_out_batches = held_out.evaluation(c.batch_size, c.eval_batches, mesh)
 
     model = build_model(c.model)
-    params = sharding.init_sharded(functools.partial(init_params, model),
-                                   jax.random.key(c.seed), mesh)
+
+    def init(rng):
+        params = init_params(model, rng)
+        return tree.stack_layers(params) if c.scan_layers else params
+
+    params = sharding.init_sharded(init, jax.random.key(c.seed), mesh)
     loss_fn = functools.partial(common.LOSSES[c.objective], model.apply)
     optimizer = c.optimizer.make(c.num_steps)
     train_step = step.make_train_step(loss_fn, optimizer, accumulate=c.accumulate)

@@ -33,7 +33,7 @@ from transformer_jax import draw
 from transformer_jax.data import few_labels
 from transformer_jax.generate import fill_mask, generate
 from transformer_jax.models import GPT
-from transformer_jax.nn.attention import causal_mask
+from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.blocks import Stack
 from transformer_jax.nn.positions import sinusoidal
 from transformer_jax.objectives.layout import bert_row
@@ -218,8 +218,7 @@ def attention_maps(model: GPT, params: dict, ids: list[int]) -> dict[str, np.nda
     """The same parameters under two masks: a mask is data, the stack does not know it."""
     x = params["token_embed"]["embedding"][jnp.array(ids)] * model.config.embedding_scale
     x += params["position_embed"]["embedding"][: len(ids)]
-    order = jnp.arange(len(ids))[None]
-    masks = {"with the causal mask": causal_mask(order, order), "without it": None}
+    masks = {"with the causal mask": Mask(causal=True), "without it": Mask()}
     stack = Stack(model.config.stack)
     return {
         name: np.asarray(jax.jit(stack.apply)({"params": params["decoder"]}, x[None], mask)

@@ -275,6 +275,8 @@ class Pretrain:
         noise: of denoising.
         sentence_end: what ends a sentence within a line, such as " . " in tokenized text, for
             denoising; lines alone if empty.
+        scan_layers: stack the layers while training and scan over them, which compiles one in the
+            place of all: for deep models on accelerators.
     """
 
     model: tyro.conf.AvoidSubcommands[Config]
@@ -292,6 +294,7 @@ class Pretrain:
     noise: Noise = field(default_factory=Noise)
     sentence_end: str = ""
     accumulate: int = 1
+    scan_layers: bool = False
     optimizer: Optimizer = field(default_factory=Optimizer)
     mesh: Mesh = field(default_factory=Mesh)
     eval_every: int = 250

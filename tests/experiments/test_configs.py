@@ -70,6 +70,17 @@ def test_two_steps_of_every_config(name, pretrained):
     assert list((out / "events").glob("events.out.tfevents.*"))
 
 
+def test_a_run_that_scans_its_layers_is_the_same_run(pretrained, sentences, tmp_path):
+    c = configs.load(Pretrain)["char_shakespeare"][1]
+    c = tiny(c, tmp_path / "run", data=sentences, scan_layers=True)
+    scanned = pretrain.pretrain(c)["metrics"]
+    unrolled = json.loads((pretrained("char_shakespeare") / "results.json").read_text())["metrics"]
+    np.testing.assert_allclose(scanned["held_out"]["loss"], unrolled["held_out"]["loss"], rtol=1e-4)
+    names = [tree.flatten_paths(common.load_run(folder).params).keys()
+             for folder in (tmp_path / "run", pretrained("char_shakespeare"))]
+    assert names[0] == names[1]
+
+
 @pytest.mark.parametrize("name", configs.load(Translate))
 def test_a_few_steps_of_every_translation(name, tmp_path):
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

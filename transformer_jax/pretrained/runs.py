@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from transformer_jax import tree
 from transformer_jax.data import tokenizers
 from transformer_jax.models import Config, Model, build_model, config_from_dict, config_to_dict
 from transformer_jax.train import checkpoint
@@ -68,4 +69,5 @@ def load_run(folder: str | Path) -> Trained:
     model = build_model(config_from_dict(card["model"]), len(labels) if width is None else width,
                         card.get("task") or ("classification" if labels else None))
     params = checkpoint.average_params(folder / "checkpoints", card.get("average", 1))
+    params = tree.unstack_layers(params)  # of a run that scanned over its layers
     return Trained(model, params, tokenizers.load(folder / "tokenizer"), labels)
