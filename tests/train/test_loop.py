@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -64,6 +65,21 @@ def test_history_has_the_numbers_of_each_logged_step():
     for _ in range(3):
         plain, metrics = jax.jit(train_step)(plain, next(batches), rng)
     np.testing.assert_allclose(history[0]["loss"], metrics["loss"], rtol=1e-6)
+
+
+def test_a_run_knows_whether_it_compiles_and_waits():
+    class Slow(toy.Stream):
+        def __next__(self):
+            time.sleep(0.02)
+            return super().__next__()
+
+    for stream, least, most in ((toy.Stream(), 0.0, 1.0), (Slow(), 0.5, 1.0)):
+        _, history = fit(*make(), stream, rng=jax.random.key(3), num_steps=12, quiet=True,
+                         log_every=2)
+        assert least <= history[-1]["host_share"] <= most
+        # The first step compiles, and none after it.
+        assert history[0]["compilations"] > 0
+        assert history[-1]["compilations"] == history[0]["compilations"]
 
 
 def test_a_state_of_old_and_new_leaves_is_compiled_once(caplog):

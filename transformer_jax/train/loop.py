@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from transformer_jax import sharding
+from transformer_jax import measure, sharding
 from transformer_jax.train import checkpoint
 from transformer_jax.train.progress import progress
 from transformer_jax.train.step import TrainState
@@ -98,9 +98,11 @@ def fit(
 
     Returns:
       The state after `num_steps` updates, and the history of this call: rows of "step", the step's
-      metrics ("loss", "grad_norm", ...), "seconds" since the call, "seconds_per_step" and, where
-      known, "tokens_per_second", both averaged since the last row without compilation, evaluation
-      and saving. Rows of evaluation have "step", "seconds" and the "eval_" numbers.
+      metrics ("loss", "grad_norm", ...), "seconds" since the call, "compilations" since then (of
+      evaluation too), and, averaged since the last row without compilation, evaluation and saving,
+      "seconds_per_step", "host_share" (of a step, in which devices may have waited for a batch, at
+      most) and, where known, "tokens_per_second". Rows of evaluation have "step", "seconds" and the
+      "eval_" numbers.
 
     Raises:
       NonFiniteLossError: names the step; nothing is saved over the last good checkpoint, and the
@@ -138,6 +140,7 @@ def fit(
         print(f"starting at step {start} of {num_steps}", flush=True)
 
     step_fn = _compile(train_step, state, mesh)
+    compilations = measure.Compilations()
     shares = sharding.data_share(mesh).count
     history: list[Row] = []
     saving: checkpoint.PendingSave | None = None
@@ -170,7 +173,9 @@ def fit(
             if sent.step % log_every and sent.step != num_steps:
                 return
             row = {"step": sent.step, "loss": metrics.pop("loss"), **metrics}
-            if seconds := clock.lap():
+            row["compilations"] = compilations.count
+            if lap := clock.lap():
+                seconds, row["host_share"] = lap
                 row["seconds_per_step"] = seconds
                 if tokens := tokens_per_batch or _count_tokens(sent.batch) * shares:
                     row["tokens_per_second"] = tokens / seconds
@@ -178,8 +183,12 @@ def fit(
 
         try:
             for step in range(start + 1, num_steps + 1):
+                asked = time.perf_counter()
                 batch = _next(batches, step, num_steps)
                 placed = batch if mesh is None else sharding.shard_batch(batch, mesh)
+                # The last step is done already: the device had nothing to do meanwhile.
+                if waiting is not None and waiting.metrics["loss"].is_ready():
+                    clock.waited += time.perf_counter() - asked
                 state, metrics = step_fn(state, placed, rng)
                 if waiting is not None:
                     read(waiting)
@@ -209,6 +218,7 @@ def fit(
                     )
                 clock.restart()
         finally:
+            compilations.close()
             if saving is not None:
                 saving.result()
     return state, history
@@ -279,6 +289,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self.mean = 0.0  # of the last lap
+        self.waited = 0.0  # in this lap
         self._seconds, self._steps = 0.0, 0
         self._since: float | None = None  # None: the first step is compiling
 
@@ -294,10 +305,11 @@ class _Clock:
         """Leaves out what happened since the last tick."""
         self._since = time.perf_counter()
 
-    def lap(self) -> float:
-        """The mean since the last lap, 0 if no step was measured."""
-        if self._steps:
-            self.mean = self._seconds / self._steps
-            self._seconds, self._steps = 0.0, 0
-            return self.mean
-        return 0.0
+    def lap(self) -> tuple[float, float] | None:
+        """The mean since the last lap, and the share of it in which devices waited for the host, at
+        most; None if no step was measured."""
+        if not self._steps:
+            return None
+        self.mean, share = self._seconds / self._steps, min(self.waited / self._seconds, 1.0)
+        self._seconds, self._steps, self.waited = 0.0, 0, 0.0
+        return self.mean, share

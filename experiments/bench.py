@@ -1,0 +1,223 @@
+"""How fast a training step, a fine-tuning step and decoding are here, as one line of JSON each.
+
+    python experiments/bench.py                                  # all cases
+    python experiments/bench.py --cases gpt2 gpt2_decode_1 --rounds 10
+    python experiments/bench.py --cases gpt2 --dtype bfloat16 --dropout-rate 0.1
+
+Parameters are random. A line has compile seconds, the median step, tokens a second, the share of
+the rate of a large matrix product measured just before (MFU: products of the model only) or,
+decoding, of the rate at which memory is read, peak memory, and compilations after the second step,
+of which there should be none. Each case runs in a process of its own, so that no memory is
+another's.
+"""
+
+import functools
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from transformer_jax import host, measure, plan, presets
+from transformer_jax.finetune import deltas
+from transformer_jax.generate import generate
+from transformer_jax.models import build_model, init_params
+from transformer_jax.objectives import tasks
+from transformer_jax.train import optim, step
+
+CHAR = {"vocab_size": 65, "norm_first": True}
+
+
+class Case(NamedTuple):
+    """A preset with changes, and the work."""
+
+    preset: str
+    rows: int
+    length: int
+    work: str = "train"  # or "decode", or a recipe of fine-tuning
+    target: int = 0  # tokens of a target, or new ones
+    changes: Mapping = MappingProxyType({})
+
+
+CASES = {
+    "gpt2": Case("gpt2", 2, 256),
+    "bert_base": Case("bert_base", 4, 128),
+    "bart_base": Case("bart_base", 2, 128, target=64),
+    "transformer_base": Case("transformer_base", 8, 64, target=64),
+    "char_gpt_4x128": Case("gpt2", 12, 64, changes=CHAR | {
+        "num_layers": 4, "d_model": 128, "num_heads": 4, "mlp_dim": 512, "max_length": 64}),
+    "char_gpt_6x384": Case("gpt2", 8, 256, changes=CHAR | {
+        "num_layers": 6, "d_model": 384, "num_heads": 6, "mlp_dim": 1536, "max_length": 256}),
+    "gpt2_decode_1": Case("gpt2", 1, 32, "decode", 64),
+    "gpt2_decode_8": Case("gpt2", 8, 32, "decode", 64),
+    "bart_base_decode_1": Case("bart_base", 1, 128, "decode", 64),
+    **{f"bert_base_{recipe.replace(':', '_')}": Case("bert_base", 8, 128, recipe)
+       for recipe in ("full", "head", "lora:8")},
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to time.
+
+    Attributes:
+        cases: of `CASES`; all if none are given.
+        rounds: steps that are timed.
+        dropout_rate: of activations and of attention weights, while training.
+        here: run in this process, which then has one case only.
+    """
+
+    cases: tuple[str, ...] = ()
+    rounds: int = 7
+    dtype: str = "float32"
+    dropout_rate: float = 0.0
+    here: bool = False
+
+
+class Job(NamedTuple):
+    run: Callable[[], object]  # one unit of work, done when it returns
+    tokens: int
+    flops: float = 0.0  # products of the model
+    bytes_read: float = 0.0  # at the least, where memory is the limit
+
+
+def training(case: Case, c: Bench) -> Job:
+    """Whole steps: forward, backward, clipping, AdamW; the state donated."""
+    config = _config(case, c)
+    recipe = None if case.work == "train" else case.work
+    model = build_model(config, 2, "classification") if recipe else build_model(config)
+    params, mask = jax.jit(functools.partial(init_params, model))(jax.random.key(0)), None
+    if recipe:
+        params, mask = deltas.prepare(params, recipe, jax.random.key(1))
+    optimizer = optim.make_optimizer(1e-4)
+    loss = tasks.classification_loss if recipe else _loss(config)
+    train_step = jax.jit(
+        step.make_train_step(functools.partial(loss, model.apply), optimizer, mask),
+        donate_argnums=0)
+    setting = plan.Setting(config, {}, case.rows, case.length)
+    batch = _batch(case, plan.batch_shapes(setting), config.vocab_size, recipe)
+    state = [step.init_state(params, optimizer, mask)]
+    del params
+    rng = jax.random.key(2) if c.dropout_rate else None
+
+    def run():
+        state[0], metrics = train_step(state[0], batch, rng)
+        return jax.block_until_ready((state[0], metrics))[1]["loss"]
+
+    tokens = case.rows * (case.length + case.target)
+    return Job(run, tokens, 0.0 if recipe or case.target else plan.model_flops(setting))
+
+
+def decoding(case: Case, c: Bench) -> Job:
+    """Greedy decoding, with no end but the number of new tokens."""
+    config = _config(case, c)
+    model = build_model(config)
+    params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
+    prompts = np.random.default_rng(0).integers(4, config.vocab_size, (case.rows, case.length))
+    run = functools.partial(generate, model, params, prompts.tolist(),
+                            max_new_tokens=case.target, min_new_tokens=case.target)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # once for each new token
+    return Job(run, case.rows * case.target, bytes_read=weights * case.target)
+
+
+def _config(case: Case, c: Bench):
+    return presets.get(case.preset, **case.changes, dtype=c.dtype, dropout_rate=c.dropout_rate,
+                       attention_dropout_rate=c.dropout_rate)
+
+
+def _loss(config):
+    return next(loss for kind, loss in plan.LOSSES.items() if isinstance(config, kind))
+
+
+def _batch(case: Case, shapes: dict, vocab_size: int, recipe: str | None) -> dict:
+    """Random ids of these shapes; all weights one."""
+    rng = np.random.default_rng(0)
+    if recipe:
+        shapes = {name: shapes[name] for name in ("tokens", "segment_ids", "padding_mask")}
+    batch = {}
+    for name, leaf in shapes.items():
+        shape = list(leaf.shape)
+        if case.target and name in ("decoder_tokens", "targets", "weights"):
+            shape[1] = case.target
+        limit = {"segment_ids": 2, "nsp_labels": 2, "masked_positions": case.length,
+                 "document_ids": 2}.get(name, vocab_size)
+        value = rng.integers(0, limit, shape) if leaf.dtype == jnp.int32 else np.ones(shape)
+        batch[name] = value.astype(leaf.dtype)
+    if "positions" in batch:
+        batch["positions"] = np.broadcast_to(np.arange(case.length, dtype=np.int32),
+                                             batch["positions"].shape)
+        batch["document_ids"] = np.ones_like(batch["tokens"])
+    if recipe:
+        batch |= {"labels": rng.integers(0, 2, case.rows).astype(np.int32),
+                  "weights": np.ones(case.rows, np.float32)}
+    return batch
+
+
+def time_case(name: str, c: Bench) -> dict:
+    """One case in this process."""
+    case = CASES[name]
+    rate, reads = measure.matmul_rate(c.dtype), measure.read_rate()
+    with measure.Compilations() as compilations:
+        job = (decoding if case.work == "decode" else training)(case, c)
+        before = compilations.seconds
+        job.run()
+        compile_seconds = compilations.seconds - before
+        job.run()
+        settled = compilations.count
+        times = []
+        for _ in range(c.rounds):
+            began = time.perf_counter()
+            job.run()
+            times.append(time.perf_counter() - began)
+        again = compilations.count - settled
+    median = statistics.median(times)
+    share = {"mfu": job.flops / median / rate, "read_share": job.bytes_read / median / reads}
+    return {
+        "case": name, **case._asdict(), "changes": dict(case.changes), "dtype": c.dtype,
+        "dropout_rate": c.dropout_rate,
+        "compile_seconds": round(compile_seconds, 2), "median_seconds": round(median, 5),
+        "least_seconds": round(min(times), 5), "rounds": c.rounds,
+        "tokens_per_second": round(job.tokens / median, 1),
+        **{name: round(value, 3) for name, value in share.items() if value},
+        "matmul_gflops": round(rate / 1e9, 1), "read_gigabytes": round(reads / 1e9, 1),
+        "peak_memory_mib": round((measure.peak_memory() or 0) / 2**20),
+        "compilations_after_second": again, "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(), "python": platform.python_version(),
+        "versions": {package: version(package) for package in ("jax", "jaxlib", "flax")}}
+
+
+def main(c: Bench) -> list[dict]:
+    """The command."""
+    unknown = [name for name in c.cases if name not in CASES]
+    if unknown:
+        raise ValueError(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    lines = []
+    for name in c.cases or CASES:
+        if c.here:
+            if jax.default_backend() == "cpu":
+                host.keep_freed_memory()
+            lines.append(time_case(name, c))
+            print(json.dumps(lines[-1]), flush=True)
+            continue
+        own = [sys.executable, __file__, "--here", "--cases", name]
+        own += [f"--{key.replace('_', '-')}={getattr(c, key)}"
+                for key in ("rounds", "dtype", "dropout_rate")]
+        said = subprocess.run(own, stdout=subprocess.PIPE, text=True, check=True).stdout
+        lines.append(json.loads(said.splitlines()[-1]))
+        print(said, end="", flush=True)
+    return lines
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=__doc__))
