@@ -1,11 +1,13 @@
 """Plans of tiny models on eight fake devices; tests/tpu has those of real slices."""
 
+import json
+
 import jax
 import pytest
 from small_models import BART, BERT, GPT2
 
 import transformer_jax.cli as cli
-from transformer_jax import plan, presets
+from transformer_jax import plan
 
 CHIP = plan.Chip(flops=1e9, memory=2**30, bandwidth=1e9, network=1e9)
 SIZES = {"num_layers": 3, "d_model": 64, "num_heads": 4, "mlp_dim": 256, "vocab_size": 512,
@@ -72,15 +74,24 @@ def test_what_cannot_be_is_said_before_anything_is_compiled(changes, message):
 
 
 def test_the_command(monkeypatch, tmp_path, capsys):
+    def make(setting, devices, chip):
+        big = setting.config.remat == "none"
+        return plan.Plan(setting, len(devices), 10, 2**30, 2**30, 2**35 if big else 2**31, 1e15,
+                         2e15, 1e9, {"all-reduce": 5e8}, chip, 3.0)
+
     monkeypatch.setattr(plan, "devices_of", lambda topology: jax.devices())
-    monkeypatch.setattr(presets, "get", lambda name, **options: MODELS["gpt2"].replace(
-        dtype=options["dtype"]))
+    monkeypatch.setattr(plan, "make", make)
     assert cli.main(["plan", "gpt2", "--topology", "v5e:2x4", "--mesh.data", "2", "--mesh.fsdp",
-                     "4", "--rows", "16", "--length", "32", "--dtype", "float32",
+                     "4", "--rows", "16", "--length", "32", "--remat", "none", "full",
                      "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "data 2 x fsdp 4, 16 rows, remat none" in said and "best that fits" in said
-    assert (tmp_path / "plan.json").exists() and (tmp_path / "plan.png").stat().st_size > 1000
+    assert "data 2 x fsdp 4, 16 rows, remat none: compiled in 3 s" in said
+    assert "best that fits: data 2 x fsdp 4, 16 rows, remat full" in said
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    assert [(one["fits"], one["model"]["kernel"]) for one in saved] == [
+        (False, "splash"), (True, "splash")]
+    assert saved[0]["times"]["arithmetic"] == pytest.approx(2e15 / 197e12)
+    assert (tmp_path / "plan.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("topology", ["v9z:4x4", "16"])
