@@ -33,11 +33,15 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 
 
 def start() -> None:
-    """Call first in a script: host settings, other processes, and the devices, said aloud."""
+    """Call first in a script: host settings, other processes, what was compiled before, and the
+    devices, said aloud."""
     distributed.join()
     if jax.default_backend() == "cpu":
         host.keep_freed_memory()
     devices = jax.devices()
+    if not jax.config.jax_compilation_cache_dir:
+        folder = host.compiled_folder(devices[0].device_kind)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     print(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
           f"{jax.process_count()} process(es), jax {jax.__version__}", flush=True)
 

@@ -3,6 +3,9 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
+
+from transformer_jax import host
 
 SCRIPT = """
 import resource
@@ -28,3 +31,13 @@ def test_freed_buffers_are_kept():
         assert page_faults("assert not keep_freed_memory()") >= 0
         return
     assert page_faults("assert keep_freed_memory()") < 0.1 * page_faults("")
+
+
+def test_what_is_compiled_is_kept_apart_by_kind(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRANSFORMER_JAX_CACHE", str(tmp_path))
+    cpu, tpu = host.compiled_folder("cpu"), host.compiled_folder("TPU v5 lite")
+    assert cpu.parent == tpu.parent == tmp_path / "compiled"
+    assert cpu != tpu and " " not in tpu.name
+    assert host.compiled_folder("cpu") == cpu
+    monkeypatch.setattr(Path, "read_text", lambda self: "flags : another kind")
+    assert host.compiled_folder("cpu") != cpu

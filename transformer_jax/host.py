@@ -1,7 +1,10 @@
-"""The process a run lives in: its memory allocator."""
+"""The process a run lives in: its memory allocator, and where it keeps what it compiled."""
 
 import ctypes
+import hashlib
+import os
 import platform
+from pathlib import Path
 
 # glibc's malloc.h: parameter numbers of mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -23,3 +26,20 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL("libc.so.6").mallopt
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER), (_M_ARENA_MAX, 1))
     return [mallopt(name, value) for name, value in settings] == [1] * len(settings)
+
+
+def compiled_folder(device_kind: str) -> Path:
+    """Where programs compiled for a kind of device are kept between runs: in
+    $TRANSFORMER_JAX_CACHE, or ~/.cache/transformer_jax.
+
+    Code for a CPU may use instructions that another CPU lacks, so in a home that several machines
+    share each kind has a folder of its own.
+    """
+    root = os.environ.get("TRANSFORMER_JAX_CACHE") or Path("~/.cache/transformer_jax").expanduser()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    digest = hashlib.sha256(features.encode()).hexdigest()[:8]
+    return Path(root) / "compiled" / f"{device_kind}-{digest}".replace(" ", "_")
