@@ -1,6 +1,6 @@
 """One of several processes that train a tiny GPT together: `test_processes` starts them.
 
-    python processes.py DEVICES MESH OUT    with JAX_COORDINATOR_ADDRESS and so on, or alone
+    python processes.py DEVICES MESH OUT [STEPS]   with JAX_COORDINATOR_ADDRESS and so on, or alone
 """
 
 import functools
@@ -30,7 +30,7 @@ class Rows:
         return causal_lm.shift(jax.device_get(ids), jax.device_get(0 * ids + 1))
 
 
-def main(devices: int, sizes: dict, out: str) -> None:
+def main(devices: int, sizes: dict, out: str, num_steps: int = 5) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     distributed.join()
@@ -44,7 +44,8 @@ def main(devices: int, sizes: dict, out: str) -> None:
     state, history = loop.fit(
         step.init_state(params, optimizer),
         step.make_train_step(functools.partial(causal_lm.loss, model.apply), optimizer),
-        batches, rng=jax.random.key(1), num_steps=5, mesh=mesh, log_every=1, quiet=True)
+        batches, rng=jax.random.key(1), num_steps=num_steps, mesh=mesh, log_every=1, quiet=True,
+        checkpoint_dir=f"{out}.checkpoints", on_log=lambda row: print(row["step"], flush=True))
     norm = jax.jit(lambda p: sum((x**2).sum() for x in jax.tree.leaves(p)))(state.params)
     if jax.process_index() == 0:
         found = {"losses": [row["loss"] for row in history], "norm": float(norm),
@@ -54,4 +55,4 @@ def main(devices: int, sizes: dict, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))

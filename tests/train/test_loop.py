@@ -15,7 +15,7 @@ import toy
 from tensorboardX import SummaryWriter
 
 from transformer_jax import sharding
-from transformer_jax.train import checkpoint, optim, progress, step
+from transformer_jax.train import checkpoint, interrupt, optim, progress, step
 from transformer_jax.train.loop import NonFiniteLossError, fit
 
 
@@ -233,6 +233,46 @@ def test_a_killed_run_goes_on_to_the_bit(straight, tmp_path):
     for _ in range(20):
         next(reference)
     assert_bit_equal(next(batches), next(reference))
+
+
+class Asked(toy.Stream):
+    """When batch 13 is asked for, the process gets a signal."""
+
+    number = signal.SIGTERM
+
+    def __next__(self):
+        if self.position == 12:
+            os.kill(os.getpid(), self.number)
+        return super().__next__()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_run_that_is_asked_to_leave_saves_and_goes_on_to_the_bit(straight, tmp_path, name, capfd):
+    before = signal.getsignal(signal.Signals[name])
+    stream = Asked()
+    stream.number = signal.Signals[name]
+    with pytest.raises(interrupt.Interrupted) as left:
+        train(20, stream, checkpoint_dir=tmp_path, save_every=5)
+    assert (left.value.code, left.value.step, left.value.signal_name) == (75, 13, name)
+    assert f"{name} at step 13 of 20: saved in" in capfd.readouterr().out
+    assert checkpoint.latest_step(tmp_path) == 13
+    assert signal.getsignal(signal.Signals[name]) == before
+    state, _ = train(20, checkpoint_dir=tmp_path, save_every=5)
+    assert_bit_equal(state, straight)
+
+
+def test_without_a_checkpoint_signals_are_what_they_were():
+    stream = Asked()
+    stream.number = signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        train(20, stream)
+
+
+def test_a_second_signal_acts_at_once():
+    with pytest.raises(KeyboardInterrupt), interrupt.listen() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked(1) == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_run_resumes_on_other_devices(straight, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,29 +13,38 @@ import numpy as np
 import pytest
 
 from transformer_jax import distributed
+from transformer_jax.train import checkpoint, interrupt
 
 SCRIPT = Path(__file__).with_name("processes.py")
 
 
-def train(folder: Path, processes: int, devices: int, sizes: dict) -> dict:
-    """What `processes` processes of so many devices each come to."""
+def start(out: Path, processes: int, devices: int, sizes: dict, *more) -> list[subprocess.Popen]:
+    """So many processes of so many devices each, on their way."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    out = folder / f"{processes}.json"
-    running = []
-    for i in range(processes):
-        several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_PROCESS_ID": str(i),
-                   "JAX_NUM_PROCESSES": str(processes)} if processes > 1 else {}
-        running.append(subprocess.Popen(
-            [sys.executable, SCRIPT, str(devices), json.dumps(sizes), out],
-            env=os.environ | several, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    command = [sys.executable, SCRIPT, str(devices), json.dumps(sizes), out, *more]
+    return [subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | (several | {"JAX_PROCESS_ID": str(i)} if processes > 1 else {}))
+        for i in range(processes)]
+
+
+def finish(running: list[subprocess.Popen], status: int) -> None:
+    """Waits for all, which must end with this exit status."""
     try:
         said = [one.communicate(timeout=240)[0] for one in running]
     finally:
         for one in running:
             one.kill()
-    assert [one.returncode for one in running] == [0] * processes, "\n".join(said)
+    assert [one.returncode for one in running] == [status] * len(running), "\n".join(said)
+
+
+def train(folder: Path, processes: int, devices: int, sizes: dict) -> dict:
+    """What they come to."""
+    out = folder / f"{processes}.json"
+    finish(start(out, processes, devices, sizes), 0)
     return json.loads(out.read_text())
 
 
@@ -52,6 +62,19 @@ def test_several_processes_are_one(tmp_path, processes, sizes, count):
     np.testing.assert_allclose(several["losses"], alone["losses"], rtol=1e-5)
     np.testing.assert_allclose(several["norm"], alone["norm"], rtol=1e-5)
     assert several["losses"][-1] < several["losses"][0]
+
+
+@pytest.mark.slow
+def test_if_one_is_asked_to_leave_all_save_the_same_step_and_leave(tmp_path):
+    running = start(tmp_path / "out", 2, 1, {"data": 2}, "100000")
+    try:
+        for one in running:
+            while (line := one.stdout.readline()) and not line.startswith("3"):  # it trains
+                pass
+        running[1].send_signal(signal.SIGTERM)
+    finally:
+        finish(running, interrupt.EXIT_STATUS)
+    assert checkpoint.latest_step(tmp_path / "out.checkpoints") >= 3
 
 
 ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1234"}

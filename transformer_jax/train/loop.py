@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from transformer_jax import measure, sharding
-from transformer_jax.train import checkpoint
+from transformer_jax.train import checkpoint, interrupt
 from transformer_jax.train.progress import progress
 from transformer_jax.train.step import TrainState
 from transformer_jax.tree import PyTree, flatten_paths
@@ -75,7 +75,8 @@ def fit(
     """Trains until the state has seen `num_steps` updates, and resumes where a run was cut off.
 
     If `checkpoint_dir` holds a checkpoint, the state, the key and the position in the data come
-    from it, and the run goes on bit for bit as if it had never stopped.
+    from it, and the run goes on bit for bit as if it had never stopped. With a `checkpoint_dir`,
+    SIGTERM and SIGINT save what there is and leave (`train.interrupt`).
 
     Args:
       state: from `train.step.init_state`. It is donated: use the returned state from then on.
@@ -105,6 +106,7 @@ def fit(
       "eval_" numbers.
 
     Raises:
+      Interrupted: the run was asked to end, and is saved; a SystemExit.
       NonFiniteLossError: names the step; nothing is saved over the last good checkpoint, and the
         batch is written beside it.
       ValueError: a count is out of range, the batches end early or cannot say where they are, or
@@ -150,6 +152,7 @@ def fit(
     with (
         contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
         progress(num_steps, start, quiet or jax.process_index() > 0) as report,
+        interrupt.listen(checkpoint_dir is not None) as asked,
     ):
 
         def log(row: Row, kind: str) -> None:
@@ -183,19 +186,20 @@ def fit(
 
         try:
             for step in range(start + 1, num_steps + 1):
-                asked = time.perf_counter()
+                fetching = time.perf_counter()
                 batch = _next(batches, step, num_steps)
                 placed = batch if mesh is None else sharding.shard_batch(batch, mesh)
                 # The last step is done already: the device had nothing to do meanwhile.
                 if waiting is not None and waiting.metrics["loss"].is_ready():
-                    clock.waited += time.perf_counter() - asked
+                    clock.waited += time.perf_counter() - fetching
                 state, metrics = step_fn(state, placed, rng)
                 if waiting is not None:
                     read(waiting)
                 waiting = _Dispatched(step, batch, metrics)
                 last = step == num_steps
-                evaluates = eval_fn is not None and _due(step, eval_every, last)
-                saves = checkpoint_dir is not None and _due(step, save_every, last)
+                leaves = None if last else asked(step)
+                evaluates = eval_fn is not None and not leaves and _due(step, eval_every, last)
+                saves = checkpoint_dir is not None and _due(step, save_every, last or bool(leaves))
                 if not (evaluates or saves or last):
                     continue
                 read(waiting)
@@ -216,6 +220,11 @@ def fit(
                         keep=keep,
                         wait=False,
                     )
+                if leaves:
+                    saving.result()
+                    print(f"{leaves} at step {step} of {num_steps}: saved in {checkpoint_dir}; the "
+                          "same command goes on from there", flush=True)
+                    raise interrupt.Interrupted(leaves, step)
                 clock.restart()
         finally:
             compilations.close()
