@@ -260,7 +260,7 @@ def costs(path: str | Path, found: Mapping[str, Mapping[str, float]], *, title: 
 def plans(path: str | Path, found: Mapping[str, Mapping[str, float]], *, limit: float,
           title: str) -> Path:
     """Settings side by side, a row each: GiB of memory by kind under the device's limit, and the
-    least milliseconds of a step by what it needs. `{setting: {"state", "temporary" (GiB),
+    milliseconds of a step by what it needs. `{setting: {"state", "temporary" (GiB),
     "arithmetic", "memory", "network" (ms)}}`."""
     figure = _figure(12, 1.6 + 0.5 * len(found))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -276,7 +276,7 @@ def plans(path: str | Path, found: Mapping[str, Mapping[str, float]], *, limit: 
     left.set_yticks(rows, list(found))
     left.invert_yaxis()
     left.set(xlabel="GiB of one device", title=title)
-    right.set(xlabel="least ms of a step, if nothing else took time")
+    right.set(xlabel="ms of a step, each if nothing else took time")
     for axes in (left, right):
         axes.grid(alpha=0.25, axis="x")
         axes.legend(frameon=False, fontsize=8)

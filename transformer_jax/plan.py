@@ -3,8 +3,9 @@
 The real training step is compiled for the real machine, by the compiler that will compile it there;
 nothing is allocated and no TPU is needed (`jax[tpu]` brings the compiler). What comes out is what
 the program says of itself: its memory, its arithmetic, what it reads and what it sends. From these
-follow three times that no run can beat, for arithmetic, memory and network, and with them the
-longest of the three (all overlap) and their sum (nothing does).
+follow three times of a step: for arithmetic and network, which no run can beat, and for memory, as
+if no result of an operation stayed on the chip for the next, which is too much where one does. The
+step is taken to last as long as the longest (all overlap); their sum is what it takes if none do.
 """
 
 import dataclasses
@@ -87,7 +88,7 @@ class Plan(NamedTuple):
 
     @property
     def times(self) -> dict[str, float]:
-        """Least seconds of a step by what it needs."""
+        """Seconds of a step by what it needs."""
         return {"arithmetic": self.compiled_flops / self.chip.flops,
                 "memory": self.bytes_read / self.chip.bandwidth,
                 "network": sum(self.collectives.values()) / self.chip.network}
@@ -336,7 +337,7 @@ def best(plans: Sequence[Plan]) -> Plan | None:
 
 def show(plans: Sequence[Plan], title: str) -> None:
     """The plans as a table, and which is best."""
-    table = Table(title=title, caption="GiB of one device; least ms of a step; MFU: its bound")
+    table = Table(title=title, caption="GiB of one device; ms of a step, each if nothing else took time")
     for heading in ("setting", "state", "temporary", "total", "has", "FLOPs / model's",
                     "arithmetic", "memory", "network", "sum", "MFU", "tokens a day"):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
