@@ -337,7 +337,8 @@ def best(plans: Sequence[Plan]) -> Plan | None:
 
 def show(plans: Sequence[Plan], title: str) -> None:
     """The plans as a table, and which is best."""
-    table = Table(title=title, caption="GiB of one device; ms of a step, each if nothing else took time")
+    table = Table(title=title,
+                  caption="GiB of one device; ms of a step, each if nothing else took time")
     for heading in ("setting", "state", "temporary", "total", "has", "FLOPs / model's",
                     "arithmetic", "memory", "network", "sum", "MFU", "tokens a day"):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
