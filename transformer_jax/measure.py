@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -41,29 +42,26 @@ class Compilations:
 
 def matmul_rate(dtype="float32", size: int = 2048, seconds: float = 0.5) -> float:
     """FLOPs a second of a product of two square matrices on the first device: the peak that a
-    model's rate is compared with, the best of as many as fit into `seconds`."""
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
-    best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        start = time.perf_counter()
-        product(x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    model's rate is compared with."""
+    return 2 * size**3 / _least(lambda x: x @ x, jnp.ones((size, size), dtype), seconds)
 
 
 def read_rate(megabytes: int = 512, seconds: float = 0.5) -> float:
     """Bytes a second at which the first device reads its memory, in a sum."""
     x = jnp.ones((megabytes * 2**18,), jnp.float32)
-    total = jax.jit(jnp.sum)
-    total(x).block_until_ready()
-    best, began = float("inf"), time.perf_counter()
+    return x.nbytes / _least(jnp.sum, x, seconds)
+
+
+def _least(fn: Callable, x: jax.Array, seconds: float) -> float:
+    """The fewest seconds that `fn(x)` took, compiled, of as many times as fit into `seconds`."""
+    fn = jax.jit(fn)
+    fn(x).block_until_ready()
+    least, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < seconds:
         start = time.perf_counter()
-        total(x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return x.nbytes / best
+        fn(x).block_until_ready()
+        least = min(least, time.perf_counter() - start)
+    return least
 
 
 def peak_memory() -> int | None:
