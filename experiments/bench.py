@@ -14,6 +14,7 @@ another's.
 import functools
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from transformer_jax import host, measure, plan, presets
+from transformer_jax import host, measure, plan, presets, tree
 from transformer_jax.finetune import deltas
 from transformer_jax.generate import generate
 from transformer_jax.models import build_model, init_params
@@ -127,7 +128,9 @@ def decoding(case: Case, c: Bench) -> Job:
     prompts = np.random.default_rng(0).integers(4, config.vocab_size, (case.rows, case.length))
     run = functools.partial(generate, model, params, prompts.tolist(),
                             max_new_tokens=case.target, min_new_tokens=case.target)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # once for each new token
+    # Once for each new token; an encoder, and what projects its states, once for each text.
+    weights = sum(leaf.nbytes for path, leaf in tree.flatten_paths(params).items()
+                  if not re.search(r"^encoder|position_embed|cross_attention/(key|value)", path))
     return Job(run, case.rows * case.target, bytes_read=weights * case.target)
 
 

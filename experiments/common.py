@@ -185,7 +185,8 @@ def held_out_batches(pretrained: Path, tokenizer, batch_size: int = 64) -> list[
     saved["model"] = config_from_dict(saved["model"])
     fields = {f.name for f in dataclasses.fields(Pretrain)} - {"optimizer", "mesh", "out"}
     saved["noise"] = Noise(**saved["noise"])
-    c = Pretrain(out=pretrained, **{name: saved[name] for name in fields})
+    # Fields that are newer than the run have their defaults, which change nothing of its data.
+    c = Pretrain(out=pretrained, **{name: saved[name] for name in fields & saved.keys()})
     return objective_rows(c, load_texts(c)[1], tokenizer).evaluation(batch_size)
 
 

@@ -107,7 +107,8 @@ def main(c: Denoise) -> dict:
     fresh = jax.jit(functools.partial(init_params, base.model))(jax.random.key(c.pretrain.seed))
 
     train = rows_of(f, texts, base.tokenizer)
-    held_out = rows_of(f, held_out_texts, base.tokenizer).evaluation(f.batch_size)
+    held_out = rows_of(f, held_out_texts, base.tokenizer).evaluation(
+        f.batch_size, mesh=c.pretrain.mesh.make())
     loss_fn = functools.partial(seq2seq.loss, base.model.apply, label_smoothing=f.label_smoothing)
     steps = (step.make_train_step(loss_fn, f.optimizer.make(f.num_steps)),
              step.make_eval_step(loss_fn))  # made once, so that both runs share what is compiled

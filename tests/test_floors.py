@@ -36,8 +36,9 @@ MAY_IMPORT = {
     "distributed": set(),
     "measure": set(),
     "plan": USE | {"hlo"},
-    "cli": USE | {"presets", "evaluate", "generate", "pretrained", "plan", "host", "draw",
-                  "predictions"},
+    "plan_table": {"plan"},
+    "cli": USE | {"presets", "evaluate", "generate", "pretrained", "plan", "plan_table", "host",
+                  "draw", "predictions"},
 }
 # Host code: NumPy, never jnp, which would compile in the loader.
 NO_JAX = {"data", "draw", "host", "predictions"}

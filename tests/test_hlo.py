@@ -64,7 +64,8 @@ def test_a_program_of_one_device_sends_nothing():
     assert hlo.collectives(text) == []
 
 
-TPU = """
+TPU = """HloModule jit_step, num_partitions=8
+
 %all-reduce-scatter.1 (input: bf16[16,64]) -> bf16[4,64] {
   %all-reduce.5 = bf16[16,64]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
 }
@@ -89,14 +90,19 @@ TPU = """
 
 ENTRY %main.1 (x: bf16[4,64]) -> bf16[4,64] {
   %w = (s32[], bf16[4,64]) while(%t), condition=%condition, body=%body
-  %p = (f32[8]{0}, f32[8]{0}) collective-permute-start(%q), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %p = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%q), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %r = (f32[100]{0}, f32[200]{0}) all-reduce-start(%q, %q), channel_id=4, replica_groups={}, to_apply=%add
+  %s = ((f32[4]{0}, f32[6]{0}), (f32[32]{0}, f32[48]{0})) all-gather-start(%q, %q), channel_id=5, replica_groups=[1,8]<=[8]
 }
 """
 
 
 def test_what_a_tpu_makes_of_them():
     """Pieces of one exchange share a channel; a reduce-scatter is a fusion of that name."""
-    found = {c.kind: c for c in hlo.collectives(TPU)}
+    *found, reduced, gathered = hlo.collectives(TPU)
+    assert reduced[:4] == ("all-reduce", 1200, 8, 1)
+    assert gathered[:4] == ("all-gather", 320, 8, 1)
+    found = {c.kind: c for c in found}
     assert found["all-gather"] == ("all-gather", 2048, 4, 48, "layer/wi")
     assert found["reduce-scatter"][:4] == ("reduce-scatter", 2048, 4, 48)
     assert found["collective-permute"][:2] == ("collective-permute", 32)

@@ -348,7 +348,7 @@ def plan(
         attention_dropout_rate: above 0 attention cannot be splash.
         out: a folder for plan.json and plan.png.
     """
-    from transformer_jax import draw, presets
+    from transformer_jax import draw, plan_table, presets
     from transformer_jax import plan as planning
 
     base = presets.get(model, dtype=dtype, kernel=kernel, dropout_rate=0.0,
@@ -362,12 +362,12 @@ def plan(
     for setting in settings:
         found.append(planning.make(setting, devices, chip))
         print(f"{setting}: compiled in {found[-1].compile_seconds:.0f} s", flush=True)
-    planning.show(found, f"{model} on {topology}, {len(devices)} devices")
+    plan_table.show(found, f"{model} on {topology}, {len(devices)} devices")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         reports = [planning.report(one) for one in found]
         (out / "plan.json").write_text(json.dumps(reports, indent=2))
-        draw.plans(out / "plan.png", planning.bars(found), limit=chip.memory / 2**30,
+        draw.plans(out / "plan.png", plan_table.bars(found), limit=chip.memory / 2**30,
                    title=f"{model} on {topology}")
 
 

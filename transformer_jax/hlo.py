@@ -49,12 +49,14 @@ def collectives(text: str) -> list[Collective]:
     asynchronous exchange, which share a channel, are counted once.
     """
     bodies, entry = _computations(text)
+    devices = re.search(r"num_partitions=(\d+)", text)
+    everyone = int(devices[1]) if devices else 1
     times = _executions(bodies, entry)
     found: dict[object, Collective] = {}
     for name, lines in bodies.items():
         for i, line in enumerate(lines):
             if times[name] and (match := _COLLECTIVE.search(line)):
-                made = _read(line, match, times[name], scattered="reduce-scatter" in name)
+                made = _read(line, match, times[name], "reduce-scatter" in name, everyone)
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = (made.kind, channel[1]) if channel else (name, i)
                 if key not in found or made.count > found[key].count:
@@ -99,12 +101,15 @@ def _trips(line: str, condition: list[str]) -> int:
     return max(bounds, default=1)
 
 
-def _read(line: str, match: re.Match, count: int, scattered: bool) -> Collective:
+def _read(
+    line: str, match: re.Match, count: int, scattered: bool, everyone: int
+) -> Collective:
     kind = match[2]
-    sizes = [_bytes(*shape) for shape in _SHAPE.findall(match[1])]
-    # The result of a start has its operands in front; the larger half is what is exchanged.
-    size = max(sizes, default=0) if match[3] else sum(sizes)
-    group = _group(line)
+    sizes = [_bytes(*shape) for shape in _SHAPE.findall(match[1]) if shape[1] or not match[3]]
+    if match[3] and kind != "all-reduce":
+        sizes = sizes[len(sizes) // 2 :]  # a start gives its operands, then its results
+    size = sum(sizes)
+    group = _group(line, everyone)
     if kind == "reduce-scatter":
         size *= group
     if kind == "all-reduce" and scattered:  # A TPU's fusion of the two, of which a part is kept.
@@ -117,8 +122,10 @@ def _bytes(dtype: str, shape: str) -> float:
     return BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n)
 
 
-def _group(line: str) -> int:
-    """Devices in each replica group, in any of the three ways XLA writes them."""
+def _group(line: str, everyone: int = 1) -> int:
+    """Devices in each replica group, in any of the ways XLA writes them; `everyone` for none."""
+    if "replica_groups={}" in line:
+        return everyone
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return match[1].count(",") + 1
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):

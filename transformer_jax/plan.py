@@ -3,15 +3,17 @@
 The real training step is compiled for the real machine, by the compiler that will compile it there;
 nothing is allocated and no TPU is needed (`jax[tpu]` brings the compiler). What comes out is what
 the program says of itself: its memory, its arithmetic, what it reads and what it sends. From these
-follow three times of a step: for arithmetic and network, which no run can beat, and for memory, as
-if no result of an operation stayed on the chip for the next, which is too much where one does. The
-step is taken to last as long as the longest (all overlap); their sum is what it takes if none do.
+follow three times of a step: for arithmetic, which no run can beat; for memory, as if no result of
+an operation stayed on the chip for the next; and for network, as if each exchange went around one
+ring: both are too much where the compiler and the slice do better. The step is taken to last as
+long as the longest (all overlap); their sum is what it takes if none do.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,8 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from jax.sharding import Mesh
 
 from transformer_jax import hlo, sharding, tree
 from transformer_jax.models import build_model, init_params
@@ -140,24 +141,51 @@ def make(setting: Setting, devices: Sequence[Any], chip: Chip) -> Plan:
     Raises:
       ValueError: the mesh does not fit the devices, or the rows not the mesh.
     """
-    _check(setting, devices)
-    began = time.perf_counter()
-    compiled, state = compile_step(setting, devices, scan=True)
-    seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
+    setting = _resolved(setting, devices)
+    mesh = _check(setting, devices)
+    train_step, state, batch = abstract_step(setting, mesh, scan=True)
+    kept = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+               for x in jax.tree.leaves(state))
     sent: dict[str, float] = {}
-    for found in hlo.collectives(compiled.as_text()):
-        sent[found.kind] = sent.get(found.kind, 0.0) + found.sent
-    flops, read = _by_layers(setting, devices)
-    temporary = memory.temp_size_in_bytes
+    began = time.perf_counter()
+    try:
+        compiled = _compile(train_step, state, batch, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        # The compiler stops where a program does not fit, and says what it would have needed.
+        total = _needed(str(error))
+        temporary = max(total - kept, 0)
+    else:
+        memory = compiled.memory_analysis()
+        temporary = memory.temp_size_in_bytes
+        total = getattr(memory, "peak_memory_in_bytes", 0) or kept + temporary
+        for found in hlo.collectives(compiled.as_text()):
+            sent[found.kind] = sent.get(found.kind, 0.0) + found.sent
+    seconds = time.perf_counter() - began
+    flops, read = _by_layers(setting, mesh)
     return Plan(
-        setting, len(devices), tree.count(state.params), memory.argument_size_in_bytes, temporary,
-        getattr(memory, "peak_memory_in_bytes", 0) or memory.argument_size_in_bytes + temporary,
-        model_flops(setting) / len(devices), flops + _kernel_flops(setting) / len(devices), read,
-        sent, chip, seconds)
+        setting, len(devices), tree.count(state.params), kept, temporary, total,
+        model_flops(setting) / len(devices), flops + _kernel_flops(setting, mesh) / len(devices),
+        read, sent, chip, seconds)
 
 
-def _check(setting: Setting, devices: Sequence[Any]) -> None:
+def _resolved(setting: Setting, devices: Sequence[Any]) -> Setting:
+    """With the attention kernel that "auto" would be on these devices."""
+    c = setting.config
+    if c.kernel == "auto" and devices[0].platform == "tpu":
+        return setting._replace(config=c.replace(kernel="splash"))
+    return setting
+
+
+def _needed(message: str) -> int:
+    """Bytes that a program which does not fit would have used, of what the compiler says: "Used
+    18.70G of 15.75G hbm"."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    return int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2])))) if found else 2**63
+
+
+def _check(setting: Setting, devices: Sequence[Any]) -> Mesh:
     mesh = sharding.make_mesh(**setting.mesh, devices=devices)
     parts = sharding.batch_parts(mesh) * setting.accumulate
     if setting.rows % parts:
@@ -166,33 +194,38 @@ def _check(setting: Setting, devices: Sequence[Any]) -> None:
     if setting.length > setting.config.max_length:
         raise ValueError(f"length {setting.length} is more than the model's "
                          f"{setting.config.max_length} positions; shorten it")
+    return mesh
 
 
 LOSSES: dict[type, Callable] = {
     GPTConfig: causal_lm.loss, BERTConfig: mlm_nsp.loss, TransformerConfig: seq2seq.loss}
 
 
-def compile_step(setting: Setting, devices: Sequence[Any], scan: bool):
-    """(the compiled training step, its abstract state), for these devices."""
-    mesh = sharding.make_mesh(**setting.mesh, devices=devices)
+def abstract_step(setting: Setting, mesh: Mesh, scan: bool, **options):
+    """(the training step, its abstract state and batch), placed on a mesh; `options` are the
+    loss's."""
     model = build_model(setting.config)
     kind = next(kind for kind in LOSSES if isinstance(setting.config, kind))
     optimizer = optim.make_optimizer(1e-4)
     train_step = step.make_train_step(
-        functools.partial(LOSSES[kind], model.apply), optimizer, accumulate=setting.accumulate)
+        functools.partial(LOSSES[kind], model.apply, **options), optimizer,
+        accumulate=setting.accumulate)
 
     def init(rng):
         params = init_params(model, rng)
         return step.init_state(tree.stack_layers(params) if scan else params, optimizer)
 
     state = jax.eval_shape(init, jax.random.key(0))
-    placed = _placed(state, sharding.param_shardings(state, mesh))
+    state = _placed(state, sharding.param_shardings(state, mesh))
     batch = batch_shapes(setting)
     batch = _placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
+    return train_step, state, batch
+
+
+def _compile(train_step: Callable, state, batch, mesh: Mesh):
     rng = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        lowered = jax.jit(train_step, donate_argnums=0).lower(placed, batch, rng)
-        return lowered.compile(), state
+        return jax.jit(train_step, donate_argnums=0).lower(state, batch, rng).compile()
 
 
 def _placed(shapes, shardings):
@@ -227,16 +260,19 @@ def _predictions(length: int) -> int:
     return max(round(mlm_nsp.MASK_RATE * length), 1)
 
 
-def _by_layers(setting: Setting, devices: Sequence[Any]) -> tuple[float, float]:
-    """FLOPs and bytes of a step on one device, from steps of few layers."""
+def _by_layers(setting: Setting, mesh: Mesh) -> tuple[float, float]:
+    """FLOPs and bytes of a step on one device, from steps of few layers without any loop: all
+    microbatches at once, and all logits. (So bytes leave out that each microbatch reads the
+    parameters anew.)"""
     c = setting.config
     depths = {"num_layers": c.num_layers}
     if isinstance(c, TransformerConfig):
         depths["num_decoder_layers"] = c.decoder_stack.num_layers
 
     def cost(**layers) -> np.ndarray:
-        few = setting._replace(config=c.replace(**layers))
-        found = compile_step(few, devices, scan=False)[0].cost_analysis()
+        few = setting._replace(config=c.replace(**layers), accumulate=1)
+        step_of_few = abstract_step(few, mesh, scan=False, chunk_logits=2**62)
+        found = _compile(*step_of_few, mesh).cost_analysis()
         return np.array([found["flops"], found["bytes accessed"]])
 
     one = dict.fromkeys(depths, 1)
@@ -281,16 +317,20 @@ def _attention(setting: Setting, causal_share: float) -> float:
     return c.num_layers * whole
 
 
-def _kernel_flops(setting: Setting) -> float:
+def _kernel_flops(setting: Setting, mesh: Mesh) -> float:
     """What a Pallas kernel does, of which XLA knows nothing: forward two products, again under
-    remat; backward five (`splash` computes the scores anew); of causal scores, half."""
+    remat; backward five (`splash` computes the scores anew); of causal scores, the blocks on and
+    below the diagonal."""
     c = setting.config
     query = jax.ShapeDtypeStruct((setting.rows, setting.length, c.num_heads, c.stack.head_dim),
                                  c.compute_dtype)
-    if kernels.choose(c.kernel, query, query, Mask(), c.attention_dropout_rate > 0) != "splash":
+    with jax.set_mesh(mesh):
+        chosen = kernels.choose(c.kernel, query, query, Mask(), c.attention_dropout_rate > 0)
+    if chosen != "splash":
         return 0.0
     passes = 1 + (c.remat != "none") + 5 / 2
-    return passes * _attention(setting, causal_share=0.5)
+    blocks = setting.length // kernels.block(setting.length)
+    return passes * _attention(setting, causal_share=(blocks + 1) / (2 * blocks))
 
 
 def settings(
@@ -333,39 +373,6 @@ def best(plans: Sequence[Plan]) -> Plan | None:
     """Of those that fit, the one with the most tokens a day."""
     fitting = [plan for plan in plans if plan.fits]
     return max(fitting, key=lambda plan: plan.tokens_per_day, default=None)
-
-
-def show(plans: Sequence[Plan], title: str) -> None:
-    """The plans as a table, and which is best."""
-    table = Table(title=title,
-                  caption="GiB of one device; ms of a step, each if nothing else took time")
-    for heading in ("setting", "state", "temporary", "total", "has", "FLOPs / model's",
-                    "arithmetic", "memory", "network", "sum", "MFU", "tokens a day"):
-        table.add_column(heading, justify="left" if heading == "setting" else "right")
-    for plan in plans:
-        sizes = (plan.state_bytes, plan.temporary_bytes, plan.total_bytes, plan.chip.memory)
-        table.add_row(
-            str(plan.setting), *(f"{size / 2**30:.2f}" for size in sizes),
-            f"{plan.compiled_flops / plan.model_flops:.2f}",
-            *(f"{1000 * t:.0f}" for t in (*plan.times.values(), sum(plan.times.values()))),
-            f"{plan.mfu:.2f}", f"{plan.tokens_per_day:.3g}", style=None if plan.fits else "red")
-    console = Console(width=150)
-    console.print(table)
-    for plan in plans:
-        sent = ", ".join(f"{kind} {n / 2**20:,.0f} MiB" for kind, n in plan.collectives.items())
-        console.print(f"{plan.setting}: each device sends {sent or 'nothing'}")
-    chosen = best(plans)
-    if chosen is None:
-        console.print("none of these fits; try more devices, remat full, or fewer rows")
-    else:
-        console.print(f"best that fits: {chosen.setting}, {chosen.tokens_per_day:.3g} tokens a day")
-
-
-def bars(plans: Sequence[Plan]) -> dict[str, dict[str, float]]:
-    """For `draw.plans`."""
-    return {str(plan.setting): {
-        "state": plan.state_bytes / 2**30, "temporary": plan.temporary_bytes / 2**30,
-        **{name: 1000 * t for name, t in plan.times.items()}} for plan in plans}
 
 
 def report(plan: Plan) -> dict[str, Any]:

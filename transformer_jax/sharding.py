@@ -67,13 +67,13 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes `MESH_AXES` over `devices` (all devices of all hosts by default).
 
-    One size may be -1: it takes the devices that the others leave. Devices of several slices, which
-    have a fast network inside and a slow one between them, are put so that "data" alone, which
-    communicates least, spans slices.
+    One size may be -1: it takes the devices that the others leave. Devices of several TPU slices,
+    or hosts of GPUs, which have a fast network inside and a slow one between them, are put so that
+    "data" alone, which communicates least, spans slices; GPUs also where it cannot.
 
     Raises:
       ValueError: a size below 1, two sizes of -1, a product that is not the number of devices, or
-        a "data" that several slices cannot share.
+        a "data" that several TPU slices cannot share.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict(zip(MESH_AXES, (data, fsdp, sequence, tensor)))
@@ -92,10 +92,10 @@ def make_mesh(
         )
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if shape[0] % slices:
+    if shape[0] % slices and devices[0].platform == "tpu":
         raise ValueError(f"mesh axis data = {shape[0]} does not span {slices} slices of devices; "
                          f"make it a multiple of {slices}")
-    if slices == 1:
+    if slices == 1 or shape[0] % slices:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
@@ -230,6 +230,13 @@ def fit(axes: Sequence[Any], shape: Sequence[int]) -> P:
 def axis_size(name: str) -> int:
     """The size of an axis of the mesh set by `jax.set_mesh`; 1 where `constrain` would drop it."""
     return _automatic().get(name, 1)
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The axes along which `x` is known to differ by device: of `jax.shard_map`, which keeps count
+    of them unless it was told `check_vma=False`."""
+    kind = getattr(getattr(x, "aval", None), "manual_axis_type", None)
+    return frozenset(getattr(kind, "varying", ()))
 
 
 def _automatic() -> dict[str, int]:

@@ -1,8 +1,10 @@
 """Kernels equal the plain products, in value and gradient; what they cannot do is left to those.
 
 Splash attention runs interpreted here; the TPU compiler takes it in tests/tpu, and cuDNN's needs a
-GPU.
+GPU: JAX_PLATFORMS=cuda.
 """
+
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,9 @@ from transformer_jax import sharding
 from transformer_jax.nn import kernels
 from transformer_jax.nn.attention import Mask, attend
 
-B, T, N, H = 2, 256, 2, 16
+B, T, N, H = 2, 768, 2, 16  # two blocks of 384, of which a causal mask hides one
 DOCUMENTS = np.sort(np.random.default_rng(1).integers(1, 4, (B, T)), axis=1)
-REAL = np.arange(T) < np.array([[256], [200]])
+REAL = np.arange(T) < np.array([[T], [500]])
 
 MASKS = {
     "full": Mask(),
@@ -57,7 +59,7 @@ def test_splash_is_the_plain_products(name):
 
 def test_splash_across_to_a_memory_of_another_length():
     args = arrays(S=128)
-    mask = Mask(real=REAL[:, 100:228])
+    mask = Mask(real=REAL[:, 400:528])
     assert_same(value_and_gradients("splash", mask, args),
                 value_and_gradients("xla", mask, args), 2e-5)
 
@@ -65,10 +67,12 @@ def test_splash_across_to_a_memory_of_another_length():
 @pytest.mark.parametrize(
     "sizes", [{"data": 2}, {"data": 1, "tensor": 2}, {"data": 1, "sequence": 2},
               {"data": 2, "sequence": 2, "tensor": 2}], ids=str)
-def test_splash_over_a_mesh(sizes):
-    mask, args = MASKS["documents"], arrays()
+@pytest.mark.parametrize("name", ["documents", "padding"])
+def test_splash_over_a_mesh(sizes, name):
+    mask, args = MASKS[name], arrays()
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
     with jax.set_mesh(sharding.make_mesh(**sizes, devices=devices)):
+        assert kernels.choose("splash", args[0], args[1], mask, False) == "splash"
         found = value_and_gradients("splash", mask, args)
     assert_same(found, value_and_gradients("xla", mask, args), 2e-5)
 
@@ -104,11 +108,15 @@ def test_what_a_kernel_cannot_do_is_left_to_the_plain_products(name):
 
 def test_the_choice_by_what_runs(monkeypatch):
     query, key, _ = arrays(jnp.bfloat16)
-    for platform, kernel in {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}.items():
+    for platform, capability, kernel in [
+            ("tpu", None, "splash"), ("cpu", None, "xla"), ("gpu", "9.0", "cudnn"),
+            ("gpu", "7.5", "xla"), ("gpu", "gfx942", "xla")]:
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        device = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
         assert kernels.choose("auto", query, key, Mask(causal=True), False) == kernel
 
 
 def test_blocks_divide_the_length():
-    assert [kernels._block(n) for n in (128, 384, 512, 640, 768, 1024)] == [
+    assert [kernels.block(n) for n in (128, 384, 512, 640, 768, 1024)] == [
         128, 384, 512, 128, 384, 512]

@@ -112,6 +112,31 @@ def test_over_a_mesh(name):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_inside_shard_map(check):
+    """As under `make_train_step(axis_name=...)`: parameters differ by device, for all JAX knows."""
+    made, targets, weights = inputs()
+    mesh = jax.make_mesh((4,), ("rows",), (jax.sharding.AxisType.Auto,),
+                         devices=jax.devices()[:4])
+
+    def local(table, hidden, targets, weights):
+        if check:
+            table = jax.lax.pcast(table, "rows", to="varying")
+
+        def loss(table):
+            return projection.totals(Projection(hidden, table), targets, weights, chunk=3).loss
+
+        return jax.lax.psum(jax.value_and_grad(loss)(table), "rows")
+
+    rows = jax.P("rows")
+    found = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(jax.P(), rows, rows, rows),
+                                  out_specs=jax.P(), check_vma=check))(
+        made.embedding, made.hidden, targets, weights)
+    expected = jax.value_and_grad(lambda table: whole(
+        Projection(made.hidden, table), targets, weights)[0])(made.embedding)
+    assert_same(found, expected)
+
+
 def test_memory_does_not_grow_with_the_vocabulary():
     """Temporary memory at 16,384 tokens of GPT-2's vocabulary, against their logits alone."""
     tokens, V, D = (1, 16_384), 50_257, 64

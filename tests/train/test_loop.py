@@ -73,9 +73,14 @@ def test_a_run_knows_how_long_devices_wait():
             time.sleep(0.02)
             return super().__next__()
 
-    for stream, least in ((toy.Stream(), 0.0), (Slow(), 0.5)):
-        _, history = fit(*make(), stream, rng=jax.random.key(3), num_steps=12, quiet=True)
-        assert least <= history[-1]["host_share"] <= 1.0
+    def share(stream, **options):
+        _, history = fit(*make(), stream, rng=jax.random.key(3), num_steps=12, quiet=True,
+                         **options)
+        return [row["host_share"] for row in history if "host_share" in row][-1]
+
+    assert share(Slow()) > 0.5
+    # After an evaluation as well, when no step is under way.
+    assert share(Slow(), eval_fn=lambda params: {}, eval_every=1) > 0.5
 
 
 def test_a_run_knows_that_it_compiles_again():

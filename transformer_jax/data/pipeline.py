@@ -227,7 +227,14 @@ def make_loader(
 
 
 def part(process_index: int, process_count: int, rows: int) -> slice:
-    """The rows of one process among those of a batch, which all processes share equally."""
+    """The rows of one process among those of a batch, which all processes share equally.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if rows % process_count:
+        raise ValueError(f"a batch of {rows} rows cannot be shared by {process_count} processes; "
+                         "make it a multiple of their number")
     own = rows // process_count
     return slice(process_index * own, (process_index + 1) * own)
 

@@ -6,6 +6,7 @@ flash attention on NVIDIA GPUs, splash attention (Pallas) on TPUs, which skips b
 a mask in words (`causal`, `context_size`) hides.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from transformer_jax.sharding import BATCH_AXES, axis_names, fit
+from transformer_jax.sharding import BATCH_AXES, axis_names, fit, varying
 
 CHOICES = ("auto", "xla", "cudnn", "splash")
 LANES = 128  # a splash block has a multiple of so many queries and keys
@@ -25,19 +26,30 @@ BLOCK = 512
 def choose(name: str, query: Array, key: Array, mask: Any, dropped: bool) -> str:
     """The kernel for these arrays: `name`, or the platform's for "auto", or "xla" where that one
     cannot do them: none drops weights (`dropped`), splash takes whole blocks of 128 and a mask in
-    words, cuDNN numbers of 16 bits, heads of at most 128, and even lengths."""
+    words, outside `jax.shard_map` unless it was told `check_vma=False`, cuDNN numbers of 16 bits,
+    heads of at most 128, and even lengths."""
     if name == "auto":
-        name = {"tpu": "splash", "gpu": "cudnn"}.get(jax.default_backend(), "xla")
+        name = _of_platform()
     T, S, H = query.shape[1], key.shape[1], query.shape[-1]
     cut = _query_spec(query)[1]
     fits = {
         "xla": True,
         "splash": mask.allowed is None and (T == S or not mask.causal) and S % LANES == 0
-        and T // _axis_sizes(cut) % LANES == 0,
+        and T // _axis_sizes(cut) % LANES == 0 and not varying(query),
         "cudnn": query.dtype in (jnp.bfloat16, jnp.float16) and H % 8 == 0 and H <= 128
         and T > 1 and T % 2 == S % 2 == 0 and not cut,
     }
     return name if fits[name] and not dropped else "xla"
+
+
+def _of_platform() -> str:
+    """The kernel of what runs here; cuDNN's wants an NVIDIA GPU of compute capability 8 or more."""
+    platform = jax.default_backend()
+    if platform == "gpu":
+        capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+        modern = re.fullmatch(r"(\d+)\.\d+", capability)
+        return "cudnn" if modern and int(modern[1]) >= 8 else "xla"
+    return "splash" if platform == "tpu" else "xla"
 
 
 def _query_spec(query: Array) -> P:
@@ -105,16 +117,18 @@ def _splash(query, key, value, ids, causal, context_size, interpret):
     T, N, S = query.shape[1], query.shape[2], key.shape[1]
     spec = _query_spec(query)
     rows, tokens, heads = spec[0], spec[1], spec[2]
+    shards = _axis_sizes(tokens)
     if not causal:
-        one = masks.FullMask((T, S))
+        # The same for every part of the queries: it has no blocks that differ by device.
+        one, shards = masks.FullMask((T // shards, S)), 1
     elif context_size is None:
         one = masks.CausalMask((T, S))
     else:
         one = masks.LocalMask((T, S), (context_size - 1, 0), 0)
-    block_q, block_kv = _block(T // _axis_sizes(tokens)), _block(S)
+    block_q, block_kv = block(T // _axis_sizes(tokens)), block(S)
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([one] * N), head_shards=_axis_sizes(heads),
-        q_seq_shards=_axis_sizes(tokens), interpret=interpret,
+        q_seq_shards=shards, interpret=interpret,
         block_sizes=kernels.BlockSizes(
             block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
             use_fused_bwd_kernel=True))
@@ -128,13 +142,14 @@ def _splash(query, key, value, ids, causal, context_size, interpret):
         return local(kernel, query, key, value, ids)
     keys = P(rows, None, heads, None)
     mesh = jax.sharding.get_abstract_mesh()
-    where = kernel.manual_sharding_spec(jax.NamedSharding(mesh, P(heads, tokens)))
+    blocks = P(heads, tokens if causal else None)
+    where = kernel.manual_sharding_spec(jax.NamedSharding(mesh, blocks))
     return jax.shard_map(
         local, in_specs=(where, spec, keys, keys, ids and (P(rows, tokens), P(rows, None))),
         out_specs=spec, check_vma=False)(kernel, query, key, value, ids)
 
 
-def _block(length: int) -> int:
+def block(length: int) -> int:
     """The largest block of at most `BLOCK` that divides a multiple of 128."""
     return max(b for b in range(LANES, BLOCK + 1, LANES) if length % b == 0)
 

@@ -53,11 +53,13 @@ def prepare(
 
 
 def loss(
-    apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None
+    apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None,
+    **options,
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Pair]]:
     """Sum over targets of -log P, in nats; its weight is the number of targets.
 
-    `batch` holds tokens, targets, weights `[B, T]`, and for packed rows positions and document_ids.
+    `batch` holds tokens, targets, weights `[B, T]`, and for packed rows positions and document_ids;
+    `options` go to `losses.score_tokens`.
     """
     out = apply(
         {"params": params},
@@ -67,7 +69,7 @@ def loss(
         **dropout(rng),
     )
     loss, metrics = score_tokens(out.logits, getattr(out, "projection", None), batch["targets"],
-                                 batch["weights"])
+                                 batch["weights"], **options)
     return *loss, {"accuracy": metrics["accuracy"]}
 
 

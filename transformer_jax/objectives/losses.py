@@ -48,15 +48,17 @@ def score_tokens(
     targets: Int[Array, "..."],
     weights: Float[Array, "..."],
     smoothing: float = 0.0,
+    chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[Pair, dict[str, Pair]]:
     """The loss of predicted tokens, and the metrics "nll" and "accuracy": weighted sums, in nats.
 
-    Where the logits of a device are many and the model says what they are made of, its
-    `projection`, they are taken a chunk at a time.
+    Where a device has more than twice `chunk_logits` logits and the model says what they are made
+    of, its `projection`, they are made so many at a time, and none is kept.
     """
     tokens = projection and local_tokens(targets.shape)
-    if tokens and tokens * projection.embedding.shape[0] > 2 * CHUNK_LOGITS:
-        found = totals(projection, targets, weights, smoothing=smoothing)
+    if tokens and tokens * projection.embedding.shape[0] > 2 * chunk_logits:
+        chunk = max(chunk_logits // projection.embedding.shape[0] // 128 * 128, 128)
+        found = totals(projection, targets, weights, smoothing=smoothing, chunk=chunk)
         weight = weights.astype(jnp.float32).sum()
         return (found.loss, weight), {"nll": (found.nll, weight),
                                       "accuracy": (found.correct, weight)}

@@ -196,12 +196,13 @@ def prepare(
 
 
 def loss(
-    apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None
+    apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None,
+    **options,
 ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]], dict[str, Pair]]:
     """Two terms, in nats: "mlm" over masked tokens and "nsp" over pairs.
 
     The loss is the sum of the two means (BERT paper, appendix A.2). A batch without nsp_labels
-    has the first term only.
+    has the first term only. `options` go to `losses.score_tokens`.
     """
     out = apply(
         {"params": params},
@@ -215,7 +216,7 @@ def loss(
                       batch["masked_targets"], batch["masked_weights"])}
     if "nsp_labels" in batch:
         scored["nsp"] = (out.nsp_logits, None, batch["nsp_labels"], batch["nsp_weights"])
-    found = {name: score_tokens(*args) for name, args in scored.items()}
+    found = {name: score_tokens(*args, **options) for name, args in scored.items()}
     terms = {name: loss for name, (loss, _) in found.items()}
     metrics = {f"{name}_accuracy": measured["accuracy"] for name, (_, measured) in found.items()}
     totals = {name: total for name, (total, _) in terms.items()}

@@ -37,7 +37,7 @@ def totals(
     weights: Float[Array, "..."],
     *,
     smoothing: float = 0.0,
-    chunk: int | None = None,
+    chunk: int,
 ) -> Totals:
     """The sums that `losses.cross_entropy` of `projection.logits()` would give, without the logits.
 
@@ -45,12 +45,10 @@ def totals(
         projection: hidden states `[B, ..., D]` and their output layer. Over a mesh, each device
             takes the tokens it has.
         smoothing: as `losses.smoothed_cross_entropy`; static.
-        chunk: how many tokens of a device at a time; None for `CHUNK_LOGITS` of them.
+        chunk: how many tokens of a device at a time.
     """
     hidden, table = projection.hidden, projection.embedding
     axes = _token_axes(hidden.shape[:-1])
-    if chunk is None:
-        chunk = max(CHUNK_LOGITS // table.shape[0] // 128 * 128, 128)
     args = (hidden, table, projection.scale, projection.bias, targets, weights.astype(jnp.float32))
     return Totals(*_totals(axes, smoothing, chunk, *args))
 
@@ -162,10 +160,14 @@ def _local(smoothing, chunk, wanted, axes, hidden, table, scale, bias, targets, 
         return (sums, (d_table, d_scale, d_bias)), d_hidden
 
     zeros = [jnp.zeros((), jnp.float32)] * 3
+    # Under `shard_map` sums differ by device from the start, as what is added to them does.
     empty = [_over_tensor(jnp.zeros((V, *x.shape[1:]), jnp.float32)) if name in wanted else None
              for name, x in (("table", table), ("scale", scale), ("bias", bias))]
+    start = (zeros, tuple(empty))
+    if differs := tuple(sharding.varying(hidden) | sharding.varying(weights)):
+        start = jax.lax.pcast(start, differs, to="varying")
     (sums, by_row), d_hidden = jax.lax.scan(
-        step, (zeros, tuple(empty)), (cut(hidden), cut(targets), cut(weights)))
+        step, start, (cut(hidden), cut(targets), cut(weights)))
     grads = {name: x[:V] for name, x in zip(("table", "scale", "bias"), by_row) if x is not None}
     axis = _scattered(axes, shape[-1])
     if axis and "table" in grads:

@@ -65,12 +65,13 @@ def loss(
     rng: Key[Array, ""] | None = None,
     *,
     label_smoothing: float = 0.0,
+    **options,
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Pair]]:
     """Sum over target tokens of the cross-entropy, in nats; its weight is their number.
 
     `label_smoothing` is the share of each target that is spread over the vocabulary (section 5.4).
     It trains, and so it is left out where there is no dropout key, when a model is evaluated; the
-    metric "nll" never has it.
+    metric "nll" never has it. `options` go to `losses.score_tokens`.
     """
     out = apply(
         {"params": params},
@@ -81,5 +82,5 @@ def loss(
     )
     loss, metrics = score_tokens(
         out.logits, getattr(out, "projection", None), batch["targets"], batch["weights"],
-        label_smoothing if rng is not None else 0.0)
+        label_smoothing if rng is not None else 0.0, **options)
     return *loss, metrics

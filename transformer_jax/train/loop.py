@@ -76,7 +76,8 @@ def fit(
 
     If `checkpoint_dir` holds a checkpoint, the state, the key and the position in the data come
     from it, and the run goes on bit for bit as if it had never stopped. With a `checkpoint_dir`,
-    SIGTERM and SIGINT save what there is and leave (`train.interrupt`).
+    SIGTERM and, of a process that is alone, SIGINT save what there is and leave
+    (`train.interrupt`).
 
     Args:
       state: from `train.step.init_state`. It is donated: use the returned state from then on.
@@ -189,8 +190,8 @@ def fit(
                 fetching = time.perf_counter()
                 batch = _next(batches, step, num_steps)
                 placed = batch if mesh is None else sharding.shard_batch(batch, mesh)
-                # The last step is done already: the device had nothing to do meanwhile.
-                if waiting is not None and waiting.metrics["loss"].is_ready():
+                # No step under way, or the last one done: devices had nothing to do meanwhile.
+                if (clock.runs if waiting is None else waiting.metrics["loss"].is_ready()):
                     clock.waited += time.perf_counter() - fetching
                 state, metrics = step_fn(state, placed, rng)
                 if waiting is not None:
@@ -301,6 +302,11 @@ class _Clock:
         self.waited = 0.0  # in this lap
         self._seconds, self._steps = 0.0, 0
         self._since: float | None = None  # None: the first step is compiling
+
+    @property
+    def runs(self) -> bool:
+        """Whether the first step is over."""
+        return self._since is not None
 
     def tick(self) -> None:
         """A step is done."""

@@ -11,6 +11,7 @@ uneven: the mean of means is another number. `metrics` holds (sum, weight) pairs
 Weights never depend on the parameters.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -230,11 +231,12 @@ def evaluate(
         found = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(found))
         return found if totals is None else jax.tree.map(np.add, totals, found)
 
-    for batch in batches:
-        found = compiled(params, batch if mesh is None else sharding.shard_batch(batch, mesh))
-        if pending is not None:
-            totals = add(pending)
-        pending = found
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for batch in batches:
+            found = compiled(params, batch if mesh is None else sharding.shard_batch(batch, mesh))
+            if pending is not None:
+                totals = add(pending)
+            pending = found
     if pending is None:
         raise ValueError("there are 0 batches to evaluate; give at least one")
     return _means(
