@@ -63,6 +63,7 @@ def make_mesh(
     fsdp: int = 1,
     sequence: int = 1,
     tensor: int = 1,
+    *,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh with axes `MESH_AXES` over `devices` (all devices of all hosts by default).

@@ -80,7 +80,7 @@ def test_a_state_with_gaps_comes_back(tmp_path):
 @pytest.mark.parametrize(("fsdp_then", "fsdp_now"), [(8, 1), (1, 8), (8, 2)])
 def test_another_number_of_devices(tmp_path, fsdp_then, fsdp_now):
     def place(state, fsdp):
-        mesh = sharding.make_mesh(1, fsdp, jax.devices()[:fsdp])
+        mesh = sharding.make_mesh(1, fsdp, devices=jax.devices()[:fsdp])
         return jax.device_put(state, sharding.param_shardings(state, mesh))
 
     checkpoint.save(tmp_path, 1, place(make_state(), fsdp_then))

@@ -266,14 +266,22 @@ def test_a_run_that_is_asked_to_leave_saves_and_goes_on_to_the_bit(straight, tmp
     assert_bit_equal(state, straight)
 
 
-def test_without_a_checkpoint_signals_are_what_they_were():
+@pytest.fixture
+def keyboard():
+    """SIGINT raises KeyboardInterrupt, as in a shell; a worker of pytest's may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_without_a_checkpoint_signals_are_what_they_were(keyboard):
     stream = Asked()
     stream.number = signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         train(20, stream)
 
 
-def test_a_second_signal_acts_at_once():
+def test_a_second_signal_acts_at_once(keyboard):
     with pytest.raises(KeyboardInterrupt), interrupt.listen() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         assert asked(1) == "SIGINT"
