@@ -94,6 +94,7 @@ FALLBACKS = {
     "float32 on a GPU": ("cudnn", arrays(), Mask(), False),
     "one token": ("cudnn", [x[:, :1] for x in arrays(jnp.bfloat16)], Mask(), False),
     "cuDNN's dropout": ("cudnn", arrays(jnp.bfloat16), Mask(), True),
+    "16 bits that are to be exact": ("splash", arrays(jnp.bfloat16), Mask(), False),
     "no accelerator": ("auto", arrays(), Mask(), False),
 }
 
@@ -114,7 +115,8 @@ def test_the_choice_by_what_runs(monkeypatch):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
         device = SimpleNamespace(compute_capability=capability)
         monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
-        assert kernels.choose("auto", query, key, Mask(causal=True), False) == kernel
+        with jax.default_matmul_precision("default"):
+            assert kernels.choose("auto", query, key, Mask(causal=True), False) == kernel
 
 
 def test_blocks_divide_the_length():

@@ -82,7 +82,7 @@ def test_training_step_compiles_fits_and_is_sharded(mesh, name):
     rows = sharding.batch_sharding(mesh)
     batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows), batch)
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
         compiled = jax.jit(train_step, donate_argnums=0).lower(state, batch, rng).compile()
     memory = compiled.memory_analysis()
     state_bytes = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(state))

@@ -26,16 +26,19 @@ BLOCK = 512
 def choose(name: str, query: Array, key: Array, mask: Any, dropped: bool) -> str:
     """The kernel for these arrays: `name`, or the platform's for "auto", or "xla" where that one
     cannot do them: none drops weights (`dropped`), splash takes whole blocks of 128 and a mask in
-    words, outside `jax.shard_map` unless it was told `check_vma=False`, cuDNN numbers of 16 bits,
-    heads of at most 128, and even lengths."""
+    words, outside `jax.shard_map` unless it was told `check_vma=False`, and numbers of 16 bits if
+    `jax_default_matmul_precision` asks for no more; cuDNN takes numbers of 16 bits, heads of at
+    most 128, and even lengths."""
     if name == "auto":
         name = _of_platform()
     T, S, H = query.shape[1], key.shape[1], query.shape[-1]
+    exact = jax.config.jax_default_matmul_precision not in (None, "default", "bfloat16", "fastest")
     cut = _query_spec(query)[1]
     fits = {
         "xla": True,
         "splash": mask.allowed is None and (T == S or not mask.causal) and S % LANES == 0
-        and T // _axis_sizes(cut) % LANES == 0 and not varying(query),
+        and T // _axis_sizes(cut) % LANES == 0 and not varying(query)
+        and (query.dtype == jnp.float32 or not exact),
         "cudnn": query.dtype in (jnp.bfloat16, jnp.float16) and H % 8 == 0 and H <= 128
         and T > 1 and T % 2 == S % 2 == 0 and not cut,
     }
