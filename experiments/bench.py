@@ -102,7 +102,7 @@ def training(case: Case, c: Bench) -> Job:
     if recipe:
         params, mask = deltas.prepare(params, recipe, jax.random.key(1))
     optimizer = optim.make_optimizer(1e-4)
-    loss = tasks.classification_loss if recipe else _loss(config)
+    loss = tasks.classification_loss if recipe else plan.pretraining_loss(config)
     train_step = jax.jit(
         step.make_train_step(functools.partial(loss, model.apply), optimizer, mask),
         donate_argnums=0)
@@ -137,10 +137,6 @@ def decoding(case: Case, c: Bench) -> Job:
 def _config(case: Case, c: Bench):
     return presets.get(case.preset, **case.changes, dtype=c.dtype, dropout_rate=c.dropout_rate,
                        attention_dropout_rate=c.dropout_rate)
-
-
-def _loss(config):
-    return next(loss for kind, loss in plan.LOSSES.items() if isinstance(config, kind))
 
 
 def _batch(case: Case, shapes: dict, vocab_size: int, recipe: str | None) -> dict:

@@ -30,4 +30,3 @@ def test_memory():
     x = jax.device_put(jnp.ones((64, 2**20), jnp.float32))
     x.block_until_ready()
     assert measure.peak_memory() >= max(before, x.nbytes)
-    assert measure.device_memory() > x.nbytes

@@ -1,6 +1,5 @@
 """What this machine does: its matrix product, its memory, and how often it compiles."""
 
-import os
 import time
 from collections.abc import Callable
 
@@ -12,8 +11,8 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Compilations:
-    """Counts what XLA compiles, or loads from the persistent cache, from `begin` on. Shapes that
-    change compile anew and in silence; this is how a run notices.
+    """Counts what XLA compiles, or loads from the persistent cache, from when it is made. Shapes
+    that change compile anew and in silence; this is how a run notices.
 
         compilations = Compilations()
         ...
@@ -75,15 +74,4 @@ def peak_memory() -> int | None:
             found = [line.split()[1] for line in status if line.startswith("VmHWM:")]
         return int(found[0]) * 1024
     except (OSError, IndexError):
-        return None
-
-
-def device_memory() -> int | None:
-    """Bytes that the first device has; of a CPU, what the machine has."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
         return None

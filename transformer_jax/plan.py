@@ -201,14 +201,18 @@ LOSSES: dict[type, Callable] = {
     GPTConfig: causal_lm.loss, BERTConfig: mlm_nsp.loss, TransformerConfig: seq2seq.loss}
 
 
+def pretraining_loss(config: Config) -> Callable:
+    """The loss of the model's own objective."""
+    return next(loss for kind, loss in LOSSES.items() if isinstance(config, kind))
+
+
 def abstract_step(setting: Setting, mesh: Mesh, scan: bool, **options):
     """(the training step, its abstract state and batch), placed on a mesh; `options` are the
     loss's."""
     model = build_model(setting.config)
-    kind = next(kind for kind in LOSSES if isinstance(setting.config, kind))
     optimizer = optim.make_optimizer(1e-4)
     train_step = step.make_train_step(
-        functools.partial(LOSSES[kind], model.apply, **options), optimizer,
+        functools.partial(pretraining_loss(setting.config), model.apply, **options), optimizer,
         accumulate=setting.accumulate)
 
     def init(rng):

@@ -228,6 +228,12 @@ def fit(axes: Sequence[Any], shape: Sequence[int]) -> P:
     return _fit(axes, shape, _automatic())
 
 
+def parts(entry: Any) -> int:
+    """Into how many parts the axes of one entry of a spec cut a dimension, on the mesh at hand."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return int(np.prod([mesh.shape[name] for name in axis_names(entry)]))
+
+
 def axis_size(name: str) -> int:
     """The size of an axis of the mesh set by `jax.set_mesh`; 1 where `constrain` would drop it."""
     return _automatic().get(name, 1)

@@ -5,8 +5,8 @@
 
 Full fine-tuning reaches 56.0 ± 3.2 %, the frozen body with a new head 49.9 ± 0.5; the greater class
 has 52.7. So 2,490 pairs do not teach these weights to compare two texts in one row, which they have
-never been given; 18,000 pairs of SNLI do. `lora:8` was not run. A seed of `full` takes six minutes
-on one CPU core.
+never been given; 18,000 pairs of SNLI do. `lora:8` was not run. A seed of `full` took 7 to 11
+minutes on one CPU core with other work beside.
 """
 
 from pathlib import Path

@@ -102,6 +102,10 @@ def test_cross_attention_takes_keys_and_values_from_the_memory(norm_first):
                         memory_mask=call["memory_mask"])
     np.testing.assert_array_equal(again.hidden, out.hidden)
     assert out.cross_attention[0].shape == (1, 2, 5, 4)
+    # Without a mask all of the memory is seen.
+    every = stack.apply({"params": params}, x, mask, memory=memory)
+    assert (np.asarray(every.cross_attention[0]) > 0).all()
+    assert not np.asarray(out.cross_attention[0])[..., 1].any()
 
 
 @pytest.mark.parametrize("norm_first", [True, False])

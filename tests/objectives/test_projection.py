@@ -139,7 +139,7 @@ def test_inside_shard_map(check):
 
 def test_memory_does_not_grow_with_the_vocabulary():
     """Temporary memory at 16,384 tokens of GPT-2's vocabulary, against their logits alone."""
-    tokens, V, D = (1, 16_384), 50_257, 64
+    tokens, V, D = (1, 16_384), 50_257, 768
     made = Projection(jax.ShapeDtypeStruct((*tokens, D), jnp.float32),
                       jax.ShapeDtypeStruct((V, D), jnp.float32))
     targets = jax.ShapeDtypeStruct(tokens, jnp.int32)

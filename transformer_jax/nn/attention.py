@@ -63,6 +63,9 @@ class Mask:
         return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
+UNMASKED = Mask()
+
+
 def causal_mask(
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "B S"],

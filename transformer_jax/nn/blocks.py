@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from transformer_jax.nn.attention import KVCache, Mask, attend
+from transformer_jax.nn.attention import UNMASKED, KVCache, Mask, attend
 from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, LayerNorm, Linear, store_gradient
 from transformer_jax.sharding import BATCH_AXES, constrain, constrain_hidden
@@ -176,7 +176,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD, mask, positions_BT=None, cache=None, memory=None, memory_mask=None,
+        self, x_BTD, mask, positions_BT=None, cache=None, memory=None, memory_mask=UNMASKED,
         deterministic=True,
     ) -> BlockOutput:
         c = self.config
@@ -238,7 +238,7 @@ class Stack(nn.Module):
         positions_BT: Int[Array, "B T"] | None = None,
         cache: dict[str, KVCache] | None = None,
         memory: Float[Array, "B S D"] | dict[str, KVCache] | None = None,
-        memory_mask: Mask | None = None,
+        memory_mask: Mask = UNMASKED,
         deterministic: bool = True,
     ) -> StackOutput:
         """`memory` is what cross-attention looks at: hidden states of an encoder, or, so that they

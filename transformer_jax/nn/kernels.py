@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from transformer_jax.sharding import BATCH_AXES, axis_names, fit, varying
+from transformer_jax.sharding import BATCH_AXES, fit, parts, varying
 
 CHOICES = ("auto", "xla", "cudnn", "splash")
 LANES = 128  # a splash block has a multiple of so many queries and keys
@@ -37,7 +37,7 @@ def choose(name: str, query: Array, key: Array, mask: Any, dropped: bool) -> str
     fits = {
         "xla": True,
         "splash": mask.allowed is None and (T == S or not mask.causal) and S % LANES == 0
-        and T // _axis_sizes(cut) % LANES == 0 and not varying(query)
+        and T // parts(cut) % LANES == 0 and not varying(query)
         and (query.dtype == jnp.float32 or not exact),
         "cudnn": query.dtype in (jnp.bfloat16, jnp.float16) and H % 8 == 0 and H <= 128
         and T > 1 and T % 2 == S % 2 == 0 and not cut,
@@ -57,13 +57,6 @@ def _of_platform() -> str:
 
 def _query_spec(query: Array) -> P:
     return fit((BATCH_AXES, "sequence", "tensor", None), query.shape)
-
-
-def _axis_sizes(entry: Any) -> int:
-    size = 1
-    for name in axis_names(entry):
-        size *= jax.sharding.get_abstract_mesh().shape[name]
-    return size
 
 
 def cudnn(
@@ -120,7 +113,7 @@ def _splash(query, key, value, ids, causal, context_size, interpret):
     T, N, S = query.shape[1], query.shape[2], key.shape[1]
     spec = _query_spec(query)
     rows, tokens, heads = spec[0], spec[1], spec[2]
-    shards = _axis_sizes(tokens)
+    shards = parts(tokens)
     if not causal:
         # The same for every part of the queries: it has no blocks that differ by device.
         one, shards = masks.FullMask((T // shards, S)), 1
@@ -128,9 +121,9 @@ def _splash(query, key, value, ids, causal, context_size, interpret):
         one = masks.CausalMask((T, S))
     else:
         one = masks.LocalMask((T, S), (context_size - 1, 0), 0)
-    block_q, block_kv = block(T // _axis_sizes(tokens)), block(S)
+    block_q, block_kv = block(T // parts(tokens)), block(S)
     kernel = kernels.make_splash_mha(
-        masks.MultiHeadMask([one] * N), head_shards=_axis_sizes(heads),
+        masks.MultiHeadMask([one] * N), head_shards=parts(heads),
         q_seq_shards=shards, interpret=interpret,
         block_sizes=kernels.BlockSizes(
             block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,

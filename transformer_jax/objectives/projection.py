@@ -55,9 +55,7 @@ def totals(
 
 def local_tokens(shape: tuple[int, ...]) -> int:
     """How many of the tokens `[B, ...]` one device has."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = [name for entry in _token_axes(shape) for name in entry]
-    return math.prod(shape) // math.prod(mesh.shape[name] for name in axes)
+    return math.prod(shape) // math.prod(map(sharding.parts, _token_axes(shape)))
 
 
 def _token_axes(shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
@@ -160,10 +158,10 @@ def _local(smoothing, chunk, wanted, axes, hidden, table, scale, bias, targets, 
         return (sums, (d_table, d_scale, d_bias)), d_hidden
 
     zeros = [jnp.zeros((), jnp.float32)] * 3
-    # Under `shard_map` sums differ by device from the start, as what is added to them does.
     empty = [_over_tensor(jnp.zeros((V, *x.shape[1:]), jnp.float32)) if name in wanted else None
              for name, x in (("table", table), ("scale", scale), ("bias", bias))]
     start = (zeros, tuple(empty))
+    # Under `shard_map` sums differ by device from the start, as what is added to them does.
     if differs := tuple(sharding.varying(hidden) | sharding.varying(weights)):
         start = jax.lax.pcast(start, differs, to="varying")
     (sums, by_row), d_hidden = jax.lax.scan(
@@ -188,7 +186,7 @@ def _sum(x, axes):
 def _scattered(axes: tuple[str, ...], width: int) -> str | None:
     """The axis over which the table's gradient is scattered as the table is, if there is one: each
     device then gets the columns of its own parameters alone."""
-    cut = "fsdp" in axes and not width % jax.sharding.get_abstract_mesh().shape["fsdp"]
+    cut = "fsdp" in axes and not width % sharding.parts("fsdp")
     return "fsdp" if cut else None
 
 

@@ -143,7 +143,6 @@ def fit(
         print(f"starting at step {start} of {num_steps}", flush=True)
 
     step_fn = _compile(train_step, state, mesh)
-    compilations = measure.Compilations()
     shares = sharding.data_share(mesh).count
     history: list[Row] = []
     saving: checkpoint.PendingSave | None = None
@@ -154,6 +153,7 @@ def fit(
         contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
         progress(num_steps, start, quiet or jax.process_index() > 0) as report,
         interrupt.listen(checkpoint_dir is not None) as asked,
+        measure.Compilations() as compilations,
     ):
 
         def log(row: Row, kind: str) -> None:
@@ -228,7 +228,6 @@ def fit(
                     raise interrupt.Interrupted(leaves, step)
                 clock.restart()
         finally:
-            compilations.close()
             if saving is not None:
                 saving.result()
     return state, history
