@@ -93,9 +93,14 @@ class Job(NamedTuple):
     bytes_read: float = 0.0  # at the least, where memory is the limit
 
 
+def make_job(case: Case, c: Bench) -> Job:
+    """What a case does, ready to run."""
+    return (decoding if case.work == "decode" else training)(case, c)
+
+
 def training(case: Case, c: Bench) -> Job:
     """Whole steps: forward, backward, clipping, AdamW; the state donated."""
-    config = _config(case, c)
+    config = config_of(case, c)
     recipe = None if case.work == "train" else case.work
     model = build_model(config, 2, "classification") if recipe else build_model(config)
     params, mask = jax.jit(functools.partial(init_params, model))(jax.random.key(0)), None
@@ -122,7 +127,7 @@ def training(case: Case, c: Bench) -> Job:
 
 def decoding(case: Case, c: Bench) -> Job:
     """Greedy decoding, with no end but the number of new tokens."""
-    config = _config(case, c)
+    config = config_of(case, c)
     model = build_model(config)
     params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
     prompts = np.random.default_rng(0).integers(4, config.vocab_size, (case.rows, case.length))
@@ -134,7 +139,8 @@ def decoding(case: Case, c: Bench) -> Job:
     return Job(run, case.rows * case.target, bytes_read=weights * case.target)
 
 
-def _config(case: Case, c: Bench):
+def config_of(case: Case, c: Bench):
+    """The model of a case."""
     return presets.get(case.preset, **case.changes, dtype=c.dtype, dropout_rate=c.dropout_rate,
                        attention_dropout_rate=c.dropout_rate)
 
@@ -168,7 +174,7 @@ def time_case(name: str, c: Bench) -> dict:
     case = CASES[name]
     rate, reads = measure.matmul_rate(c.dtype), measure.read_rate()
     with measure.Compilations() as compilations:
-        job = (decoding if case.work == "decode" else training)(case, c)
+        job = make_job(case, c)
         before = compilations.seconds
         job.run()
         compile_seconds = compilations.seconds - before

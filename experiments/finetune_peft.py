@@ -9,17 +9,15 @@ turns, the other stopped (SIGSTOP), and tell their seconds and peak memory. Medi
 Hardware: 2 CPU cores and 4 GB of memory take about two minutes; Linux, for the peak.
 """
 
-import contextlib
 import json
-import os
 import re
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import turns
 
 WORKER = "--worker"
 
@@ -132,30 +130,14 @@ def batch(c: dict, vocab_size: int):
 
 
 def worker(side: str, settings: str) -> None:
-    """Prepares, warms up, and then takes a turn for each line on standard input."""
+    """One side, in a process of its own."""
     c = json.loads(settings)
     one_step, trained = {"ours": ours, "theirs": theirs}[side](c)
-    for _ in range(2):
-        one_step()
-    print("ready", trained, flush=True)
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        for _ in range(c["per_round"]):
-            one_step()
-        seconds = (time.perf_counter() - began) / c["per_round"]
-        print("took", seconds, peak_memory(), flush=True)
+    turns.serve(one_step, c["per_round"], trained=trained)
 
 
-def peak_memory() -> int:
-    """Bytes that this process held at most."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    raise OSError("/proc/self/status has no VmHWM; this needs Linux")
-
-
-def compare(c: Comparison) -> tuple[dict[str, list[tuple[float, int]]], dict[str, int]]:
-    """((seconds a step, peak bytes) of each turn, number of parameters that train), by side.
+def compare(c: Comparison) -> dict[str, turns.Turns]:
+    """The turns of each side.
 
     Raises:
         ValueError: a recipe that the other side has no counterpart of.
@@ -169,45 +151,9 @@ def compare(c: Comparison) -> tuple[dict[str, list[tuple[float, int]]], dict[str
                            "per_round": c.per_round, "threads": c.threads,
                            "keep_freed_memory": c.keep_freed_memory})
     pythons = {"ours": sys.executable, "theirs": str(c.reference_python)}
-    workers, turns, trained = {}, {side: [] for side in pythons}, {}
-    try:
-        for side, python in pythons.items():  # one after the other: compiling is not timed
-            workers[side] = subprocess.Popen(
-                [python, __file__, WORKER, side, settings], text=True, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE)
-            trained[side] = int(answer(side, workers[side], "ready")[0])
-            stop(workers[side])
-        for _ in range(c.rounds):
-            for side, process in workers.items():
-                process.send_signal(signal.SIGCONT)
-                process.stdin.write("go\n")
-                process.stdin.flush()
-                seconds, memory = answer(side, process, "took")
-                stop(process)
-                turns[side].append((float(seconds), int(memory)))
-    finally:
-        for process in workers.values():
-            process.kill()
-            process.communicate()
-    return turns, trained
-
-
-def stop(process: subprocess.Popen) -> None:
-    """Stops a worker, whose threads may spin while they wait, and waits until it stands."""
-    process.send_signal(signal.SIGSTOP)
-    with contextlib.suppress(ChildProcessError):  # it ended: its next answer is missed
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-
-
-def answer(side: str, process: subprocess.Popen, word: str) -> list[str]:
-    """What follows `word` in a worker's next line that starts with it; a library may print too."""
-    for line in process.stdout:
-        found = line.split()
-        if found[:1] == [word]:
-            return found[1:]
-    raise RuntimeError(f"the side {side!r} ended with status {process.wait()} before it was "
-                       f"{word}: {process.args[0]} has to be a Python with its packages (see the "
-                       "top of this file); its own message is above")
+    return turns.take_turns(
+        {side: [python, __file__, WORKER, side, settings] for side, python in pythons.items()},
+        c.rounds)
 
 
 def main(c: Comparison) -> dict:
@@ -215,17 +161,16 @@ def main(c: Comparison) -> dict:
     import common
 
     began = time.perf_counter()
-    turns, trained = compare(c)
-    ratios = [a / b for (a, _), (b, _) in zip(turns["ours"], turns["theirs"])]
+    sides = compare(c)
+    ratios = turns.ratios(sides["ours"], sides["theirs"])
     metrics = {
-        **{side: {"trained": trained[side],
-                  "seconds_per_step": statistics.median(s for s, _ in found),
-                  "seconds": [s for s, _ in found], "peak_bytes": max(m for _, m in found)}
-           for side, found in turns.items()},
+        **{side: {"trained": found.facts["trained"], "seconds_per_step": found.median,
+                  "seconds": found.seconds, "peak_bytes": found.peak_bytes}
+           for side, found in sides.items()},
         "time_ratio": statistics.median(ratios), "time_ratios": ratios,
-        "memory_ratio": max(m for _, m in turns["ours"]) / max(m for _, m in turns["theirs"]),
+        "memory_ratio": sides["ours"].peak_bytes / sides["theirs"].peak_bytes,
     }
-    for side in turns:
+    for side in sides:
         print(f"{side}: {1000 * metrics[side]['seconds_per_step']:.0f} ms a step, peak "
               f"{metrics[side]['peak_bytes'] / 2**20:.0f} MiB")
     print(f"{c.recipe}: {metrics['time_ratio']:.2f} of PEFT's time (rounds: "

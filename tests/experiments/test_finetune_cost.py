@@ -1,7 +1,6 @@
 """What recipes cost: shares at a small size, and the driver that takes turns with PEFT."""
 
 import dataclasses
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import finetune_cost
 import finetune_peft
 import numpy as np
 import pytest
+import turns
 
 from transformer_jax import presets
 
@@ -43,46 +43,16 @@ def tiny(**changes):
         "length": 8, "rounds": 3, "per_round": 1, "recipe": "lora:2"} | changes)
 
 
-SECONDS = {"ours": 1.0, "theirs": 4.0}
-WORKER = """
-import sys
-print("a library says hello")
-print("ready", 7)
-sys.stdout.flush()
-for _ in sys.stdin:
-    print("took", {}, 1000, flush=True)
-"""
+def test_the_driver(monkeypatch, tmp_path):
+    def take_turns(commands, rounds):
+        assert list(commands) == ["ours", "theirs"] and rounds == 3
+        return {side: turns.Turns({"trained": 7}, [[seconds]] * 3, 1000)
+                for side, seconds in {"ours": 1.0, "theirs": 4.0}.items()}
 
-
-def replaced(monkeypatch, worker):
-    """Processes that run `worker` of their side in the place of models."""
-    start = subprocess.Popen
-    started = []
-
-    def popen(command, **options):
-        started.append(start([sys.executable, "-c", worker(command[3])], **options))
-        return started[-1]
-
-    monkeypatch.setattr(finetune_peft.subprocess, "Popen", popen)
-    return started
-
-
-def test_turns_while_the_other_is_stopped(monkeypatch, tmp_path):
-    started = replaced(monkeypatch, lambda side: WORKER.format(SECONDS[side]))
-    answer, others = finetune_peft.answer, []
-
-    def watched(side, process, word):
-        if word == "took":
-            others.extend(Path(f"/proc/{p.pid}/stat").read_text().rsplit(")")[1].split()[0]
-                          for p in started if p is not process)
-        return answer(side, process, word)
-
-    monkeypatch.setattr(finetune_peft, "answer", watched)
+    monkeypatch.setattr(turns, "take_turns", take_turns)
     metrics = finetune_peft.main(tiny(out=tmp_path))["metrics"]
-    assert others == ["T"] * 6  # stopped
     assert metrics["time_ratios"] == [0.25] * 3 and metrics["time_ratio"] == 0.25
     assert metrics["memory_ratio"] == 1 and metrics["ours"]["trained"] == 7
-    assert all(p.returncode is not None for p in started)
 
 
 def test_our_side_trains():
@@ -90,16 +60,10 @@ def test_our_side_trains():
     assert trained == 2 * 64 + 2 + 512
     one_step()
     one_step()  # the state is donated, and kept
-    assert finetune_peft.peak_memory() > 50e6
     tokens, labels = finetune_peft.batch(dataclasses.asdict(tiny()), 100)
     assert tokens.shape == (2, 8) and tokens.max() < 100 and np.isin(labels, (0, 1)).all()
 
 
-def test_refusals(monkeypatch):
+def test_a_recipe_without_counterpart():
     with pytest.raises(ValueError, match=r"recipe 'head' is not compared; choose full, or a LoRA"):
         finetune_peft.compare(tiny(recipe="head"))
-    started = replaced(monkeypatch, lambda side: "raise SystemExit(3)")
-    with pytest.raises(RuntimeError, match=r"the side 'ours' ended with status 3 before it was "
-                                           r"ready"):
-        finetune_peft.compare(tiny())
-    assert len(started) == 1

@@ -120,16 +120,18 @@ def test_attention_dropout_drops_its_share_and_keeps_the_mean():
 
 
 def test_cache_writes_each_row_at_its_own_place_and_drops_what_is_outside():
-    cache = KVCache(jnp.zeros((2, 3, 1, 1)), jnp.zeros((2, 3, 1, 1)))
+    cache = KVCache(jnp.zeros((2, 1, 3, 1)), jnp.zeros((2, 1, 3, 1)))
     new = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])[..., None, None]
     written = cache.write(new, -new, np.array([[0, 1], [2, 3]]))
-    assert written.key[..., 0, 0].tolist() == [[1, 2, 0], [0, 0, 3]]
-    assert written.value[..., 0, 0].tolist() == [[-1, -2, 0], [0, 0, -3]]
+    assert written.key[:, 0, :, 0].tolist() == [[1, 2, 0], [0, 0, 3]]
+    assert written.value[:, 0, :, 0].tolist() == [[-1, -2, 0], [0, 0, -3]]
+    assert written.length == 3
+    np.testing.assert_array_equal(written.rows()[0], written.key.swapaxes(1, 2))
     assert not cache.key.any()  # the old one is untouched
 
 
 def test_empty_cache():
     cache = init_cache(2, 3, 5, 4, 6, jnp.bfloat16)
     assert list(cache) == ["layer_0", "layer_1"]
-    assert cache["layer_1"].value.shape == (3, 5, 4, 6)
+    assert cache["layer_1"].value.shape == (3, 4, 5, 6)
     assert cache["layer_1"].value.dtype == jnp.bfloat16

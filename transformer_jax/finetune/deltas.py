@@ -336,6 +336,6 @@ def fold_prompt(model: GPT, params: PyTree) -> PyTree:
                         method="prompt_cache")
     del leaves["prompt"]
     for layer, seen in cache.items():
-        for name, value in seen._asdict().items():
+        for name, value in zip(seen._fields, seen.rows()):
             leaves[f"decoder/{layer}/self_attention/prefix_{name}"] = value[0]
     return unflatten_paths(leaves)

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int, Key
 from transformer_jax.generate.forward import Cache, Inputs, proceed, read
 from transformer_jax.generate.rules import Plan, Rules, Text, restrict
 from transformer_jax.generate.sample import new_text
+from transformer_jax.generate.weights import by_outputs
 
 OUT = -1e9  # the score of what is no candidate; finite, so that sums keep their order
 
@@ -119,6 +120,8 @@ def beam_search(
     )
     state = State(text, scores_BK, finished, jnp.ones(B, bool), jnp.bool_(True), cache)
     state = _select(state, logits_NV, rules, search, rng, plan)
+
+    params = by_outputs(params, model.config.compute_dtype)
 
     def advance(state):
         last_N1 = state.text.lengths[:, None] - 1

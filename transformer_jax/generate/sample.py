@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, Key
 
 from transformer_jax.generate.forward import Cache, Inputs, proceed, read
 from transformer_jax.generate.rules import Plan, Rules, Text, restrict
+from transformer_jax.generate.weights import by_outputs
 
 
 class State(NamedTuple):
@@ -72,6 +73,7 @@ def write(
 ) -> tuple[Int[Array, "B L"], Int[Array, "B"]]:
     """Tokens of each row by position, and the number of new ones (padding included)."""
     state, source = _begin(model, params, inputs, rules, rng, plan)
+    params = by_outputs(params, model.config.compute_dtype)
     state = jax.lax.while_loop(
         lambda state: unfinished(state, rules),
         lambda state: _advance(model, params, source, state, rules, rng, plan),
@@ -83,7 +85,8 @@ def write(
 @functools.partial(jax.jit, static_argnames=("model", "plan"))
 def _first(model, params, inputs, rules, rng, *, plan):
     state, source = _begin(model, params, inputs, rules, rng, plan)
-    return state, source, state.text.last, unfinished(state, rules)
+    params = by_outputs(params, model.config.compute_dtype)
+    return params, state, source, state.text.last, unfinished(state, rules)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"), donate_argnames="state")
@@ -97,7 +100,7 @@ def stream(
     streamer: Callable[[Int[np.ndarray, "B"]], None],
 ) -> tuple[Int[Array, "B L"], Int[Array, "B"]]:
     """As `write`, and each token is given to `streamer` as soon as it is known."""
-    state, source, token_B, more = _first(model, params, inputs, rules, rng, plan=plan)
+    params, state, source, token_B, more = _first(model, params, inputs, rules, rng, plan=plan)
     streamer(np.array(token_B))
     while more:
         state, token_B, more = _next(model, params, source, state, rules, rng, plan=plan)

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int, Key
 from transformer_jax.generate.forward import proceed, read
 from transformer_jax.generate.rules import Plan, Rules, Text, restrict
 from transformer_jax.generate.sample import new_text, pick
+from transformer_jax.generate.weights import by_outputs
 
 
 class Pair(NamedTuple):
@@ -139,12 +140,18 @@ def _advance(models, params, sources, state, rules, rng, plan):
     return State(text, done_B, state.rounds + 1, Pair(cache, draft_cache))
 
 
+@functools.partial(jax.jit, static_argnames="models")
+def _by_outputs(models, params):
+    return Pair(*(by_outputs(p, m.config.compute_dtype) for m, p in zip(models, params)))
+
+
 @functools.partial(jax.jit, static_argnames=("models", "plan"))
 def write(
     models: Pair, params: Pair, inputs: Pair, rules: Rules, rng: Key[Array, ""], *, plan: Plan
 ) -> tuple[Int[Array, "B L"], Int[Array, "B"], Int[Array, ""]]:
     """Tokens of each row by position, the number of new ones, and how many rounds it took."""
     state, sources = _begin(models, params, inputs, rules, rng, plan)
+    params = _by_outputs(models, params)
     state = jax.lax.while_loop(
         lambda state: ~state.done.all(),
         lambda state: _advance(models, params, sources, state, rules, rng, plan),
@@ -163,6 +170,7 @@ def stream(
 ) -> tuple[Int[Array, "B L"], Int[Array, "B"], Int[Array, ""]]:
     """As `write`; a column of tokens is given to `streamer` as soon as every row has it."""
     state, sources = _first(models, params, inputs, rules, rng, plan=plan)
+    params = _by_outputs(models, params)
     told = 0
     while True:
         tokens, new, done = (np.array(x) for x in (state.text.tokens, state.text.new, state.done))

@@ -106,7 +106,7 @@ class GPT(nn.Module):
             mask = Mask(causal=True, context_size=c.context_size, query_documents=document_ids,
                         key_documents=document_ids, real=padding_mask)
         else:
-            slots_1S = jnp.arange(cache["layer_0"].key.shape[1])[None]
+            slots_1S = jnp.arange(cache["layer_0"].length)[None]
             mask = Mask(allowed=causal_mask(positions_BT, slots_1S, c.context_size))
         x_BTD = self.token_embed(tokens) * c.embedding_scale
         x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
@@ -121,7 +121,7 @@ class GPT(nn.Module):
     def prompt_cache(self, cache: dict[str, KVCache]) -> dict[str, KVCache]:
         """Keys and values of the prompt in each layer, written to a cache of its length: what the
         tokens see of it, since a causal prompt does not see them."""
-        P = cache["layer_0"].key.shape[1]
+        P = cache["layer_0"].length
         order_1P = jnp.arange(P)[None]
         x_1PD, _, _ = with_prompt(
             self, jnp.zeros((1, 0, self.config.d_model), self.config.compute_dtype), Mask())

@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         if cache is None:
             mask = Mask(causal=True, real=padding_mask)
         else:
-            slots_1S = jnp.arange(cache["layer_0"].key.shape[1])[None]
+            slots_1S = jnp.arange(cache["layer_0"].length)[None]
             mask = Mask(allowed=causal_mask(positions_BT, slots_1S))
         x_BTD = self._embed("decoder", tokens, positions_BT)
         x_BTD = self._normalize("decoder", x_BTD, deterministic)

@@ -121,10 +121,28 @@ def attend(
 
 class KVCache(NamedTuple):
     """Keys and values of one layer. Slot `s` holds the token at position `s` of its row, so rows
-    of unequal length need no bookkeeping: the causal mask hides what is not yet written."""
+    of unequal length need no bookkeeping: the causal mask hides what is not yet written.
 
-    key: Float[Array, "B S N H"]
-    value: Float[Array, "B S N H"]
+    Heads come before slots, as the products want them: otherwise XLA for CPUs copies all of the
+    cache for each token.
+    """
+
+    key: Float[Array, "B N S H"]
+    value: Float[Array, "B N S H"]
+
+    @property
+    def length(self) -> int:
+        """How many slots there are."""
+        return self.key.shape[2]
+
+    @classmethod
+    def of(cls, key: Float[Array, "B S N H"], value: Float[Array, "B S N H"]) -> "KVCache":
+        """A cache that these fill."""
+        return cls(key.swapaxes(1, 2), value.swapaxes(1, 2))
+
+    def rows(self) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
+        """Keys and values as `attend` takes them."""
+        return self.key.swapaxes(1, 2), self.value.swapaxes(1, 2)
 
     def write(
         self,
@@ -135,16 +153,16 @@ class KVCache(NamedTuple):
         """A cache in which `positions` hold `key` and `value`; slots outside are dropped."""
         rows = jnp.arange(positions.shape[0])[:, None]
         return KVCache(
-            self.key.at[rows, positions].set(key, mode="drop"),
-            self.value.at[rows, positions].set(value, mode="drop"),
+            self.key.at[rows, :, positions].set(key, mode="drop"),
+            self.value.at[rows, :, positions].set(value, mode="drop"),
         )
 
 
 def init_cache(
     num_layers: int, batch_size: int, length: int, num_heads: int, head_dim: int, dtype
 ) -> dict[str, KVCache]:
-    """An empty cache for a stack: `layer_i` -> zeros `[B, length, N, H]`."""
-    shape = (batch_size, length, num_heads, head_dim)
+    """An empty cache for a stack: `layer_i` -> zeros `[B, N, length, H]`."""
+    shape = (batch_size, num_heads, length, head_dim)
     return {
         f"layer_{i}": KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         for i in range(num_layers)

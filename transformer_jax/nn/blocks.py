@@ -90,15 +90,17 @@ class Attention(nn.Module):
 
         query_BTNH = constrain(project("query", x_BTD), BATCH_AXES, "sequence", "tensor", None)
         if isinstance(memory, KVCache):
-            seen = memory
+            seen, (key, value) = memory, memory.rows()
         else:
             source = x_BTD if memory is None else memory
             # Queries keep their cut of the tokens, and look at keys and values of all of them.
-            seen = KVCache(*(constrain(project(name, source), BATCH_AXES, None, "tensor", None)
-                             for name in KVCache._fields))
-        if cache is not None:
-            seen = cache.write(*seen, positions_BT)
-        key, value, mask, prefix = with_prefix(self, seen, mask, x_BTD.shape[1])
+            key, value = (constrain(project(name, source), BATCH_AXES, None, "tensor", None)
+                          for name in KVCache._fields)
+            seen = KVCache.of(key, value) if cache is None else cache.write(
+                key, value, positions_BT)
+            if cache is not None:
+                key, value = seen.rows()
+        key, value, mask, prefix = with_prefix(self, key, value, mask, x_BTD.shape[1])
         use_dropout = not deterministic and c.attention_dropout_rate > 0
         out_BTNH, weights_BNTS = attend(
             query_BTNH,
@@ -115,18 +117,18 @@ class Attention(nn.Module):
         return out_BTD, seen, weights_BNTS[..., prefix:]
 
 
-def with_prefix(module: nn.Module, seen: KVCache, mask: Mask, T: int):
+def with_prefix(module: nn.Module, key: Array, value: Array, mask: Mask, T: int):
     """(keys, values, mask, P) with the P keys and values of a `prefix_key` and `prefix_value` in
     front, which every query sees (Li & Liang 2021, "Prefix-Tuning", section 4.2), if there are."""
     if not module.has_variable("params", "prefix_key"):
-        return *seen, mask, 0
+        return key, value, mask, 0
     front = [module.get_variable("params", f"prefix_{name}") for name in KVCache._fields]
     key, value = (
         jnp.concatenate([jnp.broadcast_to(f.astype(x.dtype), (x.shape[0], *f.shape)), x], axis=1)
-        for f, x in zip(front, seen)
+        for f, x in zip(front, (key, value))
     )
     P = front[0].shape[0]
-    return key, value, mask.after(P, T, seen.key.shape[1]), P
+    return key, value, mask.after(P, T, key.shape[1] - P), P
 
 
 class Adapter(nn.Module):
@@ -138,7 +140,7 @@ class Adapter(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
-        width = self.get_variable("params", "down")["kernel"].shape[-1]
+        width = self.get_variable("params", "down")["bias"].shape[-1]
         h = ACTIVATIONS[c.activation](Linear((width,), dtype=c.dtype, name="down")(x_BTD))
         return x_BTD + Linear((c.d_model,), dtype=c.dtype, name="up")(h)
 

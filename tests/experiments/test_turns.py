@@ -1,0 +1,55 @@
+"""Workers that take turns: only one runs, and one that fails is named."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import turns
+
+WORKER = """
+import sys
+sys.path.insert(0, {folder!r})
+import turns
+print("a library says hello")
+turns.serve(lambda: bytearray(10**8), times={times}, trained=7)
+"""
+
+
+def command(text: str = WORKER, times: int = 2) -> list[str]:
+    return [sys.executable, "-c", text.format(folder=str(Path(turns.__file__).parent), times=times)]
+
+
+def test_turns_while_the_others_are_stopped(monkeypatch):
+    started, others = [], []
+    popen, answer = subprocess.Popen, turns._answer
+
+    def start(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    def watched(name, process):
+        if len(started) == 2:  # once both are there, the other one is stopped
+            others.extend(Path(f"/proc/{p.pid}/stat").read_text().rsplit(")")[1].split()[0]
+                          for p in started if p is not process)
+        return answer(name, process)
+
+    monkeypatch.setattr(turns.subprocess, "Popen", start)
+    monkeypatch.setattr(turns, "_answer", watched)
+    found = turns.take_turns({"a": command(), "b": command(times=3)}, rounds=2)
+    assert others == ["T"] * 5
+    assert [[len(turn) for turn in side.seconds] for side in found.values()] == [[2, 2], [3, 3]]
+    assert all(side.facts["trained"] == 7 and side.facts["first_seconds"] > 0
+               for side in found.values())
+    assert all(side.peak_bytes > 1e8 and side.median > 0 for side in found.values())
+    assert all(p.returncode is not None for p in started)
+
+
+def test_ratios_are_of_rounds():
+    ours, theirs = (turns.Turns({}, seconds) for seconds in ([[1, 1, 9], [2]], [[2], [4]]))
+    assert turns.ratios(ours, theirs) == [0.5, 0.5]
+
+
+def test_a_worker_that_fails():
+    with pytest.raises(RuntimeError, match=r"the worker 'b' ended with status 3: .*python"):
+        turns.take_turns({"a": command(), "b": command("raise SystemExit(3)")}, rounds=1)
