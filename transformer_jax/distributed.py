@@ -5,6 +5,10 @@ from collections.abc import Mapping
 
 import jax
 
+HEARTBEAT_SECONDS = 30
+"""A process that has not been heard of for so long is lost: the others end, with its number. A step
+may last longer; what counts is that the process lives."""
+
 FORCE = "TRANSFORMER_JAX_DISTRIBUTED"  # 1: let JAX find out, whatever is set
 
 
@@ -37,9 +41,11 @@ def join(environment: Mapping[str, str] = os.environ, timeout_seconds: int = 300
             raise ValueError(f"JAX_PROCESS_ID is {process!r} of JAX_NUM_PROCESSES {count!r}; "
                              "processes are numbered from 0 up to their number, less one")
         jax.distributed.initialize(address, int(count), int(process),
-                                   initialization_timeout=timeout_seconds)
+                                   initialization_timeout=timeout_seconds,
+                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     elif environment.get(FORCE) == "1" or _many(environment):
-        jax.distributed.initialize(initialization_timeout=timeout_seconds)
+        jax.distributed.initialize(initialization_timeout=timeout_seconds,
+                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     return jax.process_count() > 1
 
 

@@ -45,7 +45,8 @@ def main(devices: int, sizes: dict, out: str, num_steps: int = 5) -> None:
         step.init_state(params, optimizer),
         step.make_train_step(functools.partial(causal_lm.loss, model.apply), optimizer),
         batches, rng=jax.random.key(1), num_steps=num_steps, mesh=mesh, log_every=1, quiet=True,
-        checkpoint_dir=f"{out}.checkpoints", on_log=lambda row: print(row["step"], flush=True))
+        checkpoint_dir=f"{out}.checkpoints", save_every=10,
+        on_log=lambda row: print(row["step"], flush=True))
     norm = jax.jit(lambda p: sum((x**2).sum() for x in jax.tree.leaves(p)))(state.params)
     if jax.process_index() == 0:
         found = {"losses": [row["loss"] for row in history], "norm": float(norm),

@@ -17,7 +17,7 @@ import toy
 
 from transformer_jax import sharding
 from transformer_jax.finetune.select import trainable_mask
-from transformer_jax.train import checkpoint, optim, step
+from transformer_jax.train import checkpoint, folders, optim, step
 
 
 @functools.cache
@@ -227,3 +227,56 @@ def test_a_killed_save_leaves_no_checkpoint(tmp_path):
     state = step.TrainState(jnp.int32(2), {"a": jnp.full(1000, 2.0)}, ())
     checkpoint.save(tmp_path, 2, state)
     np.testing.assert_array_equal(checkpoint.load_params(tmp_path)["a"], 2)
+
+
+# Damage ------------------------------------------------------------------------------------------
+
+
+def three_steps(folder: Path) -> step.TrainState:
+    for number in (1, 2, 3):
+        params = {"a": jnp.full(1000, float(number))}
+        checkpoint.save(folder, number, step.init_state(params, optax.sgd(0.1)))
+    return step.init_state({"a": jnp.zeros(1000)}, optax.sgd(0.1))
+
+
+def flip_a_bit(folder: Path) -> None:
+    """In a file of arrays."""
+    path = next(p for p in (folder / "params" / "d").iterdir())
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_flipped_bit_is_found_and_the_step_before_is_used(tmp_path, capfd):
+    like = three_steps(tmp_path)
+    flip_a_bit(tmp_path / "3")
+    (tmp_path / "2" / "params" / "_METADATA").unlink()
+    assert float(checkpoint.restore(tmp_path, like).state.params["a"][0]) == 1
+    said = capfd.readouterr().err
+    assert "3 is damaged: " in said and " is not what was written; looking at" in said
+    assert "2 is damaged: params/_METADATA is missing" in said
+    assert float(checkpoint.load_params(tmp_path)["a"][0]) == 1
+    named = message_of(ValueError, lambda: checkpoint.restore(tmp_path, like, step=3))
+    assert "is not what was written; choose another step" in named
+    flip_a_bit(tmp_path / "1")
+    assert "every checkpoint in" in message_of(ValueError,
+                                               lambda: checkpoint.restore(tmp_path, like))
+
+
+def test_a_step_that_is_not_listed_does_not_count_unless_none_is(tmp_path):
+    like = three_steps(tmp_path)
+    (tmp_path / "3" / "digests.json").unlink()
+    assert checkpoint.latest_step(tmp_path) == 2
+    for number in (1, 2):
+        (tmp_path / str(number) / "digests.json").unlink()
+    assert checkpoint.latest_step(tmp_path) == 3
+    assert float(checkpoint.restore(tmp_path, like).state.params["a"][0]) == 3
+
+
+def test_what_is_damaged_is_set_aside_and_what_was_cut_off_is_deleted(tmp_path):
+    three_steps(tmp_path)
+    (tmp_path / "4.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "3.damaged").mkdir()
+    folders.set_aside(tmp_path, after=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "1", "2.damaged", "3.damaged", "3.damaged-1"]

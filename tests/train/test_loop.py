@@ -15,7 +15,7 @@ import toy
 from tensorboardX import SummaryWriter
 
 from transformer_jax import sharding
-from transformer_jax.train import checkpoint, interrupt, optim, progress, step
+from transformer_jax.train import checkpoint, interrupt, lock, optim, progress, step
 from transformer_jax.train.loop import NonFiniteLossError, fit
 
 
@@ -294,6 +294,52 @@ def test_a_run_resumes_on_other_devices(straight, tmp_path):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state, straight
     )
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(straight, tmp_path, capfd):
+    train(15, checkpoint_dir=tmp_path, save_every=5)
+    (tmp_path / "15" / "params" / "_METADATA").write_text("{}")
+    state, _ = train(20, checkpoint_dir=tmp_path, save_every=5)
+    assert_bit_equal(state, straight)
+    assert "15 is damaged: params/_METADATA is not what was written" in capfd.readouterr().err
+    assert checkpoint.latest_step(tmp_path) == 20
+    assert (tmp_path / "15").is_dir() and (tmp_path / "15.damaged").is_dir()
+
+
+def test_another_run_is_not_gone_on_with(straight, tmp_path):
+    train(10, checkpoint_dir=tmp_path, metadata={"model": {"width": 16}, "seed": 1})
+    with pytest.raises(ValueError, match="was another: model/width was 16 and is 32; seed was 1 "
+                                         "and is None; give the same settings"):
+        train(20, checkpoint_dir=tmp_path, metadata={"model": {"width": 32}})
+    state, _ = train(20, checkpoint_dir=tmp_path, metadata={"model": {"width": 32}},
+                     accept_changes=True)
+    assert_bit_equal(state, straight)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with lock.hold(tmp_path), pytest.raises(RuntimeError, match=rf"process {os.getpid()} on .*; "
+                                                                "wait for it, stop it"):
+        train(5, checkpoint_dir=tmp_path)
+    train(5, checkpoint_dir=tmp_path)
+
+
+def test_a_failing_save_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    class Slow(toy.Stream):
+        def __next__(self):
+            time.sleep(0.3 if self.position == 6 else 0)
+            return super().__next__()
+
+    train(4, checkpoint_dir=tmp_path)
+    monkeypatch.setattr(checkpoint.digests, "write", fail)
+    steps = []
+    with pytest.raises(checkpoint.SaveError, match=r"step 5 could not be saved in .*: disk "
+                                                   r"full; step 4 is safe"):
+        train(100, Slow(), checkpoint_dir=tmp_path, save_every=5, log_every=1,
+              on_log=lambda row: steps.append(row["step"]))
+    assert max(steps) < 10  # the next save would have been there
 
 
 # What goes wrong ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -89,6 +90,29 @@ ENVIRONMENTS = [
     ({"TRANSFORMER_JAX_DISTRIBUTED": "1"}, ()),
     (ADDRESS | {"JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}, ("host:1234", 3, 2)),
 ]
+
+
+@pytest.mark.slow
+def test_if_one_is_lost_the_others_leave_and_fewer_go_on(tmp_path):
+    out = tmp_path / "found.json"
+    running = start(out, 4, 1, {"data": 4}, "100000")
+    try:
+        for line in running[0].stdout:
+            if line.strip() == "25":
+                break
+        running[2].kill()
+        began = time.monotonic()
+        said = [one.communicate(timeout=120)[0] for one in running]
+        assert time.monotonic() - began < 60
+    finally:
+        for one in running:
+            one.kill()
+    assert all(running[i].returncode not in (0, None) for i in (0, 1, 3))
+    assert all("task 2 heartbeat timeout" in said[i].lower() for i in (0, 1, 3)), said[1]
+    reached = checkpoint.latest_step(f"{out}.checkpoints")
+    assert reached >= 10
+    finish(start(out, 2, 1, {"data": 2}, str(reached + 5)), 0)
+    assert len(json.loads(out.read_text())["losses"]) == 5
 
 
 @pytest.mark.parametrize(("environment", "asked"), ENVIRONMENTS, ids=str)

@@ -9,14 +9,18 @@ A step holds separate items, so that each can be read without the others:
   data        where the data iterator stands
   metadata    what the caller wants to find again: the model's configuration, the command
 
+and digests.json, a list of its files (`train.digests`).
+
 Arrays are always restored onto abstract arrays that carry the target sharding, so a checkpoint
 from eight devices opens on one, and the other way round. Everything else is JSON; nothing is ever
-pickled. A step appears under its name only when all of it is on disk: a process killed while
-saving leaves a temporary directory that is never taken for a checkpoint.
+pickled. A step appears under its name only when all of it is on disk, and counts when its files are
+listed: a process killed while saving leaves nothing that is taken for a checkpoint. A file that is
+not what was written is found, and the step before it is used.
 """
 
 import difflib
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +30,8 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from transformer_jax.train import digests
+from transformer_jax.train.folders import SaveError, check_room, find, find_whole, steps
 from transformer_jax.train.step import TrainState
 from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
 
@@ -44,17 +50,41 @@ class Checkpoint(NamedTuple):
 class PendingSave:
     """A save whose files are still being written. Call `result` before relying on them."""
 
-    def __init__(self, checkpointer: ocp.training.Checkpointer, response: Any):
-        self._checkpointer, self._response = checkpointer, response
+    def __init__(self, root: Path, step: int, checkpointer: ocp.training.Checkpointer, response):
+        self._root, self._step, self._error = root, step, None
+        self._thread = threading.Thread(target=self._finish, args=(checkpointer, response))
+        self._thread.start()
+
+    def _finish(self, checkpointer, response) -> None:
+        try:
+            try:
+                response.result()
+            finally:
+                checkpointer.close()
+            if jax.process_index() == 0:
+                digests.write(self._root / str(self._step))
+        except Exception as error:  # raised where somebody looks
+            self._error = error
+
+    def check(self) -> None:
+        """Raises what has gone wrong so far, once, without waiting."""
+        if self._error is None or self._thread.is_alive():
+            return
+        error, self._error = self._error, None
+        last = latest_step(self._root)
+        raise SaveError(
+            f"step {self._step} could not be saved in {self._root}: {_line(error)}; "
+            + ("no step was saved before" if last is None else f"step {last} is safe")
+            + ". Mend that, and the same command goes on from there") from error
 
     def result(self) -> None:
         """Waits until the checkpoint is complete, and raises what went wrong in the background."""
-        if self._checkpointer is not None:
-            try:
-                self._response.result()
-            finally:
-                self._checkpointer.close()
-                self._checkpointer = None
+        self._thread.join()
+        self.check()
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def save(
@@ -84,11 +114,12 @@ def save(
     Raises:
       ValueError: the step is saved already, `keep` is below 1, or `data_state` or `metadata` holds
         what JSON cannot.
+      SaveError: the folder cannot be written, or has no room.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep is {keep}; keep at least 1 checkpoint, or None for all")
     root = Path(directory).absolute()
-    if step in _steps(root):
+    if step in steps(root):
         raise ValueError(f"{root} already has step {step}; choose another directory or step")
     items = {
         "params": _as_dict(state.params),
@@ -99,15 +130,21 @@ def save(
         "metadata": _as_json(metadata, "metadata"),
     }
     items = {name: item for name, item in items.items() if item is not None}
+    check_room(root, step, jax.tree.leaves([state.params, state.opt_state]))
     policies = ocp.training.preservation_policies
-    checkpointer = ocp.training.Checkpointer(
-        root,
-        context=_context(),
-        # Saving is the caller's decision, so every call saves.
-        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-        preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
-    )
-    pending = PendingSave(checkpointer, checkpointer.save_checkpointables_async(step, items))
+    try:
+        checkpointer = ocp.training.Checkpointer(
+            root,
+            context=_context(),
+            # Saving is the caller's decision, so every call saves.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
+        )
+        response = checkpointer.save_checkpointables_async(step, items)
+    except OSError as error:
+        raise SaveError(f"step {step} cannot be saved in {root}: {_line(error)}; choose another "
+                        "folder, or let this one be written") from error
+    pending = PendingSave(root, step, checkpointer, response)
     if wait:
         pending.result()
     return pending
@@ -115,11 +152,12 @@ def save(
 
 def latest_step(directory: str | Path) -> int | None:
     """The last complete step in the directory, or None (also when there is no directory)."""
-    return max(_steps(Path(directory)), default=None)
+    return max(steps(Path(directory)), default=None)
 
 
 def restore(directory: str | Path, like: TrainState, step: int | None = None) -> Checkpoint:
-    """The whole state at `step` (the latest by default), with the run's key, data and metadata.
+    """The whole state at `step`, with the run's key, data and metadata; by default of the latest
+    step whose files are what was written. Damaged ones after it are named on standard error.
 
     Args:
       like: a state, real or abstract (`jax.eval_shape`). Values come with its dtypes and with the
@@ -127,9 +165,10 @@ def restore(directory: str | Path, like: TrainState, step: int | None = None) ->
 
     Raises:
       FileNotFoundError: no such directory, or no such checkpoint in it.
-      ValueError: the checkpoint has other parameters or another optimizer, or other shapes.
+      ValueError: the checkpoint has other parameters or another optimizer, or other shapes; or it,
+        or every one, is damaged.
     """
-    path = _find(directory, step)
+    path = find_whole(directory, step)
     trees = {"params": like.params, "opt_state": like.opt_state}
     loaded = _load(path, {name: _abstract(item) for name, item in trees.items()})
     restored = {
@@ -157,7 +196,7 @@ def load_params(
 
     Raises: as `restore`.
     """
-    path = _find(directory, step)
+    path = find_whole(directory, step)
     if like is not None:
         loaded = _load(path, {"params": _abstract(like)})["params"]
         return jax.tree.unflatten(jax.tree.structure(like), _leaves(loaded, like))
@@ -179,46 +218,19 @@ def average_params(directory: str | Path, last: int, like: PyTree | None = None)
     """
     if last < 1:
         raise ValueError(f"last is {last}; average at least 1 checkpoint")
-    steps = _steps(Path(directory).absolute())
-    if len(steps) < last:
-        raise FileNotFoundError(f"{directory} keeps {len(steps)} checkpoints, not {last}; average "
+    saved = steps(Path(directory).absolute())
+    if len(saved) < last:
+        raise FileNotFoundError(f"{directory} keeps {len(saved)} checkpoints, not {last}; average "
                                 "fewer, or save with a larger keep")
-    total = load_params(directory, like, steps[-1])
-    for step in steps[len(steps) - last : -1]:
+    total = load_params(directory, like, saved[-1])
+    for step in saved[len(saved) - last : -1]:
         total = jax.tree.map(jax.numpy.add, total, load_params(directory, like, step))
     return jax.tree.map(lambda x: (x / last).astype(x.dtype), total)
 
 
 def load_metadata(directory: str | Path, step: int | None = None) -> Any:
     """The metadata that was saved, or None. Raises FileNotFoundError as `restore` does."""
-    return _load(_find(directory, step), {}).get("metadata")
-
-
-# Directories -------------------------------------------------------------------------------------
-
-
-def _steps(root: Path) -> list[int]:
-    """The complete steps. An unfinished one has a longer name until all of it is written."""
-    if not root.is_dir():
-        return []
-    found = (path for path in root.iterdir() if path.name.isdecimal())
-    return sorted(int(path.name) for path in found if ocp.is_orbax_checkpoint(path))
-
-
-def _find(directory: str | Path, step: int | None) -> Path:
-    root = Path(directory).absolute()
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"there is no checkpoint directory {root}; check the path, or train and save there"
-        )
-    steps = _steps(root)
-    if not steps:
-        raise FileNotFoundError(f"{root} holds no checkpoint; check the path, or save one there")
-    if step is not None and step not in steps:
-        raise FileNotFoundError(
-            f"{root} has no step {step}; it has {', '.join(map(str, steps))}: choose one of them"
-        )
-    return root / str(steps[-1] if step is None else step)
+    return _load(find(directory, step), {}).get("metadata")
 
 
 # Trees and numbers as Orbax takes them -----------------------------------------------------------

@@ -5,6 +5,7 @@ saves it. Devices never wait for the host: the numbers of a step are read while 
 """
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from transformer_jax import measure, sharding
-from transformer_jax.train import checkpoint, interrupt
+from transformer_jax.train import checkpoint, folders, interrupt, lock
 from transformer_jax.train.progress import progress
 from transformer_jax.train.step import TrainState
 from transformer_jax.tree import PyTree, flatten_paths
@@ -71,13 +72,14 @@ def fit(
     quiet: bool = False,
     tokens_per_batch: int | None = None,
     metadata: Any = None,
+    accept_changes: bool = False,
 ) -> tuple[TrainState, list[Row]]:
     """Trains until the state has seen `num_steps` updates, and resumes where a run was cut off.
 
     If `checkpoint_dir` holds a checkpoint, the state, the key and the position in the data come
-    from it, and the run goes on bit for bit as if it had never stopped. With a `checkpoint_dir`,
-    SIGTERM and, of a process that is alone, SIGINT save what there is and leave
-    (`train.interrupt`).
+    from the last one that is whole, and the run goes on bit for bit as if it had never stopped.
+    With a `checkpoint_dir`, SIGTERM and, of a process that is alone, SIGINT save what there is and
+    leave (`train.interrupt`); and no other run may use it meanwhile.
 
     Args:
       state: from `train.step.init_state`. It is donated: use the returned state from then on.
@@ -96,7 +98,9 @@ def fit(
       quiet: no progress line.
       tokens_per_batch: of all hosts, for tokens per second; by default the size of the batch's
         "tokens", if it has them.
-      metadata: saved with every checkpoint, for `checkpoint.load_metadata`.
+      metadata: what makes the run what it is; saved with every checkpoint, for
+        `checkpoint.load_metadata`.
+      accept_changes: resume although `metadata`, if given, is not what was saved.
 
     Returns:
       The state after `num_steps` updates, and the history of this call: rows of "step", the step's
@@ -111,7 +115,9 @@ def fit(
       NonFiniteLossError: names the step; nothing is saved over the last good checkpoint, and the
         batch is written beside it.
       ValueError: a count is out of range, the batches end early or cannot say where they are, or
-        the checkpoint does not fit the state.
+        the checkpoint does not fit the state or was saved with other `metadata`.
+      SaveError: a checkpoint could not be written; raised at the step after.
+      RuntimeError: another run holds `checkpoint_dir`.
     """
     for name, value, least in (
         ("num_steps", num_steps, 0),
@@ -127,110 +133,142 @@ def fit(
             "resume; pass a Grain iterator, or checkpoint_dir=None"
         )
 
-    began = time.perf_counter()
-    state = _place(state, mesh)
-    if checkpoint_dir is not None and checkpoint.latest_step(checkpoint_dir) is not None:
+    with lock.hold(checkpoint_dir or "", checkpoint_dir is not None and jax.process_index() == 0):
+        began = time.perf_counter()
+        state = _place(state, mesh)
+        if checkpoint_dir is not None:
+            state, rng = _resume(state, rng, batches, checkpoint_dir, metadata, accept_changes)
+        start = int(state.step)
+        if start > num_steps:
+            raise ValueError(
+                f"the state has seen {start} updates, more than num_steps = {num_steps}; train for "
+                "longer, or choose another checkpoint_dir"
+            )
+        if start and not quiet:
+            print(f"starting at step {start} of {num_steps}", flush=True)
+
+        step_fn = _compile(train_step, state, mesh)
+        shares = sharding.data_share(mesh).count
+        history: list[Row] = []
+        saving: checkpoint.PendingSave | None = None
+        clock = _Clock()
+        waiting: _Dispatched | None = None
+
+        with (
+            contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
+            progress(num_steps, start, quiet or jax.process_index() > 0) as report,
+            interrupt.listen(checkpoint_dir is not None) as asked,
+            measure.Compilations() as compilations,
+        ):
+
+            def log(row: Row, kind: str) -> None:
+                row = {**row, "seconds": time.perf_counter() - began}
+                history.append(row)
+                left = clock.mean * (num_steps - row["step"]) if clock.mean else None
+                report(int(row["step"]), row, left)
+                if writer is not None:
+                    for name, value in row.items():
+                        if name not in ("step", "seconds"):
+                            tag = f"{kind}/{name.removeprefix('eval_')}"
+                            writer.add_scalar(tag, value, int(row["step"]))
+                if on_log is not None:
+                    on_log(row)
+
+            def read(sent: _Dispatched) -> None:
+                """Waits for a step, checks its numbers and logs them if it is their turn."""
+                metrics = {name: float(x) for name, x in jax.device_get(sent.metrics).items()}
+                clock.tick()
+                _check_finite(sent, metrics, checkpoint_dir)
+                if sent.step % log_every and sent.step != num_steps:
+                    return
+                row = {"step": sent.step, "loss": metrics.pop("loss"), **metrics}
+                row["compilations"] = compilations.count
+                if lap := clock.lap():
+                    seconds, row["host_share"] = lap
+                    row["seconds_per_step"] = seconds
+                    if tokens := tokens_per_batch or _count_tokens(sent.batch) * shares:
+                        row["tokens_per_second"] = tokens / seconds
+                log(row, "train")
+
+            try:
+                for step in range(start + 1, num_steps + 1):
+                    fetching = time.perf_counter()
+                    batch = _next(batches, step, num_steps)
+                    placed = batch if mesh is None else sharding.shard_batch(batch, mesh)
+                    # No step under way, or the last one done: devices had nothing to do meanwhile.
+                    if (clock.runs if waiting is None else waiting.metrics["loss"].is_ready()):
+                        clock.waited += time.perf_counter() - fetching
+                    state, metrics = step_fn(state, placed, rng)
+                    if waiting is not None:
+                        read(waiting)
+                    if saving is not None:
+                        saving.check()
+                    waiting = _Dispatched(step, batch, metrics)
+                    last = step == num_steps
+                    leaves = None if last else asked(step)
+                    evaluates = (eval_fn is not None and not leaves
+                                 and _due(step, eval_every, last))
+                    saves = (checkpoint_dir is not None
+                             and _due(step, save_every, last or bool(leaves)))
+                    if not (evaluates or saves or last):
+                        continue
+                    read(waiting)
+                    waiting = None
+                    if evaluates:
+                        found = eval_fn(state.params)
+                        log({"step": step, **{f"eval_{name}": float(x)
+                                              for name, x in found.items()}}, "eval")
+                    if saves:
+                        if saving is not None:
+                            saving.result()
+                        saving = checkpoint.save(
+                            checkpoint_dir,
+                            step,
+                            state,
+                            rng=rng,
+                            data_state=batches.get_state(),
+                            metadata=metadata,
+                            keep=keep,
+                            wait=False,
+                        )
+                    if leaves:
+                        saving.result()
+                        print(f"{leaves} at step {step} of {num_steps}: saved in "
+                              f"{checkpoint_dir}; the same command goes on from there",
+                              flush=True)
+                        raise interrupt.Interrupted(leaves, step)
+                    clock.restart()
+            finally:
+                if saving is not None:
+                    saving.result()
+        return state, history
+
+
+def _resume(state: TrainState, rng, batches, checkpoint_dir, metadata, accept_changes: bool):
+    """(state, key) of the last whole checkpoint, if there is one, with the batches moved to its
+    place; and a folder in which every later step can be saved."""
+    if checkpoint.latest_step(checkpoint_dir) is not None:
         found = checkpoint.restore(checkpoint_dir, state)
+        if not (accept_changes or metadata is None or found.metadata is None):
+            _check_same(found.metadata, metadata, checkpoint_dir)
         state, rng = found.state, found.rng
         batches.set_state(found.data_state)
-    start = int(state.step)
-    if start > num_steps:
-        raise ValueError(
-            f"the state has seen {start} updates, more than num_steps = {num_steps}; train for "
-            "longer, or choose another checkpoint_dir"
-        )
-    if start and not quiet:
-        print(f"starting at step {start} of {num_steps}", flush=True)
+    if jax.process_index() == 0:
+        folders.set_aside(checkpoint_dir, after=int(state.step))
+    return state, rng
 
-    step_fn = _compile(train_step, state, mesh)
-    shares = sharding.data_share(mesh).count
-    history: list[Row] = []
-    saving: checkpoint.PendingSave | None = None
-    clock = _Clock()
-    waiting: _Dispatched | None = None
 
-    with (
-        contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
-        progress(num_steps, start, quiet or jax.process_index() > 0) as report,
-        interrupt.listen(checkpoint_dir is not None) as asked,
-        measure.Compilations() as compilations,
-    ):
-
-        def log(row: Row, kind: str) -> None:
-            row = {**row, "seconds": time.perf_counter() - began}
-            history.append(row)
-            left = clock.mean * (num_steps - row["step"]) if clock.mean else None
-            report(int(row["step"]), row, left)
-            if writer is not None:
-                for name, value in row.items():
-                    if name not in ("step", "seconds"):
-                        tag = f"{kind}/{name.removeprefix('eval_')}"
-                        writer.add_scalar(tag, value, int(row["step"]))
-            if on_log is not None:
-                on_log(row)
-
-        def read(sent: _Dispatched) -> None:
-            """Waits for a step, checks its numbers and logs them if it is their turn."""
-            metrics = {name: float(x) for name, x in jax.device_get(sent.metrics).items()}
-            clock.tick()
-            _check_finite(sent, metrics, checkpoint_dir)
-            if sent.step % log_every and sent.step != num_steps:
-                return
-            row = {"step": sent.step, "loss": metrics.pop("loss"), **metrics}
-            row["compilations"] = compilations.count
-            if lap := clock.lap():
-                seconds, row["host_share"] = lap
-                row["seconds_per_step"] = seconds
-                if tokens := tokens_per_batch or _count_tokens(sent.batch) * shares:
-                    row["tokens_per_second"] = tokens / seconds
-            log(row, "train")
-
-        try:
-            for step in range(start + 1, num_steps + 1):
-                fetching = time.perf_counter()
-                batch = _next(batches, step, num_steps)
-                placed = batch if mesh is None else sharding.shard_batch(batch, mesh)
-                # No step under way, or the last one done: devices had nothing to do meanwhile.
-                if (clock.runs if waiting is None else waiting.metrics["loss"].is_ready()):
-                    clock.waited += time.perf_counter() - fetching
-                state, metrics = step_fn(state, placed, rng)
-                if waiting is not None:
-                    read(waiting)
-                waiting = _Dispatched(step, batch, metrics)
-                last = step == num_steps
-                leaves = None if last else asked(step)
-                evaluates = eval_fn is not None and not leaves and _due(step, eval_every, last)
-                saves = checkpoint_dir is not None and _due(step, save_every, last or bool(leaves))
-                if not (evaluates or saves or last):
-                    continue
-                read(waiting)
-                waiting = None
-                if evaluates:
-                    found = {f"eval_{name}": float(x) for name, x in eval_fn(state.params).items()}
-                    log({"step": step, **found}, "eval")
-                if saves:
-                    if saving is not None:
-                        saving.result()
-                    saving = checkpoint.save(
-                        checkpoint_dir,
-                        step,
-                        state,
-                        rng=rng,
-                        data_state=batches.get_state(),
-                        metadata=metadata,
-                        keep=keep,
-                        wait=False,
-                    )
-                if leaves:
-                    saving.result()
-                    print(f"{leaves} at step {step} of {num_steps}: saved in {checkpoint_dir}; the "
-                          "same command goes on from there", flush=True)
-                    raise interrupt.Interrupted(leaves, step)
-                clock.restart()
-        finally:
-            if saving is not None:
-                saving.result()
-    return state, history
+def _check_same(saved: Any, ours: Any, checkpoint_dir: str | Path) -> None:
+    """Another model, data or rate would make another run of it."""
+    then, now = (flatten_paths({"": json.loads(json.dumps(x))}) for x in (saved, ours))
+    changed = [name for name in sorted(then.keys() | now.keys())
+               if then.get(name) != now.get(name)]
+    if changed:
+        told = "; ".join(f"{name.lstrip('/')} was {then.get(name)} and is {now.get(name)}"
+                         for name in changed[:5])
+        more = f" (and {len(changed) - 5} more)" if len(changed) > 5 else ""
+        raise ValueError(f"the run in {checkpoint_dir} was another: {told}{more}; give the same "
+                         "settings, another folder, or accept_changes")
 
 
 def _place(state: TrainState, mesh: Mesh | None) -> TrainState:

@@ -1,0 +1,25 @@
+"""The short forms of the long trials beside this file."""
+
+import faults
+import kills
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "devices"), [("pretrain", [1]), ("lora:2:all", [1, 4])])
+def test_a_run_that_is_killed_again_and_again(mode, devices):
+    found = kills.main(kills=2, devices=devices, seed=1, modes=(mode,))[mode]
+    assert found["kills"] == 2 and found["epochs"] == 16 and not found["left_behind"]
+    assert found["bit_equal"] or len(devices) > 1
+
+
+def test_damaged_checkpoints_are_never_taken_for_whole():
+    found = faults.loads(trials=30, seed=2)
+    assert sum(sum(kind.values()) for kind in found.values()) == 30
+    assert len(found) >= 6
+
+
+def test_saves_that_fail_say_so_and_leave_the_last_good_one():
+    said = faults.saves()
+    assert "step 10 is safe" in said["disk full"]
+    assert "make room, keep fewer checkpoints" in said["no room"]
