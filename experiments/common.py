@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import platform
@@ -195,6 +196,40 @@ def _read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path} does not exist; give the --out folder of a finished "
                                 "pretrain.py or finetune.py run")
     return json.loads(path.read_text())
+
+
+# What a run may change and go on: where it stands, what is looked at, on what it runs. Files are
+# known by what was read from them.
+_NOT_THE_RUN = {"out", "data", "tokenizer", "mesh", "eval_every", "eval_batches", "eval_pairs",
+                "save_every", "log_every", "remember", "pretrained", "quiet", "accept_changes"}
+
+
+def identity(config: Any, rows: Any, *more: Any) -> dict[str, Any]:
+    """What makes a run what it is, for its checkpoints: every setting that its result depends on,
+    and a fingerprint of the rows it reads and of anything else, such as a base's parameters."""
+    def settings(value):
+        if not isinstance(value, dict):
+            return value
+        return {name: settings(x) for name, x in value.items() if name not in _NOT_THE_RUN}
+
+    return {"settings": settings(to_json(config)), "data": fingerprint(rows),
+            **{f"with_{i}": fingerprint(x) for i, x in enumerate(more)}}
+
+
+def fingerprint(rows: Any) -> str:
+    """A digest of a corpus, of rows, or of any tree of arrays; of long arrays, of 64 blocks."""
+    digest = hashlib.sha256()
+    rows = getattr(rows, "corpus", rows)
+    for leaf in jax.tree.leaves(vars(rows) if dataclasses.is_dataclass(rows) else rows):
+        if not hasattr(leaf, "dtype"):
+            digest.update(repr(leaf).encode())
+            continue
+        flat = np.asarray(leaf).reshape(-1)
+        digest.update(f"{flat.dtype}{flat.size}".encode())
+        block = max(flat.size // 64, 2**18)
+        for start in range(0, flat.size, block):
+            digest.update(np.ascontiguousarray(flat[start : start + 2**18]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def write_results(out: Path, config: Any, metrics: dict, seconds: float) -> dict:

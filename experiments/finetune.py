@@ -163,7 +163,10 @@ def finetune(
         step.init_state(params, optimizer, mask), train_step, data.loader(),
         rng=jax.random.key(seed + 1), num_steps=settings.num_steps, quiet=quiet,
         log_every=max(settings.num_steps // 10, 1), checkpoint_dir=checkpoint_dir, mesh=mesh,
-        metadata={"model": config_to_dict(model.config), "recipe": recipe},
+        save_every=settings.save_every, accept_changes=settings.accept_changes, keep=2,
+        metadata=None if checkpoint_dir is None else {
+            "model": config_to_dict(model.config), "recipe": recipe, "seed": seed,
+            **common.identity(settings, task.train, params)},
     )
     params = state.params
     if (average := finetuning.ema_params(state.opt_state)) is not None:

@@ -69,7 +69,8 @@ def pretrain(c: Pretrain) -> dict:
             eval_fn=held_out_loss, eval_every=c.eval_every, save_every=c.save_every,
             log_every=c.log_every, checkpoint_dir=c.out / "checkpoints", writer=writer,
             tokens_per_batch=c.batch_size * train.tokens_per_row,
-            metadata={"model": config_to_dict(c.model)},
+            metadata={"model": config_to_dict(c.model)} | common.identity(c, train.rows),
+            accept_changes=c.accept_changes,
         )
     after = held_out_loss(state.params)
     metrics = {"held_out_before": before, "held_out": after, "history": history}

@@ -201,7 +201,6 @@ def hf_flax(s: Shape) -> Work:
         return optax.apply_updates(params, updates), opt_state, rng, loss
 
     state = [params, jax.jit(optimizer.init)(params), jax.random.PRNGKey(0)]
-    del params
 
     def step():
         state[0], state[1], state[2], loss = train_step(*state)

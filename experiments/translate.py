@@ -22,7 +22,7 @@ import configs
 import jax
 import numpy as np
 import tyro
-from settings import Translate
+from settings_seq2seq import Translate
 from tensorboardX import SummaryWriter
 
 from transformer_jax import draw, evaluate, sharding, tree
@@ -95,7 +95,8 @@ def train(c: Translate, tokenizer, texts: Sequence[dict], held_out_texts: Sequen
             eval_fn=lambda params: step.evaluate(eval_step, params, held_out, mesh),
             eval_every=c.eval_every, save_every=c.save_every, keep=c.average,
             log_every=c.log_every, checkpoint_dir=c.out / "checkpoints", writer=writer,
-            metadata={"model": config_to_dict(c.model)},
+            metadata={"model": config_to_dict(c.model)} | common.identity(c, texts),
+            accept_changes=c.accept_changes,
         )
     params = checkpoint.average_params(c.out / "checkpoints", kept_steps(c), state.params)
     return model, params, history, step.evaluate(eval_step, params, held_out, mesh)

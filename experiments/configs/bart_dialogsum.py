@@ -11,7 +11,8 @@ dialogues, ROUGE-L of the 500 held-out summaries is 25.4, and 19.6 for the same 
 
 from pathlib import Path
 
-from settings import Denoise, Optimizer, Pairs, Pretrain
+from settings import Optimizer, Pretrain
+from settings_seq2seq import Denoise, Pairs
 
 from transformer_jax import presets
 

@@ -9,7 +9,8 @@ nats a token. 2 AMD EPYC cores take about 65 minutes: 1.0 s a step, and two to t
 
 from pathlib import Path
 
-from settings import Optimizer, Translate
+from settings import Optimizer
+from settings_seq2seq import Translate
 
 from transformer_jax import presets
 

@@ -18,7 +18,8 @@ import quickstart
 import supervised
 import sweep
 import translate
-from settings import Data, Mesh, Pretrain, Settings, Sweep, Translate
+from settings import Data, Mesh, Pretrain, Settings, Sweep
+from settings_seq2seq import Translate
 
 from transformer_jax import models, tree
 from transformer_jax.data import Annotated
@@ -339,6 +340,17 @@ def test_the_same_command_resumes(tmp_path, sentences):
     pretrain.pretrain(c)
     for a, b in zip(straight, jax.tree.leaves(common.load_run(c.out).params)):
         np.testing.assert_array_equal(a, b)
+
+
+def test_another_run_is_not_resumed(tmp_path, sentences):
+    c = tiny(configs.load(Pretrain)["gpt_python_docs"][1], tmp_path, data=sentences)
+    pretrain.pretrain(c)
+    other = dataclasses.replace(c, num_steps=4, seed=1)
+    with pytest.raises(ValueError, match="was another: settings/num_steps was 2 and is 4; "
+                                         "settings/seed was 0 and is 1"):
+        pretrain.pretrain(other)
+    found = pretrain.pretrain(dataclasses.replace(other, accept_changes=True))
+    assert found["metrics"]["history"][-1]["step"] == 4
 
 
 def test_unknown_objective_and_missing_run(tmp_path, sentences):

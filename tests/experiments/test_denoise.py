@@ -10,7 +10,7 @@ import denoise
 import forgetting
 import numpy as np
 import pytest
-from settings import Denoise
+from settings_seq2seq import Denoise
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
