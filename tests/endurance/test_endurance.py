@@ -1,6 +1,7 @@
 """The short forms of the long trials beside this file."""
 
 import faults
+import fuzz
 import kills
 import pytest
 
@@ -23,3 +24,9 @@ def test_saves_that_fail_say_so_and_leave_the_last_good_one():
     said = faults.saves()
     assert "step 10 is safe" in said["disk full"]
     assert "make room, keep fewer checkpoints" in said["no room"]
+
+
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_readers_of_foreign_files(name):
+    found = fuzz.main(inputs=200, targets=[name], seed=1)[name]
+    assert found["wrong"] == {} and found["longest_seconds"] < fuzz.SECONDS

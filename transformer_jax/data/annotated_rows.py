@@ -192,7 +192,7 @@ def _choices(row: Example, column: str | Sequence[str]) -> list[str]:
     if isinstance(found, str):
         try:
             found = json.loads(found)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, list):
             raise ValueError(f"column {column!r} holds the text {cell(row, column)!r}; give a list "

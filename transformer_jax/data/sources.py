@@ -212,6 +212,9 @@ def _json_rows(text: str, path: Path) -> Iterator[tuple[int, Example]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is not JSON: {error.msg} at column "
                              f"{error.colno}; write one object a line") from None
+        except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's
+            raise ValueError(f"{path} line {number} cannot be read ({str(error)[:100]}); write one "
+                             "plain object a line") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {number} is a {type(row).__name__}; "
                              "write one object a line")

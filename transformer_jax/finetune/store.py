@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from transformer_jax import __version__
+from transformer_jax import __version__, json_files
 from transformer_jax.finetune.deltas import DELTA, Leaves
 from transformer_jax.finetune.select import new_parameters
 from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
@@ -189,12 +189,7 @@ def load_delta(folder: str | Path, base: PyTree) -> Delta:
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a folder that save_delta wrote")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); fetch it again") from None
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{path} holds a {type(manifest).__name__}; it must be an object")
+    manifest = json_files.read(path)
     for name, kind in _FIELDS.items():
         if type(manifest.get(name)) is not kind:
             raise ValueError(f"{path}: {name} is {manifest.get(name)!r}, no {kind.__name__}; fetch "

@@ -17,6 +17,9 @@ from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, embedding_init
 
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Beyond these a number is a mistake, or meant to fill the memory of whoever opens the file.
+LIMITS = {"vocab_size": 2**24, "max_length": 2**24, "position_offset": 2**20, "num_layers": 10_000,
+          "d_model": 2**20, "mlp_dim": 2**22}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,8 @@ class Config:
             _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name),
                      "a finite number above 0")
         _require(self.position_offset >= 0, "position_offset", self.position_offset, "at least 0")
+        for name, most in LIMITS.items():
+            _require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most:,}")
         choices = {"positions": POSITIONS, "activation": tuple(ACTIVATIONS),
                    "initializer": tuple(INITIALIZERS), "dtype": tuple(DTYPES),
                    "kernel": CHOICES, "remat": tuple(REMAT)}

@@ -187,7 +187,7 @@ TASKS = {name: task for task, names in _CALLED.items() for name in names}
 
 def find_family(model_type: Any) -> Family:
     """Raises ValueError for a family that is not here."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         near = difflib.get_close_matches(str(model_type), FAMILIES, n=3) or FAMILIES
         raise ValueError(f"config.json has model_type {model_type!r}, which is not here; "
                          f"those near are {', '.join(near)}")
@@ -249,10 +249,16 @@ def read_config(values: dict[str, Any], **changes) -> Config:
     for name, (theirs, default) in family.fields.items():
         ours[name] = values.get(theirs, default)
     activations = _activations(model_type)
-    if ours["activation"] not in activations:
+    if not isinstance(ours["activation"], str) or ours["activation"] not in activations:
         raise ValueError(f"config.json has the activation {ours['activation']!r}; those here are "
                          f"{', '.join(activations)}")
     ours["activation"] = activations[ours["activation"]]
+    for name in ("d_model", "max_length", "pad_token_id"):  # which others are computed from
+        value = ours.get(name)
+        if name in ours and type(value) is not int and not (name == "pad_token_id"
+                                                            and value is None):
+            raise ValueError(f"config.json has {family.fields.get(name, (name,))[0]} {value!r}; it "
+                             "must be a whole number")
     if ours.get("mlp_dim") is None:
         ours["mlp_dim"] = 4 * ours["d_model"]
     if _is_roberta(model_type):
@@ -264,6 +270,8 @@ def read_config(values: dict[str, Any], **changes) -> Config:
         raise ValueError(f"config.json has vocab_size {ours['vocab_size']} and decoder_vocab_size "
                          f"{values['decoder_vocab_size']}; only one vocabulary for both is here")
     generation = values.get("generation_config", {})
+    if not isinstance(generation, dict):
+        raise ValueError(f"config.json has generation_config {generation!r}; it must be an object")
     for name in (*_IDS, *_SEQ2SEQ_IDS):
         # What a model writes is generation_config.json's to say, what it reads config.json's.
         if name in ours and (ours[name] is None or name in _SEQ2SEQ_IDS):

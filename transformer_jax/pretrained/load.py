@@ -8,7 +8,6 @@ and on a mesh no device more than its share.
 import dataclasses
 import difflib
 import importlib.resources
-import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from transformer_jax import json_files
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.models import Config, Model, build_model, init_params
 from transformer_jax.pretrained import tables, tensors, tokenizer
@@ -249,13 +249,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a checkpoint's folder has {CONFIG} and "
                                 f"{tensors.WEIGHTS}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); fetch it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; it must be an object of fields")
-    return values
+    return json_files.read(path)
 
 
 def _task(values: dict[str, Any], task: str | None) -> str:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
+from transformer_jax import json_files
 from transformer_jax.finetune.deltas import DELTA, column_norms, float_matrix, merge
 from transformer_jax.models import Model, init_params
 from transformer_jax.pretrained import tables, tensors
@@ -345,13 +346,10 @@ def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the folder of a PEFT adapter")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); fetch it again") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise ValueError(f"{path} has peft_type {kind!r}; only 'LORA' is read here")
+    config = json_files.read(path)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} has peft_type {config.get('peft_type')!r}; only 'LORA' is read "
+                         "here")
     if (start := config.get("init_lora_weights", True)) not in _STARTS:
         raise ValueError(f"{path} has init_lora_weights {start!r}, which changes the base's "
                          "kernels; convert the adapter to plain LoRA first (PEFT's "

@@ -39,23 +39,25 @@ def read(path: str | Path) -> Pieces:
         ValueError: it is none, or of another kind than unigram.
     """
     path = Path(path)
+    pieces, kinds = [], []
     try:
         model = _parse(path.read_bytes())
-    except (IndexError, KeyError, UnicodeDecodeError, ValueError) as error:
+        for piece in model.get(1, []):
+            fields = _parse(piece)
+            pieces.append((fields[1][0].decode(), _float(fields.get(2, [0])[0])))
+            kinds.append(fields.get(3, [1])[0])
+        trainer = _parse(model.get(2, [b""])[0])
+        normalizer = _parse(model.get(3, [b""])[0])
+        kind, characters = trainer.get(3, [UNIGRAM])[0], bytes(memoryview(
+            normalizer.get(2, [b""])[0]))
+    except (IndexError, KeyError, TypeError, AttributeError, OverflowError,
+            ValueError) as error:
         raise ValueError(f"{path} is no SentencePiece model ({type(error).__name__}: {error}); "
                          "fetch it again") from None
-    pieces, kinds = [], []
-    for piece in model.get(1, []):
-        fields = _parse(piece)
-        pieces.append((fields[1][0].decode(), _float(fields.get(2, [0])[0])))
-        kinds.append(fields.get(3, [1])[0])
-    trainer = _parse(model.get(2, [b""])[0])
-    normalizer = _parse(model.get(3, [b""])[0])
-    kind = trainer.get(3, [UNIGRAM])[0]
     if kind != UNIGRAM or UNKNOWN not in kinds:
         raise ValueError(f"{path} is a SentencePiece model of type {kind} with {len(pieces)} "
                          "pieces; only unigram models (type 1) with an unknown piece are here")
-    return Pieces(pieces, kinds, normalizer.get(2, [b""])[0], bool(normalizer.get(3, [1])[0]),
+    return Pieces(pieces, kinds, characters, bool(normalizer.get(3, [1])[0]),
                   bool(normalizer.get(4, [1])[0]))
 
 
@@ -103,6 +105,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             shift += 7
             if byte < 128:
                 return value
+            if shift > 63:
+                raise ValueError(f"a number of more than 64 bits at byte {at}")
 
     def take(size: int) -> bytes:
         nonlocal at

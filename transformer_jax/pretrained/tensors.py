@@ -17,8 +17,11 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from transformer_jax import json_files
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 200  # characters of a file's name; no system has longer ones
 LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 # bfloat16 is no type of NumPy's own; ml_dtypes comes with JAX.
 DTYPES = {
@@ -86,12 +89,12 @@ def read_header(path: str | Path) -> dict[str, Entry]:
                              f"says that {length} of them are its header; fetch it again")
         header = file.read(length)
     try:
-        header = json.loads(header.decode("utf-8"))
+        header = json_files.parse(header)
         header.pop("__metadata__", None)
-        entries = {
-            name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in header.items()
-        }
+        entries = {}
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            entries[name] = str(entry["dtype"]), tuple(entry["shape"]), start, end
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} has a damaged header ({type(error).__name__}: {error}); fetch it "
                          "again") from None
@@ -124,14 +127,14 @@ def _entry(path, name, base, total, dtype, shape, start, end) -> Entry:
 
 def _read_index(path: Path) -> dict[str, Entry]:
     try:
-        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = json_files.read(path)["weight_map"]
         files = sorted(set(shards.values()))
-        outside = [name for name in files if Path(name).name != name]
+        outside = [name for name in files if Path(name).name != name or len(name) > LONGEST_NAME]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no index of weights ({type(error).__name__}: {error}); fetch "
                          "it again") from None
     if outside:
-        raise ValueError(f"{path} names {outside[0]!r}; shards must be files beside it")
+        raise ValueError(f"{path} names {outside[0][:200]!r}; shards must be files beside it")
     for name in files:
         if not (path.parent / name).is_file():
             raise FileNotFoundError(f"{path} names {name}, which is not there; fetch it again")

@@ -4,7 +4,6 @@
 """
 
 import functools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from transformer_jax import json_files
 from transformer_jax.data import tokenizers
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.pretrained import sentencepiece
@@ -103,6 +103,9 @@ class MarianTokenizer(PretrainedTokenizer):
             (directory / name).write_bytes(content)
 
 
+_PROBE = "a \U0010fffd"  # a vocabulary without a token for what is unknown fails on it
+
+
 def _language_code(text: str) -> tuple[str, str]:
     """">>fr<< Good morning" -> ">>fr<<", " Good morning"."""
     end = text.find("<<")
@@ -119,7 +122,7 @@ def load(folder: Path, values: dict[str, Any]) -> Tokenizer | None:
         ValueError: a file cannot be read as what its name says.
     """
     present = {name: folder / name for name in FILES if (folder / name).is_file()}
-    config = _json(present[CONFIG]) if CONFIG in present else {}
+    config = json_files.read(present[CONFIG]) if CONFIG in present else {}
     family = values.get("model_type", "")
     for names, make in _MAKERS.items():
         if not all(name in present for name in names):
@@ -127,14 +130,19 @@ def load(folder: Path, values: dict[str, Any]) -> Tokenizer | None:
         paths = [present[name] for name in names]
         try:
             made = make(*paths, family=family, config=config, stated=CONFIG in present)
-        except Exception as error:  # the library raises bare Exception
+            if isinstance(made, Backend):
+                made.encode(_PROBE)
+        except BaseException as error:
+            # The library raises bare Exception, and where it panics something that is none.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ValueError(f"{paths[0]} cannot be read as a tokenizer ({error}); fetch it "
                              "again") from None
         files = {name: path.read_bytes() for name, path in present.items()
                  if name != "tokenizer.json"}
         if isinstance(made, Backend):
             if "tokenizer.json" not in present and "added_tokens.json" in present:
-                _add(made, _json(present["added_tokens.json"]))
+                _add(made, json_files.read(present["added_tokens.json"]))
             return PretrainedTokenizer(made, files)
         source, target, vocab = made
         return MarianTokenizer(source, files, vocab, target)
@@ -142,16 +150,6 @@ def load(folder: Path, values: dict[str, Any]) -> Tokenizer | None:
         print(f"{present['spiece.model']} is not read here: the tokenizer is None; a "
               "tokenizer.json beside it would be", file=sys.stderr)
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); fetch it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; it must be an object of fields")
-    return values
 
 
 def _add(backend: Backend, added: dict[str, int]) -> None:
@@ -228,7 +226,7 @@ def _marian(source: Path, target: Path, vocab: Path, *, family: str, config: dic
     """Cutters of both languages, and the vocabulary they share."""
     if config.get("separate_vocabs"):
         raise ValueError("separate_vocabs is true; only one vocabulary for both languages is here")
-    ids = _json(vocab)
+    ids = json_files.read(vocab)
     if missing := [token for token in ("</s>", "<unk>", "<pad>") if token not in ids]:
         raise ValueError(f"{vocab.name} lacks {missing[0]!r}")
     cutters = [sentencepiece.backend(sentencepiece.read(path)) for path in (source, target)]
