@@ -201,7 +201,8 @@ def _read_json(path: Path) -> dict:
 # What a run may change and go on: where it stands, what is looked at, on what it runs. Files are
 # known by what was read from them.
 _NOT_THE_RUN = {"out", "data", "tokenizer", "mesh", "eval_every", "eval_batches", "eval_pairs",
-                "save_every", "log_every", "remember", "pretrained", "quiet", "accept_changes"}
+                "save_every", "log_every", "profile", "remember", "pretrained", "quiet",
+                "accept_changes"}
 
 
 def identity(config: Any, rows: Any, *more: Any) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def pretrain(c: Pretrain) -> dict:
             tokens_per_batch=c.batch_size * train.tokens_per_row,
             metadata={"model": config_to_dict(c.model)} | common.identity(c, train.rows),
             accept_changes=c.accept_changes,
+            profile=(c.out / "trace", c.profile) if c.profile else None,
         )
     after = held_out_loss(state.params)
     metrics = {"held_out_before": before, "held_out": after, "history": history}

@@ -280,6 +280,7 @@ class Pretrain:
         sentence_end: what ends a sentence within a line, such as " . " in tokenized text, for
             denoising; lines alone if empty.
         accept_changes: go on from a checkpoint that was saved with other settings or data.
+        profile: write a trace of so many steps to `<out>/trace`.
         scan_layers: stack the layers while training and scan over them, which compiles one in the
             place of all: for deep models on accelerators.
     """
@@ -307,4 +308,5 @@ class Pretrain:
     save_every: int = 500
     log_every: int = 50
     seed: int = 0
+    profile: int = 0
     accept_changes: bool = False

@@ -4,6 +4,7 @@ import faults
 import fuzz
 import kills
 import pytest
+import soak
 
 
 @pytest.mark.slow
@@ -30,3 +31,10 @@ def test_saves_that_fail_say_so_and_leave_the_last_good_one():
 def test_readers_of_foreign_files(name):
     found = fuzz.main(inputs=200, targets=[name], seed=1)[name]
     assert found["wrong"] == {} and found["longest_seconds"] < fuzz.SECONDS
+
+
+def test_a_longer_run_does_not_grow(tmp_path):
+    rows = soak.run(150, 3, tmp_path, num_layers=1, d_model=16, num_heads=2, mlp_dim=32)
+    found = soak.summary(rows)
+    assert found["steps"] == 150 and found["compilations"] == 0
+    assert found["memory_growth"] < 0.05

@@ -103,6 +103,20 @@ def test_a_run_knows_that_it_compiles_again():
     assert count(toy.Stream()) == 0
 
 
+def test_a_trace_names_what_the_code_names(tmp_path, straight):
+    @jax.jit
+    def loss(params, batch, rng):
+        with jax.named_scope("our_loss"):
+            return toy.loss(params, batch, rng)
+
+    fit(*make(loss=loss), toy.Stream(), rng=None, num_steps=6, quiet=True,
+        profile=(tmp_path, 2))
+    (trace,) = tmp_path.rglob("*.xplane.pb")
+    assert b"our_loss" in trace.read_bytes()
+    with pytest.raises(RuntimeError, match="No profile started"):
+        jax.profiler.stop_trace()
+
+
 def test_a_state_of_old_and_new_leaves_is_compiled_once(caplog):
     """Parameters from a checkpoint are committed to a device, new optimizer state is not."""
     optimizer, train_step = make_step()

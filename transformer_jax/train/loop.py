@@ -73,6 +73,7 @@ def fit(
     tokens_per_batch: int | None = None,
     metadata: Any = None,
     accept_changes: bool = False,
+    profile: tuple[str | Path, int] | None = None,
 ) -> tuple[TrainState, list[Row]]:
     """Trains until the state has seen `num_steps` updates, and resumes where a run was cut off.
 
@@ -100,6 +101,8 @@ def fit(
         "tokens", if it has them.
       metadata: what makes the run what it is; saved with every checkpoint, for
         `checkpoint.load_metadata`.
+      profile: (folder, steps): a trace of so many steps, from the third of this call on, for
+        TensorBoard or Perfetto; operations have the names of the modules that they are of.
       accept_changes: resume although `metadata`, if given, is not what was saved.
 
     Returns:
@@ -159,6 +162,7 @@ def fit(
             progress(num_steps, start, quiet or jax.process_index() > 0) as report,
             interrupt.listen(checkpoint_dir is not None) as asked,
             measure.Compilations() as compilations,
+            contextlib.ExitStack() as tracing,
         ):
 
             def log(row: Row, kind: str) -> None:
@@ -198,7 +202,14 @@ def fit(
                     # No step under way, or the last one done: devices had nothing to do meanwhile.
                     if (clock.runs if waiting is None else waiting.metrics["loss"].is_ready()):
                         clock.waited += time.perf_counter() - fetching
+                    if profile is not None and step == min(start + 3, num_steps):
+                        jax.profiler.start_trace(profile[0])
+                        tracing.callback(jax.profiler.stop_trace)
                     state, metrics = step_fn(state, placed, rng)
+                    if profile is not None and step == start + 2 + profile[1]:
+                        jax.block_until_ready(metrics)
+                        tracing.close()
+                        clock.restart()
                     if waiting is not None:
                         read(waiting)
                     if saving is not None:
