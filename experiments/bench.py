@@ -218,7 +218,7 @@ def main(c: Bench) -> list[dict]:
     lines = []
     for name in c.cases or CASES:
         if c.here:
-            if jax.default_backend() == "cpu":
+            if host.will_use_cpu():
                 host.keep_freed_memory()
             lines.append(time_case(name, c))
             print(json.dumps(lines[-1]), flush=True)

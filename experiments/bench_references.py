@@ -119,6 +119,8 @@ def worker(name: str, settings: str) -> None:
 
     from transformer_jax import host
 
+    if host.will_use_cpu():
+        host.keep_freed_memory()
     c = json.loads(settings)
     if name in ("matmul", "read"):
         shape = (2048, 2048) if name == "matmul" else (2**27,)
@@ -126,8 +128,6 @@ def worker(name: str, settings: str) -> None:
         amount = 2 * 2048**3 if name == "matmul" else x.nbytes
         turns.serve(lambda: fn(x).block_until_ready(), seconds=1.0, amount=amount)
         return
-    if jax.default_backend() == "cpu":
-        host.keep_freed_memory()
     job = bench.make_job(bench.CASES[name], bench.Bench(dtype=c["dtype"],
                                                         dropout_rate=c["dropout_rate"]))
     turns.serve(job.run, seconds=c["turn_seconds"], tokens=job.tokens, flops=job.flops,

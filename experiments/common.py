@@ -36,9 +36,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 def start() -> None:
     """Call first in a script: host settings, other processes, what was compiled before, and the
     devices, said aloud."""
-    distributed.join()
-    if jax.default_backend() == "cpu":
+    if host.will_use_cpu():
         host.keep_freed_memory()
+    distributed.join()
     devices = jax.devices()
     if not jax.config.jax_compilation_cache_dir:
         folder = host.compiled_folder(devices[0].device_kind)

@@ -59,7 +59,7 @@ def ours(c: dict):
     from transformer_jax.objectives import tasks
     from transformer_jax.train import optim, step
 
-    if c["keep_freed_memory"]:
+    if c["keep_freed_memory"]:  # before the first array
         host.keep_freed_memory()
     config = presets.bert_base(num_layers=c["layers"], d_model=c["width"],
                                num_heads=c["width"] // 64, mlp_dim=4 * c["width"])

@@ -1,9 +1,13 @@
 """In a process of its own: the allocator's settings last as long as the process."""
 
+import fnmatch
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from transformer_jax import host
 
@@ -31,6 +35,51 @@ def test_freed_buffers_are_kept():
         assert page_faults("assert not keep_freed_memory()") >= 0
         return
     assert page_faults("assert keep_freed_memory()") < 0.1 * page_faults("")
+
+
+STEPS = """
+import resource, sys
+sys.path.insert(0, {experiments!r})
+{call}
+import jax, jax.numpy as jnp
+step = jax.jit(lambda x: jnp.flip(x * 2) @ jnp.ones((2**11, 2**11)) / 2**12)
+x = jnp.ones((2**11, 2**11))
+for _ in range(6):
+    x = step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    x = step(x).block_until_ready()
+print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_what_scripts_call_first_spares_the_steps_their_page_faults(tmp_path):
+    def faults(call):
+        script = STEPS.format(call=call, experiments=str(Path(__file__).parents[1] / "experiments"))
+        said = subprocess.check_output(
+            [sys.executable, "-c", script], text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "TRANSFORMER_JAX_CACHE": str(tmp_path)})
+        return int(said.split("faults")[1])
+
+    assert faults("import common; common.start()") < 0.2 * faults("")
+
+
+def test_the_cpu_is_known_before_jax_starts(monkeypatch):
+    for platforms, expected in (("cpu", True), ("cpu,cuda", True), ("cuda", False), ("tpu,cpu",
+                                                                                   False)):
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        assert host.will_use_cpu() == expected
+    monkeypatch.delenv("JAX_PLATFORMS")
+    devices = []
+    monkeypatch.setattr(Path, "glob", lambda self, name: iter(d for d in devices
+                                                              if fnmatch.fnmatch(d, name)))
+    assert host.will_use_cpu()
+    for name in ("nvidia0", "accel0", "vfio/0", "kfd"):
+        devices[:] = [name]
+        assert not host.will_use_cpu()
+    devices[:] = ["nvidiactl"]
+    assert host.will_use_cpu()
 
 
 def test_what_is_compiled_is_kept_apart_by_kind(monkeypatch, tmp_path):

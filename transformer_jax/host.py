@@ -9,6 +9,8 @@ from pathlib import Path
 # glibc's malloc.h: parameter numbers of mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _NEVER = 2**31 - 1
+# Device files of NVIDIA's and AMD's GPUs and of TPUs.
+_ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")
 
 
 def keep_freed_memory() -> bool:
@@ -16,7 +18,10 @@ def keep_freed_memory() -> bool:
 
     On CPU, XLA allocates its temporaries anew at each step; large ones come as fresh mappings whose
     pages must be faulted in one by one. With one arena, no mmap and no trimming the same pages
-    serve every step. Call it where a CPU process starts, before the first computation.
+    serve every step: a step of BART-base takes 0.85 of the time.
+
+    Call it before JAX starts its backend (`jax.devices()` does, and any array): threads that are
+    there already have arenas of their own, and nothing changes.
 
     Returns:
         True where it took effect: Linux with glibc. Elsewhere nothing happens.
@@ -26,6 +31,14 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL("libc.so.6").mallopt
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER), (_M_ARENA_MAX, 1))
     return [mallopt(name, value) for name, value in settings] == [1] * len(settings)
+
+
+def will_use_cpu() -> bool:
+    """Whether JAX will compute on the CPU, told without starting it: by JAX_PLATFORMS, or because
+    there is no device of another kind."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms.split(",")[0] == "cpu"
+    return not any(any(Path("/dev").glob(name)) for name in _ACCELERATORS)
 
 
 def compiled_folder(device_kind: str) -> Path:
