@@ -68,8 +68,9 @@ def take_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, 
         for _ in range(rounds):
             for name, process in workers.items():
                 process.send_signal(signal.SIGCONT)
-                process.stdin.write("go\n")
-                process.stdin.flush()
+                with contextlib.suppress(BrokenPipeError):  # it ended: `_answer` says so
+                    process.stdin.write("go\n")
+                    process.stdin.flush()
                 told = _answer(name, process)
                 _stop(process)
                 turns[name].seconds.append(told["seconds"])

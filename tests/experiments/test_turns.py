@@ -53,3 +53,11 @@ def test_ratios_are_of_rounds():
 def test_a_worker_that_fails():
     with pytest.raises(RuntimeError, match=r"the worker 'b' ended with status 3: .*python"):
         turns.take_turns({"a": command(), "b": command("raise SystemExit(3)")}, rounds=1)
+
+
+def test_a_worker_that_ends_between_its_turns():
+    """Such as one that the system kills for its memory."""
+    ends = WORKER.replace("turns.serve(", "import os, threading\nthreading.Timer(1, os._exit, [9])"
+                          ".start()\nturns.serve(")
+    with pytest.raises(RuntimeError, match="the worker 'a' ended with status 9"):
+        turns.take_turns({"a": command(ends)}, rounds=10_000)
