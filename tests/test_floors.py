@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "__init__": {"pretrained"},
     "__main__": {"cli"},
     "host": set(),
+    "json_files": set(),
     "draw": set(),
     "predictions": set(),
     "tree": set(),
@@ -27,11 +28,11 @@ MAY_IMPORT = {
     "presets": {"models"},
     "objectives": MODELS | {"sharding"},
     "data": {"objectives", "tree"},
-    "finetune": GROUND | MODELS | {"objectives"},
+    "finetune": GROUND | MODELS | {"objectives", "json_files"},
     "train": GROUND | {"objectives", "measure"},
     "evaluate": USE,
     "generate": USE,
-    "pretrained": USE,
+    "pretrained": USE | {"json_files"},
     "hlo": set(),
     "distributed": set(),
     "measure": set(),
@@ -41,7 +42,7 @@ MAY_IMPORT = {
                   "draw", "predictions"},
 }
 # Host code: NumPy, never jnp, which would compile in the loader.
-NO_JAX = {"data", "draw", "host", "predictions"}
+NO_JAX = {"data", "draw", "host", "json_files", "predictions"}
 
 
 def imported(source: str, package: tuple[str, ...]) -> list[str]:
