@@ -321,7 +321,8 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(straight, tmp
 
 
 def test_another_run_is_not_gone_on_with(straight, tmp_path):
-    train(10, checkpoint_dir=tmp_path, metadata={"model": {"width": 16}, "seed": 1})
+    train(10, checkpoint_dir=tmp_path, metadata={"model": {"width": 16}, "seed": np.int64(1)})
+    train(10, checkpoint_dir=tmp_path, metadata={"model": {"width": 16}, "seed": np.int64(1)})
     with pytest.raises(ValueError, match="was another: model/width was 16 and is 32; seed was 1 "
                                          "and is None; give the same settings"):
         train(20, checkpoint_dir=tmp_path, metadata={"model": {"width": 32}})

@@ -126,8 +126,8 @@ def save(
         "opt_state": _as_dict(state.opt_state) or None,  # Orbax has no empty trees
         "step": int(state.step),
         "rng": _pack_rng(rng),
-        "data": _as_json(data_state, "data_state"),
-        "metadata": _as_json(metadata, "metadata"),
+        "data": as_json(data_state, "data_state"),
+        "metadata": as_json(metadata, "metadata"),
     }
     items = {name: item for name, item in items.items() if item is not None}
     check_room(root, step, jax.tree.leaves([state.params, state.opt_state]))
@@ -309,7 +309,7 @@ def _check(path: Path, item: str, ours: Mapping[str, Any], saved: Mapping[str, A
             )
 
 
-def _as_json(value: Any, name: str) -> Any:
+def as_json(value: Any, name: str) -> Any:
     """The value, if JSON can hold it as it is. NumPy numbers become Python's."""
 
     def plain(item: Any) -> Any:

@@ -5,7 +5,6 @@ saves it. Devices never wait for the host: the numbers of a step are read while 
 """
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -261,7 +260,7 @@ def _resume(state: TrainState, rng, batches, checkpoint_dir, metadata, accept_ch
     if checkpoint.latest_step(checkpoint_dir) is not None:
         found = checkpoint.restore(checkpoint_dir, state)
         if not (accept_changes or metadata is None or found.metadata is None):
-            _check_same(found.metadata, metadata, checkpoint_dir)
+            _check_same(found.metadata, checkpoint.as_json(metadata, "metadata"), checkpoint_dir)
         state, rng = found.state, found.rng
         batches.set_state(found.data_state)
     if jax.process_index() == 0:
@@ -271,7 +270,7 @@ def _resume(state: TrainState, rng, batches, checkpoint_dir, metadata, accept_ch
 
 def _check_same(saved: Any, ours: Any, checkpoint_dir: str | Path) -> None:
     """Another model, data or rate would make another run of it."""
-    then, now = (flatten_paths({"": json.loads(json.dumps(x))}) for x in (saved, ours))
+    then, now = (flatten_paths({"": x}) for x in (saved, ours))
     changed = [name for name in sorted(then.keys() | now.keys())
                if then.get(name) != now.get(name)]
     if changed:
