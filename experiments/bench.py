@@ -3,6 +3,7 @@
     python experiments/bench.py                                  # all cases
     python experiments/bench.py --cases gpt2 gpt2_decode_1 --rounds 10
     python experiments/bench.py --cases gpt2 --dtype bfloat16 --dropout-rate 0.1
+    python experiments/bench.py --cases gpt2_32x1024 --dtype bfloat16    # on an accelerator
 
 Parameters are random. A line has compile seconds, the median step, tokens a second, the share of
 the rate of a large matrix product measured just before (MFU: products of the model only) or,
@@ -66,6 +67,12 @@ CASES = {
     **{f"bert_base_{recipe.replace(':', '_')}": Case("bert_base", 8, 128, recipe)
        for recipe in ("full", "head", "lora:8")},
 }
+LARGE = {  # for accelerators; as large as pre-training is
+    "gpt2_32x1024": Case("gpt2", 32, 1024),
+    "bert_base_64x512": Case("bert_base", 64, 512),
+    "bart_base_32x512": Case("bart_base", 32, 512, target=512),
+}
+CASES |= LARGE
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Bench:
     """What to time.
 
     Attributes:
-        cases: of `CASES`; all if none are given.
+        cases: of `CASES`; all but the large ones if none are given.
         rounds: steps that are timed.
         dropout_rate: of activations and of attention weights, while training.
         here: run in this process, which then has one case only.
@@ -87,10 +94,11 @@ class Bench:
 
 
 class Job(NamedTuple):
-    run: Callable[[], object]  # one unit of work, done when it returns
-    tokens: int
+    run: Callable[[], object]  # `times` units of work, done when it returns
+    tokens: int  # of a unit, as are the others
     flops: float = 0.0  # products of the model
     bytes_read: float = 0.0  # at the least, where memory is the limit
+    times: int = 1
 
 
 def make_job(case: Case, c: Bench) -> Job:
@@ -99,7 +107,8 @@ def make_job(case: Case, c: Bench) -> Job:
 
 
 def training(case: Case, c: Bench) -> Job:
-    """Whole steps: forward, backward, clipping, AdamW; the state donated."""
+    """Whole steps: forward, backward, clipping, AdamW; the state donated. An accelerator is given
+    the next before it is done with one, as in `train.loop`."""
     config = config_of(case, c)
     recipe = None if case.work == "train" else case.work
     model = build_model(config, 2, "classification") if recipe else build_model(config)
@@ -116,13 +125,16 @@ def training(case: Case, c: Bench) -> Job:
     state = [step.init_state(params, optimizer, mask)]
     del params
     rng = jax.random.key(2) if c.dropout_rate else None
+    times = 1 if jax.default_backend() == "cpu" else 10
+    batch = batch if times == 1 else jax.device_put(batch)
 
     def run():
-        state[0], metrics = train_step(state[0], batch, rng)
+        for _ in range(times):
+            state[0], metrics = train_step(state[0], batch, rng)
         return jax.block_until_ready((state[0], metrics))[1]["loss"]
 
-    tokens = case.rows * (case.length + case.target)
-    return Job(run, tokens, 0.0 if recipe or case.target else plan.model_flops(setting))
+    flops = 0.0 if recipe or case.target else plan.model_flops(setting)
+    return Job(run, case.rows * (case.length + case.target), flops, times=times)
 
 
 def decoding(case: Case, c: Bench) -> Job:
@@ -134,9 +146,10 @@ def decoding(case: Case, c: Bench) -> Job:
     run = functools.partial(generate, model, params, prompts.tolist(),
                             max_new_tokens=case.target, min_new_tokens=case.target)
     # Once for each new token; an encoder, and what projects its states, once for each text.
-    weights = sum(leaf.nbytes for path, leaf in tree.flatten_paths(params).items()
+    weights = sum(leaf.size for path, leaf in tree.flatten_paths(params).items()
                   if not re.search(r"^encoder|position_embed|cross_attention/(key|value)", path))
-    return Job(run, case.rows * case.target, bytes_read=weights * case.target)
+    return Job(run, case.rows * case.target,
+               bytes_read=weights * np.dtype(config.compute_dtype).itemsize * case.target)
 
 
 def _loaded(shapes: dict) -> dict:
@@ -192,7 +205,7 @@ def time_case(name: str, c: Bench) -> dict:
         for _ in range(c.rounds):
             began = time.perf_counter()
             job.run()
-            times.append(time.perf_counter() - began)
+            times.append((time.perf_counter() - began) / job.times)
         again = compilations.count - settled
     median = statistics.median(times)
     share = {"mfu": job.flops / median / rate, "read_share": job.bytes_read / median / reads}
@@ -216,7 +229,7 @@ def main(c: Bench) -> list[dict]:
     if unknown:
         raise ValueError(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
     lines = []
-    for name in c.cases or CASES:
+    for name in c.cases or [name for name in CASES if name not in LARGE]:
         if c.here:
             if host.will_use_cpu():
                 host.keep_freed_memory()

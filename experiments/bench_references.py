@@ -5,11 +5,14 @@
     python -m venv keras && keras/bin/pip install keras keras-hub jax
     python experiments/bench_references.py --torch torch/bin/python --flax flax/bin/python \
         --keras keras/bin/python --nanogpt nanoGPT/model.py
+    python experiments/bench_references.py --device cuda --dtypes bfloat16 \
+        --torch torch/bin/python --nanogpt nanoGPT/model.py --cases gpt2_32x1024 gpt2_decode_8 \
+        --libraries hf_torch_bfloat16 nanogpt_compiled_bfloat16
 
 Each library runs in its own environment (those not given are left out) and each case in processes
 of its own, all on the same sizes with random weights, float32: Transformers on PyTorch, its Flax
 models of version 4, KerasHub on JAX, nanoGPT as it is and compiled. A further worker multiplies two
-matrices of 2048 x 2048, in the same rounds: the rate that "of the peak" is a share of. A ratio is
+large matrices, in the same rounds: the rate that "of the peak" is a share of. A ratio is
 the median over rounds of a round's medians. Two CPU cores take half an hour for all cases.
 """
 
@@ -20,7 +23,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import bench
 import turns
@@ -30,9 +33,10 @@ from transformer_jax import plan
 WORKER = "--worker"
 LIBRARIES = {  # name -> which environment; kinds of model; work
     "hf_torch": ("torch", ("gpt", "bert", "bart"), ("train", "decode")),
-    "hf_torch_bfloat16": ("torch", ("gpt", "bert", "bart"), ("train",)),
+    "hf_torch_bfloat16": ("torch", ("gpt", "bert", "bart"), ("train", "decode")),
     "nanogpt": ("torch", ("gpt",), ("train",)),
     "nanogpt_compiled": ("torch", ("gpt",), ("train",)),
+    "nanogpt_compiled_bfloat16": ("torch", ("gpt",), ("train",)),
     "hf_flax": ("flax", ("gpt", "bert", "bart"), ("train", "decode")),
     "kerashub": ("keras", ("gpt", "bert"), ("train", "decode")),
 }
@@ -49,6 +53,7 @@ class Against:
     cases: of `bench.CASES`.
     dtypes: ours, a worker each.
     libraries: leave out the others.
+    device: of PyTorch; "cuda" beside a GPU that JAX finds.
     turn_seconds: a turn lasts as long at the least, and two pieces of work.
     """
 
@@ -60,6 +65,7 @@ class Against:
     cases: tuple[str, ...] = CASES
     dtypes: tuple[str, ...] = ("float32",)
     libraries: tuple[str, ...] = tuple(LIBRARIES)
+    device: Literal["cpu", "cuda"] = "cpu"
     dropout_rate: float = 0.0
     rounds: int = 5
     turn_seconds: float = 3.0
@@ -90,7 +96,8 @@ def shape_of(name: str, c: Against) -> dict:
             "layers": config.num_layers, "heads": config.num_heads, "width": config.d_model,
             "mlp": config.mlp_dim, "vocab_size": config.vocab_size,
             "max_length": config.max_length, "dropout_rate": c.dropout_rate,
-            "turn_seconds": c.turn_seconds}
+            "turn_seconds": c.turn_seconds, "device": c.device,
+            "times": 10 if c.device == "cuda" and case.work == "train" else 1}
 
 
 def commands(name: str, c: Against) -> dict[str, list[str]]:
@@ -107,31 +114,29 @@ def commands(name: str, c: Against) -> dict[str, list[str]]:
     for dtype in c.dtypes:
         found[f"here, {dtype}"] = [sys.executable, __file__, WORKER, name, json.dumps(
             {"dtype": dtype, "dropout_rate": c.dropout_rate, "turn_seconds": c.turn_seconds})]
-    machine = json.dumps({"turn_seconds": c.turn_seconds})
+    machine = json.dumps({"dtype": c.dtypes[0]})
     return found | {work: [sys.executable, __file__, WORKER, work, machine]
                     for work in ("matmul", "read")}
 
 
 def worker(name: str, settings: str) -> None:
     """Ours, or the machine's own rates."""
-    import jax
-    import jax.numpy as jnp
-
-    from transformer_jax import host
+    from transformer_jax import host, measure
 
     if host.will_use_cpu():
         host.keep_freed_memory()
+    # On a GPU JAX would take most of the memory; others are on it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     c = json.loads(settings)
     if name in ("matmul", "read"):
-        shape = (2048, 2048) if name == "matmul" else (2**27,)
-        x, fn = jnp.ones(shape), jax.jit((lambda x: x @ x) if name == "matmul" else jnp.sum)
-        amount = 2 * 2048**3 if name == "matmul" else x.nbytes
-        turns.serve(lambda: fn(x).block_until_ready(), seconds=1.0, amount=amount)
+        work, amount = (measure.matmul_work(c["dtype"]) if name == "matmul"
+                        else measure.read_work())
+        turns.serve(work, seconds=1.0, amount=amount)
         return
     job = bench.make_job(bench.CASES[name], bench.Bench(dtype=c["dtype"],
                                                         dropout_rate=c["dropout_rate"]))
-    turns.serve(job.run, seconds=c["turn_seconds"], tokens=job.tokens, flops=job.flops,
-                bytes_read=job.bytes_read)
+    turns.serve(job.run, seconds=c["turn_seconds"], pieces=job.times, tokens=job.tokens,
+                flops=job.flops, bytes_read=job.bytes_read, peak=measure.peak_memory)
 
 
 def compare(name: str, c: Against) -> list[Result]:
@@ -170,9 +175,10 @@ def main(c: Against) -> dict:
     """The command."""
     import common
 
-    unknown = [name for name in c.cases if name not in CASES]
+    known = CASES + tuple(bench.LARGE)
+    unknown = [name for name in c.cases if name not in known]
     if unknown:
-        raise ValueError(f"no case {', '.join(unknown)}; compared are {', '.join(CASES)}")
+        raise ValueError(f"no case {', '.join(unknown)}; compared are {', '.join(known)}")
     if c.nanogpt:
         os.environ["NANOGPT"] = str(c.nanogpt.resolve())
     began, results = time.perf_counter(), []

@@ -1,8 +1,9 @@
 """The same work by other libraries, for `bench_references.py`: one worker a process, in the
-environment of that library, with random weights, on CPU.
+environment of that library, with random weights, on a CPU or (PyTorch) a GPU.
 
-A worker is called as `python references.py LIBRARY JSON`, of which JSON has the sizes
-(`bench_references.shape_of`). Training is forward, backward and AdamW of every parameter, float32.
+A worker is called as `python references.py LIBRARY JSON`, of which JSON has the sizes and the
+device (`bench_references.shape_of`). Training is forward, backward and AdamW of every parameter,
+float32.
 """
 
 import json
@@ -59,21 +60,31 @@ def _torch_model(s: Shape, use_cache: bool):
         activation_dropout=0.0, use_cache=use_cache))
 
 
-def _torch_training(model, loss_of: Callable, bfloat16: bool = False) -> Work:
+def _torch_inputs(s: Shape) -> dict:
+    """The batch on the device. TF32 is allowed there, as in nanoGPT's train.py."""
     import torch
 
-    model.train()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return {name: torch.from_numpy(value).long().to(s["device"])
+            for name, value in batch(s).items()}
+
+
+def _torch_training(s: Shape, model, loss_of: Callable, bfloat16: bool = False) -> Work:
+    import torch
+
+    model.to(s["device"]).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
 
-    def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            loss = loss_of()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def steps():
+        for _ in range(s["times"]):
+            with torch.autocast(s["device"], torch.bfloat16, enabled=bfloat16):
+                loss = loss_of()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return step
+    return steps
 
 
 def hf_torch(s: Shape, bfloat16: bool = False) -> Work:
@@ -81,17 +92,17 @@ def hf_torch(s: Shape, bfloat16: bool = False) -> Work:
     import torch
 
     model = _torch_model(s, use_cache=s["work"] == "decode")
-    x = {name: torch.from_numpy(value).long() for name, value in batch(s).items()}
+    x = _torch_inputs(s)
     ones = torch.ones_like(x["tokens"])
     if s["work"] == "decode":
-        model.eval()
+        model.to(s["device"], torch.bfloat16 if bfloat16 else torch.float32).eval()
 
         def decode():
             with torch.inference_mode():
                 out = model.generate(x["tokens"], attention_mask=ones, do_sample=False,
                                      max_new_tokens=s["target"], min_new_tokens=s["target"],
                                      pad_token_id=0)
-            assert out.shape == (s["rows"], s["length"] + s["target"])
+            assert out.cpu().shape == (s["rows"], s["length"] + s["target"])
 
         return decode
     inputs = {
@@ -103,15 +114,15 @@ def hf_torch(s: Shape, bfloat16: bool = False) -> Work:
         "bart": lambda: {"input_ids": x["tokens"], "attention_mask": ones,
                          "decoder_input_ids": x["decoder_tokens"], "labels": x["targets"]},
     }[s["kind"]]()
-    return _torch_training(model, lambda: model(**inputs).loss, bfloat16)
+    return _torch_training(s, model, lambda: model(**inputs).loss, bfloat16)
 
 
 def hf_torch_bfloat16(s: Shape) -> Work:
-    """The same under autocast."""
+    """The same under autocast; decoding, with weights of 16 bits."""
     return hf_torch(s, bfloat16=True)
 
 
-def nanogpt(s: Shape, compiled: bool = False) -> Work:
+def nanogpt(s: Shape, compiled: bool = False, bfloat16: bool = False) -> Work:
     """Karpathy's nanoGPT: the file model.py of its repository, at $NANOGPT."""
     import importlib.util
 
@@ -125,13 +136,18 @@ def nanogpt(s: Shape, compiled: bool = False) -> Work:
         block_size=s["max_length"], vocab_size=s["vocab_size"], n_layer=s["layers"],
         n_head=s["heads"], n_embd=s["width"], dropout=s["dropout_rate"], bias=True))
     net = torch.compile(model) if compiled else model
-    x = {name: torch.from_numpy(value).long() for name, value in batch(s).items()}
-    return _torch_training(model, lambda: net(x["tokens"], x["targets"])[1])
+    x = _torch_inputs(s)
+    return _torch_training(s, model, lambda: net(x["tokens"], x["targets"])[1], bfloat16)
 
 
 def nanogpt_compiled(s: Shape) -> Work:
     """The same under torch.compile, as its train.py does by default."""
     return nanogpt(s, compiled=True)
+
+
+def nanogpt_compiled_bfloat16(s: Shape) -> Work:
+    """The same under autocast, as its train.py does on a GPU."""
+    return nanogpt(s, compiled=True, bfloat16=True)
 
 
 # Flax and Keras -----------------------------------------------------------------------------------
@@ -245,9 +261,20 @@ def kerashub(s: Shape) -> Work:
     return lambda: float(np.asarray(model.train_on_batch(inputs, targets)))
 
 
-LIBRARIES = {f.__name__: f for f in (hf_torch, hf_torch_bfloat16, nanogpt, nanogpt_compiled,
-                                     hf_flax, kerashub)}
+def peak_memory(s: Shape) -> int:
+    """Bytes at the most: of the GPU where PyTorch uses one, else of this process."""
+    if s["device"] == "cpu":
+        return turns.peak_memory()
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
+LIBRARIES = {f.__name__: f for f in (
+    hf_torch, hf_torch_bfloat16, nanogpt, nanogpt_compiled, nanogpt_compiled_bfloat16, hf_flax,
+    kerashub)}
 
 if __name__ == "__main__":
     shape = json.loads(sys.argv[2])
-    turns.serve(LIBRARIES[sys.argv[1]](shape), seconds=shape["turn_seconds"])
+    turns.serve(LIBRARIES[sys.argv[1]](shape), seconds=shape["turn_seconds"], pieces=shape["times"],
+                peak=lambda: peak_memory(shape))

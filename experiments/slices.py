@@ -18,7 +18,7 @@ from typing import NamedTuple
 import common
 import tyro
 
-from transformer_jax import draw, plan, presets
+from transformer_jax import chips, draw, plan, presets
 
 SHAPE = {"dtype": "bfloat16", "kernel": "splash", "dropout_rate": 0.0,
          "attention_dropout_rate": 0.0}
@@ -121,12 +121,12 @@ def main(c: Slices) -> dict:
                 for row in map(json.loads, kept.read_text().splitlines())}
     rows = []
     for topology in c.topologies:
-        devices = plan.devices_of(topology)
+        devices = chips.devices_of(topology)
         for model in c.models:
             setting = setting_of(model, len(devices))
             key = (model, topology, str(setting))
             if key not in done:
-                found = plan.make(setting, devices, plan.CHIPS[topology.partition(":")[0]])
+                found = plan.make(setting, devices, chips.CHIPS[topology.partition(":")[0]])
                 done[key] = row_of(model, topology, found)
                 with kept.open("a") as file:
                     file.write(json.dumps(done[key]) + "\n")

@@ -24,7 +24,7 @@ _MARK = "turns:"  # before a worker's own lines; a library may print too
 @dataclass
 class Turns:
     """What a worker told: its facts when it was ready, and of each turn the seconds of each piece
-    of work; the most bytes that its process ever held."""
+    of work; the most bytes that its process, or its device, ever held."""
 
     facts: dict[str, Any]
     seconds: list[list[float]] = field(default_factory=list)
@@ -35,9 +35,18 @@ class Turns:
         return statistics.median(s for turn in self.seconds for s in turn)
 
 
-def serve(work: Callable[[], object], times: int = 2, seconds: float = 0.0, **facts) -> None:
+def peak_memory() -> int:
+    """Bytes that this process held at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise OSError("/proc/self/status has no VmHWM; this needs Linux")
+
+
+def serve(work: Callable[[], object], times: int = 2, seconds: float = 0.0, pieces: int = 1,
+          peak: Callable[[], int] = peak_memory, **facts) -> None:
     """In a worker: says that it is ready, then, for each line it is sent, does `work` so many times
-    and until so many seconds are over.
+    and until so many seconds are over. A call of `work` is of so many pieces.
 
     The first call, which compiles, is timed as the fact "first_seconds"; another warms up.
     """
@@ -48,7 +57,7 @@ def serve(work: Callable[[], object], times: int = 2, seconds: float = 0.0, **fa
         taken = [timed(work) for _ in range(times)]
         while sum(taken) < seconds:
             taken.append(timed(work))
-        _tell({"seconds": taken, "peak_bytes": peak_memory()})
+        _tell({"seconds": [s / pieces for s in taken], "peak_bytes": peak()})
 
 
 def take_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Turns]:
@@ -93,14 +102,6 @@ def timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def peak_memory() -> int:
-    """Bytes that this process held at most."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    raise OSError("/proc/self/status has no VmHWM; this needs Linux")
 
 
 def _tell(value: dict) -> None:

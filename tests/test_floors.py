@@ -36,10 +36,11 @@ MAY_IMPORT = {
     "hlo": set(),
     "distributed": set(),
     "measure": set(),
-    "plan": USE | {"hlo"},
+    "chips": {"measure"},
+    "plan": USE | {"hlo", "chips"},
     "plan_table": {"plan"},
-    "cli": USE | {"presets", "evaluate", "generate", "pretrained", "plan", "plan_table", "host",
-                  "draw", "predictions"},
+    "cli": USE | {"presets", "evaluate", "generate", "pretrained", "chips", "plan", "plan_table",
+                  "host", "draw", "predictions"},
 }
 # Host code: NumPy, never jnp, which would compile in the loader.
 NO_JAX = {"data", "draw", "host", "json_files", "predictions"}

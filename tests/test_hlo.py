@@ -116,3 +116,30 @@ def test_what_a_tpu_makes_of_them():
     ("replica_groups=mesh['a'=4,'b'=1,'c'=4], device_ids=([4,4]T(1,0)) {'c'}", 4)])
 def test_groups_in_every_way_they_are_written(line, group):
     assert hlo._group(line) == group
+
+
+GPU = """HloModule jit_step, is_scheduled=true
+
+%body (p: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
+  %left.1 = bf16[64,128]{1,0} get-tuple-element(%p), index=1
+  %right.2 = bf16[32,128]{1,0} get-tuple-element(%p), index=2
+  %product.3 = (f32[64,32]{1,0}, s8[4096]{0}) custom-call(%left.1, %right.2), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_batch_dimensions":[],"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]}}}
+}
+
+%condition (p: (s32[], bf16[64,32])) -> pred[] {
+  %bound = s32[] constant(3)
+}
+
+ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %attention = (bf16[8,16]{1,0}, s8[0]{0}) custom-call(%a, %a, %a), custom_call_target="__cudnn$fmhaSoftmax"
+  %loop = (s32[], bf16[64,32]) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+def test_products_that_a_gpu_leaves_to_libraries():
+    flops, moved = hlo.library_calls(GPU)
+    assert flops == 3 * 2 * 64 * 32 * 128
+    assert moved == 3 * (64 * 32 * 4 + (64 + 32) * 128 * 2) + 4 * 8 * 16 * 2
+    assert hlo.library_calls("HloModule nothing") == (0, 0)

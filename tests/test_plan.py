@@ -7,9 +7,9 @@ import pytest
 from small_models import BART, BERT, GPT2
 
 import transformer_jax.cli as cli
-from transformer_jax import plan
+from transformer_jax import chips, plan
 
-CHIP = plan.Chip(flops=1e9, memory=2**30, bandwidth=1e9, network=1e9)
+CHIP = chips.Chip(flops=1e9, memory=2**30, bandwidth=1e9, network=1e9)
 SIZES = {"num_layers": 3, "d_model": 64, "num_heads": 4, "mlp_dim": 256, "vocab_size": 512,
          "max_length": 64, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
 MODELS = {"gpt2": GPT2.replace(**SIZES), "bert": BERT.replace(**SIZES),
@@ -99,7 +99,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
         return plan.Plan(setting, len(devices), 10, 2**30, 2**30, 2**35 if big else 2**31, 1e15,
                          2e15, 1e9, {"all-reduce": 5e8}, chip, 3.0)
 
-    monkeypatch.setattr(plan, "devices_of", lambda topology: jax.devices())
+    monkeypatch.setattr(chips, "devices_of", lambda topology: jax.devices())
     monkeypatch.setattr(plan, "make", make)
     assert cli.main(["plan", "gpt2", "--topology", "v5e:2x4", "--mesh.data", "2", "--mesh.fsdp",
                      "4", "--rows", "16", "--length", "32", "--remat", "none", "full",
@@ -109,9 +109,21 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert "best that fits: data 2 x fsdp 4, 16 rows, remat full" in said
     saved = json.loads((tmp_path / "plan.json").read_text())
     assert [(one["fits"], one["model"]["kernel"]) for one in saved] == [
-        (False, "splash"), (True, "splash")]
+        (False, "auto"), (True, "auto")]
     assert saved[0]["times"]["arithmetic"] == pytest.approx(2e15 / 197e12)
     assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+def test_what_is_here(monkeypatch):
+    """Devices that are here are measured."""
+    monkeypatch.setattr(chips.measure, "matmul_rate", lambda dtype: {"float32": 2e11}[dtype])
+    monkeypatch.setattr(chips.measure, "read_rate", lambda: 2e10)
+    chip = chips.chip_of("here", "float32")
+    assert chip._replace(memory=0) == chips.Chip(2e11, 0, 2e10, 2e10)
+    assert 2**26 < chip.memory < 2**50
+    made = plan.make(plan.Setting(GPT2, {}, rows=2, length=16), chips.devices_of("here")[:1], chip)
+    assert made.devices == 1 and made.total_bytes == made.state_bytes + made.temporary_bytes
+    assert 0.9 < made.compiled_flops / made.model_flops < 2  # small: products are not all
 
 
 @pytest.mark.parametrize("topology", ["v9z:4x4", "16"])

@@ -326,35 +326,37 @@ def plan(
     length: int | None = None,
     remat: tuple[str, ...] = ("none",),
     accumulate: tuple[int, ...] = (1,),
-    kernel: str = "splash",
+    kernel: str = "auto",
     dtype: str = "bfloat16",
     attention_dropout_rate: float = 0.0,
     out: Path | None = None,
 ) -> None:
-    """Compile pre-training for TPUs that are not here: does it fit, and how fast can it be?
+    """Compile pre-training for TPUs that are not here, or for what is: does it fit, how fast can it
+    be?
 
     Several values of a flag are all tried, and the best that fits is named.
 
     Args:
         model: a preset, such as gpt2_xl or bert_large.
-        topology: chip and shape of the slice, such as v5e:16x16, v5p:4x4x4 or v6e:16x16.
+        topology: chip and shape of the slice, such as v5e:16x16, v5p:4x4x4 or v6e:16x16; "here" for
+            the devices that are here, whose rates are measured.
         mesh: sizes of the mesh's axes.
         rows: of the global batch; four for each part it is cut into if not given.
         length: tokens of a row; the model's positions if not given.
         remat: what the way back computes again: none, dots or full.
         accumulate: microbatches, one after another.
-        kernel: of attention: splash or xla.
+        kernel: of attention: auto for the platform's, splash, cudnn or xla.
         dtype: of the arithmetic.
         attention_dropout_rate: above 0 attention cannot be splash.
         out: a folder for plan.json and plan.png.
     """
-    from transformer_jax import draw, plan_table, presets
+    from transformer_jax import chips, draw, plan_table, presets
     from transformer_jax import plan as planning
 
     base = presets.get(model, dtype=dtype, kernel=kernel, dropout_rate=0.0,
                        attention_dropout_rate=attention_dropout_rate)
-    devices = planning.devices_of(topology)
-    chip = planning.CHIPS[topology.partition(":")[0]]
+    devices = chips.devices_of(topology)
+    chip = chips.chip_of(topology, dtype)
     settings = planning.settings(
         base, len(devices), meshes=dataclasses.asdict(mesh), rows=rows, length=length,
         remat=remat, accumulate=accumulate)

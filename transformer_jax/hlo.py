@@ -23,6 +23,11 @@ _BOUND = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
+_DEFINED = re.compile(r"%([\w.\-]+) = (.*?) [\w\-]+\(")
+_LIBRARY = re.compile(r" = (.*?) custom-call\((.*?)\), custom_call_target=\"__cu(blas|dnn)")
+_CONTRACTED = re.compile(r'lhs_contracting_dimensions":\[([^\]]*)\]')
+
+
 class Collective(NamedTuple):
     """One exchange of a program, as one device sees it."""
 
@@ -62,6 +67,31 @@ def collectives(text: str) -> list[Collective]:
                 if key not in found or made.count > found[key].count:
                     found[key] = made
     return list(found.values())
+
+
+def library_calls(text: str) -> tuple[float, float]:
+    """FLOPs of products that a GPU program leaves to cuBLAS, and bytes that these and calls of
+    cuDNN read and write: XLA's cost analysis knows neither."""
+    bodies, entry = _computations(text)
+    times = _executions(bodies, entry)
+    flops = moved = 0.0
+    for name, lines in bodies.items():
+        shapes = {match[1]: _SHAPE.findall(match[2])
+                  for line in lines if (match := _DEFINED.search(line))}
+        for line in lines:
+            if not (times[name] and (match := _LIBRARY.search(line))):
+                continue
+            # Beside a result in bytes, the scratch space.
+            results = [shape for shape in _SHAPE.findall(match[1]) if shape[0] != "s8"]
+            operands = [shapes.get(operand, []) for operand in re.findall(r"%([\w.\-]+)", match[2])]
+            sizes = [_bytes(*shape) for group in (results, *operands) for shape in group]
+            moved += sum(sizes) * times[name]
+            if match[3] == "blas":
+                contracted = re.findall(r"\d+", _CONTRACTED.search(line)[1])
+                left = [int(n) for n in operands[0][0][1].split(",")]
+                outputs = math.prod(int(n) for n in results[0][1].split(","))
+                flops += 2 * outputs * math.prod(left[int(i)] for i in contracted) * times[name]
+    return flops, moved
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -39,28 +39,45 @@ class Compilations:
         self.close()
 
 
-def matmul_rate(dtype="float32", size: int = 2048, seconds: float = 0.5) -> float:
-    """FLOPs a second of a product of two square matrices on the first device: the peak that a
-    model's rate is compared with."""
-    return 2 * size**3 / _least(lambda x: x @ x, jnp.ones((size, size), dtype), seconds)
+def matmul_work(dtype="float32", size: int | None = None) -> tuple[Callable[[], object], float]:
+    """A product of two square matrices on the first device, and its FLOPs: its rate is the peak
+    that a model's is compared with. Random numbers: a GPU multiplies ones faster.
+
+    Args:
+        size: of a side; 2048 on a CPU and 8192 elsewhere if None.
+    """
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    x, fn = jax.random.normal(jax.random.key(0), (size, size), dtype), jax.jit(lambda x: x @ x)
+    return lambda: fn(x).block_until_ready(), 2 * size**3
 
 
-def read_rate(megabytes: int = 512, seconds: float = 0.5) -> float:
-    """Bytes a second at which the first device reads its memory, in a sum."""
-    x = jnp.ones((megabytes * 2**18,), jnp.float32)
-    return x.nbytes / _least(jnp.sum, x, seconds)
+def read_work(megabytes: int | None = None) -> tuple[Callable[[], object], float]:
+    """A sum that reads the memory of the first device, and its bytes: `megabytes`, 512 on a CPU and
+    4096 elsewhere if None."""
+    megabytes = megabytes or (512 if jax.default_backend() == "cpu" else 4096)
+    x, fn = jnp.ones((megabytes * 2**18,), jnp.float32), jax.jit(jnp.sum)
+    return lambda: fn(x).block_until_ready(), x.nbytes
 
 
-def _least(fn: Callable, x: jax.Array, seconds: float) -> float:
-    """The fewest seconds that `fn(x)` took, compiled, of as many times as fit into `seconds`."""
-    fn = jax.jit(fn)
-    fn(x).block_until_ready()
+def rate(work: Callable[[], object], amount: float, seconds: float = 0.5) -> float:
+    """`amount` a second, of the fastest of as many calls of `work` as fit into `seconds`."""
+    work()
     least, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < seconds:
         start = time.perf_counter()
-        fn(x).block_until_ready()
+        work()
         least = min(least, time.perf_counter() - start)
-    return least
+    return amount / least
+
+
+def matmul_rate(dtype="float32", size: int | None = None, seconds: float = 0.5) -> float:
+    """FLOPs a second of `matmul_work`."""
+    return rate(*matmul_work(dtype, size), seconds)
+
+
+def read_rate(megabytes: int | None = None, seconds: float = 0.5) -> float:
+    """Bytes a second of `read_work`."""
+    return rate(*read_work(megabytes), seconds)
 
 
 def peak_memory() -> int | None:
@@ -75,3 +92,13 @@ def peak_memory() -> int | None:
         return int(found[0]) * 1024
     except (OSError, IndexError):
         return None
+
+
+def memory_limit() -> int:
+    """Bytes that the first device lets JAX have; on a CPU, its share of those that are free."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    with open("/proc/meminfo") as lines:
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * free // jax.local_device_count()

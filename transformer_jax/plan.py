@@ -1,4 +1,4 @@
-"""Training on machines that are not here: does it fit, and how fast can it be?
+"""Training on machines that are not here, or are: does it fit, and how fast can it be?
 
 The real training step is compiled for the real machine, by the compiler that will compile it there;
 nothing is allocated and no TPU is needed (`jax[tpu]` brings the compiler). What comes out is what
@@ -24,31 +24,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from transformer_jax import hlo, sharding, tree
+from transformer_jax.chips import Chip
 from transformer_jax.models import build_model, init_params
 from transformer_jax.models.config import BERTConfig, Config, GPTConfig, TransformerConfig
 from transformer_jax.nn import kernels
 from transformer_jax.nn.attention import Mask
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
 from transformer_jax.train import optim, step
-
-
-class Chip(NamedTuple):
-    """What one device can do, from its maker's data sheet."""
-
-    flops: float  # a second, in products of bfloat16
-    memory: int  # bytes
-    bandwidth: float  # of the memory, bytes a second
-    network: float  # bytes a second that a ring along one axis of the slice moves, both ways
-
-
-# cloud.google.com/tpu/docs, system architecture of each; network: two links of an axis (Austin et
-# al. 2025, "How to Scale Your Model", chapter 2).
-CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1228e9, 9e10),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 9e10),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 1.8e11),
-    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 1.8e11),
-}
 
 
 class Setting(NamedTuple):
@@ -75,7 +57,7 @@ class Plan(NamedTuple):
     parameters: int  # in all
     state_bytes: int  # parameters and optimizer state that it keeps
     temporary_bytes: int  # activations, gradients and all else that lives within a step
-    total_bytes: int  # the compiler's own peak
+    total_bytes: int  # on TPUs the compiler's own peak
     model_flops: float  # of all products of the model, forward and backward, each done once
     compiled_flops: float
     bytes_read: float  # operands and results of every operation of the program
@@ -110,27 +92,6 @@ class Plan(NamedTuple):
         return self.setting.rows * self.setting.length / self.step_seconds * 86_400
 
 
-def devices_of(topology: str) -> Sequence[Any]:
-    """The devices of a TPU slice that need not exist, such as "v5e:16x16".
-
-    Raises:
-      ValueError: there is no such slice, or the compiler is missing.
-    """
-    from jax.experimental import topologies
-
-    if topology.partition(":")[0] not in CHIPS:
-        raise ValueError(f"topology {topology!r} is of no known chip; give one of "
-                         f"{', '.join(CHIPS)} and its shape, such as v5e:16x16")
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # of many types
-        raise ValueError(
-            f"topology {topology!r} cannot be described: {str(error).splitlines()[0]}; it needs "
-            "the TPU compiler (pip install 'transformer_jax[tpu]'), JAX_PLATFORMS=cpu and "
-            "TPU_SKIP_MDS_QUERY=1 where there is no TPU, and a shape that slices have"
-        ) from error
-
-
 def make(setting: Setting, devices: Sequence[Any], chip: Chip) -> Plan:
     """Compiles the step and reads what it costs.
 
@@ -159,7 +120,9 @@ def make(setting: Setting, devices: Sequence[Any], chip: Chip) -> Plan:
     else:
         memory = compiled.memory_analysis()
         temporary = memory.temp_size_in_bytes
-        total = getattr(memory, "peak_memory_in_bytes", 0) or kept + temporary
+        total = kept + temporary
+        if devices[0].platform == "tpu":  # others leave out what is donated
+            total = getattr(memory, "peak_memory_in_bytes", 0) or total
         for found in hlo.collectives(compiled.as_text()):
             sent[found.kind] = sent.get(found.kind, 0.0) + found.sent
     seconds = time.perf_counter() - began
@@ -276,8 +239,10 @@ def _by_layers(setting: Setting, mesh: Mesh) -> tuple[float, float]:
     def cost(**layers) -> np.ndarray:
         few = setting._replace(config=c.replace(**layers), accumulate=1)
         step_of_few = abstract_step(few, mesh, scan=False, chunk_logits=2**62)
-        found = _compile(*step_of_few, mesh).cost_analysis()
-        return np.array([found["flops"], found["bytes accessed"]])
+        compiled = _compile(*step_of_few, mesh)
+        found = compiled.cost_analysis()
+        return np.array([found["flops"], found["bytes accessed"]]) + hlo.library_calls(
+            compiled.as_text())
 
     one = dict.fromkeys(depths, 1)
     total = base = cost(**one)
@@ -322,18 +287,19 @@ def _attention(setting: Setting, causal_share: float) -> float:
 
 
 def _kernel_flops(setting: Setting, mesh: Mesh) -> float:
-    """What a Pallas kernel does, of which XLA knows nothing: forward two products, again under
-    remat; backward five (`splash` computes the scores anew); of causal scores, the blocks on and
-    below the diagonal."""
+    """What an attention kernel does, of which XLA knows nothing: forward two products, again under
+    remat; backward five (scores are computed anew); of causal scores, the blocks on and below the
+    diagonal."""
     c = setting.config
     query = jax.ShapeDtypeStruct((setting.rows, setting.length, c.num_heads, c.stack.head_dim),
                                  c.compute_dtype)
     with jax.set_mesh(mesh):
         chosen = kernels.choose(c.kernel, query, query, Mask(), c.attention_dropout_rate > 0)
-    if chosen != "splash":
+    if chosen == "xla":
         return 0.0
     passes = 1 + (c.remat != "none") + 5 / 2
-    blocks = setting.length // kernels.block(setting.length)
+    size = kernels.block(setting.length) if chosen == "splash" else kernels.LANES
+    blocks = math.ceil(setting.length / size)
     return passes * _attention(setting, causal_share=(blocks + 1) / (2 * blocks))
 
 

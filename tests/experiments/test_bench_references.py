@@ -17,7 +17,7 @@ def test_each_library_does_what_it_can():
     assert list(against.commands("bart_base", ALL)) == [
         "hf_torch", "hf_torch_bfloat16", "hf_flax", *here]
     assert list(against.commands("gpt2_decode_8", ALL)) == [
-        "hf_torch", "hf_flax", "kerashub", *here]
+        "hf_torch", "hf_torch_bfloat16", "hf_flax", "kerashub", *here]
     assert list(against.commands("gpt2", against.Against())) == here
     python, _, library, shape = against.commands("bert_base", ALL)["kerashub"]
     assert (python, library) == ("k", "kerashub")

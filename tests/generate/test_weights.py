@@ -64,9 +64,13 @@ def test_in_the_type_of_the_arithmetic():
     assert turned["decoder/layer_0/mlp/wi/bias"].dtype == jnp.float32
 
 
-def test_on_a_mesh_parameters_stay_as_they_are():
+def test_on_a_mesh_kernels_stay_as_they_are():
     with jax.set_mesh(sharding.make_mesh(8, 1)):
-        assert weights.by_outputs(PARAMS, jnp.float32) is PARAMS
+        turned = flatten_paths(weights.by_outputs(PARAMS, jnp.bfloat16))
+    for path, leaf in flatten_paths(PARAMS).items():
+        assert turned[path].shape == leaf.shape
+        assert turned[path].dtype == (
+            jnp.bfloat16 if path.endswith(("kernel", "embedding")) else leaf.dtype)
 
 
 def test_int8_kernels_are_left_alone():

@@ -76,6 +76,10 @@ def test_bfloat16_hidden_states():
     assert_same(found, gradients(whole, made, targets, weights), 2e-2)
 
 
+ON_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads a CPU's program")
+
+
+@ON_CPU
 def test_what_does_not_train_costs_no_product():
     """Four products of the forward pass and the gradient of the hidden states; six with the
     table's."""
@@ -100,7 +104,10 @@ MESHES = {"data": {"data": 4}, "fsdp": {"data": 2, "fsdp": 2}, "tensor": {"data"
 @pytest.mark.parametrize("name", MESHES)
 def test_over_a_mesh(name):
     sizes = MESHES[name]
-    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    count = int(np.prod(list(sizes.values())))
+    if jax.device_count() < count:
+        pytest.skip(f"needs {count} devices")
+    devices = jax.devices()[:count]
     args = inputs()
     expected = gradients(whole, *args)
     mesh = sharding.make_mesh(**sizes, devices=devices)
@@ -116,6 +123,8 @@ def test_over_a_mesh(name):
 def test_inside_shard_map(check):
     """As under `make_train_step(axis_name=...)`: parameters differ by device, for all JAX knows."""
     made, targets, weights = inputs()
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
     mesh = jax.make_mesh((4,), ("rows",), (jax.sharding.AxisType.Auto,),
                          devices=jax.devices()[:4])
 
@@ -137,6 +146,7 @@ def test_inside_shard_map(check):
     assert_same(found, expected)
 
 
+@ON_CPU
 def test_memory_does_not_grow_with_the_vocabulary():
     """Temporary memory at 16,384 tokens of GPT-2's vocabulary, against their logits alone."""
     tokens, V, D = (1, 16_384), 50_257, 768

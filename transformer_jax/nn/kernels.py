@@ -46,13 +46,20 @@ def choose(name: str, query: Array, key: Array, mask: Any, dropped: bool) -> str
 
 
 def _of_platform() -> str:
-    """The kernel of what runs here; cuDNN's wants an NVIDIA GPU of compute capability 8 or more."""
-    platform = jax.default_backend()
-    if platform == "gpu":
-        capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-        modern = re.fullmatch(r"(\d+)\.\d+", capability)
-        return "cudnn" if modern and int(modern[1]) >= 8 else "xla"
-    return "splash" if platform == "tpu" else "xla"
+    """The kernel of what runs here."""
+    if modern_nvidia():
+        return "cudnn"
+    return "splash" if jax.default_backend() == "tpu" else "xla"
+
+
+def modern_nvidia() -> bool:
+    """Whether an NVIDIA GPU of compute capability 8 or more runs here, as cuDNN's kernel and those
+    of Triton want it."""
+    if jax.default_backend() != "gpu":
+        return False
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    found = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD's are "gfx942"
+    return bool(found) and int(found[1]) >= 8
 
 
 def _query_spec(query: Array) -> P:

@@ -169,9 +169,13 @@ def standardize(x: Float[Array, "... D"], epsilon: float) -> Float[Array, "... D
 
 
 def _standardize(x, epsilon):
-    centred = x - x.mean(-1, keepdims=True)
-    per_std = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
-    return centred * per_std, per_std
+    mean = x.mean(-1, keepdims=True)
+    per_std = jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + epsilon)
+    if jax.default_backend() == "gpu":
+        # Kept for the way back. XLA would compute them again for each gradient, and store what it
+        # made of them: 0.97 of GPT-2's step.
+        mean, per_std = jax.lax.optimization_barrier((mean, per_std))
+    return (x - mean) * per_std, per_std
 
 
 @standardize.defjvp

@@ -48,13 +48,15 @@ def score_tokens(
     targets: Int[Array, "..."],
     weights: Float[Array, "..."],
     smoothing: float = 0.0,
-    chunk_logits: int = CHUNK_LOGITS,
+    chunk_logits: int | None = None,
 ) -> tuple[Pair, dict[str, Pair]]:
     """The loss of predicted tokens, and the metrics "nll" and "accuracy": weighted sums, in nats.
 
-    Where a device has more than twice `chunk_logits` logits and the model says what they are made
-    of, its `projection`, they are made so many at a time, and none is kept.
+    Where a device has more than twice `chunk_logits` logits (`CHUNK_LOGITS` of the platform, if
+    None) and the model says what they are made of, its `projection`, they are made so many at a
+    time, and none is kept.
     """
+    chunk_logits = chunk_logits or CHUNK_LOGITS[jax.default_backend()]
     tokens = projection and local_tokens(targets.shape)
     if tokens and tokens * projection.embedding.shape[0] > 2 * chunk_logits:
         chunk = max(chunk_logits // projection.embedding.shape[0] // 128 * 128, 128)

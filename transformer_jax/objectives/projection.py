@@ -18,9 +18,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from transformer_jax import sharding
+from transformer_jax.nn import kernels
 from transformer_jax.nn.layers import Projection
+from transformer_jax.objectives import token_kernel
 
-CHUNK_LOGITS = 2**25  # of one device at a time, when it has more than twice as many: 128 MiB
+# Of one device at a time, when it has more than twice as many: 128 MiB, and 512 on a GPU, whose
+# products want more rows.
+CHUNK_LOGITS = {"gpu": 2**27, "cpu": 2**25, "tpu": 2**25}
+GPU_ROWS = 128  # its matrix units want whole tiles: 50,257 rows are made 50,304
 
 
 class Totals(NamedTuple):
@@ -115,12 +120,30 @@ def _local(smoothing, chunk, wanted, axes, hidden, table, scale, bias, targets, 
         return x.reshape(parts, chunk, *x.shape[1:])
 
     table_VD = _over_tensor(table.astype(dtype))
-    rows = len(table_VD)  # V, or a few more that the tensor axis divides
+    rows = len(table_VD)  # V, or a few more
+
+    fused = bool(wanted) and scale is None and _kernel_runs()
+
+    def products(sums, d_table, d_scale, d_bias, g_CV, hidden_CD):
+        """What a step returns: the sums so far, and the gradients with this chunk's."""
+        if "table" in wanted:
+            d_table = d_table + jnp.einsum(
+                "CV,CD->VD", g_CV, hidden_CD, preferred_element_type=jnp.float32)
+        d_hidden = jnp.einsum("CV,VD->CD", g_CV, table_VD) if "hidden" in wanted else None
+        return (sums, (d_table, d_scale, d_bias)), d_hidden
 
     def step(carry, tokens):
         sums, (d_table, d_scale, d_bias) = carry
         hidden_CD, targets_C, weights_C = tokens
         raw_CV = jnp.einsum("CD,VD->CV", hidden_CD, table_VD, preferred_element_type=jnp.float32)
+        if fused:
+            found = token_kernel.score(raw_CV, bias, targets_C, weights_C, num_classes=V,
+                                       smoothing=smoothing, dtype=dtype)
+            sums = [s + (x * weights_C).sum() for s, x in zip(sums, found)]
+            g_CV = found.gradient
+            if "bias" in wanted:
+                d_bias = d_bias + g_CV.sum(0, dtype=jnp.float32)
+            return products(sums, d_table, d_scale, d_bias, g_CV, hidden_CD)
         logits_CV = raw_CV if scale is None else raw_CV * _over_tensor(scale)
         if bias is not None:
             logits_CV = logits_CV + _over_tensor(bias)
@@ -136,7 +159,9 @@ def _local(smoothing, chunk, wanted, axes, hidden, table, scale, bias, targets, 
             mean_C = jnp.where(column < V, logits_CV, 0).sum(-1) / V
             loss_C = total_C - (1 - smoothing) * chosen_C - smoothing * mean_C
         # Of equal scores the first counts, as in `losses.correct`.
-        hits_C = (logits_CV.argmax(-1) == targets_C).astype(jnp.float32)
+        best_CV = logits_CV == logits_CV.max(-1, keepdims=True)
+        first_C = jnp.where(best_CV, column, rows).min(-1)
+        hits_C = (first_C == targets_C).astype(jnp.float32)
         sums = [s + (x * weights_C).sum() for s, x in zip(sums, (loss_C, nll_C, hits_C))]
         if not wanted:
             return (sums, (d_table, d_scale, d_bias)), None
@@ -150,12 +175,7 @@ def _local(smoothing, chunk, wanted, axes, hidden, table, scale, bias, targets, 
             d_scale = d_scale + (g_CV * raw_CV).sum(0)
         if scale is not None:
             g_CV = g_CV * _over_tensor(scale)
-        g_CV = g_CV.astype(dtype)
-        if "table" in wanted:
-            d_table = d_table + jnp.einsum(
-                "CV,CD->VD", g_CV, hidden_CD, preferred_element_type=jnp.float32)
-        d_hidden = jnp.einsum("CV,VD->CD", g_CV, table_VD) if "hidden" in wanted else None
-        return (sums, (d_table, d_scale, d_bias)), d_hidden
+        return products(sums, d_table, d_scale, d_bias, g_CV.astype(dtype), hidden_CD)
 
     zeros = [jnp.zeros((), jnp.float32)] * 3
     empty = [_over_tensor(jnp.zeros((V, *x.shape[1:]), jnp.float32)) if name in wanted else None
@@ -179,6 +199,11 @@ def _local(smoothing, chunk, wanted, axes, hidden, table, scale, bias, targets, 
     return tuple(sums), grads
 
 
+def _kernel_runs() -> bool:
+    """Whether `token_kernel` can take the logits: whole rows, on a GPU that Triton knows."""
+    return kernels.modern_nvidia() and sharding.axis_size("tensor") == 1
+
+
 def _sum(x, axes):
     return jax.lax.psum(x, tuple(axes)) if axes else x
 
@@ -191,7 +216,10 @@ def _scattered(axes: tuple[str, ...], width: int) -> str | None:
 
 
 def _over_tensor(x: Array) -> Array:
-    """Rows of the vocabulary cut over the tensor axis, with rows of zeros if it does not divide."""
+    """Rows of the vocabulary cut over the tensor axis, with rows of zeros if it does not divide, or
+    a GPU's tiles do not."""
     parts = sharding.axis_size("tensor")
+    if jax.default_backend() == "gpu":
+        parts = math.lcm(parts, GPU_ROWS)
     x = jnp.pad(x, [(0, -len(x) % parts)] + [(0, 0)] * (x.ndim - 1))
     return sharding.constrain(x, "tensor", *[None] * (x.ndim - 1))
