@@ -99,6 +99,17 @@ def memory_limit() -> int:
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
-    with open("/proc/meminfo") as lines:
-        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return free_memory() or 2**63
+
+
+def free_memory() -> int | None:
+    """Bytes that the first local device can still give out; None where nobody says."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        with open("/proc/meminfo") as lines:
+            free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
     return 1024 * free // jax.local_device_count()

@@ -96,9 +96,11 @@ def save(
     data_state: Any = None,
     metadata: Any = None,
     keep: int | None = 3,
+    metrics: Mapping[str, float] | None = None,
+    keep_best: tuple[str, str] | None = None,
     wait: bool = True,
 ) -> PendingSave:
-    """Saves a step, then deletes all but the last `keep` steps (None keeps all).
+    """Saves a step, then deletes all but the last `keep` steps (None keeps all) and the best.
 
     Args:
       directory: of the run; it is created.
@@ -108,16 +110,22 @@ def save(
       data_state: what the data iterator's `get_state()` returned; JSON values only. With several
         hosts the first one's is kept: iterators must be in step, as Grain's sharded ones are.
       metadata: JSON values only.
+      metrics: numbers of an evaluation, of which `keep_best` names one, and "min" or "max".
       wait: return when the files are complete. Otherwise files are written in the background and
         the caller calls `result()` on the returned save before saving again, and at the end.
 
     Raises:
-      ValueError: the step is saved already, `keep` is below 1, or `data_state` or `metadata` holds
-        what JSON cannot.
+      ValueError: the step is saved already, `keep` is below 1, `keep_best` names no metric, or
+        `data_state` or `metadata` holds what JSON cannot.
       SaveError: the folder cannot be written, or has no room.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep is {keep}; keep at least 1 checkpoint, or None for all")
+    metrics = dict(metrics or {})
+    if keep_best is not None and (keep_best[1] not in ("min", "max")
+                                  or (metrics and keep_best[0] not in metrics)):
+        raise ValueError(f"keep_best is {keep_best}; give one of {', '.join(metrics) or 'the'} "
+                         "metrics, and min or max")
     root = Path(directory).absolute()
     if step in steps(root):
         raise ValueError(f"{root} already has step {step}; choose another directory or step")
@@ -131,16 +139,15 @@ def save(
     }
     items = {name: item for name, item in items.items() if item is not None}
     check_room(root, step, jax.tree.leaves([state.params, state.opt_state]))
-    policies = ocp.training.preservation_policies
     try:
         checkpointer = ocp.training.Checkpointer(
             root,
             context=_context(),
             # Saving is the caller's decision, so every call saves.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
+            preservation_policy=_kept(keep, keep_best),
         )
-        response = checkpointer.save_checkpointables_async(step, items)
+        response = checkpointer.save_checkpointables_async(step, items, metrics=metrics or None)
     except OSError as error:
         raise SaveError(f"step {step} cannot be saved in {root}: {_line(error)}; choose another "
                         "folder, or let this one be written") from error
@@ -148,6 +155,32 @@ def save(
     if wait:
         pending.result()
     return pending
+
+
+def _kept(keep: int | None, best: tuple[str, str] | None):
+    policies = ocp.training.preservation_policies
+    if keep is None:
+        return policies.PreserveAll()
+    if best is None:
+        return policies.LatestN(keep)
+    return policies.AnyPreservationPolicy([policies.LatestN(keep), policies.BestN(
+        get_metric_fn=lambda metrics: metrics[best[0]], reverse=best[1] == "min", n=1,
+        keep_checkpoints_without_metrics=False)])
+
+
+def best_step(directory: str | Path, metric: str, best: str = "min") -> int | None:
+    """The step whose evaluation was the best by a metric; None if no saved step has it.
+
+    Args:
+      best: "min" or "max".
+    """
+    root = Path(directory).absolute()
+    if not steps(root):
+        return None
+    with ocp.training.Checkpointer(root, context=_context()) as checkpointer:
+        found = [(one.metrics[metric], one.step) for one in checkpointer.checkpoints
+                 if one.metrics and metric in one.metrics and one.step in steps(root)]
+    return {"min": min, "max": max}[best](found)[1] if found else None
 
 
 def latest_step(directory: str | Path) -> int | None:

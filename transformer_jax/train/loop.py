@@ -5,7 +5,6 @@ saves it. Devices never wait for the host: the numbers of a step are read while 
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,24 +12,18 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from transformer_jax import measure, sharding
-from transformer_jax.train import checkpoint, folders, interrupt, lock
+from transformer_jax.train import checkpoint, folders, health, interrupt, lock
+from transformer_jax.train.clock import Clock
+from transformer_jax.train.compiled import CompiledStep
+from transformer_jax.train.health import NonFiniteLossError as NonFiniteLossError
 from transformer_jax.train.progress import progress
 from transformer_jax.train.step import TrainState
 from transformer_jax.tree import PyTree, flatten_paths
 
 Row = dict[str, float]
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss or the gradient is infinite or not a number. Has `step` and `batch`."""
-
-    def __init__(self, message: str, step: int, batch: PyTree):
-        super().__init__(message)
-        self.step, self.batch = step, batch
 
 
 class Batches(Protocol):
@@ -65,6 +58,9 @@ def fit(
     checkpoint_dir: str | Path | None = None,
     save_every: int = 0,
     keep: int | None = 3,
+    keep_best: tuple[str, str] | None = None,
+    policy: health.Policy = health.STOP,
+    replay: int | None = None,
     log_every: int = 10,
     writer: Any = None,
     on_log: Callable[[Row], None] | None = None,
@@ -91,7 +87,12 @@ def fit(
       eval_fn: `eval_fn(params) -> {name: number}`, called every `eval_every` updates and at the
         end (0: at the end only). Its numbers appear as "eval_<name>".
       checkpoint_dir: where to save, every `save_every` updates and at the end (0: at the end only).
-      keep: how many checkpoints stay, None for all; averaging wants several.
+      keep: how many of the last checkpoints stay, None for all; averaging wants several.
+      keep_best: a number of `eval_fn` and "min" or "max": the best checkpoint by it stays too
+        (`checkpoint.best_step`). A step that is saved between two evaluations has the last's.
+      policy: what to do about losses that are not finite, or spike.
+      replay: do this step again, from the last checkpoint before it and the same batches: the
+        history is its row, `checkpoint_dir` has its batch, and is otherwise left as it is.
       log_every: a row of history every so many updates, and for the last.
       writer: a `tensorboardX.SummaryWriter`, or anything with `add_scalar(tag, value, step)`.
       on_log: called with every row.
@@ -116,8 +117,10 @@ def fit(
       Interrupted: the run was asked to end, and is saved; a SystemExit.
       NonFiniteLossError: names the step; nothing is saved over the last good checkpoint, and the
         batch is written beside it.
-      ValueError: a count is out of range, the batches end early or cannot say where they are, or
-        the checkpoint does not fit the state or was saved with other `metadata`.
+      SpikingLossError: likewise, where `policy` says so.
+      ValueError: a count or `policy` is out of range, the batches end early or cannot say where
+        they are, or the checkpoint does not fit the state or was saved with other `metadata`; or a
+        step needs more memory than there is.
       SaveError: a checkpoint could not be written; raised at the step after.
       RuntimeError: another run holds `checkpoint_dir`.
     """
@@ -129,17 +132,29 @@ def fit(
     ):
         if value < least:
             raise ValueError(f"{name} is {value}; give at least {least}")
+    watch = health.Watch(policy)
+    wants_folder = [name for name, wanted in (
+        ("replay", replay is not None),
+        ("the policy to roll back", "roll back" in (policy.not_finite, policy.on_spike))) if wanted]
+    if wants_folder and checkpoint_dir is None:
+        raise ValueError(f"{wants_folder[0]} needs a checkpoint_dir")
+    if replay is not None and not 0 < replay <= num_steps:
+        raise ValueError(f"replay is {replay}, outside 1 to {num_steps} steps")
+    if replay is not None:
+        num_steps, log_every, quiet, eval_fn, save_every = replay, replay, True, None, 0
     if checkpoint_dir is not None and not hasattr(batches, "get_state"):
         raise ValueError(
             f"batches is a {type(batches).__name__} without get_state, so a checkpoint could not "
             "resume; pass a Grain iterator, or checkpoint_dir=None"
         )
 
-    with lock.hold(checkpoint_dir or "", checkpoint_dir is not None and jax.process_index() == 0):
+    saves_here = checkpoint_dir is not None and replay is None
+    with lock.hold(checkpoint_dir or "", saves_here and jax.process_index() == 0):
         began = time.perf_counter()
         state = _place(state, mesh)
         if checkpoint_dir is not None:
-            state, rng = _resume(state, rng, batches, checkpoint_dir, metadata, accept_changes)
+            state, rng = _resume(state, rng, batches, watch, checkpoint_dir, metadata,
+                                 accept_changes, replay)
         start = int(state.step)
         if start > num_steps:
             raise ValueError(
@@ -149,17 +164,21 @@ def fit(
         if start and not quiet:
             print(f"starting at step {start} of {num_steps}", flush=True)
 
-        step_fn = _compile(train_step, state, mesh)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None)), state)
+        step_fn = CompiledStep(
+            health.guard(train_step, policy) if policy.skips else train_step, state, mesh)
         shares = sharding.data_share(mesh).count
         history: list[Row] = []
         saving: checkpoint.PendingSave | None = None
-        clock = _Clock()
+        clock = Clock()
         waiting: _Dispatched | None = None
+        evaluated: Row = {}
 
         with (
             contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
             progress(num_steps, start, quiet or jax.process_index() > 0) as report,
-            interrupt.listen(checkpoint_dir is not None) as asked,
+            interrupt.listen(saves_here) as asked,
             measure.Compilations() as compilations,
             contextlib.ExitStack() as tracing,
         ):
@@ -177,13 +196,17 @@ def fit(
                 if on_log is not None:
                     on_log(row)
 
-            def read(sent: _Dispatched) -> None:
-                """Waits for a step, checks its numbers and logs them if it is their turn."""
+            def read(sent: _Dispatched) -> bool:
+                """Waits for a step, judges its numbers, and logs them if it is their turn. Whether
+                the run has to go back to its last checkpoint."""
                 metrics = {name: float(x) for name, x in jax.device_get(sent.metrics).items()}
                 clock.tick()
-                _check_finite(sent, metrics, checkpoint_dir)
-                if sent.step % log_every and sent.step != num_steps:
-                    return
+                if (found := watch.judge(sent.step, metrics)) is not None:
+                    _act(found, sent, checkpoint_dir)
+                if sent.step == replay:
+                    print(health.write_batch(checkpoint_dir, replay, sent.batch, "replayed"))
+                if not found and sent.step % log_every and sent.step != num_steps:
+                    return False
                 row = {"step": sent.step, "loss": metrics.pop("loss"), **metrics}
                 row["compilations"] = compilations.count
                 if lap := clock.lap():
@@ -192,9 +215,12 @@ def fit(
                     if tokens := tokens_per_batch or _count_tokens(sent.batch) * shares:
                         row["tokens_per_second"] = tokens / seconds
                 log(row, "train")
+                return found is not None and found.action == "roll back"
 
+            step, go_back = start, False
             try:
-                for step in range(start + 1, num_steps + 1):
+                while step < num_steps:
+                    step += 1
                     fetching = time.perf_counter()
                     batch = _next(batches, step, num_steps)
                     placed = batch if mesh is None else sharding.shard_batch(batch, mesh)
@@ -204,13 +230,14 @@ def fit(
                     if profile is not None and step == min(start + 3, num_steps):
                         jax.profiler.start_trace(profile[0])
                         tracing.callback(jax.profiler.stop_trace)
-                    state, metrics = step_fn(state, placed, rng)
+                    limit = (np.float32(watch.limit(step)),) if policy.skips else ()
+                    state, metrics = step_fn(state, placed, rng, *limit)
                     if profile is not None and step == start + 2 + profile[1]:
                         jax.block_until_ready(metrics)
                         tracing.close()
                         clock.restart()
                     if waiting is not None:
-                        read(waiting)
+                        go_back = read(waiting)
                     if saving is not None:
                         saving.check()
                     waiting = _Dispatched(step, batch, metrics)
@@ -218,16 +245,25 @@ def fit(
                     leaves = None if last else asked(step)
                     evaluates = (eval_fn is not None and not leaves
                                  and _due(step, eval_every, last))
-                    saves = (checkpoint_dir is not None
-                             and _due(step, save_every, last or bool(leaves)))
+                    saves = saves_here and _due(step, save_every, last or bool(leaves))
+                    if not go_back and (evaluates or saves or last):
+                        go_back = read(waiting)
+                        waiting = None
+                    if go_back:
+                        if saving is not None:
+                            saving.result()
+                        state = _place(_last_good(checkpoint_dir, like, waiting), mesh)
+                        step, waiting, go_back = int(state.step), None, False
+                        watch.forget(step)
+                        log({"step": step, "rolled_back": 1.0}, "train")
+                        clock.restart()
+                        continue
                     if not (evaluates or saves or last):
                         continue
-                    read(waiting)
-                    waiting = None
                     if evaluates:
-                        found = eval_fn(state.params)
-                        log({"step": step, **{f"eval_{name}": float(x)
-                                              for name, x in found.items()}}, "eval")
+                        evaluated = {name: float(x) for name, x in eval_fn(state.params).items()}
+                        log({"step": step, **{f"eval_{name}": x
+                                              for name, x in evaluated.items()}}, "eval")
                     if saves:
                         if saving is not None:
                             saving.result()
@@ -236,9 +272,12 @@ def fit(
                             step,
                             state,
                             rng=rng,
-                            data_state=batches.get_state(),
+                            data_state={"batches": batches.get_state(),
+                                        "health": watch.get_state()},
                             metadata=metadata,
                             keep=keep,
+                            metrics=evaluated,
+                            keep_best=keep_best,
                             wait=False,
                         )
                     if leaves:
@@ -254,18 +293,42 @@ def fit(
         return state, history
 
 
-def _resume(state: TrainState, rng, batches, checkpoint_dir, metadata, accept_changes: bool):
-    """(state, key) of the last whole checkpoint, if there is one, with the batches moved to its
-    place; and a folder in which every later step can be saved."""
-    if checkpoint.latest_step(checkpoint_dir) is not None:
-        found = checkpoint.restore(checkpoint_dir, state)
+def _resume(state: TrainState, rng, batches, watch, checkpoint_dir, metadata,
+            accept_changes: bool, replay: int | None):
+    """(state, key) of the last whole checkpoint, if there is one, with the batches and the watch
+    moved to its place; and a folder in which every later step can be saved. To replay a step, of
+    the last before it, and the folder as it is."""
+    step = None
+    if replay is not None:
+        step = max((n for n in folders.steps(Path(checkpoint_dir)) if n < replay), default=None)
+    if step is not None or (replay is None and checkpoint.latest_step(checkpoint_dir) is not None):
+        found = checkpoint.restore(checkpoint_dir, state, step)
         if not (accept_changes or metadata is None or found.metadata is None):
             _check_same(found.metadata, checkpoint.as_json(metadata, "metadata"), checkpoint_dir)
         state, rng = found.state, found.rng
-        batches.set_state(found.data_state)
-    if jax.process_index() == 0:
+        batches.set_state(found.data_state["batches"])
+        watch.set_state(found.data_state["health"])
+    if jax.process_index() == 0 and replay is None:
         folders.set_aside(checkpoint_dir, after=int(state.step))
     return state, rng
+
+
+def _last_good(checkpoint_dir, like: TrainState, sent: _Dispatched | None) -> TrainState:
+    """What a run goes back to."""
+    if checkpoint.latest_step(checkpoint_dir) is None:
+        raise health.BadStepError(
+            f"there is nothing to go back to: no step is saved in {checkpoint_dir} yet; save more "
+            "often (save_every), or skip bad steps", sent.step if sent else 0, None)
+    return checkpoint.restore(checkpoint_dir, like).state
+
+
+def _act(bad: health.Bad, sent: _Dispatched, checkpoint_dir: str | Path | None) -> None:
+    """Writes the batch of a bad step, and ends the run or says what is done about it."""
+    where = health.write_batch(checkpoint_dir, sent.step, sent.batch)
+    if bad.action == "stop":
+        raise bad.error(f"{bad.what}; {where}; nothing was saved since. Lower the learning rate, "
+                        "or look at the batch", sent.step, sent.batch)
+    print(f"{bad.what}: {bad.action}; {where}", flush=True)
 
 
 def _check_same(saved: Any, ours: Any, checkpoint_dir: str | Path) -> None:
@@ -294,14 +357,6 @@ def _place(state: TrainState, mesh: Mesh | None) -> TrainState:
     return jax.device_put(state, *devices) if len(devices) == 1 else state
 
 
-def _compile(train_step: Callable, state: TrainState, mesh: Mesh | None) -> Callable:
-    """The jitted step. On a mesh the state stays where it is, or XLA might move it at each step."""
-    if mesh is None:
-        return jax.jit(train_step, donate_argnums=0)
-    where = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(where, NamedSharding(mesh, P())))
-
-
 def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
@@ -319,59 +374,3 @@ def _next(batches: Batches, step: int, num_steps: int) -> PyTree:
 def _count_tokens(batch: PyTree) -> int:
     tokens = batch.get("tokens") if isinstance(batch, dict) else None
     return 0 if tokens is None else int(np.size(tokens))
-
-
-def _check_finite(sent: _Dispatched, metrics: Row, checkpoint_dir: str | Path | None) -> None:
-    """A finite loss with an infinite gradient has ruined the parameters just as well."""
-    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
-    if not bad:
-        return
-    where = f"it was batch {sent.step} of the run"
-    if checkpoint_dir is not None:
-        host = f"_host{jax.process_index()}" if jax.process_count() > 1 else ""
-        file = Path(checkpoint_dir) / f"bad_batch_step{sent.step}{host}.npz"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file, **{path: np.asarray(x) for path, x in flatten_paths(sent.batch).items()})
-        where = f"its batch is in {file}"
-    raise NonFiniteLossError(
-        f"{bad[0]} is {metrics[bad[0]]} at step {sent.step}; {where}; nothing was saved since. "
-        "Lower the learning rate, or look at the batch",
-        sent.step,
-        sent.batch,
-    )
-
-
-class _Clock:
-    """Seconds per step, without the step that compiles and without evaluating and saving."""
-
-    def __init__(self) -> None:
-        self.mean = 0.0  # of the last lap
-        self.waited = 0.0  # in this lap
-        self._seconds, self._steps = 0.0, 0
-        self._since: float | None = None  # None: the first step is compiling
-
-    @property
-    def runs(self) -> bool:
-        """Whether the first step is over."""
-        return self._since is not None
-
-    def tick(self) -> None:
-        """A step is done."""
-        now = time.perf_counter()
-        if self._since is not None:
-            self._seconds += now - self._since
-            self._steps += 1
-        self._since = now
-
-    def restart(self) -> None:
-        """Leaves out what happened since the last tick."""
-        self._since = time.perf_counter()
-
-    def lap(self) -> tuple[float, float] | None:
-        """The mean since the last lap, and the share of it in which devices waited for the host, at
-        most; None if no step was measured."""
-        if not self._steps:
-            return None
-        self.mean, share = self._seconds / self._steps, min(self.waited / self._seconds, 1.0)
-        self._seconds, self._steps, self.waited = 0.0, 0, 0.0
-        return self.mean, share
