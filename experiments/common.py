@@ -202,7 +202,7 @@ def _read_json(path: Path) -> dict:
 # known by what was read from them.
 _NOT_THE_RUN = {"out", "data", "tokenizer", "mesh", "eval_every", "eval_batches", "eval_pairs",
                 "save_every", "log_every", "profile", "remember", "pretrained", "quiet",
-                "accept_changes"}
+                "accept_changes", "policy", "replay"}
 
 
 def identity(config: Any, rows: Any, *more: Any) -> dict[str, Any]:

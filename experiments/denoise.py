@@ -78,7 +78,7 @@ def finetune(c: Denoise, name: str, train_step, eval_step, train: common.Split,
             train.loader(f.batch_size, mesh, seed=f.seed), rng=jax.random.key(f.seed + 1),
             num_steps=f.num_steps, mesh=mesh, eval_fn=held_out_loss, eval_every=f.eval_every,
             save_every=f.save_every, log_every=f.log_every, checkpoint_dir=out / "checkpoints",
-            writer=writer, accept_changes=f.accept_changes,
+            writer=writer, accept_changes=f.accept_changes, policy=f.policy,
             metadata={"model": config_to_dict(base.model.config)} | common.identity(
                 f, train.rows, params))
     return Tuned(state.params, history, held_out_loss(state.params))

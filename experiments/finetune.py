@@ -164,6 +164,7 @@ def finetune(
         rng=jax.random.key(seed + 1), num_steps=settings.num_steps, quiet=quiet,
         log_every=max(settings.num_steps // 10, 1), checkpoint_dir=checkpoint_dir, mesh=mesh,
         save_every=settings.save_every, accept_changes=settings.accept_changes, keep=2,
+        policy=settings.policy,
         metadata=None if checkpoint_dir is None else {
             "model": config_to_dict(model.config), "recipe": recipe, "seed": seed,
             **common.identity(settings, task.train, params)},

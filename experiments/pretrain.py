@@ -11,6 +11,7 @@ in each config's docstring.
 
 import dataclasses
 import functools
+import json
 import time
 
 import common
@@ -61,7 +62,7 @@ def pretrain(c: Pretrain) -> dict:
           f"{c.num_steps} steps, {len(held_out.rows):,} rows held out", flush=True)
     for batch in held_out_batches:
         pipeline.check_ids(batch, c.model.vocab_size, c.model.max_length)
-    before = held_out_loss(params)
+    before = None if c.replay else held_out_loss(params)
     with SummaryWriter(str(c.out / "events")) as writer:
         state, history = loop.fit(
             step.init_state(params, optimizer), train_step, batches,
@@ -70,9 +71,13 @@ def pretrain(c: Pretrain) -> dict:
             log_every=c.log_every, checkpoint_dir=c.out / "checkpoints", writer=writer,
             tokens_per_batch=c.batch_size * train.tokens_per_row,
             metadata={"model": config_to_dict(c.model)} | common.identity(c, train.rows),
-            accept_changes=c.accept_changes,
+            accept_changes=c.accept_changes, policy=c.policy, keep_best=("loss", "min"),
+            replay=c.replay,
             profile=(c.out / "trace", c.profile) if c.profile else None,
         )
+    if c.replay is not None:
+        print(json.dumps(history[-1]))
+        return history[-1]
     after = held_out_loss(state.params)
     metrics = {"held_out_before": before, "held_out": after, "history": history}
     if c.objective == "causal_lm":

@@ -14,7 +14,7 @@ from transformer_jax import sharding
 from transformer_jax.models.config import Config
 from transformer_jax.objectives.denoising import Noise
 from transformer_jax.objectives.mlm_nsp import MASK_RATE
-from transformer_jax.train import optim
+from transformer_jax.train import health, optim
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ class Settings:
         target_length, num_beams: of a text to write.
         save_every: updates between checkpoints; the last only if 0.
         accept_changes: go on from a checkpoint that was saved with other settings or data.
+        policy: what to do about losses that are not finite, or spike (`train.health`).
     """
 
     length: int = 64
@@ -177,6 +178,7 @@ class Settings:
     num_beams: int = 4
     save_every: int = 0
     accept_changes: bool = False
+    policy: health.Policy = health.STOP
 
     def reading(self) -> supervised.Reading:
         return supervised.Reading(
@@ -281,6 +283,8 @@ class Pretrain:
             denoising; lines alone if empty.
         accept_changes: go on from a checkpoint that was saved with other settings or data.
         profile: write a trace of so many steps to `<out>/trace`.
+        policy: what to do about losses that are not finite, or spike (`train.health`).
+        replay: do this step again, from the last checkpoint before it, and print its numbers.
         scan_layers: stack the layers while training and scan over them, which compiles one in the
             place of all: for deep models on accelerators.
     """
@@ -310,3 +314,5 @@ class Pretrain:
     seed: int = 0
     profile: int = 0
     accept_changes: bool = False
+    policy: health.Policy = health.STOP
+    replay: int | None = None

@@ -7,6 +7,7 @@ import tyro
 from settings import Mesh, Optimizer, Pretrain
 
 from transformer_jax.models.config import TransformerConfig
+from transformer_jax.train import health
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Translate:
         num_beams, length_penalty: of the beam search.
         max_new_tokens: of a translation.
         eval_pairs: how many pairs of the held-out split are translated; all if not given.
-        accept_changes: as in `Pretrain`.
+        accept_changes, policy: as in `Pretrain`.
     """
 
     model: tyro.conf.AvoidSubcommands[TransformerConfig]
@@ -55,6 +56,7 @@ class Translate:
     log_every: int = 50
     seed: int = 0
     accept_changes: bool = False
+    policy: health.Policy = health.STOP
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Pairs:
         source_length, target_length: tokens a row, special ones included; what is longer is cut.
         num_beams, length_penalty, no_repeat_ngram_size: of the search for the best target.
         eval_pairs: how many pairs of the held-out split get a target written; all if not given.
-        accept_changes: as in `Pretrain`.
+        accept_changes, policy: as in `Pretrain`.
     """
 
     source: str
@@ -89,6 +91,7 @@ class Pairs:
     log_every: int = 50
     seed: int = 0
     accept_changes: bool = False
+    policy: health.Policy = health.STOP
 
 
 @dataclass(frozen=True)

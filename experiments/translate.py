@@ -96,7 +96,7 @@ def train(c: Translate, tokenizer, texts: Sequence[dict], held_out_texts: Sequen
             eval_every=c.eval_every, save_every=c.save_every, keep=c.average,
             log_every=c.log_every, checkpoint_dir=c.out / "checkpoints", writer=writer,
             metadata={"model": config_to_dict(c.model)} | common.identity(c, texts),
-            accept_changes=c.accept_changes,
+            accept_changes=c.accept_changes, policy=c.policy,
         )
     params = checkpoint.average_params(c.out / "checkpoints", kept_steps(c), state.params)
     return model, params, history, step.evaluate(eval_step, params, held_out, mesh)
