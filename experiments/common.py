@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from settings import Pretrain
 
 from transformer_jax import distributed, host, sharding
-from transformer_jax.data import pipeline, sources, tokenizers
+from transformer_jax.data import pipeline, prepared, sources, tokenizers
 from transformer_jax.models import build_model, config_from_dict, config_to_dict
 from transformer_jax.models.config import Config, TransformerConfig
 from transformer_jax.objectives import causal_lm, denoising, mlm_nsp
@@ -122,23 +122,26 @@ class Split(NamedTuple):
         return [batch for i, batch in enumerate(loader) if limit is None or i < limit]
 
 
-def objective_rows(c: Pretrain, texts: Sequence[dict], tokenizer: tokenizers.Tokenizer) -> Split:
-    """Rows of `c.length` tokens for the run's objective."""
+def objective_rows(c: Pretrain, texts: Sequence[dict], tokenizer: tokenizers.Tokenizer,
+                   name: str = "train") -> Split:
+    """Rows of `c.length` tokens for the run's objective; `name` is of the part of the data."""
+    tokenize = pipeline.tokenize_corpus
+    if c.prepared is not None:
+        tokenize = functools.partial(prepared.prepare, folder=c.prepared / name)
     if c.objective not in LOSSES:
         raise ValueError(f"unknown objective {c.objective!r}; choose one of {', '.join(LOSSES)}")
     if c.objective == "causal_lm":
-        corpus = pipeline.tokenize_corpus(texts, tokenizer, eos_id=tokenizer.eos_id,
-                                          sentences=c.unit != "file")
+        corpus = tokenize(texts, tokenizer, eos_id=tokenizer.eos_id, sentences=c.unit != "file")
         return Split(pipeline.PackedTokens(corpus, c.length), None, c.length)
     if c.objective == "denoising":
-        corpus = pipeline.tokenize_corpus(_sentences(texts, c.sentence_end), tokenizer)
+        corpus = tokenize(_sentences(texts, c.sentence_end), tokenizer)
         transform = functools.partial(
             denoising.prepare, noise=c.noise, length=c.length, mask_id=tokenizer.mask_id,
             start_id=tokenizer.sep_id, bos_id=tokenizer.cls_id, eos_id=tokenizer.sep_id,
             pad_id=tokenizer.pad_id,
             word_starts=tokenizer.is_word_start if c.whole_words else None)
         return Split(denoising.Passages(corpus, c.length - 2), transform, c.length)
-    pairs = mlm_nsp.SentencePairs(pipeline.tokenize_corpus(texts, tokenizer), c.length - 3)
+    pairs = mlm_nsp.SentencePairs(tokenize(texts, tokenizer), c.length - 3)
     transform = functools.partial(
         mlm_nsp.prepare, pairs=pairs, length=c.length, rate=c.mask_rate,
         max_predictions=max(1, round(c.length * c.mask_rate)), vocab_size=tokenizer.vocab_size,
@@ -201,7 +204,7 @@ def _read_json(path: Path) -> dict:
 # What a run may change and go on: where it stands, what is looked at, on what it runs. Files are
 # known by what was read from them.
 _NOT_THE_RUN = {"out", "data", "tokenizer", "mesh", "eval_every", "eval_batches", "eval_pairs",
-                "save_every", "log_every", "profile", "remember", "pretrained", "quiet",
+                "save_every", "log_every", "profile", "remember", "pretrained", "quiet", "prepared",
                 "accept_changes", "policy", "replay"}
 
 
@@ -225,10 +228,10 @@ def fingerprint(rows: Any) -> str:
         if not hasattr(leaf, "dtype"):
             digest.update(repr(leaf).encode())
             continue
-        flat = np.asarray(leaf).reshape(-1)
-        digest.update(f"{flat.dtype}{flat.size}".encode())
-        block = max(flat.size // 64, 2**18)
-        for start in range(0, flat.size, block):
+        flat = np.asarray(leaf).reshape(-1) if hasattr(leaf, "shape") else leaf  # or on disk
+        digest.update(f"{flat.dtype}{len(flat)}".encode())
+        block = max(len(flat) // 64, 2**18)
+        for start in range(0, len(flat), block):
             digest.update(np.ascontiguousarray(flat[start : start + 2**18]).tobytes())
     return digest.hexdigest()[:16]
 

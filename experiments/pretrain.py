@@ -36,7 +36,8 @@ def pretrain(c: Pretrain) -> dict:
     c = dataclasses.replace(c, model=common.fit_to(c.model, tokenizer))
     common.save_card(c.out, c.model, tokenizer)
     train, held_out = (
-        common.objective_rows(c, texts, tokenizer) for texts in (train_texts, held_out_texts)
+        common.objective_rows(c, texts, tokenizer, name)
+        for name, texts in (("train", train_texts), ("held_out", held_out_texts))
     )
     mesh = c.mesh.make()
     batches = train.loader(c.batch_size, mesh, seed=c.seed)

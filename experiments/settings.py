@@ -272,6 +272,8 @@ class Pretrain:
         data: python_docs/documents, tfds:name, hf:name, or a text file or folder.
         unit: how files are read: "document" (blank line between, one sentence a line) or "file"
             (exactly as they stand).
+        prepared: keep the tokenized corpus in this folder, or use the one that is there; texts that
+            memory does not hold are then read by need, and preparing goes on where it was cut off.
         tokenizer: "bpe", "wordpiece" or "chars", trained on the training text with the model's
             vocab_size; or a folder with a tokenizer.
         length: tokens a row.
@@ -297,6 +299,7 @@ class Pretrain:
     num_steps: int
     out: Path
     data: str = "python_docs/documents"
+    prepared: Path | None = None
     unit: str = "document"
     validation_share: float = 0.1
     mask_rate: float = MASK_RATE

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "host": set(),
     "json_files": set(),
+    "digests": set(),
     "draw": set(),
     "predictions": set(),
     "tree": set(),
@@ -27,9 +28,9 @@ MAY_IMPORT = {
     "models": {"nn"},
     "presets": {"models"},
     "objectives": MODELS | {"sharding"},
-    "data": {"objectives", "tree"},
+    "data": {"objectives", "tree", "digests"},
     "finetune": GROUND | MODELS | {"objectives", "json_files"},
-    "train": GROUND | {"objectives", "measure"},
+    "train": GROUND | {"objectives", "measure", "digests"},
     "evaluate": USE,
     "generate": USE,
     "pretrained": USE | {"json_files"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
                   "host", "draw", "predictions"},
 }
 # Host code: NumPy, never jnp, which would compile in the loader.
-NO_JAX = {"data", "draw", "host", "json_files", "predictions"}
+NO_JAX = {"data", "digests", "draw", "host", "json_files", "predictions"}
 
 
 def imported(source: str, package: tuple[str, ...]) -> list[str]:

@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from transformer_jax.train import checkpoint, digests, folders, step
+from transformer_jax import digests
+from transformer_jax.train import checkpoint, folders, step
 
 STEPS = (10, 20, 30)
 
@@ -159,7 +160,7 @@ SAVE_FAULTS = {
     "no room": lambda: replaced(shutil, "disk_usage", no_room),
     "rename fails": lambda: replaced(os, "rename", dies),
     "digests fail": lambda: replaced(digests, "write", dies),
-    "writer dies": lambda: replaced(digests, "_digest", dies),
+    "writer dies": lambda: replaced(digests, "digest_of", dies),
 }
 
 

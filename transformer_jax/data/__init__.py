@@ -29,6 +29,7 @@ __all__ = [
     "load_source",
     "make_loader",
     "pipeline",
+    "prepared",
     "python_docs",
     "sources",
     "tokenize_corpus",

@@ -6,6 +6,7 @@ give the same files. Trained or loaded, all are one `Tokenizer`.
 """
 
 import functools
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
+
+from transformer_jax import digests
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN_CHARACTER = "<unk>"
@@ -122,7 +125,8 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and the kind's own files: vocab.txt for WordPiece, vocab.json
-        and merges.txt for BPE, vocab.json for characters."""
+        and merges.txt for BPE, vocab.json for characters. And a list of them with their digests,
+        which `load` holds them to."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))
@@ -132,6 +136,11 @@ class Tokenizer:
             (directory / "vocab.json").write_text(text, encoding="utf-8")
         else:
             self.backend.model.save(str(directory))
+        digests.write(directory)
+
+    def fingerprint(self) -> str:
+        """A digest of all that it does."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
 
 def check_text(text: object, i: int = 0) -> None:
@@ -311,14 +320,17 @@ def load(path: str | Path) -> Tokenizer:
 
     Raises:
         FileNotFoundError: none of them is there.
-        ValueError: a file cannot be read as what its name says.
+        ValueError: a file cannot be read as what its name says, or is not what was saved.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a folder with one of "
                                 f"{', '.join(' + '.join(names) for names in LOADERS)}")
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() and digests.exist(path) and (damaged := digests.damage(path, more=True)):
+        raise ValueError(f"the tokenizer in {path} is damaged: {damaged}; save it again, or delete "
+                         f"{digests.NAME} if you changed it on purpose")
     for names, read in LOADERS.items():
-        folder = path if path.is_dir() else path.parent
         files = [folder / name for name in names]
         wanted = path.is_dir() or path.name in names
         if wanted and all(file.is_file() for file in files):

@@ -30,7 +30,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from transformer_jax.train import digests
+from transformer_jax import digests
 from transformer_jax.train.folders import SaveError, check_room, find, find_whole, steps
 from transformer_jax.train.step import TrainState
 from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths

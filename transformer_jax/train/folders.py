@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from transformer_jax.train import digests
+from transformer_jax import digests
 
 
 class SaveError(OSError):

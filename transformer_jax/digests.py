@@ -1,7 +1,8 @@
-"""What the files of a checkpoint held when they were written, and whether they still do.
+"""What the files of a folder held when they were written, and whether they still do.
 
-Orbax completes a checkpoint by renaming it, and finds a file that is missing; a flipped bit in an
-array it does not. So each complete checkpoint gets a list of its files with their SHA-256.
+Of a checkpoint: Orbax completes one by renaming it, and finds a file that is missing; a flipped bit
+in an array it does not. So each complete checkpoint gets a list of its files with their SHA-256.
+Tokenizers and prepared corpora have such a list too.
 """
 
 import hashlib
@@ -13,8 +14,8 @@ NAME = "digests.json"
 
 
 def write(folder: Path) -> None:
-    """List the files of a checkpoint. The list appears as a whole or not at all."""
-    listed = {_name(folder, path): _digest(path) for path in _files(folder)}
+    """List the files of a folder. The list appears as a whole or not at all."""
+    listed = {_name(folder, path): digest_of(path) for path in _files(folder)}
     unfinished = folder / f"{NAME}.tmp"
     with unfinished.open("w") as file:
         json.dump(listed, file, indent=0)
@@ -24,12 +25,16 @@ def write(folder: Path) -> None:
 
 
 def exist(folder: Path) -> bool:
-    """Whether the files are listed, which is the last thing that happens to a checkpoint."""
+    """Whether the files are listed, which is the last thing that happens to a folder."""
     return (folder / NAME).is_file()
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with the first file that is not as it was written; None if all are."""
+def damage(folder: Path, more: bool = False) -> str | None:
+    """What is wrong with the first file that is not as it was written; None if all are.
+
+    Args:
+        more: other files may be there too.
+    """
     try:
         listed = json.loads((folder / NAME).read_bytes())
         expected = {str(name): str(digest) for name, digest in listed.items()}
@@ -40,13 +45,13 @@ def damage(folder: Path) -> str | None:
         if name not in present:
             return f"{name} is missing"
         try:
-            same = _digest(present[name]) == digest
+            same = digest_of(present[name]) == digest
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if not same:
             return f"{name} is not what was written"
-    more = present.keys() - expected.keys()
-    return f"{min(more)} was not written with it" if more else None
+    others = present.keys() - expected.keys()
+    return f"{min(others)} was not written with it" if others and not more else None
 
 
 def _files(folder: Path) -> list[Path]:
@@ -58,6 +63,7 @@ def _name(folder: Path, path: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """SHA-256, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
