@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 
 from transformer_jax import host, measure, plan, presets, tree
-from transformer_jax.finetune import deltas
+from transformer_jax.finetune import deltas, shrink
 from transformer_jax.generate import generate
 from transformer_jax.models import build_model, init_params
 from transformer_jax.objectives import tasks
@@ -83,6 +83,7 @@ class Bench:
         cases: of `CASES`; all but the large ones if none are given.
         rounds: steps that are timed.
         dropout_rate: of activations and of attention weights, while training.
+        weights: float32, bfloat16 or int8: how parameters are kept for decoding.
         here: run in this process, which then has one case only.
     """
 
@@ -90,6 +91,7 @@ class Bench:
     rounds: int = 7
     dtype: str = "float32"
     dropout_rate: float = 0.0
+    weights: str = "float32"
     here: bool = False
 
 
@@ -143,13 +145,14 @@ def decoding(case: Case, c: Bench) -> Job:
     model = build_model(config)
     params = _loaded(jax.eval_shape(functools.partial(init_params, model), jax.random.key(0)))
     prompts = np.random.default_rng(0).integers(4, config.vocab_size, (case.rows, case.length))
-    run = functools.partial(generate, model, params, prompts.tolist(),
-                            max_new_tokens=case.target, min_new_tokens=case.target)
     # Once for each new token; an encoder, and what projects its states, once for each text.
     weights = sum(leaf.size for path, leaf in tree.flatten_paths(params).items()
                   if not re.search(r"^encoder|position_embed|cross_attention/(key|value)", path))
-    return Job(run, case.rows * case.target,
-               bytes_read=weights * np.dtype(config.compute_dtype).itemsize * case.target)
+    params, _ = shrink.shrink(params, jax.tree.map(lambda x: False, params), c.weights)
+    run = functools.partial(generate, model, params, prompts.tolist(),
+                            max_new_tokens=case.target, min_new_tokens=case.target)
+    size = 1 if c.weights == "int8" else np.dtype(config.compute_dtype).itemsize
+    return Job(run, case.rows * case.target, bytes_read=weights * size * case.target)
 
 
 def _loaded(shapes: dict) -> dict:
@@ -211,7 +214,7 @@ def time_case(name: str, c: Bench) -> dict:
     share = {"mfu": job.flops / median / rate, "read_share": job.bytes_read / median / reads}
     return {
         "case": name, **case._asdict(), "changes": dict(case.changes), "dtype": c.dtype,
-        "dropout_rate": c.dropout_rate,
+        "dropout_rate": c.dropout_rate, "weights": c.weights,
         "compile_seconds": round(compile_seconds, 2), "median_seconds": round(median, 5),
         "least_seconds": round(min(times), 5), "rounds": c.rounds,
         "tokens_per_second": round(job.tokens / median, 1),
@@ -238,7 +241,7 @@ def main(c: Bench) -> list[dict]:
             continue
         own = [sys.executable, __file__, "--here", "--cases", name]
         own += [f"--{key.replace('_', '-')}={getattr(c, key)}"
-                for key in ("rounds", "dtype", "dropout_rate")]
+                for key in ("rounds", "dtype", "dropout_rate", "weights")]
         said = subprocess.run(own, stdout=subprocess.PIPE, text=True, check=True).stdout
         lines.append(json.loads(said.splitlines()[-1]))
         print(said, end="", flush=True)

@@ -5,10 +5,9 @@
 
 Three seeds each: `full` 89.5 ± 0.2 %; `last_k:2` 84.0 ± 0.2 and `bitfit` 79.3 ± 1.6 after a quarter
 of an epoch; `head` 66.0 ± 0.2, on the pooled first token, which this sentence encoder never
-trained. `lora:8:all` 88.8 and 88.4, two seeds, and 88.5 after one epoch. Of `full`, one seed each,
-otherwise:
-89.8 after two epochs; 89.3 at a peak of 2e-4, and 89.4 with a layer_decay of 0.8; 88.9 at 4e-5, 32
-a step. An epoch of `full` took 21 to 36 minutes on one core of an AMD EPYC with other work beside.
+trained. `lora:8:all` 88.6 ± 0.2 (88.5 after one epoch, one seed). Of `full`, one seed each: 89.8
+after two epochs; 89.3 at a peak of 2e-4, and 89.4 with a layer_decay of 0.8; 88.9 at 4e-5, 32 a
+step. An epoch of `full` took 21 to 36 minutes on one core of an AMD EPYC with other work beside.
 """
 
 from pathlib import Path

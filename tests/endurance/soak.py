@@ -93,6 +93,8 @@ def summary(rows: list[dict]) -> dict:
     return {"steps": int(rows[-1]["step"]), "resident_mib": found["last"]["resident"] / 2**20,
             "resident_growth": growth["resident"], "in_use_growth": growth["in_use"],
             "time_growth": growth["seconds_per_step"],
+            "resident_mib_over_time": [round(row["resident"] / 2**20)
+                                       for row in rows[:: max(len(rows) // 20, 1)]],
             "compilations": compiled, "loss": float(np.mean([r["loss"] for r in rows[-fifth:]]))}
 
 

@@ -73,11 +73,51 @@ def test_on_a_mesh_kernels_stay_as_they_are():
             jnp.bfloat16 if path.endswith(("kernel", "embedding")) else leaf.dtype)
 
 
-def test_int8_kernels_are_left_alone():
-    small, _ = shrink.shrink(PARAMS, jax.tree.map(lambda x: False, PARAMS), "int8")
+SMALL, _ = shrink.shrink(PARAMS, jax.tree.map(lambda x: False, PARAMS), "int8")
+
+
+def test_int8_on_both_sides():
+    rng = np.random.default_rng(0)
+    matrix = jnp.asarray(rng.integers(-127, 128, (40, 96)), jnp.int8)
+    scale = jnp.asarray(rng.uniform(0.01, 0.02, 40), jnp.float32)
+    for rows in (1, 2, 5):
+        x = jnp.asarray(rng.normal(size=(rows, 1, 96)) * 3, jnp.float32).at[0, 0, 0].set(0)
+        found = jax.jit(layers.by_outputs_int8)(x, matrix, scale)
+        expected = np.einsum("btd,fd->btf", x, matrix) * scale
+        assert found.shape == (rows, 1, 40) and found.dtype == jnp.float32
+        # Each input is off by at most half a unit, all of random sign.
+        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+    assert not layers.by_outputs_int8(jnp.zeros((1, 96)), matrix, scale).any()
+
+
+@pytest.mark.parametrize("recipe", ["", "lora:2:all"])
+def test_int8_parameters_write_nearly_the_same(recipe):
+    small = SMALL
+    if recipe:
+        small = jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 else x,
+                             deltas.add_deltas(SMALL, recipe, jax.random.key(1)))
     turned = weights.by_outputs(small, jnp.float32)
-    assert flatten_paths(turned).keys() == flatten_paths(small).keys()
-    prompts = [[1, 2, 3], [4, 5]]
-    np.testing.assert_array_equal(
-        generate(MODEL, small, prompts, max_new_tokens=5),
-        generate(MODEL, shrink.restore(small), prompts, max_new_tokens=5))
+    paths = flatten_paths(turned)
+    assert paths["decoder/layer_0/mlp/wi/kernel_t"].dtype == jnp.int8
+    assert paths["token_embed/embedding_t"].dtype == jnp.int8
+    tokens = jnp.arange(12).reshape(2, 6)
+    ours, theirs = (MODEL.apply({"params": p}, tokens).logits
+                    for p in (turned, shrink.restore(small) if not recipe else small))
+    np.testing.assert_allclose(ours, theirs, atol=0.05 * float(jnp.abs(theirs).max()))
+    text = generate(MODEL, small, [[1, 2, 3], [4, 5]], max_new_tokens=5)
+    assert text.shape == (2, 8)
+
+
+def test_int8_parameters_on_a_mesh_are_left_alone():
+    with jax.set_mesh(sharding.make_mesh(8, 1)):
+        turned = weights.by_outputs(SMALL, jnp.float32)
+    assert flatten_paths(turned).keys() == flatten_paths(SMALL).keys()
+
+
+def test_int8_parameters_train_as_they_did():
+    """Rounding inputs has no gradient: it is for writing only."""
+    def loss(embedding):
+        params = SMALL | {"position_embed": {"embedding": embedding}}
+        return (MODEL.apply({"params": params}, jnp.arange(4)[None]).logits ** 2).sum()
+
+    assert jnp.abs(jax.grad(loss)(PARAMS["position_embed"]["embedding"])).max() > 0

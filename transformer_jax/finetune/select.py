@@ -163,7 +163,7 @@ def _patterns(name: str, argument: str | None, paths: Sequence[str]) -> list[str
 
 def _nearest(pattern: str, paths: Sequence[str]) -> str:
     """Three paths that a pattern without matches may have meant, of different layers or names."""
-    words = re.findall(r"\w+", pattern) or [pattern]
+    words = (re.findall(r"\w+", pattern) or [pattern])[:8]  # who wrote more meant no one name
 
     def likeness(path: str) -> float:
         parts = path.split("/")

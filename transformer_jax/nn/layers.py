@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int8
 
 from transformer_jax.nn.dropout import dropout
 from transformer_jax.sharding import BATCH_AXES, constrain, constrain_hidden
@@ -94,6 +94,27 @@ def by_outputs(
     return y.reshape(*x.shape[:-1], -1)
 
 
+def by_outputs_int8(
+    x: Float[Array, "... D"], matrix: Int8[Array, "F D"], scale: Float[Array, "F"]
+) -> Float[Array, "... F"]:
+    """x @ matrix.T * scale, float32, with each row of x rounded to 127 steps of its largest value.
+
+    Both sides are then of 8 bits, for which CPUs have instructions, and a quarter of the bytes is
+    read. (Dettmers et al. 2022, "LLM.int8()", section 2.2, vector-wise quantization.) There is no
+    gradient. A single row meets XLA's slowest loop, so there are two.
+    """
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    largest = jnp.abs(rows).max(-1, keepdims=True)
+    unit = jnp.where(largest > 0, largest / 127, 1.0)
+    few = jnp.round(rows / unit).astype(jnp.int8)
+    if len(rows) == 1:
+        few = jnp.concatenate([few, few])
+    y = jnp.einsum("FD,MD->FM", matrix, few, preferred_element_type=jnp.int32)
+    # As in `by_outputs`.
+    y = jax.lax.optimization_barrier(y)[:, : len(rows)].T
+    return (y.astype(jnp.float32) * unit * scale).reshape(*x.shape[:-1], -1)
+
+
 class Linear(nn.Module):
     """Contract the last `contract` axes of the input with a kernel; add a bias.
 
@@ -115,7 +136,11 @@ class Linear(nn.Module):
         x, scale = x.astype(self.dtype), None
         if (kernel := _edit(self, "kernel_t")) is not None:
             rows = x.reshape(*x.shape[: x.ndim - self.contract], -1)
-            y = by_outputs(rows, kernel.astype(self.dtype).reshape(-1, rows.shape[-1]))
+            if kernel.dtype == jnp.int8:
+                y = by_outputs_int8(rows, kernel.reshape(-1, rows.shape[-1]),
+                                    _edit(self, "kernel_t_scale").reshape(-1)).astype(self.dtype)
+            else:
+                y = by_outputs(rows, kernel.astype(self.dtype).reshape(-1, rows.shape[-1]))
             y = y.reshape(*rows.shape[:-1], *self.features)
         else:
             kernel, scale = stored(self, "kernel", self._init, shape)
@@ -232,12 +257,16 @@ class Projection(NamedTuple):
     embedding: Float[Array, "V D"]
     scale: Float[Array, "V"] | None = None  # of an int8 table
     bias: Float[Array, "V"] | None = None
+    rounds: bool = False  # hidden states to 8 bits, as the table is
 
     def logits(self) -> Float[Array, "... V"]:
         """hidden @ embedding.T * scale + bias, in float32."""
-        logits = by_outputs(
-            self.hidden, self.embedding.astype(self.hidden.dtype), jnp.float32)
-        logits = logits if self.scale is None else logits * self.scale
+        if self.rounds:
+            logits = by_outputs_int8(self.hidden, self.embedding, self.scale)
+        else:
+            logits = by_outputs(
+                self.hidden, self.embedding.astype(self.hidden.dtype), jnp.float32)
+            logits = logits if self.scale is None else logits * self.scale
         logits = constrain(logits, BATCH_AXES, *["sequence"] * (logits.ndim - 2), "tensor")
         return logits if self.bias is None else logits + self.bias
 
@@ -252,7 +281,12 @@ class Embed(nn.Module):
 
     def setup(self):
         shape = (self.num_embeddings, self.features)
-        self.embedding, self.scale = stored(self, "embedding", self._init, shape)
+        self.rounds = _edit(self, "embedding_t") is not None
+        if self.rounds:
+            self.embedding, self.scale = _edit(self, "embedding_t"), _edit(
+                self, "embedding_t_scale")
+        else:
+            self.embedding, self.scale = stored(self, "embedding", self._init, shape)
         self.extra = _edit(self, "extra")
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
@@ -277,7 +311,7 @@ class Embed(nn.Module):
 
     def project(self, x: Float[Array, "... D"]) -> Projection:
         """The table as output layer (Press & Wolf 2017)."""
-        return Projection(x.astype(self.dtype), self.embedding, self.scale)
+        return Projection(x.astype(self.dtype), self.embedding, self.scale, rounds=self.rounds)
 
 
 class Bias(nn.Module):
