@@ -40,8 +40,9 @@ MAY_IMPORT = {
     "chips": {"measure"},
     "plan": USE | {"hlo", "chips"},
     "plan_table": {"plan"},
-    "cli": USE | {"presets", "evaluate", "generate", "pretrained", "chips", "plan", "plan_table",
-                  "host", "draw", "predictions"},
+    "report": USE | {"draw", "generate", "pretrained"},
+    "cli_runs": {"chips", "draw", "plan", "plan_table", "presets", "report"},
+    "cli": USE | {"evaluate", "generate", "pretrained", "cli_runs", "host", "predictions"},
 }
 # Host code: NumPy, never jnp, which would compile in the loader.
 NO_JAX = {"data", "digests", "draw", "host", "json_files", "predictions"}

@@ -7,12 +7,12 @@
     python -m transformer_jax summarize facebook/bart-large-cnn < article.txt
     python -m transformer_jax convert runs/bert exported
     python -m transformer_jax plan gpt2_xl --topology v5e:16x16 --mesh.data 16 --mesh.fsdp 16
+    python -m transformer_jax report runs/bert
 
 MODEL is the folder of a training run, a folder in the Hugging Face format, or an id on the hub.
 Texts that are not given are read from standard input, a line each (`summarize`: all of it is one).
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +22,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from transformer_jax.cli_runs import plan, report
 from transformer_jax.generate.defaults import effective, generation_options
 from transformer_jax.pretrained import load_pretrained, save_pretrained
 from transformer_jax.pretrained.runs import Trained, is_run, load_run
@@ -313,74 +314,8 @@ def convert(model: Model, out: tyro.conf.Positional[Path], /, task: str | None =
     print(f"{out}: {', '.join(sorted(path.name for path in Path(out).iterdir()))}")
 
 
-@dataclasses.dataclass(frozen=True)
-class MeshSizes:
-    """Sizes of each axis to try; -1 takes the devices that the others leave."""
-
-    data: tuple[int, ...] = (-1,)
-    fsdp: tuple[int, ...] = (1,)
-    sequence: tuple[int, ...] = (1,)
-    tensor: tuple[int, ...] = (1,)
-
-
-def plan(
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")],
-    /,
-    topology: str = "v5e:4x4",
-    mesh: MeshSizes = MeshSizes(),
-    rows: tuple[int, ...] = (),
-    length: int | None = None,
-    remat: tuple[str, ...] = ("none",),
-    accumulate: tuple[int, ...] = (1,),
-    kernel: str = "auto",
-    dtype: str = "bfloat16",
-    attention_dropout_rate: float = 0.0,
-    out: Path | None = None,
-) -> None:
-    """Compile pre-training for TPUs that are not here, or for what is: does it fit, how fast can it
-    be?
-
-    Several values of a flag are all tried, and the best that fits is named.
-
-    Args:
-        model: a preset, such as gpt2_xl or bert_large.
-        topology: chip and shape of the slice, such as v5e:16x16, v5p:4x4x4 or v6e:16x16; "here" for
-            the devices that are here, whose rates are measured.
-        mesh: sizes of the mesh's axes.
-        rows: of the global batch; four for each part it is cut into if not given.
-        length: tokens of a row; the model's positions if not given.
-        remat: what the way back computes again: none, dots or full.
-        accumulate: microbatches, one after another.
-        kernel: of attention: auto for the platform's, splash, cudnn or xla.
-        dtype: of the arithmetic.
-        attention_dropout_rate: above 0 attention cannot be splash.
-        out: a folder for plan.json and plan.png.
-    """
-    from transformer_jax import chips, draw, plan_table, presets
-    from transformer_jax import plan as planning
-
-    base = presets.get(model, dtype=dtype, kernel=kernel, dropout_rate=0.0,
-                       attention_dropout_rate=attention_dropout_rate)
-    devices = chips.devices_of(topology)
-    chip = chips.chip_of(topology, dtype)
-    settings = planning.settings(
-        base, len(devices), meshes=dataclasses.asdict(mesh), rows=rows, length=length,
-        remat=remat, accumulate=accumulate)
-    found = []
-    for setting in settings:
-        found.append(planning.make(setting, devices, chip))
-        print(f"{setting}: compiled in {found[-1].compile_seconds:.0f} s", flush=True)
-    plan_table.show(found, f"{model} on {topology}, {len(devices)} devices")
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        reports = [planning.report(one) for one in found]
-        (out / "plan.json").write_text(json.dumps(reports, indent=2))
-        draw.plans(out / "plan.png", plan_table.bars(found), limit=chip.memory / 2**30,
-                   title=f"{model} on {topology}")
-
-
 COMMANDS = {"generate": generate, "fill": fill, "classify": classify, "translate": translate,
-            "summarize": summarize, "convert": convert, "plan": plan}
+            "summarize": summarize, "convert": convert, "plan": plan, "report": report}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
