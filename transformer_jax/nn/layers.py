@@ -257,7 +257,7 @@ class Projection(NamedTuple):
     embedding: Float[Array, "V D"]
     scale: Float[Array, "V"] | None = None  # of an int8 table
     bias: Float[Array, "V"] | None = None
-    rounds: bool = False  # hidden states to 8 bits, as the table is
+    rounds: bool | None = None  # hidden states to 8 bits, as the table is; None is no leaf
 
     def logits(self) -> Float[Array, "... V"]:
         """hidden @ embedding.T * scale + bias, in float32."""
@@ -311,7 +311,8 @@ class Embed(nn.Module):
 
     def project(self, x: Float[Array, "... D"]) -> Projection:
         """The table as output layer (Press & Wolf 2017)."""
-        return Projection(x.astype(self.dtype), self.embedding, self.scale, rounds=self.rounds)
+        rounds = True if self.rounds else None
+        return Projection(x.astype(self.dtype), self.embedding, self.scale, rounds=rounds)
 
 
 class Bias(nn.Module):
