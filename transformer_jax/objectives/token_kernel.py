@@ -49,7 +49,7 @@ def score(
     from jax.experimental.pallas import triton
 
     (tokens, width), V = logits.shape, num_classes
-    block = min(BLOCK, pl.next_power_of_2(width))
+    block = min(BLOCK, 2 ** (width.bit_length() - 1))  # Triton's are powers of two; none wider
     has_bias = bias is not None
 
     def kernel(logits_ref, bias_ref, target_ref, weight_ref, loss_ref, nll_ref, correct_ref,
