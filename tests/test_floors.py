@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "train": GROUND | {"objectives", "measure", "digests"},
     "evaluate": USE,
     "generate": USE,
-    "pretrained": USE | {"json_files"},
+    "pretrained": USE | {"json_files", "digests"},
     "hlo": set(),
     "distributed": set(),
     "measure": set(),

@@ -2,7 +2,7 @@
 
 Of a checkpoint: Orbax completes one by renaming it, and finds a file that is missing; a flipped bit
 in an array it does not. So each complete checkpoint gets a list of its files with their SHA-256.
-Tokenizers and prepared corpora have such a list too.
+The tokenizer of a run has such a list too.
 """
 
 import hashlib

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from small_models import GPT2
 
 from transformer_jax.data import PackedTokens, make_loader, prepared, tokenize_corpus, tokenizers
+from transformer_jax.pretrained.runs import save_card
 
 TEXTS = [{"text": f"Sentence {i} of some.\nAnother, {i * i}.\n\nA paragraph."} for i in range(57)]
 CHARS = tokenizers.train_chars([example["text"] for example in TEXTS])
@@ -98,8 +100,9 @@ def test_what_does_not_belong_together(tmp_path):
         prepared.prepare([{"text": ""}], CHARS, tmp_path / "empty", quiet=True)
 
 
-def test_a_tokenizer_is_what_was_saved(tmp_path):
-    CHARS.save(tmp_path)
+def test_the_tokenizer_of_a_run_is_what_was_saved(tmp_path):
+    save_card(tmp_path, GPT2, CHARS)
+    tmp_path /= "tokenizer"
     assert tokenizers.load(tmp_path).fingerprint() == CHARS.fingerprint()
     file = tmp_path / "tokenizer.json"
     table = json.loads(file.read_text())

@@ -16,7 +16,8 @@ from tensorboardX import SummaryWriter
 
 from transformer_jax import sharding
 from transformer_jax.train import checkpoint, interrupt, lock, optim, progress, step
-from transformer_jax.train.loop import NonFiniteLossError, fit
+from transformer_jax.train.health import NonFiniteLossError
+from transformer_jax.train.loop import fit
 
 
 @functools.cache  # one step function, so that runs share what JAX compiled for it

@@ -125,8 +125,7 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and the kind's own files: vocab.txt for WordPiece, vocab.json
-        and merges.txt for BPE, vocab.json for characters. And a list of them with their digests,
-        which `load` holds them to."""
+        and merges.txt for BPE, vocab.json for characters."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))
@@ -136,7 +135,6 @@ class Tokenizer:
             (directory / "vocab.json").write_text(text, encoding="utf-8")
         else:
             self.backend.model.save(str(directory))
-        digests.write(directory)
 
     def fingerprint(self) -> str:
         """A digest of all that it does."""

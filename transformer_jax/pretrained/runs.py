@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from transformer_jax import tree
+from transformer_jax import digests, tree
 from transformer_jax.data import tokenizers
 from transformer_jax.models import Config, Model, build_model, config_from_dict, config_to_dict
 from transformer_jax.train import checkpoint
@@ -33,7 +33,8 @@ def save_card(
     task: str | None = None,
     num_classes: int | None = None,
 ) -> None:
-    """config.json and the tokenizer's files; parameters are in `<out>/checkpoints`.
+    """config.json and the tokenizer's files, with their digests, which `tokenizers.load` holds
+    them to; parameters are in `<out>/checkpoints`.
 
     `task` and `num_classes` are those of the model's head; None: classification by `label_names`,
     or pre-training where there are none.
@@ -44,6 +45,7 @@ def save_card(
             "task": task, "num_classes": num_classes}
     (out / "config.json").write_text(json.dumps(card, indent=2) + "\n")
     tokenizer.save(out / "tokenizer")
+    digests.write(out / "tokenizer")
 
 
 def is_run(folder: str | Path) -> bool:

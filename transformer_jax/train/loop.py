@@ -18,7 +18,6 @@ from transformer_jax import measure, sharding
 from transformer_jax.train import checkpoint, folders, health, interrupt, lock
 from transformer_jax.train.clock import Clock
 from transformer_jax.train.compiled import CompiledStep
-from transformer_jax.train.health import NonFiniteLossError as NonFiniteLossError
 from transformer_jax.train.progress import progress
 from transformer_jax.train.step import TrainState
 from transformer_jax.tree import PyTree, flatten_paths
