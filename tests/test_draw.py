@@ -66,14 +66,14 @@ def test_label_efficiency_of_unlike_panels_and_single_seeds(tmp_path):
 
 
 def test_names_of_recipes_do_not_hide_each_other(tmp_path, monkeypatch):
-    boxes, save = [], draw._save
+    boxes, save = [], draw.save
 
     def saved(figure, path):
         done = save(figure, path)
         boxes.extend(text.get_window_extent() for text in figure.axes[0].texts)
         return done
 
-    monkeypatch.setattr(draw, "_save", saved)
+    monkeypatch.setattr(draw, "save", saved)
     found = {f"recipe:{i}": (0.001 * (1 + i / 10), 90 + i / 10, 0.1) for i in range(5)}
     assert has_ink(draw.recipes(tmp_path / "r.png", found, title="t", ylabel="accuracy (%)"))
     assert len(boxes) == 5

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 DPI = 130
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # no display, no pyplot state
     return figure
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, bbox_inches="tight")  # long token names need room
@@ -33,7 +33,7 @@ def curves(
     ylabel: str = "loss (nats)",
 ) -> Path:
     """Lines over a common axis: `{label: (x, y)}`. Labels that contain "held-out" get markers."""
-    figure = _figure(7, 4)
+    figure = new_figure(7, 4)
     axes = figure.subplots()
     for label, (x, y) in series.items():
         held_out = "held-out" in label
@@ -42,19 +42,19 @@ def curves(
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def positions(path: str | Path, tables: Mapping[str, np.ndarray]) -> Path:
     """Position encodings `[positions, dimensions]`: a column per position, a row per dimension."""
-    figure = _figure(6.5 * len(tables), 4.4)
+    figure = new_figure(6.5 * len(tables), 4.4)
     for axes, (title, table) in zip(np.atleast_1d(figure.subplots(1, len(tables))), tables.items()):
         limit = np.abs(table).max()
         image = axes.imshow(np.asarray(table).T, aspect="auto", cmap="RdBu", vmin=-limit,
                             vmax=limit, interpolation="nearest")
         axes.set(title=title, xlabel="position", ylabel="dimension")
         figure.colorbar(image, ax=axes, shrink=0.8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def attention(
@@ -69,14 +69,14 @@ def attention(
     or, in cross-attention, in `sources`."""
     seen = tokens if sources is None else sources
     width, height = (max(4.0, 0.24 * len(words) + 1.6) for words in (seen, tokens))
-    figure = _figure(width * len(maps), height + 0.5)
+    figure = new_figure(width * len(maps), height + 0.5)
     figure.suptitle(title)
     for axes, (name, weights) in zip(np.atleast_1d(figure.subplots(1, len(maps))), maps.items()):
         axes.imshow(np.asarray(weights), cmap="viridis", vmin=0)
         axes.set_xticks(range(len(seen)), seen, rotation=90, fontsize=7)
         axes.set_yticks(range(len(tokens)), tokens, fontsize=7)
         axes.set(title=name, xlabel="sees (key)", ylabel="token (query)")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def label_efficiency(
@@ -95,7 +95,7 @@ def label_efficiency(
         chance: score of the commonest class, drawn as a dotted line.
         ylabel: what the score is.
     """
-    figure = _figure(5.2 * len(panels) + 1.2, 4.2)
+    figure = new_figure(5.2 * len(panels) + 1.2, 4.2)
     figure.suptitle(title)
     grid = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
     recipes = list(dict.fromkeys(recipe for lines in panels.values() for recipe in lines))
@@ -118,7 +118,7 @@ def label_efficiency(
     grid[0].set_ylabel(ylabel)
     grid[-1].legend(*_legend(grid), frameon=False, fontsize=8, loc="center left",
                     bbox_to_anchor=(1, 0.5))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _legend(grid: Sequence) -> tuple[list, list[str]]:
@@ -143,7 +143,7 @@ def confusion(
     few = C <= 8
     cell = (0.9, 0.62) if few else (0.5, 0.4)
     wide = max(cell[0], 0 if upright else 0.1 * longest)
-    figure = _figure(2.0 + margin + wide * C, 1.4 + margin * upright + cell[1] * C)
+    figure = new_figure(2.0 + margin + wide * C, 1.4 + margin * upright + cell[1] * C)
     axes = figure.subplots()
     image = axes.imshow(share, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for i, j in np.ndindex(C, C):
@@ -161,7 +161,7 @@ def confusion(
                           format=lambda x, _: f"{100 * x:.0f} %")
     bar.set_label("share of the true class")
     bar.outline.set_visible(False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def calibration(path: str | Path, found: Mapping[str, np.ndarray], *, title: str) -> Path:
@@ -170,7 +170,7 @@ def calibration(path: str | Path, found: Mapping[str, np.ndarray], *, title: str
     accuracy, count = np.asarray(found["accuracy"]), np.asarray(found["count"])
     bins = len(count)
     edges = np.arange(bins) / bins
-    figure = _figure(5, 5.6)
+    figure = new_figure(5, 5.6)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     axes.bar(edges, np.nan_to_num(accuracy), width=1 / bins, align="edge", edgecolor="white",
              label="observed")
@@ -180,7 +180,7 @@ def calibration(path: str | Path, found: Mapping[str, np.ndarray], *, title: str
     axes.legend(frameon=False, loc="upper left")
     below.bar(edges, count, width=1 / bins, align="edge", edgecolor="white", color="grey")
     below.set(xlabel="probability of the chosen class", ylabel="examples")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def recipes(
@@ -192,7 +192,7 @@ def recipes(
 ) -> Path:
     """What training ever fewer parameters costs: `{recipe: (share trained, mean score, standard
     deviation)}`, shares on a log axis."""
-    figure = _figure(7.5, 4.6)
+    figure = new_figure(7.5, 4.6)
     axes = figure.subplots()
     for k, (share, mean, deviation) in enumerate(found.values()):
         axes.errorbar(100 * share, mean, np.nan_to_num(deviation), marker="o", capsize=4,
@@ -207,7 +207,7 @@ def recipes(
     _label(axes, {name: (100 * share, mean) for name, (share, mean, _) in found.items()},
            [(100 * share, mean + sign * np.nan_to_num(deviation))
             for share, mean, deviation in found.values() for sign in np.linspace(-1, 1, 9)])
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _label(axes, points: Mapping[str, tuple[float, float]], ink: Sequence[tuple]) -> None:
@@ -241,7 +241,7 @@ def _label(axes, points: Mapping[str, tuple[float, float]], ink: Sequence[tuple]
 def costs(path: str | Path, found: Mapping[str, Mapping[str, float]], *, title: str) -> Path:
     """Bars of relative costs: `{recipe: {what: share}}`, with the share above each bar."""
     kinds = list(next(iter(found.values())))
-    figure = _figure(2 + 1.25 * len(found), 4.2)
+    figure = new_figure(2 + 1.25 * len(found), 4.2)
     axes = figure.subplots()
     width = 0.8 / len(kinds)
     for k, kind in enumerate(kinds):
@@ -254,7 +254,7 @@ def costs(path: str | Path, found: Mapping[str, Mapping[str, float]], *, title: 
     axes.set(title=title, ylabel=f"relative to {next(iter(found))}")
     axes.margins(y=0.12)
     axes.legend(frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plans(path: str | Path, found: Mapping[str, Mapping[str, float]], *, limit: float,
@@ -262,7 +262,7 @@ def plans(path: str | Path, found: Mapping[str, Mapping[str, float]], *, limit: 
     """Settings side by side, a row each: GiB of memory by kind under the device's limit, and the
     milliseconds of a step by what it needs. `{setting: {"state", "temporary" (GiB),
     "arithmetic", "memory", "network" (ms)}}`."""
-    figure = _figure(12, 1.6 + 0.5 * len(found))
+    figure = new_figure(12, 1.6 + 0.5 * len(found))
     left, right = figure.subplots(1, 2, sharey=True)
     rows, start = np.arange(len(found)), np.zeros(len(found))
     for kind in ("state", "temporary"):
@@ -280,4 +280,4 @@ def plans(path: str | Path, found: Mapping[str, Mapping[str, float]], *, limit: 
     for axes in (left, right):
         axes.grid(alpha=0.25, axis="x")
         axes.legend(frameon=False, fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)

@@ -119,6 +119,7 @@ def test_abstract_parameters_will_do():
             "matches none of 101 parameters ('qeury/kernel'); the nearest are decoder/layer_0/",
         ),
         ("regex:(", "'(' is no regular expression"),
+        ("regex:" + "(.*)" * 12 + r"\1\2\3\4\5\6[!?]", "tries for over 1.0 s how"),
         ("regex:", "recipe 'regex' needs an argument"),
     ],
 )

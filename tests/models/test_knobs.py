@@ -24,6 +24,8 @@ def assert_differs(a, b):
 
 KNOBS = [  # dtype is in test_precision, scales of initial weights in test_initial_parameters
     (GPT, {"norm_first": False}),
+    (GPT, {"residual": False}),
+    (ENCODER, {"residual": False}),
     (GPT, {"activation": "relu"}),
     (GPT, {"positions": "sinusoidal"}),
     (GPT, {"norm_epsilon": 0.5}),

@@ -42,14 +42,21 @@ def norm_before(p, x):
     return x + mlp(p["mlp"], norm(p["mlp_norm"], x))
 
 
+def no_links(p, x):
+    x = self_attention(p["self_attention"], norm(p["attention_norm"], x))
+    return mlp(p["mlp"], norm(p["mlp_norm"], x))
+
+
 def norm_after(p, x):
     x = norm(p["attention_norm"], x + self_attention(p["self_attention"], x))
     return norm(p["mlp_norm"], x + mlp(p["mlp"], x))
 
 
-@pytest.mark.parametrize(("norm_first", "block"), [(True, norm_before), (False, norm_after)])
+@pytest.mark.parametrize(("norm_first", "block"), [
+    (True, norm_before), (False, norm_after), (True, no_links)])
 def test_stack_is_the_formula(norm_first, block):
-    stack = Stack(GPTConfig(**SIZES, norm_first=norm_first).stack)
+    config = GPTConfig(**SIZES, norm_first=norm_first, residual=block is not no_links)
+    stack = Stack(config.stack)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 5, 6)).astype(np.float32)
     mask = Mask(causal=True)

@@ -32,6 +32,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import regex  # `re` with a limit of time: what users write may backtrack without end
+
 from transformer_jax.tree import PyTree, count, flatten_paths, map_paths
 
 CLASSIFIER = r"(^|/)classifier/"
@@ -125,7 +127,7 @@ RECIPES: dict[str, Recipe] = {
     "ia3": Recipe([r"/ia3_(input|output)$"], adds=True),
     "regex": Recipe(lambda argument, paths: [argument], "regex:pooler", new=False),
 }
-_WITHOUT_ARGUMENT = ("full", "head", "embeddings", "bitfit", "layernorm", "ia3")
+SECONDS_A_PATH = 1.0  # that a regular expression may take; what people mean takes microseconds
 
 
 def parts(recipe: str) -> list[tuple[str, str | None]]:
@@ -134,10 +136,10 @@ def parts(recipe: str) -> list[tuple[str, str | None]]:
     Raises:
         ValueError: an unknown name, or an argument that is missing or not taken.
     """
-    before, colon, regex = recipe.partition("regex:")
+    before, colon, pattern = recipe.partition("regex:")
     names = [name for name in before.removesuffix("+").split("+") if name or not colon]
     found = [(name, arg if sep else None) for name, sep, arg in (n.partition(":") for n in names)]
-    found += [("regex", regex)] if colon else []
+    found += [("regex", pattern)] if colon else []
     for name, argument in found:
         if name not in RECIPES:
             near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.5)
@@ -195,10 +197,16 @@ def trainable_mask(params: PyTree, recipe: str) -> PyTree:
     for name, argument in parts(recipe):
         for i, pattern in enumerate(_patterns(name, argument, paths)):
             try:
-                found = [path for path in paths if re.search(pattern, path)]
-            except re.error as error:
+                found = [path for path in paths
+                         if regex.search(pattern, path, timeout=SECONDS_A_PATH)]
+            except regex.error as error:
                 raise ValueError(
                     f"recipe {recipe!r}: {pattern!r} is no regular expression ({error}); mend it"
+                ) from None
+            except TimeoutError:
+                raise ValueError(
+                    f"recipe {recipe!r}: {pattern!r} tries for over {SECONDS_A_PATH} s how it "
+                    "could match one path; write fewer repetitions (* and +) one after another"
                 ) from None
             if not found and i == 0 and RECIPES[name].adds:
                 raise ValueError(

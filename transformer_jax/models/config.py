@@ -44,6 +44,8 @@ class Config:
         activation: one of "gelu" (exact), "gelu_tanh", "relu", "swish", "tanh".
         norm_first: LayerNorm before each sublayer and once at the end (GPT-2), or after each
             residual sum (the Transformer, GPT, BERT).
+        residual: add what goes into each sublayer to what comes out of it (He et al. 2016, "Deep
+            Residual Learning"). Every paper does; False is for seeing why.
         initializer, init_std: law and standard deviation of initial weights ("xavier_uniform"
             takes kernels' from their shapes, and init_std for embeddings); biases start at zero.
         pad_token_id, bos_token_id, eos_token_id: what a checkpoint's special tokens are, for
@@ -75,6 +77,7 @@ class Config:
     tie_embeddings: bool = True
     activation: str = "gelu"
     norm_first: bool = False
+    residual: bool = True
     norm_epsilon: float = 1e-5
     initializer: str = "normal"
     init_std: float = 0.02

@@ -36,6 +36,7 @@ class StackConfig(NamedTuple):
     mlp_dim: int
     activation: str
     norm_first: bool
+    residual: bool
     norm_epsilon: float
     dropout_rate: float
     attention_dropout_rate: float
@@ -191,7 +192,7 @@ class Block(nn.Module):
             out_BTD = Dropout(c.dropout_rate)(out_BTD, deterministic=deterministic)
             if self.has_variable("params", f"{name}_adapter"):
                 out_BTD = Adapter(c, name=f"{name}_adapter")(out_BTD)
-            x_BTD = constrain_hidden(x_BTD + out_BTD)
+            x_BTD = constrain_hidden(x_BTD + out_BTD if c.residual else out_BTD)
             return x_BTD if c.norm_first else norm(x_BTD), *rest
 
         def look(x_BTD):

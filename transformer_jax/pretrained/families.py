@@ -359,7 +359,8 @@ _BEGINNING = {"initializer", "init_std", "scale_residual_init", "classifier_bias
 def _unlike(config: Config, model_type: str) -> dict[str, Any]:
     """Fields in which `config` is not of the family -> what they would have to be."""
     family = FAMILIES[model_type]
-    wanted = {name: value for name, value in family.constants.items() if name not in _BEGINNING}
+    wanted = {"residual": True, **family.constants}
+    wanted = {name: value for name, value in wanted.items() if name not in _BEGINNING}
     if wanted.get("scale_embedding", 0) is None:
         del wanted["scale_embedding"]
     if _is_roberta(model_type):
