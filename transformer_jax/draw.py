@@ -204,13 +204,13 @@ def recipes(
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
     figure.draw_without_rendering()  # the layout, which the labels' places depend on
-    _label(axes, {name: (100 * share, mean) for name, (share, mean, _) in found.items()},
+    label(axes, {name: (100 * share, mean) for name, (share, mean, _) in found.items()},
            [(100 * share, mean + sign * np.nan_to_num(deviation))
             for share, mean, deviation in found.values() for sign in np.linspace(-1, 1, 9)])
     return save(figure, path)
 
 
-def _label(axes, points: Mapping[str, tuple[float, float]], ink: Sequence[tuple]) -> None:
+def label(axes, points: Mapping[str, tuple[float, float]], ink: Sequence[tuple]) -> None:
     """Writes each name near its point, at the first place that hides no other name and no `ink`;
     where all places do, at the one that hides least."""
     ink = axes.transData.transform(ink)

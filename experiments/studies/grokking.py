@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from transformer_jax import draw, presets
+from studies.pictures import Line, Lines, show
+from transformer_jax import presets, tree
 from transformer_jax.finetune import deltas, select
 from transformer_jax.models import GPT, init_params
 from transformer_jax.objectives import causal_lm
@@ -44,20 +45,20 @@ class Grokking:
     """
 
     out: Path = Path("runs/grokking")
-    p: int = 53
-    shares: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6)
+    p: int = 47
+    shares: tuple[float, ...] = (0.2, 0.25, 0.3, 0.4, 0.5)
     seeds: int = 3
-    num_steps: int = 8000
+    num_steps: int = 6000
     every: int = 100
-    batch_size: int = 512
+    batch_size: int = 256
     num_layers: int = 1
-    d_model: int = 128
+    d_model: int = 64
     rate: float = 1e-3
     weight_decay: float = 1.0
     grokked: float = 0.5
     few: float = 0.1
-    recipes: tuple[str, ...] = ("full", "bitfit")
-    finetune_steps: int = 3000
+    recipes: tuple[str, ...] = ("full", "lora:2:all", "bitfit")
+    finetune_steps: int = 2000
     seed: int = 0
 
 
@@ -67,12 +68,12 @@ def config() -> Grokking:
 
 def large() -> Grokking:
     return Grokking(p=97, shares=(0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5), seeds=8, num_layers=2,
-                    num_steps=50_000, finetune_steps=20_000)
+                    d_model=128, batch_size=512, num_steps=50_000, finetune_steps=20_000)
 
 
 def smallest() -> Grokking:
     return Grokking(p=5, shares=(0.4, 0.8), seeds=2, num_steps=20, every=10, batch_size=8,
-                    d_model=16, grokked=0.8, few=0.3, finetune_steps=20)
+                    d_model=32, grokked=0.8, few=0.3, finetune_steps=20)
 
 
 class Runs(NamedTuple):
@@ -117,9 +118,9 @@ def make_rounds(c: Grokking, train_step: Any, apply: Any):
         logits = apply({"params": state.params}, pairs["tokens"]).logits[:, 2]
         right = logits.argmax(-1) == pairs["targets"][:, 2]
         seen = jnp.zeros(c.p**2, bool).at[order].set(jnp.arange(c.p**2) < count)
-        share = lambda which: (right & which).sum() / which.sum()
+        shares = [(right & which).sum() / which.sum() for which in (seen, ~seen)]
         size = jnp.sqrt(sum(jnp.square(x).sum() for x in jax.tree.leaves(state.params)))
-        return state, {"loss": losses.mean(), "train": share(seen), "test": share(~seen),
+        return state, {"loss": losses.mean(), "train": shares[0], "test": shares[1],
                        "norm": size}
 
     def rounds(runs: Runs, key):
@@ -140,8 +141,10 @@ def train(c: Grokking, rounds, runs: Runs, num_steps: int, title: str) -> tuple[
     return runs, {"step": c.every * np.arange(1, len(looks) + 1), **series}
 
 
-def optimizer(c: Grokking):
-    schedule = optim.make_schedule("constant", c.rate, 100, 10)
+def optimizer(c: Grokking, num_steps: int):
+    # The rate falls to a tenth: at a constant one Adam throws a finished model out of its minimum
+    # now and then (Thilak et al. 2022, "The Slingshot Mechanism").
+    schedule = optim.make_schedule("cosine", c.rate, num_steps, min(10, num_steps - 1), c.rate / 10)
     return optim.make_optimizer(schedule, weight_decay=c.weight_decay, b2=0.98, clip_norm=None)
 
 
@@ -153,7 +156,7 @@ def start(c: Grokking, model: GPT, made: Any, mask: Any, params: dict, counts: l
 
 def sweep(c: Grokking, model: GPT) -> tuple[dict, dict, list[np.ndarray]]:
     """All shares and seeds at once: (parameters and numbers by run, shares slowest; orders)."""
-    made = optimizer(c)
+    made = optimizer(c, c.num_steps)
     train_step = step.make_train_step(functools.partial(causal_lm.loss, model.apply), made)
     seeds = [c.seed + k for k in range(c.seeds)] * len(c.shares)
     shares = np.repeat(c.shares, c.seeds)
@@ -168,15 +171,86 @@ def sweep(c: Grokking, model: GPT) -> tuple[dict, dict, list[np.ndarray]]:
 
 def finetune(c: Grokking, model: GPT, params: dict, orders: list[np.ndarray], recipe: str) -> dict:
     """The grokked models, trained on by `recipe` on the first few of their own pairs."""
-    prepare = functools.partial(deltas.prepare, recipe=recipe)
-    if recipe != "full":
-        params, mask = jax.vmap(lambda p: prepare(p, rng=jax.random.key(c.seed))[0])(params), None
-        mask = select.trainable_mask(params, recipe)
-    else:
-        mask = None
-    made = optimizer(c)
+    params = jax.vmap(lambda p: deltas.prepare(p, recipe, jax.random.key(c.seed))[0])(params)
+    mask = select.trainable_mask(params, recipe)
+    made = optimizer(c, c.finetune_steps)
     train_step = step.make_train_step(
         functools.partial(causal_lm.loss, model.apply), made, mask)
     runs = start(c, model, made, mask, params, [int(c.few * c.p**2)] * c.seeds, orders)
-    return train(c, make_rounds(c, train_step, model.apply), runs, c.finetune_steps,
-                 f"{recipe} on {c.few:.0%} of the table")[1]
+    series = train(c, make_rounds(c, train_step, model.apply), runs, c.finetune_steps,
+                   f"{recipe} on {c.few:.0%} of the table")[1]
+    return series | {"trained": tree.count(tree.split(params, mask)[0]) / tree.count(params)}
+
+
+def first_above(steps: np.ndarray, accuracy: np.ndarray, least: float) -> list[float]:
+    """The first look of each run at which it is that good; NaN if never."""
+    reached = accuracy >= least
+    return [float(steps[row.argmax()]) if row.any() else float("nan") for row in reached]
+
+
+def critical_share(shares: tuple[float, ...], accuracy: np.ndarray) -> float:
+    """Where the mean of the last accuracies crosses one half, between two shares of the sweep."""
+    if accuracy[0] >= 0.5 or accuracy[-1] < 0.5:
+        return float("nan")
+    i = int((accuracy >= 0.5).argmax())
+    part = (0.5 - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1])
+    return shares[i - 1] + part * (shares[i] - shares[i - 1])
+
+
+def run(c: Grokking) -> dict:
+    if c.grokked not in c.shares or c.few >= c.grokked:
+        raise ValueError(f"grokked is {c.grokked}; it must be one of the shares {c.shares}, and "
+                         f"greater than few, {c.few}")
+    model = make_model(c)
+    params, series, orders = sweep(c, model)
+    steps = series["step"]
+    by_share = {share: slice(i * c.seeds, (i + 1) * c.seeds) for i, share in enumerate(c.shares)}
+    rows = [{"share": share, "train": series["train"][runs, -1], "test": series["test"][runs, -1],
+             "best_test": series["test"][runs].max(1),
+             "steps_to_train": first_above(steps, series["train"][runs], 0.99),
+             "steps_to_test": first_above(steps, series["test"][runs], 0.99)}
+            for share, runs in by_share.items()]
+    for row in rows:
+        print(f"{row['share']:.0%} of the table: test accuracy {100 * row['test'].mean():.1f} %; "
+              f"99 % of train after {row['steps_to_train']} steps, of test {row['steps_to_test']}",
+              flush=True)
+    critical = critical_share(c.shares, np.array([row["test"].mean() for row in rows]))
+    chosen = by_share[c.grokked]
+    ours, order = jax.tree.map(lambda x: x[chosen], params), orders[chosen]
+    tuned = {recipe: finetune(c, model, ours, order, recipe) for recipe in c.recipes}
+    picture(c, series, chosen, rows, critical, tuned)
+    return {
+        "sweep": rows, "critical_share": critical,
+        "curves": {name: series[name][chosen] for name in ("train", "test")} | {"step": steps},
+        "finetuning": {recipe: {"trained": found["trained"], "step": found["step"],
+                                "train": found["train"], "test": found["test"]}
+                       for recipe, found in tuned.items()},
+    }
+
+
+def band(x, values, **style) -> Line:
+    """Mean and deviation over runs, in percent."""
+    return Line(x, 100 * values.mean(0), 100 * values.std(0), **style)
+
+
+def picture(c: Grokking, series, chosen, rows, critical, tuned) -> None:
+    x = series["step"]
+    last = np.array([row["test"] for row in rows])
+    before = series["test"][chosen, -1:]
+    after = {f"{recipe} ({100 * found['trained']:.2g} % trains)": band(
+        np.concatenate([[0], found["step"]]),
+        np.concatenate([before, found["test"]], axis=1)) for recipe, found in tuned.items()}
+    wide = {"ylabel": "accuracy (%)", "ylim": (-3, 103)}
+    show(c.out / "grokking.png", {
+        f"Grokking: {c.grokked:.0%} of the table": Lines({
+            "pairs it trains on": band(x, series["train"][chosen]),
+            "unseen pairs": band(x, series["test"][chosen])}, xscale="log", **wide),
+        f"The critical share: after {c.num_steps:,} steps": Lines({
+            "unseen pairs": Line([100 * s for s in c.shares], 100 * last.mean(1),
+                                 100 * last.std(1), points=True, color="C1")},
+            xlabel="share of the table that is trained on (%)",
+            mark=None if np.isnan(critical) else (100 * critical, f"{100 * critical:.0f} %"),
+            **wide),
+        f"Ungrokking: trained on, on {c.few:.0%} of it": Lines(
+            after, xlabel="step of fine-tuning", **(wide | {"ylabel": "unseen pairs (%)"})),
+    }, title=f"Addition modulo {c.p}, mean and deviation of {c.seeds} seeds")

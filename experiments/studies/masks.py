@@ -128,11 +128,11 @@ def both_masks(c: Masks) -> tuple[dict, dict[str, small.Trained]]:
         # What counts: the next character where nothing of what follows is there.
         hidden = step.make_eval_step(functools.partial(
             causal_lm.loss, apply_under(model, Mask(causal=True))))
-        text = write_text(model, trained[name].params, corpus.tokenizer, causal, c.written,
-                          c.length)
+        params = trained[name].params
+        text = write_text(model, params, corpus.tokenizer, causal, c.written, c.length)
         found[name] = {
             "training_loss": trained[name].history[-1]["loss"],
-            "loss_without_the_future": step.evaluate(hidden, trained[name].params, held_out)["loss"],
+            "loss_without_the_future": step.evaluate(hidden, params, held_out)["loss"],
             "writes": text}
         print(f"  {found[name]}", flush=True)
     return found, trained

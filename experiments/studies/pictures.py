@@ -105,6 +105,30 @@ class Points(NamedTuple):
         axes.legend(frameon=False, fontsize=8)
 
 
+class Named(NamedTuple):
+    """Points with deviations and their names: `{name: (x, y, deviation of y)}`."""
+
+    points: Mapping[str, tuple[float, float, float]]
+    xlabel: str = ""
+    ylabel: str = "accuracy (%)"
+    xscale: str = "linear"
+    width: float = 6.6
+
+    def draw(self, axes) -> None:
+        for k, (x, y, spread) in enumerate(self.points.values()):
+            axes.errorbar(x, y, np.nan_to_num(spread), marker="o", markersize=4, capsize=3,
+                          linewidth=0.8, color=f"C{k % 10}")
+        axes.set(xlabel=self.xlabel, ylabel=self.ylabel, xscale=self.xscale)
+        axes.margins(0.12)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+
+    def finish(self, axes) -> None:
+        draw.label(axes, {name: (x, y) for name, (x, y, _) in self.points.items()},
+                   [(x, y + sign * np.nan_to_num(spread)) for x, y, spread in self.points.values()
+                    for sign in np.linspace(-1, 1, 9)])
+
+
 class Image(NamedTuple):
     """A matrix [rows, columns] in colours, from -limit to limit if both signs are in it."""
 
@@ -137,6 +161,10 @@ def show(path: Path, panels: Mapping[str, Any], *, title: str, columns: int = 3)
         axes.set_title(name)
     for axes in grid[len(kinds):]:
         axes.set_axis_off()
+    figure.draw_without_rendering()  # the layout, which the places of names depend on
+    for axes, panel in zip(grid, kinds):
+        if isinstance(panel, Named):
+            panel.finish(axes)
     return draw.save(figure, path)
 
 

@@ -1,0 +1,190 @@
+"""Embeddings: what the spaces of tokens, positions and segments look like, before and after.
+
+    python experiments/study.py embeddings
+
+Claims: pre-training puts words of a kind together; learned positions find the order of the row by
+themselves; segments are two directions that tell sentences apart; and fine-tuning moves whole
+texts, so that those with the same label become neighbours.
+
+A small BERT with learned positions is pre-trained on Python's documentation, then fine-tuned to
+tell which of twelve parts of the library a docstring is about.
+
+TODO figures
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from finetune import finetune, for_task, read
+from settings import FinetuneOptimizer, Settings
+from supervised import batches
+
+from studies import systems
+from studies.pictures import Image, Line, Lines, Points, show
+from transformer_jax.data import few_labels
+from transformer_jax.models import init_params
+from transformer_jax.objectives import mlm_nsp
+
+WORDS = {
+    "types": ["integer", "string", "list", "tuple", "dictionary", "bytes", "float", "boolean",
+              "sequence", "set"],
+    "verbs": ["return", "returns", "raise", "raises", "create", "read", "write", "open", "close",
+              "call"],
+    "numbers": ["one", "two", "three", "0", "1", "2", "3", "4"],
+    "small words": ["the", "a", "an", "this", "of", "in", "to", "from", "with", "for"],
+}
+SHOWN_TOPICS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """Attributes:
+        asked: words whose nearest neighbours are told.
+        labels: annotated texts to fine-tune on; texts: others, to look at.
+    """
+
+    out: Path = Path("runs/embeddings")
+    asked: tuple[str, ...] = ("file", "returns", "string", "error", "0", "the")
+    labels: int = 1536
+    texts: int = 384
+    finetune_steps: int = 300
+    shape: systems.Shape = field(default_factory=lambda: systems.Shape(num_steps=1500))
+
+
+def config() -> Embeddings:
+    return Embeddings()
+
+
+def large() -> Embeddings:
+    return Embeddings(shape=systems.LARGE, finetune_steps=1000)
+
+
+def smallest() -> Embeddings:
+    return Embeddings(asked=("the",), labels=24, texts=24, finetune_steps=2,
+                      shape=systems.SMALLEST)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-9)
+
+
+def plane(rows: np.ndarray) -> np.ndarray:
+    """The first two principal components [n, 2]."""
+    centred = rows - rows.mean(0)
+    return centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+
+
+def neighbours(table: np.ndarray, tokenizer, words, count: int = 6) -> dict[str, list[str]]:
+    """The nearest tokens of each word by cosine, of those that are words."""
+    names = [tokenizer.backend.id_to_token(i) or "" for i in range(len(table))]
+    rows = unit(table - table.mean(0))
+    whole = np.array([name.isalnum() for name in names])
+    found = {}
+    for word in words:
+        if (i := tokenizer.backend.token_to_id(word)) is not None:
+            near = np.argsort(-np.where(whole, rows @ rows[i], -np.inf))
+            found[word] = [names[j] for j in near if j != i][:count]
+    return found
+
+
+def word_groups(table: np.ndarray, tokenizer) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """The words of each group that are one token, in the plane of all of them."""
+    ids = {group: [(w, tokenizer.backend.token_to_id(w)) for w in words]
+           for group, words in WORDS.items()}
+    ids = {group: [(w, i) for w, i in words if i is not None] for group, words in ids.items()}
+    points = iter(plane(unit(table[[i for words in ids.values() for _, i in words]])))
+    return {group: (np.array([next(points) for _ in words]), [w for w, _ in words])
+            for group, words in ids.items() if words}
+
+
+def same_group(table: np.ndarray, tokenizer) -> float:
+    """Of the words of the groups, how many have one of their own group nearest, of all of them."""
+    found = [(tokenizer.backend.token_to_id(w), k) for k, words in enumerate(WORDS.values())
+             for w in words if tokenizer.backend.token_to_id(w) is not None]
+    ids, groups = map(np.array, zip(*found))
+    return purity(table[ids] - table.mean(0), groups)
+
+
+def purity(rows: np.ndarray, labels: np.ndarray) -> float:
+    """The share of rows whose nearest other row has the same label."""
+    cosine = unit(rows) @ unit(rows).T
+    np.fill_diagonal(cosine, -np.inf)
+    return float((labels[cosine.argmax(1)] == labels).mean())
+
+
+def features(model, params, task, items, length: int) -> np.ndarray:
+    """What the classifier sees of each text, [n, D]."""
+    rows = batches(task, items, length=length, batch_size=64).evaluation()
+    run = jax.jit(lambda p, batch: model.apply(
+        {"params": p}, batch["tokens"], segment_ids=batch.get("segment_ids"),
+        padding_mask=batch["padding_mask"], method="features"))
+    found = {}
+    for batch in rows:
+        numbers = np.asarray(batch["index"])
+        vectors = np.asarray(run(params, batch))
+        found |= {int(n): v for n, v in zip(numbers, vectors) if n >= 0}
+    return np.stack([found[i] for i in range(len(items))])
+
+
+def run(c: Embeddings) -> dict:
+    s = c.shape
+    kind = systems.Kind("mlm_nsp", mlm_nsp.loss, {"positions": "learned", "pooling": "mean"})
+    system = systems.pretrain(s, "BERT with learned positions", kind)
+    model, params, tokenizer, _ = system.base
+    fresh = init_params(model, jax.random.key(s.seed))
+    tables = {"before": np.asarray(fresh["token_embed"]["embedding"]),
+              "after": np.asarray(params["token_embed"]["embedding"])}
+    near = {when: neighbours(table, tokenizer, c.asked) for when, table in tables.items()}
+    for word in near["after"]:
+        print(f"{word}: {', '.join(near['before'][word])}  ->  {', '.join(near['after'][word])}",
+              flush=True)
+    together = {when: same_group(table, tokenizer) for when, table in tables.items()}
+    positions = np.asarray(params["position_embed"]["embedding"])[: s.length]
+    segments = np.asarray(params["segment_embed"]["embedding"])
+    cosine = unit(positions) @ unit(positions).T
+    steps_apart = [float(np.diagonal(cosine, k).mean()) for k in range(s.length // 2)]
+
+    data = systems.topics(dataclasses.replace(s, test_examples=c.texts))
+    chosen = Settings(length=s.length, batch_size=16, num_steps=c.finetune_steps,
+                      optimizer=FinetuneOptimizer(peak=s.finetune_peak, b2=0.99))
+    classifier, start = for_task(system.base, data)
+    drawn = data._replace(train=few_labels(data.train, None, s.seed, total=c.labels))
+    task = read(drawn, classifier, tokenizer, chosen)
+    outcome = finetune(classifier, start, tokenizer, task, "full", chosen, s.seed, quiet=True)
+    labels = np.array([e["label"] for e in data.validation])
+    vectors = {"from scratch": features(model, fresh, task, task.validation, s.length),
+               "pre-trained": features(model, params, task, task.validation, s.length),
+               "fine-tuned": features(classifier, outcome.params, task, task.validation,
+                                      s.length)}
+    pure = {when: purity(x - x.mean(0), labels) for when, x in vectors.items()}
+    print(f"a text's nearest neighbour has its label: {pure}", flush=True)
+
+    common_topics = np.argsort(-np.bincount(labels))[:SHOWN_TOPICS]
+    few = np.isin(labels, common_topics)
+
+    def topics(when: str) -> Points:
+        points = plane(unit(vectors[when][few] - vectors[when].mean(0)))
+        return Points({data.label_names[t]: (points[labels[few] == t], [""] * few.sum())
+                       for t in common_topics})
+
+    show(c.out / "embeddings.png", {
+        "Words before pre-training": Points(word_groups(tables["before"], tokenizer)),
+        "Words after it": Points(word_groups(tables["after"], tokenizer)),
+        "Positions after it: cosine": Image(cosine, "position", "position"),
+        f"Texts, pre-trained ({100 * pure['pre-trained']:.0f} % beside their label)":
+            topics("pre-trained"),
+        f"Texts, fine-tuned ({100 * pure['fine-tuned']:.0f} %)": topics("fine-tuned"),
+        "How alike positions are": Lines({"learned": Line(range(len(steps_apart)), steps_apart)},
+                                         xlabel="places apart", ylabel="mean cosine"),
+    }, title="Spaces of a small BERT (two principal components)")
+    return {
+        "neighbours": near, "same_group_nearest": together, "same_label_nearest": pure,
+        "accuracy": outcome.metrics["accuracy"], "position_cosine_by_distance": steps_apart,
+        "segments": {"cosine": float(unit(segments)[0] @ unit(segments)[1]),
+                     "norms": jnp.linalg.norm(segments, axis=-1),
+                     "mean_token_norm": float(np.linalg.norm(tables["after"], axis=-1).mean())},
+        "held_out": system.held_out}

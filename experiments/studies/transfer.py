@@ -1,0 +1,214 @@
+"""Transfer: fewer labels for the same accuracy, the more so the nearer the text of pre-training.
+
+    python experiments/study.py transfer --data path/to/data
+
+Claims: what is learnt from plain text carries over, so that fine-tuning needs fewer annotated
+examples than learning from scratch; and it carries further the nearer the source is to the target.
+
+Small BERTs learn masked words from a million characters each of five sources: film reviews, novels,
+an encyclopedia, plays, and documentation. Each is fine-tuned on the sentiment of film reviews
+(SST-2) and on the logic between two sentences (SNLI), beside a model from scratch.
+
+`--data` is a folder with `movie_reviews/movie_reviews.jsonl.gz`, `wikitext-2/train.txt.gz`,
+`gutenberg/sentences.train.txt.gz`, `tinyshakespeare/input.txt`, `sst2` and `snli`.
+
+TODO figures
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+import configs.snli
+import configs.sst2_few
+import jax
+import numpy as np
+from finetune import finetune, for_task, read
+from settings import FinetuneOptimizer, Optimizer, Settings
+
+from studies import small
+from studies.pictures import Line, Lines, show
+from transformer_jax import presets
+from transformer_jax.data import Annotated, few_labels, pipeline, sources, tokenizers
+from transformer_jax.models import BERT, build_model, init_params
+from transformer_jax.objectives import mlm_nsp
+from transformer_jax.train import step
+
+SOURCES = {
+    "film reviews": "movie_reviews/movie_reviews.jsonl.gz",
+    "novels": "gutenberg/sentences.train.txt.gz",
+    "encyclopedia": "wikitext-2/train.txt.gz",
+    "plays": "tinyshakespeare/input.txt",
+    "documentation": "python_docs/documents",
+}
+SCRATCH = "from scratch"
+HELD_OUT = 0.05  # of a source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Attributes:
+        data: the folder with the sources and the annotated sets.
+        sources: what to pre-train on.
+        characters: of each source.
+        num_steps: of pre-training.
+        examples: annotated ones to fine-tune on; test_examples: at most so many to be scored on.
+        epochs, min_steps: of fine-tuning.
+    """
+
+    data: Path = Path("data")
+    out: Path = Path("runs/transfer")
+    sources: tuple[str, ...] = tuple(SOURCES)
+    targets: tuple[str, ...] = ("SST-2", "SNLI")
+    characters: int = 1_000_000
+    vocab_size: int = 4096
+    num_layers: int = 2
+    d_model: int = 128
+    length: int = 48
+    batch_size: int = 32
+    num_steps: int = 1500
+    peak: float = 2e-3
+    examples: tuple[int, ...] = (128, 512, 2048)
+    test_examples: int = 1000
+    epochs: float = 3
+    min_steps: int = 120
+    finetune_peak: float = 5e-4
+    seeds: int = 3
+    seed: int = 0
+
+
+def config() -> Transfer:
+    return Transfer()
+
+
+def large() -> Transfer:
+    return Transfer(characters=100_000_000, vocab_size=30_000, num_layers=12, d_model=768,
+                    length=128, batch_size=256, num_steps=100_000, peak=2e-4,
+                    examples=(32, 128, 512, 2048, 8192), finetune_peak=5e-5, seeds=5)
+
+
+def smallest() -> Transfer:
+    return Transfer(characters=20_000, sources=("plays",), targets=("SST-2",), vocab_size=300,
+                    d_model=16, length=16, batch_size=4, num_steps=2, examples=(8,),
+                    test_examples=16, epochs=1, min_steps=2, seeds=1)
+
+
+def load_source(c: Transfer, name: str) -> str:
+    """The first `characters` of a source, in lower case as the targets are."""
+    spec = SOURCES[name]
+    if spec.startswith("python_docs/"):
+        found = sources.load_source(spec, "train")
+    elif not (path := c.data / spec).exists():
+        raise FileNotFoundError(f"{path} does not exist; --data names the folder with the sources, "
+                                "see the top of studies/transfer.py, or leave it out: --sources")
+    else:
+        found = sources.table(path) if ".jsonl" in spec else sources.text_files(path)
+    texts, have = [], 0
+    for i in range(len(found)):
+        texts.append(found[i]["text"].lower())
+        have += len(texts[-1])
+        if have >= c.characters:
+            break
+    return "\n".join(texts)[: c.characters]
+
+
+def load_target(c: Transfer, name: str) -> Annotated:
+    data = {"SST-2": configs.sst2_few, "SNLI": configs.snli}[name].config().data
+    data = dataclasses.replace(data, data=str(c.data / data.data))
+    found = data.load()
+    lower = [[{key: value.lower() if isinstance(value, str) else value
+               for key, value in found_in[i].items()} for i in range(len(found_in))]
+             for found_in in (found.train, found.validation)]
+    chosen = np.random.default_rng(c.seed).permutation(len(lower[1]))[: c.test_examples]
+    return found._replace(train=lower[0], validation=[lower[1][i] for i in chosen])
+
+
+def batches(c: Transfer, tokens: np.ndarray, tokenizer, seed: int) -> Iterator[dict]:
+    """[CLS] text [SEP] with words to guess, from random places of the stream."""
+    rng = np.random.default_rng(seed)
+    inside = np.ones(c.length, bool)
+    inside[[0, -1]] = False
+    for window in small.windows(tokens, c.length - 2, c.batch_size, seed):
+        rows = np.pad(window, ((0, 0), (1, 1)))
+        rows[:, 0], rows[:, -1] = tokenizer.cls_id, tokenizer.sep_id
+        made = [mlm_nsp.mask_tokens(
+            row, rng, maskable=inside, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
+            max_predictions=round(0.2 * c.length), rate=0.2,
+            first_ordinary_id=tokenizer.mask_id + 1) for row in rows]
+        yield {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+
+def pretrain(c: Transfer, name: str, text: str, tokenizer) -> tuple[BERT, dict, float]:
+    """(model, parameters, loss on the end of the source, in nats a masked word)."""
+    corpus = pipeline.tokenize_corpus([{"text": text}], tokenizer, sentences=False)
+    cut = int(len(corpus.tokens) * (1 - HELD_OUT))
+    model = build_model(presets.bert_tiny(
+        num_layers=c.num_layers, d_model=c.d_model, num_heads=4, mlp_dim=4 * c.d_model,
+        vocab_size=tokenizer.vocab_size, max_length=2 * c.length, dropout_rate=0.1,
+        attention_dropout_rate=0.0, init_std=0.05, norm_first=True, norm_epsilon=1e-6,
+        pooling="mean", positions="sinusoidal"))
+    loss = functools.partial(mlm_nsp.loss, model.apply)
+    trained = small.train(
+        name, loss, init_params(model, jax.random.key(c.seed)),
+        batches(c, corpus.tokens[:cut], tokenizer, c.seed), c.num_steps,
+        Optimizer(peak=c.peak, warmup_steps=c.num_steps // 20, b2=0.99), seed=c.seed)
+    endless = batches(c, corpus.tokens[cut:], tokenizer, c.seed + 1)
+    held_out = step.evaluate(step.make_eval_step(loss), trained.params,
+                             [next(endless) for _ in range(16)])
+    return model, trained.params, held_out["loss"]
+
+
+def score(c: Transfer, base: common.Trained, data: Annotated, examples: int, scratch: bool):
+    """Accuracies in percent of all seeds."""
+    settings = Settings(
+        length=c.length, batch_size=16, epochs=c.epochs, min_steps=c.min_steps,
+        optimizer=FinetuneOptimizer(peak=c.finetune_peak * (2 if scratch else 1), b2=0.99))
+    model, start = for_task(base, data)
+    scores = []
+    for seed in range(c.seeds):
+        drawn = data._replace(train=few_labels(data.train, None, seed, total=examples))
+        task = read(drawn, model, base.tokenizer, settings)
+        outcome = finetune(model, None if scratch else start, base.tokenizer, task, "full",
+                           settings, seed, quiet=True)
+        scores.append(100 * outcome.metrics["accuracy"])
+    return scores
+
+
+def run(c: Transfer) -> dict:
+    texts = {name: load_source(c, name) for name in c.sources}
+    targets = {name: load_target(c, name) for name in c.targets}
+    tokenizer = tokenizers.train_wordpiece(list(texts.values()), vocab_size=c.vocab_size)
+    bases, losses = {}, {}
+    for name, text in texts.items():
+        model, params, losses[name] = pretrain(c, name, text, tokenizer)
+        bases[name] = common.Trained(model, params, tokenizer, [])
+    starts = {**bases, SCRATCH: next(iter(bases.values()))}
+    rows = []
+    for target, data in targets.items():
+        for examples in c.examples:
+            for start, base in starts.items():
+                scores = score(c, base, data, examples, start == SCRATCH)
+                rows.append({"target": target, "examples": examples, "source": start,
+                             "accuracy": scores})
+                print(f"{target}, {examples:,} examples, {start}: {np.mean(scores):.1f} ± "
+                      f"{np.std(scores):.1f} %", flush=True)
+    chance = {name: 100 * float(max(np.bincount([e["label"] for e in data.validation]))
+                                / len(data.validation)) for name, data in targets.items()}
+    picture(c, rows, starts)
+    return {"rows": rows, "held_out": losses, "chance": chance}
+
+
+def picture(c: Transfer, rows: list[dict], starts: dict) -> None:
+    def line(target: str, k: int, start: str) -> Line:
+        found = [r["accuracy"] for r in rows if (r["target"], r["source"]) == (target, start)]
+        return Line(c.examples, np.mean(found, 1), np.std(found, 1), points=True,
+                    color="black" if start == SCRATCH else f"C{k}", dashed=start == SCRATCH)
+
+    show(c.out / "transfer.png", {
+        f"{target}": Lines({start: line(target, k, start) for k, start in enumerate(starts)},
+                           xlabel="labelled examples", ylabel="accuracy (%)", xscale="log")
+        for target in c.targets},
+        title=f"Pre-trained on {c.characters:,} characters of …; {c.seeds} seeds")
