@@ -91,3 +91,11 @@ def test_what_is_compiled_is_kept_apart_by_kind(monkeypatch, tmp_path):
     assert host.compiled_folder("cpu") == cpu
     monkeypatch.setattr(Path, "read_text", lambda self: "flags : another kind")
     assert host.compiled_folder("cpu") != cpu
+
+
+def test_a_missing_accelerator_is_said_loudly(capsys):
+    assert host.say_devices() and host.say_devices("cpu")
+    assert "!!" not in capsys.readouterr().out
+    assert not host.say_devices("tpu")
+    said = capsys.readouterr().out
+    assert "8 x cpu (cpu)" in said and "NO TPU HERE" in said and "Change runtime type" in said

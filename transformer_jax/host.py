@@ -41,6 +41,27 @@ def will_use_cpu() -> bool:
     return not any(any(Path("/dev").glob(name)) for name in _ACCELERATORS)
 
 
+def say_devices(wanted: str | None = None) -> bool:
+    """Prints the devices that are here, for the first cell of a notebook; and says loudly if they
+    are not of the platform that is wanted, "tpu" or "gpu", and how to get it in Colab.
+
+    Returns:
+        False if the wanted platform is missing.
+    """
+    import jax
+
+    devices = jax.devices()
+    print(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
+          f"jax {jax.__version__}")
+    if wanted is None or devices[0].platform == wanted:
+        return True
+    line = "!" * 88
+    print(f"{line}\n!!  NO {wanted.upper()} HERE. What follows runs on the {devices[0].platform}, "
+          f"slowly.\n!!  In Colab: Runtime > Change runtime type > {wanted.upper()}, then run all "
+          f"cells again.\n{line}")
+    return False
+
+
 def compiled_folder(device_kind: str) -> Path:
     """Where programs compiled for a kind of device are kept between runs: in
     $TRANSFORMER_JAX_CACHE, or ~/.cache/transformer_jax.

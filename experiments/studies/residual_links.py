@@ -113,12 +113,16 @@ def landscape(c: ResidualLinks, loss, params, batch) -> np.ndarray:
     one, other = (direction(params, jax.random.key(c.seed + i)) for i in (1, 2))
     at = jnp.linspace(-c.span, c.span, c.grid)
 
-    def there(ab):
-        return loss(jax.tree.map(lambda p, x, y: p + ab[0] * x + ab[1] * y, params, one, other),
-                    batch)
+    @jax.jit
+    def over(plane, params, one, other):  # arguments: of constants XLA would compute all it can
+        def there(ab):
+            return loss(jax.tree.map(lambda p, x, y: p + ab[0] * x + ab[1] * y, params, one, other),
+                        batch)
+
+        return jax.lax.map(there, plane)
 
     plane = jnp.stack(jnp.meshgrid(at, at), -1).reshape(-1, 2)
-    return np.asarray(jax.jit(lambda: jax.lax.map(there, plane))()).reshape(c.grid, c.grid)
+    return np.asarray(over(plane, params, one, other)).reshape(c.grid, c.grid)
 
 
 def without_each(c: ResidualLinks, depth: int, links: bool, vocab_size: int, params, batch):
@@ -126,11 +130,15 @@ def without_each(c: ResidualLinks, depth: int, links: bool, vocab_size: int, par
     loss = loss_of(make_model(c, depth - 1, links, vocab_size))
     others = jnp.array([[j for j in range(depth) if j != i] for i in range(depth)])
 
-    def leave_out(rest):
-        layers = jax.tree.map(lambda x: x[rest], params["decoder"][tree.LAYERS])
-        return loss({**params, "decoder": {**params["decoder"], tree.LAYERS: layers}}, batch)
+    @jax.jit
+    def leave_out(params, others):
+        def score(rest):
+            layers = jax.tree.map(lambda x: x[rest], params["decoder"][tree.LAYERS])
+            return loss({**params, "decoder": {**params["decoder"], tree.LAYERS: layers}}, batch)
 
-    return np.asarray(jax.jit(lambda: jax.lax.map(leave_out, others))())
+        return jax.lax.map(score, others)
+
+    return np.asarray(leave_out(params, others))
 
 
 def loss_of(model: GPT):

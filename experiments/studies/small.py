@@ -1,5 +1,6 @@
 """What several studies do: read a corpus, train something small on it, keep its curve."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ def read(c: Pretrain, tokenizer: Any = None, share: float = 1.0) -> Corpus:
     train, held_out = common.load_texts(c)
     train = [train[i] for i in range(int(share * len(train)))]
     tokenizer = tokenizer or common.make_tokenizer(c, train)
-    c = c.__class__(**{**vars(c), "model": common.fit_to(c.model, tokenizer)})
+    c = dataclasses.replace(c, model=common.fit_to(c.model, tokenizer))
     return Corpus(c, tokenizer, *(common.objective_rows(c, texts, tokenizer)
                                   for texts in (train, held_out)))
 
