@@ -2,6 +2,7 @@
 
     python colab/build.py                       # all: execute as they stand, keep what they print
     python colab/build.py quick_start planner
+    python colab/build.py --prose               # those whose code is the same: new prose only
     TRANSFORMER_JAX_NOTEBOOK=smallest python colab/build.py --out /tmp/notebooks
 
 `NAME.py` is the source, in Jupytext's percent form; `NAME.ipynb` beside it is what Colab opens,
@@ -21,6 +22,7 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
+LOCAL = ("MODEL", "DATA", "TEXT")  # settings of notebooks that may be a folder
 
 
 def names() -> list[str]:
@@ -50,8 +52,34 @@ def run(name: str, timeout: int = 1200) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         cell.metadata = {}  # times of day would differ each time
         if cell.cell_type == "code":
-            cell.outputs = _joined(cell.outputs)
+            cell.outputs = _public(_joined(cell.outputs))
     return notebook
+
+
+def _public(outputs: list) -> list:
+    """The same with local folders by their last name: where they were concerns nobody."""
+    text = nbformat.v4.writes(nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_code_cell("", outputs=outputs)]))
+    for name in LOCAL:
+        if (path := os.environ.get(name, "")).startswith("/"):
+            text = text.replace(path, Path(path).name)
+    return nbformat.v4.reads(text).cells[0].outputs
+
+
+def update(name: str, folder: Path = HERE) -> bool:
+    """The notebook with new prose and the output that it has; False, and nothing done, if its code
+    is not that of the text."""
+    kept, new = nbformat.read(folder / f"{name}.ipynb", as_version=4), read(name)
+    code = [[c.source for c in book.cells if c.cell_type == "code"] for book in (kept, new)]
+    if code[0] != code[1]:
+        return False
+    done = iter([c for c in kept.cells if c.cell_type == "code"])
+    for cell in new.cells:
+        if cell.cell_type == "code":
+            old = next(done)
+            cell.outputs, cell.execution_count = old.outputs, old.execution_count
+    nbformat.write(new, folder / f"{name}.ipynb")
+    return True
 
 
 def _joined(outputs: list) -> list:
@@ -72,9 +100,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=names())
     parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--prose", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.names or names():
+        if arguments.prose:
+            print(f"{name}: {'done' if update(name) else 'its code is another, run it'}")
+            continue
         began = time.perf_counter()
         nbformat.write(run(name), arguments.out / f"{name}.ipynb")
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)

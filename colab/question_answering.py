@@ -18,7 +18,8 @@
 # came from.
 #
 # An hour of training on all 87,599 questions gives a BERT-base an F1 of about 88; here we take a few
-# minutes and some of the questions, and see how far that goes.
+# minutes and some of the questions, and see how far that goes. The output kept here is of
+# all-MiniLM-L6-v2, a sentence encoder of 22 million parameters, on one CPU core.
 
 # %%
 # What is needed, where it is missing; and the devices that are here.
@@ -50,7 +51,7 @@ SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"
 MODEL = os.environ.get("MODEL", "google-bert/bert-base-uncased")
 DATA = os.environ.get("DATA", "hf:squad")  # or tfds:squad, or a folder with train and dev .jsonl
 QUESTIONS, TESTS, STEPS, LENGTH, BATCH = (
-    (8, 4, 2, 48, 4) if SMALLEST else (6000, 300, 280, 192, 16))
+    (8, 4, 2, 48, 4) if SMALLEST else (2600, 300, 160, 128, 16))
 
 model, params, tokenizer = load_pretrained(MODEL, "question_answering")
 print(f"{MODEL}: {count(params):,} parameters")

@@ -16,6 +16,9 @@
 # Marian's translation models are Transformers as Vaswani et al. described them, published for hundreds
 # of pairs of languages. We load one, translate with beam search, look at where the decoder looks, then
 # fine-tune it on captions of pictures and measure BLEU before and after.
+#
+# The output kept here was made without a network: it is of a model of Marian's form and format that
+# had learnt from 21,000 other captions for a few minutes on one CPU core.
 
 # %%
 # What is needed, where it is missing; and the devices that are here.

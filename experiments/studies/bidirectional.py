@@ -6,7 +6,12 @@ Claims (Devlin et al. 2018, sections 1 and 5.1): what reads in both directions u
 classes and pairs of texts, words in the middle of a text; what reads from left to right can go on
 with a text, which the other was not trained for.
 
-TODO figures
+One core of an AMD EPYC: 8 minutes. It does not hold at this size and length of training: GPT
+guesses a word in the middle in 25.5 % (38.3 % if it may weigh 16 guesses by the whole text), BERT
+in 11.7 %; the last word in 24.4 and 5.0 %; topics, fine-tuned, are 72.2 ± 1.4 and 58.2 ± 1.8 %
+(three seeds); whether B follows A neither learns (54.5 ± 2.2 and 52.7 ± 2.9 %, chance 50). Every
+token is a target to GPT, three in ten to BERT, which converges the more slowly (Devlin et al. 2018,
+appendix C.1), and 1,200 steps are few.
 """
 
 from dataclasses import dataclass, field

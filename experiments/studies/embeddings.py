@@ -6,8 +6,8 @@ Claims: pre-training puts words of a kind together; learned positions find the o
 themselves; segments are two directions that tell sentences apart; and fine-tuning moves whole
 texts, so that those with the same label become neighbours.
 
-A small BERT with learned positions is pre-trained on Python's documentation, then fine-tuned to
-tell which of twelve parts of the library a docstring is about.
+A small GPT with learned positions is pre-trained on Python's documentation, then fine-tuned to tell
+which of twelve parts of the library a docstring is about; segments are those of a BERT.
 
 TODO figures
 """
@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from finetune import finetune, for_task, read
 from settings import FinetuneOptimizer, Settings
-from supervised import batches
+from supervised import NEW_TOKENS, batches
 
 from studies import systems
 from studies.pictures import Image, Line, Lines, Points, show
 from transformer_jax.data import few_labels
+from transformer_jax.finetune import deltas
 from transformer_jax.models import init_params
-from transformer_jax.objectives import mlm_nsp
+from transformer_jax.objectives import causal_lm
 
 WORDS = {
     "types": ["integer", "string", "list", "tuple", "dictionary", "bytes", "float", "boolean",
@@ -52,7 +53,7 @@ class Embeddings:
     labels: int = 1536
     texts: int = 384
     finetune_steps: int = 300
-    shape: systems.Shape = field(default_factory=lambda: systems.Shape(num_steps=1500))
+    shape: systems.Shape = field(default_factory=lambda: systems.Shape(num_steps=800))
 
 
 def config() -> Embeddings:
@@ -120,8 +121,7 @@ def features(model, params, task, items, length: int) -> np.ndarray:
     """What the classifier sees of each text, [n, D]."""
     rows = batches(task, items, length=length, batch_size=64).evaluation()
     run = jax.jit(lambda p, batch: model.apply(
-        {"params": p}, batch["tokens"], segment_ids=batch.get("segment_ids"),
-        padding_mask=batch["padding_mask"], method="features"))
+        {"params": p}, batch["tokens"], padding_mask=batch["padding_mask"], method="features"))
     found = {}
     for batch in rows:
         numbers = np.asarray(batch["index"])
@@ -132,8 +132,8 @@ def features(model, params, task, items, length: int) -> np.ndarray:
 
 def run(c: Embeddings) -> dict:
     s = c.shape
-    kind = systems.Kind("mlm_nsp", mlm_nsp.loss, {"positions": "learned", "pooling": "mean"})
-    system = systems.pretrain(s, "BERT with learned positions", kind)
+    kind = systems.Kind("causal_lm", causal_lm.loss, {"positions": "learned"})
+    system = systems.pretrain(s, "GPT with learned positions", kind)
     model, params, tokenizer, _ = system.base
     fresh = init_params(model, jax.random.key(s.seed))
     tables = {"before": np.asarray(fresh["token_embed"]["embedding"]),
@@ -144,20 +144,22 @@ def run(c: Embeddings) -> dict:
               flush=True)
     together = {when: same_group(table, tokenizer) for when, table in tables.items()}
     positions = np.asarray(params["position_embed"]["embedding"])[: s.length]
-    segments = np.asarray(params["segment_embed"]["embedding"])
+    bert = systems.pretrain(s, "BERT").base.params
+    segments = np.asarray(bert["segment_embed"]["embedding"])
     cosine = unit(positions) @ unit(positions).T
     steps_apart = [float(np.diagonal(cosine, k).mean()) for k in range(s.length // 2)]
 
     data = systems.topics(dataclasses.replace(s, test_examples=c.texts))
     chosen = Settings(length=s.length, batch_size=16, num_steps=c.finetune_steps,
-                      optimizer=FinetuneOptimizer(peak=s.finetune_peak, b2=0.99))
+                      optimizer=FinetuneOptimizer(peak=s.finetune_peak, b2=0.99),
+                      new_tokens=True)
     classifier, start = for_task(system.base, data)
     drawn = data._replace(train=few_labels(data.train, None, s.seed, total=c.labels))
     task = read(drawn, classifier, tokenizer, chosen)
     outcome = finetune(classifier, start, tokenizer, task, "full", chosen, s.seed, quiet=True)
     labels = np.array([e["label"] for e in data.validation])
-    vectors = {"from scratch": features(model, fresh, task, task.validation, s.length),
-               "pre-trained": features(model, params, task, task.validation, s.length),
+    new = deltas.add_tokens(params, NEW_TOKENS, jax.random.key(s.seed))  # as fine-tuning begins
+    vectors = {"pre-trained": features(model, new, task, task.validation, s.length),
                "fine-tuned": features(classifier, outcome.params, task, task.validation,
                                       s.length)}
     pure = {when: purity(x - x.mean(0), labels) for when, x in vectors.items()}
@@ -180,11 +182,12 @@ def run(c: Embeddings) -> dict:
         f"Texts, fine-tuned ({100 * pure['fine-tuned']:.0f} %)": topics("fine-tuned"),
         "How alike positions are": Lines({"learned": Line(range(len(steps_apart)), steps_apart)},
                                          xlabel="places apart", ylabel="mean cosine"),
-    }, title="Spaces of a small BERT (two principal components)")
+    }, title="Spaces of a small GPT (two principal components)")
     return {
         "neighbours": near, "same_group_nearest": together, "same_label_nearest": pure,
         "accuracy": outcome.metrics["accuracy"], "position_cosine_by_distance": steps_apart,
         "segments": {"cosine": float(unit(segments)[0] @ unit(segments)[1]),
                      "norms": jnp.linalg.norm(segments, axis=-1),
-                     "mean_token_norm": float(np.linalg.norm(tables["after"], axis=-1).mean())},
+                     "mean_token_norm": float(np.linalg.norm(
+                         bert["token_embed"]["embedding"], axis=-1).mean())},
         "held_out": system.held_out}

@@ -55,10 +55,10 @@ class Grokking:
     d_model: int = 64
     rate: float = 1e-3
     weight_decay: float = 1.0
-    grokked: float = 0.5
-    few: float = 0.1
+    grokked: float = 0.4
+    few: float = 0.05
     recipes: tuple[str, ...] = ("full", "lora:2:all", "bitfit")
-    finetune_steps: int = 2000
+    finetune_steps: int = 3000
     seed: int = 0
 
 
@@ -141,10 +141,10 @@ def train(c: Grokking, rounds, runs: Runs, num_steps: int, title: str) -> tuple[
     return runs, {"step": c.every * np.arange(1, len(looks) + 1), **series}
 
 
-def optimizer(c: Grokking, num_steps: int):
-    # The rate falls to a tenth: at a constant one Adam throws a finished model out of its minimum
-    # now and then (Thilak et al. 2022, "The Slingshot Mechanism").
-    schedule = optim.make_schedule("cosine", c.rate, num_steps, min(10, num_steps - 1), c.rate / 10)
+def optimizer(c: Grokking, num_steps: int, end: float):
+    # In the sweep the rate falls to a tenth: at a constant one Adam throws a finished model out of
+    # its minimum now and then (Thilak et al. 2022, "The Slingshot Mechanism").
+    schedule = optim.make_schedule("cosine", c.rate, num_steps, min(10, num_steps - 1), end)
     return optim.make_optimizer(schedule, weight_decay=c.weight_decay, b2=0.98, clip_norm=None)
 
 
@@ -156,7 +156,7 @@ def start(c: Grokking, model: GPT, made: Any, mask: Any, params: dict, counts: l
 
 def sweep(c: Grokking, model: GPT) -> tuple[dict, dict, list[np.ndarray]]:
     """All shares and seeds at once: (parameters and numbers by run, shares slowest; orders)."""
-    made = optimizer(c, c.num_steps)
+    made = optimizer(c, c.num_steps, c.rate / 10)
     train_step = step.make_train_step(functools.partial(causal_lm.loss, model.apply), made)
     seeds = [c.seed + k for k in range(c.seeds)] * len(c.shares)
     shares = np.repeat(c.shares, c.seeds)
@@ -173,12 +173,13 @@ def finetune(c: Grokking, model: GPT, params: dict, orders: list[np.ndarray], re
     """The grokked models, trained on by `recipe` on the first few of their own pairs."""
     params = jax.vmap(lambda p: deltas.prepare(p, recipe, jax.random.key(c.seed))[0])(params)
     mask = select.trainable_mask(params, recipe)
-    made = optimizer(c, c.finetune_steps)
+    made = optimizer(c, c.finetune_steps, c.rate)
     train_step = step.make_train_step(
         functools.partial(causal_lm.loss, model.apply), made, mask)
     runs = start(c, model, made, mask, params, [int(c.few * c.p**2)] * c.seeds, orders)
     series = train(c, make_rounds(c, train_step, model.apply), runs, c.finetune_steps,
                    f"{recipe} on {c.few:.0%} of the table")[1]
+    print(f"  unseen pairs, every seed: {np.round(100 * series['test'][:, -1], 1)} %", flush=True)
     return series | {"trained": tree.count(tree.split(params, mask)[0]) / tree.count(params)}
 
 
@@ -237,7 +238,7 @@ def picture(c: Grokking, series, chosen, rows, critical, tuned) -> None:
     x = series["step"]
     last = np.array([row["test"] for row in rows])
     before = series["test"][chosen, -1:]
-    after = {f"{recipe} ({100 * found['trained']:.2g} % trains)": band(
+    after = {f"{recipe} ({100 * found['trained']:.3g} % trains)": band(
         np.concatenate([[0], found["step"]]),
         np.concatenate([before, found["test"]], axis=1)) for recipe, found in tuned.items()}
     wide = {"ylabel": "accuracy (%)", "ylim": (-3, 103)}

@@ -9,7 +9,11 @@ decoder back only, and cross-attention says which word of the source a word of t
 The same GPT is trained twice on the characters of Python's documentation, with the mask and without
 it. A small Transformer learns to spell the words there backwards: what it looks at is known.
 
-TODO figures
+One core of an AMD EPYC: 195 s. Without the mask the training loss is 0.04 nats a character and 5.97
+once the future is hidden; with it 1.49, and 1.64 on unseen text. After "Return the " the one writes
+"contains a statement the set the self.", the other "RernRererunett Renennunen". All 256 words that
+the Transformer had not seen are spelt backwards, and for every letter that it writes the mean head
+looks most at that letter in the source.
 """
 
 import functools

@@ -8,10 +8,16 @@ with segment embeddings to tell them apart; a wider context k predicts better; a
 model's loss beside the task's helps fine-tuning (Radford et al. 2018, section 5).
 
 Small models of equal size see as many tokens of Python's documentation, and are then fine-tuned,
-all parameters, on two tasks from it: the part of the library that a docstring is about, and
-whether one sentence follows another.
+all parameters, on two tasks from it: the part of the library that a docstring is about, and whether
+one sentence follows another.
 
-TODO figures
+One core of an AMD EPYC: 27 minutes. It holds in part. Topics, three seeds: from scratch 58.9 ± 0.2
+%, next word 69.2 ± 1.0, denoising 72.9 ± 0.9; masked words 49.8 ± 2.6, with next sentence 52.5 ±
+0.4, without segments 52.0 ± 1.0: after 800 steps these have learnt less than labels alone teach a
+GPT. Next sentence alone is not learnt (0.693 nats, chance), and no system learns whether B follows
+A. A narrow context hardly costs next-word loss here (4.314 nats for k = 2 in each layer, 4.324 for
+8, 4.310 for all), but what is read at the last token then sees the last words alone: topics 15.5
+and 44.2 %. The auxiliary loss: 70.1 ± 1.5 %, no difference.
 """
 
 from dataclasses import dataclass, field
@@ -70,12 +76,17 @@ def run(c: Objectives) -> dict:
             if kind == "GPT" and c.lm_weight:
                 print(f"{kind}, with the auxiliary loss", flush=True)
                 add(f"{kind}, LM loss x {c.lm_weight:g}", system, lm_weight=c.lm_weight)
+    chance = {task: systems.chance(data) for task, (data, _) in tasks.items()}
+    picture(c, rows, chance)
+    return {"systems": rows, "chance": chance}
+
+
+def picture(c: Objectives, rows: list[dict], chance: dict[str, float]) -> None:
+    s, groups = c.shape, [row["system"] for row in rows]
     show(c.out / "objectives.png", {
-        title: Bars({row["system"]: [np.mean(row[task])] for row in rows}, [""],
-                    {row["system"]: [np.std(row[task])] for row in rows},
-                    [systems.chance(tasks[task][0])])
+        title: Bars({"accuracy": [np.mean(row[task]) for row in rows]}, groups,
+                    {"accuracy": [np.std(row[task]) for row in rows]},
+                    [chance[task]] * len(rows))
         for task, title in (("topics", f"What it is about ({s.labels} labels)"),
                             ("pairs", f"Does B follow A? ({s.pairs} pairs)"))},
         title=f"After {s.num_steps} steps of pre-training by each objective, {s.seeds} seeds")
-    return {"systems": rows, "chance": {task: systems.chance(data)
-                                        for task, (data, _) in tasks.items()}}

@@ -64,7 +64,7 @@ class Bars(NamedTuple):
 
     @property
     def width(self) -> float:
-        return max(len(self.groups) * (0.4 * len(self.values) + 0.5) + 1.0, 4.2)
+        return max(len(self.groups) * (0.4 * len(self.values) + 0.3) + 1.0, 4.2)
 
     def draw(self, axes) -> None:
         width = 0.84 / len(self.values)
@@ -78,12 +78,15 @@ class Bars(NamedTuple):
         for i, chance in enumerate(() if self.chance is None else self.chance):
             axes.plot([i - 0.46, i + 0.46], [chance] * 2, color="black", linestyle=":",
                       linewidth=1, label=None if i else "chance")
-        axes.set_xticks(places, self.groups)
+        turned = sum(map(len, self.groups)) > 12 * self.width
+        axes.set_xticks(places, self.groups, rotation=35 if turned else 0,
+                        ha="right" if turned else "center")
         axes.set(ylabel=self.ylabel)
-        axes.margins(y=0.14)
+        axes.margins(y=0.1 + 0.06 * (len(self.values) if len(self.values) < 4 else 3))  # a legend
         axes.grid(alpha=0.25, axis="y")
         axes.set_axisbelow(True)
-        axes.legend(frameon=False, fontsize=8, ncols=1 if len(self.values) < 4 else 2)
+        if len(self.values) > 1 or self.chance is not None:
+            axes.legend(frameon=False, fontsize=8, ncols=1 if len(self.values) < 4 else 2)
 
 
 class Points(NamedTuple):

@@ -11,7 +11,13 @@ Character GPTs, norm before each sublayer, with x + f(norm(x)) and with f(norm(x
 of the landscape is spanned by two random directions whose filters, here the weights of one output,
 have the norms of the model's own.
 
-TODO figures
+One core of an AMD EPYC: 11 minutes. After 400 steps the training loss is 2.45 to 2.47 nats a
+character with links, whatever the depth, and 3.10 without, whatever the depth, 4 layers included:
+the model has learnt how often each character comes, and nothing of what stands before it. Leaving
+out one of 16 layers costs less than 0.06 nats but for the first (0.82); without links it costs
+nothing, or 5.5. The gradient is not what fails: under norms in front of every sublayer it reaches
+the first layer without links too. The loss around the model with links is a bowl, around the other
+a plateau with cliffs, on one scale.
 """
 
 import functools

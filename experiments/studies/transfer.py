@@ -69,7 +69,7 @@ class Transfer:
     d_model: int = 128
     length: int = 48
     batch_size: int = 32
-    num_steps: int = 1500
+    num_steps: int = 1000
     peak: float = 2e-3
     examples: tuple[int, ...] = (128, 512, 2048)
     test_examples: int = 1000

@@ -9,7 +9,12 @@ A GPT of 0.7 million parameters, pre-trained on Python's documentation (a minute
 by each recipe to tell which of twelve parts of the library a docstring is about. What it forgot is
 the rise of its held-out pre-training loss. Rates are by recipe, chosen by hand.
 
-TODO figures
+One core of an AMD EPYC: 8 minutes, three seeds, 100 steps each. It holds in part. With 768 labels
+full has 57.2 ± 2.5 % and loses 0.74 nats of the old skill; the embeddings alone 53.3 ± 2.8 for
+0.22; LoRA, 5 % of the parameters, 46.5 ± 1.3 for 0.20; head, 0.2 %, 32.1 ± 0.8 for nothing. Where
+it trains counts as much as how many: layer 0 alone costs 1.30 nats. With 96 labels full (29.1 ±
+0.7) is still the best, if by less than the deviation of the next (last_k:1, 27.2 ± 3.6), and the
+other eleven lie between 20.6 and 24.7: that masks do better on few labels does not show here.
 """
 
 import dataclasses
@@ -95,8 +100,7 @@ def run(c: WhichParameters) -> dict:
          title=f"GPT by {len(c.rates)} recipes, mean and deviation of {c.seeds} seeds")
     best = {examples: max((row for row in found["cells"] if row["labels"] == examples),
                           key=lambda row: row["score"])["recipe"] for examples in c.examples}
-    chance = 1 / 12
-    return {"cells": found["cells"], "held_out_before": before, "best": best, "chance": chance,
+    return {"cells": found["cells"], "held_out_before": before, "best": best,
             "correlation_of_share_and_forgetting": _ranks(found["cells"])}
 
 
