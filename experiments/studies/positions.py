@@ -55,6 +55,7 @@ class Positions:
     batch_size: int = 32
     num_steps: int = 1500
     peak: float = 3e-3
+    kinds: tuple[str, ...] = KINDS
     test_rows: int = 256
     seed: int = 0
 
@@ -68,7 +69,8 @@ def large() -> Positions:
 
 
 def smallest() -> Positions:
-    return Positions(num_layers=1, d_model=16, length=8, batch_size=4, num_steps=4, test_rows=4)
+    return Positions(num_layers=1, d_model=16, length=8, batch_size=4, num_steps=4, test_rows=4,
+                     kinds=("learned", "none"))
 
 
 def make_model(c: Positions, family: str, kind: str, vocab_size: int) -> Model:
@@ -138,7 +140,7 @@ def run(c: Positions) -> dict:
         endless = batches(family, test, whole)
         tests = [next(endless) for _ in range(-(-c.test_rows // c.batch_size))]
         objective = causal_lm.loss if family == "GPT" else mlm_nsp.loss
-        for kind in KINDS:
+        for kind in c.kinds:
             model = make_model(c, family, kind, vocab_size)
             params, mask = init_params(model, jax.random.key(c.seed)), None
             if kind == "none":
@@ -171,7 +173,7 @@ def picture(c: Positions, found, tables, groups: int, whole: int) -> None:
     x = (np.arange(groups) + 0.5) * whole / groups
     fixed = sinusoidal(whole, c.d_model)
     panels = {f"{family}: loss by place": Lines(
-        {kind: Line(x, found[f"{family}, {kind}"]["by_place"], points=True) for kind in KINDS},
+        {kind: Line(x, found[f"{family}, {kind}"]["by_place"], points=True) for kind in c.kinds},
         xlabel="place in the row", ylabel="loss (nats a character)",
         mark=(c.length, "trained length")) for family in ("GPT", "BERT")}
     axis = {"xlabel": "position", "ylabel": "position"}
