@@ -44,6 +44,10 @@ class Lines(NamedTuple):
         if self.mark:
             axes.axvline(self.mark[0], color="grey", linestyle=":", label=self.mark[1])
         axes.set(xlabel=self.xlabel, ylabel=self.ylabel, xscale=self.xscale, yscale=self.yscale)
+        if self.xscale == "log" and (x := {int(x) for line in self.lines.values() if line.points
+                                           for x in line.x}):
+            axes.set_xticks(sorted(x), [f"{n:,}" for n in sorted(x)])
+            axes.set_xticks([], minor=True)
         if self.ylim:
             axes.set_ylim(*self.ylim)
         axes.grid(alpha=0.25)

@@ -12,7 +12,13 @@ an encyclopedia, plays, and documentation. Each is fine-tuned on the sentiment o
 `--data` is a folder with `movie_reviews/movie_reviews.jsonl.gz`, `wikitext-2/train.txt.gz`,
 `gutenberg/sentences.train.txt.gz`, `tinyshakespeare/input.txt`, `sst2` and `snli`.
 
-TODO figures
+One core of an AMD EPYC, shared with other work: 35 minutes. It does not hold at this size and
+length of pre-training (held-out loss 5.6 to 6.1 nats a masked word after 1,000 steps). SST-2, 128,
+512 and 2,048 labels, three seeds: from scratch 56.6, 62.5 and 72.2 %, the five sources 53.0 to
+56.7, 56.0 to 59.9 and 68.5 to 70.7; film reviews, the nearest, are not reliably above the others.
+SNLI with 2,048: 48.9 from scratch, 42.9 to 46.4 else. From scratch trained at twice the rate of the
+others, which was not searched for either. What pre-training is worth when there is more of it:
+`sweep.py sst2_few`.
 """
 
 import dataclasses
