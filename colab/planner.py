@@ -16,6 +16,9 @@
 # `python -m transformer_jax plan` compiles the real training step with the real TPU compiler, with no
 # TPU present, and says what one chip would hold, compute and send. This notebook does the same in
 # Python: a few ways to train GPT-2 on sixteen chips of v5e, which fit, and which would be fastest.
+#
+# Compiling for the slice takes minutes; the output kept here is the same plan for the one CPU core
+# that it was made on (TOPOLOGY=here), whose rates are measured.
 
 # %%
 # What is needed, where it is missing; and the devices that are here.
@@ -65,7 +68,7 @@ settings = plan.settings(
     base, len(devices), meshes={"data": (-1,), "fsdp": fsdp, "sequence": (1,), "tensor": (1,)},
     rows=(8 * len(devices),), length=min(1024, base.max_length),
     remat=("none",) if SMALLEST else ("none", "full"), accumulate=(1,))
-print(f"{len(devices)} x {devices[0].device_kind}: {chip.flops / 1e12:.0f} TFLOP/s, "
+print(f"{len(devices)} x {devices[0].device_kind}: {chip.flops / 1e12:.3g} TFLOP/s, "
       f"{chip.memory / 2**30:.0f} GiB, {chip.bandwidth / 1e9:.0f} GB/s each")
 
 # %%
@@ -108,5 +111,5 @@ for one in plans:
 fitting = [one for one in plans if one.fits]
 if fitting:
     best = min(fitting, key=lambda one: one.step_seconds / one.setting.rows)
-    print(f"\nThe best that fits: {best.setting}, {best.tokens_per_day / 1e9:.1f} billion tokens a "
+    print(f"\nThe best that fits: {best.setting}, {best.tokens_per_day / 1e6:,.0f} million tokens a "
           "day if all overlaps")
