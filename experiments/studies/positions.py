@@ -83,16 +83,16 @@ def make_model(c: Positions, family: str, kind: str, vocab_size: int) -> Model:
     return build_model(presets.bert_tiny(**shape, norm_first=True, num_segments=0))
 
 
-def rows_of(family: str, tokens: np.ndarray, rng: np.random.Generator, mask_id: int, low: int,
-            vocab_size: int) -> dict[str, np.ndarray]:
+def rows_of(family: str, tokens: np.ndarray, rng: np.random.Generator, mask_id: int
+            ) -> dict[str, np.ndarray]:
     """A batch of windows [B, T + 1] as the family trains on them."""
     if family == "GPT":
         return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:],
                 "weights": np.ones(tokens[:, 1:].shape, np.float32)}
     length = tokens.shape[1] - 1
     rows = [mlm_nsp.mask_tokens(
-        row[:-1], rng, maskable=np.ones(length, bool), vocab_size=vocab_size, mask_id=mask_id,
-        max_predictions=round(HIDDEN * length), rate=HIDDEN, first_ordinary_id=low)
+        row[:-1], rng, maskable=np.ones(length, bool), vocab_size=mask_id, mask_id=mask_id,
+        max_predictions=round(HIDDEN * length), rate=HIDDEN)
         for row in tokens]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -128,12 +128,11 @@ def run(c: Positions) -> dict:
     train, test = (np.asarray(split.rows.corpus.tokens) for split in (corpus.train,
                                                                       corpus.held_out))
     rng = np.random.default_rng(c.seed)
-    low = 0
     whole, groups = c.beyond * c.length, 8 * c.beyond
 
     def batches(family: str, tokens, length: int) -> Iterator[dict]:
         for window in small.windows(tokens, length + 1, c.batch_size, c.seed):
-            yield rows_of(family, window, rng, mask_id, low, mask_id)
+            yield rows_of(family, window, rng, mask_id)
 
     found, tables = {}, {}
     for family in ("GPT", "BERT"):

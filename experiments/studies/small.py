@@ -24,11 +24,9 @@ class Corpus(NamedTuple):
     held_out: common.Split
 
 
-def read(c: Pretrain, tokenizer: Any = None, share: float = 1.0) -> Corpus:
-    """The corpus of `c`, with a tokenizer that is made for it unless there is one; of the texts to
-    train on only a share if wanted."""
+def read(c: Pretrain, tokenizer: Any = None) -> Corpus:
+    """The corpus of `c`, with a tokenizer that is made for it unless there is one."""
     train, held_out = common.load_texts(c)
-    train = [train[i] for i in range(int(share * len(train)))]
     tokenizer = tokenizer or common.make_tokenizer(c, train)
     c = dataclasses.replace(c, model=common.fit_to(c.model, tokenizer))
     return Corpus(c, tokenizer, *(common.objective_rows(c, texts, tokenizer)

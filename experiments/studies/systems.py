@@ -89,7 +89,6 @@ SMALLEST = Shape(num_layers=2, d_model=16, vocab_size=300, length=24, batch_size
 class System(NamedTuple):
     base: common.Trained
     held_out: float  # loss of its own objective
-    curve: small.Curve
 
 
 def make_config(s: Shape, kind: Kind) -> Config:
@@ -106,9 +105,9 @@ def make_config(s: Shape, kind: Kind) -> Config:
     return presets.bert_tiny(**shape | {"norm_first": True, "norm_epsilon": 1e-6} | dict(changes))
 
 
-def settings(s: Shape, kind: Kind, tokenizer: str = "wordpiece") -> Pretrain:
+def settings(s: Shape, kind: Kind) -> Pretrain:
     return Pretrain(
-        model=make_config(s, kind), objective=kind.rows, tokenizer=tokenizer, length=s.length,
+        model=make_config(s, kind), objective=kind.rows, tokenizer="wordpiece", length=s.length,
         batch_size=s.batch_size, num_steps=s.num_steps, mask_rate=0.3, out=Path())
 
 
@@ -132,7 +131,7 @@ def pretrain(s: Shape, name: str, kind: Kind | None = None) -> System:
     held_out = step.evaluate(step.make_eval_step(loss), trained.params,
                              corpus.held_out.evaluation(s.batch_size, limit=16))
     base = common.Trained(model, trained.params, corpus.tokenizer, [])
-    return System(base, held_out["loss"], trained.curve())
+    return System(base, held_out["loss"])
 
 
 # What they are asked -----------------------------------------------------------------------------

@@ -35,7 +35,7 @@ import numpy as np
 from finetune import finetune, for_task, read
 from settings import FinetuneOptimizer, Optimizer, Settings
 
-from studies import small
+from studies import small, systems
 from studies.pictures import Line, Lines, show
 from transformer_jax import presets
 from transformer_jax.data import Annotated, few_labels, pipeline, sources, tokenizers
@@ -201,8 +201,7 @@ def run(c: Transfer) -> dict:
                              "accuracy": scores})
                 print(f"{target}, {examples:,} examples, {start}: {np.mean(scores):.1f} ± "
                       f"{np.std(scores):.1f} %", flush=True)
-    chance = {name: 100 * float(max(np.bincount([e["label"] for e in data.validation]))
-                                / len(data.validation)) for name, data in targets.items()}
+    chance = {name: systems.chance(data) for name, data in targets.items()}
     picture(c, rows, starts)
     return {"rows": rows, "held_out": losses, "chance": chance}
 

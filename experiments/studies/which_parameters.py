@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import configs
-import numpy as np
 import sweep
 from pretrain import pretrain
 from settings import Data, FinetuneOptimizer, Pretrain, Settings, Sweep
 
 from studies.pictures import Named, show
+from transformer_jax import evaluate
 
 RATES = {
     "full": 1.5e-3, "last_k:1": 3e-3, "layers:0": 3e-3, "embeddings": 3e-3, "head": 1e-2,
@@ -101,11 +101,6 @@ def run(c: WhichParameters) -> dict:
     best = {examples: max((row for row in found["cells"] if row["labels"] == examples),
                           key=lambda row: row["score"])["recipe"] for examples in c.examples}
     return {"cells": found["cells"], "held_out_before": before, "best": best,
-            "correlation_of_share_and_forgetting": _ranks(found["cells"])}
-
-
-def _ranks(rows: list[dict]) -> float:
-    """Spearman's correlation of the share that trains with what is forgotten."""
-    share, lost = (np.argsort(np.argsort([row[name] for row in rows])).astype(float)
-                   for name in ("share_trained", "held_out_after"))
-    return float(np.corrcoef(share, lost)[0, 1]) if len(rows) > 1 else float("nan")
+            "correlation_of_share_and_forgetting": evaluate.spearman(
+                *([row[name] for row in found["cells"]]
+                  for name in ("share_trained", "held_out_after")))}

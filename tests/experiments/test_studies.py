@@ -4,10 +4,17 @@ import dataclasses
 import json
 import sys
 
+import jax
+import numpy as np
 import pytest
 import studies
 import study
 from matplotlib.image import imread
+from small_models import GPT2, build, random_tokens
+from studies import embeddings, grokking, masks, residual_links
+
+from transformer_jax import tree
+from transformer_jax.nn.attention import Mask
 
 FOUND = {  # of the metrics of each, what its claim is judged by
     "bidirectional": ("filling", "continuation", "finetuned"),
@@ -52,3 +59,41 @@ def test_what_cannot_be_is_refused_before_anything_runs(tmp_path):
         module = sys.modules[f"studies.{name}"]
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             module.run(dataclasses.replace(module.smallest(), out=tmp_path, **changes))
+
+
+def test_a_mask_by_hand_is_the_model_under_its_own():
+    model, params = build(GPT2)
+    tokens = random_tokens(2, 6)
+    own = model.apply({"params": params}, tokens).logits
+    by_hand = [masks.apply_under(model, Mask(causal=causal))({"params": params}, tokens).logits
+               for causal in (True, False)]
+    np.testing.assert_allclose(by_hand[0], own, rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(by_hand[1] - own)).max() > 1e-3  # and the mask is what counts
+
+
+def test_where_it_groks():
+    shares = (0.2, 0.3, 0.5)
+    assert grokking.critical_share(shares, np.array([0.1, 0.25, 0.75])) == pytest.approx(0.4)
+    assert np.isnan(grokking.critical_share(shares, np.array([0.6, 0.7, 0.8])))
+    found = grokking.first_above(np.array([10, 20, 30]), np.array([[0, 1, 1], [0, 0, 0.5]]), 0.9)
+    assert found[0] == 20 and np.isnan(found[1])
+    pairs = grokking.table(5)
+    assert pairs["targets"][3 * 5 + 4, 2] == 2  # 3 + 4 = 7 = 2 (mod 5)
+
+
+def test_filters_of_a_direction_have_the_norms_of_the_model():
+    params = tree.stack_layers(build(GPT2)[1])
+    leaves, drawn = (tree.flatten_paths(t) for t in (
+        params, residual_links.direction(params, jax.random.key(0))))
+    for path, axes in {"token_embed/embedding": 1, "decoder/layers/mlp/wi/kernel": 1,
+                       "decoder/layers/self_attention/out/kernel": (1, 2)}.items():
+        norms = [np.sqrt(np.square(np.asarray(x[path])).sum(axes)) for x in (leaves, drawn)]
+        np.testing.assert_allclose(*norms, rtol=1e-5)
+        assert not np.allclose(leaves[path], drawn[path])
+    assert not np.any(drawn["decoder/layers/mlp/wi/bias"])
+
+
+def test_the_share_beside_its_own_label():
+    rows = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1], [1, 0.05]])
+    assert embeddings.purity(rows, np.array([0, 0, 1, 1, 1])) == pytest.approx(0.4)
+    assert embeddings.purity(rows, np.array([0, 0, 1, 1, 0])) == 1
