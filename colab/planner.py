@@ -86,15 +86,6 @@ for setting in settings:
 # can reach if all three overlap.
 
 # %%
-table = ["| setting | GiB a chip | fits | arithmetic, memory, network (ms) | MFU, at most | "
-         "million tokens a day |", "|---|---|---|---|---|---|"]
-for one in plans:
-    times = ", ".join(f"{1e3 * one.times[kind]:.0f}" for kind in one.times)
-    table.append(f"| {one.setting} | {one.total_bytes / 2**30:.1f} | {'yes' if one.fits else 'no'} |"
-                 f" {times} | {one.mfu:.2f} | {one.tokens_per_day / 1e6:,.0f} |")
-Markdown("\n".join(table))
-
-# %%
 Image(draw.plans("plan.png", plan_table.bars(plans), limit=chip.memory / 2**30,
                  title=f"GPT-2 on {TOPOLOGY}"))
 
@@ -113,3 +104,15 @@ if fitting:
     best = min(fitting, key=lambda one: one.step_seconds / one.setting.rows)
     print(f"\nThe best that fits: {best.setting}, {best.tokens_per_day / 1e6:,.0f} million tokens a "
           "day if all overlaps")
+
+# %% [markdown]
+# ## Side by side
+
+# %%
+table = ["| setting | GiB a chip | fits | arithmetic, memory, network (ms) | MFU, at most | "
+         "million tokens a day |", "|---|---|---|---|---|---|"]
+for one in plans:
+    times = ", ".join(f"{1e3 * one.times[kind]:.0f}" for kind in one.times)
+    table.append(f"| {one.setting} | {one.total_bytes / 2**30:.1f} | {'yes' if one.fits else 'no'} |"
+                 f" {times} | {one.mfu:.2f} | {one.tokens_per_day / 1e6:,.0f} |")
+Markdown("\n".join(table))

@@ -17,8 +17,8 @@
 # than a row are read through overlapping windows, and every answer is mapped back to the characters it
 # came from.
 #
-# An hour of training on all 87,599 questions gives a BERT-base an F1 of about 88; here we take a few
-# minutes and some of the questions, and see how far that goes. The output kept here is of
+# Trained on all 87,599 questions a BERT-base has an F1 of 88.5 (Devlin et al. 2018, table 2); here we
+# take a few minutes and some of the questions, and see how far that goes. The output kept here is of
 # all-MiniLM-L6-v2, a sentence encoder of 22 million parameters, on one CPU core.
 
 # %%
@@ -39,7 +39,7 @@ import os
 
 import jax
 import numpy as np
-from IPython.display import HTML, Image
+from IPython.display import HTML, Image, Markdown
 
 from transformer_jax import data, draw, evaluate, load_pretrained
 from transformer_jax.data import pipeline
@@ -96,7 +96,7 @@ curve = {"training": ([h["step"] for h in history], [h["loss"] for h in history]
 Image(draw.curves("loss.png", curve, title="Start and end of the answer"))
 
 # %% [markdown]
-# ## How good is it?
+# ## Its answers
 #
 # Each window gives its best spans; of all windows of a question the best wins, and is cut out of the
 # context by its characters.
@@ -111,7 +111,6 @@ found = {name: np.concatenate([part[name] for part in found])[: len(test_rows)]
 answers = spans.decode(tests, test_windows, found)
 scores = evaluate.squad([a.text for a in answers], [[g["text"] for g in e["answers"]]
                                                     for e in tests])
-print(f"F1 {scores['f1']:.1f}, exact match {scores['exact_match']:.1f} on {len(tests)} questions")
 assert all(e["context"][a.start : a.stop] == a.text for e, a in zip(tests, answers))
 
 # %% [markdown]
@@ -128,3 +127,11 @@ for example, a in list(zip(tests, answers))[:6]:
     shown.append(f"<p><b>{html.escape(example['question'])}</b><br>… {before}<mark>"
                  f"{html.escape(a.text)}</mark>{after} …<br><small>annotated: {gold}</small></p>")
 HTML("".join(shown))
+
+# %% [markdown]
+# ## How good is it?
+
+# %%
+Markdown("| trained on | scored on | F1 | exact match |\n|---|---|---|---|\n"
+         f"| {len(train):,} questions, {STEPS} steps | {len(tests)} others | {scores['f1']:.1f} % | "
+         f"{scores['exact_match']:.1f} % |")

@@ -115,6 +115,18 @@ for text in texts:
     print("·", tokenizer.decode(text))
 
 # %% [markdown]
+# ## Where it looks
+#
+# A decoder sees what is behind it only: the causal mask.
+
+# %%
+ids = tokenizer.encode("Return the number of bytes that were written to the file.")
+maps = jax.jit(model.apply)({"params": pretrained}, np.array([ids])).attention
+Image(draw.attention("attention.png", {
+    f"layer {i}": np.asarray(weights[0]).mean(0) for i, weights in enumerate(maps)},
+    [tokenizer.decode([i]) or "·" for i in ids], title="Mean over heads"))
+
+# %% [markdown]
 # ## Fine-tuning: a copy, and a mask that says what trains
 #
 # The task: which of twelve parts of the standard library is a docstring about? The mask is a tree of
@@ -165,14 +177,3 @@ Markdown("\n".join(table))
 # The more parameters train, the better the task is learnt from so many labels, and the more of the
 # old skill is lost. `bitfit`, `lora:8`, `adapter:16` and others are in between: put one into the
 # loop above (deltas such as LoRA are made first, by `finetune.deltas.prepare`).
-#
-# ## Where it looks
-#
-# A decoder sees what is behind it only: the causal mask.
-
-# %%
-ids = tokenizer.encode("Return the number of bytes that were written to the file.")
-maps = jax.jit(model.apply)({"params": pretrained}, np.array([ids])).attention
-Image(draw.attention("attention.png", {
-    f"layer {i}": np.asarray(weights[0]).mean(0) for i, weights in enumerate(maps)},
-    [tokenizer.decode([i]) or "·" for i in ids], title="Mean over heads"))

@@ -84,6 +84,10 @@ def pretrain(c: Pretrain) -> dict:
     if c.objective == "causal_lm":
         metrics["perplexity"] = evaluate.perplexity(after["loss"])
     print(f"held-out loss before {before['loss']:.3f}, after {after['loss']:.3f}", flush=True)
+    if waits := [h["host_share"] for h in history if "host_share" in h]:
+        metrics["host_share"] = sum(waits) / len(waits)
+        print(f"at most {100 * metrics['host_share']:.2f} % of a step's time devices waited for "
+              "the host", flush=True)
     draw.curves(c.out / "loss.png", loss_curves(history, before),
                 title=f"Pre-training by {c.objective}")
     return common.write_results(c.out, c, metrics, time.perf_counter() - began)

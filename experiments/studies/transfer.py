@@ -5,20 +5,15 @@
 Claims: what is learnt from plain text carries over, so that fine-tuning needs fewer annotated
 examples than learning from scratch; and it carries further the nearer the source is to the target.
 
-Small BERTs learn masked words from a million characters each of five sources: film reviews, novels,
-an encyclopedia, plays, and documentation. Each is fine-tuned on the sentiment of film reviews
-(SST-2) and on the logic between two sentences (SNLI), beside a model from scratch.
+Small GPTs learn the next word of a million characters of each of five sources: film reviews,
+novels, an encyclopedia, plays, and documentation. Each is fine-tuned on the sentiment of film
+reviews (SST-2) and on the logic between two sentences (SNLI), beside a model from scratch. The rate
+of fine-tuning is searched for both, on training examples that are left out otherwise.
 
 `--data` is a folder with `movie_reviews/movie_reviews.jsonl.gz`, `wikitext-2/train.txt.gz`,
 `gutenberg/sentences.train.txt.gz`, `tinyshakespeare/input.txt`, `sst2` and `snli`.
 
-One core of an AMD EPYC, shared with other work: 35 minutes. It does not hold at this size and
-length of pre-training (held-out loss 5.6 to 6.1 nats a masked word after 1,000 steps). SST-2, 128,
-512 and 2,048 labels, three seeds: from scratch 56.6, 62.5 and 72.2 %, the five sources 53.0 to
-56.7, 56.0 to 59.9 and 68.5 to 70.7; film reviews, the nearest, are not reliably above the others.
-SNLI with 2,048: 48.9 from scratch, 42.9 to 46.4 else. From scratch trained at twice the rate of the
-others, which was not searched for either. What pre-training is worth when there is more of it:
-`sweep.py sst2_few`.
+FIGURES
 """
 
 import dataclasses
@@ -39,8 +34,8 @@ from studies import small, systems
 from studies.pictures import Line, Lines, show
 from transformer_jax import presets
 from transformer_jax.data import Annotated, few_labels, pipeline, sources, tokenizers
-from transformer_jax.models import BERT, build_model, init_params
-from transformer_jax.objectives import mlm_nsp
+from transformer_jax.models import GPT, init_params
+from transformer_jax.objectives import causal_lm
 from transformer_jax.train import step
 
 SOURCES = {
@@ -62,7 +57,8 @@ class Transfer:
         characters: of each source.
         num_steps: of pre-training.
         examples: annotated ones to fine-tune on; test_examples: at most so many to be scored on.
-        epochs, min_steps: of fine-tuning.
+        epochs, min_steps: of fine-tuning; peaks: its rates, of which the one that does best on
+            `tuning_examples` of training, for a seed of its own, is taken.
     """
 
     data: Path = Path("data")
@@ -75,13 +71,14 @@ class Transfer:
     d_model: int = 128
     length: int = 48
     batch_size: int = 32
-    num_steps: int = 1000
+    num_steps: int = 1500
     peak: float = 2e-3
     examples: tuple[int, ...] = (128, 512, 2048)
     test_examples: int = 1000
     epochs: float = 3
     min_steps: int = 120
-    finetune_peak: float = 5e-4
+    peaks: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    tuning_examples: int = 500
     seeds: int = 3
     seed: int = 0
 
@@ -93,13 +90,14 @@ def config() -> Transfer:
 def large() -> Transfer:
     return Transfer(characters=100_000_000, vocab_size=30_000, num_layers=12, d_model=768,
                     length=128, batch_size=256, num_steps=100_000, peak=2e-4,
-                    examples=(32, 128, 512, 2048, 8192), finetune_peak=5e-5, seeds=5)
+                    examples=(32, 128, 512, 2048, 8192), peaks=(3e-5, 1e-4, 3e-4), seeds=5)
 
 
 def smallest() -> Transfer:
     return Transfer(characters=20_000, sources=("plays",), targets=("SST-2",), vocab_size=300,
                     d_model=16, length=16, batch_size=4, num_steps=2, examples=(8,),
-                    test_examples=16, epochs=1, min_steps=2, seeds=1)
+                    test_examples=16, tuning_examples=4, peaks=(1e-3,), epochs=1,
+                    min_steps=2, seeds=1)
 
 
 def load_source(c: Transfer, name: str) -> str:
@@ -121,66 +119,62 @@ def load_source(c: Transfer, name: str) -> str:
     return "\n".join(texts)[: c.characters]
 
 
-def load_target(c: Transfer, name: str) -> Annotated:
+def load_target(c: Transfer, name: str) -> tuple[Annotated, Annotated]:
+    """(the target, the same with its validation from training examples, to choose a rate by)."""
     data = {"SST-2": configs.sst2_few, "SNLI": configs.snli}[name].config().data
     data = dataclasses.replace(data, data=str(c.data / data.data))
     found = data.load()
     lower = [[{key: value.lower() if isinstance(value, str) else value
                for key, value in found_in[i].items()} for i in range(len(found_in))]
              for found_in in (found.train, found.validation)]
-    chosen = np.random.default_rng(c.seed).permutation(len(lower[1]))[: c.test_examples]
-    return found._replace(train=lower[0], validation=[lower[1][i] for i in chosen])
+    train, tests = ([split[i] for i in np.random.default_rng(c.seed).permutation(len(split))]
+                    for split in lower)
+    target = found._replace(train=train[c.tuning_examples:], validation=tests[: c.test_examples])
+    return target, target._replace(validation=train[: c.tuning_examples])
 
 
-def batches(c: Transfer, tokens: np.ndarray, tokenizer, seed: int) -> Iterator[dict]:
-    """[CLS] text [SEP] with words to guess, from random places of the stream."""
-    rng = np.random.default_rng(seed)
-    inside = np.ones(c.length, bool)
-    inside[[0, -1]] = False
-    for window in small.windows(tokens, c.length - 2, c.batch_size, seed):
-        rows = np.pad(window, ((0, 0), (1, 1)))
-        rows[:, 0], rows[:, -1] = tokenizer.cls_id, tokenizer.sep_id
-        made = [mlm_nsp.mask_tokens(
-            row, rng, maskable=inside, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
-            max_predictions=round(0.2 * c.length), rate=0.2,
-            first_ordinary_id=tokenizer.mask_id + 1) for row in rows]
-        yield {name: np.stack([row[name] for row in made]) for name in made[0]}
+def batches(c: Transfer, tokens: np.ndarray, seed: int) -> Iterator[dict]:
+    """Next words, at random places of the stream."""
+    weights = np.ones((c.batch_size, c.length), np.float32)
+    for window in small.windows(tokens, c.length + 1, c.batch_size, seed):
+        yield {"tokens": window[:, :-1], "targets": window[:, 1:], "weights": weights}
 
 
-def pretrain(c: Transfer, name: str, text: str, tokenizer) -> tuple[BERT, dict, float]:
-    """(model, parameters, loss on the end of the source, in nats a masked word)."""
-    corpus = pipeline.tokenize_corpus([{"text": text}], tokenizer, sentences=False)
-    cut = int(len(corpus.tokens) * (1 - HELD_OUT))
-    model = build_model(presets.bert_tiny(
+def pretrain(c: Transfer, name: str, text: str, tokenizer) -> tuple[GPT, dict, float]:
+    """(model, parameters, loss on the end of the source, in nats a token)."""
+    tokens = pipeline.tokenize_corpus([{"text": text}], tokenizer, sentences=False).tokens
+    cut = int(len(tokens) * (1 - HELD_OUT))
+    model = GPT(presets.gpt2(
         num_layers=c.num_layers, d_model=c.d_model, num_heads=4, mlp_dim=4 * c.d_model,
         vocab_size=tokenizer.vocab_size, max_length=2 * c.length, dropout_rate=0.1,
-        attention_dropout_rate=0.0, init_std=0.05, norm_first=True, norm_epsilon=1e-6,
-        pooling="mean", positions="sinusoidal"))
-    loss = functools.partial(mlm_nsp.loss, model.apply)
+        attention_dropout_rate=0.0, init_std=0.05, positions="sinusoidal"))
+    loss = functools.partial(causal_lm.loss, model.apply)
     trained = small.train(
-        name, loss, init_params(model, jax.random.key(c.seed)),
-        batches(c, corpus.tokens[:cut], tokenizer, c.seed), c.num_steps,
-        Optimizer(peak=c.peak, warmup_steps=c.num_steps // 20, b2=0.99), seed=c.seed)
-    endless = batches(c, corpus.tokens[cut:], tokenizer, c.seed + 1)
+        name, loss, init_params(model, jax.random.key(c.seed)), batches(c, tokens[:cut], c.seed),
+        c.num_steps, Optimizer(peak=c.peak, warmup_steps=c.num_steps // 20, b2=0.99), seed=c.seed)
+    endless = batches(c, tokens[cut:], c.seed + 1)
     held_out = step.evaluate(step.make_eval_step(loss), trained.params,
                              [next(endless) for _ in range(16)])
     return model, trained.params, held_out["loss"]
 
 
-def score(c: Transfer, base: common.Trained, data: Annotated, examples: int, scratch: bool):
-    """Accuracies in percent of all seeds."""
+def score(c: Transfer, base: common.Trained, data: Annotated, examples: int, peak: float,
+          seed: int, scratch: bool) -> float:
+    """Accuracy in percent after fine-tuning."""
     settings = Settings(
-        length=c.length, batch_size=16, epochs=c.epochs, min_steps=c.min_steps,
-        optimizer=FinetuneOptimizer(peak=c.finetune_peak * (2 if scratch else 1), b2=0.99))
+        length=c.length, batch_size=16, epochs=c.epochs, min_steps=c.min_steps, new_tokens=True,
+        optimizer=FinetuneOptimizer(peak=peak, b2=0.99))
     model, start = for_task(base, data)
-    scores = []
-    for seed in range(c.seeds):
-        drawn = data._replace(train=few_labels(data.train, None, seed, total=examples))
-        task = read(drawn, model, base.tokenizer, settings)
-        outcome = finetune(model, None if scratch else start, base.tokenizer, task, "full",
-                           settings, seed, quiet=True)
-        scores.append(100 * outcome.metrics["accuracy"])
-    return scores
+    drawn = data._replace(train=few_labels(data.train, None, seed, total=examples))
+    task = read(drawn, model, base.tokenizer, settings)
+    return 100 * finetune(model, None if scratch else start, base.tokenizer, task, "full",
+                          settings, seed, quiet=True).metrics["accuracy"]
+
+
+def best_peak(c: Transfer, base: common.Trained, tuning: Annotated, examples: int, scratch: bool):
+    """The rate that does best on examples that nobody trains on, for a seed of its own."""
+    tried = {peak: score(c, base, tuning, examples, peak, c.seeds, scratch) for peak in c.peaks}
+    return max(tried, key=tried.get)
 
 
 def run(c: Transfer) -> dict:
@@ -193,15 +187,20 @@ def run(c: Transfer) -> dict:
         bases[name] = common.Trained(model, params, tokenizer, [])
     starts = {**bases, SCRATCH: next(iter(bases.values()))}
     rows = []
-    for target, data in targets.items():
+    for target, (data, tuning) in targets.items():
         for examples in c.examples:
+            # The first source's rate serves all sources.
+            peaks = {scratch: best_peak(c, bases[c.sources[0]], tuning, examples, scratch)
+                     for scratch in (False, True)}
             for start, base in starts.items():
-                scores = score(c, base, data, examples, start == SCRATCH)
+                scratch = start == SCRATCH
+                scores = [score(c, base, data, examples, peaks[scratch], seed, scratch)
+                          for seed in range(c.seeds)]
                 rows.append({"target": target, "examples": examples, "source": start,
-                             "accuracy": scores})
+                             "peak": peaks[scratch], "accuracy": scores})
                 print(f"{target}, {examples:,} examples, {start}: {np.mean(scores):.1f} ± "
-                      f"{np.std(scores):.1f} %", flush=True)
-    chance = {name: systems.chance(data) for name, data in targets.items()}
+                      f"{np.std(scores):.1f} %, rate {peaks[scratch]:g}", flush=True)
+    chance = {name: systems.chance(data) for name, (data, _) in targets.items()}
     picture(c, rows, starts)
     return {"rows": rows, "held_out": losses, "chance": chance}
 
