@@ -1,13 +1,17 @@
 """Eight fake devices, exact matmuls and quick compilation for every test, before JAX starts."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
-# Compiling is what these tests cost. Half of it is optimisation that tiny shapes never repay; where
-# that could matter a test asks for it (`small_models.optimized_jit`).
+# Compiling is what these tests cost, and most of it is optimisation that tiny shapes never repay;
+# where that could matter a test asks for it (`small_models.optimized_jit`).
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""),
     "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    # Other versions know no such choice, and refuse the flag.
+    *["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10."),
 ])
 
 import jax

@@ -7,8 +7,9 @@ examples than learning from scratch; and it carries further the nearer the sourc
 
 Small GPTs learn the next word of a million characters of each of five sources: film reviews,
 novels, an encyclopedia, plays, and documentation. Each is fine-tuned on the sentiment of film
-reviews (SST-2) and on the logic between two sentences (SNLI), beside a model from scratch. The rate
-of fine-tuning is searched for both, on training examples that are left out otherwise.
+reviews (SST-2), on the logic between two sentences (SNLI) and on which part of a library a
+docstring is about (topics), beside a model from scratch. The rate of fine-tuning is searched for
+both, on training examples that are left out otherwise.
 
 `--data` is a folder with `movie_reviews/movie_reviews.jsonl.gz`, `wikitext-2/train.txt.gz`,
 `gutenberg/sentences.train.txt.gz`, `tinyshakespeare/input.txt`, `sst2` and `snli`.
@@ -28,7 +29,7 @@ import configs.sst2_few
 import jax
 import numpy as np
 from finetune import finetune, for_task, read
-from settings import FinetuneOptimizer, Optimizer, Settings
+from settings import Data, FinetuneOptimizer, Optimizer, Settings
 
 from studies import small, systems
 from studies.pictures import Line, Lines, show
@@ -64,7 +65,7 @@ class Transfer:
     data: Path = Path("data")
     out: Path = Path("runs/transfer")
     sources: tuple[str, ...] = tuple(SOURCES)
-    targets: tuple[str, ...] = ("SST-2", "SNLI")
+    targets: tuple[str, ...] = ("SST-2", "SNLI", "topics")
     characters: int = 1_000_000
     vocab_size: int = 4096
     num_layers: int = 2
@@ -121,8 +122,11 @@ def load_source(c: Transfer, name: str) -> str:
 
 def load_target(c: Transfer, name: str) -> tuple[Annotated, Annotated]:
     """(the target, the same with its validation from training examples, to choose a rate by)."""
-    data = {"SST-2": configs.sst2_few, "SNLI": configs.snli}[name].config().data
-    data = dataclasses.replace(data, data=str(c.data / data.data))
+    if name == "topics":
+        data = Data()
+    else:
+        data = {"SST-2": configs.sst2_few, "SNLI": configs.snli}[name].config().data
+        data = dataclasses.replace(data, data=str(c.data / data.data))
     found = data.load()
     lower = [[{key: value.lower() if isinstance(value, str) else value
                for key, value in found_in[i].items()} for i in range(len(found_in))]
@@ -188,7 +192,7 @@ def run(c: Transfer) -> dict:
     starts = {**bases, SCRATCH: next(iter(bases.values()))}
     rows = []
     for target, (data, tuning) in targets.items():
-        for examples in c.examples:
+        for examples in sorted({min(n, len(data.train)) for n in c.examples}):
             # The first source's rate serves all sources.
             peaks = {scratch: best_peak(c, bases[c.sources[0]], tuning, examples, scratch)
                      for scratch in (False, True)}
@@ -207,12 +211,14 @@ def run(c: Transfer) -> dict:
 
 def picture(c: Transfer, rows: list[dict], starts: dict) -> None:
     def line(target: str, k: int, start: str) -> Line:
-        found = [r["accuracy"] for r in rows if (r["target"], r["source"]) == (target, start)]
-        return Line(c.examples, np.mean(found, 1), np.std(found, 1), points=True,
-                    color="black" if start == SCRATCH else f"C{k}", dashed=start == SCRATCH)
+        mine = [r for r in rows if (r["target"], r["source"]) == (target, start)]
+        found = [r["accuracy"] for r in mine]
+        return Line([r["examples"] for r in mine], np.mean(found, 1), np.std(found, 1),
+                    points=True, color="black" if start == SCRATCH else f"C{k}",
+                    dashed=start == SCRATCH)
 
     show(c.out / "transfer.png", {
-        f"{target}": Lines({start: line(target, k, start) for k, start in enumerate(starts)},
-                           xlabel="labelled examples", ylabel="accuracy (%)", xscale="log")
+        target: Lines({start: line(target, k, start) for k, start in enumerate(starts)},
+                      xlabel="labelled examples", ylabel="accuracy (%)", xscale="log")
         for target in c.targets},
         title=f"Pre-trained on {c.characters:,} characters of …; {c.seeds} seeds")
