@@ -245,7 +245,9 @@ def picture(c: Grokking, series, chosen, rows, critical, tuned) -> None:
     before = series["test"][chosen, -1:]
     after = {f"{recipe} ({100 * found['trained']:.3g} % trains)": band(
         np.concatenate([[0], found["step"]]),
-        np.concatenate([before, found["test"]], axis=1)) for recipe, found in tuned.items()}
+        np.concatenate([before, found["test"]], axis=1),
+        dashed=recipe == c.recipes[-1])  # else it would hide one that does as well
+        for recipe, found in tuned.items()}
     wide = {"ylabel": "accuracy (%)", "ylim": (-3, 103)}
     show(c.out / "grokking.png", {
         f"Grokking: {c.grokked:.0%} of the table": Lines({
