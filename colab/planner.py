@@ -17,8 +17,7 @@
 # TPU present, and says what one chip would hold, compute and send. This notebook does the same in
 # Python: a few ways to train GPT-2 on sixteen chips of v5e, which fit, and which would be fastest.
 #
-# Compiling for the slice takes minutes; the output kept here is the same plan for the one CPU core
-# that it was made on (TOPOLOGY=here), whose rates are measured.
+# Compiling for the slice takes minutes. The output kept here is of one CPU core; no TPU was there.
 
 # %%
 # What is needed, where it is missing; and the devices that are here.

@@ -1,8 +1,8 @@
-"""Pre-train, fine-tune a masked subset, evaluate and generate: GPT and BERT in six minutes.
+"""Pre-train, fine-tune a masked subset, evaluate and generate: GPT and BERT in five minutes.
 
     python experiments/quickstart.py
 
-Hardware: any; 2 CPU cores take six minutes. Nothing is downloaded: the text is the
+Hardware: any; 2 CPU cores take five minutes, one takes six. Nothing is downloaded: the text is the
 documentation that Python carries. Both models are pre-trained on it; copies are fine-tuned to tell
 from a docstring which part of the standard library it documents, with few labels, by recipes
 that train ever more of the parameters; a model of the same size is trained from scratch beside

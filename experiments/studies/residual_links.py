@@ -47,7 +47,7 @@ class ResidualLinks:
     """
 
     out: Path = Path("runs/residual_links")
-    depths: tuple[int, ...] = (4, 8, 16, 32)
+    depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     d_model: int = 64
     length: int = 64
     batch_size: int = 16

@@ -108,7 +108,7 @@ def load_source(c: Transfer, name: str) -> str:
         found = sources.load_source(spec, "train")
     elif not (path := c.data / spec).exists():
         raise FileNotFoundError(f"{path} does not exist; --data names the folder with the sources, "
-                                "see the top of studies/transfer.py, or leave it out: --sources")
+                                "see the top of studies/transfer.py; --sources chooses others")
     else:
         found = sources.table(path) if ".jsonl" in spec else sources.text_files(path)
     texts, have = [], 0
@@ -120,7 +120,16 @@ def load_source(c: Transfer, name: str) -> str:
     return "\n".join(texts)[: c.characters]
 
 
-def load_target(c: Transfer, name: str) -> tuple[Annotated, Annotated]:
+def unseen(examples: list[dict], texts: list[str]) -> list[dict]:
+    """Those whose beginning no source has: what was read in pre-training is no test. A few words
+    may well stand in both."""
+    texts = [" ".join(text.split()) for text in texts]
+    begins = [" ".join(e["text"].split())[:60] for e in examples]
+    return [e for e, begin in zip(examples, begins)
+            if len(begin) < 20 or not any(begin in text for text in texts)]
+
+
+def load_target(c: Transfer, name: str, texts: list[str]) -> tuple[Annotated, Annotated]:
     """(the target, the same with its validation from training examples, to choose a rate by)."""
     if name == "topics":
         data = Data()
@@ -133,7 +142,8 @@ def load_target(c: Transfer, name: str) -> tuple[Annotated, Annotated]:
              for found_in in (found.train, found.validation)]
     train, tests = ([split[i] for i in np.random.default_rng(c.seed).permutation(len(split))]
                     for split in lower)
-    target = found._replace(train=train[c.tuning_examples:], validation=tests[: c.test_examples])
+    tests = unseen(tests[: c.test_examples], texts)
+    target = found._replace(train=train[c.tuning_examples:], validation=tests)
     return target, target._replace(validation=train[: c.tuning_examples])
 
 
@@ -183,7 +193,7 @@ def best_peak(c: Transfer, base: common.Trained, tuning: Annotated, examples: in
 
 def run(c: Transfer) -> dict:
     texts = {name: load_source(c, name) for name in c.sources}
-    targets = {name: load_target(c, name) for name in c.targets}
+    targets = {name: load_target(c, name, list(texts.values())) for name in c.targets}
     tokenizer = tokenizers.train_wordpiece(list(texts.values()), vocab_size=c.vocab_size)
     bases, losses = {}, {}
     for name, text in texts.items():
@@ -204,9 +214,10 @@ def run(c: Transfer) -> dict:
                              "peak": peaks[scratch], "accuracy": scores})
                 print(f"{target}, {examples:,} examples, {start}: {np.mean(scores):.1f} ± "
                       f"{np.std(scores):.1f} %, rate {peaks[scratch]:g}", flush=True)
+    tests = {name: len(data.validation) for name, (data, _) in targets.items()}
     chance = {name: systems.chance(data) for name, (data, _) in targets.items()}
     picture(c, rows, starts)
-    return {"rows": rows, "held_out": losses, "chance": chance}
+    return {"rows": rows, "held_out": losses, "chance": chance, "tests": tests}
 
 
 def picture(c: Transfer, rows: list[dict], starts: dict) -> None:
