@@ -29,8 +29,9 @@ BART = BARTConfig(**_SHAPE, output_bias=True, decoder_start_token_id=2)
 # As users compile; see conftest.py for how tests do.
 optimized_jit = functools.partial(
     jax.jit,
-    compiler_options={"xla_backend_optimization_level": 3,
-                      "xla_llvm_disable_expensive_passes": False},
+    compiler_options={
+        "xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False,
+        **({"xla_cpu_use_fusion_emitters": True} if jax.__version__.startswith("0.10.") else {})},
 )
 
 

@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+from small_models import optimized_jit
 
 from transformer_jax.models import build_model, config_from_dict
 from transformer_jax.objectives import causal_lm, losses, mlm_nsp
@@ -53,7 +54,7 @@ def compare(golden: dict) -> None:
     ours = flattened(jax.tree.map(lambda leaf: np.empty(leaf.shape), shapes))
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in params.items()}
 
-    @jax.jit
+    @optimized_jit
     def run(params):
         def loss(params):
             total, weight, _ = OBJECTIVES[family].loss(model.apply, params, batch)
