@@ -1,4 +1,4 @@
-"""Residual links: with them 32 layers train like 4; without them deep stacks do not train at all.
+"""Residual links: with them 32 layers train like one; without them 4 do not train at all.
 
     python experiments/study.py residual_links
 
@@ -12,8 +12,9 @@ of the landscape is spanned by two random directions whose filters, here the wei
 have the norms of the model's own.
 
 One core of an AMD EPYC: 11 minutes. After 400 steps the training loss is 2.45 to 2.47 nats a
-character with links, whatever the depth, and 3.10 without, whatever the depth, 4 layers included:
-the model has learnt how often each character comes, and nothing of what stands before it. Leaving
+character with links, whatever the depth; without, it is 2.48 with 1 layer, 2.62 with 2, and 3.10
+with 4 and more: those have learnt how often each character comes, and nothing of what stands before
+it. Leaving
 out one of 16 layers costs less than 0.06 nats but for the first (0.82); without links it costs
 nothing, or 5.5. The gradient is not what fails: under norms in front of every sublayer it reaches
 the first layer without links too. The loss around the model with links is a bowl, around the other
