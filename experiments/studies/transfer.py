@@ -15,13 +15,13 @@ both, on training examples that are left out otherwise.
 `gutenberg/sentences.train.txt.gz`, `tinyshakespeare/input.txt`, `sst2` and `snli`.
 
 One core of an AMD EPYC: 55 minutes. It holds for topics, the one target with a source of its own
-kind: with 128, 512 and 1,536 labels documentation 44.4 ± 2.5, 61.4 ± 0.5, 71.9 ± 0.6 %, from scratch
-35.7 ± 0.6, 53.5 ± 2.8, 70.7 ± 1.3; the far sources do harm: 22.3 to 26.1, 36.8 to 43.9, 63.2 to 66.7
-(323 docstrings that no source has, commonest class 22.3 %). It does not for the others: SST-2, 128,
-512 and 2,048 labels, from scratch 54.5, 61.4, 69.3 %, the sources 51.0 to 55.6, 59.3 to 60.8, 65.6 to
-68.3, film reviews amid them; SNLI with 2,048: 45.8 ± 1.2 and 43.6 to 47.7. Held-out loss after 1,500
-steps is 4.7 to 5.0 nats. Rates of 3e-3 are at the end of what was searched. What pre-training is
-worth when there is more of it: `sweep.py sst2_few`.
+kind: with 128, 512 and 1,536 labels documentation 44.4 ± 2.5, 61.4 ± 0.5, 71.9 ± 0.6 %, from
+scratch 35.7 ± 0.6, 53.5 ± 2.8, 70.7 ± 1.3; the far sources do harm: 22.3 to 26.1, 36.8 to 43.9,
+63.2 to 66.7 (323 docstrings that no source has, commonest class 22.3 %). It does not for the
+others: SST-2, 128, 512 and 2,048 labels, from scratch 54.5, 61.4, 69.3 %, the sources 51.0 to 55.6,
+59.3 to 60.8, 65.6 to 68.3, film reviews amid them; SNLI with 2,048: 45.8 ± 1.2 and 43.6 to 47.7.
+Held-out loss after 1,500 steps is 4.7 to 5.0 nats. Rates of 3e-3 are at the end of what was
+searched. What pre-training is worth when there is more of it: `sweep.py sst2_few`.
 """
 
 import dataclasses
