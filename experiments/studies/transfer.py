@@ -192,7 +192,8 @@ def score(c: Transfer, base: common.Trained, data: Annotated, examples: int, pea
                           settings, seed, quiet=True).metrics["accuracy"]
 
 
-def best_peak(c: Transfer, base: common.Trained, tuning: Annotated, examples: int, scratch: bool):
+def best_peak(c: Transfer, base: common.Trained, tuning: Annotated, examples: int,
+              scratch: bool) -> float:
     """The rate that does best on examples that nobody trains on, for a seed of its own."""
     tried = {peak: score(c, base, tuning, examples, peak, c.seeds, scratch) for peak in c.peaks}
     return max(tried, key=tried.get)

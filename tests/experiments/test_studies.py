@@ -11,7 +11,7 @@ import studies
 import study
 from matplotlib.image import imread
 from small_models import GPT2, build, random_tokens
-from studies import embeddings, grokking, masks, residual_links
+from studies import embeddings, grokking, masks, residual_links, transfer
 
 from transformer_jax import tree
 from transformer_jax.nn.attention import Mask
@@ -97,3 +97,12 @@ def test_the_share_beside_its_own_label():
     rows = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1], [1, 0.05]])
     assert embeddings.purity(rows, np.array([0, 0, 1, 1, 1])) == pytest.approx(0.4)
     assert embeddings.purity(rows, np.array([0, 0, 1, 1, 0])) == 1
+
+
+def test_what_a_source_has_is_no_test():
+    begin = "one line of which the source has the first sixty characters, and"
+    examples = [{"text": text} for text in (
+        begin + " goes on like this", "a text of twenty letters and more", "too short")]
+    texts = ["other words", f"before\n{begin.replace(' ', '  ')} another end, too short"]
+    assert transfer.unseen(examples, texts) == examples[1:]
+    assert transfer.unseen(examples, texts[:1]) == examples
