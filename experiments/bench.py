@@ -33,10 +33,11 @@ import tyro
 
 from transformer_jax import host, measure, plan, presets, tree
 from transformer_jax.finetune import deltas, shrink
-from transformer_jax.generate import generate
+from transformer_jax.generate import generate, prepare
 from transformer_jax.models import build_model, init_params
 from transformer_jax.objectives import tasks
 from transformer_jax.train import optim, step
+from transformer_jax.train.compiled import CompiledStep
 
 CHAR = {"vocab_size": 65, "norm_first": True}
 
@@ -50,6 +51,7 @@ class Case(NamedTuple):
     work: str = "train"  # or "decode", or a recipe of fine-tuning
     target: int = 0  # tokens of a target, or new ones
     changes: Mapping = MappingProxyType({})
+    ahead: int = 1  # steps that a CPU is given at once; for small ones many, as `train.loop` does
 
 
 CASES = {
@@ -57,7 +59,7 @@ CASES = {
     "bert_base": Case("bert_base", 4, 128),
     "bart_base": Case("bart_base", 2, 128, target=64),
     "transformer_base": Case("transformer_base", 8, 64, target=64),
-    "char_gpt_4x128": Case("gpt2", 12, 64, changes=CHAR | {
+    "char_gpt_4x128": Case("gpt2", 12, 64, ahead=10, changes=CHAR | {
         "num_layers": 4, "d_model": 128, "num_heads": 4, "mlp_dim": 512, "max_length": 64}),
     "char_gpt_6x384": Case("gpt2", 8, 256, changes=CHAR | {
         "num_layers": 6, "d_model": 384, "num_heads": 6, "mlp_dim": 1536, "max_length": 256}),
@@ -109,8 +111,8 @@ def make_job(case: Case, c: Bench) -> Job:
 
 
 def training(case: Case, c: Bench) -> Job:
-    """Whole steps: forward, backward, clipping, AdamW; the state donated. An accelerator is given
-    the next before it is done with one, as in `train.loop`."""
+    """Whole steps: forward, backward, clipping, AdamW; the state donated. An accelerator, or a CPU
+    whose steps are short, is given the next before it is done with one, as in `train.loop`."""
     config = config_of(case, c)
     recipe = None if case.work == "train" else case.work
     model = build_model(config, 2, "classification") if recipe else build_model(config)
@@ -119,16 +121,15 @@ def training(case: Case, c: Bench) -> Job:
         params, mask = deltas.prepare(params, recipe, jax.random.key(1))
     optimizer = optim.make_optimizer(1e-4)
     loss = tasks.classification_loss if recipe else plan.pretraining_loss(config)
-    train_step = jax.jit(
-        step.make_train_step(functools.partial(loss, model.apply), optimizer, mask),
-        donate_argnums=0)
     setting = plan.Setting(config, {}, case.rows, case.length)
     batch = _batch(case, plan.batch_shapes(setting), config.vocab_size, recipe)
     state = [step.init_state(params, optimizer, mask)]
     del params
+    train_step = CompiledStep(
+        step.make_train_step(functools.partial(loss, model.apply), optimizer, mask), state[0], None)
     rng = jax.random.key(2) if c.dropout_rate else None
-    times = 1 if jax.default_backend() == "cpu" else 10
-    batch = batch if times == 1 else jax.device_put(batch)
+    times = case.ahead if jax.default_backend() == "cpu" else 10
+    batch = jax.device_put(batch)
 
     def run():
         for _ in range(times):
@@ -149,6 +150,7 @@ def decoding(case: Case, c: Bench) -> Job:
     weights = sum(leaf.size for path, leaf in tree.flatten_paths(params).items()
                   if not re.search(r"^encoder|position_embed|cross_attention/(key|value)", path))
     params, _ = shrink.shrink(params, jax.tree.map(lambda x: False, params), c.weights)
+    params = prepare(model, params, donate=True)  # once, as where many texts are written
     run = functools.partial(generate, model, params, prompts.tolist(),
                             max_new_tokens=case.target, min_new_tokens=case.target)
     size = 1 if c.weights == "int8" else np.dtype(config.compute_dtype).itemsize

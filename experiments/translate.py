@@ -27,7 +27,7 @@ from tensorboardX import SummaryWriter
 
 from transformer_jax import draw, evaluate, sharding, tree
 from transformer_jax.data import pairs, tokenizers
-from transformer_jax.generate import generate
+from transformer_jax.generate import generate, prepare
 from transformer_jax.models import Transformer, build_model, config_to_dict, init_params
 from transformer_jax.objectives import seq2seq
 from transformer_jax.train import checkpoint, loop, step
@@ -113,6 +113,7 @@ def translate(
            for row in tokenizer.encode_batch(list(texts))]
     order = np.argsort([len(row) for row in ids], kind="stable")
     written: dict[int, str] = {}
+    params = prepare(model, params)
     for k in range(0, len(order), batch_size):
         members = [int(i) for i in order[k : k + batch_size]]
         # The last batch is filled up, so that its shape is compiled already.

@@ -10,7 +10,7 @@ from supervised import Predictions, Reading, Task
 from transformer_jax import evaluate
 from transformer_jax.data import Annotated
 from transformer_jax.finetune import deltas
-from transformer_jax.generate import generate
+from transformer_jax.generate import generate, prepare
 from transformer_jax.models import BART, BERT, GPT, Model
 from transformer_jax.objectives import causal_lm, seq2seq
 
@@ -96,6 +96,7 @@ def write(model: Model, params: dict, tokenizer, task: Task, how: Reading,
     rows = [[*front, *item["source"][:room], *end] for item in task.validation]
     order = np.argsort([len(row) for row in rows], kind="stable")
     texts: dict[int, str] = {}
+    params = prepare(model, params)
     for k in range(0, len(order), batch_size):
         members = [int(i) for i in order[k : k + batch_size]]
         # The last batch is filled up, so that its shape is compiled already.

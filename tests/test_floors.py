@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "objectives": MODELS | {"sharding"},
     "data": {"objectives", "tree", "digests"},
     "finetune": GROUND | MODELS | {"objectives", "json_files"},
-    "train": GROUND | {"objectives", "measure", "digests"},
+    "train": GROUND | {"objectives", "measure", "digests", "host"},
     "evaluate": USE,
     "generate": USE,
     "pretrained": USE | {"json_files", "digests"},

@@ -37,6 +37,27 @@ def test_freed_buffers_are_kept():
     assert page_faults("assert keep_freed_memory()") < 0.1 * page_faults("")
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_given_back_when_asked_for():
+    script = """
+from transformer_jax.host import give_back_freed_memory, keep_freed_memory
+def held():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+keep_freed_memory()
+before = held()
+low, hole, high = (bytearray(64 * 2**20) for _ in range(3))
+for part in (low, hole, high):
+    part[::4096] = bytes(len(part[::4096]))
+del hole
+kept = held() - before
+assert give_back_freed_memory()
+print(kept, held() - before)
+"""
+    kept, left = map(float, subprocess.check_output([sys.executable, "-c", script]).split())
+    assert kept > 180 and left < 140
+
+
 STEPS = """
 import resource, sys
 sys.path.insert(0, {experiments!r})

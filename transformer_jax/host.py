@@ -33,6 +33,21 @@ def keep_freed_memory() -> bool:
     return [mallopt(name, value) for name, value in settings] == [1] * len(settings)
 
 
+def give_back_freed_memory() -> bool:
+    """Gives glibc's freed memory to the kernel now, whatever it was told to keep.
+
+    Drawing parameters and compiling take more memory, for a moment, than they leave. What a step
+    allocates is one block of temporaries, which seldom fits into a hole of theirs: without this it
+    lies beside them (GPT-2: 3.0 GB at the most instead of 2.6).
+
+    Returns:
+        Whether there was any; False where the C library is another.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
+
+
 def will_use_cpu() -> bool:
     """Whether JAX will compute on the CPU, told without starting it: by JAX_PLATFORMS, or because
     there is no device of another kind."""

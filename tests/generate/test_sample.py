@@ -1,6 +1,7 @@
 """Greedy and drawn texts of GPT and of encoder-decoders, against full passes without a cache."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import small_models
 from small_models import VOCAB, forward
 from writers import FAMILIES, GPT, NEW, PROMPTS, greedy_tokens, lively, new_tokens, run
 
-from transformer_jax.generate import generate
+from transformer_jax.generate import generate, sample
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,12 @@ def test_targets_are_the_argmax_of_full_passes(family):
     for row, source in zip(out, PROMPTS):
         assert row[1:].tolist() == greedy_tokens(config, source, NEW)
     assert len({tuple(row) for row in out}) == 3  # the source matters
+
+
+def test_of_equal_scores_the_first_is_picked():
+    scores = np.asarray([[1, 3, 3, 0], [2, 2, 2, 2], [0, 1, 2, 3], [-np.inf] * 3 + [-5.0]])
+    picked = sample.pick(jax.numpy.asarray(scores), None, SimpleNamespace(do_sample=False))
+    assert picked.tolist() == [1, 0, 3, 3] == scores.argmax(-1).tolist()
 
 
 def test_every_position_can_be_used():

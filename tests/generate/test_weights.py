@@ -64,6 +64,30 @@ def test_in_the_type_of_the_arithmetic():
     assert turned["decoder/layer_0/mlp/wi/bias"].dtype == jnp.float32
 
 
+def test_parameters_prepared_once():
+    want = generate(MODEL, PARAMS, [[5, 9], [7]], max_new_tokens=5)
+    ready = weights.prepare(MODEL, PARAMS)
+    again = weights.prepare(MODEL, ready)
+    for params in (ready, again):
+        np.testing.assert_array_equal(
+            want, generate(MODEL, params, [[5, 9], [7]], max_new_tokens=5))
+    assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, ready)
+
+    small = shrink.shrink(PARAMS, jax.tree.map(lambda x: False, PARAMS), "int8")[0]
+    want = generate(MODEL, small, [[5, 9], [7]], max_new_tokens=5)
+    ready = weights.prepare(MODEL, small)
+    assert flatten_paths(ready)["token_embed/embedding_t"].dtype == jnp.int8
+    np.testing.assert_array_equal(want, generate(MODEL, ready, [[5, 9], [7]], max_new_tokens=5))
+
+
+def test_what_has_a_successor_is_given_up():
+    given = jax.tree.map(jnp.copy, PARAMS)
+    ready = weights.prepare(MODEL, given, donate=True)
+    gone = {path for path, leaf in flatten_paths(given).items() if leaf.is_deleted()}
+    assert gone == {path for path in flatten_paths(given) if path.endswith("/kernel")}
+    assert generate(MODEL, ready, [[5]], max_new_tokens=2).shape == (1, 3)
+
+
 def test_on_a_mesh_kernels_stay_as_they_are():
     with jax.set_mesh(sharding.make_mesh(8, 1)):
         turned = flatten_paths(weights.by_outputs(PARAMS, jnp.bfloat16))

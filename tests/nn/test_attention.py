@@ -8,10 +8,13 @@ import pytest
 from transformer_jax.nn.attention import (
     KVCache,
     Mask,
+    _causal_parts,
     attend,
     causal_mask,
     init_cache,
 )
+from transformer_jax.nn.dropout import keep_mask
+from transformer_jax.sharding import make_mesh
 
 ROW = np.arange(4)[None]
 
@@ -117,6 +120,61 @@ def test_attention_dropout_drops_its_share_and_keeps_the_mean():
     assert abs(kept.mean() / 500 - 0.8) < 4 * (0.8 * 0.2 / 100_000) ** 0.5
     assert len(np.unique(kept)) > 5  # each query and head draws its own
     assert (np.asarray(call(jax.random.key(1), ones)) != out).any()
+
+
+def plainly(query, key, value, mask, factor=1.0):
+    """Attention as the paper has it, all of it at once."""
+    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key) / query.shape[-1] ** 0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights * factor, value), weights
+
+
+@pytest.mark.parametrize(("T", "parts", "more"), [
+    (128, 1, "causal"), (256, 2, "causal"), (300, 2, "window"), (512, 4, "window"),
+    (256, 2, "documents"), (1024, 4, "documents"), (128, 1, "dropout"), (512, 4, "dropout")])
+def test_queries_in_parts_are_as_all_at_once(T, parts, more):
+    documents = jnp.asarray(np.sort(np.random.default_rng(0).integers(1, 4, (2, T)), axis=1))
+    mask = Mask(causal=True)
+    if more == "window":
+        mask = mask.replace(context_size=40)
+    if more == "documents":
+        mask = mask.replace(query_documents=documents, key_documents=documents)
+    assert _causal_parts(mask, T, T) == parts
+    options = {"dropout_rate": 0.3, "dropout_rng": jax.random.key(9)} if more == "dropout" else {}
+    factor = keep_mask(jax.random.key(9), (2, 3, T, T), 0.3) / 0.7 if options else 1.0
+    *args, ct = jax.random.normal(jax.random.key(0), (4, 2, T, 3, 8))
+
+    def ours(*args):
+        out, weights = attend(*args, mask, **options)
+        return (out * ct).sum(), weights
+
+    def theirs(*args):
+        out, weights = plainly(*args, mask.dense(T, T), factor)
+        return (out * ct).sum(), weights
+
+    found, wanted = (jax.jit(jax.value_and_grad(fn, (0, 1, 2), has_aux=True))(*args)
+                     for fn in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, wanted)
+
+
+def test_parts_are_for_whole_causal_rows_on_one_cpu():
+    causal = Mask(causal=True)
+    assert _causal_parts(Mask(), 512, 512) == 1  # every query sees every key
+    assert _causal_parts(causal, 1, 512) == 1
+    assert _causal_parts(causal, 257, 257) == 1  # does not divide
+    with jax.set_mesh(make_mesh(8, 1)):  # which may cut the tokens
+        assert _causal_parts(causal, 512, 512) == 1
+
+
+def test_parts_leave_out_products():
+    """A quarter of them, of two parts."""
+    def flops(mask):
+        x = jnp.ones((1, 256, 1, 64))
+        fn = jax.jit(lambda x: attend(x, x, x, mask)[0])
+        return fn.lower(x).compile().cost_analysis()["flops"]
+
+    hidden = Mask(allowed=causal_mask(jnp.arange(256)[None], jnp.arange(256)[None]))
+    assert flops(Mask(causal=True)) < 0.78 * flops(hidden)
 
 
 def test_cache_writes_each_row_at_its_own_place_and_drops_what_is_outside():

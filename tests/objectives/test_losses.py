@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
 from transformer_jax.objectives import losses
 
@@ -30,8 +32,39 @@ def test_cross_entropy_of_bfloat16_is_float32():
     np.testing.assert_allclose(values, np.log(1000), rtol=1e-6)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_derivatives_of_cross_entropy_are_those_of_its_formula(smoothing):
+    logits, towards = jax.random.normal(jax.random.key(0), (2, 2, 3, 11))
+    targets = jnp.asarray([[0, 10, 4], [7, 7, 1]])
+
+    def ours(logits):
+        return (losses.smoothed_cross_entropy(logits, targets, smoothing) ** 2).sum()
+
+    def formula(logits):
+        expected = optax.smooth_labels(jax.nn.one_hot(targets, 11), smoothing)
+        return ((expected * -jax.nn.log_softmax(logits)).sum(-1) ** 2).sum()
+
+    for derivative in (
+        jax.grad,  # backward, forward, and the second by both
+        lambda fn: lambda x: jax.jvp(fn, (x,), (towards,)),
+        lambda fn: lambda x: jax.jvp(jax.grad(fn), (x,), (towards,)),
+        lambda fn: jax.grad(lambda x: (jax.grad(fn)(x) * towards).sum()),
+    ):
+        found, wanted = derivative(ours)(logits), derivative(formula)(logits)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
+                     found, wanted)
+
+
 def test_correct():
     assert losses.correct(LOGITS, np.array([1, 1])).tolist() == [1, 0]  # of equals, the first
+    assert losses.correct(LOGITS, np.array([0, 0])).tolist() == [0, 1]
+    same = jnp.zeros((3, 2, 5))
+    assert losses.correct(same, np.array([[0, 1], [4, 0], [2, 3]])).tolist() == [
+        [1, 0], [0, 1], [0, 0]]
+    assert losses.correct(jnp.full((1, 4), jnp.nan), np.array([0])) == 0
+    logits = jnp.round(jax.random.normal(jax.random.key(1), (500, 7)))
+    targets = np.random.default_rng(0).integers(0, 7, 500)
+    np.testing.assert_array_equal(losses.correct(logits, targets), logits.argmax(-1) == targets)
 
 
 def test_weighted():

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from transformer_jax import tree
-from transformer_jax.train import optim
+from transformer_jax.train import clipping, optim
 
 BY_HAND = [
     # name, num_steps, warm-up, end, {step: rate}, always with peak 0.8
@@ -127,6 +127,15 @@ def test_gaps_have_no_state_and_no_update():
     assert sum(leaf.size for leaf in arrays) == 2 * tree.count(ours)
     updates, _ = optimizer.update(ours, state, ours)
     assert set(tree.flatten_paths(updates)) == {"classifier/kernel", "classifier/bias"}
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 1e6, np.nan])
+def test_clipping_is_as_in_optax(scale):
+    gradient = {"a": jnp.arange(6.0).reshape(2, 3) * scale, "b": jnp.asarray([-2.0]) * scale}
+    ours, theirs = clipping.clip_by_global_norm(3.0), optax.clip_by_global_norm(3.0)
+    assert ours.init(gradient) == theirs.init(gradient)  # so that checkpoints fit
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+                 *(fn.update(gradient, fn.init(gradient))[0] for fn in (ours, theirs)))
 
 
 def test_clipping_by_the_global_norm():

@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
 from transformer_jax.nn import kernels
-from transformer_jax.nn.dropout import dropout
+from transformer_jax.nn.dropout import keep_mask
 
 
 @functools.partial(
@@ -99,24 +99,68 @@ def attend(
         dropout_rng: None means no dropout.
 
     Returns:
-        The attended values, and the attention weights before dropout. Beside a kernel the weights
-        are computed apart, if anything uses them.
+        The attended values, and the attention weights before dropout. Beside a kernel, or where
+        queries are cut into parts, the weights are computed apart, if anything uses them.
     """
     dropped = dropout_rng is not None and dropout_rate > 0
     chosen = kernels.choose(kernel, query_BTNH, key_BSNH, mask, dropped)
-    mask_BNTS = mask.dense(query_BTNH.shape[1], key_BSNH.shape[1])
-    scores_BNTS = jnp.einsum(
-        "BTNH,BSNH->BNTS", query_BTNH, key_BSNH, preferred_element_type=jnp.float32
-    ) * (query_BTNH.shape[-1] ** -0.5)
-    if mask_BNTS is not None:
-        scores_BNTS = jnp.where(mask_BNTS, scores_BNTS, jnp.finfo(jnp.float32).min)
-    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
+    T, S = query_BTNH.shape[1], key_BSNH.shape[1]
+    mask_BNTS = mask.dense(T, S)
+    query, key, value = (x.swapaxes(1, 2) for x in (query_BTNH, key_BSNH, value_BSNH))
+    factor_BNTS = None
+    if dropped:
+        keep_BNTS = keep_mask(dropout_rng, (*query.shape[:3], S), dropout_rate)
+        factor_BNTS = jnp.where(keep_BNTS, 1 / (1 - dropout_rate), 0)
+    parts = _causal_parts(mask, T, S)
+    if chosen == "xla" and parts == 1:
+        out_BNTH, weights_BNTS = _look(query, key, value, mask_BNTS, factor_BNTS)
+        return out_BNTH.swapaxes(1, 2), weights_BNTS
+    weights_BNTS = jax.nn.softmax(_scores(query, key, mask_BNTS), axis=-1)
     if chosen != "xla":
         out_BTNH = kernels.KERNELS[chosen](query_BTNH, key_BSNH, value_BSNH, mask)
         return out_BTNH, weights_BNTS
-    dropped_BNTS = dropout(weights_BNTS, dropout_rate, dropout_rng) if dropped else weights_BNTS
-    out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", dropped_BNTS.astype(value_BSNH.dtype), value_BSNH)
-    return out_BTNH, weights_BNTS
+    out = []
+    for first in range(0, T, T // parts):
+        end = first + T // parts
+        cut = [x if x is None else x[:, :, first:end, :end] for x in (mask_BNTS, factor_BNTS)]
+        out.append(_look(query[:, :, first:end], key[:, :, :end], value[:, :, :end], *cut)[0])
+    return jnp.concatenate(out, axis=2).swapaxes(1, 2), weights_BNTS
+
+
+def _scores(query_BNTH, key_BNSH, mask_BNTS):
+    """Scaled products; the least number there is, where a query does not see a key."""
+    scores_BNTS = _products(query_BNTH, key_BNSH, 3) * (query_BNTH.shape[-1] ** -0.5)
+    if mask_BNTS is None:
+        return scores_BNTS
+    return jnp.where(mask_BNTS, scores_BNTS, jnp.finfo(jnp.float32).min)
+
+
+def _products(x, y, axis):
+    """Of each row and head: x's last axis against an axis of y, in float32. The sides stay as they
+    are: `einsum` exchanges them, and XLA for CPUs then transposes what it is given and what comes
+    out."""
+    numbers = ((3,), (axis,)), ((0, 1), (0, 1))
+    return jax.lax.dot_general(x, y, numbers, preferred_element_type=jnp.float32)
+
+
+def _look(query_BNTH, key_BNSH, value_BNSH, mask_BNTS, factor_BNTS):
+    """Values by the softmax of scores, and the softmax. The values are divided by its sum and not
+    the weights: an array of `[T, S]` less to write and to read, where nothing uses these."""
+    scores_BNTS = _scores(query_BNTH, key_BNSH, mask_BNTS)
+    most_BNT1 = jax.lax.stop_gradient(scores_BNTS.max(-1, keepdims=True))
+    exp_BNTS = jnp.exp(scores_BNTS - most_BNT1)
+    sum_BNT1 = exp_BNTS.sum(-1, keepdims=True)
+    kept_BNTS = exp_BNTS if factor_BNTS is None else exp_BNTS * factor_BNTS
+    out_BNTH = _products(kept_BNTS.astype(value_BNSH.dtype), value_BNSH, 2) / sum_BNT1
+    return out_BNTH.astype(value_BNSH.dtype), exp_BNTS / sum_BNT1
+
+
+def _causal_parts(mask: Mask, T: int, S: int) -> int:
+    """Into how many parts queries are cut, each of which is compared only with the keys up to its
+    end. On an accelerator one: there a kernel leaves out what is hidden."""
+    parts = min(4, T // 128)
+    alone = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+    return parts if alone and mask.causal and T == S and parts and T % parts == 0 else 1
 
 
 class KVCache(NamedTuple):

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T length, V vocabulary or classes.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -21,9 +22,7 @@ def cross_entropy(
     logits: Float[Array, "... V"], targets: Int[Array, "..."]
 ) -> Float[Array, "..."]:
     """-log softmax(logits)[target], in nats, computed in float32."""
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    return smoothed_cross_entropy(logits, targets, 0.0)
 
 
 def smoothed_cross_entropy(
@@ -31,15 +30,47 @@ def smoothed_cross_entropy(
 ) -> Float[Array, "..."]:
     """Cross-entropy with a target that gives `smoothing` of its mass to all V classes alike and
     the rest to `targets` (Szegedy et al. 2015, section 7), in nats."""
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    expected = (1 - smoothing) * chosen + smoothing * logits.mean(-1)
+    return _cross_entropy(logits.astype(jnp.float32), targets, smoothing)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _cross_entropy(logits, targets, smoothing):
+    expected = _chosen(logits, targets)
+    if smoothing:
+        expected = (1 - smoothing) * expected + smoothing * logits.mean(-1)
     return jax.nn.logsumexp(logits, axis=-1) - expected
 
 
+@_cross_entropy.defjvp
+def _(smoothing, primals, tangents):
+    """softmax(logits) - expected, in closed form: one pass from the logits. The derivative that JAX
+    makes scatters into an array of their size, and keeps another."""
+    (logits, targets), (t, _) = primals, tangents
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    expected = (1 - smoothing) * (_columns(logits) == targets[..., None])
+    if smoothing:
+        expected = expected + smoothing / logits.shape[-1]
+    slope = jnp.exp(logits - total) - expected
+    return _cross_entropy(logits, targets, smoothing), (slope * t).sum(-1)
+
+
+def _chosen(logits, targets):
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _columns(logits):
+    """The number of each class, for every logit."""
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+
+
 def correct(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
-    """1.0 where the best-scored class is the target."""
-    return (logits.argmax(-1) == targets).astype(jnp.float32)
+    """1.0 where the best-scored class is the target; of equal scores the first counts.
+
+    Not by `argmax`, for which XLA for CPUs compares one number at a time.
+    """
+    chosen, targets = _chosen(logits, targets)[..., None], targets[..., None]
+    behind = (logits < chosen) | ((logits == chosen) & (_columns(logits) >= targets))
+    return behind.all(-1).astype(jnp.float32)
 
 
 def score_tokens(

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from transformer_jax import measure
+from transformer_jax import host, measure
 from transformer_jax.tree import PyTree
 
 GIB = 2**30
@@ -35,6 +35,7 @@ class CompiledStep:
         key = (structure, tuple((x.shape, x.dtype) for x in leaves))
         if key not in self._compiled:
             compiled = self._step.lower(state, batch, *more).compile()
+            host.give_back_freed_memory()
             check_memory(compiled.memory_analysis(), measure.free_memory())
             self._compiled[key] = compiled
         return self._compiled[key](state, batch, *more)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from transformer_jax.train.clipping import clip_by_global_norm
 from transformer_jax.tree import LAYERS, PyTree, flatten_paths, map_paths, path_string
 
 NEW = r"(^|/)(classifier/|extra$)|(^|/)(lora_\w+|prefix_\w+|ia3_\w+|prompt)$|_adapter/"
@@ -147,7 +148,7 @@ def by_release(
         released = jax.tree.map(lambda start: state.count >= start, release_steps(updates, every))
         updates = jax.tree.map(lambda u, on: jnp.where(on, u, jnp.zeros_like(u)), updates, released)
         if clip_norm is not None:
-            updates, _ = optax.clip_by_global_norm(clip_norm).update(updates, optax.EmptyState())
+            updates, _ = clip_by_global_norm(clip_norm).update(updates, optax.EmptyState())
         found, new = parted(updates).update(updates, state.inner, params)
         return found, FrozenState(state.count + 1, new)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from transformer_jax.train import finetuning
+from transformer_jax.train.clipping import clip_by_global_norm
 from transformer_jax.tree import PyTree, first_match, map_paths
 
 Schedule = Callable[[jax.Array | int], jax.Array]
@@ -150,7 +151,7 @@ def make_optimizer(
         chain = [optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay,
                              mask=decay_mask)]
     if clip_norm is not None and unfreeze_every is None:
-        chain = [optax.clip_by_global_norm(clip_norm), *chain]
+        chain = [clip_by_global_norm(clip_norm), *chain]
     if layer_decay is not None or head_rate != 1.0:
         chain.append(finetuning.scale_by_path(
             lambda tree: finetuning.rates(tree, layer_decay, head_rate, head)))
