@@ -41,7 +41,7 @@ def by_outputs(params: dict, dtype: jnp.dtype, donate: bool = False) -> dict:
     found = {}
     for path, leaf in leaves.items():
         layer, _, name = path.rpartition("/")
-        new = leaf
+        new, turned = leaf, False
         if (by_rows and name in ("kernel_int8", *SMALL)) or (
                 f"{layer}/lora_magnitude" in leaves):  # DoRA's norm is of the kernel as it is
             pass
@@ -51,11 +51,11 @@ def by_outputs(params: dict, dtype: jnp.dtype, donate: bool = False) -> dict:
             inputs = leaf.ndim - (2 if re.search(r"(query|key|value)$", layer) else 1)
             order = [*range(inputs, leaf.ndim), *range(inputs)]
             new = (leaf if name == "kernel_int8" else leaf.astype(dtype)).transpose(order)
-            name = "kernel_t"
+            name, turned = "kernel_t", True
         else:
             name = SMALL.get(name, name)
         found[f"{layer}/{name}".removeprefix("/")] = new
-        if donate and (new.shape != leaf.shape or new.dtype != leaf.dtype):
+        if donate and (turned or new.dtype != leaf.dtype):
             jax.block_until_ready(new)
             leaf.delete()
     return unflatten_paths(found)
