@@ -26,11 +26,17 @@ def keep_freed_memory() -> bool:
     Returns:
         True where it took effect: Linux with glibc. Elsewhere nothing happens.
     """
-    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+    if (libc := _glibc()) is None:
         return False
-    mallopt = ctypes.CDLL("libc.so.6").mallopt
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER), (_M_ARENA_MAX, 1))
-    return [mallopt(name, value) for name, value in settings] == [1] * len(settings)
+    return [libc.mallopt(name, value) for name, value in settings] == [1] * len(settings)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process, if it is GNU's."""
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return None
+    return ctypes.CDLL("libc.so.6")
 
 
 def give_back_freed_memory() -> bool:
@@ -43,9 +49,8 @@ def give_back_freed_memory() -> bool:
     Returns:
         Whether there was any; False where the C library is another.
     """
-    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
-        return False
-    return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
+    libc = _glibc()
+    return libc is not None and bool(libc.malloc_trim(0))
 
 
 def will_use_cpu() -> bool:
