@@ -34,9 +34,10 @@ if not any(d.platform != "cpu" for d in jax.devices()):
     jax.extend.backend.clear_backends()
     jax.config.update("jax_num_cpu_devices", 8)
 
-from transformer_jax import host
+from transformer_jax import distributed
+from transformer_jax.data import packing
 
-host.say_devices("tpu");
+distributed.print_devices("tpu");
 
 # %%
 import functools
@@ -45,13 +46,14 @@ import os
 import numpy as np
 from IPython.display import Image, Markdown
 
-from transformer_jax import draw, presets, sharding
-from transformer_jax.data import pipeline, sources, tokenizers
-from transformer_jax.generate import fill_mask
-from transformer_jax.models import BERT, init_params
+from transformer_jax import sharding
+from transformer_jax.data import batching, sources, tokenizers
+from transformer_jax.generation import fill_mask
+from transformer_jax.models import BERT, init_params, presets
 from transformer_jax.objectives import mlm_nsp
-from transformer_jax.objectives.layout import bert_row
-from transformer_jax.train import loop, optim, step
+from transformer_jax.objectives.input_format import pack_bert_input
+from transformer_jax.report import plots
+from transformer_jax.train import loop, optimizers, step
 from transformer_jax.tree import count
 
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"
@@ -87,7 +89,7 @@ t = tokenizer
 
 
 def pairs_and_rows(source):
-    pairs = mlm_nsp.SentencePairs(pipeline.tokenize_corpus(source, t), LENGTH - 3)
+    pairs = mlm_nsp.SentencePairs(packing.tokenize_corpus(source, t), LENGTH - 3)
     return pairs, functools.partial(
         mlm_nsp.prepare, pairs=pairs, length=LENGTH, rate=0.3, max_predictions=round(0.3 * LENGTH),
         vocab_size=t.vocab_size, cls_id=t.cls_id, sep_id=t.sep_id, mask_id=t.mask_id,
@@ -116,11 +118,11 @@ jax.debug.visualize_array_sharding(kernel)
 
 # %%
 loss = functools.partial(mlm_nsp.loss, model.apply)
-optimizer = optim.make_optimizer(
-    optim.make_schedule("cosine", 3e-3 if ON_CPU else 1e-3, STEPS, warmup_steps=STEPS // 20),
+optimizer = optimizers.make_optimizer(
+    optimizers.make_schedule("cosine", 3e-3 if ON_CPU else 1e-3, STEPS, warmup_steps=STEPS // 20),
     b2=0.99)
 tests, prepare_tests = pairs_and_rows(held_out)
-test_batches = list(pipeline.make_loader(tests, BATCH, transform=prepare_tests, shuffle=False,
+test_batches = list(batching.make_loader(tests, BATCH, transform=prepare_tests, shuffle=False,
                                          num_epochs=1))[: 1 if SMALLEST else 8]
 judge = step.make_eval_step(loss)
 
@@ -132,7 +134,7 @@ def held_out_loss(params):
 before = held_out_loss(params)
 state, history = loop.fit(
     step.init_state(params, optimizer), step.make_train_step(loss, optimizer),
-    pipeline.make_loader(pairs, BATCH, transform=prepare), rng=jax.random.key(1), num_steps=STEPS,
+    batching.make_loader(pairs, BATCH, transform=prepare), rng=jax.random.key(1), num_steps=STEPS,
     mesh=mesh, eval_fn=held_out_loss, eval_every=max(STEPS // 4, 1), log_every=max(STEPS // 40, 1))
 after = held_out_loss(state.params)
 speed = [h["tokens_per_second"] for h in history if "tokens_per_second" in h]
@@ -142,7 +144,7 @@ print(f"{np.median(speed) if speed else float('nan'):,.0f} tokens a second on "
 # %%
 curves = {name: tuple(zip(*[(h["step"], h[key]) for h in history if key in h]))
           for name, key in (("training", "loss"), ("held-out", "eval_loss"))}
-Image(draw.curves("loss.png", curves, title="Masked words and next sentence"))
+Image(plots.curves("loss.png", curves, title="Masked words and next sentence"))
 
 # %% [markdown]
 # ## Words in the place of masks, and the whole in numbers
@@ -155,7 +157,7 @@ params = jax.device_get(state.params)
 for sentence in ("Return the number of [MASK] in the list.", "If the file does not [MASK], an "
                  "error is raised.", "This [MASK] returns a string."):
     ids = t.encode(sentence)
-    tokens = bert_row(ids, length=len(ids) + 2, cls_id=t.cls_id, sep_id=t.sep_id)["tokens"]
+    tokens = pack_bert_input(ids, length=len(ids) + 2, cls_id=t.cls_id, sep_id=t.sep_id)["tokens"]
     best = fill_mask(model, params, tokens, mask_id=t.mask_id)[0]
     guesses = ", ".join(f"{t.decode([i])} {p:.2f}"
                         for i, p in zip(best.token_ids, best.probabilities))

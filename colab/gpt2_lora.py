@@ -28,9 +28,10 @@ if importlib.util.find_spec("transformer_jax") is None:
     # %pip install -q "transformer_jax @ git+https://github.com/transformer-jax/transformer_jax"
     pass
 
-from transformer_jax import host
+from transformer_jax import distributed
+from transformer_jax.data import packing
 
-host.say_devices("gpu");
+distributed.print_devices("gpu");
 
 # %%
 import functools
@@ -40,12 +41,13 @@ import time
 import jax
 from IPython.display import Image, Markdown
 
-from transformer_jax import draw, load_pretrained
-from transformer_jax.data import pipeline, sources
-from transformer_jax.finetune import deltas, select, store
-from transformer_jax.generate import generate
+from transformer_jax import load_pretrained
+from transformer_jax.data import batching, sources
+from transformer_jax.finetuning import adapter_io, peft, select
+from transformer_jax.generation import generate
 from transformer_jax.objectives import causal_lm
-from transformer_jax.train import loop, optim, step
+from transformer_jax.report import plots
+from transformer_jax.train import loop, optimizers, step
 from transformer_jax.tree import count
 
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"
@@ -90,39 +92,39 @@ train, held_out = ((sources.load_source(TEXT, split) for split in ("train", "val
                    if not sources.is_local(TEXT) else
                    (lambda texts: (texts[:-len(texts) // 10], texts[-len(texts) // 10:]))(
                        sources.text_files(TEXT)))
-rows = [pipeline.PackedTokens(pipeline.tokenize_corpus(source, tokenizer, eos_id=tokenizer.eos_id),
+rows = [packing.PackedTokens(packing.tokenize_corpus(source, tokenizer, eos_id=tokenizer.eos_id),
                               LENGTH) for source in (train, held_out)]
-params, mask = deltas.prepare(base, "lora:8:all", jax.random.key(2))
+params, mask = peft.add_and_mask(base, "lora:8:all", jax.random.key(2))
 print(select.describe(params, mask))
 loss = functools.partial(causal_lm.loss, model.apply)
 judge = step.make_eval_step(loss)
-tests = [batch for i, batch in enumerate(pipeline.make_loader(
+tests = [batch for i, batch in enumerate(batching.make_loader(
     rows[1], BATCH, shuffle=False, num_epochs=1)) if i < (1 if SMALLEST else 24)]
 before = step.evaluate(judge, base, tests)["loss"]
 
 # %%
-optimizer = optim.make_optimizer(
-    optim.make_schedule("linear", 2e-3, STEPS, warmup_steps=STEPS // 10), weight_decay=0.0)
+optimizer = optimizers.make_optimizer(
+    optimizers.make_schedule("linear", 2e-3, STEPS, warmup_steps=STEPS // 10), weight_decay=0.0)
 state, history = loop.fit(
     step.init_state(params, optimizer, mask),
     step.make_train_step(loss, optimizer, trainable=mask),
-    pipeline.make_loader(rows[0], BATCH), rng=jax.random.key(3), num_steps=STEPS,
+    batching.make_loader(rows[0], BATCH), rng=jax.random.key(3), num_steps=STEPS,
     log_every=max(STEPS // 20, 1))
 after = step.evaluate(judge, state.params, tests)["loss"]
 curve = {"training": ([h["step"] for h in history], [h["loss"] for h in history])}
-Image(draw.curves("lora.png", curve, title=f"Held-out loss {before:.3f} before, {after:.3f} after"))
+Image(plots.curves("lora.png", curve, title=f"Held-out loss {before:.3f} before, {after:.3f} after"))
 
 # %% [markdown]
 # ## Two voices, one base
 
 # %%
-voices = {"base": base, "with the LoRA": deltas.merge(state.params)}
+voices = {"base": base, "with the LoRA": peft.merge(state.params)}
 table = ["| | goes on with |", "|---|---|"]
 for name, p in voices.items():
     text = tokenizer.decode(generate(model, p, prompt, **end, do_sample=True, temperature=0.7,
                                      top_p=0.9, rng=jax.random.key(4))[0])
     table.append(f"| {name} | {text!r} |")
-store.save_delta("delta", state.params, mask, base, recipe="lora:8:all")
+adapter_io.save_adapter("delta", state.params, mask, base, recipe="lora:8:all")
 size = sum(f.stat().st_size for f in os.scandir("delta")) / 1e6
 table.append(f"| on disk | {size:.1f} MB beside {count(base) * 4 / 1e6:.0f} |")
 Markdown("\n".join(table))

@@ -32,22 +32,24 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"  # the plan is of chips that are not here
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
-from transformer_jax import host
+from transformer_jax import distributed
 
-host.say_devices();
+distributed.print_devices();
 
 # %%
 import importlib.util
 
 from IPython.display import Image, Markdown
 
-from transformer_jax import chips, draw, plan, plan_table, presets
+from transformer_jax.models import presets
+from transformer_jax.planner import chips, plan, table
+from transformer_jax.report import plots
 
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"
 TOPOLOGY = os.environ.get("TOPOLOGY", "v5e:4x4")
 if importlib.util.find_spec("libtpu") is None:
     print("!! No TPU compiler here (pip install 'transformer_jax[tpu]'): planning for this machine")
-    TOPOLOGY = chips.HERE
+    TOPOLOGY = chips.LOCAL
 
 # %% [markdown]
 # ## What is planned
@@ -63,7 +65,7 @@ base = base.replace(dropout_rate=0.0, attention_dropout_rate=0.0)
 devices = chips.devices_of(TOPOLOGY)
 chip = chips.chip_of(TOPOLOGY, base.dtype)
 fsdp = (1,) if len(devices) == 1 else (4,)
-settings = plan.settings(
+settings = plan.enumerate_configs(
     base, len(devices), meshes={"data": (-1,), "fsdp": fsdp, "sequence": (1,), "tensor": (1,)},
     rows=(8 * len(devices),), length=min(1024, base.max_length),
     remat=("none",) if SMALLEST else ("none", "full"), accumulate=(1,))
@@ -73,7 +75,7 @@ print(f"{len(devices)} x {devices[0].device_kind}: {chip.flops / 1e12:.3g} TFLOP
 # %%
 plans = []
 for setting in settings:
-    plans.append(plan.make(setting, devices, chip))
+    plans.append(plan.compile_plan(setting, devices, chip))
     print(f"{setting}: compiled in {plans[-1].compile_seconds:.0f} s, "
           f"{plans[-1].total_bytes / 2**30:.1f} GiB a chip")
 
@@ -85,7 +87,7 @@ for setting in settings:
 # can reach if all three overlap.
 
 # %%
-Image(draw.plans("plan.png", plan_table.bars(plans), limit=chip.memory / 2**30,
+Image(plots.plans("plan.png", table.memory_bars(plans), limit=chip.memory / 2**30,
                  title=f"GPT-2 on {TOPOLOGY}"))
 
 # %% [markdown]

@@ -29,9 +29,9 @@ if importlib.util.find_spec("transformer_jax") is None:
     # %pip install -q "transformer_jax[hf] @ git+https://github.com/transformer-jax/transformer_jax"
     pass
 
-from transformer_jax import host
+from transformer_jax import distributed
 
-host.say_devices("gpu");
+distributed.print_devices("gpu");
 
 # %%
 import functools
@@ -41,10 +41,11 @@ import jax
 import numpy as np
 from IPython.display import HTML, Image, Markdown
 
-from transformer_jax import data, draw, evaluate, load_pretrained
-from transformer_jax.data import pipeline
-from transformer_jax.objectives import spans, tasks
-from transformer_jax.train import loop, optim, step
+from transformer_jax import data, load_pretrained, metrics
+from transformer_jax.data import batching
+from transformer_jax.objectives import classification, question_answering
+from transformer_jax.report import plots
+from transformer_jax.train import loop, optimizers, step
 from transformer_jax.tree import count
 
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"
@@ -60,7 +61,7 @@ print(f"{MODEL}: {count(params):,} parameters")
 # ## Questions, contexts and windows
 
 # %%
-squad = data.load_annotated(DATA, on_bad="drop")
+squad = data.load_dataset(DATA, on_bad="drop")
 rng = np.random.default_rng(0)
 train = [squad.train[i] for i in rng.permutation(len(squad.train))[:QUESTIONS]]
 tests = [squad.validation[i] for i in rng.permutation(len(squad.validation))[:TESTS]]
@@ -73,27 +74,27 @@ print("answer:", answer)
 # %%
 cut = {"tokenizer": tokenizer, "length": LENGTH, "max_question": min(48, LENGTH // 3),
        "stride": LENGTH // 2}
-windows = spans.make_windows(train, without_answer=False, check=False, **cut)
-test_windows = spans.make_windows([{**e, "answers": []} for e in tests], **cut)
+windows = question_answering.make_windows(train, without_answer=False, check=False, **cut)
+test_windows = question_answering.make_windows([{**e, "answers": []} for e in tests], **cut)
 print(f"{len(train):,} questions are {len(windows):,} windows of {LENGTH} tokens with an answer in "
       f"them; {len(tests)} others are {len(test_windows)}")
-write = tasks.text_row(model, tokenizer, LENGTH)
-rows = [spans.prepare(window, row=write) for window in windows]
+write = classification.make_input_packer(model, tokenizer, LENGTH)
+rows = [question_answering.prepare(window, row=write) for window in windows]
 
 # %% [markdown]
 # ## Training: all parameters, one pass
 
 # %%
-loss = functools.partial(spans.loss, model.apply)
-optimizer = optim.make_optimizer(
-    optim.make_schedule("linear", 2e-4 if "minilm" in MODEL else 5e-5, STEPS,
+loss = functools.partial(question_answering.loss, model.apply)
+optimizer = optimizers.make_optimizer(
+    optimizers.make_schedule("linear", 2e-4 if "minilm" in MODEL else 5e-5, STEPS,
                         warmup_steps=STEPS // 10))
 state, history = loop.fit(
     step.init_state(params, optimizer), step.make_train_step(loss, optimizer),
-    pipeline.make_loader(rows, BATCH), rng=jax.random.key(0), num_steps=STEPS,
+    batching.make_loader(rows, BATCH), rng=jax.random.key(0), num_steps=STEPS,
     log_every=max(STEPS // 20, 1))
 curve = {"training": ([h["step"] for h in history], [h["loss"] for h in history])}
-Image(draw.curves("loss.png", curve, title="Start and end of the answer"))
+Image(plots.curves("loss.png", curve, title="Start and end of the answer"))
 
 # %% [markdown]
 # ## Its answers
@@ -102,14 +103,14 @@ Image(draw.curves("loss.png", curve, title="Start and end of the answer"))
 # context by its characters.
 
 # %%
-predict = jax.jit(functools.partial(spans.predict, model.apply))
-test_rows = [spans.prepare(window, row=write) for window in test_windows]
-found = [jax.device_get(predict(state.params, batch)) for batch in pipeline.make_loader(
+predict = jax.jit(functools.partial(question_answering.predict, model.apply))
+test_rows = [question_answering.prepare(window, row=write) for window in test_windows]
+found = [jax.device_get(predict(state.params, batch)) for batch in batching.make_loader(
     test_rows, min(32, len(test_rows)), shuffle=False, num_epochs=1, drop_remainder=False)]
 found = {name: np.concatenate([part[name] for part in found])[: len(test_rows)]
          for name in found[0]}
-answers = spans.decode(tests, test_windows, found)
-scores = evaluate.squad([a.text for a in answers], [[g["text"] for g in e["answers"]]
+answers = question_answering.decode(tests, test_windows, found)
+scores = metrics.squad_scores([a.text for a in answers], [[g["text"] for g in e["answers"]]
                                                     for e in tests])
 assert all(e["context"][a.start : a.stop] == a.text for e, a in zip(tests, answers))
 

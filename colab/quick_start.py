@@ -29,9 +29,10 @@ if importlib.util.find_spec("transformer_jax") is None:
     # %pip install -q "transformer_jax @ git+https://github.com/transformer-jax/transformer_jax"
     pass
 
-from transformer_jax import host
+from transformer_jax import distributed
+from transformer_jax.data import packing
 
-host.say_devices();
+distributed.print_devices();
 
 # %%
 import functools
@@ -41,14 +42,15 @@ import jax
 import numpy as np
 from IPython.display import Image, Markdown
 
-from transformer_jax import data, draw, presets
-from transformer_jax.data import pipeline, sources, tokenizers
-from transformer_jax.finetune import select
-from transformer_jax.generate import generate
-from transformer_jax.models import GPT, build_model, init_params
-from transformer_jax.objectives import causal_lm, tasks
-from transformer_jax.train import loop, optim, step
-from transformer_jax.tree import count, load_into
+from transformer_jax import data
+from transformer_jax.data import batching, sources, tokenizers
+from transformer_jax.finetuning import select
+from transformer_jax.generation import generate
+from transformer_jax.models import GPT, build_model, init_params, presets
+from transformer_jax.objectives import causal_lm, classification
+from transformer_jax.report import plots
+from transformer_jax.train import loop, optimizers, step
+from transformer_jax.tree import count, restore_partial
 
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # a few steps, for tests
 STEPS, FINETUNE_STEPS, LENGTH = (2, 2, 32) if SMALLEST else (500, 100, 64)
@@ -63,8 +65,8 @@ STEPS, FINETUNE_STEPS, LENGTH = (2, 2, 32) if SMALLEST else (500, 100, 64)
 train, held_out = (sources.load_source("python_docs/documents", split)
                    for split in ("train", "validation"))
 tokenizer = tokenizers.train_bpe([train[i]["text"] for i in range(len(train))], vocab_size=2048)
-rows = {name: pipeline.PackedTokens(
-            pipeline.tokenize_corpus(source, tokenizer, eos_id=tokenizer.eos_id), LENGTH)
+rows = {name: packing.PackedTokens(
+            packing.tokenize_corpus(source, tokenizer, eos_id=tokenizer.eos_id), LENGTH)
         for name, source in (("train", train), ("held out", held_out))}
 print({name: f"{len(part):,} rows" for name, part in rows.items()})
 print(tokenizer.decode(rows["train"][100]["tokens"]))
@@ -79,10 +81,10 @@ config = presets.gpt2(num_layers=2, d_model=128, num_heads=4, mlp_dim=512, max_l
 model = GPT(config)
 params = init_params(model, jax.random.key(0))
 loss = functools.partial(causal_lm.loss, model.apply)
-optimizer = optim.make_optimizer(
-    optim.make_schedule("cosine", 3e-3, STEPS, warmup_steps=STEPS // 20), b2=0.99)
+optimizer = optimizers.make_optimizer(
+    optimizers.make_schedule("cosine", 3e-3, STEPS, warmup_steps=STEPS // 20), b2=0.99)
 
-held_out_batches = list(pipeline.make_loader(rows["held out"], 32, shuffle=False, num_epochs=1))
+held_out_batches = list(batching.make_loader(rows["held out"], 32, shuffle=False, num_epochs=1))
 held_out_batches = held_out_batches[: 1 if SMALLEST else 16]
 eval_step = step.make_eval_step(loss)
 
@@ -95,13 +97,13 @@ def remembers(params):
 print(f"{count(params):,} parameters, held-out loss before: {remembers(params):.3f}")
 state, history = loop.fit(
     step.init_state(params, optimizer), step.make_train_step(loss, optimizer),
-    pipeline.make_loader(rows["train"], 32), rng=jax.random.key(1), num_steps=STEPS, log_every=25)
+    batching.make_loader(rows["train"], 32), rng=jax.random.key(1), num_steps=STEPS, log_every=25)
 pretrained = jax.device_get(state.params)
 print(f"after: {remembers(pretrained):.3f}")
 
 # %%
 curve = {"training": ([h["step"] for h in history], [h["loss"] for h in history])}
-Image(draw.curves("pretraining.png", curve, title="Next-word prediction"))
+Image(plots.curves("pretraining.png", curve, title="Next-word prediction"))
 
 # %% [markdown]
 # ## It writes
@@ -122,7 +124,7 @@ for text in texts:
 # %%
 ids = tokenizer.encode("Return the number of bytes that were written to the file.")
 maps = jax.jit(model.apply)({"params": pretrained}, np.array([ids])).attention
-Image(draw.attention("attention.png", {
+Image(plots.attention("attention.png", {
     f"layer {i}": np.asarray(weights[0]).mean(0) for i, weights in enumerate(maps)},
     [tokenizer.decode([i]) or "·" for i in ids], title="Mean over heads"))
 
@@ -134,11 +136,11 @@ Image(draw.attention("attention.png", {
 # no gradient.
 
 # %%
-topics = data.load_annotated("python_docs/topics", validation="test")
-chosen = data.few_labels(topics.train, 4 if SMALLEST else 64)
+topics = data.load_dataset("python_docs/topics", validation="test")
+chosen = data.subsample_balanced(topics.train, 4 if SMALLEST else 64)
 classifier = build_model(config, len(topics.label_names), "classification")
-write = tasks.text_row(classifier, tokenizer, length=48)
-prepare = functools.partial(tasks.prepare_classification, row=write,
+write = classification.make_input_packer(classifier, tokenizer, length=48)
+prepare = functools.partial(classification.prepare_classification, row=write,
                             num_classes=len(topics.label_names))
 
 
@@ -148,10 +150,10 @@ def rows_of(examples):
 
 
 tests = topics.validation[: 32 if SMALLEST else 384]
-test_batches = list(pipeline.make_loader(rows_of(tests), 32, shuffle=False, num_epochs=1))
-task_loss = functools.partial(tasks.classification_loss, classifier.apply)
+test_batches = list(batching.make_loader(rows_of(tests), 32, shuffle=False, num_epochs=1))
+task_loss = functools.partial(classification.classification_loss, classifier.apply)
 judge = step.make_eval_step(task_loss)
-start = load_into(init_params(classifier, jax.random.key(3)), pretrained)[0]
+start = restore_partial(init_params(classifier, jax.random.key(3)), pretrained)[0]
 print(select.describe(start, select.trainable_mask(start, "last_k:1")))
 
 # %%
@@ -159,12 +161,12 @@ table = [f"| recipe | trains | accuracy on {len(tests)} unseen | pre-training lo
          "|---|---|---|---|"]
 for recipe, peak in (("head", 1e-2), ("last_k:1", 3e-3), ("full", 1.5e-3)):
     mask = select.trainable_mask(start, recipe)
-    optimizer = optim.make_optimizer(optim.make_schedule("linear", peak, FINETUNE_STEPS), b2=0.99)
+    optimizer = optimizers.make_optimizer(optimizers.make_schedule("linear", peak, FINETUNE_STEPS), b2=0.99)
     fresh = jax.tree.map(jax.numpy.array, start)  # the step gives its input's memory away
     tuned, _ = loop.fit(
         step.init_state(fresh, optimizer, mask),
         step.make_train_step(task_loss, optimizer, trainable=mask),
-        pipeline.make_loader(rows_of(chosen), 16), rng=jax.random.key(4),
+        batching.make_loader(rows_of(chosen), 16), rng=jax.random.key(4),
         num_steps=FINETUNE_STEPS, quiet=True)
     accuracy = step.evaluate(judge, tuned.params, test_batches)["accuracy"]
     body = {name: x for name, x in tuned.params.items() if name != "classifier"}
@@ -176,4 +178,4 @@ Markdown("\n".join(table))
 # %% [markdown]
 # The more parameters train, the better the task is learnt from so many labels, and the more of the
 # old skill is lost. `bitfit`, `lora:8`, `adapter:16` and others are in between: put one into the
-# loop above (deltas such as LoRA are made first, by `finetune.deltas.prepare`).
+# loop above (deltas such as LoRA are made first, by `finetuning.peft.add_and_mask`).

@@ -30,9 +30,9 @@ if importlib.util.find_spec("transformer_jax") is None:
     # %pip install -q "transformer_jax[hf] @ git+https://github.com/transformer-jax/transformer_jax"
     pass
 
-from transformer_jax import host
+from transformer_jax import distributed
 
-host.say_devices("gpu");
+distributed.print_devices("gpu");
 
 # %%
 import functools
@@ -42,12 +42,13 @@ import jax
 import numpy as np
 from IPython.display import Image, Markdown, display
 
-from transformer_jax import data, draw, evaluate, load_pretrained, save_pretrained
-from transformer_jax.data import pipeline
-from transformer_jax.finetune import deltas, select, store
-from transformer_jax.objectives import tasks
-from transformer_jax.pretrained import peft
-from transformer_jax.train import loop, optim, step
+from transformer_jax import data, load_pretrained, metrics, save_pretrained
+from transformer_jax.data import batching
+from transformer_jax.finetuning import adapter_io, peft, select
+from transformer_jax.objectives import classification
+from transformer_jax.pretrained import peft_io
+from transformer_jax.report import plots
+from transformer_jax.train import loop, optimizers, step
 from transformer_jax.tree import count
 
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # a few steps, for tests
@@ -68,15 +69,15 @@ print(f"{MODEL}: {type(model).__name__} of {count(base):,} parameters, "
 # %%
 columns = None if DATA.startswith(("hf:", "tfds:")) else {"text": "sentence", "label": "label"}
 names = None if columns is None else {"0": "negative", "1": "positive"}
-reviews = data.load_annotated(DATA, columns=columns, label_names=names)
-train = data.few_labels(reviews.train, total=EXAMPLES)
+reviews = data.load_dataset(DATA, columns=columns, label_names=names)
+train = data.subsample_balanced(reviews.train, total=EXAMPLES)
 tests = reviews.validation[:TESTS]
 for example in train[:3]:
     print(f"{reviews.label_names[example['label']]:>9}: {example['text']}")
 
 # %%
-write = tasks.text_row(model, tokenizer, LENGTH)
-prepare = functools.partial(tasks.prepare_classification, row=write, num_classes=2)
+write = classification.make_input_packer(model, tokenizer, LENGTH)
+prepare = functools.partial(classification.prepare_classification, row=write, num_classes=2)
 
 
 def rows_of(examples):
@@ -91,37 +92,37 @@ def rows_of(examples):
 # LoRA flag; its layers honour what they find. The mask says that only these, and the head, train.
 
 # %%
-params, mask = deltas.prepare(base, RECIPE, jax.random.key(0))
+params, mask = peft.add_and_mask(base, RECIPE, jax.random.key(0))
 print(select.describe(params, mask))
 
 # %%
-loss = functools.partial(tasks.classification_loss, model.apply)
-optimizer = optim.make_optimizer(
-    optim.make_schedule("linear", PEAK, STEPS, warmup_steps=STEPS // 10), weight_decay=0.01)
+loss = functools.partial(classification.classification_loss, model.apply)
+optimizer = optimizers.make_optimizer(
+    optimizers.make_schedule("linear", PEAK, STEPS, warmup_steps=STEPS // 10), weight_decay=0.01)
 state, history = loop.fit(
     step.init_state(params, optimizer, mask),
     step.make_train_step(loss, optimizer, trainable=mask),
-    pipeline.make_loader(rows_of(train), min(32, EXAMPLES)), rng=jax.random.key(1),
+    batching.make_loader(rows_of(train), min(32, EXAMPLES)), rng=jax.random.key(1),
     num_steps=STEPS, log_every=max(STEPS // 20, 1))
 curve = {"training": ([h["step"] for h in history], [h["loss"] for h in history])}
-Image(draw.curves("loss.png", curve, title=f"{RECIPE} on {EXAMPLES:,} reviews"))
+Image(plots.curves("loss.png", curve, title=f"{RECIPE} on {EXAMPLES:,} reviews"))
 
 # %% [markdown]
 # ## How good is it, and how far to believe it?
 
 # %%
-predict = jax.jit(functools.partial(tasks.classification_predict, model.apply))
+predict = jax.jit(functools.partial(classification.classification_predict, model.apply))
 test_rows = rows_of(tests)
 found = []
-for batch in pipeline.make_loader(test_rows, min(64, len(tests)), shuffle=False, num_epochs=1,
+for batch in batching.make_loader(test_rows, min(64, len(tests)), shuffle=False, num_epochs=1,
                                   drop_remainder=False):
     found.append(np.asarray(predict(state.params, batch)["probabilities"]))
 probabilities = np.concatenate(found)[: len(tests)]
 labels = np.array([e["label"] for e in tests])
-table = evaluate.confusion(labels, probabilities.argmax(-1), 2)
-print(f"accuracy on {len(tests)} unseen sentences: {100 * evaluate.accuracy(table):.1f} %")
-display(Image(draw.confusion("confusion.png", table, reviews.label_names, title="SST-2, dev")))
-Image(draw.calibration("calibration.png", evaluate.calibration(probabilities, labels),
+table = metrics.confusion_matrix(labels, probabilities.argmax(-1), 2)
+print(f"accuracy on {len(tests)} unseen sentences: {100 * metrics.accuracy(table):.1f} %")
+display(Image(plots.confusion("confusion.png", table, reviews.label_names, title="SST-2, dev")))
+Image(plots.calibration("calibration.png", metrics.calibration(probabilities, labels),
                        title="SST-2, dev"))
 
 # %% [markdown]
@@ -143,10 +144,10 @@ for text, p in zip(mine, np.asarray(predict(state.params, batch)["probabilities"
 # a plain checkpoint, with LoRA folded into the kernels.
 
 # %%
-store.save_delta("delta", state.params, mask, base, recipe=RECIPE,
+adapter_io.save_adapter("delta", state.params, mask, base, recipe=RECIPE,
                  label_names=reviews.label_names, task="classification")
-peft.save_peft("peft", model, state.params, MODEL, mask=mask)
-save_pretrained("merged", model, deltas.merge(state.params), tokenizer)
+peft_io.save_peft("peft", model, state.params, MODEL, mask=mask)
+save_pretrained("merged", model, peft.merge(state.params), tokenizer)
 
 
 def megabytes(folder):

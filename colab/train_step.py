@@ -36,9 +36,9 @@ if not any(d.platform != "cpu" for d in jax.devices()):
     jax.extend.backend.clear_backends()
     jax.config.update("jax_num_cpu_devices", 8)
 
-from transformer_jax import host
+from transformer_jax import distributed
 
-host.say_devices();
+distributed.print_devices();
 
 # %%
 import functools
@@ -48,16 +48,17 @@ import numpy as np
 from IPython.display import Image, Markdown
 from jax.sharding import PartitionSpec as P
 
-from transformer_jax import draw, presets, sharding
-from transformer_jax.models import GPT, init_params
+from transformer_jax import sharding
+from transformer_jax.models import GPT, init_params, presets
 from transformer_jax.objectives import causal_lm
-from transformer_jax.train import optim, step
+from transformer_jax.report import plots
+from transformer_jax.train import optimizers, step
 
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # for tests
 model = GPT(presets.gpt2(num_layers=1 if SMALLEST else 2, d_model=64, num_heads=4, mlp_dim=256, vocab_size=512,
                          max_length=32, dropout_rate=0.0, attention_dropout_rate=0.0))
 loss = functools.partial(causal_lm.loss, model.apply)
-optimizer = optim.make_optimizer(1e-3)
+optimizer = optimizers.make_optimizer(1e-3)
 rng = np.random.default_rng(0)
 text = np.cumsum(rng.integers(0, 3, (5, 16, 33)), axis=-1) % 512  # rows that can be learnt
 batches = [{"tokens": t[:, :-1].astype(np.int32), "targets": t[:, 1:].astype(np.int32),
@@ -151,7 +152,7 @@ for batch in batches:
     losses.append(float(metrics["loss"]))
 found["jit, 4 microbatches"] = losses
 
-from transformer_jax.finetune import select
+from transformer_jax.finetuning import select
 
 params = init_params(model, jax.random.key(0))
 mask = select.trainable_mask(params, "bitfit")
@@ -178,7 +179,7 @@ print("losses of four seeds after five steps:", np.round(metrics["loss"], 4))
 
 # %%
 lines = {how: (range(1, 6), losses) for how, losses in found.items()}
-Image(draw.curves("agreement.png", lines, title="Five ways to run one step"))
+Image(plots.curves("agreement.png", lines, title="Five ways to run one step"))
 
 # %%
 reference = np.array(found["jit"])

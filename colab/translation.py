@@ -28,9 +28,9 @@ if importlib.util.find_spec("transformer_jax") is None:
     # %pip install -q "transformer_jax[hf,scores] @ git+https://github.com/transformer-jax/transformer_jax"
     pass
 
-from transformer_jax import host
+from transformer_jax import distributed
 
-host.say_devices("gpu");
+distributed.print_devices("gpu");
 
 # %%
 import functools
@@ -40,11 +40,12 @@ import jax
 import numpy as np
 from IPython.display import Image, Markdown
 
-from transformer_jax import draw, evaluate, load_pretrained
+from transformer_jax import load_pretrained, metrics
 from transformer_jax.data import pairs
-from transformer_jax.generate import generate, generation_options
+from transformer_jax.generation import generate, generation_options
 from transformer_jax.objectives import seq2seq
-from transformer_jax.train import loop, optim, step
+from transformer_jax.report import plots
+from transformer_jax.train import loop, optimizers, step
 from transformer_jax.tree import count
 
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"
@@ -94,7 +95,7 @@ wrote = [*tokenizer.encode(target), config.eos_token_id]
 out = jax.jit(model.apply)({"params": params}, np.array([read]),
                            np.array([[config.decoder_start_token_id, *wrote[:-1]]]))
 words = [[tokenizer.decode([i], skip_special=False) for i in row] for row in (wrote, read)]
-Image(draw.attention("cross_attention.png", {
+Image(plots.attention("cross_attention.png", {
     "last layer": np.asarray(out.cross_attention[-1][0]).mean(0)}, *words, title="Cross-attention"))
 
 # %% [markdown]
@@ -107,7 +108,7 @@ rng = np.random.default_rng(0)
 train = [train[i] for i in rng.permutation(len(train))[:TRAIN]]
 tests = [held_out[i] for i in rng.permutation(len(held_out))[:TESTS]]
 references = [pair["target"] for pair in tests]
-before = evaluate.bleu(translate(params, [pair["source"] for pair in tests]), references)
+before = metrics.bleu(translate(params, [pair["source"] for pair in tests]), references)
 print(f"{before.score:.1f}  ({before.signature})")
 
 # %% [markdown]
@@ -121,26 +122,26 @@ sides = {side: tokenizer.encode_batch([pair[side] for pair in train])
          for side in ("source", "target")}
 prepare = functools.partial(seq2seq.prepare, start_id=config.decoder_start_token_id,
                             eos_id=config.eos_token_id, pad_id=config.pad_token_id)
-batches = pairs.BucketedBatches(
+batches = pairs.TokenBudgetBatches(
     [{"source": s, "target": t} for s, t in zip(*sides.values())], prepare, buckets=(16, 32, 64),
     tokens_per_batch=512 if SMALLEST else 1024)
 loss = functools.partial(seq2seq.loss, model.apply, label_smoothing=0.1)
-optimizer = optim.make_optimizer(
-    optim.make_schedule("linear", float(os.environ.get("PEAK", 5e-5)), STEPS,
+optimizer = optimizers.make_optimizer(
+    optimizers.make_schedule("linear", float(os.environ.get("PEAK", 5e-5)), STEPS,
                         warmup_steps=STEPS // 10), weight_decay=0.0, b2=0.98)
 start = jax.tree.map(jax.numpy.array, params)  # a copy, which the step may give away
 state, history = loop.fit(
     step.init_state(start, optimizer), step.make_train_step(loss, optimizer), batches.loader(),
     rng=jax.random.key(0), num_steps=STEPS, log_every=max(STEPS // 20, 1))
 curve = {"training": ([h["step"] for h in history], [h["nll"] for h in history])}
-Image(draw.curves("loss.png", curve, title="Captions", ylabel="nats a token"))
+Image(plots.curves("loss.png", curve, title="Captions", ylabel="nats a token"))
 
 # %% [markdown]
 # ## BLEU after
 
 # %%
 written = translate(state.params, [pair["source"] for pair in tests])
-after = evaluate.bleu(written, references)
+after = metrics.bleu(written, references)
 rows = [f"| {pair['source']} | {text} | {pair['target']} |"
         for pair, text in list(zip(tests, written))[:6]]
 Markdown(f"BLEU {before.score:.1f} → **{after.score:.1f}**\n\n| source | written | reference |\n"

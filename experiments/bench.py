@@ -31,13 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from transformer_jax import host, measure, plan, presets, tree
-from transformer_jax.finetune import deltas, shrink
-from transformer_jax.generate import generate, prepare
-from transformer_jax.models import build_model, init_params
-from transformer_jax.objectives import tasks
-from transformer_jax.train import optim, step
-from transformer_jax.train.compiled import CompiledStep
+from transformer_jax import distributed, tree
+from transformer_jax.finetuning import peft, quantize
+from transformer_jax.generation import generate, transpose_kernels_for_decoding
+from transformer_jax.models import build_model, init_params, presets
+from transformer_jax.objectives import classification
+from transformer_jax.planner import plan, throughput
+from transformer_jax.train import optimizers, profiling, step
+from transformer_jax.train.compiled_step import CompiledStep
 
 CHAR = {"vocab_size": 65, "norm_first": True}
 
@@ -118,10 +119,10 @@ def training(case: Case, c: Bench) -> Job:
     model = build_model(config, 2, "classification") if recipe else build_model(config)
     params, mask = jax.jit(functools.partial(init_params, model))(jax.random.key(0)), None
     if recipe:
-        params, mask = deltas.prepare(params, recipe, jax.random.key(1))
-    optimizer = optim.make_optimizer(1e-4)
-    loss = tasks.classification_loss if recipe else plan.pretraining_loss(config)
-    setting = plan.Setting(config, {}, case.rows, case.length)
+        params, mask = peft.add_and_mask(params, recipe, jax.random.key(1))
+    optimizer = optimizers.make_optimizer(1e-4)
+    loss = classification.classification_loss if recipe else plan.pretraining_loss(config)
+    setting = plan.PlanConfig(config, {}, case.rows, case.length)
     batch = _batch(case, plan.batch_shapes(setting), config.vocab_size, recipe)
     state = [step.init_state(params, optimizer, mask)]
     del params
@@ -149,8 +150,8 @@ def decoding(case: Case, c: Bench) -> Job:
     # Once for each new token; an encoder, and what projects its states, once for each text.
     weights = sum(leaf.size for path, leaf in tree.flatten_paths(params).items()
                   if not re.search(r"^encoder|position_embed|cross_attention/(key|value)", path))
-    params, _ = shrink.shrink(params, jax.tree.map(lambda x: False, params), c.weights)
-    params = prepare(model, params, donate=True)  # once, as where many texts are written
+    params, _ = quantize.quantize_frozen(params, jax.tree.map(lambda x: False, params), c.weights)
+    params = transpose_kernels_for_decoding(model, params, donate=True)  # once, as where many texts are written
     run = functools.partial(generate, model, params, prompts.tolist(),
                             max_new_tokens=case.target, min_new_tokens=case.target)
     size = 1 if c.weights == "int8" else np.dtype(config.compute_dtype).itemsize
@@ -198,8 +199,8 @@ def _batch(case: Case, shapes: dict, vocab_size: int, recipe: str | None) -> dic
 def time_case(name: str, c: Bench) -> dict:
     """One case in this process."""
     case = CASES[name]
-    rate, reads = measure.matmul_rate(c.dtype), measure.read_rate()
-    with measure.Compilations() as compilations:
+    rate, reads = throughput.matmul_flops_per_second(c.dtype), throughput.memory_bandwidth()
+    with profiling.CompilationCounter() as compilations:
         job = make_job(case, c)
         before = compilations.seconds
         job.run()
@@ -222,7 +223,7 @@ def time_case(name: str, c: Bench) -> dict:
         "tokens_per_second": round(job.tokens / median, 1),
         **{name: round(value, 3) for name, value in share.items() if value},
         "matmul_gflops": round(rate / 1e9, 1), "read_gigabytes": round(reads / 1e9, 1),
-        "peak_memory_mib": round((measure.peak_memory() or 0) / 2**20),
+        "peak_memory_mib": round((profiling.peak_memory() or 0) / 2**20),
         "compilations_after_second": again, "device": jax.devices()[0].device_kind,
         "machine": platform.machine(), "python": platform.python_version(),
         "versions": {package: version(package) for package in ("jax", "jaxlib", "flax")}}
@@ -236,8 +237,8 @@ def main(c: Bench) -> list[dict]:
     lines = []
     for name in c.cases or [name for name in CASES if name not in LARGE]:
         if c.here:
-            if host.will_use_cpu():
-                host.keep_freed_memory()
+            if distributed.platform_is_cpu():
+                distributed.configure_malloc()
             lines.append(time_case(name, c))
             print(json.dumps(lines[-1]), flush=True)
             continue

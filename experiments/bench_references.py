@@ -28,7 +28,8 @@ from typing import Literal, NamedTuple
 import bench
 import turns
 
-from transformer_jax import plan
+from transformer_jax.planner import plan, throughput
+from transformer_jax.train import profiling
 
 WORKER = "--worker"
 LIBRARIES = {  # name -> which environment; kinds of model; work
@@ -89,7 +90,7 @@ def shape_of(name: str, c: Against) -> dict:
     """What a worker of any library has to know of a case."""
     case = bench.CASES[name]
     config = bench.config_of(case, bench.Bench(dropout_rate=c.dropout_rate))
-    rows = plan.batch_shapes(plan.Setting(config, {}, case.rows, case.length))
+    rows = plan.batch_shapes(plan.PlanConfig(config, {}, case.rows, case.length))
     masked = rows["masked_positions"].shape[1] if "masked_positions" in rows else 0
     return {"kind": KINDS[case.preset], "work": case.work, "rows": case.rows,
             "length": case.length, "target": case.target, "masked": masked,
@@ -121,22 +122,22 @@ def commands(name: str, c: Against) -> dict[str, list[str]]:
 
 def worker(name: str, settings: str) -> None:
     """Ours, or the machine's own rates."""
-    from transformer_jax import host, measure
+    from transformer_jax import distributed
 
-    if host.will_use_cpu():
-        host.keep_freed_memory()
+    if distributed.platform_is_cpu():
+        distributed.configure_malloc()
     # On a GPU JAX would take most of the memory; others are on it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     c = json.loads(settings)
     if name in ("matmul", "read"):
-        work, amount = (measure.matmul_work(c["dtype"]) if name == "matmul"
-                        else measure.read_work())
+        work, amount = (throughput.matmul_benchmark(c["dtype"]) if name == "matmul"
+                        else throughput.memory_read_benchmark())
         turns.serve(work, seconds=1.0, amount=amount)
         return
     job = bench.make_job(bench.CASES[name], bench.Bench(dtype=c["dtype"],
                                                         dropout_rate=c["dropout_rate"]))
     turns.serve(job.run, seconds=c["turn_seconds"], pieces=job.times, tokens=job.tokens,
-                flops=job.flops, bytes_read=job.bytes_read, peak=measure.peak_memory)
+                flops=job.flops, bytes_read=job.bytes_read, peak_lr=profiling.peak_memory)
 
 
 def compare(name: str, c: Against) -> list[Result]:

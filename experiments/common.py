@@ -17,16 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 from settings import Pretrain
 
-from transformer_jax import distributed, host, sharding
-from transformer_jax.data import pipeline, prepared, sources, tokenizers
+from transformer_jax import distributed, sharding
+from transformer_jax.data import batching, packing, sources, token_cache, tokenizers
 from transformer_jax.models import build_model, config_from_dict, config_to_dict
 from transformer_jax.models.config import Config, TransformerConfig
 from transformer_jax.objectives import causal_lm, denoising, mlm_nsp
 from transformer_jax.objectives.denoising import Noise
 from transformer_jax.pretrained import load_pretrained
-from transformer_jax.pretrained.runs import Trained, is_run, load_run, save_card
-
-__all__ = ["Trained", "load_run", "save_card"]  # and all that is defined here
+from transformer_jax.pretrained.runs import LoadedRun, is_run, load_run
 
 LOSSES = {"causal_lm": causal_lm.loss, "mlm_nsp": mlm_nsp.loss, "denoising": denoising.loss}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets",
@@ -36,12 +34,12 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 def start() -> None:
     """Call first in a script: host settings, other processes, what was compiled before, and the
     devices, said aloud."""
-    if host.will_use_cpu():
-        host.keep_freed_memory()
-    distributed.join()
+    if distributed.platform_is_cpu():
+        distributed.configure_malloc()
+    distributed.initialize()
     devices = jax.devices()
     if not jax.config.jax_compilation_cache_dir:
-        folder = host.compiled_folder(devices[0].device_kind)
+        folder = distributed.compilation_cache_dir(devices[0].device_kind)
         jax.config.update("jax_compilation_cache_dir", str(folder))
     print(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
           f"{jax.process_count()} process(es), jax {jax.__version__}", flush=True)
@@ -106,10 +104,10 @@ class Split(NamedTuple):
     transform: Callable | None
     tokens_per_row: int
 
-    def loader(self, batch_size: int, mesh: Mesh | None = None, **options) -> pipeline.Loader:
+    def loader(self, batch_size: int, mesh: Mesh | None = None, **options) -> batching.Loader:
         """Batches for this process, which takes its share of the rows of each global batch."""
-        share = sharding.data_share(mesh)
-        return pipeline.make_loader(
+        share = sharding.process_data_shard(mesh)
+        return batching.make_loader(
             self.rows, batch_size, transform=self.transform,
             process_index=share.index, process_count=share.count, **options,
         )
@@ -125,14 +123,14 @@ class Split(NamedTuple):
 def objective_rows(c: Pretrain, texts: Sequence[dict], tokenizer: tokenizers.Tokenizer,
                    name: str = "train") -> Split:
     """Rows of `c.length` tokens for the run's objective; `name` is of the part of the data."""
-    tokenize = pipeline.tokenize_corpus
+    tokenize = packing.tokenize_corpus
     if c.prepared is not None:
-        tokenize = functools.partial(prepared.prepare, folder=c.prepared / name)
+        tokenize = functools.partial(token_cache.tokenize_to_cache, folder=c.prepared / name)
     if c.objective not in LOSSES:
         raise ValueError(f"unknown objective {c.objective!r}; choose one of {', '.join(LOSSES)}")
     if c.objective == "causal_lm":
         corpus = tokenize(texts, tokenizer, eos_id=tokenizer.eos_id, sentences=c.unit != "file")
-        return Split(pipeline.PackedTokens(corpus, c.length), None, c.length)
+        return Split(packing.PackedTokens(corpus, c.length), None, c.length)
     if c.objective == "denoising":
         corpus = tokenize(_sentences(texts, c.sentence_end), tokenizer)
         transform = functools.partial(
@@ -165,7 +163,7 @@ def _sentences(texts: Sequence[dict], end: str) -> Sequence[dict]:
 
 def load_base(
     source: str | Path, *, dropout_rate: float | None = None, pooling: str | None = None
-) -> Trained:
+) -> LoadedRun:
     """What is fine-tuned: the model of a run's folder, or of a checkpoint in the Hugging Face
     format (a folder, an id on the hub, "package:NAME/FOLDER"), with its pre-trained heads.
 
@@ -180,7 +178,7 @@ def load_base(
     model, params, tokenizer = load_pretrained(source, **changes)
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer; add its tokenizer.json or vocabulary files")
-    return Trained(model, params, tokenizer, [])
+    return LoadedRun(model, params, tokenizer, [])
 
 
 def held_out_batches(pretrained: Path, tokenizer, batch_size: int = 64) -> list[dict]:
@@ -205,7 +203,7 @@ def _read_json(path: Path) -> dict:
 # known by what was read from them.
 _NOT_THE_RUN = {"out", "data", "tokenizer", "mesh", "eval_every", "eval_batches", "eval_pairs",
                 "save_every", "log_every", "profile", "remember", "pretrained", "quiet", "prepared",
-                "accept_changes", "policy", "replay"}
+                "allow_config_mismatch", "policy", "replay"}
 
 
 def identity(config: Any, rows: Any, *more: Any) -> dict[str, Any]:

@@ -26,10 +26,11 @@ from settings_seq2seq import Denoise, Pairs
 from tensorboardX import SummaryWriter
 from translate import translate
 
-from transformer_jax import draw, evaluate, sharding, tree
+from transformer_jax import metrics, sharding, tree
 from transformer_jax.data import pairs
 from transformer_jax.models import Transformer, config_to_dict, init_params
 from transformer_jax.objectives import seq2seq
+from transformer_jax.report import plots
 from transformer_jax.train import loop, step
 
 SIDES = ("source", "target")
@@ -38,7 +39,7 @@ SIDES = ("source", "target")
 class Tuned(NamedTuple):
     params: dict
     history: list[dict]
-    held_out: dict[str, float]  # the loss and its metrics
+    held_out: dict[str, float]  # the loss and its measured
 
 
 def joint_tokenizer(c: Denoise, texts: Sequence[dict]) -> Path:
@@ -62,12 +63,12 @@ def rows_of(c: Pairs, texts: Sequence[dict], tokenizer) -> common.Split:
 
 
 def finetune(c: Denoise, name: str, train_step, eval_step, train: common.Split,
-             held_out: list[dict], base: common.Trained, params: dict) -> Tuned:
+             held_out: list[dict], base: common.LoadedRun, params: dict) -> Tuned:
     """Trains a copy of `params` in `<out>/<name>`."""
     out, f = c.out / name, c.finetune
     mesh = c.pretrain.mesh.make()
     params = jax.device_put(params, sharding.param_shardings(params, mesh))
-    common.save_card(out, base.model.config, base.tokenizer)
+    common.save_run_config(out, base.model.config, base.tokenizer)
 
     def held_out_loss(params):
         return step.evaluate(eval_step, params, held_out, mesh)
@@ -78,7 +79,7 @@ def finetune(c: Denoise, name: str, train_step, eval_step, train: common.Split,
             train.loader(f.batch_size, mesh, seed=f.seed), rng=jax.random.key(f.seed + 1),
             num_steps=f.num_steps, mesh=mesh, eval_fn=held_out_loss, eval_every=f.eval_every,
             save_every=f.save_every, log_every=f.log_every, checkpoint_dir=out / "checkpoints",
-            writer=writer, accept_changes=f.accept_changes, policy=f.policy,
+            writer=writer, allow_config_mismatch=f.allow_config_mismatch, policy=f.policy,
             metadata={"model": config_to_dict(base.model.config)} | common.identity(
                 f, train.rows, params))
     return Tuned(state.params, history, held_out_loss(state.params))
@@ -98,7 +99,7 @@ def write_targets(c: Denoise, model: Transformer, params: dict, tokenizer,
 def main(c: Denoise) -> dict:
     """The command: both stages, the same without the first, scores, texts, pictures."""
     began = time.perf_counter()
-    evaluate.rouge(["a"], ["a"])  # a missing library is missed now, not after the training
+    metrics.rouge(["a"], ["a"])  # a missing library is missed now, not after the training
     f = c.finetune
     texts, held_out_texts = (pairs.load_pairs(f.data, split, f.source, f.target)
                              for split in (f.train_split, f.held_out_split))
@@ -124,16 +125,16 @@ def main(c: Denoise) -> dict:
         tuned[name] = finetune(c, name, *steps, train, held_out, base, params)
         written[name] = write_targets(c, base.model, tuned[name].params, base.tokenizer,
                                       [pair["source"] for pair in scored])
-        scores[name] = evaluate.rouge(written[name], references)
+        scores[name] = metrics.rouge(written[name], references)
         print(f"{name}: held-out loss {tuned[name].held_out['nll']:.3f}, "
               + ", ".join(f"{k} {v:.2f}" for k, v in scores[name].items()), flush=True)
     report(c, scored, written, {name: run.history for name, run in tuned.items()})
-    metrics = {
+    measured = {
         "denoising": {key: denoised[key] for key in ("held_out_before", "held_out")},
         **{name: {"rouge": scores[name], "held_out": run.held_out, "history": run.history}
            for name, run in tuned.items()},
     }
-    return common.write_results(c.out, c, metrics, time.perf_counter() - began)
+    return common.write_results(c.out, c, measured, time.perf_counter() - began)
 
 
 def report(c: Denoise, scored: Sequence[dict], written: dict[str, list[str]],
@@ -155,7 +156,7 @@ def report(c: Denoise, scored: Sequence[dict], written: dict[str, list[str]],
             (h["step"], h["eval_nll"]) for h in history if "eval_nll" in h]
     points = {name: tuple(zip(*found)) for name, found in points.items() if found}
     if points:  # runs that were finished before have none
-        draw.curves(c.out / "finetuning.png", points,
+        plots.curves(c.out / "finetuning.png", points,
                     title=f"{c.finetune.source} to {c.finetune.target}")
 
 

@@ -7,7 +7,7 @@
         --train bitfit --out runs/rte
 
 Hardware and time: python_docs/topics with the quickstart's models takes under a minute on 2 cores.
-`--train` is a recipe of `finetune.select`, such as full, head, last_k:2, bitfit, lora:8 or
+`--train` is a recipe of `finetuning.select`, such as full, head, last_k:2, bitfit, lora:8 or
 adapter:64, joined by "+"; the table that is printed says what trains. The kind of task is told by
 the data: classes, scores, choices, tags of words, answers to questions, or texts to write.
 `--settings.frozen` keeps what does not train in bfloat16 or int8. `results.json` has the task's
@@ -31,12 +31,13 @@ import tyro
 import writing
 from settings import Downstream, Mesh, Settings
 
-from transformer_jax import draw, sharding, tree
-from transformer_jax.data import few_labels
-from transformer_jax.finetune import deltas, features, select, shrink, store
+from transformer_jax import sharding, tree
+from transformer_jax.data import subsample_balanced
+from transformer_jax.finetuning import adapter_io, feature_cache, peft, quantize, select
 from transformer_jax.models import GPT, Model, build_model, config_to_dict, init_params
-from transformer_jax.objectives import causal_lm, seq2seq, tasks
-from transformer_jax.train import finetuning, loop, step
+from transformer_jax.objectives import causal_lm, classification, seq2seq
+from transformer_jax.report import plots
+from transformer_jax.train import loop, step, transforms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,8 @@ def compiled(model: Model, recipe: str, settings: Settings, kind: str, cached: b
     shapes = jax.eval_shape(functools.partial(_start, model, recipe, settings), jax.random.key(0))
     mask = select.trainable_mask(shapes, recipe)
     optimizer = settings.optimizer.make(settings.num_steps)
-    apply = features.on_features(model.apply) if cached else model.apply
-    options = {"lm_weight": settings.lm_weight} if settings.lm_weight else {}
+    apply = feature_cache.apply_to_features(model.apply) if cached else model.apply
+    options = {"aux_lm_loss_weight": settings.aux_lm_loss_weight} if settings.aux_lm_loss_weight else {}
     loss_fn = functools.partial(loss_of(model, kind), apply, **options)
     return Compiled(mask, optimizer, step.make_train_step(loss_fn, optimizer, mask))
 
@@ -81,21 +82,21 @@ def _start(model: Model, recipe: str, settings: Settings, rng: jax.Array, pretra
     keys = jax.random.split(rng, 3)
     params = init_params(model, keys[0])
     if pretrained is not None:
-        params = tree.load_into(params, pretrained)[0]
+        params = tree.restore_partial(params, pretrained)[0]
     if settings.new_tokens:
-        params = deltas.add_tokens(params, supervised.NEW_TOKENS, keys[1])
-    params, mask = deltas.prepare(params, recipe, keys[2])
-    return shrink.shrink(params, mask, settings.frozen)[0]
+        params = peft.add_tokens(params, supervised.NEW_TOKENS, keys[1])
+    params, mask = peft.add_and_mask(params, recipe, keys[2])
+    return quantize.quantize_frozen(params, mask, settings.frozen)[0]
 
 
 def loss_of(model: Model, kind: str):
     """The objective of a kind of task."""
     if kind == "seq2seq":
         return causal_lm.loss if isinstance(model, GPT) else seq2seq.loss
-    return tasks.TASKS[kind].loss
+    return classification.TASK_TYPES[kind].loss
 
 
-LM_BESIDE = ("classification", "regression", "multiple_choice")  # what `lm_weight` is for
+LM_BESIDE = ("classification", "regression", "multiple_choice")  # what `aux_lm_loss_weight` is for
 
 
 def read(data, model: Model, tokenizer, settings: Settings) -> supervised.Task:
@@ -108,8 +109,8 @@ def read(data, model: Model, tokenizer, settings: Settings) -> supervised.Task:
     if settings.length > model.config.max_length:
         raise ValueError(f"length is {settings.length}, and the model has "
                          f"{model.config.max_length} positions; lower settings.length")
-    if settings.lm_weight and not (isinstance(model, GPT) and data.kind in LM_BESIDE):
-        raise ValueError(f"lm_weight is for GPT on {', '.join(LM_BESIDE)}, and this is a "
+    if settings.aux_lm_loss_weight and not (isinstance(model, GPT) and data.kind in LM_BESIDE):
+        raise ValueError(f"aux_lm_loss_weight is for GPT on {', '.join(LM_BESIDE)}, and this is a "
                          f"{type(model).__name__} on {data.kind}; leave it out")
     reader = writing if data.kind == "seq2seq" else supervised
     return reader.read(data, model, tokenizer, settings.reading())
@@ -140,8 +141,8 @@ def finetune(
     params = _new(model, recipe, settings, jax.random.key(seed), pretrained)
     whole = tree.count(params)
     mask = select.trainable_mask(params, recipe)
-    cached = settings.cache_features and features.only_head_trains(mask) and kind in (
-        "classification", "regression", "multiple_choice") and not settings.lm_weight
+    cached = settings.cache_features and feature_cache.only_head_trains(mask) and kind in (
+        "classification", "regression", "multiple_choice") and not settings.aux_lm_loss_weight
     mask, optimizer, train_step = compiled(model, recipe, settings, kind, cached)
     if not quiet:
         report = "new parameters" if pretrained is None else _loaded(model, pretrained)
@@ -163,15 +164,15 @@ def finetune(
         step.init_state(params, optimizer, mask), train_step, data.loader(),
         rng=jax.random.key(seed + 1), num_steps=settings.num_steps, quiet=quiet,
         log_every=max(settings.num_steps // 10, 1), checkpoint_dir=checkpoint_dir, mesh=mesh,
-        save_every=settings.save_every, accept_changes=settings.accept_changes, keep=2,
+        save_every=settings.save_every, allow_config_mismatch=settings.allow_config_mismatch, keep=2,
         policy=settings.policy,
         metadata=None if checkpoint_dir is None else {
             "model": config_to_dict(model.config), "recipe": recipe, "seed": seed,
             **common.identity(settings, task.train, params)},
     )
     params = state.params
-    if (average := finetuning.ema_params(state.opt_state)) is not None:
-        params = tree.merge(average, tree.split(params, mask)[1])
+    if (average := transforms.get_ema_params(state.opt_state)) is not None:
+        params = tree.combine(average, tree.partition(params, mask)[1])
     seconds = time.perf_counter() - began
     if kind == "seq2seq":
         found = writing.write(model, params, tokenizer, task, settings.reading())
@@ -180,7 +181,7 @@ def finetune(
         found = supervised.predict(model, params, kind, held_out.evaluation())
     scores, lines = task.report(found)
     timed = [h["seconds_per_step"] for h in history if "seconds_per_step" in h]
-    trained = tree.count(tree.split(params, mask)[0])
+    trained = tree.count(tree.partition(params, mask)[0])
     return Outcome(params, mask, {
         **scores, "labels": len(task.data.train), "steps": settings.num_steps, "trained": trained,
         "share_trained": trained / whole, "cut": cut[0], "cut_validation": cut[1],
@@ -207,16 +208,16 @@ def with_what_is_new(model: Model, pretrained: dict, recipe: str) -> str:
 
 
 def base_params(model: Model, pretrained: dict) -> dict:
-    """What a run starts from before its deltas: the base that `finetune.store` knows it by."""
-    return tree.load_into(init_params(model, jax.random.key(0)), pretrained)[0]
+    """What a run starts from before its deltas: the base that `finetuning.adapter_io` knows it by."""
+    return tree.restore_partial(init_params(model, jax.random.key(0)), pretrained)[0]
 
 
-def for_task(base: common.Trained, data) -> tuple[Model, dict]:
+def for_task(base: common.LoadedRun, data) -> tuple[Model, dict]:
     """The base's model with the head that a set needs, and the parameters it starts from: a head
     of the same shape is kept, any other is left out."""
     writes = data.kind == "seq2seq"
     model = build_model(base.model.config, 0 if writes else supervised.num_classes(data),
-                        None if writes else tasks.TASKS[data.kind].task)
+                        None if writes else classification.TASK_TYPES[data.kind].task)
     shapes = tree.flatten_paths(jax.eval_shape(
         functools.partial(init_params, model), jax.random.key(0)))
     fits = {path: leaf for path, leaf in tree.flatten_paths(base.params).items()
@@ -234,7 +235,7 @@ def main(c: Finetune) -> dict:
         base.params, sharding.param_shardings(base.params, mesh)))
     data = c.data.load()
     if c.labels_per_class is not None or c.examples is not None:
-        data = data._replace(train=few_labels(data.train, c.labels_per_class, c.seed,
+        data = data._replace(train=subsample_balanced(data.train, c.labels_per_class, c.seed,
                                               total=c.examples))
     model, start = for_task(base, data)
     task = read(data, model, base.tokenizer, c.settings)
@@ -243,12 +244,12 @@ def main(c: Finetune) -> dict:
     outcome = finetune(
         model, None if c.from_scratch else start, base.tokenizer, task, c.train, c.settings,
         c.seed, checkpoint_dir=c.out / "checkpoints", mesh=mesh)
-    common.save_card(c.out, model.config, base.tokenizer, data.label_names, task=model.task,
+    common.save_run_config(c.out, model.config, base.tokenizer, data.label_names, task=model.task,
                      num_classes=model.num_classes)
     supervised.write_predictions(c.out / "predictions.jsonl", outcome.lines)
     metrics = dict(outcome.metrics, history=outcome.history, dropped=data.dropped)
     if not c.from_scratch:
-        store.save_delta(c.out / "delta", outcome.params, outcome.mask, base_params(model, start),
+        adapter_io.save_adapter(c.out / "delta", outcome.params, outcome.mask, base_params(model, start),
                          recipe=c.train, label_names=data.label_names, task=data.kind,
                          pretrained=c.pretrained)
         metrics["held_out_objective"] = memory.objective
@@ -270,12 +271,12 @@ def pictures(c: Finetune, data, outcome: Outcome) -> None:
     """Loss, confusion and calibration, where there are any."""
     if outcome.history:  # a run that was finished before has none
         points = [(h["step"], h["loss"]) for h in outcome.history if "loss" in h]
-        draw.curves(c.out / "loss.png", {"training": tuple(zip(*points))},
+        plots.curves(c.out / "loss.png", {"training": tuple(zip(*points))},
                     title=f"Fine-tuning by {c.train}")
     if "confusion" in outcome.metrics and data.label_names:
-        draw.confusion(c.out / "confusion.png", outcome.metrics["confusion"], data.label_names,
+        plots.confusion(c.out / "confusion.png", outcome.metrics["confusion"], data.label_names,
                        title=f"{c.data.data}, {c.train}")
-        draw.calibration(c.out / "calibration.png", outcome.metrics["calibration"],
+        plots.calibration(c.out / "calibration.png", outcome.metrics["calibration"],
                          title=f"{c.data.data}, {c.train}")
 
 

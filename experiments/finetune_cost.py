@@ -23,11 +23,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from transformer_jax import draw, presets, tree
-from transformer_jax.finetune import deltas, features, select
-from transformer_jax.models import BERT, BERTConfig, init_params
-from transformer_jax.objectives import tasks
-from transformer_jax.train import optim, step
+from transformer_jax import tree
+from transformer_jax.finetuning import feature_cache, peft, select
+from transformer_jax.models import BERT, BERTConfig, init_params, presets
+from transformer_jax.objectives import classification
+from transformer_jax.report import plots
+from transformer_jax.train import optimizers, step
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ def rows(c: Cost, count: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 def prepare(c: Cost, model: BERT, recipe: str, loss_fn) -> Recipe:
     """The compiled step of a recipe with what the compiler says of it."""
-    optimizer = optim.make_optimizer(1e-4)
+    optimizer = optimizers.make_optimizer(1e-4)
 
     def params_of(key):
-        return deltas.add_deltas(init_params(model, key), recipe, key)
+        return peft.add_peft_params(init_params(model, key), recipe, key)
 
     mask = select.trainable_mask(jax.eval_shape(params_of, jax.random.key(0)), recipe)
     state = jax.jit(lambda key: step.init_state(params_of(key), optimizer, mask))(
@@ -80,8 +81,8 @@ def prepare(c: Cost, model: BERT, recipe: str, loss_fn) -> Recipe:
         state, rows(c, c.batch_size), jax.random.key(1)).compile()
     memory = compiled.memory_analysis()
     return Recipe(compiled, state, {
-        "recipe": recipe, "trained": tree.count(tree.split(state.params, mask)[0]),
-        "share_trained": tree.count(tree.split(state.params, mask)[0]) / tree.count(state.params),
+        "recipe": recipe, "trained": tree.count(tree.partition(state.params, mask)[0]),
+        "share_trained": tree.count(tree.partition(state.params, mask)[0]) / tree.count(state.params),
         "flops": compiled.cost_analysis()["flops"],
         "optimizer_bytes": sum(x.nbytes for x in jax.tree.leaves(state.opt_state)),
         "temporary_bytes": memory.temp_size_in_bytes if memory else None,
@@ -107,13 +108,13 @@ def interleaved(c: Cost, found: list[Recipe]) -> list[list[float]]:
 def cached_features(c: Cost, model: BERT) -> dict[str, float]:
     """Seconds of an epoch of `head` that computes the body, that does it once and for all, and of
     an epoch after that."""
-    optimizer = optim.make_optimizer(1e-4)
+    optimizer = optimizers.make_optimizer(1e-4)
     params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
     mask = select.trainable_mask(params, "head")
     batches = [rows(c, c.batch_size, seed) for seed in range(c.epoch_batches)]
 
     def epoch(apply, batches) -> float:
-        loss_fn = functools.partial(tasks.classification_loss, apply)
+        loss_fn = functools.partial(classification.classification_loss, apply)
         run = jax.jit(step.make_train_step(loss_fn, optimizer, mask), donate_argnums=0)
         state = step.init_state(params, optimizer, mask)
         state, _ = run(state, batches[0], jax.random.key(1))  # compiles
@@ -126,11 +127,11 @@ def cached_features(c: Cost, model: BERT) -> dict[str, float]:
 
     recomputed = epoch(model.apply, batches)
     began = time.perf_counter()
-    found = features.compute(model, params, batches)
+    found = feature_cache.compute_features(model, params, batches)
     once = time.perf_counter() - began
     small = [{name: np.stack([row[name] for row in found[k : k + c.batch_size]])
               for name in found[0]} for k in range(0, len(found), c.batch_size)]
-    cached = epoch(features.on_features(model.apply), small)
+    cached = epoch(feature_cache.apply_to_features(model.apply), small)
     return {"recomputed": recomputed, "computing_features": once, "cached": cached,
             "ratio": recomputed / cached}
 
@@ -140,7 +141,7 @@ def main(c: Cost) -> dict:
     began = time.perf_counter()
     console = Console(width=110)
     model = BERT(c.model, num_classes=2, task="classification")
-    loss_fn = functools.partial(tasks.classification_loss, model.apply)
+    loss_fn = functools.partial(classification.classification_loss, model.apply)
     found = []
     for recipe in c.recipes:
         found.append(prepare(c, model, recipe, loss_fn))
@@ -162,7 +163,7 @@ def main(c: Cost) -> dict:
         console.print("an epoch of head: {recomputed:.2f} s computing the body, {cached:.3f} s on "
                       "cached features: {ratio:.0f} times faster".format(
                           **metrics["cached_features"]))
-    draw.costs(c.out / "cost.png", {
+    plots.costs(c.out / "cost.png", {
         row["recipe"]: {"FLOPs": row["flops_ratio"], "time": row["time_ratio"],
                         "optimizer state": row["optimizer_bytes"] / first["optimizer_bytes"]}
         for row in figures}, title=f"A training step, relative to {c.recipes[0]}")

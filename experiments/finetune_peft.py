@@ -29,7 +29,7 @@ class Comparison:
     recipe: full, which trains everything on both sides, or lora:R.
     rounds, per_round: turns of each side, and steps of a turn.
     threads: of torch; JAX takes every core.
-    keep_freed_memory: ours by `host.keep_freed_memory`, as the other scripts run: fewer page faults
+    keep_freed_memory: ours by `distributed.configure_malloc`, as the other scripts run: fewer page faults
         for a higher peak, because a step's one large buffer may not fit where the last one was.
     """
 
@@ -53,27 +53,27 @@ def ours(c: dict):
     import jax
     import numpy as np
 
-    from transformer_jax import host, presets, tree
-    from transformer_jax.finetune import deltas, select
-    from transformer_jax.models import BERT, init_params
-    from transformer_jax.objectives import tasks
-    from transformer_jax.train import optim, step
+    from transformer_jax import distributed, tree
+    from transformer_jax.finetuning import peft, select
+    from transformer_jax.models import BERT, init_params, presets
+    from transformer_jax.objectives import classification
+    from transformer_jax.train import optimizers, step
 
     if c["keep_freed_memory"]:  # before the first array
-        host.keep_freed_memory()
+        distributed.configure_malloc()
     config = presets.bert_base(num_layers=c["layers"], d_model=c["width"],
                                num_heads=c["width"] // 64, mlp_dim=4 * c["width"])
     model = BERT(config, num_classes=2, task="classification")
-    optimizer = optim.make_optimizer(1e-4)
+    optimizer = optimizers.make_optimizer(1e-4)
 
     def params_of(key):
-        return deltas.add_deltas(init_params(model, key), c["recipe"], key)
+        return peft.add_peft_params(init_params(model, key), c["recipe"], key)
 
     mask = select.trainable_mask(jax.eval_shape(params_of, jax.random.key(0)), c["recipe"])
     state = jax.jit(lambda key: step.init_state(params_of(key), optimizer, mask))(
         jax.random.key(0))
-    trained = tree.count(tree.split(state.params, mask)[0])
-    loss_fn = functools.partial(tasks.classification_loss, model.apply)
+    trained = tree.count(tree.partition(state.params, mask)[0])
+    loss_fn = functools.partial(classification.classification_loss, model.apply)
     run = jax.jit(step.make_train_step(loss_fn, optimizer, mask), donate_argnums=0)
     tokens, labels = batch(c, config.vocab_size)
     rows = jax.device_put({

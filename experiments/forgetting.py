@@ -9,7 +9,7 @@ import common
 import numpy as np
 from settings import Pretrain
 
-from transformer_jax.data import pipeline, sources
+from transformer_jax.data import packing, sources
 from transformer_jax.models import BERT, Model
 from transformer_jax.objectives import contrastive
 from transformer_jax.pretrained.runs import is_run
@@ -47,7 +47,7 @@ def _eval_step(model: Model, objective: str) -> Callable:
     return step.make_eval_step(functools.partial(LOSSES[objective], model.apply))
 
 
-def measure(source: str | Path, base: common.Trained, rows: int = 256,
+def measure(source: str | Path, base: common.LoadedRun, rows: int = 256,
             text: str = "python_docs/documents") -> Memory:
     """The memory of a run on what it held out, or of a checkpoint on some `text`.
 
@@ -71,13 +71,13 @@ def measure(source: str | Path, base: common.Trained, rows: int = 256,
                   split.evaluation(batch_size, limit=max(rows // batch_size, 1)))
 
 
-def _settings(base: common.Trained, objective: str) -> Pretrain:
+def _settings(base: common.LoadedRun, objective: str) -> Pretrain:
     length = min(128, base.model.config.max_length)
     return Pretrain(model=base.model.config, objective=objective, tokenizer="", length=length,
                     batch_size=32, num_steps=1, out=Path())
 
 
-def _sentence_pairs(texts, base: common.Trained) -> common.Split:
+def _sentence_pairs(texts, base: common.LoadedRun) -> common.Split:
     t, length = base.tokenizer, 64
     pairs = [{"tokens": a, "tokens_b": b}
              for i in range(len(texts)) for a, b in _neighbours(texts[i]["text"], t)]
@@ -90,6 +90,6 @@ def _sentence_pairs(texts, base: common.Trained) -> common.Split:
 
 def _neighbours(text: str, tokenizer):
     """Sentences of a document two by two, each in one pair only."""
-    lines = pipeline.sentence_pieces(text)
+    lines = packing.split_sentences(text)
     ids = tokenizer.encode_batch(lines)
     return [(a, b) for a, b in zip(ids[::2], ids[1::2]) if len(a) > 3 and len(b) > 3]

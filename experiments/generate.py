@@ -15,10 +15,10 @@ import common
 import jax
 import tyro
 
-from transformer_jax.generate import fill_mask, generate
+from transformer_jax.generation import fill_mask, generate
 from transformer_jax.models import GPT
-from transformer_jax.objectives import tasks
-from transformer_jax.objectives.layout import bert_row
+from transformer_jax.objectives import classification
+from transformer_jax.objectives.input_format import pack_bert_input
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def answer(c: Generate) -> list[str]:
     return task(c, run)
 
 
-def continued(c: Generate, run: common.Trained) -> list[str]:
+def continued(c: Generate, run: common.LoadedRun) -> list[str]:
     prompts = [run.tokenizer.encode(text) for text in c.text]
     do_sample = any(value is not None for value in (c.temperature, c.top_k, c.top_p))
     rows = generate(
@@ -62,11 +62,11 @@ def continued(c: Generate, run: common.Trained) -> list[str]:
     return [text + run.tokenizer.decode(row[start:]) for text, row in zip(c.text, rows)]
 
 
-def filled(c: Generate, run: common.Trained) -> list[str]:
+def filled(c: Generate, run: common.LoadedRun) -> list[str]:
     t, lines = run.tokenizer, []
     for text in c.text:
         ids = t.encode(text)
-        row = bert_row(ids, length=len(ids) + 2, cls_id=t.cls_id, sep_id=t.sep_id)
+        row = pack_bert_input(ids, length=len(ids) + 2, cls_id=t.cls_id, sep_id=t.sep_id)
         fills = fill_mask(run.model, run.params, row["tokens"], mask_id=t.mask_id,
                           top_k=c.candidates)
         words = "; ".join(
@@ -77,16 +77,16 @@ def filled(c: Generate, run: common.Trained) -> list[str]:
     return lines
 
 
-def classify(c: Generate, run: common.Trained) -> list[str]:
+def classify(c: Generate, run: common.LoadedRun) -> list[str]:
     lines = []
     for text in c.text:
         ids = run.tokenizer.encode(text)
         new = "extra" in run.params["token_embed"]
-        row = tasks.text_row(
+        row = classification.make_input_packer(
             run.model, run.tokenizer, run.model.config.max_length,
-            tasks.Specials.new(run.model.config.vocab_size) if new else None)(ids)
+            classification.SpecialTokens.new(run.model.config.vocab_size) if new else None)(ids)
         logits = run.model.apply(
-            {"params": run.params}, row["tokens"][None], method="classify",
+            {"params": run.params}, row["tokens"][None], method="classification_logits",
             padding_mask=row["padding_mask"][None], segment_ids=row["segment_ids"][None],
         )
         share = jax.nn.softmax(logits[0])

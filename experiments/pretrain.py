@@ -21,9 +21,10 @@ import tyro
 from settings import Pretrain
 from tensorboardX import SummaryWriter
 
-from transformer_jax import draw, evaluate, sharding, tree
-from transformer_jax.data import pipeline, tokenizers
+from transformer_jax import metrics, sharding, tree
+from transformer_jax.data import batching, tokenizers
 from transformer_jax.models import build_model, config_to_dict, init_params
+from transformer_jax.report import plots
 from transformer_jax.train import loop, step
 
 
@@ -34,7 +35,7 @@ def pretrain(c: Pretrain) -> dict:
     saved = c.out / "tokenizer"
     tokenizer = tokenizers.load(saved) if saved.is_dir() else common.make_tokenizer(c, train_texts)
     c = dataclasses.replace(c, model=common.fit_to(c.model, tokenizer))
-    common.save_card(c.out, c.model, tokenizer)
+    common.save_run_config(c.out, c.model, tokenizer)
     train, held_out = (
         common.objective_rows(c, texts, tokenizer, name)
         for name, texts in (("train", train_texts), ("held_out", held_out_texts))
@@ -59,10 +60,10 @@ def pretrain(c: Pretrain) -> dict:
         return step.evaluate(eval_step, params, held_out_batches, mesh)
 
     print(f"{tree.count(params):,} parameters, {len(train.rows):,} rows of {c.length} tokens, "
-          f"global batch {c.batch_size} = {c.batch_size // sharding.batch_parts(mesh)} a device, "
+          f"global batch {c.batch_size} = {c.batch_size // sharding.num_batch_shards(mesh)} a device, "
           f"{c.num_steps} steps, {len(held_out.rows):,} rows held out", flush=True)
     for batch in held_out_batches:
-        pipeline.check_ids(batch, c.model.vocab_size, c.model.max_length)
+        batching.check_batch_ids(batch, c.model.vocab_size, c.model.max_length)
     before = None if c.replay else held_out_loss(params)
     with SummaryWriter(str(c.out / "events")) as writer:
         state, history = loop.fit(
@@ -72,25 +73,25 @@ def pretrain(c: Pretrain) -> dict:
             log_every=c.log_every, checkpoint_dir=c.out / "checkpoints", writer=writer,
             tokens_per_batch=c.batch_size * train.tokens_per_row,
             metadata={"model": config_to_dict(c.model)} | common.identity(c, train.rows),
-            accept_changes=c.accept_changes, policy=c.policy, keep_best=("loss", "min"),
-            replay=c.replay,
+            allow_config_mismatch=c.allow_config_mismatch, policy=c.policy, keep_best=("loss", "min"),
+            replay_step=c.replay,
             profile=(c.out / "trace", c.profile) if c.profile else None,
         )
     if c.replay is not None:
         print(json.dumps(history[-1]))
         return history[-1]
     after = held_out_loss(state.params)
-    metrics = {"held_out_before": before, "held_out": after, "history": history}
+    measured = {"held_out_before": before, "held_out": after, "history": history}
     if c.objective == "causal_lm":
-        metrics["perplexity"] = evaluate.perplexity(after["loss"])
+        measured["perplexity"] = metrics.perplexity(after["loss"])
     print(f"held-out loss before {before['loss']:.3f}, after {after['loss']:.3f}", flush=True)
-    if waits := [h["host_share"] for h in history if "host_share" in h]:
-        metrics["host_share"] = sum(waits) / len(waits)
-        print(f"at most {100 * metrics['host_share']:.2f} % of a step's time devices waited for "
+    if waits := [h["data_wait_fraction"] for h in history if "data_wait_fraction" in h]:
+        measured["data_wait_fraction"] = sum(waits) / len(waits)
+        print(f"at most {100 * measured['data_wait_fraction']:.2f} % of a step's time devices waited for "
               "the host", flush=True)
-    draw.curves(c.out / "loss.png", loss_curves(history, before),
+    plots.curves(c.out / "loss.png", loss_curves(history, before),
                 title=f"Pre-training by {c.objective}")
-    return common.write_results(c.out, c, metrics, time.perf_counter() - began)
+    return common.write_results(c.out, c, measured, time.perf_counter() - began)
 
 
 def loss_curves(history: list[dict], before: dict) -> dict:

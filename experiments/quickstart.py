@@ -29,14 +29,14 @@ from rich.console import Console
 from rich.table import Table
 from settings import Data, FinetuneOptimizer, Pretrain
 
-from transformer_jax import draw
-from transformer_jax.data import few_labels
-from transformer_jax.generate import fill_mask, generate
+from transformer_jax.data import subsample_balanced
+from transformer_jax.generation import fill_mask, generate
 from transformer_jax.models import GPT
 from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.blocks import Stack
 from transformer_jax.nn.positions import sinusoidal
-from transformer_jax.objectives.layout import bert_row
+from transformer_jax.objectives.input_format import pack_bert_input
+from transformer_jax.report import plots
 
 PROMPTS = ("Return the", "If the file", "This class is used to")
 SENTENCES = ("Return the [MASK] of the string.", "Raise an [MASK] if the file does not exist.",
@@ -49,7 +49,7 @@ class Quickstart:
     """The main job.
 
     Attributes:
-        recipes, peaks: what trains, and its highest learning rate: the fewer parameters, the
+        recipes, peak_lrs: what trains, and its highest learning rate: the fewer parameters, the
             higher. From scratch everything trains at the rate of `full`.
         labels_per_class: label budgets, smallest first.
         seeds: fine-tuning runs a cell of the table.
@@ -60,7 +60,7 @@ class Quickstart:
 
     out: Path = Path("runs/quickstart")
     recipes: tuple[str, ...] = ("head", "last_k:1", "full")
-    peaks: tuple[float, ...] = (1e-2, 3e-3, 1.5e-3)
+    peak_lrs: tuple[float, ...] = (1e-2, 3e-3, 1.5e-3)
     labels_per_class: tuple[int, ...] = (16, 64)
     seeds: int = 3
     test_examples: int = 384
@@ -68,7 +68,7 @@ class Quickstart:
     pretrain_steps: int = 0
     settings: Settings = dataclasses.field(default_factory=lambda: Settings(
         length=48, batch_size=16, num_steps=50,
-        optimizer=FinetuneOptimizer(peak=1.5e-3, b2=0.99)))
+        optimizer=FinetuneOptimizer(peak_lr=1.5e-3, b2=0.99)))
 
 
 def main(c: Quickstart) -> dict:
@@ -104,18 +104,18 @@ def compare_recipes(c: Quickstart, name: str, base, folder: Path, console: Conso
                     held_out[: max(c.forgetting_rows // 32, 1)])
     before = memory.loss({})
     tests = [e["label"] for e in data.validation]
-    rates = dict(zip(c.recipes, c.peaks))
+    rates = dict(zip(c.recipes, c.peak_lrs))
     rows = [("from scratch", "full", None), *[(r, r, start) for r in c.recipes]]
     cells = []
     read = functools.partial(supervised.read, model=model, tokenizer=base.tokenizer,
                              how=c.settings.reading())
     for budget in c.labels_per_class:
-        drawn = [read(data._replace(train=few_labels(data.train, budget, seed)))
+        drawn = [read(data._replace(train=subsample_balanced(data.train, budget, seed)))
                  for seed in range(c.seeds)]
         for label, recipe, source in rows:
-            peak = rates.get(recipe, c.settings.optimizer.peak)
+            peak = rates.get(recipe, c.settings.optimizer.peak_lr)
             settings = dataclasses.replace(
-                c.settings, optimizer=dataclasses.replace(c.settings.optimizer, peak=peak))
+                c.settings, optimizer=dataclasses.replace(c.settings.optimizer, peak_lr=peak))
             outcomes = [finetune(model, source, base.tokenizer, task, recipe, settings, seed,
                                  quiet=True) for seed, task in enumerate(drawn)]
             accuracy = np.array([o.metrics["accuracy"] for o in outcomes])
@@ -183,7 +183,7 @@ def use(trained: dict, console: Console) -> dict:
     filled = {}
     for sentence in SENTENCES:
         ids = t.encode(sentence)
-        row = bert_row(ids, length=len(ids) + 2, cls_id=t.cls_id, sep_id=t.sep_id)
+        row = pack_bert_input(ids, length=len(ids) + 2, cls_id=t.cls_id, sep_id=t.sep_id)
         fill = fill_mask(bert.model, bert.params, row["tokens"], mask_id=t.mask_id)[0]
         filled[sentence] = {t.decode([i]): float(p)
                             for i, p in zip(fill.token_ids, fill.probabilities)}
@@ -199,10 +199,10 @@ def pictures(c: Quickstart, trained: dict, cells: list[dict]) -> None:
     """
     gpt = trained["GPT"]
     learned = np.asarray(gpt.params["position_embed"]["embedding"])
-    draw.positions(c.out / "positions.png", {
+    plots.positions(c.out / "positions.png", {
         "fixed (sinusoidal)": sinusoidal(*learned.shape), "learned by GPT": learned})
     ids = gpt.tokenizer.encode("Return the number of bytes that were written to the file.")
-    draw.attention(c.out / "attention.png", attention_maps(gpt.model, gpt.params, ids),
+    plots.attention(c.out / "attention.png", attention_maps(gpt.model, gpt.params, ids),
                    [gpt.tokenizer.decode([i]) or "·" for i in ids],
                    title="GPT, last layer, mean over heads")
     panels = {}
@@ -210,7 +210,7 @@ def pictures(c: Quickstart, trained: dict, cells: list[dict]) -> None:
         line = panels.setdefault(cell["model"], {}).setdefault(cell["recipe"], ([], [], []))
         for values, key in zip(line, ("labels", "accuracy", "accuracy_std")):
             values.append(cell[key])
-    draw.label_efficiency(c.out / "labels.png", panels, chance=cells[0]["chance"],
+    plots.label_efficiency(c.out / "labels.png", panels, chance=cells[0]["chance"],
                           title="Accuracy by labels and by what trains")
 
 

@@ -277,4 +277,4 @@ LIBRARIES = {f.__name__: f for f in (
 if __name__ == "__main__":
     shape = json.loads(sys.argv[2])
     turns.serve(LIBRARIES[sys.argv[1]](shape), seconds=shape["turn_seconds"], pieces=shape["times"],
-                peak=lambda: peak_memory(shape))
+                peak_lr=lambda: peak_memory(shape))

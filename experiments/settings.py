@@ -14,7 +14,7 @@ from transformer_jax import sharding
 from transformer_jax.models.config import Config
 from transformer_jax.objectives.denoising import Noise
 from transformer_jax.objectives.mlm_nsp import MASK_RATE
-from transformer_jax.train import health, optim
+from transformer_jax.train import anomalies, optimizers
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Optimizer:
     """AdamW under a schedule with warm-up."""
 
     schedule: str = "cosine"
-    peak: float = 1e-3
+    peak_lr: float = 1e-3
     end: float = 0.0
     warmup_steps: int = 100
     weight_decay: float = 0.01
@@ -44,9 +44,9 @@ class Optimizer:
     clip_norm: float | None = 1.0
 
     def make(self, num_steps: int):
-        schedule = optim.make_schedule(self.schedule, self.peak, num_steps, self.warmup_steps,
+        schedule = optimizers.make_schedule(self.schedule, self.peak_lr, num_steps, self.warmup_steps,
                                        self.end)
-        return optim.make_optimizer(schedule, weight_decay=self.weight_decay, b2=self.b2,
+        return optimizers.make_optimizer(schedule, weight_decay=self.weight_decay, b2=self.b2,
                                     eps=self.eps, clip_norm=self.clip_norm)
 
 
@@ -57,7 +57,7 @@ class FinetuneOptimizer(Optimizer):
     Attributes:
         warmup_share: of the steps; in the place of warmup_steps.
         layer_decay: each layer's rate is this times that of the layer above it.
-        head_rate: factor of the rate of new heads.
+        head_lr_multiplier: factor of the rate of new heads.
         unfreeze_every: release a layer every so many steps, from the top down.
         l2_sp: strength of the pull toward the pre-trained point, in the place of weight decay.
         ema: decay of the average of what trains, which is evaluated and kept in its place.
@@ -66,7 +66,7 @@ class FinetuneOptimizer(Optimizer):
     schedule: str = "linear"
     warmup_share: float | None = 0.1
     layer_decay: float | None = None
-    head_rate: float = 1.0
+    head_lr_multiplier: float = 1.0
     unfreeze_every: int | None = None
     l2_sp: float | None = None
     ema: float | None = None
@@ -74,10 +74,10 @@ class FinetuneOptimizer(Optimizer):
     def make(self, num_steps: int):
         warmup = (self.warmup_steps if self.warmup_share is None
                   else int(self.warmup_share * num_steps))
-        schedule = optim.make_schedule(self.schedule, self.peak, num_steps, warmup, self.end)
-        return optim.make_optimizer(
+        schedule = optimizers.make_schedule(self.schedule, self.peak_lr, num_steps, warmup, self.end)
+        return optimizers.make_optimizer(
             schedule, weight_decay=self.weight_decay, b2=self.b2, eps=self.eps,
-            clip_norm=self.clip_norm, layer_decay=self.layer_decay, head_rate=self.head_rate,
+            clip_norm=self.clip_norm, layer_decay=self.layer_decay, head_lr_multiplier=self.head_lr_multiplier,
             unfreeze_every=self.unfreeze_every, l2_sp=self.l2_sp, ema=self.ema)
 
 
@@ -124,7 +124,7 @@ class Data:
     limit: int | None = None
     on_bad: str | None = None
 
-    def load(self) -> sets.Annotated:
+    def load(self) -> sets.LabeledDataset:
         """The set, read and checked: `data.load_annotated`."""
         options = {name: getattr(self, name) or None for name in (
             "validation", "kind", "header", "validation_header", "label_names",
@@ -137,7 +137,7 @@ class Data:
             options["validation"] = self.validation or "test"
         if self.held_out:
             options["held_out"] = {"fold": self.held_out}
-        return sets.load_annotated(self.data, **options)
+        return sets.load_dataset(self.data, **options)
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,15 @@ class Settings:
         num_steps: updates; or `epochs` over the examples, but at least `min_steps`.
         frozen: float32, bfloat16 or int8, of kernels and embeddings that do not train.
         cache_features: where only the head trains, compute the body once, without dropout.
-        lm_weight: of GPT's language-model loss beside the task's.
+        aux_lm_loss_weight: of GPT's language-model loss beside the task's.
         new_tokens: GPT's start, delimiter and extract tokens, as in its paper.
         both_orders: read a pair in both orders (GPT).
         stride: how far a window of a long context begins after the one before.
         max_question: tokens of a question; what is longer is cut.
         target_length, num_beams: of a text to write.
         save_every: updates between checkpoints; the last only if 0.
-        accept_changes: go on from a checkpoint that was saved with other settings or data.
-        policy: what to do about losses that are not finite, or spike (`train.health`).
+        allow_config_mismatch: go on from a checkpoint that was saved with other settings or data.
+        policy: what to do about losses that are not finite, or spike (`train.anomalies`).
     """
 
     length: int = 64
@@ -166,10 +166,10 @@ class Settings:
     epochs: float | None = None
     min_steps: int = 1
     optimizer: FinetuneOptimizer = field(default_factory=lambda: FinetuneOptimizer(
-        peak=1e-3, b2=0.99))
+        peak_lr=1e-3, b2=0.99))
     frozen: str = "float32"
     cache_features: bool = True
-    lm_weight: float = 0.0
+    aux_lm_loss_weight: float = 0.0
     new_tokens: bool = False
     both_orders: bool = False
     stride: int = 128
@@ -177,8 +177,8 @@ class Settings:
     target_length: int = 64
     num_beams: int = 4
     save_every: int = 0
-    accept_changes: bool = False
-    policy: health.Policy = health.STOP
+    allow_config_mismatch: bool = False
+    policy: anomalies.AnomalyPolicy = anomalies.STOP
 
     def reading(self) -> supervised.Reading:
         return supervised.Reading(
@@ -224,23 +224,23 @@ class Sweep(Downstream):
 
     Attributes:
         recipes: what trains; "scratch" trains all of a model of the same size from new parameters.
-        peaks: the highest learning rate of each recipe.
+        peak_lrs: the highest learning rate of each recipe.
         epochs: how often each recipe sees an example.
-        lm_weights: weight of the language model's loss beside each recipe's (GPT).
+        aux_lm_loss_weights: weight of the language model's loss beside each recipe's (GPT).
         examples: how many training examples, as balanced as the classes allow; all if empty.
         seeds: runs of each cell: examples, new parameters, order and dropout.
     """
 
     recipes: tuple[str, ...] = ("full", "lora:8", "bitfit", "last_k:2", "head")
-    peaks: tuple[float, ...] = ()
+    peak_lrs: tuple[float, ...] = ()
     epochs: tuple[float, ...] = ()
-    lm_weights: tuple[float, ...] = ()
+    aux_lm_loss_weights: tuple[float, ...] = ()
     examples: tuple[int, ...] = ()
     seeds: int = 3
     quiet: bool = False
 
     def __post_init__(self):
-        for name in ("peaks", "epochs", "lm_weights"):
+        for name in ("peak_lrs", "epochs", "aux_lm_loss_weights"):
             given = getattr(self, name)
             if given and len(given) != len(self.recipes):
                 raise ValueError(f"there are {len(given)} {name} for {len(self.recipes)} recipes; "
@@ -252,14 +252,14 @@ class Sweep(Downstream):
         rows = {}
         for k, recipe in enumerate(self.recipes):
             name, settings = recipe, self.settings
-            if self.peaks:
-                optimizer = dataclasses.replace(settings.optimizer, peak=self.peaks[k])
+            if self.peak_lrs:
+                optimizer = dataclasses.replace(settings.optimizer, peak_lr=self.peak_lrs[k])
                 settings = dataclasses.replace(settings, optimizer=optimizer)
             if self.epochs:
                 settings = dataclasses.replace(settings, epochs=self.epochs[k])
-            if self.lm_weights:
-                name = f"{recipe}, LM loss x {self.lm_weights[k]:g}"
-                settings = dataclasses.replace(settings, lm_weight=self.lm_weights[k])
+            if self.aux_lm_loss_weights:
+                name = f"{recipe}, LM loss x {self.aux_lm_loss_weights[k]:g}"
+                settings = dataclasses.replace(settings, aux_lm_loss_weight=self.aux_lm_loss_weights[k])
             rows[name] = ("full" if recipe == SCRATCH else recipe, settings)
         return rows
 
@@ -283,9 +283,9 @@ class Pretrain:
         noise: of denoising.
         sentence_end: what ends a sentence within a line, such as " . " in tokenized text, for
             denoising; lines alone if empty.
-        accept_changes: go on from a checkpoint that was saved with other settings or data.
+        allow_config_mismatch: go on from a checkpoint that was saved with other settings or data.
         profile: write a trace of so many steps to `<out>/trace`.
-        policy: what to do about losses that are not finite, or spike (`train.health`).
+        policy: what to do about losses that are not finite, or spike (`train.anomalies`).
         replay: do this step again, from the last checkpoint before it, and print its numbers.
         scan_layers: stack the layers while training and scan over them, which compiles one in the
             place of all: for deep models on accelerators.
@@ -316,6 +316,6 @@ class Pretrain:
     log_every: int = 50
     seed: int = 0
     profile: int = 0
-    accept_changes: bool = False
-    policy: health.Policy = health.STOP
+    allow_config_mismatch: bool = False
+    policy: anomalies.AnomalyPolicy = anomalies.STOP
     replay: int | None = None

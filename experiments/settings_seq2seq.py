@@ -7,7 +7,7 @@ import tyro
 from settings import Mesh, Optimizer, Pretrain
 
 from transformer_jax.models.config import TransformerConfig
-from transformer_jax.train import health
+from transformer_jax.train import anomalies
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Translate:
         num_beams, length_penalty: of the beam search.
         max_new_tokens: of a translation.
         eval_pairs: how many pairs of the held-out split are translated; all if not given.
-        accept_changes, policy: as in `Pretrain`.
+        allow_config_mismatch, policy: as in `Pretrain`.
     """
 
     model: tyro.conf.AvoidSubcommands[TransformerConfig]
@@ -55,8 +55,8 @@ class Translate:
     save_every: int = 250
     log_every: int = 50
     seed: int = 0
-    accept_changes: bool = False
-    policy: health.Policy = health.STOP
+    allow_config_mismatch: bool = False
+    policy: anomalies.AnomalyPolicy = anomalies.STOP
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Pairs:
         source_length, target_length: tokens a row, special ones included; what is longer is cut.
         num_beams, length_penalty, no_repeat_ngram_size: of the search for the best target.
         eval_pairs: how many pairs of the held-out split get a target written; all if not given.
-        accept_changes, policy: as in `Pretrain`.
+        allow_config_mismatch, policy: as in `Pretrain`.
     """
 
     source: str
@@ -90,8 +90,8 @@ class Pairs:
     save_every: int = 200
     log_every: int = 50
     seed: int = 0
-    accept_changes: bool = False
-    policy: health.Policy = health.STOP
+    allow_config_mismatch: bool = False
+    policy: anomalies.AnomalyPolicy = anomalies.STOP
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ what bounds a step, and does it scale?
     pip install ".[tpu]"
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python experiments/slices.py
 
-Every step is compiled by the real TPU compiler (`transformer_jax.plan`), at the same tokens a chip
+Every step is compiled by the real TPU compiler (`transformer_jax.planner.plan`), at the same tokens a chip
 on every slice, bfloat16, splash attention. Rows are printed as they come; a row that is already in
 `rows.jsonl` is not compiled again. Hardware: one CPU core takes one to three minutes a row.
 """
@@ -18,9 +18,11 @@ from typing import NamedTuple
 import common
 import tyro
 
-from transformer_jax import chips, draw, plan, presets
+from transformer_jax.models import presets
+from transformer_jax.planner import chips, plan
+from transformer_jax.report import plots
 
-SHAPE = {"dtype": "bfloat16", "kernel": "splash", "dropout_rate": 0.0,
+SHAPE = {"dtype": "bfloat16", "attention_impl": "splash", "dropout_rate": 0.0,
          "attention_dropout_rate": 0.0}
 
 
@@ -52,7 +54,7 @@ class Slices:
     out: Path = Path("runs/slices")
 
 
-def setting_of(model: str, devices: int) -> plan.Setting:
+def setting_of(model: str, devices: int) -> plan.PlanConfig:
     """The same work for every chip."""
     if model not in WORK:
         raise ValueError(f"no work for model {model!r}; choose of {', '.join(WORK)}")
@@ -60,7 +62,7 @@ def setting_of(model: str, devices: int) -> plan.Setting:
     config = presets.get(model, **SHAPE, remat=work.remat)
     if config.max_length < work.length:
         config = config.replace(max_length=work.length)
-    return plan.Setting(config, {"data": devices // work.fsdp, "fsdp": work.fsdp},
+    return plan.PlanConfig(config, {"data": devices // work.fsdp, "fsdp": work.fsdp},
                         work.rows * devices, work.length)
 
 
@@ -126,14 +128,14 @@ def main(c: Slices) -> dict:
             setting = setting_of(model, len(devices))
             key = (model, topology, str(setting))
             if key not in done:
-                found = plan.make(setting, devices, chips.CHIPS[topology.partition(":")[0]])
+                found = plan.compile_plan(setting, devices, chips.CHIPS[topology.partition(":")[0]])
                 done[key] = row_of(model, topology, found)
                 with kept.open("a") as file:
                     file.write(json.dumps(done[key]) + "\n")
             rows.append(done[key])
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     (c.out / "table.md").write_text(table(rows) + "\n")
-    draw.plans(c.out / "slices.png", {
+    plots.plans(c.out / "slices.png", {
         f"{row['model']}, {row['topology']}": {
             "state": row["state_gib"], "temporary": row["temporary_gib"],
             **{name: row[f"{name}_ms"] for name in ("arithmetic", "memory", "network")}}

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from transformer_jax import evaluate, sharding
-from transformer_jax.data import Annotated
-from transformer_jax.data.buckets import GroupedBatches, choose_buckets
-from transformer_jax.finetune import features
+from transformer_jax import metrics, sharding
+from transformer_jax.data import LabeledDataset
+from transformer_jax.data.length_buckets import LengthBucketedBatches, choose_buckets
+from transformer_jax.finetuning import feature_cache
 from transformer_jax.models import GPT, Model
-from transformer_jax.objectives import spans, tags, tasks
+from transformer_jax.objectives import classification, question_answering, token_classification
 
 NEW_TOKENS = 3  # GPT's start, delimiter and extract tokens
 
@@ -44,7 +44,7 @@ class Task(NamedTuple):
             line of the prediction file for each example).
     """
 
-    data: Annotated
+    data: LabeledDataset
     train: list
     validation: list
     lengths: Callable[[Sequence], list[int]]
@@ -52,13 +52,13 @@ class Task(NamedTuple):
     report: Callable[[Predictions], tuple[dict[str, Any], list[dict]]]
 
 
-def num_classes(data: Annotated) -> int:
+def num_classes(data: LabeledDataset) -> int:
     """The width of the head that a set needs."""
     return {"regression": 1, "multiple_choice": 1, "question_answering": 2}.get(
         data.kind, len(data.label_names))
 
 
-def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
+def read(data: LabeledDataset, model: Model, tokenizer, how: Reading) -> Task:
     """The set in ids, each text tokenized once.
 
     Raises:
@@ -66,9 +66,9 @@ def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
             tokens to part it, an option of GPT for another model, or an annotated text that may
             not be cut and is longer than a row.
     """
-    if data.kind not in tasks.TASKS:
+    if data.kind not in classification.TASK_TYPES:
         raise ValueError(f"data of the kind {data.kind} is not classified; that is one of "
-                         f"{', '.join(tasks.TASKS)}")
+                         f"{', '.join(classification.TASK_TYPES)}")
     specials = None
     if how.both_orders and data.kind not in ("classification", "regression"):
         raise ValueError(f"both_orders is for pairs of texts, and the data is {data.kind}; leave "
@@ -81,7 +81,7 @@ def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
             raise ValueError("GPT needs a token between two texts; set new_tokens (its paper's "
                              "start, delimiter and extract tokens)")
         if how.new_tokens:
-            specials = tasks.Specials.new(model.config.vocab_size)
+            specials = classification.SpecialTokens.new(model.config.vocab_size)
     else:
         for name in ("both_orders", "new_tokens"):
             if getattr(how, name):
@@ -96,7 +96,7 @@ def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
 
 
 def _whole_texts(data, model, tokenizer, how: Reading, specials) -> Task:
-    prepare = tasks.TASKS[data.kind].prepare
+    prepare = classification.TASK_TYPES[data.kind].prepare
     options: dict[str, Any] = {
         "classification": {"num_classes": len(data.label_names), "both_orders": how.both_orders},
         "regression": {"label_range": data.label_range, "both_orders": how.both_orders},
@@ -104,7 +104,7 @@ def _whole_texts(data, model, tokenizer, how: Reading, specials) -> Task:
     }[data.kind]
 
     def make_row(item: dict, length: int) -> dict:
-        return prepare(item, row=tasks.text_row(model, tokenizer, length, specials), **options)
+        return prepare(item, row=classification.make_input_packer(model, tokenizer, length, specials), **options)
 
     def lengths(items: Sequence[dict]) -> list[int]:
         return [len(e["tokens"]) + len(e.get("tokens_b", ())) + (3 if "tokens_b" in e else 2)
@@ -131,26 +131,26 @@ def _ids(examples: Sequence[dict], tokenizer) -> list[dict]:
     return made
 
 
-def _report_classes(data: Annotated, found: Predictions) -> tuple[dict, list[dict]]:
+def _report_classes(data: LabeledDataset, found: Predictions) -> tuple[dict, list[dict]]:
     probabilities = found["probabilities"]
     chosen = probabilities.argmax(-1)
     labels = np.array([e["label"] for e in data.validation])
-    table = evaluate.confusion(labels, chosen, probabilities.shape[1])
+    table = metrics.confusion_matrix(labels, chosen, probabilities.shape[1])
     names = data.label_names or tuple(map(str, range(probabilities.shape[1])))
     lines = [{"id": e.get("id", i), "prediction": names[c], "label": names[e["label"]],
               **{f"p({name})": round(float(x), 6) for name, x in zip(names, p)}}
              for i, (e, c, p) in enumerate(zip(data.validation, chosen, probabilities))]
-    return {**evaluate.class_scores(data.metric, table), "confusion": table,
-            "calibration": evaluate.calibration(probabilities, labels)}, lines
+    return {**metrics.class_scores(data.metric, table), "confusion": table,
+            "calibration": metrics.calibration(probabilities, labels)}, lines
 
 
-def _report_scores(data: Annotated, found: Predictions) -> tuple[dict, list[dict]]:
+def _report_scores(data: LabeledDataset, found: Predictions) -> tuple[dict, list[dict]]:
     low, high = data.label_range
     scores = low + (high - low) * found["scores"]
     labels = np.array([e["label"] for e in data.validation])
     lines = [{"id": e.get("id", i), "prediction": round(float(s), 4), "label": e["label"]}
              for i, (e, s) in enumerate(zip(data.validation, scores))]
-    return evaluate.correlations(scores, labels), lines
+    return metrics.correlations(scores, labels), lines
 
 
 # Tags ---------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def _tagging(data, model, tokenizer, how: Reading, specials) -> Task:
         return [2 * (not causal) + sum(map(len, e["words"])) for e in found]
 
     def items(split, examples):
-        found = [{"words": tags.pieces(e["words"], tokenizer, space), "tags": e["tags"]}
+        found = [{"words": token_classification.subword_ids(e["words"], tokenizer, space), "tags": e["tags"]}
                  for e in examples]
         for i, n in enumerate(lengths(found)):
             if n > how.length:
@@ -174,17 +174,17 @@ def _tagging(data, model, tokenizer, how: Reading, specials) -> Task:
         return found
 
     def make_row(item: dict, length: int) -> dict:
-        return tags.prepare(
+        return token_classification.prepare(
             item, length=length, num_classes=len(data.label_names), last_piece=causal,
             cls_id=None if causal else tokenizer.cls_id,
             sep_id=None if causal else tokenizer.sep_id, pad_id=tokenizer.pad_id or 0)
 
     def report(found: Predictions) -> tuple[dict, list[dict]]:
         names = data.label_names
-        chosen = [[names[t] for t in tags.of_words(p, w)]
+        chosen = [[names[t] for t in token_classification.word_predictions(p, w)]
                   for p, w in zip(found["probabilities"], found["words"])]
         true = [[names[t] for t in e["tags"]] for e in data.validation]
-        scores = evaluate.entity_f1(true, chosen)
+        scores = metrics.entity_f1(true, chosen)
         right = [a == b for t, c in zip(true, chosen) for a, b in zip(t, c)]
         lines = [{"id": e.get("id", i), "words": e["words"], "tags": c}
                  for i, (e, c) in enumerate(zip(data.validation, chosen))]
@@ -200,7 +200,7 @@ def _tagging(data, model, tokenizer, how: Reading, specials) -> Task:
 
 def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
     causal = isinstance(model, GPT)
-    windows = functools.partial(spans.make_windows, tokenizer=tokenizer, length=how.length,
+    windows = functools.partial(question_answering.make_windows, tokenizer=tokenizer, length=how.length,
                                 stride=how.stride, max_question=how.max_question)
     train = windows(data.train, check=False)
     if left := len(data.train) - len({window.example for window in train}):
@@ -211,16 +211,16 @@ def _answering(data, model, tokenizer, how: Reading, specials) -> Task:
     some_have_none = any(not e["answers"] for e in data.train)
 
     def make_row(window, length: int) -> dict:
-        return spans.prepare(window, row=tasks.text_row(model, tokenizer, length, specials),
+        return question_answering.prepare(window, row=classification.make_input_packer(model, tokenizer, length, specials),
                              last=causal)
 
     def report(found: Predictions) -> tuple[dict, list[dict]]:
-        answers = spans.decode(data.validation, validation, found, no_answer=some_have_none)
+        answers = question_answering.decode(data.validation, validation, found, no_answer=some_have_none)
         gold = [[g["text"] for g in e["answers"]] for e in data.validation]
-        scores = evaluate.squad([a.text for a in answers], gold)
+        scores = metrics.squad_scores([a.text for a in answers], gold)
         if some_have_none:
             spoken = [next((b for b in a.best if b[2]), None) for a in answers]
-            scores |= evaluate.squad_thresholds(
+            scores |= metrics.squad_thresholds(
                 [b[0] if b else "" for b in spoken],
                 [a.none - (b[3] if b else -np.inf) for a, b in zip(answers, spoken)], gold)
         lines = [{"id": e.get("id", i), "prediction": a.text, "start": a.start, "stop": a.stop,
@@ -240,9 +240,9 @@ def batches(task: Task, items: Sequence, *, length: int, batch_size: int, seed: 
             num_steps: int | None = None, mesh: Mesh | None = None):
     """Rows of at most `length` tokens, padded to buckets: one for each 64 of `num_steps`, since
     each is compiled once; to read the items once, which compiles faster, for each 4 batches."""
-    lengths, share = task.lengths(items), sharding.data_share(mesh)
+    lengths, share = task.lengths(items), sharding.process_data_shard(mesh)
     most = len(items) // batch_size // 4 if num_steps is None else num_steps // 64
-    return GroupedBatches(
+    return LengthBucketedBatches(
         items, lengths, task.make_row,
         buckets=choose_buckets(lengths, length, min(max(most, 1), 8)), batch_size=batch_size,
         seed=seed, process_index=share.index, process_count=share.count)
@@ -251,16 +251,16 @@ def batches(task: Task, items: Sequence, *, length: int, batch_size: int, seed: 
 def cached(model: Model, params: dict, task: Task, items: Sequence, length: int) -> list[dict]:
     """The rows of items with the body's features in the place of tokens, in their order."""
     data = batches(task, items, length=length, batch_size=64).evaluation()
-    rows = features.compute(model, params, data)
+    rows = feature_cache.compute_features(model, params, data)
     return sorted(rows, key=lambda row: int(row["index"]))
 
 
 def of_features(
     rows: Sequence[dict], batch_size: int, seed: int, mesh: Mesh | None = None
-) -> GroupedBatches:
+) -> LengthBucketedBatches:
     """Batches of cached rows."""
-    share = sharding.data_share(mesh)
-    return GroupedBatches(
+    share = sharding.process_data_shard(mesh)
+    return LengthBucketedBatches(
         rows, [1] * len(rows), lambda row, length: {k: v for k, v in row.items() if k != "index"},
         buckets=[1], batch_size=batch_size, seed=seed,
         process_index=share.index, process_count=share.count)
@@ -268,7 +268,7 @@ def of_features(
 
 @functools.cache
 def _predict(model: Model, kind: str) -> Callable:
-    return jax.jit(functools.partial(tasks.TASKS[kind].predict, model.apply))
+    return jax.jit(functools.partial(classification.TASK_TYPES[kind].predict, model.apply))
 
 
 def predict(model: Model, params: dict, kind: str, data: Sequence[dict]) -> Predictions:

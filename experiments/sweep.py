@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from settings import SCRATCH, Sweep
 
-from transformer_jax import draw, evaluate
-from transformer_jax.data import few_labels
+from transformer_jax import metrics
+from transformer_jax.data import subsample_balanced
+from transformer_jax.report import plots
 
 KEPT = ("rouge", "rouge1", "rouge2", "bleu", "accuracy", "macro_f1", "matthews", "f1",
         "exact_match", "pearson_spearman", "pearson", "spearman", "precision", "recall", "labels",
@@ -73,7 +74,7 @@ def main(c: Sweep) -> dict:
 
 
 def _task(c: Sweep, data, model, tokenizer, examples: int | None, seed: int) -> supervised.Task:
-    chosen = few_labels(data.train, None, seed, total=examples)
+    chosen = subsample_balanced(data.train, None, seed, total=examples)
     return read(data._replace(train=chosen), model, tokenizer, c.settings)
 
 
@@ -88,9 +89,9 @@ def run_cell(c: Sweep, cell: dict, model, start, tokenizer, task, memory) -> Non
         supervised.write_predictions(c.out / "predictions" / f"{name}.jsonl", outcome.lines)
         if "confusion" in m and task.data.label_names:
             title = f"{c.data.data.rstrip('/').rpartition('/')[2]}, {cell['recipe']}"
-            draw.confusion(c.out / f"confusion_{name}.png", m["confusion"],
+            plots.confusion(c.out / f"confusion_{name}.png", m["confusion"],
                            task.data.label_names, title=title)
-            draw.calibration(c.out / f"calibration_{name}.png", m["calibration"], title=title)
+            plots.calibration(c.out / f"calibration_{name}.png", m["calibration"], title=title)
     line = cell | {name: m[name] for name in KEPT if name in m} | {
         "score": m[task.data.metric if task.data.metric in m else "f1"],
         "ece": m["calibration"]["ece"] if "calibration" in m else None,
@@ -133,7 +134,7 @@ def summary(c: Sweep, cells: Sequence[dict]) -> list[dict]:
                          "held_out_after", "seconds", "seconds_per_step"):
                 values = [x[name] for x in found if x.get(name) is not None]
                 if values:
-                    row[name], row[f"{name}_std"], _ = evaluate.spread(values)
+                    row[name], row[f"{name}_std"], _ = metrics.mean_std(values)
             rows.append(row)
     return rows
 
@@ -170,13 +171,13 @@ def pictures(c: Sweep, rows: Sequence[dict], data) -> None:
         if data.metric == "accuracy" and data.kind != "token_classification":
             labels = [e["label"] for e in data.validation]
             chance = float(max(np.bincount(labels)) / len(labels))
-        draw.label_efficiency(
+        plots.label_efficiency(
             c.out / "label_efficiency.png", {name: lines},
             title=f"How many labels does it take? ({c.seeds} seeds)", chance=chance,
             ylabel=f"{data.metric} (%)")
         return
     scale = scale_of(data.metric)
-    draw.recipes(c.out / "recipes.png", {
+    plots.trainable_specs(c.out / "recipes.png", {
         r["recipe"]: (r["share_trained"], scale * r["score"], scale * r["score_std"])
         for r in rows}, title=f"{name}, {c.seeds} seeds", ylabel=f"{data.metric} (%)")
 

@@ -25,12 +25,13 @@ import tyro
 from settings_seq2seq import Translate
 from tensorboardX import SummaryWriter
 
-from transformer_jax import draw, evaluate, sharding, tree
+from transformer_jax import metrics, sharding, tree
 from transformer_jax.data import pairs, tokenizers
-from transformer_jax.generate import generate, prepare
+from transformer_jax.generation import generate, transpose_kernels_for_decoding
 from transformer_jax.models import Transformer, build_model, config_to_dict, init_params
 from transformer_jax.objectives import seq2seq
-from transformer_jax.train import checkpoint, loop, step
+from transformer_jax.report import plots
+from transformer_jax.train import checkpointing, loop, step
 
 TRAINERS = {
     "bpe": functools.partial(tokenizers.train_bpe, specials=tokenizers.SEQ2SEQ_SPECIALS),
@@ -46,17 +47,17 @@ def make_tokenizer(c: Translate, texts: Sequence[dict]) -> tokenizers.Tokenizer:
     return TRAINERS[c.tokenizer](both, c.model.vocab_size)
 
 
-def batches_of(c: Translate, texts: Sequence[dict], tokenizer, mesh) -> pairs.BucketedBatches:
+def batches_of(c: Translate, texts: Sequence[dict], tokenizer, mesh) -> pairs.TokenBudgetBatches:
     """Tokenized pairs in buckets, as the objective takes them."""
     sides = [tokenizer.encode_batch([pair[side] for pair in texts])
              for side in ("source", "target")]
     ids = [{"source": s, "target": t} for s, t in zip(*sides)]
     row = functools.partial(seq2seq.prepare, start_id=c.model.decoder_start_token_id,
                             eos_id=tokenizer.sep_id, pad_id=tokenizer.pad_id)
-    share = sharding.data_share(mesh)
-    return pairs.BucketedBatches(
+    share = sharding.process_data_shard(mesh)
+    return pairs.TokenBudgetBatches(
         ids, row, buckets=c.buckets, tokens_per_batch=c.tokens_per_batch, seed=c.seed,
-        rows_multiple=sharding.batch_parts(mesh) * c.accumulate,
+        rows_multiple=sharding.num_batch_shards(mesh) * c.accumulate,
         process_index=share.index, process_count=share.count)
 
 
@@ -79,7 +80,7 @@ def train(c: Translate, tokenizer, texts: Sequence[dict], held_out_texts: Sequen
     params = sharding.init_sharded(functools.partial(init_params, model),
                                    jax.random.key(c.seed), mesh)
     if pretrained is not None:
-        params, report = tree.load_into(params, pretrained)
+        params, report = tree.restore_partial(params, pretrained)
         print(report, flush=True)
     loss_fn = functools.partial(seq2seq.loss, model.apply, label_smoothing=c.label_smoothing)
     optimizer = c.optimizer.make(c.num_steps)
@@ -96,9 +97,9 @@ def train(c: Translate, tokenizer, texts: Sequence[dict], held_out_texts: Sequen
             eval_every=c.eval_every, save_every=c.save_every, keep=c.average,
             log_every=c.log_every, checkpoint_dir=c.out / "checkpoints", writer=writer,
             metadata={"model": config_to_dict(c.model)} | common.identity(c, texts),
-            accept_changes=c.accept_changes, policy=c.policy,
+            allow_config_mismatch=c.allow_config_mismatch, policy=c.policy,
         )
-    params = checkpoint.average_params(c.out / "checkpoints", kept_steps(c), state.params)
+    params = checkpointing.average_params(c.out / "checkpoints", kept_steps(c), state.params)
     return model, params, history, step.evaluate(eval_step, params, held_out, mesh)
 
 
@@ -113,7 +114,7 @@ def translate(
            for row in tokenizer.encode_batch(list(texts))]
     order = np.argsort([len(row) for row in ids], kind="stable")
     written: dict[int, str] = {}
-    params = prepare(model, params)
+    params = transpose_kernels_for_decoding(model, params)
     for k in range(0, len(order), batch_size):
         members = [int(i) for i in order[k : k + batch_size]]
         # The last batch is filled up, so that its shape is compiled already.
@@ -135,20 +136,20 @@ def cross_attention(
     maps = {f"layer {i}": np.asarray(weights)[0].mean(0)
             for i, weights in enumerate(out.cross_attention)}
     words = [[tokenizer.decode([i], skip_special=False) for i in row] for row in (out_ids, ids)]
-    draw.attention(path, maps, *words, title="cross-attention: the token that is predicted, and "
+    plots.attention(path, maps, *words, title="cross-attention: the token that is predicted, and "
                                              "where it looks")
 
 
 def main(c: Translate) -> dict:
     """The command: train, average, translate, score, draw."""
     began = time.perf_counter()
-    evaluate.bleu(["a"], ["a"])  # a missing library is missed now, not after the training
+    metrics.bleu(["a"], ["a"])  # a missing library is missed now, not after the training
     texts, held_out = (pairs.load_pairs(c.data, split, c.source, c.target)
                        for split in (c.train_split, c.held_out_split))
     saved = c.out / "tokenizer"
     tokenizer = tokenizers.load(saved) if saved.is_dir() else make_tokenizer(c, texts)
     c = dataclasses.replace(c, model=common.fit_to(c.model, tokenizer))
-    common.save_card(c.out, c.model, tokenizer, average=kept_steps(c))
+    common.save_run_config(c.out, c.model, tokenizer, average=kept_steps(c))
     model, params, history, loss = train(c, tokenizer, texts, held_out)
     print(f"held-out loss {loss['nll']:.3f} nats a token, accuracy {loss['accuracy']:.3f}, "
           "parameters averaged", flush=True)
@@ -161,7 +162,7 @@ def main(c: Translate) -> dict:
     (c.out / "translations.jsonl").write_text("".join(
         json.dumps({**pair, "translation": text}, ensure_ascii=False) + "\n"
         for pair, text in zip(held_out, written)))
-    score = evaluate.bleu(written, references)
+    score = metrics.bleu(written, references)
     print(f"sacreBLEU {score.score:.2f} with {c.num_beams} beams on {len(written)} held-out pairs "
           f"({score.signature}), {time.perf_counter() - trained:.0f} s", flush=True)
     for pair, text in zip(held_out[:3], written):
@@ -174,10 +175,10 @@ def main(c: Translate) -> dict:
     }
     points = {name: tuple(zip(*found)) for name, found in points.items() if found}
     if points:
-        draw.curves(c.out / "loss.png", points, title=f"{c.source} to {c.target}")
-    metrics = {"bleu": score.score, "signature": score.signature, "held_out": loss,
+        plots.curves(c.out / "loss.png", points, title=f"{c.source} to {c.target}")
+    measured = {"bleu": score.score, "signature": score.signature, "held_out": loss,
                "history": history}
-    return common.write_results(c.out, c, metrics, time.perf_counter() - began)
+    return common.write_results(c.out, c, measured, time.perf_counter() - began)
 
 
 if __name__ == "__main__":

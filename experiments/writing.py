@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 from supervised import Predictions, Reading, Task
 
-from transformer_jax import evaluate
-from transformer_jax.data import Annotated
-from transformer_jax.finetune import deltas
-from transformer_jax.generate import generate, prepare
+from transformer_jax import metrics
+from transformer_jax.data import LabeledDataset
+from transformer_jax.finetuning import peft
+from transformer_jax.generation import generate, transpose_kernels_for_decoding
 from transformer_jax.models import BART, BERT, GPT, Model
 from transformer_jax.objectives import causal_lm, seq2seq
 
 
-def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
+def read(data: LabeledDataset, model: Model, tokenizer, how: Reading) -> Task:
     """Pairs of texts in ids. GPT's end-of-text token stands between source and target.
 
     Raises:
@@ -26,7 +26,7 @@ def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
         raise ValueError("BERT writes no texts; fine-tune a GPT or an encoder-decoder on pairs of "
                          "source and target")
 
-    evaluate.require(data.metric)
+    metrics.require_library(data.metric)
     room = _room(model, how)
     if room < 1:
         raise ValueError(f"a row of {how.length} tokens has no room for a source beside a target "
@@ -68,10 +68,10 @@ def read(data: Annotated, model: Model, tokenizer, how: Reading) -> Task:
         written = list(found["texts"])
         references = [e["target"] for e in data.validation]
         if data.metric == "bleu":
-            bleu = evaluate.bleu(written, references)
+            bleu = metrics.bleu(written, references)
             scores = {"bleu": bleu.score, "signature": bleu.signature}
         else:
-            rouge = evaluate.rouge(written, references)
+            rouge = metrics.rouge(written, references)
             scores = {"rouge": rouge["rougeL"], **rouge}
         lines = [{"id": e.get("id", i), "prediction": text, "target": e["target"]}
                  for i, (e, text) in enumerate(zip(data.validation, written))]
@@ -92,11 +92,11 @@ def write(model: Model, params: dict, tokenizer, task: Task, how: Reading,
     front = [tokenizer.cls_id] if isinstance(model, BART) else []
     end = [tokenizer.eos_id if causal else tokenizer.sep_id]
     if causal and "prompt" in params:
-        params = deltas.fold_prompt(model, params)  # a cache has no place for it
+        params = peft.fold_prompt(model, params)  # a cache has no place for it
     rows = [[*front, *item["source"][:room], *end] for item in task.validation]
     order = np.argsort([len(row) for row in rows], kind="stable")
     texts: dict[int, str] = {}
-    params = prepare(model, params)
+    params = transpose_kernels_for_decoding(model, params)
     for k in range(0, len(order), batch_size):
         members = [int(i) for i in order[k : k + batch_size]]
         # The last batch is filled up, so that its shape is compiled already.

@@ -52,7 +52,7 @@ def build(config: Config, num_classes: int = 0):
     """The model of a config, and random parameters."""
     model = build_model(config, num_classes)
     init = functools.partial(
-        init_params, model, head="classify" if num_classes else "__call__"
+        init_params, model, head="classification_logits" if num_classes else "__call__"
     )
     return model, random_params(jax.eval_shape(init, jax.random.key(0)))
 

@@ -5,12 +5,12 @@ import json
 
 import numpy as np
 import pytest
+import transformer_jax.cli.main as cli
 from small_models import BART, BERT, GPT2, build
 
-import transformer_jax.cli as cli
 from transformer_jax.data import tokenizers
 from transformer_jax.pretrained import runs
-from transformer_jax.train import checkpoint, optim, step
+from transformer_jax.train import checkpointing, optimizers, step
 
 TEXTS = ["the cat sat on the mat", "a dog ran in the park", "Übung macht den Meister"] * 3
 
@@ -20,8 +20,8 @@ def save(folder, config, tokenizer, num_classes=0, labels=()):
     params = build(config, num_classes)[1]
     if num_classes:
         params = {k: v for k, v in params.items() if k not in ("mlm_head", "nsp_head")}
-    runs.save_card(folder, config, tokenizer, labels)
-    checkpoint.save(folder / "checkpoints", 1, step.init_state(params, optim.make_optimizer(0.1)))
+    runs.save_run_config(folder, config, tokenizer, labels)
+    checkpointing.save(folder / "checkpoints", 1, step.init_state(params, optimizers.make_optimizer(0.1)))
     return folder
 
 

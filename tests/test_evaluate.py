@@ -4,52 +4,52 @@ import sys
 import numpy as np
 import pytest
 
-from transformer_jax import evaluate
+from transformer_jax import metrics
 
 
 def test_perplexity_is_exp_of_the_loss():
-    assert evaluate.perplexity(math.log(50)) == pytest.approx(50)
-    assert evaluate.perplexity(1e4) == math.inf
+    assert metrics.perplexity(math.log(50)) == pytest.approx(50)
+    assert metrics.perplexity(1e4) == math.inf
 
 
 def test_metrics_by_hand():
     # Two classes: 3 true positives, 1 false negative, 2 false positives, 4 true negatives.
     labels = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
     predictions = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0])
-    table = evaluate.confusion(labels, predictions, 2)
+    table = metrics.confusion_matrix(labels, predictions, 2)
     np.testing.assert_array_equal(table, [[4, 2], [1, 3]])
-    assert evaluate.accuracy(table) == pytest.approx(0.7)
+    assert metrics.accuracy(table) == pytest.approx(0.7)
     positive, negative = 2 * 3 / (2 * 3 + 2 + 1), 2 * 4 / (2 * 4 + 1 + 2)
-    assert evaluate.macro_f1(table) == pytest.approx((positive + negative) / 2)
-    assert evaluate.matthews(table) == pytest.approx((3 * 4 - 2 * 1) / math.sqrt(5 * 4 * 6 * 5))
+    assert metrics.macro_f1(table) == pytest.approx((positive + negative) / 2)
+    assert metrics.matthews(table) == pytest.approx((3 * 4 - 2 * 1) / math.sqrt(5 * 4 * 6 * 5))
 
 
 def test_edges():
-    assert math.isnan(evaluate.accuracy(np.zeros((2, 2), int)))
-    assert evaluate.matthews(np.array([[5, 0], [5, 0]])) == 0  # one class predicted: undefined
-    assert evaluate.matthews(np.diag([3, 4, 5])) == pytest.approx(1)
+    assert math.isnan(metrics.accuracy(np.zeros((2, 2), int)))
+    assert metrics.matthews(np.array([[5, 0], [5, 0]])) == 0  # one class predicted: undefined
+    assert metrics.matthews(np.diag([3, 4, 5])) == pytest.approx(1)
 
 
 def test_bleu_is_sacrebleu_with_its_signature():
     texts = ["The cat sat on the mat.", "Two dogs ran in the park today."]
-    assert evaluate.bleu(texts, texts).score == pytest.approx(100)
-    found = evaluate.bleu([t.lower() for t in texts], texts)
+    assert metrics.bleu(texts, texts).score == pytest.approx(100)
+    found = metrics.bleu([t.lower() for t in texts], texts)
     assert 50 < found.score < 100 and "tok:13a" in found.signature
     assert "case:mixed" in found.signature
-    assert evaluate.bleu([t.lower() for t in texts], texts, lowercase=True).score == pytest.approx(
+    assert metrics.bleu([t.lower() for t in texts], texts, lowercase=True).score == pytest.approx(
         100)
 
 
 def test_rouge_by_hand():
     # One of two words; the longest common subsequence of "a b c d" and "b a c d" has three.
-    found = evaluate.rouge(["a b c d"], ["b a c d"])
+    found = metrics.rouge(["a b c d"], ["b a c d"])
     assert found["rouge1"] == pytest.approx(100)
     assert found["rouge2"] == pytest.approx(100 / 3)
     assert found["rougeL"] == found["rougeLsum"] == pytest.approx(75)
-    assert evaluate.rouge(["x", "a"], ["y", "a"])["rouge1"] == pytest.approx(50)
+    assert metrics.rouge(["x", "a"], ["y", "a"])["rouge1"] == pytest.approx(50)
 
 
-@pytest.mark.parametrize("score", [evaluate.bleu, evaluate.rouge])
+@pytest.mark.parametrize("score", [metrics.bleu, metrics.rouge])
 def test_scores_refuse(score):
     with pytest.raises(ValueError, match="1 hypotheses for 2 references"):
         score(["a"], ["a", "b"])
@@ -60,7 +60,7 @@ def test_scores_refuse(score):
 
 
 @pytest.mark.parametrize(("score", "library"), [
-    (evaluate.bleu, "sacrebleu"), (evaluate.rouge, "rouge_score")])
+    (metrics.bleu, "sacrebleu"), (metrics.rouge, "rouge_score")])
 def test_a_missing_library_is_named(score, library, monkeypatch):
     for name in [n for n in sys.modules if n.split(".")[0] == library]:
         monkeypatch.delitem(sys.modules, name)
@@ -71,21 +71,21 @@ def test_a_missing_library_is_named(score, library, monkeypatch):
 
 def test_f1_of_a_class_by_hand():
     table = np.array([[5, 2], [1, 3]])
-    assert evaluate.f1(table) == pytest.approx(2 * 3 / (4 + 5))
-    assert evaluate.f1(table, positive=0) == pytest.approx(2 * 5 / (7 + 6))
+    assert metrics.f1(table) == pytest.approx(2 * 3 / (4 + 5))
+    assert metrics.f1(table, positive=0) == pytest.approx(2 * 5 / (7 + 6))
 
 
 def test_correlations_by_hand_and_with_ties():
     a, b = [1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0]
-    assert evaluate.pearson(a, b) == pytest.approx(0.8)
-    assert evaluate.spearman(a, np.exp(b)) == pytest.approx(0.8)
+    assert metrics.pearson(a, b) == pytest.approx(0.8)
+    assert metrics.spearman(a, np.exp(b)) == pytest.approx(0.8)
     # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
-    assert evaluate.spearman([0, 7, 7, 9], a) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
-    assert np.isnan(evaluate.pearson([1, 1, 1], [1, 2, 3]))
-    assert np.isnan(evaluate.pearson([0.1, 0.1, 0.1], [1, 2, 3]))  # whose mean is not 0.1
-    assert np.isnan(evaluate.spearman([1, 2, 3], [2, 2, 2]))
-    assert np.isnan(evaluate.pearson([], []))
-    found = evaluate.correlations(np.array(a), np.array(b))
+    assert metrics.spearman([0, 7, 7, 9], a) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+    assert np.isnan(metrics.pearson([1, 1, 1], [1, 2, 3]))
+    assert np.isnan(metrics.pearson([0.1, 0.1, 0.1], [1, 2, 3]))  # whose mean is not 0.1
+    assert np.isnan(metrics.spearman([1, 2, 3], [2, 2, 2]))
+    assert np.isnan(metrics.pearson([], []))
+    found = metrics.correlations(np.array(a), np.array(b))
     assert found["pearson_spearman"] == pytest.approx(0.8) and found["mse"] == pytest.approx(0.5)
 
 
@@ -104,17 +104,17 @@ def test_correlations_by_hand_and_with_ties():
     ("B-LOC E-LOC", "B-LOC S-LOC", 0.0),
 ])
 def test_entities(true, found, f1):
-    assert evaluate.entity_f1([true.split()], [found.split()])["f1"] == pytest.approx(f1)
+    assert metrics.entity_f1([true.split()], [found.split()])["f1"] == pytest.approx(f1)
 
 
 def test_entities_over_rows_by_hand():
     """Two entities in each of two rows; three are found, two of them right."""
     true = [["B-PER", "I-PER", "O", "B-LOC"], ["B-ORG", "B-ORG"]]
     found = [["B-PER", "I-PER", "O", "O"], ["B-ORG", "I-PER"]]
-    assert evaluate.entity_f1(true, found) == pytest.approx(
+    assert metrics.entity_f1(true, found) == pytest.approx(
         {"f1": 4 / 7, "precision": 2 / 3, "recall": 1 / 2})
     with pytest.raises(ValueError, match="1 predictions for 2 labels"):
-        evaluate.entity_f1([["O", "O"]], [["O"]])
+        metrics.entity_f1([["O", "O"]], [["O"]])
 
 
 @pytest.mark.parametrize(("answer", "gold", "exact", "f1"), [
@@ -128,21 +128,21 @@ def test_entities_over_rows_by_hand():
     ("a cat cat", ["cat"], 0, 200 / 3),
 ])
 def test_squad(answer, gold, exact, f1):
-    found = evaluate.squad([answer], [gold])
+    found = metrics.squad_scores([answer], [gold])
     assert (found["exact_match"], found["f1"]) == (exact, pytest.approx(f1))
 
 
 def test_squad_with_and_without_answers():
-    found = evaluate.squad(["black cat", "", "dog", "dog"], [["cat"], ["cat"], [], ["dog"]])
+    found = metrics.squad_scores(["black cat", "", "dog", "dog"], [["cat"], ["cat"], [], ["dog"]])
     assert found == pytest.approx({
         "f1": (200 / 3 + 100) / 4, "exact_match": 25,
         "has_answer_f1": (200 / 3 + 100) / 3, "has_answer_exact_match": 100 / 3,
         "no_answer_f1": 0, "no_answer_exact_match": 0})
-    assert evaluate.squad(["cat"], [["cat"]]) == {"f1": 100, "exact_match": 100}
+    assert metrics.squad_scores(["cat"], [["cat"]]) == {"f1": 100, "exact_match": 100}
 
 
 def test_squad_thresholds_are_the_best_there_are():
-    found = evaluate.squad_thresholds(["black cat", "dog", "cow"], [-1.0, 0.5, 3.0],
+    found = metrics.squad_thresholds(["black cat", "dog", "cow"], [-1.0, 0.5, 3.0],
                                       [["cat"], ["dog"], []])
     assert found == pytest.approx({
         "best_f1": (200 / 3 + 200) / 3, "best_f1_threshold": 0.5,
@@ -152,20 +152,20 @@ def test_squad_thresholds_are_the_best_there_are():
         answers = [str(w) for w in rng.choice(["a cat", "dog", "black cat"], 9)]
         gold = [[str(w) for w in rng.choice(["cat", "dog"], rng.integers(3))] for _ in answers]
         margins = rng.integers(-3, 3, 9).astype(float)  # some are equal
-        found = evaluate.squad_thresholds(answers, margins, gold)
+        found = metrics.squad_thresholds(answers, margins, gold)
         for name in ("f1", "exact_match"):
-            tried = {t: evaluate.squad([a if m <= t else "" for a, m in zip(answers, margins)],
+            tried = {t: metrics.squad_scores([a if m <= t else "" for a, m in zip(answers, margins)],
                                        gold)[name] for t in (-9.0, *margins)}
             assert found[f"best_{name}"] == pytest.approx(max(tried.values()))
             at = found[f"best_{name}_threshold"]
             assert tried.get(at, tried[-9.0]) == pytest.approx(max(tried.values()))
     with pytest.raises(ValueError, match="1 margins of 2 answers"):
-        evaluate.squad_thresholds(["a", "b"], [0.0], [["a"], ["b"]])
+        metrics.squad_thresholds(["a", "b"], [0.0], [["a"], ["b"]])
 
 
 def test_calibration_by_hand():
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.45, 0.55], [1.0, 0.0]])
-    found = evaluate.calibration(probabilities, np.array([0, 1, 1, 0]), bins=5)
+    found = metrics.calibration(probabilities, np.array([0, 1, 1, 0]), bins=5)
     assert found["count"].tolist() == [0, 0, 1, 0, 3]
     np.testing.assert_allclose(found["confidence"][[2, 4]], [0.55, 0.9])
     np.testing.assert_allclose(found["accuracy"][[2, 4]], [1, 2 / 3])
@@ -174,9 +174,9 @@ def test_calibration_by_hand():
 
 
 def test_spread_and_class_scores():
-    assert evaluate.spread([1.0, 3.0]) == (2.0, pytest.approx(np.sqrt(2)), 2)
-    assert np.isnan(evaluate.spread([1.0]).std)
-    assert next(iter(evaluate.class_scores("matthews", np.eye(2, dtype=int)))) == "matthews"
+    assert metrics.mean_std([1.0, 3.0]) == (2.0, pytest.approx(np.sqrt(2)), 2)
+    assert np.isnan(metrics.mean_std([1.0]).std)
+    assert next(iter(metrics.class_scores("matthews", np.eye(2, dtype=int)))) == "matthews"
 
 
 REPORTS = {
@@ -195,44 +195,44 @@ REPORTS = {
 @pytest.mark.parametrize("metric", REPORTS)
 def test_what_people_report(metric):
     predictions, labels, expected = REPORTS[metric]
-    found = evaluate.report(metric, predictions, labels)
+    found = metrics.evaluate_predictions(metric, predictions, labels)
     assert list(found) == list(expected)
     assert found == pytest.approx(expected)
 
 
 def test_classes_that_never_occur_count_for_macro_f1():
-    assert evaluate.report("macro_f1", [0, 1], [0, 1], num_classes=4)["macro_f1"] == 0.5
+    assert metrics.evaluate_predictions("macro_f1", [0, 1], [0, 1], num_classes=4)["macro_f1"] == 0.5
 
 
 def test_bad_predictions():
     with pytest.raises(ValueError, match="unknown metric 'acuracy', did you mean 'accuracy'"):
-        evaluate.report("acuracy", [0], [0])
+        metrics.evaluate_predictions("acuracy", [0], [0])
     with pytest.raises(ValueError, match="unknown metric 'squad'"):
-        evaluate.class_scores("squad", np.eye(2))
+        metrics.class_scores("squad", np.eye(2))
     with pytest.raises(ValueError, match="labels go from -1 to 1, outside 0 to 1"):
-        evaluate.confusion(np.array([1, -1]), np.array([0, 0]), 2)
+        metrics.confusion_matrix(np.array([1, -1]), np.array([0, 0]), 2)
     with pytest.raises(ValueError, match="1 predictions for 2 labels"):
-        evaluate.report("accuracy", [0], [0, 1])
+        metrics.evaluate_predictions("accuracy", [0], [0, 1])
     with pytest.raises(ValueError, match="f1 is that of class 1"):
-        evaluate.class_scores("f1", np.eye(1))
+        metrics.class_scores("f1", np.eye(1))
     with pytest.raises(ValueError, match="0 values"):
-        evaluate.spread([])
+        metrics.mean_std([])
     with pytest.raises(ValueError, match="0 labels"):
-        evaluate.calibration(np.zeros((0, 2)), np.zeros(0, int))
+        metrics.calibration(np.zeros((0, 2)), np.zeros(0, int))
 
 
 def test_as_scipy_counts_correlations():
     stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 6, (2, 40))
-    assert evaluate.spearman(a, b) == pytest.approx(stats.spearmanr(a, b)[0])
-    assert evaluate.pearson(a, b) == pytest.approx(stats.pearsonr(a, b)[0])
+    assert metrics.spearman(a, b) == pytest.approx(stats.spearmanr(a, b)[0])
+    assert metrics.pearson(a, b) == pytest.approx(stats.pearsonr(a, b)[0])
 
 
 def test_as_scikit_learn_counts_classes():
-    metrics = pytest.importorskip("sklearn.metrics")
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
     a, b = np.random.default_rng(0).integers(0, 3, (2, 60))
-    table = evaluate.confusion(a, b, 3)
-    assert evaluate.macro_f1(table) == pytest.approx(metrics.f1_score(a, b, average="macro"))
-    assert evaluate.matthews(table) == pytest.approx(metrics.matthews_corrcoef(a, b))
-    assert evaluate.f1(table) == pytest.approx(metrics.f1_score(a == 1, b == 1))
+    table = metrics.confusion_matrix(a, b, 3)
+    assert metrics.macro_f1(table) == pytest.approx(sklearn_metrics.f1_score(a, b, average="macro"))
+    assert metrics.matthews(table) == pytest.approx(sklearn_metrics.matthews_corrcoef(a, b))
+    assert metrics.f1(table) == pytest.approx(sklearn_metrics.f1_score(a == 1, b == 1))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from transformer_jax import hlo, sharding
+from transformer_jax import sharding
+from transformer_jax.planner import hlo
 
 MESH = sharding.make_mesh(data=2, fsdp=4)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from transformer_jax import host
+from transformer_jax import distributed
 
 SCRIPT = """
 import resource
-from transformer_jax.host import keep_freed_memory
+from transformer_jax.distributed import keep_freed_memory
 {call}
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -40,7 +40,7 @@ def test_freed_buffers_are_kept():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_given_back_when_asked_for():
     script = """
-from transformer_jax.host import give_back_freed_memory, keep_freed_memory
+from transformer_jax.distributed import give_back_freed_memory, keep_freed_memory
 def held():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / 2**20
@@ -91,37 +91,37 @@ def test_the_cpu_is_known_before_jax_starts(monkeypatch):
     for platforms, expected in (("cpu", True), ("cpu,cuda", True), ("cuda", False), ("tpu,cpu",
                                                                                    False)):
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
-        assert host.will_use_cpu() == expected
+        assert distributed.platform_is_cpu() == expected
     monkeypatch.delenv("JAX_PLATFORMS")
     devices = []
     monkeypatch.setattr(Path, "glob", lambda self, name: iter(d for d in devices
                                                               if fnmatch.fnmatch(d, name)))
-    assert host.will_use_cpu()
+    assert distributed.platform_is_cpu()
     for name in ("nvidia0", "accel0", "vfio/0", "kfd"):
         devices[:] = [name]
-        assert not host.will_use_cpu()
+        assert not distributed.platform_is_cpu()
     devices[:] = ["nvidiactl"]
-    assert host.will_use_cpu()
+    assert distributed.platform_is_cpu()
 
 
 def test_what_is_compiled_is_kept_apart_by_kind(monkeypatch, tmp_path):
     monkeypatch.setenv("TRANSFORMER_JAX_CACHE", str(tmp_path))
-    cpu, tpu = host.compiled_folder("cpu"), host.compiled_folder("TPU v5 lite")
+    cpu, tpu = distributed.compilation_cache_dir("cpu"), distributed.compilation_cache_dir("TPU v5 lite")
     assert cpu.parent == tpu.parent == tmp_path / "compiled"
     assert cpu != tpu and " " not in tpu.name
-    assert host.compiled_folder("cpu") == cpu
+    assert distributed.compilation_cache_dir("cpu") == cpu
     monkeypatch.setattr(Path, "read_text", lambda self: "flags : another kind")
-    assert host.compiled_folder("cpu") != cpu
+    assert distributed.compilation_cache_dir("cpu") != cpu
 
 
 def test_it_can_be_called_before_jax_is_there():
-    script = "import sys, transformer_jax.host; assert 'jax' not in sys.modules"
+    script = "import sys, transformer_jax.distributed; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_a_missing_accelerator_is_said_loudly(capsys):
-    assert host.say_devices() and host.say_devices("cpu")
+    assert distributed.print_devices() and distributed.print_devices("cpu")
     assert "!!" not in capsys.readouterr().out
-    assert not host.say_devices("tpu")
+    assert not distributed.print_devices("tpu")
     said = capsys.readouterr().out
     assert "8 x cpu (cpu)" in said and "NO TPU HERE" in said and "Change runtime type" in said

@@ -5,7 +5,7 @@ import sys
 
 
 def test_import_initialises_no_backend():
-    script = ("import transformer_jax.generate, transformer_jax.train.step\n"
+    script = ("import transformer_jax.generation, transformer_jax.train.step\n"
               "import jax._src.xla_bridge as bridge\n"
               "assert not bridge.backends_are_initialized()\n"
               "import sys; assert not {'torch', 'tensorflow', 'datasets'} & set(sys.modules)")

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from transformer_jax import measure
+from transformer_jax.planner import throughput
+from transformer_jax.train import profiling
 
 
 def test_compilations_are_counted_and_repetitions_are_not():
-    with measure.Compilations() as compilations:
+    with profiling.CompilationCounter() as compilations:
         f = jax.jit(lambda x: x * 3 + 1)
         f(jnp.ones(3)).block_until_ready()
         first = compilations.count
@@ -21,12 +22,12 @@ def test_compilations_are_counted_and_repetitions_are_not():
 
 
 def test_rates_are_those_of_a_machine():
-    assert 1e8 < measure.matmul_rate(size=256, seconds=0.05) < 1e16
-    assert 1e8 < measure.read_rate(megabytes=16, seconds=0.05) < 1e14
+    assert 1e8 < throughput.matmul_flops_per_second(size=256, seconds=0.05) < 1e16
+    assert 1e8 < throughput.memory_bandwidth(megabytes=16, seconds=0.05) < 1e14
 
 
 def test_memory():
-    before = measure.peak_memory()
+    before = profiling.peak_memory()
     x = jax.device_put(jnp.ones((64, 2**20), jnp.float32))
     x.block_until_ready()
-    assert measure.peak_memory() >= max(before, x.nbytes)
+    assert profiling.peak_memory() >= max(before, x.nbytes)

@@ -4,10 +4,10 @@ import json
 
 import jax
 import pytest
+import transformer_jax.cli.main as cli
 from small_models import BART, BERT, GPT2
 
-import transformer_jax.cli as cli
-from transformer_jax import chips, plan
+from transformer_jax.planner import chips, plan
 
 CHIP = chips.Chip(flops=1e9, memory=2**30, bandwidth=1e9, network=1e9)
 SIZES = {"num_layers": 3, "d_model": 64, "num_heads": 4, "mlp_dim": 256, "vocab_size": 512,
@@ -19,9 +19,9 @@ MODELS = {"gpt2": GPT2.replace(**SIZES), "bert": BERT.replace(**SIZES),
 @pytest.mark.parametrize("name", MODELS)
 def test_the_program_does_what_the_model_needs(name):
     # Microbatches are a loop, whose body XLA counts once.
-    setting = plan.Setting(MODELS[name], {"data": 2, "fsdp": 4}, rows=32, length=64,
+    setting = plan.PlanConfig(MODELS[name], {"data": 2, "fsdp": 4}, rows=32, length=64,
                            accumulate=2 if name == "gpt2" else 1)
-    found = plan.make(setting, jax.devices(), CHIP)
+    found = plan.compile_plan(setting, jax.devices(), CHIP)
     # More than the products: softmax, LayerNorm, GELU, AdamW, which a model so narrow feels.
     assert 1.0 < found.compiled_flops / found.model_flops < 1.5
     bytes_of_state = 3 * 4 * found.parameters  # AdamW has two numbers for each parameter
@@ -43,8 +43,8 @@ def test_what_the_compiler_refuses_does_not_fit(monkeypatch):
         return real(train_step, state, batch, mesh)
 
     monkeypatch.setattr(plan, "_compile", refuse)
-    setting = plan.Setting(GPT2.replace(num_layers=1), {"data": 8}, rows=8, length=16)
-    found = plan.make(setting, jax.devices(), CHIP)
+    setting = plan.PlanConfig(GPT2.replace(num_layers=1), {"data": 8}, rows=8, length=16)
+    found = plan.compile_plan(setting, jax.devices(), CHIP)
     assert found.total_bytes == 18.5 * 2**30 and not found.fits
     assert found.state_bytes == pytest.approx(12 * found.parameters, rel=0.01)
     assert plan._needed("RESOURCE_EXHAUSTED: no more") == 2**63
@@ -55,11 +55,11 @@ def test_model_flops_by_hand():
     tokens = 3 * 4
     layer = 2 * tokens * (4 * 8 * 8 + 2 * 8 * 16) + 4 * 3 * 4 * 4 * 8
     head = 2 * tokens * 8 * 10
-    assert plan.model_flops(plan.Setting(c, {}, rows=3, length=4)) == 3 * (2 * layer + head)
+    assert plan.model_flops(plan.PlanConfig(c, {}, rows=3, length=4)) == 3 * (2 * layer + head)
 
 
 def test_times_and_what_follows_from_them():
-    setting = plan.Setting(GPT2, {"data": 1}, rows=8, length=16)
+    setting = plan.PlanConfig(GPT2, {"data": 1}, rows=8, length=16)
     made = plan.Plan(setting, 4, 10, 2**20, 2**20, 2**21, model_flops=1e9, compiled_flops=2e9,
                      bytes_read=1e9, collectives={"all-reduce": 5e8}, chip=CHIP,
                      compile_seconds=0.0)
@@ -68,18 +68,18 @@ def test_times_and_what_follows_from_them():
     assert made.tokens_per_day == 8 * 16 / 2 * 86_400
     slower = made._replace(bytes_read=4e9)
     larger = made._replace(total_bytes=2**31, compiled_flops=1e9)
-    assert plan.best([slower, larger, made]) is made
-    assert plan.best([larger]) is None
+    assert plan.best_plan([slower, larger, made]) is made
+    assert plan.best_plan([larger]) is None
 
 
 def test_settings_are_all_that_fit():
-    made = plan.settings(GPT2, 8, meshes={"data": (-1,), "fsdp": (1, 4, 3), "tensor": (1,)},
+    made = plan.enumerate_configs(GPT2, 8, meshes={"data": (-1,), "fsdp": (1, 4, 3), "tensor": (1,)},
                          remat=("none", "full"))
     assert [(s.mesh["data"], s.mesh["fsdp"], s.rows, s.config.remat) for s in made] == [
         (8, 1, 32, "none"), (8, 1, 32, "full"), (2, 4, 32, "none"), (2, 4, 32, "full")]
     assert str(made[2]) == "data 2 x fsdp 4, 32 rows, remat none"
     with pytest.raises(ValueError, match=r"no mesh .* has 8 devices"):
-        plan.settings(GPT2, 8, meshes={"data": (3,)})
+        plan.enumerate_configs(GPT2, 8, meshes={"data": (3,)})
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -88,9 +88,9 @@ def test_settings_are_all_that_fit():
     ({"rows": 8, "accumulate": 2}, "8 rows cannot be shared by 16"),
     ({"length": 99}, "length 99 is more than the model's 32 positions")])
 def test_what_cannot_be_is_said_before_anything_is_compiled(changes, message):
-    setting = plan.Setting(GPT2, {"data": 8}, rows=8, length=16)._replace(**changes)
+    setting = plan.PlanConfig(GPT2, {"data": 8}, rows=8, length=16)._replace(**changes)
     with pytest.raises(ValueError, match=message):
-        plan.make(setting, jax.devices(), CHIP)
+        plan.compile_plan(setting, jax.devices(), CHIP)
 
 
 def test_the_command(monkeypatch, tmp_path, capsys):
@@ -121,7 +121,7 @@ def test_what_is_here(monkeypatch):
     chip = chips.chip_of("here", "float32")
     assert chip._replace(memory=0) == chips.Chip(2e11, 0, 2e10, 2e10)
     assert 2**26 < chip.memory < 2**50
-    made = plan.make(plan.Setting(GPT2, {}, rows=2, length=16), chips.devices_of("here")[:1], chip)
+    made = plan.compile_plan(plan.PlanConfig(GPT2, {}, rows=2, length=16), chips.devices_of("here")[:1], chip)
     assert made.devices == 1 and made.total_bytes == made.state_bytes + made.temporary_bytes
     assert 0.9 < made.compiled_flops / made.model_flops < 2  # small: products are not all
 

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from transformer_jax import presets
 from transformer_jax.models import (
     BARTConfig,
     BERTConfig,
@@ -14,6 +13,7 @@ from transformer_jax.models import (
     TransformerConfig,
     build_model,
     init_params,
+    presets,
 )
 
 # GPT and GPT-2: the released weights (GPT-2's paper counts 117, 345, 762 and 1,542 M by mistake).
@@ -102,7 +102,7 @@ def test_every_preset_has_heads_of_64_and_fourfold_mlps():
 
 def test_changes_are_checked():
     assert presets.get("bert_tiny", dropout_rate=0.0, vocab_size=99).vocab_size == 99
-    assert presets.gpt2(context_size=8).context_size == 8
+    assert presets.gpt2(attention_window=8).attention_window == 8
     with pytest.raises(ValueError, match="d_model is 100; it must be a multiple of num_heads 12"):
         presets.gpt2(d_model=100)
 

@@ -187,7 +187,7 @@ def test_rows_that_overlap_in_part_have_no_share():
 
 
 def test_one_process_reads_everything():
-    assert sharding.data_share(sharding.make_mesh(2, 4)) == (0, 1) == sharding.data_share()
+    assert sharding.process_data_shard(sharding.make_mesh(2, 4)) == (0, 1) == sharding.process_data_shard()
 
 
 def test_replicate():

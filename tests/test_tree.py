@@ -67,13 +67,13 @@ def test_first_match_searches_in_order():
 
 def test_split_and_merge():
     mask = tree.map_paths(lambda path, leaf: "bias" in path, nested())
-    ours, rest = tree.split(nested(), mask)
+    ours, rest = tree.partition(nested(), mask)
     assert all("bias" in path for path in tree.flatten_paths(ours))
     assert not any("bias" in path for path in tree.flatten_paths(rest))
     assert ours["token_embed"] == {"embedding": None}
-    assert_equal(tree.merge(ours, rest), nested())
+    assert_equal(tree.combine(ours, rest), nested())
     with pytest.raises(ValueError, match="'decoder/layer_0/mlp/wi/bias' is in both"):
-        tree.merge(ours, nested())
+        tree.combine(ours, nested())
 
 
 def test_count_of_arrays_and_abstract_arrays():
@@ -86,7 +86,7 @@ def test_load_into_copies_what_fits_and_reports_the_rest():
     target = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), nested())
     target["classifier"] = {"bias": jnp.full(2, 7.0)}
     source = {**nested(), "mlm_head": {"bias": np.ones(5)}}
-    loaded, report = tree.load_into(target, source)
+    loaded, report = tree.restore_partial(target, source)
     assert report.new == ["classifier/bias"]
     assert report.unused == ["mlm_head/bias"]
     assert len(report.loaded) == 6
@@ -104,7 +104,7 @@ def test_load_into_names_every_misfit_in_one_line():
     source["token_embed"]["embedding"] = np.ones((6, 2))
     source["decoder"]["final_norm"]["scale"] = np.ones(3)
     with pytest.raises(ValueError) as error:
-        tree.load_into(nested(), source)
+        tree.restore_partial(nested(), source)
     message = str(error.value)
     assert "2 of 6 parameters do not fit" in message
     assert "decoder/final_norm/scale has shape (3,), not (2,)" in message
@@ -114,7 +114,7 @@ def test_load_into_names_every_misfit_in_one_line():
 
 def test_load_into_of_a_stranger_is_an_error():
     with pytest.raises(ValueError, match="none of the source's 1 parameters"):
-        tree.load_into(nested(), {"wte": np.ones((5, 2))})
+        tree.restore_partial(nested(), {"wte": np.ones((5, 2))})
 
 
 def test_stack_and_unstack_layers():

@@ -1,24 +1,36 @@
-"""The classic transformers in JAX: pre-trained, fine-tuned by masks, used as pure functions.
+"""The encoder-decoder Transformer, GPT, BERT and BART in JAX, as pure functions.
 
-Start at `models` (GPT, BERT, Transformer, BART), `objectives` (what is learnt), `train` (the pure
-step), `finetune` (what trains) and `generate`; `load_pretrained`, `forward` and `save_pretrained`
-work with checkpoints in the Hugging Face format. Parameters are nested dicts of arrays; nothing is
-global.
+Models are pre-trained on plain text and fine-tuned on the parameters that a mask selects.
+Parameters are nested dicts of arrays; a training step is `(state, batch, rng) -> (state, metrics)`.
+Public names are imported when they are first used: `import transformer_jax` does not import JAX.
 """
+
+import lazy_loader
 
 __version__ = "0.1.0"
 
-_PRETRAINED = ("forward", "load_pretrained", "save_pretrained")
-
-
-def __getattr__(name: str):
-    """The names of `pretrained`, imported when they are first asked for: JAX takes a second."""
-    if name in _PRETRAINED:
-        from transformer_jax import pretrained
-
-        return getattr(pretrained, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_PRETRAINED])
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "cli", "data", "distributed", "errors", "finetuning", "generation", "metrics", "models",
+        "nn", "objectives", "planner", "pretrained", "recipes", "report", "sharding", "storage",
+        "train", "tree",
+    ],
+    submod_attrs={
+        "finetuning.select": ["trainable_mask"],
+        "generation.api": ["generate"],
+        "generation.defaults": ["generation_options"],
+        "generation.mask_filling": ["fill_mask"],
+        "models": ["presets"],
+        "models.bart": ["BART"],
+        "models.bert": ["BERT"],
+        "models.build": ["build_model"],
+        "models.config": ["init_params"],
+        "models.gpt": ["GPT"],
+        "models.transformer": ["Transformer"],
+        "pretrained.forward": ["forward"],
+        "pretrained.load": ["load_pretrained"],
+        "pretrained.save": ["save_pretrained"],
+        "train.step": ["make_train_step"],
+    },
+)

@@ -105,7 +105,7 @@ def make_mesh(
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def axis_names(entry: Any) -> tuple[str, ...]:
+def spec_axis_names(entry: Any) -> tuple[str, ...]:
     """The mesh axes in one entry of a spec: None, a name, or a tuple of names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
@@ -118,7 +118,7 @@ def _fit(spec: Sequence[Any], shape: Sequence[int], axis_sizes: dict[str, int]) 
     entries = [None] * (len(shape) - len(spec)) + list(spec)
     fitted = []
     for entry, size in zip(entries, shape):
-        names = tuple(name for name in axis_names(entry) if axis_sizes.get(name, 1) > 1)
+        names = tuple(name for name in spec_axis_names(entry) if axis_sizes.get(name, 1) > 1)
         while size % int(np.prod([axis_sizes[name] for name in names])):
             names = names[:-1]
         fitted.append(None if not names else names[0] if len(names) == 1 else names)
@@ -143,19 +143,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(tuple(a for a in BATCH_AXES if a in mesh.shape) or None))
 
 
-def batch_parts(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
     """How many parts a batch is cut into; its rows must be a multiple."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape]))
 
 
-class Share(NamedTuple):
+class DataShard(NamedTuple):
     """Which part of every batch a process reads: that with number `index` of `count`."""
 
     index: int
     count: int
 
 
-def data_share(mesh: Mesh | None = None) -> Share:
+def process_data_shard(mesh: Mesh | None = None) -> DataShard:
     """The share of this process; all of every batch where there is no mesh. Processes whose devices
     hold the same rows, because "sequence" or "tensor" spans them, have the same share.
 
@@ -163,13 +163,13 @@ def data_share(mesh: Mesh | None = None) -> Share:
       ValueError: the rows of some processes overlap in part.
     """
     if mesh is None:
-        return Share(0, 1)
+        return DataShard(0, 1)
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     return _share(owners, [mesh.axis_names.index(a) for a in BATCH_AXES if a in mesh.shape],
                   jax.process_index())
 
 
-def _share(owners: np.ndarray, batch_axes: Sequence[int], process: int) -> Share:
+def _share(owners: np.ndarray, batch_axes: Sequence[int], process: int) -> DataShard:
     """`data_share` of a process, given which process owns each device of the mesh."""
     blocks = np.moveaxis(owners, batch_axes, range(len(batch_axes)))
     blocks = blocks.reshape(int(np.prod(blocks.shape[: len(batch_axes)])), -1)
@@ -181,7 +181,7 @@ def _share(owners: np.ndarray, batch_axes: Sequence[int], process: int) -> Share
             "multiple of the devices of a process"
         )
     mine = next(s for s in sorted(shares) if (blocks[list(s)] == process).any())
-    return Share(sorted(shares).index(mine), len(shares))
+    return DataShard(sorted(shares).index(mine), len(shares))
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
@@ -193,8 +193,8 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
       ValueError: the global number of rows is not a multiple of the devices that share it.
     """
     sharding = batch_sharding(mesh)
-    parts = batch_parts(mesh)
-    shares = data_share(mesh).count if jax.process_count() > 1 else 1
+    parts = num_batch_shards(mesh)
+    shares = process_data_shard(mesh).count if jax.process_count() > 1 else 1
 
     def place(path: str, rows: Any) -> jax.Array:
         rows = np.asarray(rows)
@@ -228,10 +228,10 @@ def fit(axes: Sequence[Any], shape: Sequence[int]) -> P:
     return _fit(axes, shape, _automatic())
 
 
-def parts(entry: Any) -> int:
+def num_shards(entry: Any) -> int:
     """Into how many parts the axes of one entry of a spec cut a dimension, on the mesh at hand."""
     mesh = jax.sharding.get_abstract_mesh()
-    return int(np.prod([mesh.shape[name] for name in axis_names(entry)]))
+    return int(np.prod([mesh.shape[name] for name in spec_axis_names(entry)]))
 
 
 def axis_size(name: str) -> int:

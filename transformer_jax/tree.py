@@ -91,7 +91,7 @@ def map_paths(fn: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: fn(path_string(keys), leaf), tree)
 
 
-def split(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
+def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
     """(selected, rest): the leaves where `mask` is true and where it is not.
 
     Both have the dicts of `tree`, with None in the gaps. To JAX None is an empty subtree, so
@@ -102,7 +102,7 @@ def split(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
     return selected, rest
 
 
-def merge(selected: PyTree, rest: PyTree) -> PyTree:
+def combine(selected: PyTree, rest: PyTree) -> PyTree:
     """The tree of which `selected` and `rest` are the parts: the inverse of `split`.
 
     Raises:
@@ -139,7 +139,7 @@ class LoadReport(NamedTuple):
         )
 
 
-def load_into(target: PyTree, source: PyTree) -> tuple[PyTree, LoadReport]:
+def restore_partial(target: PyTree, source: PyTree) -> tuple[PyTree, LoadReport]:
     """`target` with every leaf that `source` has at the same path, and a report of what happened.
 
     Values take the target's dtype and, where the target's leaf is a JAX array, its sharding.

@@ -14,7 +14,7 @@ from pathlib import Path
 from settings import Optimizer, Pretrain
 from settings_seq2seq import Denoise, Pairs
 
-from transformer_jax import presets
+from transformer_jax.models import presets
 
 
 def config() -> Denoise:
@@ -27,10 +27,10 @@ def config() -> Denoise:
                 max_length=256, dropout_rate=0.1, attention_dropout_rate=0.0,
                 positions="sinusoidal", init_std=0.05),
             objective="denoising", tokenizer="bpe", length=64, batch_size=32, num_steps=1000,
-            optimizer=Optimizer(schedule="linear", peak=2e-3, warmup_steps=100, b2=0.98),
+            optimizer=Optimizer(schedule="linear", peak_lr=2e-3, warmup_steps=100, b2=0.98),
             eval_every=200, eval_batches=20, save_every=200, log_every=50),
         finetune=Pairs(
             data="dialogsum", source="dialogue", target="summary", held_out_split="dev",
             num_steps=600, batch_size=16,
-            optimizer=Optimizer(schedule="linear", peak=1e-3, warmup_steps=60, b2=0.98)),
+            optimizer=Optimizer(schedule="linear", peak_lr=1e-3, warmup_steps=60, b2=0.98)),
     )

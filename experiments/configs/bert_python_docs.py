@@ -17,7 +17,7 @@ from pathlib import Path
 from settings import Optimizer, Pretrain
 
 from configs.gpt_python_docs import SMALL
-from transformer_jax import presets
+from transformer_jax.models import presets
 
 
 def config() -> Pretrain:
@@ -27,6 +27,6 @@ def config() -> Pretrain:
                                 positions="sinusoidal"),
         objective="mlm_nsp", tokenizer="wordpiece", length=48, batch_size=32,
         num_steps=1400, mask_rate=0.3,
-        optimizer=Optimizer(peak=3e-3, warmup_steps=60, b2=0.99),
+        optimizer=Optimizer(peak_lr=3e-3, warmup_steps=60, b2=0.99),
         eval_every=350, save_every=1400, log_every=100,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from settings import Optimizer, Pretrain
 
-from transformer_jax import presets
+from transformer_jax.models import presets
 
 
 def config() -> Pretrain:
@@ -21,7 +21,7 @@ def config() -> Pretrain:
         model=presets.gpt2(num_layers=4, d_model=128, num_heads=4, mlp_dim=512, max_length=64,
                            dropout_rate=0.0, attention_dropout_rate=0.0),
         objective="causal_lm", tokenizer="chars", length=64, batch_size=12, num_steps=2000,
-        optimizer=Optimizer(peak=2e-3, end=1e-4, warmup_steps=100, weight_decay=0.1, b2=0.99,
+        optimizer=Optimizer(peak_lr=2e-3, end=1e-4, warmup_steps=100, weight_decay=0.1, b2=0.99,
                             eps=1e-8),
         eval_every=500, save_every=1000, log_every=100,
     )

@@ -19,7 +19,7 @@ from settings import Data, FinetuneOptimizer, Settings, Sweep
 def config() -> Sweep:
     return Sweep(
         pretrained="runs/quickstart/gpt_python_docs", out=Path("runs/gpt_auxiliary"), data=Data(),
-        recipes=("full", "full"), lm_weights=(0.0, 0.5), examples=(192,), seeds=5,
+        recipes=("full", "full"), aux_lm_loss_weights=(0.0, 0.5), examples=(192,), seeds=5,
         settings=Settings(length=48, batch_size=16, num_steps=100,
-                          optimizer=FinetuneOptimizer(peak=1.5e-3, b2=0.99)),
+                          optimizer=FinetuneOptimizer(peak_lr=1.5e-3, b2=0.99)),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from settings import Optimizer, Pretrain
 
-from transformer_jax import presets
+from transformer_jax.models import presets
 
 SMALL = {"num_layers": 2, "d_model": 128, "num_heads": 4, "mlp_dim": 512, "vocab_size": 2048,
          "max_length": 64, "dropout_rate": 0.0, "attention_dropout_rate": 0.0, "init_std": 0.05}
@@ -20,6 +20,6 @@ def config() -> Pretrain:
         out=Path("runs/gpt_python_docs"),
         model=presets.gpt2(**SMALL),
         objective="causal_lm", tokenizer="bpe", length=64, batch_size=32, num_steps=500,
-        optimizer=Optimizer(peak=3e-3, warmup_steps=30, b2=0.99),
+        optimizer=Optimizer(peak_lr=3e-3, warmup_steps=30, b2=0.99),
         eval_every=125, save_every=500, log_every=50,
     )

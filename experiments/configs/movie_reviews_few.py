@@ -22,7 +22,7 @@ def config() -> Sweep:
         pretrained=MINILM, pooling="mean", out=Path("runs/movie_reviews_few"),
         data=Data("movie_reviews.jsonl.gz", columns={"text": "text", "label": "label"},
                   held_out=(8, 9)),
-        recipes=("full", "scratch"), peaks=(1e-4, 3e-4), examples=(32, 128, 512, 1600),
+        recipes=("full", "scratch"), peak_lrs=(1e-4, 3e-4), examples=(32, 128, 512, 1600),
         settings=Settings(length=128, batch_size=16, epochs=3, min_steps=150,
-                          optimizer=FinetuneOptimizer(peak=1e-4)),
+                          optimizer=FinetuneOptimizer(peak_lr=1e-4)),
     )

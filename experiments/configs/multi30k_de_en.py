@@ -12,7 +12,7 @@ from pathlib import Path
 from settings import Optimizer
 from settings_seq2seq import Translate
 
-from transformer_jax import presets
+from transformer_jax.models import presets
 
 
 def config() -> Translate:
@@ -22,7 +22,7 @@ def config() -> Translate:
             num_layers=3, d_model=256, num_heads=4, mlp_dim=512, vocab_size=6000, max_length=128,
             dropout_rate=0.2),
         buckets=(16, 24, 32, 64), tokens_per_batch=2048, num_steps=3600,
-        optimizer=Optimizer(schedule="linear", peak=1e-3, warmup_steps=400, weight_decay=0.0,
+        optimizer=Optimizer(schedule="linear", peak_lr=1e-3, warmup_steps=400, weight_decay=0.0,
                             b2=0.98, eps=1e-9),
         average=5, eval_every=400, save_every=100, log_every=100,
     )

@@ -20,6 +20,6 @@ def config() -> Sweep:
     return Sweep(
         pretrained=MINILM, pooling="mean", out=Path("runs/rte"),
         data=Data("rte", columns={"text": "sentence1", "text_b": "sentence2", "label": "label"}),
-        recipes=("full", "lora:8", "head"), peaks=(1e-4, 1e-3, 3e-3), epochs=(2, 2, 10),
-        settings=Settings(length=128, batch_size=16, optimizer=FinetuneOptimizer(peak=1e-4)),
+        recipes=("full", "lora:8", "head"), peak_lrs=(1e-4, 1e-3, 3e-3), epochs=(2, 2, 10),
+        settings=Settings(length=128, batch_size=16, optimizer=FinetuneOptimizer(peak_lr=1e-4)),
     )

@@ -19,7 +19,7 @@ def config() -> Sweep:
         pretrained=MINILM, pooling="mean", out=Path("runs/sick"),
         data=Data("sick", columns={"text": "sentence_A", "text_b": "sentence_B",
                                    "label": "entailment_judgment"}),
-        recipes=("full", "lora:8", "head"), peaks=(2e-4, 2e-3, 3e-3),
+        recipes=("full", "lora:8", "head"), peak_lrs=(2e-4, 2e-3, 3e-3),
         settings=Settings(length=64, batch_size=32, epochs=3,
-                          optimizer=FinetuneOptimizer(peak=2e-4)),
+                          optimizer=FinetuneOptimizer(peak_lr=2e-4)),
     )

@@ -16,7 +16,7 @@ def config() -> Sweep:
         pretrained=MINILM, pooling="mean", out=Path("runs/sick_relatedness"),
         data=Data("sick", kind="regression", columns={
             "text": "sentence_A", "text_b": "sentence_B", "label": "relatedness_score"}),
-        recipes=("full", "lora:8"), peaks=(2e-4, 2e-3),
+        recipes=("full", "lora:8"), peak_lrs=(2e-4, 2e-3),
         settings=Settings(length=64, batch_size=32, epochs=4,
-                          optimizer=FinetuneOptimizer(peak=2e-4)),
+                          optimizer=FinetuneOptimizer(peak_lr=2e-4)),
     )

@@ -24,7 +24,7 @@ def config() -> Sweep:
                   label_names={"3": "entailment", "1": "neutral", "2": "contradiction"},
                   validation_label_names={"0": "entailment", "1": "neutral",
                                           "2": "contradiction"}),
-        recipes=("full", "lora:8"), peaks=(2e-4, 2e-3),
+        recipes=("full", "lora:8"), peak_lrs=(2e-4, 2e-3),
         settings=Settings(length=64, batch_size=32, epochs=1,
-                          optimizer=FinetuneOptimizer(peak=2e-4)),
+                          optimizer=FinetuneOptimizer(peak_lr=2e-4)),
     )

@@ -19,7 +19,7 @@ def config() -> Sweep:
     return Sweep(
         pretrained=MINILM, out=Path("runs/squad"),
         data=Data("squad", on_bad="drop"),
-        recipes=("full",), peaks=(2e-4,), examples=(20_000,), seeds=1,
+        recipes=("full",), peak_lrs=(2e-4,), examples=(20_000,), seeds=1,
         settings=Settings(length=256, stride=128, batch_size=16, epochs=1,
-                          optimizer=FinetuneOptimizer(peak=2e-4)),
+                          optimizer=FinetuneOptimizer(peak_lr=2e-4)),
     )

@@ -23,6 +23,6 @@ def config() -> Sweep:
         data=Data("sst2", columns={"text": "sentence", "label": "label"},
                   label_names={"0": "negative", "1": "positive"}),
         recipes=("full", "lora:8:all", "bitfit", "last_k:2", "head"),
-        peaks=(1e-4, 2e-3, 2e-3, 5e-4, 3e-3), epochs=(1, 2, 0.25, 0.25, 2),
-        settings=Settings(length=64, batch_size=64, optimizer=FinetuneOptimizer(peak=1e-4)),
+        peak_lrs=(1e-4, 2e-3, 2e-3, 5e-4, 3e-3), epochs=(1, 2, 0.25, 0.25, 2),
+        settings=Settings(length=64, batch_size=64, optimizer=FinetuneOptimizer(peak_lr=1e-4)),
     )

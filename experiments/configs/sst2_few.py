@@ -20,8 +20,8 @@ def config() -> Sweep:
         pretrained=MINILM, pooling="mean", out=Path("runs/sst2_few"),
         data=Data("sst2", columns={"text": "sentence", "label": "label"},
                   label_names={"0": "negative", "1": "positive"}),
-        recipes=("full", "scratch"), peaks=(1e-4, 3e-4),
+        recipes=("full", "scratch"), peak_lrs=(1e-4, 3e-4),
         examples=(32, 128, 512, 2048),
         settings=Settings(length=64, batch_size=16, epochs=3, min_steps=60,
-                          optimizer=FinetuneOptimizer(peak=1e-4)),
+                          optimizer=FinetuneOptimizer(peak_lr=1e-4)),
     )

@@ -23,7 +23,7 @@ import numpy as np
 
 from studies import systems
 from studies.pictures import Bars, show
-from transformer_jax.data import pipeline, sources
+from transformer_jax.data import packing, sources
 
 FAMILIES = ("GPT", "BERT")
 
@@ -56,7 +56,7 @@ def smallest() -> Bidirectional:
 
 def held_out_windows(c: Bidirectional, tokenizer) -> np.ndarray:
     """Pieces [n, window] of the held-out text, each within one document."""
-    corpus = pipeline.tokenize_corpus(
+    corpus = packing.tokenize_corpus(
         sources.load_source("python_docs/documents", "validation"), tokenizer)
     starts = [at for first, end in zip(corpus.document_starts, corpus.document_starts[1:])
               for at in range(int(first), int(end) - c.window + 1, c.window)]

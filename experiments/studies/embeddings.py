@@ -30,8 +30,8 @@ from supervised import NEW_TOKENS, batches
 
 from studies import systems
 from studies.pictures import Image, Line, Lines, Points, show
-from transformer_jax.data import few_labels
-from transformer_jax.finetune import deltas
+from transformer_jax.data import subsample_balanced
+from transformer_jax.finetuning import peft
 from transformer_jax.models import init_params
 from transformer_jax.objectives import causal_lm
 
@@ -156,14 +156,14 @@ def run(c: Embeddings) -> dict:
 
     data = systems.topics(dataclasses.replace(s, test_examples=c.texts))
     chosen = Settings(length=s.length, batch_size=16, num_steps=c.finetune_steps,
-                      optimizer=FinetuneOptimizer(peak=s.finetune_peak, b2=0.99),
+                      optimizer=FinetuneOptimizer(peak_lr=s.finetune_peak_lr, b2=0.99),
                       new_tokens=True)
     classifier, start = for_task(system.base, data)
-    drawn = data._replace(train=few_labels(data.train, None, s.seed, total=c.labels))
+    drawn = data._replace(train=subsample_balanced(data.train, None, s.seed, total=c.labels))
     task = read(drawn, classifier, tokenizer, chosen)
     outcome = finetune(classifier, start, tokenizer, task, "full", chosen, s.seed, quiet=True)
     labels = np.array([e["label"] for e in data.validation])
-    new = deltas.add_tokens(params, NEW_TOKENS, jax.random.key(s.seed))  # as fine-tuning begins
+    new = peft.add_tokens(params, NEW_TOKENS, jax.random.key(s.seed))  # as fine-tuning begins
     vectors = {"pre-trained": features(model, new, task, task.validation, s.length),
                "fine-tuned": features(classifier, outcome.params, task, task.validation,
                                       s.length)}

@@ -27,11 +27,11 @@ import numpy as np
 from rich.progress import track
 
 from studies.pictures import Line, Lines, show
-from transformer_jax import presets, tree
-from transformer_jax.finetune import deltas, select
-from transformer_jax.models import GPT, init_params
+from transformer_jax import tree
+from transformer_jax.finetuning import peft, select
+from transformer_jax.models import GPT, init_params, presets
 from transformer_jax.objectives import causal_lm
-from transformer_jax.train import optim, step
+from transformer_jax.train import optimizers, step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +149,8 @@ def train(c: Grokking, rounds, runs: Runs, num_steps: int, title: str) -> tuple[
 def optimizer(c: Grokking, num_steps: int, end: float):
     # In the sweep the rate falls to a tenth: at a constant one Adam throws a finished model out of
     # its minimum now and then (Thilak et al. 2022, "The Slingshot Mechanism").
-    schedule = optim.make_schedule("cosine", c.rate, num_steps, min(10, num_steps - 1), end)
-    return optim.make_optimizer(schedule, weight_decay=c.weight_decay, b2=0.98, clip_norm=None)
+    schedule = optimizers.make_schedule("cosine", c.rate, num_steps, min(10, num_steps - 1), end)
+    return optimizers.make_optimizer(schedule, weight_decay=c.weight_decay, b2=0.98, clip_norm=None)
 
 
 def start(c: Grokking, model: GPT, made: Any, mask: Any, params: dict, counts: list[int],
@@ -176,7 +176,7 @@ def sweep(c: Grokking, model: GPT) -> tuple[dict, dict, list[np.ndarray]]:
 
 def finetune(c: Grokking, model: GPT, params: dict, orders: list[np.ndarray], recipe: str) -> dict:
     """The grokked models, trained on by `recipe` on the first few of their own pairs."""
-    params = jax.vmap(lambda p: deltas.prepare(p, recipe, jax.random.key(c.seed))[0])(params)
+    params = jax.vmap(lambda p: peft.add_and_mask(p, recipe, jax.random.key(c.seed))[0])(params)
     mask = select.trainable_mask(params, recipe)
     made = optimizer(c, c.finetune_steps, c.rate)
     train_step = step.make_train_step(
@@ -185,7 +185,7 @@ def finetune(c: Grokking, model: GPT, params: dict, orders: list[np.ndarray], re
     series = train(c, make_rounds(c, train_step, model.apply), runs, c.finetune_steps,
                    f"{recipe} on {c.few:.0%} of the table")[1]
     print(f"  unseen pairs, every seed: {np.round(100 * series['test'][:, -1], 1)} %", flush=True)
-    return series | {"trained": tree.count(tree.split(params, mask)[0]) / tree.count(params)}
+    return series | {"trained": tree.count(tree.partition(params, mask)[0]) / tree.count(params)}
 
 
 def first_above(steps: np.ndarray, accuracy: np.ndarray, least: float) -> list[float]:

@@ -28,13 +28,13 @@ from settings import Optimizer, Pretrain
 
 from studies import small
 from studies.pictures import Bars, Line, Lines, show
-from transformer_jax import draw, presets
 from transformer_jax.data import sources
-from transformer_jax.data.pipeline import make_loader
-from transformer_jax.models import GPT, Transformer, init_params
+from transformer_jax.data.batching import make_loader
+from transformer_jax.models import GPT, Transformer, init_params, presets
 from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.blocks import Stack
 from transformer_jax.objectives import causal_lm, seq2seq
+from transformer_jax.report import plots
 from transformer_jax.train import step
 
 PROMPT = "Return the "
@@ -58,7 +58,7 @@ class Masks:
     num_steps: int = 600
     spelling_steps: int = 1500
     spelling_width: int = 64
-    peak: float = 2e-3
+    peak_lr: float = 2e-3
     written: int = 80
     word: str = "documentation"
     seed: int = 0
@@ -128,7 +128,7 @@ def both_masks(c: Masks) -> tuple[dict, dict[str, small.Trained]]:
         trained[name] = small.train(
             name, loss, init_params(model, jax.random.key(c.seed)),
             corpus.train.loader(c.batch_size, seed=c.seed), c.num_steps,
-            Optimizer(peak=c.peak, warmup_steps=c.num_steps // 10), seed=c.seed)
+            Optimizer(peak_lr=c.peak_lr, warmup_steps=c.num_steps // 10), seed=c.seed)
         # What counts: the next character where nothing of what follows is there.
         hidden = step.make_eval_step(functools.partial(
             causal_lm.loss, apply_under(model, Mask(causal=True))))
@@ -166,7 +166,7 @@ def spell(c: Masks) -> tuple[dict, dict[str, np.ndarray]]:
         "spelling backwards", functools.partial(seq2seq.loss, model.apply),
         init_params(model, jax.random.key(c.seed)),
         make_loader(rows, 64, transform=prepare, seed=c.seed), c.spelling_steps,
-        Optimizer(peak=2e-3, warmup_steps=c.spelling_steps // 10, clip_norm=1.0), seed=c.seed)
+        Optimizer(peak_lr=2e-3, warmup_steps=c.spelling_steps // 10, clip_norm=1.0), seed=c.seed)
 
     def stacked(some):
         made = [prepare(row) for row in some]
@@ -203,12 +203,12 @@ def run(c: Masks) -> dict:
     }, title="What they write: " + "\n".join(
         f"{name}, {found[name]['writes'][:68]!r}" for name in colors))
     letters, backwards = [*c.word, "END"], [*c.word[::-1], "END"]
-    draw.attention(c.out / "encoder.png", {
+    plots.attention(c.out / "encoder.png", {
         "looks both ways": maps["encoder_attention"]}, letters, title="Encoder, last layer")
-    draw.attention(c.out / "decoder.png", {
+    plots.attention(c.out / "decoder.png", {
         "looks back only": maps["attention"]}, ["START", *backwards[:-1]],
         title="Decoder, last layer")
-    draw.attention(c.out / "cross_attention.png", {
+    plots.attention(c.out / "cross_attention.png", {
         "to write (down), read (across)": maps["cross_attention"]}, backwards, letters,
         title="Cross-attention, spelling backwards")
     return {"gpt": found, "spelling": spelled}

@@ -33,12 +33,12 @@ from studies.pictures import Bars, show
 class Objectives:
     """Attributes:
         kinds: of `systems.KINDS`.
-        lm_weight: of the language model's loss beside the task's, for the first GPT.
+        aux_lm_loss_weight: of the language model's loss beside the task's, for the first GPT.
     """
 
     out: Path = Path("runs/objectives")
     kinds: tuple[str, ...] = tuple(systems.KINDS)
-    lm_weight: float = 0.5
+    aux_lm_loss_weight: float = 0.5
     shape: systems.Shape = field(default_factory=systems.Shape)
 
 
@@ -73,9 +73,9 @@ def run(c: Objectives) -> dict:
         if i == 0:
             print(f"{kind}, from scratch", flush=True)
             add("from scratch", system, scratch=True)
-            if kind == "GPT" and c.lm_weight:
+            if kind == "GPT" and c.aux_lm_loss_weight:
                 print(f"{kind}, with the auxiliary loss", flush=True)
-                add(f"{kind}, LM loss x {c.lm_weight:g}", system, lm_weight=c.lm_weight)
+                add(f"{kind}, LM loss x {c.aux_lm_loss_weight:g}", system, aux_lm_loss_weight=c.aux_lm_loss_weight)
     chance = {task: systems.chance(data) for task, (data, _) in tasks.items()}
     picture(c, rows, chance)
     return {"systems": rows, "chance": chance}

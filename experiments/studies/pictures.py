@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from transformer_jax import draw
+from transformer_jax.report import plots
 
 
 class Line(NamedTuple):
@@ -131,7 +131,7 @@ class Named(NamedTuple):
         axes.set_axisbelow(True)
 
     def finish(self, axes) -> None:
-        draw.label(axes, {name: (x, y) for name, (x, y, _) in self.points.items()},
+        plots.label(axes, {name: (x, y) for name, (x, y, _) in self.points.items()},
                    [(x, y + sign * np.nan_to_num(spread)) for x, y, spread in self.points.values()
                     for sign in np.linspace(-1, 1, 9)])
 
@@ -160,7 +160,7 @@ def show(path: Path, panels: Mapping[str, Any], *, title: str, columns: int = 3)
     columns = min(columns, len(kinds))
     rows = -(-len(kinds) // columns)
     widths = [max(p.width for p in kinds[i::columns]) for i in range(columns)]
-    figure = draw.new_figure(sum(widths), 4.1 * rows + 0.3 * (1 + title.count("\n")))
+    figure = plots.new_figure(sum(widths), 4.1 * rows + 0.3 * (1 + title.count("\n")))
     figure.suptitle(title)
     grid = figure.subplots(rows, columns, squeeze=False, width_ratios=widths).ravel()
     for axes, (name, panel) in zip(grid, panels.items()):
@@ -172,18 +172,18 @@ def show(path: Path, panels: Mapping[str, Any], *, title: str, columns: int = 3)
     for axes, panel in zip(grid, kinds):
         if isinstance(panel, Named):
             panel.finish(axes)
-    return draw.save(figure, path)
+    return plots.save(figure, path)
 
 
 def surfaces(path: Path, found: Mapping[str, np.ndarray], span: float, *, title: str,
              limit: float) -> Path:
     """Losses over a plane, `[g, g]` for -span ... span in both directions, all on one scale; what
     is above `limit` is cut off there."""
-    figure = draw.new_figure(5.4 * len(found), 5.0)
+    figure = plots.new_figure(5.4 * len(found), 5.0)
     figure.suptitle(title)
     least = min(float(np.nanmin(x)) for x in found.values())
     for k, (name, losses) in enumerate(found.items()):
-        axes = figure.add_subplot(1, len(found), k + 1, projection="3d")
+        axes = figure.add_subplot(1, len(found), k + 1, lazy_logits="3d")
         at = np.linspace(-span, span, len(losses))
         plane = np.meshgrid(at, at)
         shown = np.minimum(np.nan_to_num(losses, nan=limit, posinf=limit), limit)
@@ -192,4 +192,4 @@ def surfaces(path: Path, found: Mapping[str, np.ndarray], span: float, *, title:
         axes.set(title=name, xlabel="direction 1", ylabel="direction 2", zlim=(least - 0.1, limit))
         axes.set_zlabel("loss (nats)")
         axes.view_init(28, -60)
-    return draw.save(figure, path)
+    return plots.save(figure, path)

@@ -29,12 +29,12 @@ from settings import Optimizer, Pretrain
 
 from studies import small
 from studies.pictures import Image, Line, Lines, show
-from transformer_jax import draw, presets
-from transformer_jax.finetune import select
-from transformer_jax.models import Model, build_model, init_params
+from transformer_jax.finetuning import select
+from transformer_jax.models import Model, build_model, init_params, presets
 from transformer_jax.nn.positions import sinusoidal
 from transformer_jax.objectives import causal_lm, mlm_nsp
-from transformer_jax.objectives.losses import cross_entropy
+from transformer_jax.objectives.cross_entropy import cross_entropy
+from transformer_jax.report import plots
 
 KINDS = ("fixed", "learned", "none")
 HIDDEN = 0.3  # of the characters that BERT reads
@@ -54,7 +54,7 @@ class Positions:
     beyond: int = 2
     batch_size: int = 32
     num_steps: int = 1500
-    peak: float = 3e-3
+    peak_lr: float = 3e-3
     kinds: tuple[str, ...] = KINDS
     test_rows: int = 256
     seed: int = 0
@@ -148,7 +148,7 @@ def run(c: Positions) -> dict:
             trained = small.train(
                 f"{family}, {kind}", functools.partial(objective, model.apply), params,
                 batches(family, train, c.length), c.num_steps,
-                Optimizer(peak=c.peak, warmup_steps=c.num_steps // 10), mask=mask, seed=c.seed)
+                Optimizer(peak_lr=c.peak_lr, warmup_steps=c.num_steps // 10), mask=mask, seed=c.seed)
             loss = by_place(model, family, trained.params, tests, whole, groups)
             half = groups // c.beyond
             found[f"{family}, {kind}"] = {
@@ -181,5 +181,5 @@ def picture(c: Positions, found, tables, groups: int, whole: int) -> None:
         similarity(table[: c.length]), **axis) for name, table in tables.items()}
     show(c.out / "positions.png", panels,
          title=f"Trained on {c.length} characters a row, asked about {whole}")
-    draw.positions(c.out / "tables.png", {
+    plots.positions(c.out / "tables.png", {
         "fixed (sinusoidal)": fixed, **{f"learned by {n}": t for n, t in tables.items()}})

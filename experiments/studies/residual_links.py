@@ -31,8 +31,8 @@ from settings import Optimizer, Pretrain
 
 from studies import small
 from studies.pictures import Line, Lines, show, surfaces
-from transformer_jax import presets, tree
-from transformer_jax.models import GPT, init_params
+from transformer_jax import tree
+from transformer_jax.models import GPT, init_params, presets
 from transformer_jax.objectives import causal_lm
 
 LINKS = {"with links": True, "without": False}
@@ -52,7 +52,7 @@ class ResidualLinks:
     length: int = 64
     batch_size: int = 16
     num_steps: int = 400
-    peak: float = 2e-3
+    peak_lr: float = 2e-3
     landscape_depth: int = 16
     grid: int = 17
     span: float = 1.0
@@ -177,7 +177,7 @@ def run(c: ResidualLinks) -> dict:
             trained = small.train(
                 f"{depth} layers {name}", functools.partial(causal_lm.loss, model.apply), params,
                 corpus.train.loader(c.batch_size, seed=c.seed), c.num_steps,
-                Optimizer(peak=c.peak, warmup_steps=c.num_steps // 10, clip_norm=1.0), seed=c.seed)
+                Optimizer(peak_lr=c.peak_lr, warmup_steps=c.num_steps // 10, clip_norm=1.0), seed=c.seed)
             held_out = float(jax.jit(loss)(trained.params, test))
             found.append({"layers": depth, "links": links, "held_out": held_out,
                           "gradient_of_first_layer": gradient[0],

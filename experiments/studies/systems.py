@@ -16,9 +16,8 @@ from finetune import finetune, for_task, read
 from settings import Data, FinetuneOptimizer, Optimizer, Pretrain, Settings
 
 from studies import small
-from transformer_jax import presets
-from transformer_jax.data import Annotated, few_labels, sources
-from transformer_jax.models import GPT, Config, build_model, init_params
+from transformer_jax.data import LabeledDataset, sources, subsample_balanced
+from transformer_jax.models import GPT, Config, build_model, init_params, presets
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
 from transformer_jax.train import step
 
@@ -45,8 +44,8 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "GPT": Kind("causal_lm", causal_lm.loss),
-    "GPT, k = 8": Kind("causal_lm", causal_lm.loss, {"context_size": 8}),
-    "GPT, k = 2": Kind("causal_lm", causal_lm.loss, {"context_size": 2}),
+    "GPT, k = 8": Kind("causal_lm", causal_lm.loss, {"attention_window": 8}),
+    "GPT, k = 2": Kind("causal_lm", causal_lm.loss, {"attention_window": 2}),
     "BERT": Kind("mlm_nsp", mlm_nsp.loss),
     "BERT, no segments": Kind("mlm_nsp", mlm_nsp.loss, {"num_segments": 0}),
     "BERT, words only": Kind("mlm_nsp", masked_words),
@@ -61,7 +60,7 @@ class Shape:
         num_layers: of one stack; an encoder and a decoder have half of them each.
         num_steps, batch_size, length: of pre-training, in tokens of one vocabulary.
         labels, pairs: annotated examples of the two tasks; test_examples: of each.
-        finetune_steps, finetune_peak: of fine-tuning, which trains everything.
+        finetune_steps, finetune_peak_lr: of fine-tuning, which trains everything.
     """
 
     num_layers: int = 2
@@ -70,24 +69,24 @@ class Shape:
     length: int = 64
     batch_size: int = 32
     num_steps: int = 800
-    peak: float = 3e-3
+    peak_lr: float = 3e-3
     labels: int = 768
     pairs: int = 1536
     test_examples: int = 384
     finetune_steps: int = 150
-    finetune_peak: float = 1.5e-3
+    finetune_peak_lr: float = 1.5e-3
     seeds: int = 3
     seed: int = 0
 
 
 LARGE = Shape(num_layers=6, d_model=512, vocab_size=8192, length=128, batch_size=128,
-              num_steps=5000, peak=1e-3, finetune_peak=2e-4, finetune_steps=300, seeds=5)
+              num_steps=5000, peak_lr=1e-3, finetune_peak_lr=2e-4, finetune_steps=300, seeds=5)
 SMALLEST = Shape(num_layers=2, d_model=16, vocab_size=300, length=24, batch_size=4, num_steps=2,
                  labels=24, pairs=16, test_examples=16, finetune_steps=2, seeds=1)
 
 
 class System(NamedTuple):
-    base: common.Trained
+    base: common.LoadedRun
     held_out: float  # loss of its own objective
 
 
@@ -127,23 +126,23 @@ def pretrain(s: Shape, name: str, kind: Kind | None = None) -> System:
     trained = small.train(
         name, loss, init_params(model, jax.random.key(s.seed)),
         corpus.train.loader(s.batch_size, seed=s.seed), s.num_steps,
-        Optimizer(peak=s.peak, warmup_steps=s.num_steps // 20, b2=0.99), seed=s.seed)
+        Optimizer(peak_lr=s.peak_lr, warmup_steps=s.num_steps // 20, b2=0.99), seed=s.seed)
     held_out = step.evaluate(step.make_eval_step(loss), trained.params,
                              corpus.held_out.evaluation(s.batch_size, limit=16))
-    base = common.Trained(model, trained.params, corpus.tokenizer, [])
+    base = common.LoadedRun(model, trained.params, corpus.tokenizer, [])
     return System(base, held_out["loss"])
 
 
 # What they are asked -----------------------------------------------------------------------------
 
 
-def topics(s: Shape) -> Annotated:
+def topics(s: Shape) -> LabeledDataset:
     """Which of twelve parts of the library a docstring is about."""
     data = Data().load()
     return data._replace(validation=data.validation[: s.test_examples])
 
 
-def pairs(s: Shape) -> Annotated:
+def pairs(s: Shape) -> LabeledDataset:
     """Whether the second sentence follows the first, or is of another document."""
     made = []
     for split, count in (("train", s.pairs), ("validation", s.test_examples)):
@@ -160,20 +159,20 @@ def pairs(s: Shape) -> Annotated:
             second = other[int(rng.integers(len(other)))] if label else documents[i][first + 1]
             examples.append({"text": documents[i][first], "text_b": second, "label": label})
         made.append(examples)
-    return Annotated("classification", *made, ("follows", "does not"), "accuracy", None, {})
+    return LabeledDataset("classification", *made, ("follows", "does not"), "accuracy", None, {})
 
 
-def ask(s: Shape, system: System, data: Annotated, total: int, *, scratch: bool = False,
-        lm_weight: float = 0.0) -> list[float]:
+def ask(s: Shape, system: System, data: LabeledDataset, total: int, *, scratch: bool = False,
+        aux_lm_loss_weight: float = 0.0) -> list[float]:
     """Accuracies in percent of all seeds, after fine-tuning everything on `total` examples."""
     chosen = Settings(
         length=s.length, batch_size=16, num_steps=s.finetune_steps,
-        optimizer=FinetuneOptimizer(peak=s.finetune_peak, b2=0.99), lm_weight=lm_weight,
+        optimizer=FinetuneOptimizer(peak_lr=s.finetune_peak_lr, b2=0.99), aux_lm_loss_weight=aux_lm_loss_weight,
         new_tokens=isinstance(system.base.model, GPT))
     model, start = for_task(system.base, data)
     scores = []
     for seed in range(s.seeds):
-        drawn = data._replace(train=few_labels(data.train, None, seed, total=total))
+        drawn = data._replace(train=subsample_balanced(data.train, None, seed, total=total))
         task = read(drawn, model, system.base.tokenizer, chosen)
         outcome = finetune(model, None if scratch else start, system.base.tokenizer, task, "full",
                            chosen, seed, quiet=True)
@@ -181,7 +180,7 @@ def ask(s: Shape, system: System, data: Annotated, total: int, *, scratch: bool 
     return scores
 
 
-def chance(data: Annotated) -> float:
+def chance(data: LabeledDataset) -> float:
     """The share of the commonest class, in percent."""
     labels = [example["label"] for example in data.validation]
     return 100 * float(max(np.bincount(labels))) / len(labels)

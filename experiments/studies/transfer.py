@@ -40,9 +40,14 @@ from settings import Data, FinetuneOptimizer, Optimizer, Settings
 
 from studies import small, systems
 from studies.pictures import Line, Lines, show
-from transformer_jax import presets
-from transformer_jax.data import Annotated, few_labels, pipeline, sources, tokenizers
-from transformer_jax.models import GPT, init_params
+from transformer_jax.data import (
+    LabeledDataset,
+    packing,
+    sources,
+    subsample_balanced,
+    tokenizers,
+)
+from transformer_jax.models import GPT, init_params, presets
 from transformer_jax.objectives import causal_lm
 from transformer_jax.train import step
 
@@ -65,7 +70,7 @@ class Transfer:
         characters: of each source.
         num_steps: of pre-training.
         examples: annotated ones to fine-tune on; test_examples: at most so many to be scored on.
-        epochs, min_steps: of fine-tuning; peaks: its rates, of which the one that does best on
+        epochs, min_steps: of fine-tuning; peak_lrs: its rates, of which the one that does best on
             `tuning_examples` of training, for a seed of its own, is taken.
     """
 
@@ -80,12 +85,12 @@ class Transfer:
     length: int = 48
     batch_size: int = 32
     num_steps: int = 1500
-    peak: float = 2e-3
+    peak_lr: float = 2e-3
     examples: tuple[int, ...] = (128, 512, 2048)
     test_examples: int = 1000
     epochs: float = 3
     min_steps: int = 120
-    peaks: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    peak_lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     tuning_examples: int = 500
     seeds: int = 3
     seed: int = 0
@@ -97,14 +102,14 @@ def config() -> Transfer:
 
 def large() -> Transfer:
     return Transfer(characters=100_000_000, vocab_size=30_000, num_layers=12, d_model=768,
-                    length=128, batch_size=256, num_steps=100_000, peak=2e-4,
-                    examples=(32, 128, 512, 2048, 8192), peaks=(3e-5, 1e-4, 3e-4), seeds=5)
+                    length=128, batch_size=256, num_steps=100_000, peak_lr=2e-4,
+                    examples=(32, 128, 512, 2048, 8192), peak_lrs=(3e-5, 1e-4, 3e-4), seeds=5)
 
 
 def smallest() -> Transfer:
     return Transfer(characters=20_000, sources=("plays",), targets=("SST-2",), vocab_size=300,
                     d_model=16, length=16, batch_size=4, num_steps=2, examples=(8,),
-                    test_examples=16, tuning_examples=4, peaks=(1e-3,), epochs=1,
+                    test_examples=16, tuning_examples=4, peak_lrs=(1e-3,), epochs=1,
                     min_steps=2, seeds=1)
 
 
@@ -136,7 +141,7 @@ def unseen(examples: list[dict], texts: list[str]) -> list[dict]:
             if len(begin) < 20 or not any(begin in text for text in texts)]
 
 
-def load_target(c: Transfer, name: str, texts: list[str]) -> tuple[Annotated, Annotated]:
+def load_target(c: Transfer, name: str, texts: list[str]) -> tuple[LabeledDataset, LabeledDataset]:
     """(the target, the same with its validation from training examples, to choose a rate by)."""
     if name == "topics":
         data = Data()
@@ -163,7 +168,7 @@ def batches(c: Transfer, tokens: np.ndarray, seed: int) -> Iterator[dict]:
 
 def pretrain(c: Transfer, name: str, text: str, tokenizer) -> tuple[GPT, dict, float]:
     """(model, parameters, loss on the end of the source, in nats a token)."""
-    tokens = pipeline.tokenize_corpus([{"text": text}], tokenizer, sentences=False).tokens
+    tokens = packing.tokenize_corpus([{"text": text}], tokenizer, sentences=False).tokens
     cut = int(len(tokens) * (1 - HELD_OUT))
     model = GPT(presets.gpt2(
         num_layers=c.num_layers, d_model=c.d_model, num_heads=4, mlp_dim=4 * c.d_model,
@@ -172,30 +177,30 @@ def pretrain(c: Transfer, name: str, text: str, tokenizer) -> tuple[GPT, dict, f
     loss = functools.partial(causal_lm.loss, model.apply)
     trained = small.train(
         name, loss, init_params(model, jax.random.key(c.seed)), batches(c, tokens[:cut], c.seed),
-        c.num_steps, Optimizer(peak=c.peak, warmup_steps=c.num_steps // 20, b2=0.99), seed=c.seed)
+        c.num_steps, Optimizer(peak_lr=c.peak_lr, warmup_steps=c.num_steps // 20, b2=0.99), seed=c.seed)
     endless = batches(c, tokens[cut:], c.seed + 1)
     held_out = step.evaluate(step.make_eval_step(loss), trained.params,
                              [next(endless) for _ in range(16)])
     return model, trained.params, held_out["loss"]
 
 
-def score(c: Transfer, base: common.Trained, data: Annotated, examples: int, peak: float,
+def score(c: Transfer, base: common.LoadedRun, data: LabeledDataset, examples: int, peak: float,
           seed: int, scratch: bool) -> float:
     """Accuracy in percent after fine-tuning."""
     settings = Settings(
         length=c.length, batch_size=16, epochs=c.epochs, min_steps=c.min_steps, new_tokens=True,
-        optimizer=FinetuneOptimizer(peak=peak, b2=0.99))
+        optimizer=FinetuneOptimizer(peak_lr=peak, b2=0.99))
     model, start = for_task(base, data)
-    drawn = data._replace(train=few_labels(data.train, None, seed, total=examples))
+    drawn = data._replace(train=subsample_balanced(data.train, None, seed, total=examples))
     task = read(drawn, model, base.tokenizer, settings)
     return 100 * finetune(model, None if scratch else start, base.tokenizer, task, "full",
                           settings, seed, quiet=True).metrics["accuracy"]
 
 
-def best_peak(c: Transfer, base: common.Trained, tuning: Annotated, examples: int,
+def best_peak(c: Transfer, base: common.LoadedRun, tuning: LabeledDataset, examples: int,
               scratch: bool) -> float:
     """The rate that does best on examples that nobody trains on, for a seed of its own."""
-    tried = {peak: score(c, base, tuning, examples, peak, c.seeds, scratch) for peak in c.peaks}
+    tried = {peak: score(c, base, tuning, examples, peak, c.seeds, scratch) for peak in c.peak_lrs}
     return max(tried, key=tried.get)
 
 
@@ -206,22 +211,22 @@ def run(c: Transfer) -> dict:
     bases, losses = {}, {}
     for name, text in texts.items():
         model, params, losses[name] = pretrain(c, name, text, tokenizer)
-        bases[name] = common.Trained(model, params, tokenizer, [])
+        bases[name] = common.LoadedRun(model, params, tokenizer, [])
     starts = {**bases, SCRATCH: next(iter(bases.values()))}
     rows = []
     for target, (data, tuning) in targets.items():
         for examples in sorted({min(n, len(data.train)) for n in c.examples}):
             # The first source's rate serves all sources.
-            peaks = {scratch: best_peak(c, bases[c.sources[0]], tuning, examples, scratch)
+            peak_lrs = {scratch: best_peak(c, bases[c.sources[0]], tuning, examples, scratch)
                      for scratch in (False, True)}
             for start, base in starts.items():
                 scratch = start == SCRATCH
-                scores = [score(c, base, data, examples, peaks[scratch], seed, scratch)
+                scores = [score(c, base, data, examples, peak_lrs[scratch], seed, scratch)
                           for seed in range(c.seeds)]
                 rows.append({"target": target, "examples": examples, "source": start,
-                             "peak": peaks[scratch], "accuracy": scores})
+                             "peak": peak_lrs[scratch], "accuracy": scores})
                 print(f"{target}, {examples:,} examples, {start}: {np.mean(scores):.1f} ± "
-                      f"{np.std(scores):.1f} %, rate {peaks[scratch]:g}", flush=True)
+                      f"{np.std(scores):.1f} %, rate {peak_lrs[scratch]:g}", flush=True)
     tests = {name: len(data.validation) for name, (data, _) in targets.items()}
     chance = {name: systems.chance(data) for name, (data, _) in targets.items()}
     picture(c, rows, starts)

@@ -27,7 +27,7 @@ from pretrain import pretrain
 from settings import Data, FinetuneOptimizer, Pretrain, Settings, Sweep
 
 from studies.pictures import Named, show
-from transformer_jax import evaluate
+from transformer_jax import metrics
 
 RATES = {
     "full": 1.5e-3, "last_k:1": 3e-3, "layers:0": 3e-3, "embeddings": 3e-3, "head": 1e-2,
@@ -81,7 +81,7 @@ def run(c: WhichParameters) -> dict:
         pretrain(dataclasses.replace(settings, out=base, **changes))
     found = sweep.main(Sweep(
         pretrained=str(base), out=c.out / "sweep", data=Data(), recipes=tuple(c.rates),
-        peaks=tuple(c.rates.values()), examples=c.examples, seeds=c.seeds, quiet=True,
+        peak_lrs=tuple(c.rates.values()), examples=c.examples, seeds=c.seeds, quiet=True,
         settings=Settings(length=48, batch_size=16, num_steps=c.num_steps,
                           optimizer=FinetuneOptimizer(b2=0.99))))["metrics"]
     before, panels = found["held_out_before"], {}
@@ -101,6 +101,6 @@ def run(c: WhichParameters) -> dict:
     best = {examples: max((row for row in found["cells"] if row["labels"] == examples),
                           key=lambda row: row["score"])["recipe"] for examples in c.examples}
     return {"cells": found["cells"], "held_out_before": before, "best": best,
-            "correlation_of_share_and_forgetting": evaluate.spearman(
+            "correlation_of_share_and_forgetting": metrics.spearman(
                 *([row[name] for row in found["cells"]]
                   for name in ("share_trained", "held_out_after")))}

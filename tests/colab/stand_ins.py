@@ -5,9 +5,9 @@ from pathlib import Path
 
 import jax
 
-from transformer_jax import presets, save_pretrained
+from transformer_jax import save_pretrained
 from transformer_jax.data import tokenizers
-from transformer_jax.models import TransformerConfig, build_model, init_params
+from transformer_jax.models import TransformerConfig, build_model, init_params, presets
 
 WORDS = ("a", "fine", "film", "with", "good", "story", "and", "bad", "music", "nobody", "watches")
 SHAPE = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 64, "max_length": 64}

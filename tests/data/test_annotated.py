@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from transformer_jax.data import annotated_table, few_labels, load_annotated
+from transformer_jax.data import known_datasets, load_dataset, subsample_balanced
 
 # Files
 
@@ -28,21 +28,21 @@ def folder(tmp_path):
 
 
 def test_a_folder_tells_all(folder):
-    found = load_annotated(folder)
+    found = load_dataset(folder)
     assert found.kind == "classification" and found.metric == "accuracy"
     assert found.label_names == ("neg", "pos") and found.label_range is None
     assert found.train == [{"text": "good", "label": 1}, {"text": "bad", "label": 0},
                            {"text": "fine", "label": 1}]
     assert found.validation == [{"text": "awful", "label": 0}]
     assert found.dropped == {"train": {}, "validation": {}}
-    assert load_annotated(folder / "my_train.tsv", validation=folder / "dev.tsv") == found
-    assert load_annotated(folder, validation="dev.tsv") == found
+    assert load_dataset(folder / "my_train.tsv", validation=folder / "dev.tsv") == found
+    assert load_dataset(folder, validation="dev.tsv") == found
 
 
 def test_headers_byte_order_marks_and_other_label_values(tmp_path):
     (tmp_path / "train.txt").write_text("1\t1\ta \"b\tc\n2\t2\td\te\n3\t3\tf\tg\n")
     (tmp_path / "dev.tsv").write_text("h\ti\t0\nj\tk\t2\n")
-    found = load_annotated(
+    found = load_dataset(
         tmp_path, header=("label", "again", "premise", "hypothesis"),
         validation_header=("premise", "hypothesis", "label"),
         label_names={"3": "entailment", "1": "neutral", "2": "contradiction"},
@@ -53,7 +53,7 @@ def test_headers_byte_order_marks_and_other_label_values(tmp_path):
     assert [e["label"] for e in found.validation] == [0, 2]
 
     (tmp_path / "mrpc.tsv").write_text("\ufeffQuality\t#1 String\n10\ta\n9\tb\n10\tc\n")
-    found = load_annotated(tmp_path / "mrpc.tsv", validation=tmp_path / "mrpc.tsv",
+    found = load_dataset(tmp_path / "mrpc.tsv", validation=tmp_path / "mrpc.tsv",
                            columns={"text": "#1 String", "label": "Quality"}, metric="f1")
     assert found.label_names == ("9", "10") and found.metric == "f1"
     assert [e["label"] for e in found.train] == [1, 0, 1]
@@ -63,18 +63,18 @@ def test_parts_of_train_are_held_out(tmp_path):
     rows = [{"text": f"t{i}", "label": i % 2, "fold": i % 5} for i in range(20)]
     path = tmp_path / "reviews.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-    found = load_annotated(path, held_out={"fold": [1, "4"]})
+    found = load_dataset(path, held_out={"fold": [1, "4"]})
     assert [e["text"] for e in found.validation] == [
         f"t{i}" for i in range(20) if i % 5 in (1, 4)]
-    assert len(found.train) == 12 and load_annotated(tmp_path, held_out={"fold": [1, 4]}) == found
+    assert len(found.train) == 12 and load_dataset(tmp_path, held_out={"fold": [1, 4]}) == found
 
-    drawn = load_annotated(path, validation_share=0.2, seed=1)
-    assert len(drawn.validation) == 4 and drawn == load_annotated(
+    drawn = load_dataset(path, validation_share=0.2, seed=1)
+    assert len(drawn.validation) == 4 and drawn == load_dataset(
         path, validation_share=0.2, seed=1)
     texts = [e["text"] for e in [*drawn.train, *drawn.validation]]
     assert sorted(texts) == sorted(row["text"] for row in rows)
-    assert drawn.validation != load_annotated(path, validation_share=0.2, seed=2).validation
-    few = load_annotated(path, held_out={"fold": [0]}, limit=8, seed=3)
+    assert drawn.validation != load_dataset(path, validation_share=0.2, seed=2).validation
+    few = load_dataset(path, held_out={"fold": [0]}, limit=8, seed=3)
     assert len(few.train) == 8 and len(few.validation) == 4
 
     for options, message in [
@@ -85,14 +85,14 @@ def test_parts_of_train_are_held_out(tmp_path):
         ({"validation_share": 0.1, "limit": 0}, "limit is 0"),
     ]:
         with pytest.raises(ValueError, match=message):
-            load_annotated(path, **options)
+            load_dataset(path, **options)
 
 
 def test_kinds_told_by_columns(tmp_path):
     def load(row, other, **options):
         write(tmp_path / "train.jsonl", [row, other])
         write(tmp_path / "test.jsonl", [row])
-        found = load_annotated(tmp_path, **options)
+        found = load_dataset(tmp_path, **options)
         return found.kind, found.train[0], found
 
     kind, example, found = load({"sentence1": "a", "sentence2": "b", "label": 4},
@@ -137,23 +137,23 @@ def test_answers_in_three_forms(tmp_path):
                 {**base, "answers": [{"text": "Ann", "start": 7}]},
                 {**base, "answer": "Ann", "start": "7"}):
         path = write(tmp_path / "a.jsonl", [row])
-        found = load_annotated(path, validation=path)
+        found = load_dataset(path, validation=path)
         assert found.kind == "question_answering" and found.metric == "squad"
         assert found.train == [wanted]
     path = write(tmp_path / "a.jsonl", [{**base, "answers": {"text": [], "answer_start": []}}])
-    assert load_annotated(path, validation=path).train[0]["answers"] == []
+    assert load_dataset(path, validation=path).train[0]["answers"] == []
 
     off = {**base, "id": "q2", "answers": [{"text": "Ann", "start": 6}]}
     path = write(tmp_path / "a.jsonl", [wanted, off])
     with pytest.raises(ValueError, match=r"a\.jsonl line 2 \(id q2\): the answer 'Ann' does not "
                                          "stand at 6 of the context, but ' An'"):
-        load_annotated(path, validation=path)
-    found = load_annotated(path, validation=path, on_bad="drop")
+        load_dataset(path, validation=path)
+    found = load_dataset(path, validation=path, on_bad="drop")
     assert found.train == [wanted]
     assert found.dropped["train"] == {"answer not in its context": 1}
     path = write(tmp_path / "a.jsonl", [off])
     with pytest.raises(ValueError, match="all others are left out"):
-        load_annotated(path, validation=path, on_bad="drop")
+        load_dataset(path, validation=path, on_bad="drop")
 
 
 GOOD = [["a", "x"], ["b", "y"]]
@@ -191,32 +191,32 @@ def test_bad_input_is_named(tmp_path, train, options, message):
     write(tmp_path / "train.tsv", train, ["sentence", "label"])
     write(tmp_path / "dev.tsv", train[:1], ["sentence", "label"])
     with pytest.raises(ValueError, match=message):
-        load_annotated(tmp_path, **options)
+        load_dataset(tmp_path, **options)
 
 
 def test_bad_validation_is_named(folder):
     write(folder / "dev.tsv", [["a", "pos"], ["b", "neutral"]], ["sentence", "label"])
     with pytest.raises(ValueError, match=r"dev\.tsv line 3: label 'neutral' is not among the "
                                          "training labels neg, pos"):
-        load_annotated(folder)
+        load_dataset(folder)
     with pytest.raises(ValueError, match="has no validation split; name a file by validation"):
-        load_annotated(folder / "my_train.tsv")
+        load_dataset(folder / "my_train.tsv")
     with pytest.raises(FileNotFoundError, match=r"no\.tsv does not exist"):
-        load_annotated(folder, validation="no.tsv")
+        load_dataset(folder, validation="no.tsv")
     (folder / "other_dev.tsv").write_text("x")
     with pytest.raises(ValueError, match="has 2 tables with the word dev in their names"):
-        load_annotated(folder)
+        load_dataset(folder)
     (folder / "my_train.tsv").unlink()
     with pytest.raises(FileNotFoundError, match="no table with the word train"):
-        load_annotated(folder)
+        load_dataset(folder)
     with pytest.raises(FileNotFoundError, match="unknown data set"):
-        load_annotated(folder / "none")
+        load_dataset(folder / "none")
 
 
 def test_bad_rows_of_other_kinds(tmp_path):
     def load(*rows, **options):
         path = write(tmp_path / "rows.jsonl", list(rows))
-        return load_annotated(path, validation=path, **options)
+        return load_dataset(path, validation=path, **options)
 
     two = {"choices": ["a", "b"], "label": 0}
     for rows, message in [
@@ -246,29 +246,29 @@ def test_bad_rows_of_other_kinds(tmp_path):
 
 def test_choices_and_missing_numbers_in_tables(tmp_path):
     (tmp_path / "a.csv").write_text('text,choices,label\nq,"[""red"", ""green pear""]",1\n')
-    found = load_annotated(tmp_path / "a.csv", validation=tmp_path / "a.csv")
+    found = load_dataset(tmp_path / "a.csv", validation=tmp_path / "a.csv")
     assert found.train == [{"text": "q", "choices": ["red", "green pear"], "label": 1}]
     rows = [{"text": "a", "label": x} for x in (1.5, None, 0.25, float("nan"), 2)]
     path = write(tmp_path / "b.jsonl", rows)
-    found = load_annotated(path, validation=path, on_bad="drop")
+    found = load_dataset(path, validation=path, on_bad="drop")
     assert found.kind == "regression" and found.label_range == (0.25, 2.0)
     assert found.dropped["train"] == {"empty label": 2}
     # Only train needs an id.
     write(tmp_path / "c.jsonl", [{"text": "a", "label": "x", "id": 7}, {"text": "b", "label": "y"}])
-    found = load_annotated(tmp_path / "c.jsonl", validation=tmp_path / "c.jsonl")
+    found = load_dataset(tmp_path / "c.jsonl", validation=tmp_path / "c.jsonl")
     assert found.train[0]["id"] == 7 and "id" not in found.train[1]
 
 
 def test_unlabelled_rows_are_counted(tmp_path):
     path = write(tmp_path / "a.tsv", [["a", "-"], ["b", "x"], ["c", "y"], ["d", "-1"]],
                  ["text", "label"])
-    found = load_annotated(path, validation=path, label_names=("x", "y"))
+    found = load_dataset(path, validation=path, label_names=("x", "y"))
     assert len(found.train) == 2 and found.dropped["train"] == {"no label": 2}
-    found = load_annotated(path, validation=path, label_names=("x", "y", "z"),
+    found = load_dataset(path, validation=path, label_names=("x", "y", "z"),
                            allow_empty_classes=True)
     assert found.label_names == ("x", "y", "z")
     signs = write(tmp_path / "b.tsv", [["a", "-1"], ["b", "1"]], ["text", "label"])
-    assert load_annotated(signs, validation=signs).label_names == ("-1", "1")
+    assert load_dataset(signs, validation=signs).label_names == ("-1", "1")
 
 
 # Few labels
@@ -276,25 +276,25 @@ def test_unlabelled_rows_are_counted(tmp_path):
 
 def test_few_labels():
     examples = [{"label": int(i % 10 == 0), "n": i} for i in range(100)]
-    assert few_labels(examples) is examples
-    drawn = few_labels(examples, 10, seed=1)
+    assert subsample_balanced(examples) is examples
+    drawn = subsample_balanced(examples, 10, seed=1)
     assert np.bincount([e["label"] for e in drawn]).tolist() == [10, 10]
     with pytest.raises(ValueError, match=r"11 labels a class .* only \{1: 10\}"):
-        few_labels(examples, 11)
-    small, large = (few_labels(examples, total=n, seed=2) for n in (8, 32))
-    assert large[:8] == small and large == few_labels(examples, total=32, seed=2)
-    assert large != few_labels(examples, total=32, seed=3)
+        subsample_balanced(examples, 11)
+    small, large = (subsample_balanced(examples, total=n, seed=2) for n in (8, 32))
+    assert large[:8] == small and large == subsample_balanced(examples, total=32, seed=2)
+    assert large != subsample_balanced(examples, total=32, seed=3)
     assert np.bincount([e["label"] for e in small]).tolist() == [4, 4]
     assert np.bincount([e["label"] for e in large]).tolist() == [22, 10]
-    assert len({e["n"] for e in few_labels(examples, total=100)}) == 100
+    assert len({e["n"] for e in subsample_balanced(examples, total=100)}) == 100
     with pytest.raises(ValueError, match="101 examples were asked for, but there are 100"):
-        few_labels(examples, total=101)
+        subsample_balanced(examples, total=101)
     with pytest.raises(ValueError, match="give one"):
-        few_labels(examples, 1, total=1)
+        subsample_balanced(examples, 1, total=1)
     with pytest.raises(ValueError, match="0 labels a class were asked for; give at least 1"):
-        few_labels(examples, 0)
+        subsample_balanced(examples, 0)
     scores = [{"label": float(i)} for i in range(9)]
-    assert few_labels(scores, total=4) == few_labels(scores, total=9)[:4]
+    assert subsample_balanced(scores, total=4) == subsample_balanced(scores, total=9)[:4]
 
 
 # Real data
@@ -308,7 +308,7 @@ REAL = {
     "snli": ({"header": ("label", "label2", "premise", "hypothesis"),
               "validation_header": ("premise", "hypothesis", "label"),
               "label_names": {"3": "entailment", "1": "neutral", "2": "contradiction"},
-              "validation_label_names": annotated_table.NLI}, 18000, 9842, annotated_table.NLI),
+              "validation_label_names": known_datasets.NLI}, 18000, 9842, known_datasets.NLI),
     "cola": ({"header": ("source", "label", "star", "sentence")}, 8551, 527, ("0", "1")),
     "mrpc": ({"columns": {"text": "#1 String", "text_b": "#2 String", "label": "Quality"},
               "validation_share": 0.1}, 3668, 408, ("0", "1")),
@@ -321,11 +321,11 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_real_sets(name, real_data):
     options, train, validation, names = REAL[name]
-    found = load_annotated(real_data / name, **options)
+    found = load_dataset(real_data / name, **options)
     assert (len(found.train), len(found.validation)) == (train, validation)
     assert found.label_names == names and not any(found.dropped.values())
 
 
 def test_real_relatedness(real_data):
-    found = load_annotated(real_data / "sick", columns={**SENTENCES, "label": "relatedness_score"})
+    found = load_dataset(real_data / "sick", columns={**SENTENCES, "label": "relatedness_score"})
     assert found.kind == "regression" and found.label_range == (1.0, 5.0)

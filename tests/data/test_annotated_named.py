@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from transformer_jax.data import annotated_table, load_annotated, mapped, sources
+from transformer_jax.data import known_datasets, load_dataset, mapped_dataset, sources
 
 # TFDS
 
-TFDS = [*annotated_table.TFDS, "wmt14_translate/de-en", "ted_hrlr_translate/pt_to_en",
+TFDS = [*known_datasets.TFDS, "wmt14_translate/de-en", "ted_hrlr_translate/pt_to_en",
         "imdb_reviews/plain_text", "squad/v1.1:3.0.0", "paws_wiki/labeled_final_raw"]
 
 
@@ -34,8 +34,8 @@ def test_tfds_sets_have_these_columns(name, tmp_path):
 
     with tfds.testing.mock_data(as_data_source_fn=as_data_source):
         features = sources._tfds_builder(name, data_dir=tmp_path).info.features
-        found = load_annotated(f"tfds:{name}", data_dir=tmp_path)
-    named = annotated_table.known(f"tfds:{name}")
+        found = load_dataset(f"tfds:{name}", data_dir=tmp_path)
+    named = known_datasets.known(f"tfds:{name}")
     assert found.kind == named.kind and len(found.train) == len(found.validation) == 8
     assert found.dropped == {"train": {}, "validation": {}}
     assert ("id" in found.train[0]) == ("id" in named.columns)
@@ -60,18 +60,18 @@ def test_tfds_sets_have_these_columns(name, tmp_path):
 @pytest.mark.parametrize("name", ["glue/sst2", "glue/mnli", "snli", "cosmos_qa", "samsum"])
 def test_tfds_mocked_by_itself(name):
     with tfds.testing.mock_data(num_examples=3):
-        found = load_annotated(f"tfds:{name}", allow_empty_classes=True)
+        found = load_dataset(f"tfds:{name}", allow_empty_classes=True)
     assert len(found.train) + sum(found.dropped["train"].values()) == 3 and found.validation
 
 
 def test_tfds_splits_and_metrics():
     """Splits are known only to prepared sets, so here stands what their pages say."""
-    splits = {name: named.validation for name, named in annotated_table.TFDS.items()
+    splits = {name: named.validation for name, named in known_datasets.TFDS.items()
               if named.validation != "validation"}
     assert splits == {
         "glue/mnli": "validation_matched", "multi_nli": "validation_matched",
         "imdb_reviews": "test", "yelp_polarity_reviews": "test", "ag_news_subset": "test"}
-    metrics = {name: annotated_table.find(f"tfds:{name}").metric for name in TFDS}
+    metrics = {name: known_datasets.find(f"tfds:{name}").metric for name in TFDS}
     assert {k: v for k, v in metrics.items() if v} == {
         "glue/cola": "matthews", "glue/mrpc": "f1", "glue/qqp": "f1",
         "wmt14_translate/de-en": "bleu", "ted_hrlr_translate/pt_to_en": "bleu"}
@@ -101,11 +101,11 @@ class TinyAnswers(tfds.core.GeneratorBasedBuilder):
 
 
 def test_tfds_prepared(tmp_path):
-    found = load_annotated("tfds:tiny_answers", data_dir=tmp_path, download=True)
+    found = load_dataset("tfds:tiny_answers", data_dir=tmp_path, download=True)
     by_id = {e["id"]: e for e in found.train}
     assert found.kind == "question_answering" and by_id["q0"]["answers"] == []
     assert by_id["q2"]["answers"] == [{"text": "né", "start": 2}, {"text": "e", "start": 5}]
-    found = load_annotated("tfds:tiny_answers", data_dir=tmp_path, like="tfds:conll2003")
+    found = load_dataset("tfds:tiny_answers", data_dir=tmp_path, like="tfds:conll2003")
     assert found.label_names == ("O", "LOC")
     assert found.validation == [{"words": ["a", "né"], "tags": [0, 1]}]
 
@@ -124,9 +124,9 @@ def saved(tmp_path, monkeypatch):
         made = datasets.Dataset.from_list(rows)
         for column, feature in (classes or {}).items():
             made = made.cast_column(column, feature(datasets))
-        split = annotated_table.known(f"hf:{name}").validation
+        split = known_datasets.known(f"hf:{name}").validation
         datasets.DatasetDict({"train": made, split: made}).save_to_disk(tmp_path / "set")
-        return load_annotated(f"hf:{tmp_path / 'set'}", like=f"hf:{name}", **options)
+        return load_dataset(f"hf:{tmp_path / 'set'}", like=f"hf:{name}", **options)
 
     return load
 
@@ -138,14 +138,14 @@ def classes(*names):
 def test_hf_classes(saved):
     rows = [{"premise": "a", "hypothesis": "b", "label": i, "idx": i} for i in (0, 1, 2, -1)]
     for name in ("snli", "glue/mnli"):
-        found = saved(name, rows, {"label": classes(*annotated_table.NLI)})
-        assert found.label_names == annotated_table.NLI
+        found = saved(name, rows, {"label": classes(*known_datasets.NLI)})
+        assert found.label_names == known_datasets.NLI
         assert found.dropped == {"train": {"no label": 1}, "validation": {"no label": 1}}
         assert [e["label"] for e in found.train] == [0, 1, 2]
     assert found.train[1] == {"id": 1, "text": "a", "text_b": "b", "label": 1}
     assert saved("snli", rows, columns={"text": "hypothesis"}).train[0] == {"text": "b", "label": 0}
     rows = [{"sentence1": "a", "sentence2": "b", "label": i, "id": i} for i in (0, 1)]
-    assert saved("paws", rows, {"label": classes("0", "1")}).label_names == annotated_table.SAME_AS
+    assert saved("paws", rows, {"label": classes("0", "1")}).label_names == known_datasets.SAME_AS
     rows = [{"question": "a", "passage": "b", "answer": i} for i in (True, False)]
     assert [e["label"] for e in saved("boolq", rows).train] == [1, 0]
     rows = [{"sentence1": "a", "sentence2": "b", "label": x, "idx": 0} for x in (5.0, 3.0)]
@@ -178,16 +178,16 @@ def test_hf_names_become_paths_and_configs(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sources, "hf_source", hf_source)
     for name in ("glue/cola", "nyu-mll/glue/cola"):
-        assert load_annotated(f"hf:{name}").metric == "matthews"
+        assert load_dataset(f"hf:{name}").metric == "matthews"
         assert asked.pop(0) == ("nyu-mll/glue", "train", "cola", {})
         assert asked.pop(0) == ("nyu-mll/glue", "validation", "cola", {})
-    load_annotated("hf:me/mine", config="big", validation="test")
+    load_dataset("hf:me/mine", config="big", validation="test")
     assert asked == [("me/mine", "train", "big", {}), ("me/mine", "test", "big", {})]
-    assert annotated_table.find("hf:conll2003").hub[2] == {"revision": "refs/convert/parquet"}
-    assert annotated_table.find("hf:rajpurkar/squad") is annotated_table.HF["squad"]
+    assert known_datasets.find("hf:conll2003").hub[2] == {"revision": "refs/convert/parquet"}
+    assert known_datasets.find("hf:rajpurkar/squad") is known_datasets.HF["squad"]
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a single split; give held_out or validation_share"):
-        load_annotated(f"hf:{tmp_path}")
+        load_dataset(f"hf:{tmp_path}")
 
 
 # Python's documentation
@@ -198,12 +198,12 @@ def test_python_docs(monkeypatch):
 
     def load_source(spec, split):
         asked.append((spec, split))
-        return mapped.Mapped([{"text": "a", "label": 1}, {"text": "b", "label": 0}], dict,
+        return mapped_dataset.MappedDataset([{"text": "a", "label": 1}, {"text": "b", "label": 0}], dict,
                              {"label": ("no", "yes")})
 
     monkeypatch.setattr(sources, "load_source", load_source)
-    found = load_annotated("python_docs/topics", validation="test")
+    found = load_dataset("python_docs/topics", validation="test")
     assert found.label_names == ("no", "yes") and found.train[0] == {"text": "a", "label": 1}
     assert asked == [("python_docs/topics", "train"), ("python_docs/topics", "test")]
     with pytest.raises(ValueError, match=r"header is \['a'\], but python_docs/topics is no file"):
-        load_annotated("python_docs/topics", header=["a"])
+        load_dataset("python_docs/topics", header=["a"])

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from transformer_jax.data.buckets import GroupedBatches, choose_buckets
+from transformer_jax.data.length_buckets import LengthBucketedBatches, choose_buckets
 
 
 def padded(lengths, buckets) -> int:
@@ -38,13 +38,13 @@ def test_buckets_by_hand():
 LENGTHS = np.random.default_rng(0).integers(1, 40, 70)
 
 
-def batches(**options) -> GroupedBatches:
+def batches(**options) -> LengthBucketedBatches:
     def row(example: int, length: int) -> dict:
         held = np.arange(length) < LENGTHS[example]
         return {"number": np.int32(example), "tokens": held, "weights": np.float32(1)}
 
     options = {"buckets": [8, 16, 32], "batch_size": 4, "seed": 3, "group": 4, **options}
-    return GroupedBatches(range(70), LENGTHS, row, **options)
+    return LengthBucketedBatches(range(70), LENGTHS, row, **options)
 
 
 def test_an_epoch_holds_every_row_once_in_the_bucket_of_its_batch():

@@ -22,7 +22,7 @@ def make(count=COUNT, **options):
     examples = [{"source": np.full(rng.integers(1, 21), 10 + i), "target": np.full(
         rng.integers(1, 21), 10 + i)} for i in range(count)]
     options = {"buckets": (8, 16, 32), "tokens_per_batch": 64, **options}
-    return pairs.BucketedBatches(examples, ROW, **options)
+    return pairs.TokenBudgetBatches(examples, ROW, **options)
 
 
 def numbers(batch):

@@ -5,15 +5,15 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from transformer_jax.data import pipeline, tokenizers
+from transformer_jax.data import batching, packing, tokenizers
 
 T = 8
 
 
-def corpus_of(*lengths: int) -> pipeline.Corpus:
+def corpus_of(*lengths: int) -> packing.Corpus:
     """Documents of the given lengths over the stream 1, 2, 3, ..."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    return pipeline.Corpus(np.arange(1, starts[-1] + 1, dtype=np.uint16), starts, starts)
+    return packing.Corpus(np.arange(1, starts[-1] + 1, dtype=np.uint16), starts, starts)
 
 
 def numbers(n: int) -> list[dict]:
@@ -30,7 +30,7 @@ def rows(loader, count=None) -> list[int]:
 def test_sentences_and_documents_are_marked():
     source = [{"text": "One here.\nTwo here.\n\nThree."}, {"text": " \n\n"}, {"text": "Four."}]
     chars = tokenizers.train_chars(e["text"] for e in source)
-    corpus = pipeline.tokenize_corpus(source, chars, eos_id=chars.eos_id)
+    corpus = packing.tokenize_corpus(source, chars, eos_id=chars.eos_id)
     sentences = [chars.decode(corpus.tokens[a:b], skip_special=False) for a, b in
                  zip(corpus.sentence_starts[:-1], corpus.sentence_starts[1:])]
     assert sentences == ["One here.", " Two here.", "\nThree.<|endoftext|>", "Four.<|endoftext|>"]
@@ -42,7 +42,7 @@ def test_sentences_and_documents_are_marked():
 def test_exact_text_stays_exact():
     text = "First:\n  line\n\n\nlast \n"
     chars = tokenizers.train_chars([text])
-    corpus = pipeline.tokenize_corpus([{"text": text}], chars, sentences=False)
+    corpus = packing.tokenize_corpus([{"text": text}], chars, sentences=False)
     assert chars.decode(corpus.tokens) == text
     assert corpus.document_starts.tolist() == corpus.sentence_starts.tolist() == [0, len(text)]
 
@@ -50,7 +50,7 @@ def test_exact_text_stays_exact():
 def test_chunks_make_no_difference():
     source = [{"text": f"a {'b ' * i}\nc."} for i in range(10)]
     tokenizer = tokenizers.train_wordpiece([e["text"] for e in source], 120)
-    whole, parts = (pipeline.tokenize_corpus(source, tokenizer, chunk=n) for n in (100, 3))
+    whole, parts = (packing.tokenize_corpus(source, tokenizer, chunk=n) for n in (100, 3))
     for name in ("tokens", "document_starts", "sentence_starts"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name))
 
@@ -58,16 +58,16 @@ def test_chunks_make_no_difference():
 def test_corpora_need_text():
     chars = tokenizers.train_chars(["a"])
     with pytest.raises(ValueError, match="1 examples give 0 tokens"):
-        pipeline.tokenize_corpus([{"text": "\n"}], chars)
+        packing.tokenize_corpus([{"text": "\n"}], chars)
     with pytest.raises(ValueError, match="example 0 has no 'text'; it has body"):
-        pipeline.tokenize_corpus([{"body": "a"}], chars)
+        packing.tokenize_corpus([{"body": "a"}], chars)
 
 
 # Packing
 
 
 def test_a_packed_row_by_hand():
-    packed = pipeline.PackedTokens(corpus_of(3, 4, 4), T)
+    packed = packing.PackedTokens(corpus_of(3, 4, 4), T)
     first, last = packed[0], packed[1]
     assert len(packed) == 2
     expected = {
@@ -95,7 +95,7 @@ def test_every_token_with_a_predecessor_is_a_target_once(seed):
     rng = np.random.default_rng(seed)
     lengths = [*rng.integers(1, 20, rng.integers(1, 12)), 2]
     corpus = corpus_of(*lengths)
-    packed = pipeline.PackedTokens(corpus, T)
+    packed = packing.PackedTokens(corpus, T)
     seen, contexts = [], []
     for i in range(len(packed)):
         row = packed[i]
@@ -113,13 +113,13 @@ def test_every_token_with_a_predecessor_is_a_target_once(seed):
 
 def test_rows_that_end_where_the_stream_ends():
     for n, count in ((T, 1), (T + 1, 1), (T + 2, 2)):
-        packed = pipeline.PackedTokens(corpus_of(n), T)
+        packed = packing.PackedTokens(corpus_of(n), T)
         assert len(packed) == count
         assert sum(packed[i]["weights"].sum() for i in range(count)) == n - 1
 
 
 def test_take_is_many_rows_and_padding():
-    packed = pipeline.PackedTokens(corpus_of(5, 9, 30), T)
+    packed = packing.PackedTokens(corpus_of(5, 9, 30), T)
     batch = packed.take([3, 0, len(packed)])
     for name, column in batch.items():
         np.testing.assert_array_equal(column[0], packed[3][name])
@@ -131,9 +131,9 @@ def test_take_is_many_rows_and_padding():
 
 def test_packing_needs_something_to_predict():
     with pytest.raises(ValueError, match="nothing to predict"):
-        pipeline.PackedTokens(corpus_of(1, 1, 1), T)
+        packing.PackedTokens(corpus_of(1, 1, 1), T)
     with pytest.raises(ValueError, match="length 0"):
-        pipeline.PackedTokens(corpus_of(9), 0)
+        packing.PackedTokens(corpus_of(9), 0)
 
 
 # Loaders
@@ -146,12 +146,12 @@ def draw(example, rng):
 SOURCES = {
     "rows": (numbers(11), None),
     "drawn": (numbers(11), draw),
-    "packed": (pipeline.PackedTokens(corpus_of(5, 9, 70), T), None),
+    "packed": (packing.PackedTokens(corpus_of(5, 9, 70), T), None),
 }
 
 
 def test_epochs_hold_every_example_once_in_another_order():
-    found = rows(pipeline.make_loader(numbers(11), 4), 11)  # 44 rows, 4 epochs
+    found = rows(batching.make_loader(numbers(11), 4), 11)  # 44 rows, 4 epochs
     epochs = [found[i : i + 11] for i in range(0, 44, 11)]
     assert all(sorted(epoch) == list(range(1, 12)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
@@ -159,13 +159,13 @@ def test_epochs_hold_every_example_once_in_another_order():
 
 
 def test_the_same_seed_is_the_same_run():
-    first, again, other = (rows(pipeline.make_loader(numbers(50), 5, seed=s), 10)
+    first, again, other = (rows(batching.make_loader(numbers(50), 5, seed=s), 10)
                            for s in (3, 3, 4))
     assert first == again != other
 
 
 def test_without_shuffle_in_order():
-    assert rows(pipeline.make_loader(numbers(6), 2, shuffle=False, num_epochs=2)) == [
+    assert rows(batching.make_loader(numbers(6), 2, shuffle=False, num_epochs=2)) == [
         1, 2, 3, 4, 5, 6] * 2
 
 
@@ -175,7 +175,7 @@ def test_state_gives_exactly_the_next_batch(kind, prefetch):
     source, transform = SOURCES[kind]
 
     def loader():
-        return pipeline.make_loader(source, 4, transform=transform, seed=1, prefetch=prefetch)
+        return batching.make_loader(source, 4, transform=transform, seed=1, prefetch=prefetch)
 
     one = loader()
     for _ in range(5):
@@ -193,7 +193,7 @@ def test_state_gives_exactly_the_next_batch(kind, prefetch):
 
 
 def test_transforms_draw_anew_by_example_and_epoch():
-    loader = pipeline.make_loader(numbers(4), 4, transform=draw, shuffle=False)
+    loader = batching.make_loader(numbers(4), 4, transform=draw, shuffle=False)
     noise = np.concatenate([next(loader)["noise"] for _ in range(3)])
     assert noise.shape == (12, 2) and len(np.unique(noise)) == 24
 
@@ -201,7 +201,7 @@ def test_transforms_draw_anew_by_example_and_epoch():
 @pytest.mark.parametrize("kind", SOURCES)
 def test_evaluation_covers_every_example_once_at_fixed_shapes(kind):
     source, transform = SOURCES[kind]
-    batches = list(pipeline.make_loader(source, 4, transform=transform, shuffle=False,
+    batches = list(batching.make_loader(source, 4, transform=transform, shuffle=False,
                                         num_epochs=1, drop_remainder=False))
     key = "x" if "x" in batches[0] else "tokens"
     assert len(batches) == 3 and all(len(batch[key]) == 4 for batch in batches)
@@ -213,13 +213,13 @@ def test_evaluation_covers_every_example_once_at_fixed_shapes(kind):
 
 
 def test_a_source_smaller_than_a_batch_is_filled():
-    (batch,) = pipeline.make_loader(numbers(3), 8, num_epochs=1, drop_remainder=False)
+    (batch,) = batching.make_loader(numbers(3), 8, num_epochs=1, drop_remainder=False)
     assert sorted(batch["x"]) == [0] * 5 + [1, 2, 3]
 
 
 def test_the_remainder_is_dropped_once():
-    assert len(rows(pipeline.make_loader(numbers(11), 4, num_epochs=1))) == 8
-    assert len(rows(pipeline.make_loader(numbers(11), 4, num_epochs=3))) == 32
+    assert len(rows(batching.make_loader(numbers(11), 4, num_epochs=1))) == 8
+    assert len(rows(batching.make_loader(numbers(11), 4, num_epochs=3))) == 32
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -228,7 +228,7 @@ def test_hosts_share_the_batches_of_one(kind, num_epochs):
     source, transform = SOURCES[kind]
 
     def batches(**host):
-        return islice(pipeline.make_loader(source, 4, transform=transform, seed=2,
+        return islice(batching.make_loader(source, 4, transform=transform, seed=2,
                                            num_epochs=num_epochs, drop_remainder=False, **host), 6)
 
     hosts = zip(*(batches(process_index=i, process_count=2) for i in range(2)))
@@ -243,7 +243,7 @@ def test_errors_of_a_transform_come_through():
         raise ValueError("label 7 is out of range")
 
     with pytest.raises(ValueError, match="label 7 is out of range"):
-        next(pipeline.make_loader(numbers(3), 2, transform=fail))
+        next(batching.make_loader(numbers(3), 2, transform=fail))
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -255,19 +255,19 @@ def test_errors_of_a_transform_come_through():
 ])
 def test_loaders_refuse(options, message):
     with pytest.raises(ValueError, match=message):
-        pipeline.make_loader(**{"source": numbers(11), "batch_size": 4, **options})
+        batching.make_loader(**{"source": numbers(11), "batch_size": 4, **options})
 
 
 def test_a_batch_larger_than_the_source_repeats_it():
-    assert len(rows(pipeline.make_loader(numbers(3), 8), 2)) == 16
+    assert len(rows(batching.make_loader(numbers(3), 8), 2)) == 16
 
 
 def test_packing_is_fast_enough():
     """Half of the target of 2 million tokens a second, for machines that do other things too."""
     rng = np.random.default_rng(0)
     starts = np.concatenate([[0], np.unique(rng.integers(1, 10**6, 2000)), [10**6]])
-    corpus = pipeline.Corpus(rng.integers(0, 4000, 10**6).astype(np.uint16), starts, starts)
-    loader = pipeline.make_loader(pipeline.PackedTokens(corpus, 128), 32, prefetch=0)
+    corpus = packing.Corpus(rng.integers(0, 4000, 10**6).astype(np.uint16), starts, starts)
+    loader = batching.make_loader(packing.PackedTokens(corpus, 128), 32, prefetch=0)
     next(loader)
     began = time.process_time()
     for _ in range(100):
@@ -279,17 +279,17 @@ def test_packing_is_fast_enough():
 
 
 def test_ids_are_checked_on_the_host():
-    packed = pipeline.PackedTokens(corpus_of(5, 9), T)[0]
-    pipeline.check_ids(packed, vocab_size=15, max_length=8)
-    pipeline.check_ids(packed["tokens"], vocab_size=15, max_length=8)
+    packed = packing.PackedTokens(corpus_of(5, 9), T)[0]
+    batching.check_batch_ids(packed, vocab_size=15, max_length=8)
+    batching.check_batch_ids(packed["tokens"], vocab_size=15, max_length=8)
     with pytest.raises(ValueError, match="target id 9 is outside the vocabulary of 9"):
-        pipeline.check_ids(packed, vocab_size=9, max_length=8)
+        batching.check_batch_ids(packed, vocab_size=9, max_length=8)
     with pytest.raises(ValueError, match="token id -1 is outside the vocabulary of 9"):
-        pipeline.check_ids(np.array([[3, -1]]), vocab_size=9, max_length=8)
+        batching.check_batch_ids(np.array([[3, -1]]), vocab_size=9, max_length=8)
     with pytest.raises(ValueError, match="8 tokens is longer than the 7 positions"):
-        pipeline.check_ids(packed["tokens"], vocab_size=15, max_length=7)
+        batching.check_batch_ids(packed["tokens"], vocab_size=15, max_length=7)
     with pytest.raises(ValueError, match="5 tokens is longer than the 4 positions"):
-        pipeline.check_ids(packed, vocab_size=15, max_length=4)
+        batching.check_batch_ids(packed, vocab_size=15, max_length=4)
     masked = {"tokens": np.zeros((1, 4), int), "masked_targets": np.array([[5]])}
     with pytest.raises(ValueError, match="masked target id 5 is outside"):
-        pipeline.check_ids(masked, vocab_size=5, max_length=4)
+        batching.check_batch_ids(masked, vocab_size=5, max_length=4)

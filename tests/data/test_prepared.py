@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small_models import GPT2
 
-from transformer_jax.data import PackedTokens, make_loader, prepared, tokenize_corpus, tokenizers
-from transformer_jax.pretrained.runs import save_card
+from transformer_jax.data import PackedTokens, make_loader, token_cache, tokenize_corpus, tokenizers
+from transformer_jax.pretrained.runs import save_run_config
 
 TEXTS = [{"text": f"Sentence {i} of some.\nAnother, {i * i}.\n\nA paragraph."} for i in range(57)]
 CHARS = tokenizers.train_chars([example["text"] for example in TEXTS])
@@ -16,7 +16,7 @@ OPTIONS = {"documents": 10, "quiet": True}
 
 @pytest.fixture(autouse=True)
 def small_records(monkeypatch):
-    monkeypatch.setattr(prepared, "BLOCK", 64)
+    monkeypatch.setattr(token_cache, "BLOCK", 64)
 
 
 def assert_same(found, expected):
@@ -28,10 +28,10 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("options", [{}, {"eos_id": 3}, {"sentences": False}])
 def test_it_is_the_corpus_in_memory(tmp_path, options):
-    found = prepared.prepare(TEXTS, CHARS, tmp_path, **OPTIONS, **options)
+    found = token_cache.tokenize_to_cache(TEXTS, CHARS, tmp_path, **OPTIONS, **options)
     expected = tokenize_corpus(TEXTS, CHARS, **options)
     assert_same(found, expected)
-    assert_same(prepared.load(tmp_path, CHARS), expected)
+    assert_same(token_cache.load_token_cache(tmp_path, CHARS), expected)
     np.testing.assert_array_equal(found.tokens[5:900:7], expected.tokens[5:900:7])
     at = np.random.default_rng(0).integers(0, len(expected), (5, 9))
     np.testing.assert_array_equal(found.tokens[at], expected.tokens[at])
@@ -43,7 +43,7 @@ def test_it_is_the_corpus_in_memory(tmp_path, options):
 
 
 def test_preparing_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
-    done, tokenize = [], prepared.tokenize_corpus
+    done, tokenize = [], token_cache.tokenize_corpus
 
     def count(texts, *args, **options):
         if len(done) == 3:
@@ -51,57 +51,57 @@ def test_preparing_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
         done.append(texts[0]["text"])
         return tokenize(texts, *args, **options)
 
-    monkeypatch.setattr(prepared, "tokenize_corpus", count)
+    monkeypatch.setattr(token_cache, "tokenize_corpus", count)
     with pytest.raises(KeyboardInterrupt):
-        prepared.prepare(TEXTS, CHARS, tmp_path, **OPTIONS)
+        token_cache.tokenize_to_cache(TEXTS, CHARS, tmp_path, **OPTIONS)
     with pytest.raises(FileNotFoundError, match=r"has no prepared.json; prepare the corpus, which"):
-        prepared.load(tmp_path)
+        token_cache.load_token_cache(tmp_path)
     (tmp_path / "part-00001.npz").write_bytes(b"half")
     done[:] = [None]  # two more parts are let through: the damaged one and the fourth
     with pytest.raises(KeyboardInterrupt):
-        prepared.prepare(TEXTS, CHARS, tmp_path, **OPTIONS)
+        token_cache.tokenize_to_cache(TEXTS, CHARS, tmp_path, **OPTIONS)
     assert [text and text.split()[1] for text in done] == [None, "10", "30"]
-    monkeypatch.setattr(prepared, "tokenize_corpus", tokenize)
-    assert_same(prepared.prepare(TEXTS, CHARS, tmp_path, **OPTIONS), tokenize_corpus(TEXTS, CHARS))
+    monkeypatch.setattr(token_cache, "tokenize_corpus", tokenize)
+    assert_same(token_cache.tokenize_to_cache(TEXTS, CHARS, tmp_path, **OPTIONS), tokenize_corpus(TEXTS, CHARS))
 
 
 def test_changed_texts_are_prepared_anew(tmp_path):
-    prepared.prepare(TEXTS, CHARS, tmp_path, **OPTIONS)
+    token_cache.tokenize_to_cache(TEXTS, CHARS, tmp_path, **OPTIONS)
     changed = [*TEXTS[:20], {"text": "Sentence 9 of some."}, *TEXTS[21:]]
-    assert_same(prepared.prepare(changed, CHARS, tmp_path, **OPTIONS),
+    assert_same(token_cache.tokenize_to_cache(changed, CHARS, tmp_path, **OPTIONS),
                 tokenize_corpus(changed, CHARS))
 
 
 @pytest.mark.parametrize("suffix", [".array_record", ".npz"])
 def test_damage_is_found_and_mended(tmp_path, suffix):
-    prepared.prepare(TEXTS, CHARS, tmp_path, **OPTIONS)
+    token_cache.tokenize_to_cache(TEXTS, CHARS, tmp_path, **OPTIONS)
     file = tmp_path / f"part-00002{suffix}"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     with pytest.raises(ValueError, match=rf"part-00002{suffix} is not what was written; prepare"):
-        prepared.load(tmp_path)
-    assert_same(prepared.prepare(TEXTS, CHARS, tmp_path, **OPTIONS), tokenize_corpus(TEXTS, CHARS))
+        token_cache.load_token_cache(tmp_path)
+    assert_same(token_cache.tokenize_to_cache(TEXTS, CHARS, tmp_path, **OPTIONS), tokenize_corpus(TEXTS, CHARS))
 
 
 def test_what_does_not_belong_together(tmp_path):
-    prepared.prepare(TEXTS, CHARS, tmp_path, **OPTIONS)
+    token_cache.tokenize_to_cache(TEXTS, CHARS, tmp_path, **OPTIONS)
     other = tokenizers.train_chars(["abc"])
     with pytest.raises(ValueError, match="is of another tokenizer; give the one"):
-        prepared.load(tmp_path, other)
+        token_cache.load_token_cache(tmp_path, other)
     with pytest.raises(ValueError, match="was prepared with another tokenizer"):
-        prepared.prepare(TEXTS, other, tmp_path, **OPTIONS)
+        token_cache.tokenize_to_cache(TEXTS, other, tmp_path, **OPTIONS)
     with pytest.raises(ValueError, match=r"another eos_id \(None, not 3\); give another folder"):
-        prepared.prepare(TEXTS, CHARS, tmp_path, eos_id=3, **OPTIONS)
+        token_cache.tokenize_to_cache(TEXTS, CHARS, tmp_path, eos_id=3, **OPTIONS)
     (tmp_path / "prepared.json").write_text("{")
     with pytest.raises(ValueError, match=r"prepared.json is damaged .*; delete it"):
-        prepared.load(tmp_path)
+        token_cache.load_token_cache(tmp_path)
     with pytest.raises(ValueError, match="the 1 examples give 0 tokens"):
-        prepared.prepare([{"text": ""}], CHARS, tmp_path / "empty", quiet=True)
+        token_cache.tokenize_to_cache([{"text": ""}], CHARS, tmp_path / "empty", quiet=True)
 
 
 def test_the_tokenizer_of_a_run_is_what_was_saved(tmp_path):
-    save_card(tmp_path, GPT2, CHARS)
+    save_run_config(tmp_path, GPT2, CHARS)
     tmp_path /= "tokenizer"
     assert tokenizers.load(tmp_path).fingerprint() == CHARS.fingerprint()
     file = tmp_path / "tokenizer.json"

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from transformer_jax import digests
-from transformer_jax.train import checkpoint, folders, step
+from transformer_jax import storage
+from transformer_jax.train import checkpoint_dirs, checkpointing, step
 
 STEPS = (10, 20, 30)
 
@@ -72,7 +72,7 @@ def damage(folder: Path, rng: random.Random) -> str:
         shutil.rmtree(rng.choice([path for path in folder.iterdir() if path.is_dir()]))
         return kind
     if kind in ("list", "mark"):
-        (folder / (digests.NAME if kind == "list" else "_CHECKPOINT_METADATA")).unlink()
+        (folder / (storage.MANIFEST if kind == "list" else "_CHECKPOINT_METADATA")).unlink()
         return kind
     path = rng.choice([path for path in files(folder) if path.stat().st_size])
     old, other = path.read_bytes(), rng.choice(files(folder)).read_bytes()
@@ -91,7 +91,7 @@ def restored(root: Path) -> str:
     """
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            found = checkpoint.restore(root, state_at(0))
+            found = checkpointing.restore(root, state_at(0))
         except (ValueError, FileNotFoundError) as error:
             assert "\n" not in str(error), error
             return "refused"
@@ -101,9 +101,9 @@ def restored(root: Path) -> str:
         np.testing.assert_array_equal(ours, theirs, err_msg=f"silent corruption at step {number}")
     assert found.data_state == {"at": number} and found.metadata == {"run": "this"}
     assert number == STEPS[-1] or "is damaged" in said.getvalue() or number in STEPS
-    folders.set_aside(root, after=number)
-    checkpoint.save(root, number + 10, state_at(number + 10))  # the run goes on
-    assert checkpoint.latest_step(root) == number + 10
+    checkpoint_dirs.quarantine_incomplete(root, after=number)
+    checkpointing.save(root, number + 10, state_at(number + 10))  # the run goes on
+    assert checkpointing.latest_step(root) == number + 10
     return f"step {number}"
 
 
@@ -113,7 +113,7 @@ def loads(trials: int, seed: int) -> dict[str, dict[str, int]]:
     with tempfile.TemporaryDirectory() as place:
         whole = Path(place) / "whole"
         for number in STEPS:
-            checkpoint.save(whole, number, state_at(number), data_state={"at": number},
+            checkpointing.save(whole, number, state_at(number), data_state={"at": number},
                             metadata={"run": "this"})
         for trial in range(trials):
             root = Path(place) / f"trial{trial}"
@@ -159,8 +159,8 @@ SAVE_FAULTS = {
     "disk full": full_disk,
     "no room": lambda: replaced(shutil, "disk_usage", no_room),
     "rename fails": lambda: replaced(os, "rename", dies),
-    "digests fail": lambda: replaced(digests, "write", dies),
-    "writer dies": lambda: replaced(digests, "digest_of", dies),
+    "digests fail": lambda: replaced(storage, "write", dies),
+    "writer dies": lambda: replaced(storage, "digest_of", dies),
 }
 
 
@@ -170,12 +170,12 @@ def saves() -> dict[str, str]:
     for name, fault in SAVE_FAULTS.items():
         with tempfile.TemporaryDirectory() as place:
             root = Path(place) / "run"
-            checkpoint.save(root, 10, state_at(10), data_state={"at": 10},
+            checkpointing.save(root, 10, state_at(10), data_state={"at": 10},
                             metadata={"run": "this"})
             try:
                 with fault():
-                    checkpoint.save(root, 20, state_at(20), wait=False).result()
-            except checkpoint.SaveError as error:
+                    checkpointing.save(root, 20, state_at(20), wait=False).result()
+            except checkpointing.SaveError as error:
                 said[name] = str(error)
             assert name in said, f"{name}: no error"
             assert restored(root) == "step 10", name
@@ -183,8 +183,8 @@ def saves() -> dict[str, str]:
         file = Path(place) / "file"
         file.write_text("not a folder")
         try:
-            checkpoint.save(file / "run", 1, state_at(1))
-        except checkpoint.SaveError as error:
+            checkpointing.save(file / "run", 1, state_at(1))
+        except checkpointing.SaveError as error:
             said["no folder"] = str(error)
     return said
 

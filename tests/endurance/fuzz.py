@@ -31,11 +31,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from transformer_jax import presets
-from transformer_jax.data import load_annotated, tokenizers
-from transformer_jax.finetune import deltas, select
-from transformer_jax.models import build_model, init_params
-from transformer_jax.pretrained import families, sentencepiece, tensors
+from transformer_jax.data import load_dataset, tokenizers
+from transformer_jax.finetuning import peft, select
+from transformer_jax.models import build_model, init_params, presets
+from transformer_jax.pretrained import families, safetensors_io, sentencepiece
 from transformer_jax.pretrained import tokenizer as pretrained_tokenizer
 
 SECONDS, MEMORY = 5, 2 * 2**30
@@ -129,15 +128,15 @@ def weights(folder: Path) -> Target:
     """A safetensors file, of which every tensor that its header has is read."""
     values = [np.arange(12, dtype=np.float32).reshape(3, 4), np.ones(5, np.float16),
               np.array(3, np.int64)]
-    plan = [tensors.Planned(name, x.dtype, x.shape) for name, x in zip("abc", values)]
-    tensors.write(folder, plan, values, 10**9)
-    path = folder / tensors.WEIGHTS
+    plan = [safetensors_io.TensorSpec(name, x.dtype, x.shape) for name, x in zip("abc", values)]
+    safetensors_io.write(folder, plan, values, 10**9)
+    path = folder / safetensors_io.WEIGHTS
     good = path.read_bytes()
 
     def read(data):
         path.write_bytes(data)
-        for entry in tensors.open_weights(folder).values():
-            tensors.read(entry)
+        for entry in safetensors_io.open_weights(folder).values():
+            safetensors_io.read(entry)
 
     def change(data, rng):
         if rng.random() < 0.5:
@@ -152,13 +151,13 @@ def weights(folder: Path) -> Target:
 def index(folder: Path) -> Target:
     """An index of two shards."""
     values = [np.ones(5, np.float32), np.zeros(7, np.float32)]
-    plan = [tensors.Planned(name, x.dtype, x.shape) for name, x in zip("ab", values)]
-    tensors.write(folder, plan, values, 21)
-    path = folder / tensors.INDEX
+    plan = [safetensors_io.TensorSpec(name, x.dtype, x.shape) for name, x in zip("ab", values)]
+    safetensors_io.write(folder, plan, values, 21)
+    path = folder / safetensors_io.INDEX
 
     def read(data):
         path.write_bytes(data)
-        for entry in tensors.open_weights(folder).values():
+        for entry in safetensors_io.open_weights(folder).values():
             assert entry.file.parent == folder, f"a shard outside: {entry.file}"
 
     return Target(read, [path.read_bytes()], json_or_bytes)
@@ -259,7 +258,7 @@ def table(folder: Path) -> Target:
         kind, data = value
         path = folder / f"train{kind}"
         path.write_bytes(data)
-        load_annotated(path, validation_share=0.3)
+        load_dataset(path, validation_share=0.3)
 
     def change(value, rng):
         kind, data = value
@@ -283,7 +282,7 @@ def recipes(folder: Path) -> Target:
             "adapter:4", "prefix:2", "prompt:2", "ia3", "regex:layer_1/.*kernel"]
 
     def read(text):
-        changed = jax.eval_shape(lambda p: deltas.add_deltas(p, text, jax.random.key(0)), shapes)
+        changed = jax.eval_shape(lambda p: peft.add_peft_params(p, text, jax.random.key(0)), shapes)
         select.trainable_mask(changed, text)
 
     def change(text, rng):

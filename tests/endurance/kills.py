@@ -53,16 +53,16 @@ def run(mode: str, devices: int, folder: Path) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
     from transformer_jax import distributed
 
-    distributed.join()
+    distributed.initialize()
     index, count = jax.process_index(), jax.process_count()
     jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     from transformer_jax import sharding
-    from transformer_jax.data import pipeline
-    from transformer_jax.finetune import deltas
+    from transformer_jax.data import batching
+    from transformer_jax.finetuning import peft
     from transformer_jax.models import GPTConfig, build_model, init_params
     from transformer_jax.objectives import causal_lm
-    from transformer_jax.train import loop, optim, step
+    from transformer_jax.train import loop, optimizers, step
 
     class Journal:
         """The batches, and a line for each in a file."""
@@ -90,8 +90,8 @@ def run(mode: str, devices: int, folder: Path) -> None:
         dropout_rate=0.1, attention_dropout_rate=0.0, norm_first=True))
     params, mask = init_params(model, jax.random.key(0)), None
     if mode != "pretrain":
-        params, mask = deltas.prepare(params, mode, jax.random.key(5))
-    optimizer = optim.make_optimizer(optim.make_schedule("cosine", RATES[mode], STEPS, 20), ema=0.9)
+        params, mask = peft.add_and_mask(params, mode, jax.random.key(5))
+    optimizer = optimizers.make_optimizer(optimizers.make_schedule("cosine", RATES[mode], STEPS, 20), ema=0.9)
     losses = (folder / ("losses.jsonl" if index == 0 else os.devnull)).open("a")
 
     def log(row):
@@ -104,7 +104,7 @@ def run(mode: str, devices: int, folder: Path) -> None:
     state, _ = loop.fit(
         step.init_state(params, optimizer, mask),
         step.make_train_step(functools.partial(causal_lm.loss, model.apply), optimizer, mask),
-        Journal(pipeline.make_loader(Numbered(), BATCH, seed=3, process_index=index,
+        Journal(batching.make_loader(Numbered(), BATCH, seed=3, process_index=index,
                                      process_count=count)), rng=jax.random.key(1),
         num_steps=STEPS, mesh=mesh, log_every=1, quiet=True, on_log=log,
         checkpoint_dir=folder / "checkpoints", save_every=SAVE_EVERY,

@@ -21,11 +21,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from transformer_jax import host, presets
-from transformer_jax.data import pipeline, sources, tokenizers
-from transformer_jax.models import build_model, init_params
+from transformer_jax import distributed
+from transformer_jax.data import batching, packing, sources, tokenizers
+from transformer_jax.models import build_model, init_params, presets
 from transformer_jax.objectives import causal_lm
-from transformer_jax.train import loop, optim, step
+from transformer_jax.train import loop, optimizers, step
 
 KEYS = ("resident", "in_use", "seconds_per_step")
 
@@ -59,14 +59,14 @@ def run(steps: int, every: int, folder: Path, **sizes) -> list[dict]:
     documents = sources.load_source("python_docs/documents", "train")
     texts = [documents[i] for i in range(400)]
     tokenizer = tokenizers.train_chars([example["text"] for example in texts])
-    corpus = pipeline.tokenize_corpus(texts, tokenizer, eos_id=None, sentences=False)
+    corpus = packing.tokenize_corpus(texts, tokenizer, eos_id=None, sentences=False)
     shape = {"num_layers": 4, "d_model": 128, "num_heads": 4, "mlp_dim": 512, "max_length": 64,
              "vocab_size": tokenizer.vocab_size, "dropout_rate": 0.1} | sizes
     model = build_model(presets.gpt2(**shape))
-    rows = pipeline.PackedTokens(corpus, 64)
+    rows = packing.PackedTokens(corpus, 64)
     held_out = [rows.take(range(12)), rows.take(range(12, 24))]
     loss = functools.partial(causal_lm.loss, model.apply)
-    optimizer = optim.make_optimizer(optim.make_schedule("cosine", 1e-3, steps, 10))
+    optimizer = optimizers.make_optimizer(optimizers.make_schedule("cosine", 1e-3, steps, 10))
     eval_step, seen = step.make_eval_step(loss), []
 
     def look(row):
@@ -75,7 +75,7 @@ def run(steps: int, every: int, folder: Path, **sizes) -> list[dict]:
 
     loop.fit(
         step.init_state(init_params(model, jax.random.key(0)), optimizer),
-        step.make_train_step(loss, optimizer), pipeline.make_loader(rows, 12),
+        step.make_train_step(loss, optimizer), batching.make_loader(rows, 12),
         rng=jax.random.key(1), num_steps=steps, log_every=every, quiet=True, on_log=look,
         eval_fn=lambda params: step.evaluate(eval_step, params, held_out), eval_every=5 * every,
         checkpoint_dir=folder, save_every=10 * every)
@@ -102,7 +102,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
-    host.keep_freed_memory()
+    distributed.configure_malloc()
     with tempfile.TemporaryDirectory() as place:
         steps = parser.parse_args().steps
         print(json.dumps(summary(run(steps, max(steps // 200, 1), Path(place)))), flush=True)

@@ -7,8 +7,8 @@ import common
 import numpy as np
 from settings import Data, Mesh, Optimizer, Pretrain, Settings
 
-from transformer_jax import presets
-from transformer_jax.data.pipeline import Corpus
+from transformer_jax.data.packing import Corpus
+from transformer_jax.models import presets
 
 RUN = Pretrain(presets.gpt2(num_layers=1), "causal_lm", "bpe", 16, 8, 100, Path("a"))
 ROWS = [{"tokens": [1, 2, 3], "text": "a"}, {"tokens": [4], "text": "b"}]
@@ -19,10 +19,10 @@ def same(**changes) -> bool:
 
 
 def test_settings_that_the_result_depends_on():
-    assert same(out=Path("b"), log_every=1, save_every=1, mesh=Mesh(fsdp=2), accept_changes=True)
+    assert same(out=Path("b"), log_every=1, save_every=1, mesh=Mesh(fsdp=2), allow_config_mismatch=True)
     assert not same(num_steps=101)
     assert not same(seed=1)
-    assert not same(optimizer=Optimizer(peak=2e-3))
+    assert not same(optimizer=Optimizer(peak_lr=2e-3))
     assert not same(model=presets.gpt2(num_layers=2))
     own = common.identity(Settings(), ROWS)["settings"]
     assert own["batch_size"] == 16 and "save_every" not in own

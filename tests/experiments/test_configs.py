@@ -22,8 +22,8 @@ from settings import Data, Mesh, Pretrain, Settings, Sweep
 from settings_seq2seq import Translate
 
 from transformer_jax import models, tree
-from transformer_jax.data import Annotated
-from transformer_jax.finetune import store
+from transformer_jax.data import LabeledDataset
+from transformer_jax.finetuning import adapter_io
 
 SHORT = finetune.Settings(length=16, num_steps=2)
 TINY = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 16, "max_length": 64}
@@ -128,9 +128,9 @@ def test_finetune_then_classify(name, pretrained, tmp_path):
     # The delta, and the base that it was trained on, are the run.
     tuned, base = common.load_run(out), common.load_run(pretrained(name))
     start = finetune.base_params(tuned.model, base.params)
-    delta = store.load_delta(out / "delta", start)
+    delta = adapter_io.load_adapter(out / "delta", start)
     assert delta.manifest["label_names"] == ["bad", "good"]
-    for path, leaf in tree.flatten_paths(store.apply_delta(start, delta)).items():
+    for path, leaf in tree.flatten_paths(adapter_io.apply_adapter(start, delta)).items():
         np.testing.assert_array_equal(leaf, tree.flatten_paths(tuned.params)[path])
     answers = generate.answer(generate.Generate(run=out, text=("it is good", "it is bad")))
     assert len(answers) == 2 and "good" in answers[0]
@@ -150,10 +150,10 @@ def test_what_a_checkpoint_lacks_trains(pretrained):
 @pytest.mark.parametrize(("name", "kind", "changes", "message"), [
     ("bert", "classification", {"both_orders": True}, "both_orders is for GPT, .* is a BERT"),
     ("bert", "classification", {"new_tokens": True}, "new_tokens is for GPT"),
-    ("bert", "classification", {"lm_weight": 0.5}, "lm_weight is for GPT on class.* a BERT on cl"),
+    ("bert", "classification", {"aux_lm_loss_weight": 0.5}, "aux_lm_loss_weight is for GPT on class.* a BERT on cl"),
     ("bert", "classification", {"length": 65}, "length is 65, and the model has 64 positions"),
     ("bert", "token_classification", {"length": 4}, "training example 0 has .* tokens, more than"),
-    ("gpt", "token_classification", {"lm_weight": 0.5}, "a GPT on token_classification"),
+    ("gpt", "token_classification", {"aux_lm_loss_weight": 0.5}, "a GPT on token_classification"),
     ("gpt", "multiple_choice", {"both_orders": True}, "both_orders is for pairs of texts"),
     ("gpt", "classification", {}, "GPT needs a token between two texts; set new_tokens"),
     ("gpt", "seq2seq", {"target_length": 24}, "a row of 24 tokens has no room for a source"),
@@ -195,7 +195,7 @@ def test_questions_whose_answer_has_no_token_are_left_out(pretrained, capsys):
     lost = {"question": "one", "context": "one \u200b two", "answers": [
         {"text": "\u200b", "start": 4}]}
     kept = {"question": "one", "context": "one two", "answers": [{"text": "two", "start": 4}]}
-    data = Annotated("question_answering", [lost, kept], [lost, kept], (), "squad", None, {})
+    data = LabeledDataset("question_answering", [lost, kept], [lost, kept], (), "squad", None, {})
     model, _ = finetune.for_task(base, data)
     task = finetune.read(data, model, base.tokenizer,
                          Settings(length=24, max_question=8, num_steps=2))
@@ -208,7 +208,7 @@ def test_questions_without_an_answer(pretrained):
     base = common.load_run(pretrained("bert_python_docs"))
     rows = [{"question": "one", "context": "one two", "answers": [{"text": "two", "start": 4}]},
             {"question": "three", "context": "one two", "answers": []}] * 4
-    data = Annotated("question_answering", rows, rows, (), "squad", None, {})
+    data = LabeledDataset("question_answering", rows, rows, (), "squad", None, {})
     model, start = finetune.for_task(base, data)
     settings = Settings(length=24, max_question=8, num_steps=2, batch_size=4)
     task = finetune.read(data, model, base.tokenizer, settings)
@@ -278,7 +278,7 @@ def test_every_kind_of_task(kind, name, pretrained, tmp_path):
 
 def test_sweep_goes_on_where_it_was_cut_off(pretrained, tmp_path):
     c = Sweep(pretrained=str(pretrained("gpt_python_docs")), out=tmp_path, data=Data(limit=64),
-              recipes=("lora:2", "head", "scratch"), lm_weights=(0.5, 0.0, 0.0), seeds=2,
+              recipes=("lora:2", "head", "scratch"), aux_lm_loss_weights=(0.5, 0.0, 0.0), seeds=2,
               quiet=True, settings=Settings(length=16, batch_size=8, num_steps=2))
     rows = sweep.main(c)["metrics"]["cells"]
     assert [row["recipe"] for row in rows] == [
@@ -290,11 +290,11 @@ def test_sweep_goes_on_where_it_was_cut_off(pretrained, tmp_path):
     assert sweep.main(c)["metrics"]["cells"][0] == rows[0]
     again = (tmp_path / "cells.jsonl").read_text().splitlines()
     assert again[:4] == lines[:4] and len(again) == 6
-    with pytest.raises(ValueError, match="1 peaks for 3 recipes"):
-        dataclasses.replace(c, peaks=(1e-3,))
+    with pytest.raises(ValueError, match="1 peak_lrs for 3 recipes"):
+        dataclasses.replace(c, peak_lrs=(1e-3,))
     # Cells of another configuration are not taken for these, nor is a line that was cut off.
     (tmp_path / "cells.jsonl").write_text("".join(f"{line}\n" for line in again) + '{"recipe": "l')
-    other = dataclasses.replace(c, recipes=("head",), lm_weights=(0.0,), seeds=1,
+    other = dataclasses.replace(c, recipes=("head",), aux_lm_loss_weights=(0.0,), seeds=1,
                                 settings=Settings(length=16, batch_size=8, num_steps=3))
     sweep.main(other)
     lines = [json.loads(x) for x in (tmp_path / "cells.jsonl").read_text().splitlines()]
@@ -349,7 +349,7 @@ def test_another_run_is_not_resumed(tmp_path, sentences):
     with pytest.raises(ValueError, match="was another: settings/num_steps was 2 and is 4; "
                                          "settings/seed was 0 and is 1"):
         pretrain.pretrain(other)
-    found = pretrain.pretrain(dataclasses.replace(other, accept_changes=True))
+    found = pretrain.pretrain(dataclasses.replace(other, allow_config_mismatch=True))
     assert found["metrics"]["history"][-1]["step"] == 4
 
 
@@ -369,7 +369,7 @@ def test_quickstart(tmp_path, monkeypatch):
         name: (text, tiny(c, c.out, eval_batches=2)) for name, (text, c) in load(kind).items()})
     results = quickstart.main(quickstart.Quickstart(
         out=tmp_path, seeds=1, labels_per_class=(2,), test_examples=64, pretrain_steps=2,
-        recipes=("head",), peaks=(1e-2,), settings=SHORT,
+        recipes=("head",), peak_lrs=(1e-2,), settings=SHORT,
     ))
     cells = results["metrics"]["finetuning"]
     assert len(cells) == 2 * 2 and all(np.isfinite(c["accuracy"]) for c in cells)

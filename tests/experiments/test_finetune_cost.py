@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import turns
 
-from transformer_jax import presets
+from transformer_jax.models import presets
 
 SMALL = finetune_cost.Cost(
     recipes=("full", "head", "lora:2", "lora:2:all"), rounds=1, per_round=1, epoch_batches=0,

@@ -5,11 +5,11 @@ import supervised
 import writing
 from small_models import BART, GPT2, TRANSFORMER
 
-from transformer_jax.data import Annotated, tokenizers
+from transformer_jax.data import LabeledDataset, tokenizers
 from transformer_jax.models import build_model
 
 PAIRS = [{"source": "one two", "target": "two"}, {"source": "three", "target": "one"}]
-DATA = Annotated("seq2seq", PAIRS, PAIRS, (), "rouge", None, {})
+DATA = LabeledDataset("seq2seq", PAIRS, PAIRS, (), "rouge", None, {})
 HOW = supervised.Reading(16, target_length=8)
 TEXTS = ["one two three"] * 4
 

@@ -8,7 +8,7 @@ LENGTHS = np.array([3, 8, 5])  # of the prompts
 STEPS = 6
 CONFIGS = {
     "norm_before": GPT2,
-    "norm_after_context_size": GPT1.replace(context_size=4),
+    "norm_after_context_size": GPT1.replace(attention_window=4),
     "sinusoidal": GPT2.replace(positions="sinusoidal", scale_residual_init=False),
 }
 

@@ -13,7 +13,7 @@ TOKENS = random_tokens(1, T)
 GPTS = {
     "norm_before": GPT2,
     "norm_after": GPT1,
-    "context_size": GPT2.replace(context_size=3),
+    "attention_window": GPT2.replace(attention_window=3),
     "sinusoidal": GPT1.replace(positions="sinusoidal", dtype="bfloat16"),
 }
 
@@ -33,7 +33,7 @@ def moved(before, after) -> np.ndarray:
 def test_no_token_sees_later_ones(name):
     config = GPTS[name]
     before = forward(config, TOKENS).logits
-    reach = T if config.context_size is None else config.num_layers * (config.context_size - 1)
+    reach = T if config.attention_window is None else config.num_layers * (config.attention_window - 1)
     for j in range(T):
         hit = moved(before, forward(config, perturbed(j)).logits)
         expected = [j <= t <= j + reach for t in range(T)]
@@ -42,7 +42,7 @@ def test_no_token_sees_later_ones(name):
 
 def test_one_layer_sees_no_further_back_than_its_context_size():
     k = 4
-    config = GPT2.replace(num_layers=1, context_size=k)
+    config = GPT2.replace(num_layers=1, attention_window=k)
     before = forward(config, TOKENS).logits
     for j in range(T):
         hit = moved(before, forward(config, perturbed(j)).logits)
@@ -70,7 +70,7 @@ def test_packed_documents_do_not_see_each_other():
     np.testing.assert_allclose(np.asarray(before).reshape(3, 4, -1), alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["norm_before", "norm_after", "context_size"])
+@pytest.mark.parametrize("name", ["norm_before", "norm_after", "attention_window"])
 def test_cached_decoding_sees_no_later_token(name):
     """A chunk of four fed into a cache whose later slots hold rubbish, as padding leaves them."""
     config = GPTS[name]

@@ -24,7 +24,7 @@ from transformer_jax.models import BERT, GPT, build_model, config_from_dict, con
         ({"dtype": "float16"}, "dtype is 'float16'; it must be one of float32, bfloat16"),
         ({"norm_epsilon": 0.0}, "norm_epsilon is 0.0; it must be a finite number above 0"),
         ({"init_std": float("nan")}, "init_std is nan; it must be a finite number above 0"),
-        ({"context_size": 0}, "context_size is 0; it must be at least 1, or None"),
+        ({"attention_window": 0}, "attention_window is 0; it must be at least 1, or None"),
     ],
 )
 def test_values_out_of_range(change, message):
@@ -47,7 +47,7 @@ def test_segments_out_of_range():
         ({"norm_epsilon": "1e-5"}, "norm_epsilon is '1e-5', of type str; it must be float"),
         ({"norm_first": 1}, "norm_first is 1, of type int; it must be bool"),
         ({"dtype": np.float32}, "dtype is .*, of type type; it must be str"),
-        ({"context_size": "8"}, "context_size is '8', of type str; it must be int or None"),
+        ({"attention_window": "8"}, "attention_window is '8', of type str; it must be int or None"),
     ],
 )
 def test_values_of_another_type(change, message):
@@ -57,15 +57,15 @@ def test_values_of_another_type(change, message):
 
 
 def test_numpy_numbers_and_whole_rates_are_taken():
-    taken = small_models.GPT2.replace(d_model=np.int64(48), dropout_rate=0, context_size=None)
-    assert (taken.d_model, taken.dropout_rate, taken.context_size) == (48, 0, None)
+    taken = small_models.GPT2.replace(d_model=np.int64(48), dropout_rate=0, attention_window=None)
+    assert (taken.d_model, taken.dropout_rate, taken.attention_window) == (48, 0, None)
 
 
 @pytest.mark.parametrize("config", [small_models.GPT2, small_models.BERT])
 def test_classify_needs_classes(config):
     model, params = small_models.build(config)
     with pytest.raises(ValueError, match="num_classes is 0; build the model with") as error:
-        model.apply({"params": params}, np.ones((1, 4), np.int32), method="classify")
+        model.apply({"params": params}, np.ones((1, 4), np.int32), method="classification_logits")
     assert "\n" not in str(error.value)
 
 
@@ -83,7 +83,7 @@ def test_json_round_trip(config, kind):
     ("change", "message"),
     [
         ({"family": "t5"}, "model family is 't5'; it must be one of gpt, bert"),
-        ({"context_size": 4}, "unknown fields of a bert config: context_size"),
+        ({"attention_window": 4}, "unknown fields of a bert config: attention_window"),
         ({"d_model": 7}, "d_model is 7; it must be a multiple"),
     ],
 )

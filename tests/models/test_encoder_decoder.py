@@ -9,9 +9,8 @@ import small_models
 from small_models import BART, LENGTH, TRANSFORMER, VOCAB, build, forward, random_tokens
 from test_initial_parameters import block, flat, initialize, key
 
-from transformer_jax import presets
-from transformer_jax.models import BERT, build_model, init_params, shift_right
-from transformer_jax.models.heads import last_tokens
+from transformer_jax.models import BERT, build_model, init_params, presets, shift_right
+from transformer_jax.models.heads import last_token_positions
 
 S, T = 7, 9
 SOURCE, TARGET = random_tokens(2, S), random_tokens(2, T, seed=1)
@@ -153,7 +152,7 @@ def test_shift_right_and_the_default_target():
 
 def test_classify_reads_the_decoder_at_the_last_token():
     def classes(tokens, mask):
-        return np.asarray(forward(BART, tokens, num_classes=3, method="classify",
+        return np.asarray(forward(BART, tokens, num_classes=3, method="classification_logits",
                                   padding_mask=np.asarray(mask)))
 
     before = classes(SOURCE, MASK)
@@ -167,8 +166,8 @@ def test_classify_reads_the_decoder_at_the_last_token():
 
 def test_last_tokens():
     mask = np.array([[1, 1, 0], [0, 1, 1], [1, 1, 1]], bool)
-    assert last_tokens(np.zeros((3, 3)), mask).tolist() == [1, 2, 2]
-    assert last_tokens(np.zeros((3, 3)), None).tolist() == [2, 2, 2]
+    assert last_token_positions(np.zeros((3, 3)), mask).tolist() == [1, 2, 2]
+    assert last_token_positions(np.zeros((3, 3)), None).tolist() == [2, 2, 2]
 
 
 def test_attention_weights():
@@ -232,7 +231,7 @@ def test_every_task_has_its_own_head_only(config):
 
 
 def test_tags_and_classes_of_gpt():
-    assert forward(small_models.GPT2, SOURCE, num_classes=4, method="tag",
+    assert forward(small_models.GPT2, SOURCE, num_classes=4, method="token_classification_logits",
                    params=build(small_models.GPT2, 4)[1]).shape == (2, S, 4)
     left = np.concatenate([np.full((2, 2), 7), SOURCE], 1)
     mask = np.arange(S + 2)[None] >= np.array([[2], [2]])

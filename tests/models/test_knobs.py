@@ -29,7 +29,7 @@ KNOBS = [  # dtype is in test_precision, scales of initial weights in test_initi
     (GPT, {"activation": "relu"}),
     (GPT, {"positions": "sinusoidal"}),
     (GPT, {"norm_epsilon": 0.5}),
-    (GPT, {"context_size": 2}),
+    (GPT, {"attention_window": 2}),
     (ENCODER, {"norm_first": True}),
     (ENCODER, {"activation": "relu"}),
     (ENCODER, {"positions": "sinusoidal"}),
@@ -107,7 +107,7 @@ def count_draws(config, num_classes=0, **options) -> int:
 def test_places_of_dropout(base, rates, draws):
     config = base.replace(dropout_rate=rates[0], attention_dropout_rate=rates[1])
     assert count_draws(config) == draws
-    assert count_draws(config, method="classify", num_classes=3) == draws + (rates[0] > 0)
+    assert count_draws(config, method="classification_logits", num_classes=3) == draws + (rates[0] > 0)
 
 
 def test_segments_matter():

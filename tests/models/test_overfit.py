@@ -6,7 +6,7 @@ import optax
 import pytest
 from small_models import BERT, GPT2, build, random_params, random_tokens
 
-from transformer_jax.objectives import causal_lm, losses, mlm_nsp, tasks
+from transformer_jax.objectives import causal_lm, classification, cross_entropy, mlm_nsp
 
 TOKENS = random_tokens(4, 17, seed=5)
 MASKED = np.array([[2, 5], [1, 9], [3, 4], [7, 12]], np.int32)
@@ -19,7 +19,7 @@ def fit(config, loss_fn, batch, num_classes=0, steps=60):
     start = random_params(start, std=0.02)
 
     def total(params):
-        return losses.mean(*loss_fn(model.apply, params, batch)[:2])
+        return cross_entropy.mean(*loss_fn(model.apply, params, batch)[:2])
 
     optimizer = optax.adam(1e-2)
 
@@ -71,7 +71,7 @@ def test_bert_learns_a_batch_by_heart():
 @pytest.mark.parametrize("config", [GPT2, BERT], ids=["gpt", "bert"])
 def test_classifiers_learn_a_batch_by_heart(config):
     batch = {"tokens": TOKENS, "labels": LABELS, "weights": np.ones(4, np.float32)}
-    values, still = fit(config, tasks.classification_loss,
+    values, still = fit(config, classification.classification_loss,
                         batch, num_classes=2, steps=30)
     assert values[-1] < 0.05
     assert still == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_models import BERT, GPT2, build, forward, random_tokens
 
-from transformer_jax.objectives import causal_lm, losses, mlm_nsp
+from transformer_jax.objectives import causal_lm, cross_entropy, mlm_nsp
 
 TOKENS = random_tokens(4, 10)
 GPT_BATCH = {"tokens": TOKENS[:, :-1], "targets": TOKENS[:, 1:],
@@ -34,7 +34,7 @@ def test_bfloat16_keeps_parameters_gradients_and_losses_float32(config, objectiv
 
         def loss(params, model=model):
             total, weight, _ = objective.loss(model.apply, params, batch)
-            return losses.mean(total, weight)
+            return cross_entropy.mean(total, weight)
 
         if dtype == "bfloat16":
             values[dtype], gradient = jax.jit(jax.value_and_grad(loss))(params)

@@ -9,8 +9,8 @@ from transformer_jax.nn.attention import (
     KVCache,
     Mask,
     _causal_parts,
-    attend,
     causal_mask,
+    dot_product_attention,
     init_cache,
 )
 from transformer_jax.nn.dropout import keep_mask
@@ -25,7 +25,7 @@ def as_text(mask) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("context_size", "expected"),
+    ("attention_window", "expected"),
     [
         (None, ["x...", "xx..", "xxx.", "xxxx"]),
         (1, ["x...", ".x..", "..x.", "...x"]),
@@ -33,8 +33,8 @@ def as_text(mask) -> list[str]:
         (9, ["x...", "xx..", "xxx.", "xxxx"]),
     ],
 )
-def test_causal_mask(context_size, expected):
-    assert as_text(causal_mask(ROW, ROW, context_size)) == expected
+def test_causal_mask(attention_window, expected):
+    assert as_text(causal_mask(ROW, ROW, attention_window)) == expected
 
 
 def test_causal_mask_of_queries_in_the_middle_of_a_cache():
@@ -79,14 +79,14 @@ def test_attend_by_hand():
     query = one_head([[2, 0, 0, 0]])
     key = one_head([[0, 5, 5, 5], [np.log(3), 7, 7, 7]])
     value = one_head([[4, 0, 0, 0], [8, 0, 0, 4]])
-    out, weights = attend(query, key, value, Mask())
+    out, weights = dot_product_attention(query, key, value, Mask())
     np.testing.assert_allclose(weights.ravel(), [0.25, 0.75], rtol=1e-6)
     np.testing.assert_allclose(out.ravel(), [7, 0, 0, 3], rtol=1e-6)
 
 
 def test_attend_gives_hidden_keys_exactly_nothing():
     query = one_head([[1.0]])
-    out, weights = attend(query, one_head([[0.0], [300.0]]), one_head([[2.0], [1e30]]),
+    out, weights = dot_product_attention(query, one_head([[0.0], [300.0]]), one_head([[2.0], [1e30]]),
                           Mask(allowed=jnp.asarray([True, False])))
     assert weights.ravel().tolist() == [1, 0]
     assert out.ravel().tolist() == [2]
@@ -95,7 +95,7 @@ def test_attend_gives_hidden_keys_exactly_nothing():
 def test_a_query_that_sees_nothing_stays_finite_and_so_does_its_gradient():
     def total(query):
         value = one_head([[2.0], [4.0]])
-        return attend(query, value, value, Mask(allowed=jnp.asarray([False, False])))[0].sum()
+        return dot_product_attention(query, value, value, Mask(allowed=jnp.asarray([False, False])))[0].sum()
 
     value, gradient = jax.value_and_grad(total)(one_head([[1.0]]))
     assert value == 3
@@ -104,14 +104,14 @@ def test_a_query_that_sees_nothing_stays_finite_and_so_does_its_gradient():
 
 def test_softmax_of_bfloat16_is_float32():
     x = jnp.ones((1, 3, 1, 4), jnp.bfloat16)
-    out, weights = attend(x, x, x, Mask())
+    out, weights = dot_product_attention(x, x, x, Mask())
     assert (out.dtype, weights.dtype) == (jnp.bfloat16, jnp.float32)
 
 
 def test_attention_dropout_drops_its_share_and_keeps_the_mean():
     # All weights are 1 / 500 and all values 1: the output is (kept keys) / 500 / (1 - rate).
     ones = np.ones((1, 500, 4, 1), np.float32)
-    call = jax.jit(lambda rng, ones: attend(ones[:, :50], ones, ones, Mask(), dropout_rate=0.2,
+    call = jax.jit(lambda rng, ones: dot_product_attention(ones[:, :50], ones, ones, Mask(), dropout_rate=0.2,
                                               dropout_rng=rng)[0])
     out = np.asarray(call(jax.random.key(0), ones))
     kept = np.round(out * 0.8 * 500)
@@ -136,7 +136,7 @@ def test_queries_in_parts_are_as_all_at_once(T, parts, more):
     documents = jnp.asarray(np.sort(np.random.default_rng(0).integers(1, 4, (2, T)), axis=1))
     mask = Mask(causal=True)
     if more == "window":
-        mask = mask.replace(context_size=40)
+        mask = mask.replace(attention_window=40)
     if more == "documents":
         mask = mask.replace(query_documents=documents, key_documents=documents)
     assert _causal_parts(mask, T, T) == parts
@@ -145,7 +145,7 @@ def test_queries_in_parts_are_as_all_at_once(T, parts, more):
     *args, ct = jax.random.normal(jax.random.key(0), (4, 2, T, 3, 8))
 
     def ours(*args):
-        out, weights = attend(*args, mask, **options)
+        out, weights = dot_product_attention(*args, mask, **options)
         return (out * ct).sum(), weights
 
     def theirs(*args):
@@ -170,7 +170,7 @@ def test_parts_leave_out_products():
     """A quarter of them, of two parts."""
     def flops(mask):
         x = jnp.ones((1, 256, 1, 64))
-        fn = jax.jit(lambda x: attend(x, x, x, mask)[0])
+        fn = jax.jit(lambda x: dot_product_attention(x, x, x, mask)[0])
         return fn.lower(x).compile().cost_analysis()["flops"]
 
     hidden = Mask(allowed=causal_mask(jnp.arange(256)[None], jnp.arange(256)[None]))

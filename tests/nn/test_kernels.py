@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from transformer_jax import sharding
-from transformer_jax.nn import kernels
-from transformer_jax.nn.attention import Mask, attend
+from transformer_jax.nn import fused_attention
+from transformer_jax.nn.attention import Mask, dot_product_attention
 
 B, T, N, H = 2, 768, 2, 16  # two blocks of 384, of which a causal mask hides one
 DOCUMENTS = np.sort(np.random.default_rng(1).integers(1, 4, (B, T)), axis=1)
@@ -22,7 +22,7 @@ REAL = np.arange(T) < np.array([[T], [500]])
 MASKS = {
     "full": Mask(),
     "causal": Mask(causal=True),
-    "context": Mask(causal=True, context_size=70),
+    "context": Mask(causal=True, attention_window=70),
     "padding": Mask(real=REAL),
     "documents": Mask(causal=True, query_documents=DOCUMENTS, key_documents=DOCUMENTS, real=REAL),
 }
@@ -36,7 +36,7 @@ def arrays(dtype=jnp.float32, S=T):
 
 def value_and_gradients(kernel, mask, args):
     def total(args):
-        out, _ = attend(*args, mask, kernel=kernel)
+        out, _ = dot_product_attention(*args, mask, attention_impl=kernel)
         seen = jnp.where(jnp.asarray(REAL)[:, :, None, None], out.astype(jnp.float32), 0)
         return (seen * jnp.cos(jnp.arange(seen.size)).reshape(seen.shape)).sum(), seen
 
@@ -52,7 +52,7 @@ def assert_same(found, expected, tolerance):
 @pytest.mark.parametrize("name", MASKS)
 def test_splash_is_the_plain_products(name):
     args = arrays()
-    assert kernels.choose("splash", args[0], args[1], MASKS[name], False) == "splash"
+    assert fused_attention.select_implementation("splash", args[0], args[1], MASKS[name], False) == "splash"
     found = value_and_gradients("splash", MASKS[name], args)
     assert_same(found, value_and_gradients("xla", MASKS[name], args), 2e-5)
 
@@ -75,7 +75,7 @@ def test_splash_over_a_mesh(sizes, name):
         pytest.skip(f"needs {count} devices")
     devices = jax.devices()[:count]
     with jax.set_mesh(sharding.make_mesh(**sizes, devices=devices)):
-        assert kernels.choose("splash", args[0], args[1], mask, False) == "splash"
+        assert fused_attention.select_implementation("splash", args[0], args[1], mask, False) == "splash"
         found = value_and_gradients("splash", mask, args)
     assert_same(found, value_and_gradients("xla", mask, args), 2e-5)
 
@@ -84,7 +84,7 @@ def test_splash_over_a_mesh(sizes, name):
 @pytest.mark.parametrize("name", MASKS)
 def test_cudnn_is_the_plain_products(name):
     args = arrays(jnp.bfloat16)
-    assert kernels.choose("auto", args[0], args[1], MASKS[name], False) == "cudnn"
+    assert fused_attention.select_implementation("auto", args[0], args[1], MASKS[name], False) == "cudnn"
     found = value_and_gradients("cudnn", MASKS[name], args)
     assert_same(found, value_and_gradients("xla", MASKS[name], args), 5e-2)
 
@@ -107,7 +107,7 @@ def test_what_a_kernel_cannot_do_is_left_to_the_plain_products(name):
     kernel, (query, key, _), mask, dropped = FALLBACKS[name]
     if name == "no accelerator" and jax.default_backend() != "cpu":
         pytest.skip("there is one")
-    assert kernels.choose(kernel, query, key, mask, dropped) == "xla"
+    assert fused_attention.select_implementation(kernel, query, key, mask, dropped) == "xla"
 
 
 def test_the_choice_by_what_runs(monkeypatch):
@@ -119,9 +119,9 @@ def test_the_choice_by_what_runs(monkeypatch):
         device = SimpleNamespace(compute_capability=capability)
         monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
         with jax.default_matmul_precision("default"):
-            assert kernels.choose("auto", query, key, Mask(causal=True), False) == kernel
+            assert fused_attention.select_implementation("auto", query, key, Mask(causal=True), False) == kernel
 
 
 def test_blocks_divide_the_length():
-    assert [kernels.block(n) for n in (128, 384, 512, 640, 768, 1024)] == [
+    assert [fused_attention.splash_block_size(n) for n in (128, 384, 512, 640, 768, 1024)] == [
         128, 384, 512, 128, 384, 512]

@@ -12,8 +12,8 @@ from transformer_jax.nn.layers import (
     Bias,
     Embed,
     LayerNorm,
+    LazyLogits,
     Linear,
-    Projection,
 )
 
 
@@ -70,7 +70,7 @@ def test_embed_looks_up_and_scores_by_one_table():
 
 def test_bias_is_added():
     variables = {"params": {"bias": jnp.asarray([1.0, 2.0])}}
-    projection = Projection(jnp.asarray([[10.0, 20.0]]), jnp.eye(2))
+    projection = LazyLogits(jnp.asarray([[10.0, 20.0]]), jnp.eye(2))
     assert Bias(2).apply(variables, projection).logits().tolist() == [[11, 22]]
 
 

@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 from small_models import BART, BERT, GPT2, TRANSFORMER, build, random_tokens
 
-from transformer_jax.objectives import causal_lm, losses, mlm_nsp, seq2seq, spans, tags, tasks
+from transformer_jax.data import packing
+from transformer_jax.objectives import (
+    causal_lm,
+    classification,
+    cross_entropy,
+    mlm_nsp,
+    question_answering,
+    seq2seq,
+    token_classification,
+)
 
 B, T, P = 6, 9, 3
 RNG = np.random.default_rng(0)
 TOKENS = random_tokens(B, T + 1)
 MASK = (np.arange(T) < np.array([9, 7, 4, 9, 2, 5])[:, None])
-CAUSAL = {**causal_lm.shift(TOKENS, np.pad(MASK, ((0, 0), (1, 0)), constant_values=True))}
+CAUSAL = {**packing.shift(TOKENS, np.pad(MASK, ((0, 0), (1, 0)), constant_values=True))}
 MASKED = {
     "tokens": TOKENS[:, :T] * MASK,
     "segment_ids": (np.arange(T) > 3) * MASK.astype(np.int32),
@@ -44,18 +53,18 @@ TAGS = {"tokens": TOKENS[:, :T] * MASK, "padding_mask": MASK, "labels": TOKENS[:
 SPANS = CLASSES | {"context_mask": MASK & (np.arange(T) > 0), "none": np.zeros(B, np.int32),
                    "starts": np.array([3, 0, 1, 2, 0, 1], np.int32),
                    "ends": np.array([8, 0, 3, 2, 0, 4], np.int32)}
-with_lm = functools.partial(tasks.classification_loss, lm_weight=0.5)
+with_lm = functools.partial(classification.classification_loss, aux_lm_loss_weight=0.5)
 ONE = {"num_layers": 1}
 CASES = {
     "causal_lm": (GPT2.replace(**ONE), 0, causal_lm.loss, CAUSAL),
     "mlm_nsp": (BERT.replace(**ONE), 0, mlm_nsp.loss, MASKED),
     "seq2seq": (TRANSFORMER.replace(**ONE), 0, seq2seq.loss, PAIRS),
-    "classify": (GPT2.replace(**ONE), 3, tasks.classification_loss, CLASSES),
-    "regression": (GPT2.replace(**ONE), 1, tasks.regression_loss, SCORES),
-    "choices": (BERT.replace(**ONE), 1, tasks.choice_loss, CHOICES),
+    "classify": (GPT2.replace(**ONE), 3, classification.classification_loss, CLASSES),
+    "regression": (GPT2.replace(**ONE), 1, classification.regression_loss, SCORES),
+    "choices": (BERT.replace(**ONE), 1, classification.multiple_choice_loss, CHOICES),
     "both_orders_lm": (GPT2.replace(**ONE), 3, with_lm, ORDERS),
-    "tags": (BART.replace(**ONE), 3, tags.loss, TAGS),
-    "spans": (BERT.replace(**ONE), 2, spans.loss, SPANS),
+    "tags": (BART.replace(**ONE), 3, token_classification.loss, TAGS),
+    "spans": (BERT.replace(**ONE), 2, question_answering.loss, SPANS),
 }
 
 
@@ -91,7 +100,7 @@ def test_split_and_padded_batches_add_up(name):
     # Zero rows alone: everything is finite, and exactly nothing.
     for leaf in jax.tree.leaves(parts[-1]):
         np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
-    assert losses.mean(*parts[-1][0][:2]) == 0
+    assert cross_entropy.mean(*parts[-1][0][:2]) == 0
     # The totals are of the right size: weights are counts, metrics stand on the same weights.
     sums, weights, metrics = whole[0]
     expected = {"causal_lm": MASK.sum(), "mlm_nsp": {"mlm": 10, "nsp": 6}, "classify": 6,

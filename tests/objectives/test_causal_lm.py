@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from small_models import VOCAB, random_tokens
 
+from transformer_jax.data import packing
 from transformer_jax.objectives import causal_lm
 
 
@@ -15,7 +16,7 @@ def test_shift_by_hand():
     # Document 1: 5 6 7, document 2: 8 9, then padding; one row, and the same in a batch.
     tokens = np.array([5, 6, 7, 8, 9, 0, 0])
     documents = np.array([1, 1, 1, 2, 2, 0, 0])
-    row = causal_lm.shift(tokens, documents)
+    row = packing.shift(tokens, documents)
     assert {name: values.tolist() for name, values in row.items()} == {
         "tokens": [5, 6, 7, 8, 9, 0],
         "targets": [6, 7, 8, 9, 0, 0],
@@ -27,13 +28,13 @@ def test_shift_by_hand():
         "tokens": "int32", "targets": "int32", "positions": "int32", "document_ids": "int32",
         "weights": "float32",
     }
-    batch = causal_lm.shift(np.stack([tokens, tokens]), np.stack([documents, documents]))
+    batch = packing.shift(np.stack([tokens, tokens]), np.stack([documents, documents]))
     for name, values in batch.items():
         assert values.tolist() == [row[name].tolist()] * 2
 
 
 def test_shift_of_one_document():
-    row = causal_lm.shift(np.arange(10, 15), np.ones(5, int))
+    row = packing.shift(np.arange(10, 15), np.ones(5, int))
     assert row["positions"].tolist() == [0, 1, 2, 3]
     assert row["weights"].tolist() == [1, 1, 1, 1]
 
@@ -74,7 +75,7 @@ def test_loss_is_the_sum_over_targets_by_hand():
 def test_copying_the_input_is_no_advantage():
     """Were targets not shifted, a model that echoes its input would have loss 0."""
     tokens = np.stack([np.random.default_rng(i).permutation(VOCAB)[:17] for i in range(3)])
-    batch = causal_lm.shift(tokens, np.ones_like(tokens))
+    batch = packing.shift(tokens, np.ones_like(tokens))
     echo = 20.0 * jax.nn.one_hot(batch["tokens"], VOCAB)
     total, weight, metrics = causal_lm.loss(known(echo), {}, batch)
     assert total / weight > np.log(VOCAB)
@@ -92,7 +93,7 @@ def test_the_model_is_told_of_positions_and_documents():
         told.update(positions=positions, document_ids=document_ids)
         return known(np.zeros((*tokens.shape, VOCAB)))(variables, tokens)
 
-    batch = causal_lm.shift(random_tokens(2, 9), np.repeat([[1, 2, 2]] * 2, 3, axis=1))
+    batch = packing.shift(random_tokens(2, 9), np.repeat([[1, 2, 2]] * 2, 3, axis=1))
     causal_lm.loss(apply, {}, batch)
     assert told["positions"] is batch["positions"]
     assert told["document_ids"] is batch["document_ids"]

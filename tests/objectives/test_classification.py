@@ -4,10 +4,10 @@ import functools
 
 import pytest
 
-from transformer_jax.objectives import layout, tasks
+from transformer_jax.objectives import classification, input_format
 
-BERT_ROW = functools.partial(layout.bert_row, length=8, cls_id=101, sep_id=102)
-GPT_ROW = functools.partial(layout.gpt_row, length=8, extract_id=7, delimiter_id=8)
+BERT_ROW = functools.partial(input_format.pack_bert_input, length=8, cls_id=101, sep_id=102)
+GPT_ROW = functools.partial(input_format.pack_gpt_input, length=8, extract_id=7, delimiter_id=8)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ GPT_ROW = functools.partial(layout.gpt_row, length=8, extract_id=7, delimiter_id
     ],
 )
 def test_rows(row, example, tokens):
-    made = tasks.prepare_classification({**example, "label": 2}, row=row, num_classes=3)
+    made = classification.prepare_classification({**example, "label": 2}, row=row, num_classes=3)
     assert made["tokens"].tolist() == tokens
     assert (made["labels"], made["weights"]) == (2, 1)
     assert (made["labels"].dtype, made["weights"].dtype) == ("int32", "float32")
@@ -30,4 +30,4 @@ def test_rows(row, example, tokens):
 @pytest.mark.parametrize("label", [-1, 3])
 def test_label_out_of_range(label):
     with pytest.raises(ValueError, match=f"label {label} is outside the 3 classes 0 to 2; mend"):
-        tasks.prepare_classification({"tokens": [1], "label": label}, row=BERT_ROW, num_classes=3)
+        classification.prepare_classification({"tokens": [1], "label": label}, row=BERT_ROW, num_classes=3)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import small_models
 
-from transformer_jax.data import pipeline
+from transformer_jax.data import batching
 from transformer_jax.objectives import denoising, seq2seq
 from transformer_jax.objectives.denoising import Noise
 
@@ -216,7 +216,7 @@ def test_no_place_sees_what_it_predicts():
 def test_each_epoch_is_noised_anew():
     noised = []
     for _ in range(2):
-        loader = pipeline.make_loader(
+        loader = batching.make_loader(
             denoising.Passages(CORPUS, 40), 2, num_epochs=2, seed=3, prefetch=0,
             transform=functools.partial(denoising.prepare, noise=Noise(infill=0.4), length=20,
                                         **IDS))

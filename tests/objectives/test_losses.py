@@ -6,20 +6,20 @@ import numpy as np
 import optax
 import pytest
 
-from transformer_jax.objectives import losses
+from transformer_jax.objectives import cross_entropy
 
 # Probabilities 1/4 and 3/4; and 1/2 and 1/2.
 LOGITS = jnp.log(jnp.asarray([[1.0, 3.0], [5.0, 5.0]]))
 
 
 def test_cross_entropy_in_nats():
-    values = losses.cross_entropy(LOGITS, np.array([0, 1]))
+    values = cross_entropy.cross_entropy(LOGITS, np.array([0, 1]))
     np.testing.assert_allclose(values, [np.log(4), np.log(2)], rtol=1e-6)
 
 
 def test_cross_entropy_of_extreme_logits_is_finite():
     def total(logits):
-        return losses.cross_entropy(logits, jnp.asarray([0, 1])).sum()
+        return cross_entropy.cross_entropy(logits, jnp.asarray([0, 1])).sum()
 
     value, gradient = jax.value_and_grad(total)(jnp.asarray([[1e4, -1e4], [1e4, -1e4]]))
     assert value == 2e4
@@ -27,7 +27,7 @@ def test_cross_entropy_of_extreme_logits_is_finite():
 
 
 def test_cross_entropy_of_bfloat16_is_float32():
-    values = losses.cross_entropy(jnp.zeros((1, 1000), jnp.bfloat16), np.array([3]))
+    values = cross_entropy.cross_entropy(jnp.zeros((1, 1000), jnp.bfloat16), np.array([3]))
     assert values.dtype == jnp.float32
     np.testing.assert_allclose(values, np.log(1000), rtol=1e-6)
 
@@ -38,7 +38,7 @@ def test_derivatives_of_cross_entropy_are_those_of_its_formula(smoothing):
     targets = jnp.asarray([[0, 10, 4], [7, 7, 1]])
 
     def ours(logits):
-        return (losses.smoothed_cross_entropy(logits, targets, smoothing) ** 2).sum()
+        return (cross_entropy.smoothed_cross_entropy(logits, targets, smoothing) ** 2).sum()
 
     def formula(logits):
         expected = optax.smooth_labels(jax.nn.one_hot(targets, 11), smoothing)
@@ -56,32 +56,32 @@ def test_derivatives_of_cross_entropy_are_those_of_its_formula(smoothing):
 
 
 def test_correct():
-    assert losses.correct(LOGITS, np.array([1, 1])).tolist() == [1, 0]  # of equals, the first
-    assert losses.correct(LOGITS, np.array([0, 0])).tolist() == [0, 1]
+    assert cross_entropy.top1_correct(LOGITS, np.array([1, 1])).tolist() == [1, 0]  # of equals, the first
+    assert cross_entropy.top1_correct(LOGITS, np.array([0, 0])).tolist() == [0, 1]
     same = jnp.zeros((3, 2, 5))
-    assert losses.correct(same, np.array([[0, 1], [4, 0], [2, 3]])).tolist() == [
+    assert cross_entropy.top1_correct(same, np.array([[0, 1], [4, 0], [2, 3]])).tolist() == [
         [1, 0], [0, 1], [0, 0]]
-    assert losses.correct(jnp.full((1, 4), jnp.nan), np.array([0])) == 0
+    assert cross_entropy.top1_correct(jnp.full((1, 4), jnp.nan), np.array([0])) == 0
     logits = jnp.round(jax.random.normal(jax.random.key(1), (500, 7)))
     targets = np.random.default_rng(0).integers(0, 7, 500)
-    np.testing.assert_array_equal(losses.correct(logits, targets), logits.argmax(-1) == targets)
+    np.testing.assert_array_equal(cross_entropy.top1_correct(logits, targets), logits.argmax(-1) == targets)
 
 
 def test_weighted():
-    total, weight = losses.weighted(jnp.asarray([2.0, 3.0, 50.0]), jnp.asarray([1, 2, 0]))
+    total, weight = cross_entropy.weighted_sum(jnp.asarray([2.0, 3.0, 50.0]), jnp.asarray([1, 2, 0]))
     assert (float(total), float(weight)) == (8, 3)
     assert weight.dtype == jnp.float32
 
 
 def test_mean_divides_each_term_once_and_adds():
-    assert losses.mean(jnp.float32(6), jnp.float32(4)) == 1.5
+    assert cross_entropy.mean(jnp.float32(6), jnp.float32(4)) == 1.5
     terms = {"mlm": jnp.float32(6), "nsp": jnp.float32(1)}
-    assert losses.mean(terms, {"mlm": jnp.float32(4), "nsp": jnp.float32(2)}) == 2.0
+    assert cross_entropy.mean(terms, {"mlm": jnp.float32(4), "nsp": jnp.float32(2)}) == 2.0
 
 
 def test_a_term_without_weight_counts_nothing_even_in_the_gradient():
     def loss(x):
-        return losses.mean({"a": 3 * x, "b": 0 * x}, {"a": jnp.float32(2), "b": jnp.float32(0)})
+        return cross_entropy.mean({"a": 3 * x, "b": 0 * x}, {"a": jnp.float32(2), "b": jnp.float32(0)})
 
     value, gradient = jax.value_and_grad(loss)(jnp.float32(4))
     assert (value, gradient) == (6, 1.5)
@@ -89,5 +89,5 @@ def test_a_term_without_weight_counts_nothing_even_in_the_gradient():
 
 def test_dropout_options():
     key = jax.random.key(0)
-    assert losses.dropout(None) == {"deterministic": True, "rngs": None}
-    assert losses.dropout(key) == {"deterministic": False, "rngs": {"dropout": key}}
+    assert cross_entropy.dropout(None) == {"deterministic": True, "rngs": None}
+    assert cross_entropy.dropout(key) == {"deterministic": False, "rngs": {"dropout": key}}

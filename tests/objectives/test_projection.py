@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from transformer_jax import sharding
-from transformer_jax.nn.layers import Projection
-from transformer_jax.objectives import losses, projection
+from transformer_jax.nn.layers import LazyLogits
+from transformer_jax.objectives import chunked_cross_entropy, cross_entropy
 
 B, T, D, V = 4, 6, 8, 37
 
 
 def inputs(dtype=jnp.float32, bias=True):
     rng = np.random.default_rng(0)
-    made = Projection(
+    made = LazyLogits(
         jnp.asarray(rng.normal(size=(B, T, D)), dtype), jnp.asarray(rng.normal(size=(V, D)), float),
         None, jnp.asarray(rng.normal(size=V), float) if bias else None)
     weights = rng.random((B, T)) * (rng.random((B, T)) < 0.7)
@@ -25,7 +25,7 @@ def inputs(dtype=jnp.float32, bias=True):
 
 def whole(made, targets, weights, smoothing=0.0):
     """The three sums, from logits."""
-    (loss, _), metrics = losses.score_tokens(made.logits(), None, targets, weights, smoothing)
+    (loss, _), metrics = cross_entropy.token_losses(made.logits(), None, targets, weights, smoothing)
     return loss, metrics["nll"][0], metrics["accuracy"][0]
 
 
@@ -49,7 +49,7 @@ def assert_same(found, expected, tolerance=1e-5):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_sums_and_gradients_are_those_of_the_logits(chunk, smoothing):
     args = inputs()
-    found = gradients(functools.partial(projection.totals, smoothing=smoothing, chunk=chunk), *args)
+    found = gradients(functools.partial(chunked_cross_entropy.chunked_cross_entropy, smoothing=smoothing, chunk=chunk), *args)
     assert_same(found, gradients(functools.partial(whole, smoothing=smoothing), *args))
 
 
@@ -61,17 +61,17 @@ def test_a_table_of_int8_and_no_bias():
     def of(fn):
         def run(free, *args):
             hidden, scale = free
-            return fn(Projection(hidden, table, scale), *args)
+            return fn(LazyLogits(hidden, table, scale), *args)
         return run
 
     free = (made.hidden, scale)
-    found = gradients(of(functools.partial(projection.totals, chunk=5)), free, targets, weights)
+    found = gradients(of(functools.partial(chunked_cross_entropy.chunked_cross_entropy, chunk=5)), free, targets, weights)
     assert_same(found, gradients(of(whole), free, targets, weights))
 
 
 def test_bfloat16_hidden_states():
     made, targets, weights = inputs(jnp.bfloat16)
-    found = gradients(functools.partial(projection.totals, chunk=5), made, targets, weights)
+    found = gradients(functools.partial(chunked_cross_entropy.chunked_cross_entropy, chunk=5), made, targets, weights)
     assert found[1].hidden.dtype == jnp.bfloat16 and found[1].embedding.dtype == jnp.float32
     assert_same(found, gradients(whole, made, targets, weights), 2e-2)
 
@@ -87,7 +87,7 @@ def test_what_does_not_train_costs_no_product():
 
     def flops(names):
         def loss(free):
-            return projection.totals(made._replace(**free), targets, weights, chunk=24).loss
+            return chunked_cross_entropy.chunked_cross_entropy(made._replace(**free), targets, weights, chunk=24).loss
 
         free = {name: getattr(made, name) for name in names}
         return jax.jit(jax.grad(loss)).lower(free).compile().cost_analysis()["flops"]
@@ -114,7 +114,7 @@ def test_over_a_mesh(name):
     with jax.set_mesh(mesh):
         rows = jax.NamedSharding(mesh, sharding.fit((sharding.BATCH_AXES, "sequence"), (B, T)))
         made = args[0]._replace(hidden=jax.device_put(args[0].hidden, rows))
-        found = gradients(functools.partial(projection.totals, chunk=3), made,
+        found = gradients(functools.partial(chunked_cross_entropy.chunked_cross_entropy, chunk=3), made,
                           *jax.device_put(args[1:], rows))
     assert_same(found, expected)
 
@@ -133,7 +133,7 @@ def test_inside_shard_map(check):
             table = jax.lax.pcast(table, "rows", to="varying")
 
         def loss(table):
-            return projection.totals(Projection(hidden, table), targets, weights, chunk=3).loss
+            return chunked_cross_entropy.chunked_cross_entropy(LazyLogits(hidden, table), targets, weights, chunk=3).loss
 
         return jax.lax.psum(jax.value_and_grad(loss)(table), "rows")
 
@@ -142,7 +142,7 @@ def test_inside_shard_map(check):
                                   out_specs=jax.P(), check_vma=check))(
         made.embedding, made.hidden, targets, weights)
     expected = jax.value_and_grad(lambda table: whole(
-        Projection(made.hidden, table), targets, weights)[0])(made.embedding)
+        LazyLogits(made.hidden, table), targets, weights)[0])(made.embedding)
     assert_same(found, expected)
 
 
@@ -150,13 +150,13 @@ def test_inside_shard_map(check):
 def test_memory_does_not_grow_with_the_vocabulary():
     """Temporary memory at 16,384 tokens of GPT-2's vocabulary, against their logits alone."""
     tokens, V, D = (1, 16_384), 50_257, 768
-    made = Projection(jax.ShapeDtypeStruct((*tokens, D), jnp.float32),
+    made = LazyLogits(jax.ShapeDtypeStruct((*tokens, D), jnp.float32),
                       jax.ShapeDtypeStruct((V, D), jnp.float32))
     targets = jax.ShapeDtypeStruct(tokens, jnp.int32)
     weights = jax.ShapeDtypeStruct(tokens, jnp.float32)
 
     def loss(made, targets, weights):
-        return losses.score_tokens(made.logits(), made, targets, weights)[0][0]
+        return cross_entropy.token_losses(made.logits(), made, targets, weights)[0][0]
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(made, targets, weights).compile()
     logits = tokens[1] * V * 4

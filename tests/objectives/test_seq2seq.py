@@ -11,7 +11,7 @@ import pytest
 from small_models import TRANSFORMER, VOCAB, build, random_tokens
 
 from transformer_jax.models import build_model
-from transformer_jax.objectives import losses, seq2seq
+from transformer_jax.objectives import cross_entropy, seq2seq
 
 SPECIAL = {"start_id": 2, "eos_id": 3, "pad_id": 1}
 LENGTHS = {"source_length": 5, "target_length": 6}
@@ -83,10 +83,10 @@ def test_smoothed_cross_entropy_by_hand():
     logits = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
     nll = [-math.log(p) for p in (0.7, 0.2, 0.1)]
     expected = 0.9 * nll[0] + 0.1 * sum(nll) / 3
-    smoothed = losses.smoothed_cross_entropy(logits, jnp.array([0]), 0.1)
+    smoothed = cross_entropy.smoothed_cross_entropy(logits, jnp.array([0]), 0.1)
     np.testing.assert_allclose(smoothed, [expected], rtol=1e-6)
-    np.testing.assert_allclose(losses.smoothed_cross_entropy(logits, jnp.array([0]), 0.0),
-                               losses.cross_entropy(logits, jnp.array([0])), rtol=1e-6)
+    np.testing.assert_allclose(cross_entropy.smoothed_cross_entropy(logits, jnp.array([0]), 0.0),
+                               cross_entropy.cross_entropy(logits, jnp.array([0])), rtol=1e-6)
 
 
 def test_smoothing_trains_and_does_not_evaluate():

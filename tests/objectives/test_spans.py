@@ -11,7 +11,7 @@ import pytest
 from small_models import BART, GPT2, build
 
 from transformer_jax.data import tokenizers
-from transformer_jax.objectives import layout, spans
+from transformer_jax.objectives import input_format, question_answering
 
 TEXTS = ["the cat sat on the mat in the café of the town while a dog ran by", "was für ein Tag",
          "who sat on the mat and where did it sit down"]
@@ -25,10 +25,10 @@ def tokenizer(kind):
 
 def rows(kind, length):
     if kind == "bpe":
-        return functools.partial(layout.gpt_row, length=length, start_id=57, delimiter_id=58,
+        return functools.partial(input_format.pack_gpt_input, length=length, start_id=57, delimiter_id=58,
                                  extract_id=59)
     t = tokenizer(kind)
-    return functools.partial(layout.bert_row, length=length, cls_id=t.cls_id, sep_id=t.sep_id)
+    return functools.partial(input_format.pack_bert_input, length=length, cls_id=t.cls_id, sep_id=t.sep_id)
 
 
 def example(context, answer=None, question="who sat", **more):
@@ -55,8 +55,8 @@ def gold_scores(batch):
 
 
 def answers_of(examples, windows, batch, scores, top=20, max_answer=30, **options):
-    found = jax.device_get(spans.predict(says(scores), {}, batch, top=top, max_answer=max_answer))
-    return spans.decode(examples, windows, found, **options)
+    found = jax.device_get(question_answering.predict(says(scores), {}, batch, top=top, max_answer=max_answer))
+    return question_answering.decode(examples, windows, found, **options)
 
 
 CAT = "the cat sat on the mat in the café of the town while a dog ran by"
@@ -73,9 +73,9 @@ def test_windows_by_hand():
     ids = t.encode(words)
     assert len(ids) == 15
     with pytest.raises(ValueError, match="not the answer 'sat the'"):
-        spans.make_windows([e], t, length=15, max_question=2)
+        question_answering.make_windows([e], t, length=15, max_question=2)
     e["answers"][0]["start"] = 32
-    make = functools.partial(spans.make_windows, [e, example(words)], t, length=15, max_question=2,
+    make = functools.partial(question_answering.make_windows, [e, example(words)], t, length=15, max_question=2,
                              stride=4)
     windows = make()
     assert [(w.example, len(w.context)) for w in windows] == [
@@ -94,20 +94,20 @@ def test_windows_by_hand():
 
 def test_rows_by_hand():
     t = tokenizer("wordpiece")
-    made = spans.Window(0, np.array([7, 8]), np.array([4, 5, 6]), np.zeros((3, 2), int), 1, 2)
+    made = question_answering.Window(0, np.array([7, 8]), np.array([4, 5, 6]), np.zeros((3, 2), int), 1, 2)
     none = made._replace(start=None, end=None)
-    row = spans.prepare(made, row=rows("wordpiece", 10))
+    row = question_answering.prepare(made, row=rows("wordpiece", 10))
     assert row["tokens"].tolist() == [t.cls_id, 7, 8, t.sep_id, 4, 5, 6, t.sep_id, 0, 0]
     assert np.flatnonzero(row["context_mask"]).tolist() == [4, 5, 6]
     assert (row["starts"], row["ends"], row["none"], row["weights"]) == (5, 6, 0, 1)
-    row = spans.prepare(none, row=rows("wordpiece", 10))
+    row = question_answering.prepare(none, row=rows("wordpiece", 10))
     assert (row["starts"], row["ends"]) == (0, 0)
-    row = spans.prepare(none, row=rows("bpe", 10), last=True)
+    row = question_answering.prepare(none, row=rows("bpe", 10), last=True)
     assert row["tokens"].tolist() == [57, 7, 8, 58, 4, 5, 6, 59, 0, 0]
     assert np.flatnonzero(row["context_mask"]).tolist() == [4, 5, 6]
     assert (row["starts"], row["ends"], row["none"]) == (7, 7, 7)
     with pytest.raises(ValueError, match="of 2 and 3 tokens does not fit into a row of 7; make"):
-        spans.prepare(made, row=rows("wordpiece", 7))
+        question_answering.prepare(made, row=rows("wordpiece", 7))
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
@@ -124,8 +124,8 @@ def test_rows_by_hand():
 ])
 def test_characters_are_exact(kind, context, answer):
     examples = [example(context, answer)]
-    windows = spans.make_windows(examples, tokenizer(kind), length=60, max_question=20)
-    batch = stack([spans.prepare(w, row=rows(kind, 60)) for w in windows])
+    windows = question_answering.make_windows(examples, tokenizer(kind), length=60, max_question=20)
+    batch = stack([question_answering.prepare(w, row=rows(kind, 60)) for w in windows])
     (found,) = answers_of(examples, windows, batch, gold_scores(batch))
     assert found.text == answer == context[found.start : found.stop]
     assert found.score == 18
@@ -139,9 +139,9 @@ def test_real_questions(real_data):
     examples = [{"id": e["id"], "question": e["question"], "context": e["context"], "answers": [
         {"text": text, "start": start} for text, start in
         zip(e["answers"]["text"], e["answers"]["answer_start"])]} for e in read]
-    windows = spans.make_windows(examples, t, length=200, stride=64)
-    row = functools.partial(layout.bert_row, length=200, cls_id=t.cls_id, sep_id=t.sep_id)
-    batch = stack([spans.prepare(w, row=row) for w in windows])
+    windows = question_answering.make_windows(examples, t, length=200, stride=64)
+    row = functools.partial(input_format.pack_bert_input, length=200, cls_id=t.cls_id, sep_id=t.sep_id)
+    batch = stack([question_answering.prepare(w, row=row) for w in windows])
     found = answers_of(examples, windows, batch, gold_scores(batch), top=1, n_best=1)
     whole = set()
     for w in windows:
@@ -161,8 +161,8 @@ def test_real_questions(real_data):
 
 def one_window(kind="wordpiece", answer="café", length=40):
     examples = [example(CAT, answer)]
-    windows = spans.make_windows(examples, tokenizer(kind), length=length, max_question=20)
-    batch = stack([spans.prepare(w, row=rows(kind, length)) for w in windows])
+    windows = question_answering.make_windows(examples, tokenizer(kind), length=length, max_question=20)
+    batch = stack([question_answering.prepare(w, row=rows(kind, length)) for w in windows])
     return examples, windows, batch
 
 
@@ -174,7 +174,7 @@ def test_loss_by_hand():
     scores = np.full((1, 6, 2), 70.0, np.float32)
     scores[0, [0, 2, 3], 0] = np.log([1, 2, 5])
     scores[0, [0, 2, 3], 1] = np.log([1, 2, 1])
-    total, weight, metrics = spans.loss(says(scores), {}, batch)
+    total, weight, metrics = question_answering.loss(says(scores), {}, batch)
     assert float(total) == pytest.approx(-(np.log(2 / 8) + np.log(1 / 4)) / 2, rel=1e-5)
     assert weight == 1 and metrics["exact"] == (0, 1)
 
@@ -187,7 +187,7 @@ def test_the_best_spans_are_those_of_all_spans(max_answer):
     # The best ends are all before the best starts.
     scores[..., 0] += np.arange(40)
     scores[..., 1] -= np.arange(40)
-    found = jax.device_get(spans.predict(says(scores), {}, batch, top=9, max_answer=max_answer))
+    found = jax.device_get(question_answering.predict(says(scores), {}, batch, top=9, max_answer=max_answer))
     inside = np.flatnonzero(batch["context_mask"][0])
     every = sorted(((scores[0, i, 0] + scores[0, j, 1], i - inside[0], j - inside[0])
                     for i in inside for j in inside if 0 <= j - i < max_answer), reverse=True)[:9]
@@ -199,14 +199,14 @@ def test_the_best_spans_are_those_of_all_spans(max_answer):
 @pytest.mark.parametrize("config", [GPT2, BART], ids=lambda c: type(c).__name__)
 def test_answers_are_learnt(config):
     model, params = build(config.replace(num_layers=1), 2)
-    made = spans.Window(0, np.array([7, 8]), np.arange(10, 18), np.zeros((8, 2), int), 3, 5)
+    made = question_answering.Window(0, np.array([7, 8]), np.arange(10, 18), np.zeros((8, 2), int), 3, 5)
     kind = "bpe" if config is GPT2 else "wordpiece"
-    batch = stack([spans.prepare(made, row=rows(kind, 16), last=config is GPT2)])
+    batch = stack([question_answering.prepare(made, row=rows(kind, 16), last=config is GPT2)])
 
     @jax.jit
     def step(params):
         def total(params):
-            return spans.loss(model.apply, params, batch)[0]
+            return question_answering.loss(model.apply, params, batch)[0]
 
         value, gradient = jax.value_and_grad(total)(params)
         return value, jax.tree.map(lambda p, g: p - 0.05 * g, params, gradient)
@@ -216,7 +216,7 @@ def test_answers_are_learnt(config):
         value, params = step(params)
         values.append(float(value))
     assert values[-1] < 0.5 * values[0]
-    found = jax.jit(functools.partial(spans.predict, model.apply))(params, batch)
+    found = jax.jit(functools.partial(question_answering.predict, model.apply))(params, batch)
     assert np.isfinite(found["none"]).all() and found["scores"][0, 0] >= found["scores"][0, 1]
 
 
@@ -251,8 +251,8 @@ def test_the_best_over_windows():
     """The answer is where a window is surest; no answer where it is least likely."""
     examples = [example(CAT, "sat"), example(CAT)]
     t = tokenizer("wordpiece")
-    windows = spans.make_windows(examples, t, length=14, max_question=2, stride=3)
-    batch = stack([spans.prepare(w, row=rows("wordpiece", 14)) for w in windows])
+    windows = question_answering.make_windows(examples, t, length=14, max_question=2, stride=3)
+    batch = stack([question_answering.prepare(w, row=rows("wordpiece", 14)) for w in windows])
     scores = np.zeros((len(windows), 14, 2), np.float32)
     own = [i for i, w in enumerate(windows) if w.example == 0]
     assert len(own) > 2
@@ -281,11 +281,11 @@ def test_wrong_examples_can_be_left_out():
     bad["answers"] = [{"text": "cafe", "start": 30}]
     t = tokenizer("wordpiece")
     with pytest.raises(ValueError, match="'q7': the context has 'café' at character 30, not"):
-        spans.make_windows([good, bad], t, length=40, max_question=20)
-    windows = spans.make_windows([bad, good], t, length=40, max_question=20, check=False)
+        question_answering.make_windows([good, bad], t, length=40, max_question=20)
+    windows = question_answering.make_windows([bad, good], t, length=40, max_question=20, check=False)
     assert {w.example for w in windows} == {1}
     with pytest.raises(ValueError, match="1 of 2 examples have no window"):
-        batch = stack([spans.prepare(w, row=rows("wordpiece", 40)) for w in windows])
+        batch = stack([question_answering.prepare(w, row=rows("wordpiece", 40)) for w in windows])
         answers_of([bad, good], windows, batch, gold_scores(batch))
 
 
@@ -301,18 +301,18 @@ def test_wrong_examples_can_be_left_out():
 ])
 def test_bad_input(e, options, message):
     with pytest.raises(ValueError, match=message):
-        spans.make_windows([e], tokenizer("wordpiece"), **{"length": 60, "max_question": 20,
+        question_answering.make_windows([e], tokenizer("wordpiece"), **{"length": 60, "max_question": 20,
                                                            **options})
 
 
 def test_long_questions_are_cut():
     e = example(CAT, question="who sat on the mat and where")
-    (window,) = spans.make_windows([e], tokenizer("wordpiece"), length=60, max_question=3)
+    (window,) = question_answering.make_windows([e], tokenizer("wordpiece"), length=60, max_question=3)
     assert len(window.question) == 3
 
 
 def test_predictions_of_other_windows():
     examples, windows, batch = one_window()
-    found = jax.device_get(spans.predict(says(gold_scores(batch)), {}, batch))
+    found = jax.device_get(question_answering.predict(says(gold_scores(batch)), {}, batch))
     with pytest.raises(ValueError, match="1 windows were predicted of 2; give"):
-        spans.decode(examples, windows * 2, found)
+        question_answering.decode(examples, windows * 2, found)

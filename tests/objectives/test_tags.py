@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from small_models import BART, BERT, GPT2, build
 
-from transformer_jax.objectives import tags
+from transformer_jax.objectives import token_classification
 
 EXAMPLE = {"words": [[11, 12], [13], [14, 15, 16]], "tags": [2, 0, 1]}
-prepare = functools.partial(tags.prepare, length=10, num_classes=3, cls_id=1, sep_id=2)
+prepare = functools.partial(token_classification.prepare, length=10, num_classes=3, cls_id=1, sep_id=2)
 
 
 @pytest.mark.parametrize(("options", "tokens", "places"), [
@@ -42,12 +42,12 @@ def test_loss_and_words_by_hand():
         return jnp.asarray(scores)
 
     batch = {name: x[None] for name, x in row.items()}
-    total, weight, metrics = tags.loss(apply, {}, batch)
+    total, weight, metrics = token_classification.loss(apply, {}, batch)
     assert float(total) == pytest.approx(-np.log(2 / 4 * 1 / 4 * 6 / 8), rel=1e-5)
     assert weight == 3 and metrics["accuracy"] == (2, 3)
-    found = tags.predict(apply, {}, batch)
+    found = token_classification.predict(apply, {}, batch)
     np.testing.assert_allclose(found["probabilities"].sum(-1), 1, rtol=1e-5)
-    assert tags.of_words(found["probabilities"][0], found["words"][0]).tolist() == [2, 1, 1]
+    assert token_classification.word_predictions(found["probabilities"][0], found["words"][0]).tolist() == [2, 1, 1]
 
 
 @pytest.mark.parametrize("config", [GPT2, BERT, BART], ids=lambda c: type(c).__name__)
@@ -58,7 +58,7 @@ def test_tags_are_learnt(config):
     @jax.jit
     def step(params):
         def total(params):
-            return tags.loss(model.apply, params, batch)[0]
+            return token_classification.loss(model.apply, params, batch)[0]
 
         value, gradient = jax.value_and_grad(total)(params)
         return value, jax.tree.map(lambda p, g: p - 0.02 * g, params, gradient)
@@ -78,10 +78,10 @@ class Words:
 
 
 def test_pieces():
-    assert tags.pieces(["ab", "c"], Words) == [[97, 98], [99]]
-    assert tags.pieces(["ab", "c"], Words, space=True) == [[97, 98], [32, 99]]
+    assert token_classification.subword_ids(["ab", "c"], Words) == [[97, 98], [99]]
+    assert token_classification.subword_ids(["ab", "c"], Words, space=True) == [[97, 98], [32, 99]]
     with pytest.raises(ValueError, match="the word '' gives no token"):
-        tags.pieces(["ab", ""], Words)
+        token_classification.subword_ids(["ab", ""], Words)
 
 
 @pytest.mark.parametrize(("changes", "options", "message"), [

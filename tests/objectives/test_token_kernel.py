@@ -5,15 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer_jax.objectives import projection, token_kernel
-from transformer_jax.objectives.losses import correct, cross_entropy, smoothed_cross_entropy
+from transformer_jax.objectives import chunked_cross_entropy, fused_cross_entropy
+from transformer_jax.objectives.cross_entropy import (
+    cross_entropy,
+    smoothed_cross_entropy,
+    top1_correct,
+)
 
 GPU = jax.default_backend() == "gpu"
 
 
 def score(monkeypatch, V, W, block, *args, smoothing=0.0, dtype=jnp.float32):
-    monkeypatch.setattr(token_kernel, "BLOCK", block)
-    return jax.jit(lambda *args: token_kernel.score(
+    monkeypatch.setattr(fused_cross_entropy, "BLOCK", block)
+    return jax.jit(lambda *args: fused_cross_entropy.fused_softmax_cross_entropy(
         *args, num_classes=V, smoothing=smoothing, dtype=dtype, interpret=not GPU))(*args)
 
 
@@ -22,7 +26,7 @@ def plain(logits, bias, targets, weights, V, smoothing):
     def total(logits):
         x = logits[:, :V] if bias is None else logits[:, :V] + bias
         loss = smoothed_cross_entropy(x, targets, smoothing)
-        return (loss * weights).sum(), (loss, cross_entropy(x, targets), correct(x, targets))
+        return (loss * weights).sum(), (loss, cross_entropy(x, targets), top1_correct(x, targets))
 
     gradient, found = jax.grad(total, has_aux=True)(logits)
     return (*found, gradient)
@@ -66,12 +70,12 @@ def test_projection_with_the_kernel_is_projection_without(monkeypatch):
     args = inputs()
 
     def run(uses_kernel):
-        monkeypatch.setattr(projection, "_kernel_runs", lambda: uses_kernel)
-        return gradients(lambda *args: projection.totals(*args, smoothing=0.1, chunk=5), *args)
+        monkeypatch.setattr(chunked_cross_entropy, "_kernel_runs", lambda: uses_kernel)
+        return gradients(lambda *args: chunked_cross_entropy.chunked_cross_entropy(*args, smoothing=0.1, chunk=5), *args)
 
     expected = run(False)
     if not GPU:
-        whole = token_kernel.score
-        monkeypatch.setattr(token_kernel, "score",
+        whole = fused_cross_entropy.fused_softmax_cross_entropy
+        monkeypatch.setattr(fused_cross_entropy, "score",
                             lambda *args, **options: whole(*args, **options, interpret=True))
     assert_same(run(True), expected)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transformer_jax.pretrained import tensors
+from transformer_jax.pretrained import safetensors_io
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "checkpoints"
 NAMES = sorted(path.stem for path in GOLDENS.glob("*.npz"))
@@ -23,9 +23,9 @@ def golden(name: str) -> dict[str, dict[str, np.ndarray]]:
 
 def write_tensors(folder: Path, values: dict[str, np.ndarray], shard_bytes: int = 10**9) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    plan = [tensors.Planned(name, values[name].dtype, values[name].shape)
+    plan = [safetensors_io.TensorSpec(name, values[name].dtype, values[name].shape)
             for name in sorted(values)]
-    tensors.write(folder, plan, [values[tensor.name] for tensor in plan], shard_bytes)
+    safetensors_io.write(folder, plan, [values[tensor.name] for tensor in plan], shard_bytes)
 
 
 def write(folder: Path, name: str, rename=lambda name: name, config: dict | None = None,
@@ -45,4 +45,4 @@ def write(folder: Path, name: str, rename=lambda name: name, config: dict | None
 
 
 def read_all(folder: Path) -> dict[str, np.ndarray]:
-    return {name: tensors.read(entry) for name, entry in tensors.open_weights(folder).items()}
+    return {name: safetensors_io.read(entry) for name, entry in safetensors_io.open_weights(folder).items()}

@@ -11,7 +11,7 @@ import pytest
 from pretrained.files import golden, read_all, write, write_tensors
 
 from transformer_jax import load_pretrained, save_pretrained, sharding
-from transformer_jax.pretrained import families, tensors
+from transformer_jax.pretrained import families, safetensors_io
 from transformer_jax.tree import flatten_paths
 
 
@@ -196,7 +196,7 @@ def test_options_that_cannot_be(options, message, tmp_path):
     one_line(error)
 
 
-@pytest.mark.parametrize("file", sorted(tensors.FOREIGN))
+@pytest.mark.parametrize("file", sorted(safetensors_io.FOREIGN))
 def test_other_formats_are_refused_with_the_way_out(file, tmp_path):
     write(tmp_path, "gpt2")
     (tmp_path / "model.safetensors").unlink()
@@ -324,8 +324,8 @@ def test_loading_takes_little_more_memory_than_the_parameters(tmp_path):
     for i in range(4):
         shapes |= {key.replace(".h.0.", f".h.{i}."): tuple(scale[n] for n in value.shape)
                    for key, value in block.items()}
-    plan = [tensors.Planned(name, np.dtype(np.float32), shape) for name, shape in shapes.items()]
-    tensors.write(tmp_path / "big", plan, (np.ones(t.shape, np.float32) for t in plan), 10**10)
+    plan = [safetensors_io.TensorSpec(name, np.dtype(np.float32), shape) for name, shape in shapes.items()]
+    safetensors_io.write(tmp_path / "big", plan, (np.ones(t.shape, np.float32) for t in plan), 10**10)
     size = (tmp_path / "big" / "model.safetensors").stat().st_size
     assert size > 2.5e8
     done = subprocess.run([sys.executable, "-c", LEAN, small, tmp_path / "big"], check=True,

@@ -9,9 +9,9 @@ import pytest
 import small_models
 from safetensors.numpy import load_file, save_file
 
-from transformer_jax.finetune import deltas
+from transformer_jax.finetuning import peft
 from transformer_jax.models import build_model, init_params
-from transformer_jax.pretrained.peft import CONFIG, WEIGHTS, load_peft, save_peft
+from transformer_jax.pretrained.peft_io import CONFIG, WEIGHTS, load_peft, save_peft
 from transformer_jax.tree import flatten_paths, map_paths, unflatten_paths
 
 GPT = small_models.GPT2.replace(classifier_bias=False)
@@ -23,7 +23,7 @@ def adapted(config, task, recipe, num_classes=0):
     model = build_model(config, num_classes, task)
     base = small_models.random_params(
         jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0)))
-    params, mask = deltas.prepare(base, recipe, jax.random.key(1))
+    params, mask = peft.add_and_mask(base, recipe, jax.random.key(1))
     rng = np.random.default_rng(3)
     return model, base, map_paths(
         lambda path, leaf: leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32)
@@ -92,7 +92,7 @@ def test_query_key_and_value_of_gpt_are_one_module(tmp_path):
     assert config["target_modules"] == ["c_attn"] and config["fan_in_fan_out"] is True
     assert (config["r"], config["lora_alpha"]) == (4, 8)  # two As of their own: the rank is the sum
     read = load_peft(tmp_path / "a", model, base)
-    assert_equal(deltas.merge(read), deltas.merge(params))
+    assert_equal(peft.merge(read), peft.merge(params))
     # What was read shares one A, and is written as it was.
     save_peft(tmp_path / "b", model, read)
     for name in (CONFIG, WEIGHTS):
@@ -126,7 +126,7 @@ def test_lora_of_a_classifier_is_folded(tmp_path):
         "lora_scale": jnp.float32(2)}}
     save_peft(tmp_path, model, params)
     found = load_peft(tmp_path, model, base)["classifier"]
-    np.testing.assert_allclose(found["kernel"], deltas.merge(params)["classifier"]["kernel"],
+    np.testing.assert_allclose(found["kernel"], peft.merge(params)["classifier"]["kernel"],
                                rtol=1e-6)
     assert found.keys() == {"kernel", "bias"}
 

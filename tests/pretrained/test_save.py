@@ -61,7 +61,7 @@ def test_a_model_of_ours_becomes_a_checkpoint(family, tmp_path, capsys):
     [
         (small_models.GPT2.replace(positions="sinusoidal"), "causal_lm",
          "positions is 'sinusoidal'"),
-        (small_models.GPT2.replace(context_size=4), "causal_lm", "context_size is 4.*gpt2"),
+        (small_models.GPT2.replace(attention_window=4), "causal_lm", "attention_window is 4.*gpt2"),
         (small_models.BART.replace(residual=False), "seq2seq_lm", "residual is False.*bart"),
         (small_models.GPT1, "causal_lm", "mlp_dim is 40.*openai-gpt have only 96"),
         (small_models.TRANSFORMER, "seq2seq_lm", "positions is 'sinusoidal'.*marian"),

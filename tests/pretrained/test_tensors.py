@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pretrained.files import read_all, write_tensors
 
-from transformer_jax.pretrained import tensors
+from transformer_jax.pretrained import safetensors_io
 
 VALUES = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.float16([1.5, -2]),
@@ -31,7 +31,7 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_shards_have_an_index(tmp_path):
     write_tensors(tmp_path, VALUES, shard_bytes=30)
-    index = json.loads((tmp_path / tensors.INDEX).read_text())
+    index = json.loads((tmp_path / safetensors_io.INDEX).read_text())
     assert index["metadata"]["total_size"] == 24 + 4 + 4 + 2 + 8
     assert set(index["weight_map"].values()) == {
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
@@ -41,7 +41,7 @@ def test_shards_have_an_index(tmp_path):
 def test_an_earlier_save_does_not_stay_beside_this_one(tmp_path):
     write_tensors(tmp_path, VALUES, shard_bytes=30)
     write_tensors(tmp_path, VALUES)
-    assert [path.name for path in tmp_path.iterdir()] == [tensors.WEIGHTS]
+    assert [path.name for path in tmp_path.iterdir()] == [safetensors_io.WEIGHTS]
     write_tensors(tmp_path, VALUES, shard_bytes=30)
     same(read_all(tmp_path))
 
@@ -50,15 +50,15 @@ def test_the_format_is_that_of_its_own_library(tmp_path):
     library = pytest.importorskip("safetensors.numpy")
     plain = {name: value for name, value in VALUES.items() if name != "c"}
     write_tensors(tmp_path, plain)
-    for name, value in library.load_file(tmp_path / tensors.WEIGHTS).items():
+    for name, value in library.load_file(tmp_path / safetensors_io.WEIGHTS).items():
         np.testing.assert_array_equal(value, plain[name], strict=True)
-    library.save_file(plain, tmp_path / tensors.WEIGHTS, metadata={"format": "np"})
+    library.save_file(plain, tmp_path / safetensors_io.WEIGHTS, metadata={"format": "np"})
     for name, value in read_all(tmp_path).items():
         np.testing.assert_array_equal(value, plain[name], strict=True)
 
 
 def test_memory_can_be_taken_over():
-    assert all(tensors.empty((3, n), np.float32).ctypes.data % 64 == 0 for n in range(1, 20))
+    assert all(safetensors_io.empty((3, n), np.float32).ctypes.data % 64 == 0 for n in range(1, 20))
 
 
 def raw(header: bytes | dict, data: bytes = b"\0" * 16, length: int | None = None) -> bytes:
@@ -92,11 +92,11 @@ def entry(**changes) -> dict:
     ],
 )
 def test_damaged_files_are_refused(content, message, tmp_path):
-    (tmp_path / tensors.WEIGHTS).write_bytes(content)
+    (tmp_path / safetensors_io.WEIGHTS).write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
-        tensors.open_weights(tmp_path)
+        safetensors_io.open_weights(tmp_path)
     assert "\n" not in str(error.value)
-    assert tensors.WEIGHTS in str(error.value)
+    assert safetensors_io.WEIGHTS in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -113,18 +113,18 @@ def test_damaged_files_are_refused(content, message, tmp_path):
 )
 def test_damaged_indices_are_refused(index, error, message, tmp_path):
     write_tensors(tmp_path, VALUES)
-    (tmp_path / tensors.WEIGHTS).rename(tmp_path / "one.safetensors")
-    (tmp_path / tensors.INDEX).write_text(index)
+    (tmp_path / safetensors_io.WEIGHTS).rename(tmp_path / "one.safetensors")
+    (tmp_path / safetensors_io.INDEX).write_text(index)
     with pytest.raises(error, match=message) as raised:
-        tensors.open_weights(tmp_path)
+        safetensors_io.open_weights(tmp_path)
     assert "\n" not in str(raised.value)
 
 
 def test_a_file_that_became_shorter_is_seen(tmp_path):
     write_tensors(tmp_path, VALUES)
-    entries = tensors.open_weights(tmp_path)
-    path = tmp_path / tensors.WEIGHTS
+    entries = safetensors_io.open_weights(tmp_path)
+    path = tmp_path / safetensors_io.WEIGHTS
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is cut off: 1 bytes"):
         for one in entries.values():
-            tensors.read(one)
+            safetensors_io.read(one)

@@ -7,7 +7,7 @@ import numpy as np
 from small_models import optimized_jit
 
 from transformer_jax.models import build_model, config_from_dict
-from transformer_jax.objectives import causal_lm, losses, mlm_nsp
+from transformer_jax.objectives import causal_lm, cross_entropy, mlm_nsp
 
 TOLERANCE = 1e-5
 OBJECTIVES = {"gpt": causal_lm, "bert": mlm_nsp}
@@ -58,7 +58,7 @@ def compare(golden: dict) -> None:
     def run(params):
         def loss(params):
             total, weight, _ = OBJECTIVES[family].loss(model.apply, params, batch)
-            return losses.mean(total, weight)
+            return cross_entropy.mean(total, weight)
 
         out = model.apply({"params": params}, batch["tokens"], **inputs)
         return out, *jax.value_and_grad(loss)(params)

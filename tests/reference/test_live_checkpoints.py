@@ -15,7 +15,7 @@ from checkpoints import ALL, HEADS, SIZES, inputs, make, reference, visible
 from compare import TOLERANCE
 
 from transformer_jax import forward, load_pretrained, save_pretrained
-from transformer_jax.pretrained import tables, tensors
+from transformer_jax.pretrained import safetensors_io, weight_maps
 from transformer_jax.tree import flatten_paths
 
 # Warnings of the reference's own imports are not ours.
@@ -29,7 +29,7 @@ def installed():
 
 
 def read_all(folder) -> dict[str, np.ndarray]:
-    return {name: tensors.read(entry) for name, entry in tensors.open_weights(folder).items()}
+    return {name: safetensors_io.read(entry) for name, entry in safetensors_io.open_weights(folder).items()}
 
 
 def assert_near(actual, expected, name, where=True) -> None:
@@ -160,7 +160,7 @@ def test_loss_and_gradients_are_the_reference(family, head, logits, seed, tmp_pa
     base = {"GPT2": "transformer.", "Bert": "bert.", "Bart": "model."}[family]
     seen = set()
     model_type = {"GPT2": "gpt2", "Bert": "bert", "Bart": "bart"}[family]
-    for rule in tables.rules(model_type, model.task, model.config, leaves):
+    for rule in weight_maps.rules(model_type, model.task, model.config, leaves):
         name = rule.theirs.replace("{base}", base)
         if name not in expected:
             assert name == "final_logits_bias"  # a buffer of theirs

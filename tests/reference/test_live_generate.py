@@ -10,7 +10,7 @@ import functools
 import numpy as np
 import pytest
 
-from transformer_jax.generate import generate, generation_options, rules
+from transformer_jax.generation import generate, generation_options, logits_processors
 from transformer_jax.pretrained import load_pretrained
 
 # Warnings of the reference's own imports are not ours.
@@ -181,7 +181,7 @@ def test_rules_are_the_reference_s_processors():
     scores = rng.normal(size=(30, VOCAB)).astype(np.float32) * 3
     scores[:, 5] = -np.inf
     tokens = rng.integers(0, 6, (30, 12))
-    text = rules.Text(tokens, np.full(30, 12), np.full(30, 4))
+    text = logits_processors.Sequences(tokens, np.full(30, 12), np.full(30, 4))
     words = [[4], [3, 2], [1, 0, 5]]
     table = np.array([[-1, -1, 4], [-1, 3, 2], [1, 0, 5]])
 
@@ -189,18 +189,18 @@ def test_rules_are_the_reference_s_processors():
         return np.float32(x)
 
     cases = [
-        (rules.penalize_repetition(scores, text, f(1.7)),
+        (logits_processors.penalize_repetition(scores, text, f(1.7)),
          processors.RepetitionPenaltyLogitsProcessor(1.7)),
-        *((rules.forbid_repeated_ngrams(scores, text, n),
+        *((logits_processors.forbid_repeated_ngrams(scores, text, n),
            processors.NoRepeatNGramLogitsProcessor(n)) for n in (1, 2, 3, 4)),
-        (rules.forbid_words(scores, text, table), processors.NoBadWordsLogitsProcessor(words)),
-        *((rules.keep_top_k(scores, np.int32(k), kept),
+        (logits_processors.forbid_words(scores, text, table), processors.NoBadWordsLogitsProcessor(words)),
+        *((logits_processors.keep_top_k(scores, np.int32(k), kept),
            processors.TopKLogitsWarper(k, min_tokens_to_keep=kept))
           for k, kept in ((1, 1), (5, 1), (2, 4), (99, 1))),
-        *((rules.keep_top_p(scores, f(p), kept),
+        *((logits_processors.keep_top_p(scores, f(p), kept),
            processors.TopPLogitsWarper(p, min_tokens_to_keep=kept))
           for p, kept in ((0.1, 1), (0.5, 1), (0.95, 1), (0.1, 3))),
-        *((rules.keep_min_p(scores, f(p), kept),
+        *((logits_processors.keep_min_p(scores, f(p), kept),
            processors.MinPLogitsWarper(p, min_tokens_to_keep=kept))
           for p, kept in ((0.02, 1), (0.3, 1), (0.9, 3))),
     ]

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh
 
-from transformer_jax import presets, sharding, tree
-from transformer_jax.models import build_model, init_params
+from transformer_jax import sharding, tree
+from transformer_jax.models import build_model, init_params, presets
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
-from transformer_jax.train import optim, step
+from transformer_jax.train import optimizers, step
 
 pytestmark = pytest.mark.tpu_compile
 HBM_BYTES = 16 * 2**30  # of one v5e chip
@@ -57,7 +57,7 @@ def pair_batch(rows: int, length: int) -> dict:
 
 SHAPE = {"dtype": "bfloat16", "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
 CASES = {
-    "gpt2": (presets.gpt2(**SHAPE, kernel="splash"), causal_lm.loss, lm_batch(32, 512)),
+    "gpt2": (presets.gpt2(**SHAPE, attention_impl="splash"), causal_lm.loss, lm_batch(32, 512)),
     "bert_base": (presets.bert_base(**SHAPE), mlm_nsp.loss, mlm_batch(64, 128, 20)),
     "bart_base": (presets.bart_base(**SHAPE), seq2seq.loss, pair_batch(32, 256)),
 }
@@ -67,7 +67,7 @@ CASES = {
 def test_training_step_compiles_fits_and_is_sharded(mesh, name):
     config, loss, batch = CASES[name]
     model = build_model(config)
-    optimizer = optim.make_optimizer(1e-4)
+    optimizer = optimizers.make_optimizer(1e-4)
     train_step = step.make_train_step(functools.partial(loss, model.apply), optimizer)
 
     def init(rng):

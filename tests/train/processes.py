@@ -10,10 +10,10 @@ import sys
 import jax
 
 from transformer_jax import distributed, sharding
-from transformer_jax.data import pipeline
+from transformer_jax.data import batching, packing
 from transformer_jax.models import GPTConfig, build_model, init_params
 from transformer_jax.objectives import causal_lm
-from transformer_jax.train import loop, optim, step
+from transformer_jax.train import loop, optimizers, step
 
 CONFIG = GPTConfig(vocab_size=40, max_length=8, num_layers=1, d_model=16, num_heads=2, mlp_dim=32,
                    dropout_rate=0.1, attention_dropout_rate=0.0, norm_first=True)
@@ -27,20 +27,20 @@ class Rows:
 
     def __getitem__(self, i):
         ids = (3 * i + 7 * jax.numpy.arange(9) ** 2) % 40
-        return causal_lm.shift(jax.device_get(ids), jax.device_get(0 * ids + 1))
+        return packing.shift(jax.device_get(ids), jax.device_get(0 * ids + 1))
 
 
 def main(devices: int, sizes: dict, out: str, num_steps: int = 5) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
-    distributed.join()
+    distributed.initialize()
     mesh = sharding.make_mesh(**sizes)
-    share = sharding.data_share(mesh)
-    batches = pipeline.make_loader(Rows(), 16, seed=3, process_index=share.index,
+    share = sharding.process_data_shard(mesh)
+    batches = batching.make_loader(Rows(), 16, seed=3, process_index=share.index,
                                    process_count=share.count)
     model = build_model(CONFIG)
     params = sharding.init_sharded(functools.partial(init_params, model), jax.random.key(0), mesh)
-    optimizer = optim.make_optimizer(1e-2)
+    optimizer = optimizers.make_optimizer(1e-2)
     state, history = loop.fit(
         step.init_state(params, optimizer),
         step.make_train_step(functools.partial(causal_lm.loss, model.apply), optimizer),

@@ -16,8 +16,8 @@ import pytest
 import toy
 
 from transformer_jax import sharding
-from transformer_jax.finetune.select import trainable_mask
-from transformer_jax.train import checkpoint, folders, optim, step
+from transformer_jax.finetuning.select import trainable_mask
+from transformer_jax.train import checkpoint_dirs, checkpointing, optimizers, step
 
 
 @functools.cache
@@ -25,7 +25,7 @@ def make_state(recipe: str | None = None, width: int = 16) -> step.TrainState:
     """A state after one update, so that its moments are not zero."""
     params = toy.parameters(width)
     mask = None if recipe is None else trainable_mask(params, recipe)
-    optimizer = optim.make_optimizer(0.1)
+    optimizer = optimizers.make_optimizer(0.1)
     train_step = jax.jit(step.make_train_step(toy.loss, optimizer, mask))
     state = step.init_state(params, optimizer, mask)
     return train_step(state, toy.batch(width=width), None)[0]
@@ -39,7 +39,7 @@ def assert_equal(ours, theirs) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("run")
-    checkpoint.save(
+    checkpointing.save(
         directory,
         1,
         make_state(),
@@ -51,30 +51,30 @@ def saved(tmp_path_factory) -> Path:
 
 
 def test_everything_comes_back(saved):
-    found = checkpoint.restore(saved, make_state())
+    found = checkpointing.restore(saved, make_state())
     assert_equal(found.state, make_state())
     assert jnp.array_equal(found.rng, jax.random.key(7))  # typed, of the same kind
     assert found.data_state == {"position": 3, "children": [None, {"seed": 1.5}]}
     assert found.metadata == {"name": "Ünïcode", "empty": {}}
-    assert checkpoint.load_metadata(saved) == found.metadata
+    assert checkpointing.load_metadata(saved) == found.metadata
 
 
 def test_raw_keys_and_missing_items(tmp_path):
     state = step.init_state({"a": jnp.ones(3)}, optax.sgd(0.1))  # without optimizer state
-    checkpoint.save(tmp_path, 4, state, rng=jax.random.PRNGKey(5), data_state={})
-    found = checkpoint.restore(tmp_path, state)
+    checkpointing.save(tmp_path, 4, state, rng=jax.random.PRNGKey(5), data_state={})
+    found = checkpointing.restore(tmp_path, state)
     assert_equal(found.state, state)
     np.testing.assert_array_equal(found.rng, jax.random.PRNGKey(5))
     assert found.data_state == {}
     assert found.metadata is None
-    checkpoint.save(tmp_path, 5, state)
-    assert checkpoint.restore(tmp_path, state)[1:] == (None, None, None)
+    checkpointing.save(tmp_path, 5, state)
+    assert checkpointing.restore(tmp_path, state)[1:] == (None, None, None)
 
 
 def test_a_state_with_gaps_comes_back(tmp_path):
     state = make_state("head")
-    checkpoint.save(tmp_path, 1, state)
-    assert_equal(checkpoint.restore(tmp_path, jax.eval_shape(lambda: state)).state, state)
+    checkpointing.save(tmp_path, 1, state)
+    assert_equal(checkpointing.restore(tmp_path, jax.eval_shape(lambda: state)).state, state)
 
 
 @pytest.mark.parametrize(("fsdp_then", "fsdp_now"), [(8, 1), (1, 8), (8, 2)])
@@ -83,9 +83,9 @@ def test_another_number_of_devices(tmp_path, fsdp_then, fsdp_now):
         mesh = sharding.make_mesh(1, fsdp, devices=jax.devices()[:fsdp])
         return jax.device_put(state, sharding.param_shardings(state, mesh))
 
-    checkpoint.save(tmp_path, 1, place(make_state(), fsdp_then))
+    checkpointing.save(tmp_path, 1, place(make_state(), fsdp_then))
     like = place(make_state(), fsdp_now)
-    found = checkpoint.restore(tmp_path, like).state
+    found = checkpointing.restore(tmp_path, like).state
     assert_equal(found, make_state())
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(like)):
         assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
@@ -95,37 +95,37 @@ def test_another_number_of_devices(tmp_path, fsdp_then, fsdp_now):
 
 
 def test_load_params_needs_no_optimizer(saved):
-    params = checkpoint.load_params(saved)
+    params = checkpointing.load_params(saved)
     assert_equal(params, make_state().params)
     abstract = jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    half = checkpoint.load_params(saved, abstract)
+    half = checkpointing.load_params(saved, abstract)
     assert half["classifier"]["kernel"].dtype == jnp.bfloat16
 
 
 def test_steps_are_kept_and_found(tmp_path):
-    assert checkpoint.latest_step(tmp_path / "nowhere") is None
-    assert checkpoint.latest_step(tmp_path) is None
+    assert checkpointing.latest_step(tmp_path / "nowhere") is None
+    assert checkpointing.latest_step(tmp_path) is None
     state = step.init_state({"a": jnp.zeros(3)}, optax.sgd(0.1))
     for number in (2, 9, 10):
-        checkpoint.save(tmp_path, number, state._replace(step=jnp.int32(number)), keep=2)
-    assert checkpoint.latest_step(tmp_path) == 10
-    assert int(checkpoint.restore(tmp_path, state).state.step) == 10
-    assert int(checkpoint.restore(tmp_path, state, step=9).state.step) == 9
+        checkpointing.save(tmp_path, number, state._replace(step=jnp.int32(number)), keep=2)
+    assert checkpointing.latest_step(tmp_path) == 10
+    assert int(checkpointing.restore(tmp_path, state).state.step) == 10
+    assert int(checkpointing.restore(tmp_path, state, step=9).state.step) == 9
     with pytest.raises(FileNotFoundError, match="has no step 2; it has 9, 10"):
-        checkpoint.restore(tmp_path, state, step=2)
+        checkpointing.restore(tmp_path, state, step=2)
 
 
 def test_the_last_parameters_are_averaged(tmp_path):
     for number, value in ((1, 100.0), (2, 1.0), (3, 2.0), (4, 6.0)):
         params = {"a": jnp.full(3, value), "b": {"c": jnp.full(2, -value)}}
-        checkpoint.save(tmp_path, number, step.init_state(params, optax.sgd(0.1)), keep=None)
-    found = checkpoint.average_params(tmp_path, 3)
+        checkpointing.save(tmp_path, number, step.init_state(params, optax.sgd(0.1)), keep=None)
+    found = checkpointing.average_params(tmp_path, 3)
     assert_equal(found, {"a": jnp.full(3, 3.0), "b": {"c": jnp.full(2, -3.0)}})
-    assert_equal(checkpoint.average_params(tmp_path, 1)["a"], jnp.full(3, 6.0))
+    assert_equal(checkpointing.average_params(tmp_path, 1)["a"], jnp.full(3, 6.0))
     with pytest.raises(FileNotFoundError, match="keeps 4 checkpoints, not 5; average fewer"):
-        checkpoint.average_params(tmp_path, 5)
+        checkpointing.average_params(tmp_path, 5)
     with pytest.raises(ValueError, match="last is 0; average at least 1"):
-        checkpoint.average_params(tmp_path, 0)
+        checkpointing.average_params(tmp_path, 0)
 
 
 def message_of(error: type[Exception], action) -> str:
@@ -136,7 +136,7 @@ def message_of(error: type[Exception], action) -> str:
 
 
 def test_missing_and_empty_directories(tmp_path):
-    for read in (checkpoint.load_params, checkpoint.load_metadata):
+    for read in (checkpointing.load_params, checkpointing.load_metadata):
         missing = message_of(FileNotFoundError, lambda read=read: read(tmp_path / "nowhere"))
         assert "there is no checkpoint directory" in missing
         assert "holds no checkpoint" in message_of(
@@ -145,34 +145,34 @@ def test_missing_and_empty_directories(tmp_path):
 
 
 def test_another_shape_names_the_parameter_and_both_shapes(saved):
-    found = message_of(ValueError, lambda: checkpoint.restore(saved, make_state(width=8)))
+    found = message_of(ValueError, lambda: checkpointing.restore(saved, make_state(width=8)))
     assert "params/classifier/kernel has shape (16, 2), not (8, 2)" in found
 
 
 def test_another_optimizer_or_choice_of_what_trains(saved, tmp_path):
-    found = message_of(ValueError, lambda: checkpoint.restore(saved, make_state("head")))
+    found = message_of(ValueError, lambda: checkpointing.restore(saved, make_state("head")))
     assert "opt_state also has 6 arrays such as 1/0/mu/encoder/layer_0/mlp/wi/bias" in found
-    checkpoint.save(tmp_path, 1, make_state("head"))
-    found = message_of(ValueError, lambda: checkpoint.restore(tmp_path, make_state()))
+    checkpointing.save(tmp_path, 1, make_state("head"))
+    found = message_of(ValueError, lambda: checkpointing.restore(tmp_path, make_state()))
     assert "opt_state lacks 6 arrays" in found
 
 
 def test_another_model(saved):
     like = {"decoder": {"kernel": jnp.ones((2, 2))}}
-    found = message_of(ValueError, lambda: checkpoint.load_params(saved, like))
+    found = message_of(ValueError, lambda: checkpointing.load_params(saved, like))
     assert "params lacks 1 arrays such as decoder/kernel" in found
 
 
 def test_what_cannot_be_saved(saved, tmp_path):
     state = make_state()
-    assert "already has step 1" in message_of(ValueError, lambda: checkpoint.save(saved, 1, state))
+    assert "already has step 1" in message_of(ValueError, lambda: checkpointing.save(saved, 1, state))
     assert "data_state holds a set" in message_of(
-        ValueError, lambda: checkpoint.save(tmp_path, 1, state, data_state={"a": {1}})
+        ValueError, lambda: checkpointing.save(tmp_path, 1, state, data_state={"a": {1}})
     )
     assert "keep is 0" in message_of(
-        ValueError, lambda: checkpoint.save(tmp_path, 1, state, keep=0)
+        ValueError, lambda: checkpointing.save(tmp_path, 1, state, keep=0)
     )
-    assert checkpoint.latest_step(tmp_path) is None
+    assert checkpointing.latest_step(tmp_path) is None
 
 
 def test_a_background_save_is_not_touched_by_donated_updates(tmp_path):
@@ -180,12 +180,12 @@ def test_a_background_save_is_not_touched_by_donated_updates(tmp_path):
     state = step.TrainState(jnp.int32(0), {"a": jnp.zeros((500, 1000))}, ())
     for number in (1, 2):
         state = update(state)
-        saving = checkpoint.save(tmp_path, number, state, wait=False)
+        saving = checkpointing.save(tmp_path, number, state, wait=False)
         for _ in range(3):
             state = update(state)
         saving.result()
         saving.result()  # a second time does nothing
-    first, second = (checkpoint.load_params(tmp_path, step=n)["a"] for n in (1, 2))
+    first, second = (checkpointing.load_params(tmp_path, step=n)["a"] for n in (1, 2))
     np.testing.assert_array_equal(first, 1)
     np.testing.assert_array_equal(second, 5)
 
@@ -194,13 +194,13 @@ def test_a_background_failure_is_raised(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    checkpoint.save(tmp_path, 1, make_state())
+    checkpointing.save(tmp_path, 1, make_state())
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", fail)  # with which Orbax completes a checkpoint
-        saving = checkpoint.save(tmp_path, 2, make_state(), wait=False)
+        saving = checkpointing.save(tmp_path, 2, make_state(), wait=False)
         with pytest.raises(OSError, match="disk full"):
             saving.result()
-    assert checkpoint.latest_step(tmp_path) == 1
+    assert checkpointing.latest_step(tmp_path) == 1
 
 
 def test_a_killed_save_leaves_no_checkpoint(tmp_path):
@@ -223,10 +223,10 @@ def test_a_killed_save_leaves_no_checkpoint(tmp_path):
     )
     assert process.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) > 1  # the remains of step 2
-    assert checkpoint.latest_step(tmp_path) == 1
+    assert checkpointing.latest_step(tmp_path) == 1
     state = step.TrainState(jnp.int32(2), {"a": jnp.full(1000, 2.0)}, ())
-    checkpoint.save(tmp_path, 2, state)
-    np.testing.assert_array_equal(checkpoint.load_params(tmp_path)["a"], 2)
+    checkpointing.save(tmp_path, 2, state)
+    np.testing.assert_array_equal(checkpointing.load_params(tmp_path)["a"], 2)
 
 
 # Damage ------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_a_killed_save_leaves_no_checkpoint(tmp_path):
 def three_steps(folder: Path) -> step.TrainState:
     for number in (1, 2, 3):
         params = {"a": jnp.full(1000, float(number))}
-        checkpoint.save(folder, number, step.init_state(params, optax.sgd(0.1)))
+        checkpointing.save(folder, number, step.init_state(params, optax.sgd(0.1)))
     return step.init_state({"a": jnp.zeros(1000)}, optax.sgd(0.1))
 
 
@@ -251,32 +251,32 @@ def test_a_flipped_bit_is_found_and_the_step_before_is_used(tmp_path, capfd):
     like = three_steps(tmp_path)
     flip_a_bit(tmp_path / "3")
     (tmp_path / "2" / "params" / "_METADATA").unlink()
-    assert float(checkpoint.restore(tmp_path, like).state.params["a"][0]) == 1
+    assert float(checkpointing.restore(tmp_path, like).state.params["a"][0]) == 1
     said = capfd.readouterr().err
     assert "3 is damaged: " in said and " is not what was written; looking at" in said
     assert "2 is damaged: params/_METADATA is missing" in said
-    assert float(checkpoint.load_params(tmp_path)["a"][0]) == 1
-    named = message_of(ValueError, lambda: checkpoint.restore(tmp_path, like, step=3))
+    assert float(checkpointing.load_params(tmp_path)["a"][0]) == 1
+    named = message_of(ValueError, lambda: checkpointing.restore(tmp_path, like, step=3))
     assert "is not what was written; choose another step" in named
     flip_a_bit(tmp_path / "1")
     assert "every checkpoint in" in message_of(ValueError,
-                                               lambda: checkpoint.restore(tmp_path, like))
+                                               lambda: checkpointing.restore(tmp_path, like))
 
 
 def test_a_step_that_is_not_listed_does_not_count_unless_none_is(tmp_path):
     like = three_steps(tmp_path)
     (tmp_path / "3" / "digests.json").unlink()
-    assert checkpoint.latest_step(tmp_path) == 2
+    assert checkpointing.latest_step(tmp_path) == 2
     for number in (1, 2):
         (tmp_path / str(number) / "digests.json").unlink()
-    assert checkpoint.latest_step(tmp_path) == 3
-    assert float(checkpoint.restore(tmp_path, like).state.params["a"][0]) == 3
+    assert checkpointing.latest_step(tmp_path) == 3
+    assert float(checkpointing.restore(tmp_path, like).state.params["a"][0]) == 3
 
 
 def test_what_is_damaged_is_set_aside_and_what_was_cut_off_is_deleted(tmp_path):
     three_steps(tmp_path)
     (tmp_path / "4.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "3.damaged").mkdir()
-    folders.set_aside(tmp_path, after=1)
+    checkpoint_dirs.quarantine_incomplete(tmp_path, after=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "1", "2.damaged", "3.damaged", "3.damaged-1"]

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from transformer_jax import sharding, tree
-from transformer_jax.train import checkpoint, finetuning, optim, step
+from transformer_jax.train import checkpointing, optimizers, step, transforms
 
 W = {"kernel": jnp.ones((2, 2))}
 
@@ -38,14 +38,14 @@ def layer(i: int) -> str:
 
 
 def test_depths_of_an_encoder():
-    depth, layers = finetuning.depths(params())
+    depth, layers = transforms.layer_depths(params())
     assert layers == 3
     assert depth == {"token_embed/embedding": 0, layer(0): 1, layer(1): 2, layer(2): 3,
                      "pooler/kernel": 4, "classifier/kernel": 4}
 
 
 def test_depths_of_an_encoder_decoder_count_on():
-    depth, layers = finetuning.depths(seq2seq())
+    depth, layers = transforms.layer_depths(seq2seq())
     assert layers == 4
     assert depth["encoder/layer_1/mlp/wi/kernel"] == depth["encoder/final_norm/scale"] == 2
     assert depth["decoder/layer_0/mlp/wi/kernel"] == 3
@@ -55,7 +55,7 @@ def test_depths_of_an_encoder_decoder_count_on():
 def test_deltas_have_the_depth_of_their_layer():
     deltas = {"prompt": 0, "encoder": {"layer_2": {
         "mlp_adapter": {"down": {"kernel": 0}}, "self_attention": {"query": {"lora_a": 0}}}}}
-    depth, layers = finetuning.depths(deltas)
+    depth, layers = transforms.layer_depths(deltas)
     assert (depth.pop("prompt"), layers) == (0, 3)
     assert set(depth.values()) == {3}
 
@@ -63,46 +63,46 @@ def test_deltas_have_the_depth_of_their_layer():
 def test_new_tokens_learn_from_the_first_step_on():
     with_tokens = params() | {"token_embed": {"embedding": jnp.ones((2, 2)),
                                               "extra": jnp.ones((3, 2))}}
-    depth, layers = finetuning.depths(with_tokens)
+    depth, layers = transforms.layer_depths(with_tokens)
     assert depth["token_embed/extra"] == layers + 1 and depth["token_embed/embedding"] == 0
-    release = tree.flatten_paths(finetuning.release_steps(with_tokens, 5))
+    release = tree.flatten_paths(transforms.unfreeze_steps(with_tokens, 5))
     assert release["token_embed/extra"] == 0 < release["token_embed/embedding"]
 
 
 def test_gaps_count_as_layers():
     """A mask that leaves layers out does not bring those below nearer to the top."""
-    some = tree.split(params(), tree.map_paths(
+    some = tree.partition(params(), tree.map_paths(
         lambda path, x: "layer_0" in path or "classifier" in path, params()))[0]
-    assert finetuning.depths(some) == ({layer(0): 1, "classifier/kernel": 4}, 3)
-    rate = tree.flatten_paths(finetuning.rates(some, 0.5, 1.0))
+    assert transforms.layer_depths(some) == ({layer(0): 1, "classifier/kernel": 4}, 3)
+    rate = tree.flatten_paths(transforms.layerwise_lr_multipliers(some, 0.5, 1.0))
     assert rate == {layer(0): 1 / 8, "classifier/kernel": 1.0}
 
 
 def test_a_lone_encoders_final_norm_is_above_its_layers():
-    depth, _ = finetuning.depths({"encoder": {"layer_0": W, "final_norm": {"scale": 0}}})
+    depth, _ = transforms.layer_depths({"encoder": {"layer_0": W, "final_norm": {"scale": 0}}})
     assert depth == {"encoder/layer_0/kernel": 1, "encoder/final_norm/scale": 2}
 
 
 def test_stacked_layers_have_no_depth():
     with pytest.raises(ValueError, match=r"encoder/layers/mlp/wi/kernel.*unstack_layers"):
-        finetuning.depths(tree.stack_layers(params()))
+        transforms.layer_depths(tree.stack_layers(params()))
 
 
 def test_when_each_is_released():
-    assert tree.flatten_paths(finetuning.release_steps(params(), 5)) == {
+    assert tree.flatten_paths(transforms.unfreeze_steps(params(), 5)) == {
         "classifier/kernel": 0, "pooler/kernel": 0, layer(2): 5, layer(1): 10, layer(0): 15,
         "token_embed/embedding": 20}
     # Something trains from the first step on, and what does not train takes no turn.
-    some = tree.split(params(), tree.map_paths(
+    some = tree.partition(params(), tree.map_paths(
         lambda path, x: "layer_0" in path or "layer_2" in path, params()))[0]
-    assert tree.flatten_paths(finetuning.release_steps(some, 5)) == {layer(2): 0, layer(0): 5}
+    assert tree.flatten_paths(transforms.unfreeze_steps(some, 5)) == {layer(2): 0, layer(0): 5}
 
 
 def test_rates_by_layer_and_of_the_head():
-    rate = tree.flatten_paths(finetuning.rates(params(), 0.5, 10.0))
+    rate = tree.flatten_paths(transforms.layerwise_lr_multipliers(params(), 0.5, 10.0))
     assert rate == {"token_embed/embedding": 1 / 16, layer(0): 1 / 8, layer(1): 1 / 4,
                     layer(2): 1 / 2, "pooler/kernel": 1.0, "classifier/kernel": 10.0}
-    other = tree.flatten_paths(finetuning.rates(params(), None, 10.0, head="^pooler/"))
+    other = tree.flatten_paths(transforms.layerwise_lr_multipliers(params(), None, 10.0, head="^pooler/"))
     assert {path for path, r in other.items() if r == 10.0} == {"pooler/kernel"}
 
 
@@ -116,15 +116,15 @@ def one_step(optimizer, start, grads, steps: int = 1) -> dict:
 
 def test_discriminative_rates_scale_the_step():
     """Adam's first step is the rate, whatever the gradient."""
-    optimizer = optim.make_optimizer(0.1, weight_decay=0.0, clip_norm=None, layer_decay=0.5,
-                                     head_rate=3.0, eps=1e-12)
+    optimizer = optimizers.make_optimizer(0.1, weight_decay=0.0, clip_norm=None, layer_decay=0.5,
+                                     head_lr_multiplier=3.0, eps=1e-12)
     moved = one_step(optimizer, params(), params())
     for path, rate in {layer(2): 0.05, layer(0): 0.0125, "classifier/kernel": 0.3}.items():
         np.testing.assert_allclose(1 - moved[path], rate, rtol=1e-5)
 
 
 def test_gradual_unfreezing_is_one_program_and_begins_each_group_afresh():
-    optimizer = optim.make_optimizer(0.1, weight_decay=0.5, clip_norm=1.0, unfreeze_every=3,
+    optimizer = optimizers.make_optimizer(0.1, weight_decay=0.5, clip_norm=1.0, unfreeze_every=3,
                                      eps=1e-12)
     traces = []
 
@@ -152,7 +152,7 @@ def test_gradual_unfreezing_is_one_program_and_begins_each_group_afresh():
 
 def test_what_is_not_released_is_out_of_the_norm():
     """Momentum would show a gradient that was scaled by a norm over all leaves."""
-    optimizer = finetuning.by_release(optax.identity(), 1, clip_norm=1.0)
+    optimizer = transforms.gradual_unfreezing(optax.identity(), 1, clip_norm=1.0)
     start = params()
     huge = tree.map_paths(lambda path, x: x * (1.0 if "classifier" in path or "pooler" in path
                                                else 1e6), start)
@@ -164,7 +164,7 @@ def test_what_is_not_released_is_out_of_the_norm():
 
 def test_moments_are_kept_when_more_is_released():
     p, grads = params(), jax.tree.map(jnp.ones_like, params())
-    optimizer = optim.make_optimizer(1e-3, clip_norm=None, unfreeze_every=2)
+    optimizer = optimizers.make_optimizer(1e-3, clip_norm=None, unfreeze_every=2)
     state, moments = optimizer.init(p), []
     for _ in range(4):
         _, state = optimizer.update(grads, state, p)
@@ -183,7 +183,7 @@ def counts(state) -> dict:
 
 def test_bias_correction_begins_at_release_and_the_schedule_does_not():
     p, grads = params(), jax.tree.map(jnp.ones_like, params())
-    optimizer = optim.make_optimizer(lambda n: 0.1 * (n + 1), weight_decay=0.0, clip_norm=None,
+    optimizer = optimizers.make_optimizer(lambda n: 0.1 * (n + 1), weight_decay=0.0, clip_norm=None,
                                      unfreeze_every=2, eps=1e-12)
     state = optimizer.init(p)
     for _ in range(3):
@@ -196,7 +196,7 @@ def test_bias_correction_begins_at_release_and_the_schedule_does_not():
 
 
 def test_decay_to_the_start_pulls_back_and_new_parameters_to_zero():
-    optimizer = optim.make_optimizer(1.0, weight_decay=0.25, l2_sp=0.5, clip_norm=None)
+    optimizer = optimizers.make_optimizer(1.0, weight_decay=0.25, l2_sp=0.5, clip_norm=None)
     start = {
         "encoder": {"layer_0": {"mlp": {"wi": {"kernel": 3.0, "bias": 3.0, "lora_a": 3.0},
                                         "wo": {"ia3_input": 3.0}},
@@ -220,7 +220,7 @@ def test_decay_to_the_start_pulls_back_and_new_parameters_to_zero():
 
 def test_what_is_new_to_the_pull_to_the_start():
     def pulled(start, **options):
-        optimizer = optim.make_optimizer(1.0, weight_decay=0.25, l2_sp=0.5, clip_norm=None,
+        optimizer = optimizers.make_optimizer(1.0, weight_decay=0.25, l2_sp=0.5, clip_norm=None,
                                          **options)
         zero = jax.tree.map(jnp.zeros_like, start)
         return tree.flatten_paths(optimizer.update(zero, optimizer.init(start), start)[0])
@@ -234,19 +234,19 @@ def test_what_is_new_to_the_pull_to_the_start():
 
 
 def test_the_average_by_hand_and_with_gaps():
-    optimizer = optim.make_optimizer(1.0, weight_decay=0.0, clip_norm=None, ema=0.75, eps=1e-12)
+    optimizer = optimizers.make_optimizer(1.0, weight_decay=0.0, clip_norm=None, ema=0.75, eps=1e-12)
     start = {"a": {"kernel": jnp.zeros(())}, "b": None}
     state = optimizer.init(start)
     for expected in (-0.25, -0.6875):  # parameters go 0, -1, -2
         updates, state = optimizer.update({"a": {"kernel": jnp.ones(())}, "b": None}, state, start)
         start = optax.apply_updates(start, updates)
-        average = finetuning.ema_params(state)
+        average = transforms.get_ema_params(state)
         np.testing.assert_allclose(average["a"]["kernel"], expected, rtol=1e-5)
         assert average["b"] is None
-    assert finetuning.ema_params(optax.adam(1.0).init(start)) is None
+    assert transforms.get_ema_params(optax.adam(1.0).init(start)) is None
 
 
-ALL = {"layer_decay": 0.8, "head_rate": 2.0, "unfreeze_every": 2, "l2_sp": 0.1, "ema": 0.9}
+ALL = {"layer_decay": 0.8, "head_lr_multiplier": 2.0, "unfreeze_every": 2, "l2_sp": 0.1, "ema": 0.9}
 
 
 def product_loss(p, batch, rng):
@@ -259,30 +259,30 @@ BATCH = {"x": np.full((8, 2, 2), 0.1, np.float32)}
 
 
 def test_resumed_bit_for_bit(tmp_path):
-    optimizer = optim.make_optimizer(1e-2, **ALL)
+    optimizer = optimizers.make_optimizer(1e-2, **ALL)
     train_step = jax.jit(step.make_train_step(product_loss, optimizer, MASK))
     state = step.init_state(params(), optimizer, MASK)
     for n in range(5):
         if n == 3:
-            checkpoint.save(tmp_path, 3, state, rng=None, data_state={}, metadata=None)
+            checkpointing.save(tmp_path, 3, state, rng=None, data_state={}, metadata=None)
         state, _ = train_step(state, BATCH, None)
-    again = checkpoint.restore(tmp_path, step.init_state(params(), optimizer, MASK)).state
+    again = checkpointing.restore(tmp_path, step.init_state(params(), optimizer, MASK)).state
     for _ in range(2):
         again, _ = train_step(again, BATCH, None)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
     assert counts(state) == {"0": 5, "2": 3, "4": 1}
-    average = tree.flatten_paths(finetuning.ema_params(state.opt_state))
+    average = tree.flatten_paths(transforms.get_ema_params(state.opt_state))
     assert set(average) == {path for path, x in tree.flatten_paths(MASK).items() if x}
 
 
 def test_not_released_the_average_stays_bit_for_bit():
     start = jax.tree.map(lambda x: x / 3, params())
-    optimizer = optim.make_optimizer(1e-2, ema=0.9, unfreeze_every=50)
+    optimizer = optimizers.make_optimizer(1e-2, ema=0.9, unfreeze_every=50)
     state = optimizer.init(start)
     for _ in range(3):
         _, state = optimizer.update(start, state, start)
-    average = tree.flatten_paths(finetuning.ema_params(state))
+    average = tree.flatten_paths(transforms.get_ema_params(state))
     np.testing.assert_array_equal(average[layer(1)], start["encoder"]["layer_1"]["mlp"]["wi"][
         "kernel"])
     assert not np.array_equal(average["classifier/kernel"], start["classifier"]["kernel"])
@@ -290,7 +290,7 @@ def test_not_released_the_average_stays_bit_for_bit():
 
 def test_on_many_devices_as_on_one():
     """Sharded over a mesh, and mapped over devices with a copy of the state each."""
-    optimizer = optim.make_optimizer(1e-2, **ALL)
+    optimizer = optimizers.make_optimizer(1e-2, **ALL)
     state = step.init_state(params(), optimizer, MASK)
     one = jax.jit(step.make_train_step(product_loss, optimizer, MASK))
     mesh = sharding.make_mesh(data=2, fsdp=4)
@@ -311,19 +311,19 @@ def test_on_many_devices_as_on_one():
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("layer_decay", 0.0), ("layer_decay", 1.1), ("head_rate", -1.0), ("l2_sp", 0.0), ("ema", 1.0),
+    ("layer_decay", 0.0), ("layer_decay", 1.1), ("head_lr_multiplier", -1.0), ("l2_sp", 0.0), ("ema", 1.0),
     ("unfreeze_every", 0),
 ])
 def test_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}"):
-        optim.make_optimizer(1e-3, **{name: value})
+        optimizers.make_optimizer(1e-3, **{name: value})
 
 
 def test_without_them_the_optimizer_is_what_it_was():
     """Bit for bit and in its state: checkpoints were saved with it."""
-    ours = optim.make_optimizer(1e-2, weight_decay=0.1)
+    ours = optimizers.make_optimizer(1e-2, weight_decay=0.1)
     plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
-        1e-2, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.1, mask=optim.decay_mask))
+        1e-2, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.1, mask=optimizers.decay_mask))
     p = params()
     states = [ours.init(p), plain.init(p)]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

@@ -10,11 +10,11 @@ import pytest
 import toy
 from test_loop import Poisoned, assert_bit_equal, make, train
 
-from transformer_jax import measure
-from transformer_jax.train import checkpoint, compiled, health
-from transformer_jax.train.health import Policy, Watch
+from transformer_jax.train import profiling
+from transformer_jax.train import anomalies, checkpointing, compiled_step, profiling
+from transformer_jax.train.anomalies import AnomalyDetector, AnomalyPolicy
 
-SKIP, BACK = Policy(not_finite="skip"), Policy(not_finite="roll back")
+SKIP, BACK = AnomalyPolicy(not_finite="skip"), AnomalyPolicy(not_finite="rollback")
 
 
 class Spiky(toy.Stream):
@@ -28,7 +28,7 @@ class Spiky(toy.Stream):
 
 
 def test_a_spike_is_judged_by_the_losses_up_to_two_steps_before():
-    watch = Watch(Policy(spike=2.0, window=10))
+    watch = AnomalyDetector(AnomalyPolicy(spike=2.0, window=10))
     losses = [1 + (7 * n % 12) / 50 for n in range(12)]  # all unlike, none a spike
     for n, loss in enumerate(losses, 1):
         assert watch.judge(n, {"loss": loss, "grad_norm": 1.0}) is None
@@ -38,7 +38,7 @@ def test_a_spike_is_judged_by_the_losses_up_to_two_steps_before():
     bad = watch.judge(13, {"loss": 5.0})
     assert bad.action == "record" and "loss is 5 at step 13, above 1." in bad.what
     assert watch.limit(15) == watch.limit(14)  # a spike counts for no other
-    again = Watch(watch.policy)
+    again = AnomalyDetector(watch.policy)
     again.set_state(watch.get_state())
     assert again.limit(14) == watch.limit(14)
 
@@ -57,7 +57,7 @@ def test_a_skipped_step_changes_nothing_but_the_count():
 
 
 def test_the_run_that_skips_resumes_to_the_bit(tmp_path):
-    policy = Policy(not_finite="skip", on_spike="skip", spike=3.0)
+    policy = AnomalyPolicy(not_finite="skip", on_spike="skip", spike=3.0)
     options = {"policy": policy, "save_every": 4, "log_every": 1}
     whole, history = train(20, Spiky(), checkpoint_dir=tmp_path / "whole", **options)
     assert {15, 16} <= {row["step"] for row in history if row["skipped"]}
@@ -82,19 +82,19 @@ def test_what_cannot_be_mended_stops(tmp_path):
         def __next__(self):
             return super().__next__() | {"y": np.full((toy.ROWS, 2), np.inf, np.float32)}
 
-    with pytest.raises(health.NonFiniteLossError, match=r"at step 4 \(bad step 4 in a row"):
+    with pytest.raises(anomalies.NonFiniteLossError, match=r"at step 4 \(bad step 4 in a row"):
         train(20, Ruined(), policy=SKIP._replace(patience=3))
-    with pytest.raises(health.BadStepError, match="nothing to go back to: no step is saved in"):
+    with pytest.raises(anomalies.BadStepError, match="nothing to go back to: no step is saved in"):
         train(20, Ruined(), policy=BACK, checkpoint_dir=tmp_path, save_every=5)
-    with pytest.raises(health.SpikingLossError, match=r"loss is .* at step 15, above"):
-        train(20, Spiky(), policy=Policy(spike=4.0, on_spike="stop"))
+    with pytest.raises(anomalies.SpikingLossError, match=r"loss is .* at step 15, above"):
+        train(20, Spiky(), policy=AnomalyPolicy(spike=4.0, on_spike="stop"))
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"policy": Policy(not_finite="record")}, "not_finite is 'record'; choose from stop, skip"),
-    ({"policy": Policy(on_spike="panic")}, "on_spike is 'panic'; choose from stop"),
-    ({"policy": Policy(spike=-1.0)}, "spike is -1.0; give standard deviations above 0"),
-    ({"policy": Policy(window=3)}, "window is 3 and patience 5; give at least 10 and 1"),
+    ({"policy": AnomalyPolicy(not_finite="record")}, "not_finite is 'record'; choose from stop, skip"),
+    ({"policy": AnomalyPolicy(on_spike="panic")}, "on_spike is 'panic'; choose from stop"),
+    ({"policy": AnomalyPolicy(spike=-1.0)}, "spike is -1.0; give standard deviations above 0"),
+    ({"policy": AnomalyPolicy(window=3)}, "window is 3 and patience 5; give at least 10 and 1"),
     ({"policy": BACK}, "the policy to roll back needs a checkpoint_dir"),
     ({"replay": 3}, "replay needs a checkpoint_dir"),
 ])
@@ -108,7 +108,7 @@ def test_a_step_is_done_again(tmp_path):
     _, history = train(20, checkpoint_dir=tmp_path, save_every=4, keep=None, log_every=1)
     saved = sorted(path.name for path in tmp_path.iterdir())
     for number in (3, 14, 16):
-        state, again = train(20, checkpoint_dir=tmp_path, save_every=4, replay=number)
+        state, again = train(20, checkpoint_dir=tmp_path, save_every=4, replay_step=number)
         assert int(state.step) == number and [row["step"] for row in again] == [number]
         for name in ("loss", "grad_norm", "error"):
             assert again[0][name] == history[number - 1][name]
@@ -119,44 +119,44 @@ def test_a_step_is_done_again(tmp_path):
     left = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".npz")
     assert left == saved
     with pytest.raises(ValueError, match="replay is 21, outside 1 to 20 steps"):
-        train(20, checkpoint_dir=tmp_path, replay=21)
+        train(20, checkpoint_dir=tmp_path, replay_step=21)
 
 
 def test_the_best_checkpoint_stays(tmp_path):
     scores = iter([3.0, 1.0, 2.0, 4.0, 5.0])
     train(20, checkpoint_dir=tmp_path, save_every=4, eval_every=4, keep=1,
           eval_fn=lambda params: {"loss": next(scores)}, keep_best=("loss", "min"))
-    assert checkpoint.steps(tmp_path) == [8, 20]
-    assert checkpoint.best_step(tmp_path, "loss") == 8
-    assert checkpoint.best_step(tmp_path, "loss", "max") == 20
-    assert checkpoint.best_step(tmp_path, "accuracy") is None
-    assert checkpoint.latest_step(tmp_path) == 20
+    assert checkpointing.steps(tmp_path) == [8, 20]
+    assert checkpointing.best_step(tmp_path, "loss") == 8
+    assert checkpointing.best_step(tmp_path, "loss", "max") == 20
+    assert checkpointing.best_step(tmp_path, "accuracy") is None
+    assert checkpointing.latest_step(tmp_path) == 20
     with pytest.raises(ValueError, match=r"keep_best is .*; give one of loss metrics, and min or"):
-        checkpoint.save(tmp_path, 21, make()[0], metrics={"loss": 1.0},
+        checkpointing.save(tmp_path, 21, make()[0], metrics={"loss": 1.0},
                         keep_best=("accuracy", "max"))
 
 
 def test_a_step_that_memory_cannot_hold(monkeypatch):
-    monkeypatch.setattr(measure, "free_memory", lambda: 100)
+    monkeypatch.setattr(profiling, "free_memory", lambda: 100)
     with pytest.raises(ValueError, match=r"a step needs 0.00 GiB beside the 0.00 of parameters, "
                                          r"optimizer state and batch, and 0.00 are free; use"):
         train(3)
     program = SimpleNamespace(temp_size_in_bytes=60, output_size_in_bytes=50,
                               alias_size_in_bytes=10, argument_size_in_bytes=0)
-    compiled.check_memory(program, 100)
+    compiled_step.check_memory(program, 100)
     with pytest.raises(ValueError):
-        compiled.check_memory(program, 99)
-    compiled.check_memory(None, 1)
-    compiled.check_memory(program, None)
+        compiled_step.check_memory(program, 99)
+    compiled_step.check_memory(None, 1)
+    compiled_step.check_memory(program, None)
 
 
 def test_each_shape_is_compiled_once():
     def count(state, batch, rng):
         return state + batch["x"].sum(), {"loss": jnp.float32(0)}
 
-    run = compiled.CompiledStep(count, jnp.float32(0), None)
+    run = compiled_step.CompiledStep(count, jnp.float32(0), None)
     state = jnp.float32(0)
-    with measure.Compilations() as found:
+    with profiling.CompilationCounter() as found:
         for length in (3, 5, 3, 5, 3):
             state, _ = run(state, {"x": np.ones(length, np.float32)}, None)
         assert float(state) == 19

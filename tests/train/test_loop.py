@@ -15,15 +15,15 @@ import toy
 from tensorboardX import SummaryWriter
 
 from transformer_jax import sharding
-from transformer_jax.train import checkpoint, interrupt, lock, optim, progress, step
-from transformer_jax.train.health import NonFiniteLossError
+from transformer_jax.train import checkpointing, lock, optimizers, preemption, progress, step
+from transformer_jax.train.anomalies import NonFiniteLossError
 from transformer_jax.train.loop import fit
 
 
 @functools.cache  # one step function, so that runs share what JAX compiled for it
 def make_step(loss=toy.loss):
-    schedule = optim.make_schedule("linear", 0.05, 20, 5)
-    optimizer = optim.make_optimizer(schedule, weight_decay=0.1)
+    schedule = optimizers.make_schedule("linear", 0.05, 20, 5)
+    optimizer = optimizers.make_optimizer(schedule, weight_decay=0.1)
     return optimizer, step.make_train_step(loss, optimizer)
 
 
@@ -77,7 +77,7 @@ def test_a_run_knows_how_long_devices_wait():
     def share(stream, **options):
         _, history = fit(*make(), stream, rng=jax.random.key(3), num_steps=12, quiet=True,
                          **options)
-        return [row["host_share"] for row in history if "host_share" in row][-1]
+        return [row["data_wait_fraction"] for row in history if "data_wait_fraction" in row][-1]
 
     assert share(Slow()) > 0.5
     # After an evaluation as well, when no step is under way.
@@ -210,7 +210,7 @@ def test_two_halves_equal_the_whole(straight, tmp_path):
     assert_bit_equal(state, straight)
     assert batches.position == 20
     assert [row["step"] for row in history] == [20]
-    assert checkpoint.load_metadata(tmp_path, step=10) == {"name": "half"}
+    assert checkpointing.load_metadata(tmp_path, step=10) == {"name": "half"}
 
 
 def test_a_finished_run_is_left_as_it_is(straight, tmp_path):
@@ -245,7 +245,7 @@ def test_a_killed_run_goes_on_to_the_bit(straight, tmp_path):
     script = CHILD.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
     process = subprocess.run([sys.executable, "-c", script], env=dict(os.environ), check=False)
     assert process.returncode == -signal.SIGKILL
-    assert checkpoint.latest_step(tmp_path) in (5, 10)  # 10, unless it was still being written
+    assert checkpointing.latest_step(tmp_path) in (5, 10)  # 10, unless it was still being written
     batches = toy.Stream()
     state, _ = train(20, batches, checkpoint_dir=tmp_path, save_every=5)
     assert_bit_equal(state, straight)
@@ -271,11 +271,11 @@ def test_a_run_that_is_asked_to_leave_saves_and_goes_on_to_the_bit(straight, tmp
     before = signal.getsignal(signal.Signals[name])
     stream = Asked()
     stream.number = signal.Signals[name]
-    with pytest.raises(interrupt.Interrupted) as left:
+    with pytest.raises(preemption.Preempted) as left:
         train(20, stream, checkpoint_dir=tmp_path, save_every=5)
     assert (left.value.code, left.value.step, left.value.signal_name) == (75, 13, name)
     assert f"{name} at step 13 of 20: saved in" in capfd.readouterr().out
-    assert checkpoint.latest_step(tmp_path) == 13
+    assert checkpointing.latest_step(tmp_path) == 13
     assert signal.getsignal(signal.Signals[name]) == before
     state, _ = train(20, checkpoint_dir=tmp_path, save_every=5)
     assert_bit_equal(state, straight)
@@ -297,7 +297,7 @@ def test_without_a_checkpoint_signals_are_what_they_were(keyboard):
 
 
 def test_a_second_signal_acts_at_once(keyboard):
-    with pytest.raises(KeyboardInterrupt), interrupt.listen() as asked:
+    with pytest.raises(KeyboardInterrupt), preemption.catch_signals() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         assert asked(1) == "SIGINT"
         os.kill(os.getpid(), signal.SIGINT)
@@ -317,7 +317,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(straight, tmp
     state, _ = train(20, checkpoint_dir=tmp_path, save_every=5)
     assert_bit_equal(state, straight)
     assert "15 is damaged: params/_METADATA is not what was written" in capfd.readouterr().err
-    assert checkpoint.latest_step(tmp_path) == 20
+    assert checkpointing.latest_step(tmp_path) == 20
     assert (tmp_path / "15").is_dir() and (tmp_path / "15.damaged").is_dir()
 
 
@@ -328,7 +328,7 @@ def test_another_run_is_not_gone_on_with(straight, tmp_path):
                                          "and is None; give the same settings"):
         train(20, checkpoint_dir=tmp_path, metadata={"model": {"width": 32}})
     state, _ = train(20, checkpoint_dir=tmp_path, metadata={"model": {"width": 32}},
-                     accept_changes=True)
+                     allow_config_mismatch=True)
     assert_bit_equal(state, straight)
 
 
@@ -349,9 +349,9 @@ def test_a_failing_save_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
             return super().__next__()
 
     train(4, checkpoint_dir=tmp_path)
-    monkeypatch.setattr(checkpoint.digests, "write", fail)
+    monkeypatch.setattr(checkpointing.digests, "write", fail)
     steps = []
-    with pytest.raises(checkpoint.SaveError, match=r"step 5 could not be saved in .*: disk "
+    with pytest.raises(checkpointing.SaveError, match=r"step 5 could not be saved in .*: disk "
                                                    r"full; step 4 is safe"):
         train(100, Slow(), checkpoint_dir=tmp_path, save_every=5, log_every=1,
               on_log=lambda row: steps.append(row["step"]))
@@ -377,8 +377,8 @@ def test_a_non_finite_loss_stops_the_run(tmp_path, log_every):
         train(20, Poisoned(), checkpoint_dir=tmp_path, save_every=5, log_every=log_every)
     assert error.value.step == 7
     assert "\n" not in str(error.value)
-    assert checkpoint.latest_step(tmp_path) == 5
-    for leaf in jax.tree.leaves(checkpoint.load_params(tmp_path)):
+    assert checkpointing.latest_step(tmp_path) == 5
+    for leaf in jax.tree.leaves(checkpointing.load_params(tmp_path)):
         assert np.isfinite(leaf).all()
     with np.load(tmp_path / "bad_batch_step7.npz") as batch:
         assert np.isinf(batch["y"]).any()
@@ -388,7 +388,7 @@ def test_a_non_finite_loss_stops_the_run(tmp_path, log_every):
 def test_a_non_finite_loss_on_the_step_that_saves(tmp_path):
     with pytest.raises(NonFiniteLossError):
         train(20, Poisoned(), checkpoint_dir=tmp_path, save_every=7)
-    assert checkpoint.latest_step(tmp_path) is None
+    assert checkpointing.latest_step(tmp_path) is None
 
 
 def test_a_finite_loss_with_an_infinite_gradient_stops_too():

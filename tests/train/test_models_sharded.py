@@ -10,11 +10,12 @@ import optax
 import pytest
 from small_models import random_params
 
-from transformer_jax import presets, sharding, tree
-from transformer_jax.finetune import select
-from transformer_jax.models import build_model, init_params
-from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq, tasks
-from transformer_jax.train import optim, step
+from transformer_jax import sharding, tree
+from transformer_jax.data import packing
+from transformer_jax.finetuning import select
+from transformer_jax.models import build_model, init_params, presets
+from transformer_jax.objectives import causal_lm, classification, mlm_nsp, seq2seq
+from transformer_jax.train import optimizers, step
 
 TINY = {"num_layers": 1, "d_model": 16, "num_heads": 4, "mlp_dim": 32, "vocab_size": 40,
         "max_length": 12, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
@@ -24,7 +25,7 @@ ROWS, LENGTH, STEPS = 32, 12, 5
 def lm_batch(rng):
     ids = rng.integers(0, 40, (ROWS, LENGTH + 1))
     documents = 1 + np.sort(rng.integers(0, 3, (ROWS, LENGTH + 1)), axis=1)
-    return causal_lm.shift(ids, documents)  # uneven weights: fewer where documents meet
+    return packing.shift(ids, documents)  # uneven weights: fewer where documents meet
 
 
 def mlm_batch(rng):
@@ -66,7 +67,7 @@ class Setup:
         self.params = random_params(jax.eval_shape(init, jax.random.key(0)))
         # A larger epsilon than BERT's 1e-6: that makes a step as large as any of one gradient that
         # is 1/4000 of the others, rounding included.
-        self.optimizer = optim.make_optimizer(1e-3, weight_decay=0.1, eps=1e-4)
+        self.optimizer = optimizers.make_optimizer(1e-3, weight_decay=0.1, eps=1e-4)
         self.expected = self.run()
 
     def run(self, mesh=None, **options):
@@ -164,11 +165,11 @@ def test_parameters_travel_and_activations_stay(name):
 @pytest.mark.parametrize("recipe", ["head", "last_k:1", "bitfit"])
 def test_frozen_leaves_keep_their_bits_and_have_no_state(name, recipe):
     model = build_model(presets.get(name, **TINY), num_classes=3)
-    params = init_params(model, jax.random.key(0), "classify")
+    params = init_params(model, jax.random.key(0), "classification_logits")
     mask = select.trainable_mask(params, recipe)
-    optimizer = optim.make_optimizer(0.1, weight_decay=0.5)
+    optimizer = optimizers.make_optimizer(0.1, weight_decay=0.5)
     fn = jax.jit(step.make_train_step(
-        functools.partial(tasks.classification_loss, model.apply), optimizer, mask))
+        functools.partial(classification.classification_loss, model.apply), optimizer, mask))
     state = step.init_state(params, optimizer, mask)
     rng = np.random.default_rng(0)
     batch = {"tokens": rng.integers(0, 40, (8, 12)), "labels": rng.integers(0, 3, 8),
@@ -182,7 +183,7 @@ def test_frozen_leaves_keep_their_bits_and_have_no_state(name, recipe):
         if not trains[path] or "key/bias" not in path:
             assert np.array_equal(before[path], after[path]) != trains[path], path
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-    selected = tree.count(tree.split(params, mask)[0])
+    selected = tree.count(tree.partition(params, mask)[0])
     assert sum(leaf.size for leaf in moments) == 2 * selected
 
 
@@ -190,7 +191,7 @@ def test_frozen_leaves_keep_their_bits_and_have_no_state(name, recipe):
 def test_head_costs_at_most_two_fifths_of_full_for_bert_base():
     """Compiled FLOPs of whole steps, clipping and the logged norm included; nothing allocated."""
     model = build_model(presets.bert_base(dropout_rate=0.0, attention_dropout_rate=0.0), 2)
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), "classify"))
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), "classification_logits"))
     ids = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     batch = {"tokens": ids, "segment_ids": ids,
              "padding_mask": jax.ShapeDtypeStruct((4, 64), jnp.bool_),
@@ -199,9 +200,9 @@ def test_head_costs_at_most_two_fifths_of_full_for_bert_base():
 
     def flops(recipe):
         mask = select.trainable_mask(params, recipe)
-        optimizer = optim.make_optimizer(optax.constant_schedule(1e-4))
+        optimizer = optimizers.make_optimizer(optax.constant_schedule(1e-4))
         fn = step.make_train_step(
-            functools.partial(tasks.classification_loss, model.apply), optimizer, mask)
+            functools.partial(classification.classification_loss, model.apply), optimizer, mask)
         state = jax.eval_shape(lambda p: step.init_state(p, optimizer, mask), params)
         return jax.jit(fn).lower(state, batch, None).compile().cost_analysis()["flops"]
 

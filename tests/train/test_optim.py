@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from transformer_jax import tree
-from transformer_jax.train import clipping, optim
+from transformer_jax.train import optimizers, transforms
 
 BY_HAND = [
     # name, num_steps, warm-up, end, {step: rate}, always with peak 0.8
@@ -25,7 +25,7 @@ BY_HAND = [
 
 @pytest.mark.parametrize(("name", "num_steps", "warmup", "end", "rates"), BY_HAND)
 def test_schedules_by_hand(name, num_steps, warmup, end, rates):
-    schedule = optim.make_schedule(name, 0.8, num_steps, warmup, end)
+    schedule = optimizers.make_schedule(name, 0.8, num_steps, warmup, end)
     for step, rate in rates.items():
         np.testing.assert_allclose(schedule(step), rate, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(jax.jit(schedule)(jnp.int32(step)), rate, rtol=1e-6, atol=1e-7)
@@ -33,15 +33,15 @@ def test_schedules_by_hand(name, num_steps, warmup, end, rates):
 
 def test_inverse_sqrt_is_the_papers():
     d_model, warmup = 512, 4000
-    schedule = optim.make_schedule("inverse_sqrt", (d_model * warmup) ** -0.5, 10**5, warmup)
+    schedule = optimizers.make_schedule("inverse_sqrt", (d_model * warmup) ** -0.5, 10**5, warmup)
     for n in (1, 100, 4000, 4001, 100_000):
         paper = d_model**-0.5 * min(n**-0.5, n * warmup**-1.5)
         np.testing.assert_allclose(schedule(n - 1), paper, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", optim.DECAYS)
+@pytest.mark.parametrize("name", optimizers.DECAYS)
 def test_no_warm_up_starts_at_exactly_the_peak(name):
-    assert float(optim.make_schedule(name, 0.1, 1)(0)) == np.float32(0.1)
+    assert float(optimizers.make_schedule(name, 0.1, 1)(0)) == np.float32(0.1)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_no_warm_up_starts_at_exactly_the_peak(name):
 )
 def test_wrong_schedules(arguments, message):
     with pytest.raises(ValueError) as error:
-        optim.make_schedule(*arguments)
+        optimizers.make_schedule(*arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -89,7 +89,7 @@ def ones() -> dict:
 
 
 def test_decay_mask_leaf_by_leaf():
-    assert tree.flatten_paths(optim.decay_mask(ones())) == dict(sorted(DECAYS.items()))
+    assert tree.flatten_paths(optimizers.decay_mask(ones())) == dict(sorted(DECAYS.items()))
 
 
 def test_of_deltas_only_the_kernels_of_adapters_decay():
@@ -98,19 +98,19 @@ def test_of_deltas_only_the_kernels_of_adapters_decay():
               layer + "mlp_adapter/down/kernel", layer + "mlp/wo/ia3_input",
               layer + "self_attention/prefix_key",
               *(layer + f"self_attention/query/lora_{x}" for x in ("a", "b", "magnitude"))]
-    mask = tree.flatten_paths(optim.decay_mask(tree.unflatten_paths(dict.fromkeys(deltas, 0))))
+    mask = tree.flatten_paths(optimizers.decay_mask(tree.unflatten_paths(dict.fromkeys(deltas, 0))))
     assert [path for path, decays in mask.items() if decays] == [layer + "mlp_adapter/down/kernel"]
 
 
 def test_decay_mask_of_stacked_layers():
-    stacked = tree.flatten_paths(optim.decay_mask(tree.stack_layers(ones())))
+    stacked = tree.flatten_paths(optimizers.decay_mask(tree.stack_layers(ones())))
     assert stacked["encoder/layers/mlp/wi/kernel"]
     assert not stacked["encoder/layers/mlp/wi/bias"]
     assert not stacked["encoder/layers/attention_norm/scale"]
 
 
 def test_only_kernels_and_embeddings_decay_in_an_update():
-    optimizer = optim.make_optimizer(0.1, weight_decay=0.5)
+    optimizer = optimizers.make_optimizer(0.1, weight_decay=0.5)
     updates, _ = optimizer.update(
         jax.tree.map(jnp.zeros_like, ones()), optimizer.init(ones()), ones()
     )
@@ -120,8 +120,8 @@ def test_only_kernels_and_embeddings_decay_in_an_update():
 
 def test_gaps_have_no_state_and_no_update():
     mask = tree.map_paths(lambda path, leaf: "classifier" in path, ones())
-    ours, _ = tree.split(ones(), mask)
-    optimizer = optim.make_optimizer(0.1)
+    ours, _ = tree.partition(ones(), mask)
+    optimizer = optimizers.make_optimizer(0.1)
     state = optimizer.init(ours)
     arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert sum(leaf.size for leaf in arrays) == 2 * tree.count(ours)
@@ -132,7 +132,7 @@ def test_gaps_have_no_state_and_no_update():
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 1e6, np.nan])
 def test_clipping_is_as_in_optax(scale):
     gradient = {"a": jnp.arange(6.0).reshape(2, 3) * scale, "b": jnp.asarray([-2.0]) * scale}
-    ours, theirs = clipping.clip_by_global_norm(3.0), optax.clip_by_global_norm(3.0)
+    ours, theirs = transforms.clip_by_global_norm(3.0), optax.clip_by_global_norm(3.0)
     assert ours.init(gradient) == theirs.init(gradient)  # so that checkpoints fit
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
                  *(fn.update(gradient, fn.init(gradient))[0] for fn in (ours, theirs)))
@@ -142,7 +142,7 @@ def test_clipping_by_the_global_norm():
     gradient = {"a": {"kernel": jnp.array([3.0, 0.0])}, "b": {"bias": jnp.array([4.0])}}  # norm 5
 
     def first_moment(clip_norm):
-        optimizer = optim.make_optimizer(0.1, b1=0.0, clip_norm=clip_norm)
+        optimizer = optimizers.make_optimizer(0.1, b1=0.0, clip_norm=clip_norm)
         state = optimizer.update(gradient, optimizer.init(gradient), gradient)[1]
         return optax.tree.norm(optax.tree.get(state, "mu"))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from transformer_jax import distributed
-from transformer_jax.train import checkpoint, interrupt
+from transformer_jax.train import checkpointing, preemption
 
 SCRIPT = Path(__file__).with_name("processes.py")
 
@@ -74,8 +74,8 @@ def test_if_one_is_asked_to_leave_all_save_the_same_step_and_leave(tmp_path):
                 pass
         running[1].send_signal(signal.SIGTERM)
     finally:
-        finish(running, interrupt.EXIT_STATUS)
-    assert checkpoint.latest_step(tmp_path / "out.checkpoints") >= 3
+        finish(running, preemption.EXIT_STATUS)
+    assert checkpointing.latest_step(tmp_path / "out.checkpoints") >= 3
 
 
 ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1234"}
@@ -109,7 +109,7 @@ def test_if_one_is_lost_the_others_leave_and_fewer_go_on(tmp_path):
             one.kill()
     assert all(running[i].returncode not in (0, None) for i in (0, 1, 3))
     assert all("task 2 heartbeat timeout" in said[i].lower() for i in (0, 1, 3)), said[1]
-    reached = checkpoint.latest_step(f"{out}.checkpoints")
+    reached = checkpointing.latest_step(f"{out}.checkpoints")
     assert reached >= 10
     finish(start(out, 2, 1, {"data": 2}, str(reached + 5)), 0)
     assert len(json.loads(out.read_text())["losses"]) == 5
@@ -119,7 +119,7 @@ def test_if_one_is_lost_the_others_leave_and_fewer_go_on(tmp_path):
 def test_what_started_us_says_who_we_are(monkeypatch, environment, asked):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: calls.append(args))
-    assert not distributed.join(environment)
+    assert not distributed.initialize(environment)
     assert calls == ([] if asked is None else [asked])
 
 
@@ -129,4 +129,4 @@ def test_what_started_us_says_who_we_are(monkeypatch, environment, asked):
     ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "numbered from 0")])
 def test_half_an_identity_is_an_error(changes, message):
     with pytest.raises(ValueError, match=message):
-        distributed.join(ADDRESS | changes)
+        distributed.initialize(ADDRESS | changes)

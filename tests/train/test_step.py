@@ -9,14 +9,14 @@ import toy
 from jax.sharding import PartitionSpec as P
 
 from transformer_jax import sharding, tree
-from transformer_jax.finetune.select import trainable_mask
-from transformer_jax.train import optim, step
+from transformer_jax.finetuning.select import trainable_mask
+from transformer_jax.train import optimizers, step
 
 STEPS = 5
 
 
 def optimizer() -> optax.GradientTransformation:
-    return optim.make_optimizer(optim.make_schedule("cosine", 0.01, 20, 2), weight_decay=0.1)
+    return optimizers.make_optimizer(optimizers.make_schedule("cosine", 0.01, 20, 2), weight_decay=0.1)
 
 
 def run(step_fn, state, batch, rng=None, steps: int = STEPS):

@@ -12,7 +12,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from transformer_jax.data.pipeline import Batch, Loader, part
+from transformer_jax.data.batching import Batch, Loader, process_rows
 from transformer_jax.data.sources import TABLE_SUFFIXES, Example, _read_text, load_source, table
 
 # Sources ------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def _sides(example: Mapping[str, Any], source: str, target: str) -> Example:
 # Batches ------------------------------------------------------------------------------------------
 
 
-class BucketedBatches:
+class TokenBudgetBatches:
     """Random access to the batches of an endless run over pairs, each of one bucket's shape.
 
     Every epoch deals the pairs anew, by the seed: within a bucket in random order, then batches of
@@ -140,7 +140,7 @@ class BucketedBatches:
         self.rows = [min(rows, max(count // rows_multiple * rows_multiple, rows_multiple))
                      for rows, count in zip(self.rows, counts)]
         self.batches_per_epoch = int(sum(c // r for c, r in zip(counts, self.rows)))
-        self._part = functools.partial(part, process_index, process_count)
+        self._part = functools.partial(process_rows, process_index, process_count)
         self._epoch: tuple[int, list] = (-1, [])
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transformer_jax.data import python_docs
-from transformer_jax.data.mapped import Mapped, from_builder
+from transformer_jax.data.mapped_dataset import MappedDataset, from_builder
 
 Example = dict[str, Any]
 
@@ -226,7 +226,7 @@ def _json_rows(text: str, path: Path) -> Iterator[tuple[int, Example]]:
 
 def tfds_source(
     name: str, split: str, data_dir: str | Path | None = None, download: bool = False
-) -> Mapped:
+) -> MappedDataset:
     """A split of a TFDS data set by `tfds.data_source`, without TensorFlow.
 
     It must be prepared as array_record, or `download` must be set to prepare it. bytes become
@@ -278,7 +278,7 @@ def _tfds_builder(name: str, **options: Any) -> Any:
         return tfds.builder(name, **options)
 
 
-def hf_source(name_or_path: str, split: str, config: str | None = None, **options: Any) -> Mapped:
+def hf_source(name_or_path: str, split: str, config: str | None = None, **options: Any) -> MappedDataset:
     """A split of a Hugging Face data set: a name on the Hub, or a local folder.
 
     A folder that `save_to_disk` wrote is read as such, any other goes to `load_dataset` like a
@@ -306,7 +306,7 @@ def hf_source(name_or_path: str, split: str, config: str | None = None, **option
                 for key, feature in found.features.items()}
     classes = {key: feature.names for key, feature in features.items()
                if isinstance(feature, datasets.ClassLabel)}
-    return Mapped(found, dict, classes)
+    return MappedDataset(found, dict, classes)
 
 
 # By one word --------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from transformer_jax import digests
+from transformer_jax import storage
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN_CHARACTER = "<unk>"
@@ -325,9 +325,9 @@ def load(path: str | Path) -> Tokenizer:
         raise FileNotFoundError(f"{path} does not exist; give a folder with one of "
                                 f"{', '.join(' + '.join(names) for names in LOADERS)}")
     folder = path if path.is_dir() else path.parent
-    if path.is_dir() and digests.exist(path) and (damaged := digests.damage(path, more=True)):
+    if path.is_dir() and storage.has_manifest(path) and (damaged := storage.verify_manifest(path, more=True)):
         raise ValueError(f"the tokenizer in {path} is damaged: {damaged}; save it again, or delete "
-                         f"{digests.NAME} if you changed it on purpose")
+                         f"{storage.MANIFEST} if you changed it on purpose")
     for names, read in LOADERS.items():
         files = [folder / name for name in names]
         wanted = path.is_dir() or path.name in names

@@ -1,94 +1,22 @@
-"""The systems of the papers, each a thin composition of `nn`."""
+"""The models of the papers, each a composition of the layers of `nn`."""
 
-import dataclasses
-from typing import Any
+import lazy_loader
 
-from transformer_jax.models.bart import BART
-from transformer_jax.models.bert import BERT, BERTOutput
-from transformer_jax.models.config import (
-    BARTConfig,
-    BERTConfig,
-    Config,
-    GPTConfig,
-    TransformerConfig,
-    init_params,
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "bart", "bert", "build", "config", "gpt", "heads", "presets", "transformer",
+    ],
+    submod_attrs={
+        "bart": ["BART"],
+        "bert": ["BERT", "BERTOutput"],
+        "build": [
+            "FAMILIES", "Model", "build_model", "config_from_dict", "config_to_dict", "family",
+        ],
+        "config": [
+            "BARTConfig", "BERTConfig", "Config", "GPTConfig", "TransformerConfig", "init_params",
+        ],
+        "gpt": ["GPT", "GPTOutput"],
+        "transformer": ["Seq2SeqOutput", "Transformer", "shift_right"],
+    },
 )
-from transformer_jax.models.gpt import GPT, GPTOutput
-from transformer_jax.models.transformer import Seq2SeqOutput, Transformer, shift_right
-
-__all__ = [
-    "BART",
-    "BERT",
-    "GPT",
-    "BARTConfig",
-    "BERTConfig",
-    "BERTOutput",
-    "Config",
-    "GPTConfig",
-    "GPTOutput",
-    "Model",
-    "Seq2SeqOutput",
-    "Transformer",
-    "TransformerConfig",
-    "build_model",
-    "config_from_dict",
-    "config_to_dict",
-    "init_params",
-    "shift_right",
-]
-
-Model = GPT | BERT | Transformer  # BART is a Transformer
-
-FAMILIES = {
-    "gpt": (GPT, GPTConfig),
-    "bert": (BERT, BERTConfig),
-    "transformer": (Transformer, TransformerConfig),
-    "bart": (BART, BARTConfig),
-}
-
-
-def family(config: Config) -> str:
-    """The name of the family a config belongs to."""
-    return next(name for name, (_, kind) in FAMILIES.items() if type(config) is kind)
-
-
-def build_model(config: Config, num_classes: int = 0, task: str | None = None) -> Model:
-    """The model that a config describes, with the head of `task` (None: of pre-training).
-
-    Raises:
-        ValueError: the family has no such task.
-    """
-    kind = FAMILIES[family(config)][0]
-    if task is None:
-        return kind(config, num_classes)
-    if task not in kind.METHODS:
-        raise ValueError(f"{kind.__name__} has no task {task!r}; choose one of "
-                         f"{', '.join(kind.METHODS)}")
-    return kind(config, num_classes, task)
-
-
-def config_to_dict(config: Config) -> dict[str, Any]:
-    """A config as JSON can hold it; `config_from_dict` reads it back."""
-    return {"family": family(config), **dataclasses.asdict(config)}
-
-
-def config_from_dict(values: dict[str, Any]) -> Config:
-    """The config that `config_to_dict` wrote.
-
-    Raises:
-        ValueError: an unknown family or field, a missing field, or a value out of range.
-    """
-    values = dict(values)
-    name = values.pop("family", None)
-    if name not in FAMILIES:
-        raise ValueError(f"model family is {name!r}; it must be one of {', '.join(FAMILIES)}")
-    kind = FAMILIES[name][1]
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := sorted(values.keys() - fields):
-        raise ValueError(f"unknown fields of a {name} config: {', '.join(unknown)}; remove them")
-    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
-    if missing := sorted(required - values.keys()):
-        raise ValueError(f"a {name} config lacks {', '.join(missing)}; add them")
-    # JSON has no tuples.
-    values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-    return kind(**values)

@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float, Int
 from transformer_jax.models.config import BERTConfig, check_classes, check_length
 from transformer_jax.models.heads import (
     MLMHead,
-    mean_tokens,
-    take_positions,
-    with_prompt,
-    without_prompt,
+    gather_positions,
+    mean_pool,
+    prepend_prompt,
+    remove_prompt,
 )
 from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.blocks import Stack, StackOutput
@@ -30,8 +30,8 @@ from transformer_jax.nn.layers import (
     INITIALIZERS,
     Embed,
     LayerNorm,
+    LazyLogits,
     Linear,
-    Projection,
 )
 from transformer_jax.nn.positions import make_position_embed
 
@@ -43,7 +43,7 @@ class EncoderOutput(NamedTuple):
 
 
 class BERTOutput(NamedTuple):
-    """Logits are float32. `mlm_logits`, those of `mlm_projection`, has P = T where no positions
+    """Logits are float32. `mlm_logits`, those of `lazy_mlm_logits`, has P = T where no positions
     were chosen."""
 
     mlm_logits: Float[Array, "B P V"]
@@ -51,7 +51,7 @@ class BERTOutput(NamedTuple):
     hidden: Float[Array, "B T D"]
     pooled: Float[Array, "B D"]
     attention: tuple[Float[Array, "B N T T"], ...]
-    mlm_projection: Projection
+    lazy_mlm_logits: LazyLogits
 
 
 class BERT(nn.Module):
@@ -64,9 +64,9 @@ class BERT(nn.Module):
 
     METHODS: ClassVar[dict[str, str]] = {
         "base": "encode", "encoder": "hidden", "pretraining": "__call__",
-        "masked_lm": "mask_logits", "next_sentence": "next_sentence",
-        "classification": "classify", "multiple_choice": "classify",
-        "token_classification": "tag", "question_answering": "tag",
+        "masked_lm": "masked_lm_logits", "next_sentence": "next_sentence",
+        "classification": "classification_logits", "multiple_choice": "classification_logits",
+        "token_classification": "token_classification_logits", "question_answering": "token_classification_logits",
     }
 
     def setup(self):
@@ -125,10 +125,10 @@ class BERT(nn.Module):
         if c.num_segments:
             segment_ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
             x_BTD = x_BTD + self.segment_embed(segment_ids)
-        x_BTD, mask, prompt = with_prompt(self, x_BTD, Mask(real=padding_mask))
+        x_BTD, mask, prompt = prepend_prompt(self, x_BTD, Mask(real=padding_mask))
         x_BTD = self.embed_dropout(self.embed_norm(x_BTD), deterministic=deterministic)
         out = self.encoder(x_BTD, mask, deterministic=deterministic)
-        return without_prompt(out, prompt)
+        return remove_prompt(out, prompt)
 
     def pool(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         """The first token's hidden state through a linear layer and tanh."""
@@ -153,13 +153,13 @@ class BERT(nn.Module):
                 projection; all T of them if None.
         """
         hidden_BTD, pooled_BD, weights = self.encode(tokens, **options)
-        projection = self.mlm_projection(hidden_BTD, masked_positions)
+        projection = self.lazy_mlm_logits(hidden_BTD, masked_positions)
         return BERTOutput(
             projection.logits(), self.nsp_logits(pooled_BD), hidden_BTD, pooled_BD, weights,
             projection,
         )
 
-    def mask_logits(
+    def masked_lm_logits(
         self,
         tokens: Int[Array, "B T"],
         *,
@@ -181,17 +181,17 @@ class BERT(nn.Module):
         self, hidden: Float[Array, "B T D"], positions: Int[Array, "B P"] | None = None
     ) -> Float[Array, "B P V"]:
         """Word scores of hidden states, at `positions` or everywhere."""
-        return self.mlm_projection(hidden, positions).logits()
+        return self.lazy_mlm_logits(hidden, positions).logits()
 
-    def mlm_projection(
+    def lazy_mlm_logits(
         self, hidden: Float[Array, "B T D"], positions: Int[Array, "B P"] | None = None
-    ) -> Projection:
+    ) -> LazyLogits:
         """The masked-word head up to its output layer."""
-        chosen = hidden if positions is None else take_positions(hidden, positions)
+        chosen = hidden if positions is None else gather_positions(hidden, positions)
         return self.mlm_head(
             chosen, self.token_embed if self.config.tie_embeddings else self.lm_head)
 
-    def classify(
+    def classification_logits(
         self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
     ) -> Float[Array, "B C"]:
         """Class scores from the pooled first token (BERT paper, section 4.1); `options` as for
@@ -202,7 +202,7 @@ class BERT(nn.Module):
         """
         check_classes(self.num_classes)
         features_BD = self.features(tokens, deterministic=deterministic, **options)
-        return self.feature_logits(features_BD, deterministic)
+        return self.logits_from_features(features_BD, deterministic)
 
     def features(
         self,
@@ -216,15 +216,15 @@ class BERT(nn.Module):
         out = self.hidden(tokens, padding_mask=padding_mask, **options)
         if self.config.pooling == "first":
             return self.pool(out.hidden)
-        return mean_tokens(out.hidden, padding_mask)
+        return mean_pool(out.hidden, padding_mask)
 
-    def feature_logits(
+    def logits_from_features(
         self, features: Float[Array, "B D"], deterministic: bool = True
     ) -> Float[Array, "B C"]:
         """Class scores of `features`."""
         return self.class_logits(features, deterministic)
 
-    def tag(
+    def token_classification_logits(
         self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
     ) -> Float[Array, "B T C"]:
         """Class scores of every token; `options` as for `hidden`."""

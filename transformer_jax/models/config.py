@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_jax.nn.blocks import REMAT, StackConfig
-from transformer_jax.nn.kernels import CHOICES
+from transformer_jax.nn.fused_attention import CHOICES
 from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, embedding_init
 
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves")
@@ -53,7 +53,7 @@ class Config:
         source: the configuration file that a foreign checkpoint came with, for the way back.
         dtype: "float32" or "bfloat16" for matmuls and activations. Parameters, softmax,
             LayerNorm statistics, logits and losses are float32 either way.
-        kernel: attention by "xla", "cudnn", "splash", or "auto": see `nn.attention.attend`.
+        attention_impl: attention by "xla", "cudnn", "splash", or "auto": see `nn.attention.dot_product_attention`.
         remat: what the way back computes again instead of keeping it (Chen et al. 2016, "Training
             Deep Nets with Sublinear Memory Cost"): "none"; "dots", all but matrix products; "full",
             every block from its input, for a third more arithmetic.
@@ -82,7 +82,7 @@ class Config:
     initializer: str = "normal"
     init_std: float = 0.02
     dtype: str = "float32"
-    kernel: str = "auto"
+    attention_impl: str = "auto"
     remat: str = "none"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -105,7 +105,7 @@ class Config:
             _require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most:,}")
         choices = {"positions": POSITIONS, "activation": tuple(ACTIVATIONS),
                    "initializer": tuple(INITIALIZERS), "dtype": tuple(DTYPES),
-                   "kernel": CHOICES, "remat": tuple(REMAT)}
+                   "attention_impl": CHOICES, "remat": tuple(REMAT)}
         for name, allowed in choices.items():
             value = getattr(self, name)
             _require(value in allowed, name, repr(value), f"one of {', '.join(allowed)}")
@@ -152,21 +152,21 @@ class GPTConfig(Config):
     """GPT (Radford et al. 2018) with `norm_first=False`, GPT-2 (Radford et al. 2019) with True.
 
     Attributes:
-        context_size: how many tokens, itself included, a position attends to; None for all.
+        attention_window: how many tokens, itself included, a position attends to; None for all.
         scale_residual_init: divide the initial weights of layers that write to the residual
             stream by sqrt(number of such layers) (GPT-2 paper, section 2.3).
         classifier_bias: whether the classifier of a whole text has a bias.
     """
 
     activation: str = "gelu_tanh"
-    context_size: int | None = None
+    attention_window: int | None = None
     scale_residual_init: bool = False
     classifier_bias: bool = True
 
     def __post_init__(self):
         super().__post_init__()
-        if self.context_size is not None:
-            _require(self.context_size >= 1, "context_size", self.context_size,
+        if self.attention_window is not None:
+            _require(self.attention_window >= 1, "attention_window", self.attention_window,
                      "at least 1, or None for no limit")
 
     @property
@@ -297,7 +297,7 @@ def check_length(length: int, max_length: int) -> None:
 def init_params(model: nn.Module, rng: jax.Array, head: str | None = None) -> dict:
     """Random parameters, a nested dict of float32 arrays.
 
-    `head` names the method whose parameters are wanted, such as "classify"; None takes that of the
+    `head` names the method whose parameters are wanted, such as "classification_logits"; None takes that of the
     model's task, which is pre-training unless the model was built for another. Pure: wrap it in
     `jax.jit` with `out_shardings`, or in `jax.eval_shape` for shapes alone.
     """

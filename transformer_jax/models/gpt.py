@@ -16,15 +16,15 @@ from jaxtyping import Bool, Float, Int
 
 from transformer_jax.models.config import GPTConfig, check_classes, check_length
 from transformer_jax.models.heads import (
-    last_tokens,
-    take_positions,
-    with_prompt,
-    without_prompt,
+    gather_positions,
+    last_token_positions,
+    prepend_prompt,
+    remove_prompt,
 )
 from transformer_jax.nn.attention import KVCache, Mask, causal_mask, init_cache
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
-from transformer_jax.nn.layers import INITIALIZERS, Embed, Linear, Projection
+from transformer_jax.nn.layers import INITIALIZERS, Embed, LazyLogits, Linear
 from transformer_jax.nn.positions import make_position_embed
 
 
@@ -35,7 +35,7 @@ class GPTOutput(NamedTuple):
     hidden: Float[Array, "B T D"]
     cache: dict[str, KVCache] | None
     attention: tuple[Float[Array, "B N T S"], ...]
-    projection: Projection
+    lazy_logits: LazyLogits
 
 
 class GPT(nn.Module):
@@ -47,8 +47,8 @@ class GPT(nn.Module):
     task: str = "causal_lm"
 
     METHODS: ClassVar[dict[str, str]] = {
-        "base": "decode", "causal_lm": "__call__", "classification": "classify",
-        "multiple_choice": "classify", "token_classification": "tag", "question_answering": "tag",
+        "base": "decode", "causal_lm": "__call__", "classification": "classification_logits",
+        "multiple_choice": "classification_logits", "token_classification": "token_classification_logits", "question_answering": "token_classification_logits",
     }
 
     def setup(self):
@@ -103,47 +103,47 @@ class GPT(nn.Module):
         order_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         positions_BT = order_BT if positions is None else positions
         if cache is None:
-            mask = Mask(causal=True, context_size=c.context_size, query_documents=document_ids,
+            mask = Mask(causal=True, attention_window=c.attention_window, query_documents=document_ids,
                         key_documents=document_ids, real=padding_mask)
         else:
             slots_1S = jnp.arange(cache["layer_0"].length)[None]
-            mask = Mask(allowed=causal_mask(positions_BT, slots_1S, c.context_size))
+            mask = Mask(allowed=causal_mask(positions_BT, slots_1S, c.attention_window))
         x_BTD = self.token_embed(tokens) * c.embedding_scale
         x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
         if cache is not None and self.has_variable("params", "prompt"):
             raise ValueError("a cache has no slots for the prompt in these parameters; fold it "
                              "into prefixes first: finetune.deltas.fold_prompt(model, params)")
-        x_BTD, mask, prompt = with_prompt(self, x_BTD, mask)
+        x_BTD, mask, prompt = prepend_prompt(self, x_BTD, mask)
         x_BTD = self.embed_dropout(x_BTD, deterministic=deterministic)
         out = self.decoder(x_BTD, mask, positions_BT, cache, deterministic=deterministic)
-        return without_prompt(out, prompt)
+        return remove_prompt(out, prompt)
 
     def prompt_cache(self, cache: dict[str, KVCache]) -> dict[str, KVCache]:
         """Keys and values of the prompt in each layer, written to a cache of its length: what the
         tokens see of it, since a causal prompt does not see them."""
         P = cache["layer_0"].length
         order_1P = jnp.arange(P)[None]
-        x_1PD, _, _ = with_prompt(
+        x_1PD, _, _ = prepend_prompt(
             self, jnp.zeros((1, 0, self.config.d_model), self.config.compute_dtype), Mask())
         # As in `with_prompt`, a context does not reach into the prompt: it has no positions.
         mask = Mask(allowed=causal_mask(order_1P, order_1P))
         return self.decoder(x_1PD, mask, order_1P, cache).cache
 
-    def lm_projection(self, hidden: Float[Array, "... D"]) -> Projection:
+    def lazy_lm_logits(self, hidden: Float[Array, "... D"]) -> LazyLogits:
         """The output layer for `hidden`: the token embedding where it is tied."""
         return (self.token_embed if self.config.tie_embeddings else self.lm_head).project(hidden)
 
     def lm_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of the next token."""
-        return self.lm_projection(hidden).logits()
+        return self.lazy_lm_logits(hidden).logits()
 
     def __call__(self, tokens: Int[Array, "B T"], **options) -> GPTOutput:
         """Language model; `options` as for `decode`."""
         out = self.decode(tokens, **options)
-        projection = self.lm_projection(out.hidden)
+        projection = self.lazy_lm_logits(out.hidden)
         return GPTOutput(projection.logits(), out.hidden, out.cache, out.attention, projection)
 
-    def classify(
+    def classification_logits(
         self,
         tokens: Int[Array, "B T"],
         *,
@@ -160,7 +160,7 @@ class GPT(nn.Module):
         check_classes(self.num_classes)
         features_BD = self.features(tokens, padding_mask=padding_mask, segment_ids=segment_ids,
                                     last=last, deterministic=deterministic)
-        return self.feature_logits(features_BD, deterministic)
+        return self.logits_from_features(features_BD, deterministic)
 
     def features(
         self,
@@ -182,16 +182,16 @@ class GPT(nn.Module):
         del segment_ids
         hidden_BTD = self.decode(
             tokens, padding_mask=padding_mask, deterministic=deterministic).hidden
-        last = last_tokens(tokens, padding_mask) if last is None else last
-        return take_positions(hidden_BTD, last[:, None])[:, 0]
+        last = last_token_positions(tokens, padding_mask) if last is None else last
+        return gather_positions(hidden_BTD, last[:, None])[:, 0]
 
-    def feature_logits(
+    def logits_from_features(
         self, features: Float[Array, "B D"], deterministic: bool = True
     ) -> Float[Array, "B C"]:
         """Class scores of `features`."""
         return self.class_logits(features, deterministic)
 
-    def tag(
+    def token_classification_logits(
         self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
     ) -> Float[Array, "B T C"]:
         """Class scores of every token; `options` as for `decode`."""

@@ -10,17 +10,17 @@ from jaxtyping import Bool, Float, Int
 
 from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.blocks import StackOutput
-from transformer_jax.nn.layers import ACTIVATIONS, Bias, Embed, LayerNorm, Linear, Projection
+from transformer_jax.nn.layers import ACTIVATIONS, Bias, Embed, LayerNorm, LazyLogits, Linear
 
 
-def take_positions(
+def gather_positions(
     hidden_BTD: Float[Array, "B T D"], positions_BP: Int[Array, "B P"]
 ) -> Float[Array, "B P D"]:
     """The hidden states at `positions` of each row."""
     return jnp.take_along_axis(hidden_BTD, positions_BP[..., None], axis=1)
 
 
-def last_tokens(
+def last_token_positions(
     tokens: Int[Array, "B T"], padding_mask: Bool[Array, "B T"] | None
 ) -> Int[Array, "B"]:
     """Where each row has its last real token, wherever its padding is."""
@@ -30,7 +30,7 @@ def last_tokens(
     return jnp.where(padding_mask, jnp.arange(T), 0).max(-1)
 
 
-def mean_tokens(
+def mean_pool(
     hidden: Float[Array, "B T D"], padding_mask: Bool[Array, "B T"] | None
 ) -> Float[Array, "B D"]:
     """The mean of the real tokens' states."""
@@ -48,7 +48,7 @@ class Prompted(NamedTuple):
     length: int  # P
 
 
-def with_prompt(module: nn.Module, x_BTD: Float[Array, "B T D"], mask: Mask) -> Prompted:
+def prepend_prompt(module: nn.Module, x_BTD: Float[Array, "B T D"], mask: Mask) -> Prompted:
     """Prompt tuning (Lester et al. 2021, section 2): an edit `prompt` `[P, D]` of the parameters
     stands in front of the embedded tokens, which all see it. It is scaled as they are, and takes
     no positions. A causal prompt sees only what of it stands before.
@@ -68,7 +68,7 @@ def with_prompt(module: nn.Module, x_BTD: Float[Array, "B T D"], mask: Mask) -> 
     return Prompted(x_BTD, prompted, P)
 
 
-def without_prompt(out: StackOutput, length: int) -> StackOutput:
+def remove_prompt(out: StackOutput, length: int) -> StackOutput:
     """What a stack says of the tokens alone."""
     if not length:
         return out
@@ -89,7 +89,7 @@ class MLMHead(nn.Module):
     @nn.compact
     def __call__(
         self, hidden: Float[Array, "... D"], decoder: Embed
-    ) -> Projection:
+    ) -> LazyLogits:
         features = (hidden.shape[-1],)
         x = Linear(features, kernel_init=self.kernel_init, dtype=self.dtype, name="dense")(hidden)
         x = ACTIVATIONS[self.activation](x)

@@ -18,15 +18,15 @@ from jaxtyping import Bool, Float, Int
 
 from transformer_jax.models.config import TransformerConfig, check_classes, check_length
 from transformer_jax.models.heads import (
-    last_tokens,
-    take_positions,
-    with_prompt,
-    without_prompt,
+    gather_positions,
+    last_token_positions,
+    prepend_prompt,
+    remove_prompt,
 )
 from transformer_jax.nn.attention import KVCache, Mask, causal_mask, init_cache
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
-from transformer_jax.nn.layers import INITIALIZERS, Bias, Embed, LayerNorm, Linear, Projection
+from transformer_jax.nn.layers import INITIALIZERS, Bias, Embed, LayerNorm, LazyLogits, Linear
 from transformer_jax.nn.positions import make_position_embed
 
 
@@ -41,7 +41,7 @@ class Seq2SeqOutput(NamedTuple):
     encoder_attention: tuple[Float[Array, "B N S S"], ...]
     attention: tuple[Float[Array, "B N T T"], ...]
     cross_attention: tuple[Float[Array, "B N T S"], ...]
-    projection: Projection
+    lazy_logits: LazyLogits
 
 
 def shift_right(tokens: Int[Array, "B T"], start_id: int) -> Int[Array, "B T"]:
@@ -59,8 +59,8 @@ class Transformer(nn.Module):
     task: str = "seq2seq_lm"
 
     METHODS: ClassVar[dict[str, str]] = {
-        "base": "read_and_write", "seq2seq_lm": "__call__", "classification": "classify",
-        "multiple_choice": "classify", "token_classification": "tag", "question_answering": "tag",
+        "base": "encode_decode", "seq2seq_lm": "__call__", "classification": "classification_logits",
+        "multiple_choice": "classification_logits", "token_classification": "token_classification_logits", "question_answering": "token_classification_logits",
     }
 
     def setup(self):
@@ -116,9 +116,9 @@ class Transformer(nn.Module):
         check_length(tokens.shape[1], self.config.max_length)
         positions_BS = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x_BSD = self._embed("encoder", tokens, positions_BS)
-        x_BSD, mask, prompt = with_prompt(self, x_BSD, Mask(real=padding_mask))
+        x_BSD, mask, prompt = prepend_prompt(self, x_BSD, Mask(real=padding_mask))
         x_BSD = self._normalize("encoder", x_BSD, deterministic)
-        return without_prompt(self.encoder(x_BSD, mask, deterministic=deterministic), prompt)
+        return remove_prompt(self.encoder(x_BSD, mask, deterministic=deterministic), prompt)
 
     def decode(
         self,
@@ -163,7 +163,7 @@ class Transformer(nn.Module):
             x_BTD, mask, positions_BT, cache, memory, Mask(real=memory_mask), deterministic
         )
 
-    def lm_projection(self, hidden: Float[Array, "... D"]) -> Projection:
+    def lazy_lm_logits(self, hidden: Float[Array, "... D"]) -> LazyLogits:
         """The output layer for `hidden`: the token embedding where it is tied."""
         c = self.config
         projection = (self.token_embed if c.tie_embeddings else self.lm_head).project(hidden)
@@ -171,9 +171,9 @@ class Transformer(nn.Module):
 
     def lm_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of the next token."""
-        return self.lm_projection(hidden).logits()
+        return self.lazy_lm_logits(hidden).logits()
 
-    def read_and_write(
+    def encode_decode(
         self,
         tokens: Int[Array, "B S"],
         decoder_tokens: Int[Array, "B T"] | None = None,
@@ -203,15 +203,15 @@ class Transformer(nn.Module):
         decoder_tokens: Int[Array, "B T"] | None = None,
         **options,
     ) -> Seq2SeqOutput:
-        """The output layer; arguments as for `read_and_write`."""
-        read, written = self.read_and_write(tokens, decoder_tokens, **options)
-        projection = self.lm_projection(written.hidden)
+        """The output layer; arguments as for `encode_decode`."""
+        read, written = self.encode_decode(tokens, decoder_tokens, **options)
+        projection = self.lazy_lm_logits(written.hidden)
         return Seq2SeqOutput(
             projection.logits(), written.hidden, read.hidden, read.attention, written.attention,
             written.cross_attention, projection,
         )
 
-    def classify(
+    def classification_logits(
         self,
         tokens: Int[Array, "B T"],
         *,
@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         features_BD = self.features(
             tokens, padding_mask=padding_mask, segment_ids=segment_ids, last=last,
             deterministic=deterministic, **options)
-        return self.feature_logits(features_BD, deterministic)
+        return self.logits_from_features(features_BD, deterministic)
 
     def features(
         self,
@@ -250,12 +250,12 @@ class Transformer(nn.Module):
             ValueError: more tokens than positions.
         """
         del segment_ids
-        hidden_BTD = self.read_and_write(
+        hidden_BTD = self.encode_decode(
             tokens, padding_mask=padding_mask, deterministic=deterministic, **options)[1].hidden
-        last = last_tokens(tokens, padding_mask) if last is None else last
-        return take_positions(hidden_BTD, last[:, None])[:, 0]
+        last = last_token_positions(tokens, padding_mask) if last is None else last
+        return gather_positions(hidden_BTD, last[:, None])[:, 0]
 
-    def tag(
+    def token_classification_logits(
         self,
         tokens: Int[Array, "B T"],
         decoder_tokens: Int[Array, "B T"] | None = None,
@@ -263,13 +263,13 @@ class Transformer(nn.Module):
         deterministic: bool = True,
         **options,
     ) -> Float[Array, "B T C"]:
-        """Class scores of every token of the decoder; arguments as for `read_and_write`."""
+        """Class scores of every token of the decoder; arguments as for `encode_decode`."""
         check_classes(self.num_classes)
-        hidden_BTD = self.read_and_write(
+        hidden_BTD = self.encode_decode(
             tokens, decoder_tokens, deterministic=deterministic, **options)[1].hidden
         return self.class_logits(hidden_BTD, deterministic)
 
-    def feature_logits(
+    def logits_from_features(
         self, features: Float[Array, "B D"], deterministic: bool = True
     ) -> Float[Array, "B C"]:
         """Class scores of `features`, through the linear layer and tanh of `pooler`."""

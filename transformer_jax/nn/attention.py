@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
-from transformer_jax.nn import kernels
+from transformer_jax.nn import fused_attention
 from transformer_jax.nn.dropout import keep_mask
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, meta_fields=("causal", "context_size"),
+    jax.tree_util.register_dataclass, meta_fields=("causal", "attention_window"),
     data_fields=("query_documents", "key_documents", "real", "allowed"))
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -23,7 +23,7 @@ class Mask:
 
     Attributes:
         causal: the keys up to the query's own place in the row.
-        context_size: of these, so many, itself included; all if None. In a language model position
+        attention_window: of these, so many, itself included; all if None. In a language model position
             i - 1 predicts token i, so k is the k of P(w_i | w_{i-k} ... w_{i-1}) for one layer; a
             stack of L layers reaches L * (k - 1) + 1 back.
         query_documents, key_documents: packed rows: a token sees its own document only.
@@ -32,7 +32,7 @@ class Mask:
     """
 
     causal: bool = False
-    context_size: int | None = None
+    attention_window: int | None = None
     query_documents: Int[Array, "B T"] | None = None
     key_documents: Int[Array, "B S"] | None = None
     real: Bool[Array, "B S"] | None = None
@@ -52,7 +52,7 @@ class Mask:
         """Booleans that broadcast to `[B, N, T, S]`; None where all is seen."""
         parts = []
         if self.causal:
-            parts.append(causal_mask(jnp.arange(T)[None], jnp.arange(S)[None], self.context_size))
+            parts.append(causal_mask(jnp.arange(T)[None], jnp.arange(S)[None], self.attention_window))
         if self.query_documents is not None:
             parts.append(self.query_documents[:, None, :, None]
                          == self.key_documents[:, None, None, :])
@@ -69,21 +69,21 @@ UNMASKED = Mask()
 def causal_mask(
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "B S"],
-    context_size: int | None = None,
+    attention_window: int | None = None,
 ) -> Bool[Array, "B 1 T S"]:
-    """Each position sees itself and the `context_size - 1` positions before it (all if None)."""
+    """Each position sees itself and the `attention_window - 1` positions before it (all if None)."""
     distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
     mask = distance >= 0
-    return mask if context_size is None else mask & (distance < context_size)
+    return mask if attention_window is None else mask & (distance < attention_window)
 
 
-def attend(
+def dot_product_attention(
     query_BTNH: Float[Array, "B T N H"],
     key_BSNH: Float[Array, "B S N H"],
     value_BSNH: Float[Array, "B S N H"],
     mask: Mask,
     *,
-    kernel: str = "auto",
+    attention_impl: str = "auto",
     dropout_rate: float = 0.0,
     dropout_rng: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
@@ -93,7 +93,7 @@ def attend(
     that the loss throws away: here, the average of all values.
 
     Args:
-        kernel: "xla" for the plain products, "cudnn" or "splash" for a kernel that never holds the
+        attention_impl: "xla" for the plain products, "cudnn" or "splash" for a kernel that never holds the
             weights `[T, S]` (Dao et al. 2022, "FlashAttention"), "auto" for that of the platform.
             What a kernel cannot do (see `kernels.choose`) is left to the plain products.
         dropout_rng: None means no dropout.
@@ -103,7 +103,7 @@ def attend(
         queries are cut into parts, the weights are computed apart, if anything uses them.
     """
     dropped = dropout_rng is not None and dropout_rate > 0
-    chosen = kernels.choose(kernel, query_BTNH, key_BSNH, mask, dropped)
+    chosen = fused_attention.select_implementation(attention_impl, query_BTNH, key_BSNH, mask, dropped)
     T, S = query_BTNH.shape[1], key_BSNH.shape[1]
     mask_BNTS = mask.dense(T, S)
     query, key, value = (x.swapaxes(1, 2) for x in (query_BTNH, key_BSNH, value_BSNH))
@@ -117,7 +117,7 @@ def attend(
         return out_BNTH.swapaxes(1, 2), weights_BNTS
     weights_BNTS = jax.nn.softmax(_scores(query, key, mask_BNTS), axis=-1)
     if chosen != "xla":
-        out_BTNH = kernels.KERNELS[chosen](query_BTNH, key_BSNH, value_BSNH, mask)
+        out_BTNH = fused_attention.IMPLEMENTATIONS[chosen](query_BTNH, key_BSNH, value_BSNH, mask)
         return out_BTNH, weights_BNTS
     out = []
     for first in range(0, T, T // parts):

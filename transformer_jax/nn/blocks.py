@@ -13,9 +13,15 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from transformer_jax.nn.attention import UNMASKED, KVCache, Mask, attend
+from transformer_jax.nn.attention import UNMASKED, KVCache, Mask, dot_product_attention
 from transformer_jax.nn.dropout import Dropout
-from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, LayerNorm, Linear, store_gradient
+from transformer_jax.nn.layers import (
+    ACTIVATIONS,
+    INITIALIZERS,
+    LayerNorm,
+    Linear,
+    materialize_cotangent,
+)
 from transformer_jax.sharding import BATCH_AXES, constrain, constrain_hidden
 from transformer_jax.tree import LAYERS
 
@@ -44,7 +50,7 @@ class StackConfig(NamedTuple):
     init_std: float
     residual_init_std: float  # for the two kernels of a block that write to the residual stream
     dtype: jnp.dtype
-    kernel: str
+    attention_impl: str
     remat: str
     cross_attention: bool = False  # blocks also look at a memory: the encoder's hidden states
 
@@ -103,12 +109,12 @@ class Attention(nn.Module):
                 key, value = seen.rows()
         key, value, mask, prefix = with_prefix(self, key, value, mask, x_BTD.shape[1])
         use_dropout = not deterministic and c.attention_dropout_rate > 0
-        out_BTNH, weights_BNTS = attend(
+        out_BTNH, weights_BNTS = dot_product_attention(
             query_BTNH,
             key,
             value,
             mask,
-            kernel=c.kernel,
+            attention_impl=c.attention_impl,
             dropout_rate=c.attention_dropout_rate,
             dropout_rng=self.make_rng("dropout") if use_dropout else None,
         )
@@ -134,7 +140,7 @@ def with_prefix(module: nn.Module, key: Array, value: Array, mask: Mask, T: int)
 
 class Adapter(nn.Module):
     """A bottleneck that is nearly the identity at first: x + up(f(down(x))) (Houlsby et al. 2019,
-    section 2.1). Its width is that of the parameters, which `finetune.deltas` makes."""
+    section 2.1). Its width is that of the parameters, which `finetuning.peft` makes."""
 
     config: StackConfig
 
@@ -159,7 +165,7 @@ class MLP(nn.Module):
         wi = Linear((c.mlp_dim,), kernel_init=c.kernel_init(), dtype=c.dtype, name="wi")
         wo = Linear((c.d_model,), kernel_init=c.residual_init(), dtype=c.dtype, name="wo")
         h_BTF = constrain(wi(x_BTD, deterministic), BATCH_AXES, "sequence", "tensor")
-        h_BTF = store_gradient(h_BTF)
+        h_BTF = materialize_cotangent(h_BTF)
         return wo(ACTIVATIONS[c.activation](h_BTF), deterministic)
 
 
@@ -186,7 +192,7 @@ class Block(nn.Module):
 
         def residual(name, sublayer, x_BTD):
             norm = LayerNorm(c.norm_epsilon, dtype=c.dtype, name=f"{name}_norm")
-            x_BTD = store_gradient(x_BTD)
+            x_BTD = materialize_cotangent(x_BTD)
             in_BTD = norm(x_BTD) if c.norm_first else x_BTD
             out_BTD, *rest = sublayer(constrain(in_BTD, BATCH_AXES, "sequence", None))
             out_BTD = Dropout(c.dropout_rate)(out_BTD, deterministic=deterministic)

@@ -3,9 +3,9 @@
 Parameters are float32; `dtype` is the type of the arithmetic. LayerNorm statistics are always
 computed in float32. Shape suffixes: B batch, T length, D d_model, V vocabulary.
 
-Layers honour edits of their parameters (`finetune.deltas`): leaves that `init` never makes, such as
+Layers honour edits of their parameters (`finetuning.peft`): leaves that `init` never makes, such as
 `lora_a`, count where they are present. A frozen kernel or embedding may be of another type, or be
-int8 with a scale (`finetune.shrink`).
+int8 with a scale (`finetuning.quantize`).
 """
 
 import functools
@@ -51,28 +51,28 @@ def embedding_init(initializer: str, std: float) -> Callable:
     return INITIALIZERS["normal" if initializer == "xavier_uniform" else initializer](std)
 
 
-FEW_ROWS = 32  # up to which `by_outputs` was faster on the CPUs that were measured
+MATVEC_MAX_ROWS = 32  # up to which `by_outputs` was faster on the CPUs that were measured
 
 
-def _edit(module: nn.Module, name: str) -> Array | None:
+def _optional_param(module: nn.Module, name: str) -> Array | None:
     """A leaf that an edit of the parameters put into a layer."""
     return module.get_variable("params", name) if module.has_variable("params", name) else None
 
 
-def stored(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]):
+def get_weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]):
     """A matrix as it is kept: (values, None), or (int8, the scale to multiply outputs by)."""
-    if (small := _edit(module, f"{name}_int8")) is not None:
-        return small, _edit(module, f"{name}_scale")
+    if (small := _optional_param(module, f"{name}_int8")) is not None:
+        return small, _optional_param(module, f"{name}_scale")
     return module.param(name, init, shape), None
 
 
-def dense(kernel: Array, scale: Array | None) -> Array:
+def dequantize(kernel: Array, scale: Array | None) -> Array:
     """The float32 kernel that int8 values and the scale of their outputs stand for."""
     kernel = kernel.astype(jnp.float32)
     return kernel if scale is None else kernel * scale
 
 
-def product(x: Float[Array, "..."], kernel: Float[Array, "..."], contract: int = 1) -> Array:
+def matmul(x: Float[Array, "..."], kernel: Float[Array, "..."], contract: int = 1) -> Array:
     """The last `contract` axes of x against the first of a kernel.
 
     Of two matrices, but on a mesh, which may cut axes that this merges: of arrays with more axes,
@@ -85,7 +85,7 @@ def product(x: Float[Array, "..."], kernel: Float[Array, "..."], contract: int =
     return y.reshape(*x.shape[: x.ndim - contract], *kernel.shape[contract:])
 
 
-def by_outputs(
+def matmul_transposed(
     x: Float[Array, "... D"], matrix: Float[Array, "F D"], dtype: jnp.dtype | None = None
 ) -> Float[Array, "... F"]:
     """x @ matrix.T, of a matrix that is kept by outputs.
@@ -98,7 +98,7 @@ def by_outputs(
         return jnp.einsum("...D,FD->...F", x, matrix, preferred_element_type=dtype)
     rows = math.prod(x.shape[:-1])
     few = x.reshape(rows, x.shape[-1])
-    if rows > FEW_ROWS or jax.default_backend() != "cpu":
+    if rows > MATVEC_MAX_ROWS or jax.default_backend() != "cpu":
         y = jnp.einsum("MD,FD->MF", few, matrix, preferred_element_type=dtype)
         return y.reshape(*x.shape[:-1], -1)
     if rows == 1 and matrix.dtype != jnp.float32:
@@ -109,7 +109,7 @@ def by_outputs(
     return y.reshape(*x.shape[:-1], -1)
 
 
-def by_outputs_int8(
+def matmul_transposed_int8(
     x: Float[Array, "... D"], matrix: Int8[Array, "F D"], scale: Float[Array, "F"]
 ) -> Float[Array, "... F"]:
     """x @ matrix.T * scale, float32, with each row of x rounded to 127 steps of its largest value.
@@ -146,28 +146,28 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "..."], deterministic: bool = True) -> Float[Array, "..."]:
         shape = x.shape[-self.contract :] + self.features
-        if (ia3 := _edit(self, "ia3_input")) is not None:
+        if (ia3 := _optional_param(self, "ia3_input")) is not None:
             x = x * ia3
         x, scale = x.astype(self.dtype), None
-        if (kernel := _edit(self, "kernel_t")) is not None:
+        if (kernel := _optional_param(self, "kernel_t")) is not None:
             rows = x.reshape(*x.shape[: x.ndim - self.contract], -1)
             if kernel.dtype == jnp.int8:
-                y = by_outputs_int8(rows, kernel.reshape(-1, rows.shape[-1]),
-                                    _edit(self, "kernel_t_scale").reshape(-1)).astype(self.dtype)
+                y = matmul_transposed_int8(rows, kernel.reshape(-1, rows.shape[-1]),
+                                    _optional_param(self, "kernel_t_scale").reshape(-1)).astype(self.dtype)
             else:
-                y = by_outputs(rows, kernel.astype(self.dtype).reshape(-1, rows.shape[-1]))
+                y = matmul_transposed(rows, kernel.astype(self.dtype).reshape(-1, rows.shape[-1]))
             y = y.reshape(*rows.shape[:-1], *self.features)
         else:
-            kernel, scale = stored(self, "kernel", self._init, shape)
-            y = product(x, kernel.astype(self.dtype), self.contract)
+            kernel, scale = get_weight(self, "kernel", self._init, shape)
+            y = matmul(x, kernel.astype(self.dtype), self.contract)
         if scale is not None:
             y = y * scale.astype(self.dtype)
-        if (lora_b := _edit(self, "lora_b")) is not None:
+        if (lora_b := _optional_param(self, "lora_b")) is not None:
             y = self._lora(x, y, kernel, scale, lora_b, deterministic)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
             y = y + bias.astype(self.dtype)
-        if (ia3 := _edit(self, "ia3_output")) is not None:
+        if (ia3 := _optional_param(self, "ia3_output")) is not None:
             y = y * ia3.astype(self.dtype)
         return y
 
@@ -175,16 +175,16 @@ class Linear(nn.Module):
         """y + s x A B (Hu et al. 2021, "LoRA", section 4.1), s being `lora_scale`. With a
         `lora_magnitude` m, DoRA: m (W + s A B) / |W + s A B| instead of the sum, the norm of each
         output's column taken as a constant (Liu et al. 2024, sections 4.1 and 4.3)."""
-        lora_a, lora_scale = _edit(self, "lora_a"), _edit(self, "lora_scale")
-        rate = _edit(self, "lora_dropout")
+        lora_a, lora_scale = _optional_param(self, "lora_a"), _optional_param(self, "lora_scale")
+        rate = _optional_param(self, "lora_dropout")
         if rate is not None and not deterministic:
             x = dropout(x, rate, self.make_rng("dropout"))
-        low = product(x, lora_a.astype(self.dtype), self.contract) * lora_scale.astype(self.dtype)
-        y = y + product(low, lora_b.astype(self.dtype))
-        magnitude = _edit(self, "lora_magnitude")
+        low = matmul(x, lora_a.astype(self.dtype), self.contract) * lora_scale.astype(self.dtype)
+        y = y + matmul(low, lora_b.astype(self.dtype))
+        magnitude = _optional_param(self, "lora_magnitude")
         if magnitude is None:
             return y
-        whole = dense(kernel, scale) + lora_scale * jnp.tensordot(lora_a, lora_b, axes=1)
+        whole = dequantize(kernel, scale) + lora_scale * jnp.tensordot(lora_a, lora_b, axes=1)
         norm = jnp.sqrt(jnp.square(whole).sum(tuple(range(self.contract))))
         norm = jnp.maximum(jax.lax.stop_gradient(norm), jnp.finfo(jnp.float32).tiny)
         return y * (magnitude / norm).astype(self.dtype)
@@ -221,7 +221,7 @@ def _(epsilon, primals, tangents):
 
 
 @jax.custom_jvp
-def store_gradient(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def materialize_cotangent(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x`; its gradient is computed once and stored.
 
     XLA for CPUs fuses elementwise operations into each of their uses. The gradient of the residual
@@ -233,7 +233,7 @@ def store_gradient(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x
 
 
-@store_gradient.defjvp
+@materialize_cotangent.defjvp
 def _(primals, tangents):
     def branch(x):
         certain = jax.lax.optimization_barrier(jnp.array(True))
@@ -257,9 +257,9 @@ class LayerNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-class Projection(NamedTuple):
+class LazyLogits(NamedTuple):
     """Hidden states and the output layer that they are for. A loss that takes these instead of
-    logits need not hold `[B, T, V]` (`objectives.projection`)."""
+    logits need not hold `[B, T, V]` (`objectives.chunked_cross_entropy`)."""
 
     hidden: Float[Array, "... D"]  # of the type of the arithmetic
     embedding: Float[Array, "V D"]
@@ -270,9 +270,9 @@ class Projection(NamedTuple):
     def logits(self) -> Float[Array, "... V"]:
         """hidden @ embedding.T * scale + bias, in float32."""
         if self.rounds:
-            logits = by_outputs_int8(self.hidden, self.embedding, self.scale)
+            logits = matmul_transposed_int8(self.hidden, self.embedding, self.scale)
         else:
-            logits = by_outputs(
+            logits = matmul_transposed(
                 self.hidden, self.embedding.astype(self.hidden.dtype), jnp.float32)
             logits = logits if self.scale is None else logits * self.scale
         logits = constrain(logits, BATCH_AXES, *["sequence"] * (logits.ndim - 2), "tensor")
@@ -289,13 +289,13 @@ class Embed(nn.Module):
 
     def setup(self):
         shape = (self.num_embeddings, self.features)
-        self.rounds = _edit(self, "embedding_t") is not None
+        self.rounds = _optional_param(self, "embedding_t") is not None
         if self.rounds:
-            self.embedding, self.scale = _edit(self, "embedding_t"), _edit(
+            self.embedding, self.scale = _optional_param(self, "embedding_t"), _optional_param(
                 self, "embedding_t_scale")
         else:
-            self.embedding, self.scale = stored(self, "embedding", self._init, shape)
-        self.extra = _edit(self, "extra")
+            self.embedding, self.scale = get_weight(self, "embedding", self._init, shape)
+        self.extra = _optional_param(self, "extra")
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Rows for `ids`; those from `num_embeddings` on are in the edit `extra`, if there is one.
@@ -317,10 +317,10 @@ class Embed(nn.Module):
             return rows
         return rows * jnp.take(self.scale, ids, axis=0)[..., None].astype(self.dtype)
 
-    def project(self, x: Float[Array, "... D"]) -> Projection:
+    def project(self, x: Float[Array, "... D"]) -> LazyLogits:
         """The table as output layer (Press & Wolf 2017)."""
         rounds = True if self.rounds else None
-        return Projection(x.astype(self.dtype), self.embedding, self.scale, rounds=rounds)
+        return LazyLogits(x.astype(self.dtype), self.embedding, self.scale, rounds=rounds)
 
 
 class Bias(nn.Module):
@@ -329,6 +329,6 @@ class Bias(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, projection: Projection) -> Projection:
+    def __call__(self, projection: LazyLogits) -> LazyLogits:
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return projection._replace(bias=bias)

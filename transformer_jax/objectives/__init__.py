@@ -8,20 +8,15 @@ terms return dicts with one sum and weight a term; the loss is then the sum of t
 `metrics` maps a name to its own (sum, weight).
 """
 
-from transformer_jax.objectives import (
-    causal_lm,
-    contrastive,
-    denoising,
-    layout,
-    losses,
-    mlm_nsp,
-    seq2seq,
-    spans,
-    tags,
-    tasks,
-)
+import lazy_loader
 
-__all__ = [
-    "causal_lm", "contrastive", "denoising", "layout", "losses", "mlm_nsp", "seq2seq", "spans",
-    "tags", "tasks",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "causal_lm", "chunked_cross_entropy", "classification", "contrastive", "cross_entropy",
+        "denoising", "fused_cross_entropy", "input_format", "mlm_nsp", "question_answering",
+        "seq2seq", "token_classification",
+    ],
+    submod_attrs={
+    },
+)

@@ -1,41 +1,16 @@
 """Causal language modelling: the sum over i of log P(w_i | w_{i-k} ... w_{i-1}).
 
-Radford et al. 2018, equation 1. k is the model's `context_size`.
+Radford et al. 2018, equation 1. k is the model's `attention_window`.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int, Key
+from jaxtyping import Float, Key
 
-from transformer_jax.objectives.layout import pad
-from transformer_jax.objectives.losses import Pair, dropout, score_tokens
-
-
-def shift(
-    tokens: Int[np.ndarray, "... T+1"], document_ids: Int[np.ndarray, "... T+1"]
-) -> dict[str, np.ndarray]:
-    """Inputs and targets from windows that are one token longer than the rows to train on.
-
-    The target of a token is its successor; it has weight 0 where the successor belongs to another
-    document or to padding (document 0). Positions restart with every document.
-
-    Returns:
-        tokens, targets, positions, document_ids int32 and weights float32, each `[..., T]`.
-    """
-    documents, following = document_ids[..., :-1], document_ids[..., 1:]
-    place = np.broadcast_to(np.arange(documents.shape[-1]), documents.shape)
-    begins = np.ones(documents.shape, bool)
-    begins[..., 1:] = documents[..., 1:] != documents[..., :-1]
-    start = np.maximum.accumulate(np.where(begins, place, 0), axis=-1)
-    return {
-        "tokens": tokens[..., :-1].astype(np.int32),
-        "targets": tokens[..., 1:].astype(np.int32),
-        "positions": np.where(documents > 0, place - start, 0).astype(np.int32),
-        "document_ids": documents.astype(np.int32),
-        "weights": ((documents == following) & (documents > 0)).astype(np.float32),
-    }
+from transformer_jax.objectives.cross_entropy import SumAndWeight, dropout, token_losses
+from transformer_jax.objectives.input_format import pad
 
 
 def prepare(
@@ -55,7 +30,7 @@ def prepare(
 def loss(
     apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None,
     **options,
-) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Pair]]:
+) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, SumAndWeight]]:
     """Sum over targets of -log P, in nats; its weight is the number of targets.
 
     `batch` holds tokens, targets, weights `[B, T]`, and for packed rows positions and document_ids;
@@ -68,7 +43,7 @@ def loss(
         document_ids=batch.get("document_ids"),
         **dropout(rng),
     )
-    loss, metrics = score_tokens(out.logits, getattr(out, "projection", None), batch["targets"],
+    loss, metrics = token_losses(out.logits, getattr(out, "projection", None), batch["targets"],
                                  batch["weights"], **options)
     return *loss, {"accuracy": metrics["accuracy"]}
 

@@ -13,9 +13,15 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Key
 
-from transformer_jax.models.heads import mean_tokens
-from transformer_jax.objectives.layout import bert_row
-from transformer_jax.objectives.losses import Pair, correct, cross_entropy, dropout, weighted
+from transformer_jax.models.heads import mean_pool
+from transformer_jax.objectives.cross_entropy import (
+    SumAndWeight,
+    cross_entropy,
+    dropout,
+    top1_correct,
+    weighted_sum,
+)
+from transformer_jax.objectives.input_format import pack_bert_input
 
 SCALE = 20.0  # of cosines, the inverse temperature of the released models
 
@@ -27,7 +33,7 @@ def prepare(
     """`{"tokens", "tokens_b"}`, two texts that belong together, as a row: tokens int32 and
     padding_mask bool `[2, length]`."""
     del rng
-    sides = [bert_row(example[name], length=length, cls_id=cls_id, sep_id=sep_id, pad_id=pad_id)
+    sides = [pack_bert_input(example[name], length=length, cls_id=cls_id, sep_id=sep_id, pad_id=pad_id)
              for name in ("tokens", "tokens_b")]
     return {**{name: np.stack([side[name] for side in sides])
                for name in ("tokens", "padding_mask")}, "weights": np.float32(1)}
@@ -37,13 +43,13 @@ def embed(
     hidden: Float[Array, "B T D"], padding_mask: Bool[Array, "B T"]
 ) -> Float[Array, "B D"]:
     """A text's embedding: the mean of its tokens' states, of length 1."""
-    mean = mean_tokens(hidden, padding_mask)
+    mean = mean_pool(hidden, padding_mask)
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
 
 
 def loss(
     apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None
-) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Pair]]:
+) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, SumAndWeight]]:
     """Sum over pairs of -log P(second text | first), among the second texts of the batch, in nats.
 
     It depends on what else is in the batch: compare it between equal batches only. The metric is
@@ -57,5 +63,5 @@ def loss(
     scores = SCALE * embeddings[:, 0] @ embeddings[:, 1].T
     scores = jnp.where(batch["weights"][None] > 0, scores, jnp.finfo(jnp.float32).min)
     own = jnp.arange(B)
-    total, weight = weighted(cross_entropy(scores, own), batch["weights"])
-    return total, weight, {"accuracy": weighted(correct(scores, own), batch["weights"])}
+    total, weight = weighted_sum(cross_entropy(scores, own), batch["weights"])
+    return total, weight, {"accuracy": weighted_sum(top1_correct(scores, own), batch["weights"])}

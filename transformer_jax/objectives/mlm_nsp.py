@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
-from transformer_jax.objectives.layout import bert_row, pad
-from transformer_jax.objectives.losses import Pair, dropout, score_tokens
+from transformer_jax.objectives.cross_entropy import SumAndWeight, dropout, token_losses
+from transformer_jax.objectives.input_format import pack_bert_input, pad
 
 MASK_RATE = 0.15  # of the tokens are predicted; of these
 KEEP_MASK, KEEP_RANDOM = 0.8, 0.1  # 80 % become [MASK], 10 % a random token, 10 % stay
@@ -176,7 +176,7 @@ def prepare(
     if rng.random() < short_rate:
         max_tokens = int(rng.integers(2, max_tokens + 1))
     a, b, label = sample_pair(pairs, run, rng, max_tokens)
-    row = bert_row(
+    row = pack_bert_input(
         a, b, length=max_tokens + 3, cls_id=cls_id, sep_id=sep_id, pad_id=pad_id, rng=rng
     )
     tokens = pad(row["tokens"], length, pad_id)
@@ -198,7 +198,7 @@ def prepare(
 def loss(
     apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None,
     **options,
-) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]], dict[str, Pair]]:
+) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]], dict[str, SumAndWeight]]:
     """Two terms, in nats: "mlm" over masked tokens and "nsp" over pairs.
 
     The loss is the sum of the two means (BERT paper, appendix A.2). A batch without nsp_labels
@@ -212,11 +212,11 @@ def loss(
         masked_positions=batch["masked_positions"],
         **dropout(rng),
     )
-    scored = {"mlm": (out.mlm_logits, getattr(out, "mlm_projection", None),
+    scored = {"mlm": (out.mlm_logits, getattr(out, "lazy_mlm_logits", None),
                       batch["masked_targets"], batch["masked_weights"])}
     if "nsp_labels" in batch:
         scored["nsp"] = (out.nsp_logits, None, batch["nsp_labels"], batch["nsp_weights"])
-    found = {name: score_tokens(*args, **options) for name, args in scored.items()}
+    found = {name: token_losses(*args, **options) for name, args in scored.items()}
     terms = {name: loss for name, (loss, _) in found.items()}
     metrics = {f"{name}_accuracy": measured["accuracy"] for name, (_, measured) in found.items()}
     totals = {name: total for name, (total, _) in terms.items()}

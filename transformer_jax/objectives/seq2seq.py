@@ -9,8 +9,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Key
 
-from transformer_jax.objectives.layout import pad
-from transformer_jax.objectives.losses import Pair, dropout, score_tokens
+from transformer_jax.objectives.cross_entropy import SumAndWeight, dropout, token_losses
+from transformer_jax.objectives.input_format import pad
 
 Ids = Int[np.ndarray, "N"]
 
@@ -66,7 +66,7 @@ def loss(
     *,
     label_smoothing: float = 0.0,
     **options,
-) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Pair]]:
+) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, SumAndWeight]]:
     """Sum over target tokens of the cross-entropy, in nats; its weight is their number.
 
     `label_smoothing` is the share of each target that is spread over the vocabulary (section 5.4).
@@ -80,7 +80,7 @@ def loss(
         padding_mask=batch["padding_mask"],
         **dropout(rng),
     )
-    loss, metrics = score_tokens(
+    loss, metrics = token_losses(
         out.logits, getattr(out, "projection", None), batch["targets"], batch["weights"],
         label_smoothing if rng is not None else 0.0, **options)
     return *loss, metrics

@@ -1,7 +1,16 @@
-"""Checkpoints in the Hugging Face format: loaded, used under its names, and given back."""
+"""Checkpoints in the Hugging Face and PEFT formats: load, run and save."""
 
-from transformer_jax.pretrained.forward import forward
-from transformer_jax.pretrained.load import Pretrained, load_pretrained
-from transformer_jax.pretrained.save import save_pretrained
+import lazy_loader
 
-__all__ = ["Pretrained", "forward", "load_pretrained", "save_pretrained"]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "families", "load", "peft_io", "runs", "safetensors_io", "save", "sentencepiece",
+        "tokenizer", "weight_maps",
+    ],
+    submod_attrs={
+        "forward": ["forward"],
+        "load": ["Pretrained", "load_pretrained"],
+        "save": ["save_pretrained"],
+    },
+)

@@ -106,7 +106,7 @@ FAMILIES: dict[str, Family] = {
         GPTConfig, "GPT2", "transformer.",
         {**_gpt(50_257, 1024, ("activation_function", "gelu_new"), (None, 50_256, 50_256)),
          "mlp_dim": ("n_inner", None)},
-        {"norm_first": True, "positions": "learned", "position_offset": 0, "context_size": None,
+        {"norm_first": True, "positions": "learned", "position_offset": 0, "attention_window": None,
          "scale_residual_init": True, "classifier_bias": False, "scale_embedding": None},
         _GPT2_HEADS,
         {"add_cross_attention": False, "reorder_and_upcast_attn": False,
@@ -114,7 +114,7 @@ FAMILIES: dict[str, Family] = {
     "openai-gpt": Family(
         GPTConfig, "OpenAIGPT", "transformer.",
         _gpt(40_478, 512, ("afn", "gelu"), (None, None, None)),
-        {"norm_first": False, "positions": "learned", "position_offset": 0, "context_size": None,
+        {"norm_first": False, "positions": "learned", "position_offset": 0, "attention_window": None,
          "classifier_bias": False, "scale_embedding": None},
         _GPT_HEADS),
     "bert": Family(

@@ -17,7 +17,7 @@ from transformer_jax.models import (
     TransformerConfig,
     shift_right,
 )
-from transformer_jax.models.heads import last_tokens, take_positions
+from transformer_jax.models.heads import gather_positions, last_token_positions
 from transformer_jax.nn.blocks import Block
 
 _DECODED = ("causal_lm", "seq2seq_lm")
@@ -136,8 +136,8 @@ def _gpt(
     if m.task == "classification":
         # The last token that is no padding by its id, whatever the mask says.
         pad = m.config.pad_token_id
-        last_B = last_tokens(input_ids, mask if pad is None else input_ids != pad)
-        last_BD = take_positions(hidden_BTD, last_B[:, None])[:, 0]
+        last_B = last_token_positions(input_ids, mask if pad is None else input_ids != pad)
+        last_BD = gather_positions(hidden_BTD, last_B[:, None])[:, 0]
         out["logits"] = m.class_logits(last_BD, deterministic)
     return out
 
@@ -178,7 +178,7 @@ def _transformer(
     if decoder_input_ids is None:
         decoder_input_ids = default_decoder_ids(c, input_ids)
     mask = _mask(attention_mask)
-    read, written = m.read_and_write(
+    read, written = m.encode_decode(
         input_ids, decoder_input_ids, padding_mask=mask,
         decoder_padding_mask=_mask(decoder_attention_mask), deterministic=deterministic)
     hidden_BTD = written.hidden
@@ -188,9 +188,9 @@ def _transformer(
         # The last end of a text, wherever the padding is.
         ends = mask if c.eos_token_id is None else jnp.isin(
             input_ids, jnp.asarray(c.eos_token_id))
-        last_B = last_tokens(input_ids, ends)
-        out["logits"] = m.feature_logits(
-            take_positions(hidden_BTD, last_B[:, None])[:, 0], deterministic)
+        last_B = last_token_positions(input_ids, ends)
+        out["logits"] = m.logits_from_features(
+            gather_positions(hidden_BTD, last_B[:, None])[:, 0], deterministic)
     return out
 
 

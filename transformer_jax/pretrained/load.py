@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from transformer_jax import json_files
+from transformer_jax import storage
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.models import Config, Model, build_model, init_params
-from transformer_jax.pretrained import tables, tensors, tokenizer
+from transformer_jax.pretrained import safetensors_io, tokenizer, weight_maps
 from transformer_jax.pretrained.families import (
     FAMILIES,
     find_family,
@@ -35,7 +35,7 @@ HEADS = ("pooler", "classifier", "mlm_head", "nsp_head", "lm_head", "output")
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 # Of a hub's repository only these are fetched: not the same weights in three formats.
-NEEDED = (CONFIG, GENERATION, tensors.WEIGHTS, tensors.INDEX, "model-*-of-*.safetensors",
+NEEDED = (CONFIG, GENERATION, safetensors_io.WEIGHTS, safetensors_io.INDEX, "model-*-of-*.safetensors",
           *tokenizer.FILES)
 PACKAGE = "package:"
 _CLASSIFIED = ("classification", "token_classification")
@@ -88,7 +88,7 @@ def load_pretrained(
         values["generation_config"] = _read_json(folder / GENERATION)
     family = find_family(values.get("model_type"))
     model_type = values["model_type"]
-    entries = tensors.open_weights(folder)
+    entries = safetensors_io.open_weights(folder)
     values = _with_dtype(values, entries)
     task = _task(values, task)
     config = read_config(values, **_checked(changes, family.kind))
@@ -102,7 +102,7 @@ def load_pretrained(
         flatten_paths(param_shardings(abstract, mesh)))
     params: dict[str, Any] = dict.fromkeys(shapes)
     for rule, entry in sorted(found.items(), key=lambda item: -item[1].size):
-        for path, value in zip(rule.ours, rule.to_ours(tensors.read(entry), shapes)):
+        for path, value in zip(rule.ours, rule.to_ours(safetensors_io.read(entry), shapes)):
             params[path] = _place(value, shardings[path])
     new = [path for path, value in params.items() if value is None]
     if new:
@@ -115,9 +115,9 @@ def load_pretrained(
 
 
 def match(
-    entries: dict[str, tensors.Entry], model_type: str, task: str, config: Config,
+    entries: dict[str, safetensors_io.Entry], model_type: str, task: str, config: Config,
     shapes: dict[str, tuple[int, ...]], *, new_classifier: bool = False,
-) -> tuple[dict[tables.Rule, tensors.Entry], list[str]]:
+) -> tuple[dict[weight_maps.WeightMap, safetensors_io.Entry], list[str]]:
     """Which tensor holds which parameters, and the names of tensors that hold none.
 
     Raises:
@@ -127,13 +127,13 @@ def match(
     base = FAMILIES[model_type].base
     named: dict[str, str] = {}
     for name in entries:
-        short = tables.modern(name, base)
+        short = weight_maps.modern(name, base)
         if short in named:
             raise ValueError(f"the weights have both {named[short]!r} and {name!r}, which name the "
                              "same tensor; remove one of them")
         named[short] = name
     found, used = {}, set()
-    for rule in tables.rules(model_type, task, config, shapes):
+    for rule in weight_maps.rules(model_type, task, config, shapes):
         short = rule.theirs.removeprefix("{base}")
         present = [name for name in (short, *rule.aliases) if name in named]
         used.update(present)
@@ -158,13 +158,13 @@ def match(
         raise ValueError(f"the weights lack {len(lacking)} of {len(shapes)} parameters, such as "
                          f"{lacking[0]}; config.json, which speaks of {config.num_layers} layers, "
                          "and the weights are not of one model")
-    fixed = {p.theirs.removeprefix("{base}") for p in tables.POSITIONS}
+    fixed = {p.theirs.removeprefix("{base}") for p in weight_maps.POSITIONS}
     unused = sorted(named[short] for short in named.keys() - used
-                    if not tables.BUFFERS.search(short)
+                    if not weight_maps.BUFFERS.search(short)
                     and not (short in fixed and config.positions != "learned"))
     most = max(config.num_layers, getattr(config, "num_decoder_layers", None) or 0)
     for name in unused:
-        if (tables.layer_number(name) or 0) >= most:
+        if (weight_maps.layer_number(name) or 0) >= most:
             raise ValueError(f"the weights have {name}, but config.json speaks of {most} layers; "
                              "they are not of one model")
     return found, unused
@@ -175,20 +175,20 @@ def _check_positions(entries, named, config) -> None:
     """
     if config.positions == "learned":
         return
-    for position in tables.POSITIONS:
+    for position in weight_maps.POSITIONS:
         name = named.get(position.theirs.removeprefix("{base}"))
         if name is None:
             continue
-        table, entry = tables.position_table(config), entries[name]
+        table, entry = weight_maps.position_table(config), entries[name]
         if entry.shape != table.shape or not np.allclose(
-                tensors.read(entry).astype(np.float32), table, atol=0.01):
+                safetensors_io.read(entry).astype(np.float32), table, atol=0.01):
             raise ValueError(f"{name} of shape {entry.shape} does not hold the fixed sinusoids of "
                              f"{config.max_length} positions; learned ones are not here")
 
 
 def _place(value: np.ndarray, sharding) -> jax.Array:
     if value.dtype != np.float32 or not value.flags.c_contiguous:
-        copy = tensors.empty(value.shape, np.float32)
+        copy = safetensors_io.empty(value.shape, np.float32)
         copy[...] = value
         value = copy
     if sharding is None:
@@ -248,8 +248,8 @@ def _in_package(name: str) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a checkpoint's folder has {CONFIG} and "
-                                f"{tensors.WEIGHTS}")
-    return json_files.read(path)
+                                f"{safetensors_io.WEIGHTS}")
+    return storage.read_json(path)
 
 
 def _task(values: dict[str, Any], task: str | None) -> str:
@@ -286,7 +286,7 @@ def _checked(changes: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
     return changes
 
 
-def _with_dtype(values: dict[str, Any], entries: dict[str, tensors.Entry]) -> dict[str, Any]:
+def _with_dtype(values: dict[str, Any], entries: dict[str, safetensors_io.Entry]) -> dict[str, Any]:
     """config.json, in which the type of the weights is that of the file: the way back casts to it.
     """
     kinds = {entry.dtype for entry in entries.values() if entry.dtype.kind in "fV"}

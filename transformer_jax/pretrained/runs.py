@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from transformer_jax import digests, tree
+from transformer_jax import storage, tree
 from transformer_jax.data import tokenizers
 from transformer_jax.models import Config, Model, build_model, config_from_dict, config_to_dict
-from transformer_jax.train import checkpoint
+from transformer_jax.train import checkpointing
 
 
-class Trained(NamedTuple):
+class LoadedRun(NamedTuple):
     """What a finished run gives to the next: see `load_run`."""
 
     model: Model
@@ -24,7 +24,7 @@ class Trained(NamedTuple):
     label_names: list[str]  # of a classifier
 
 
-def save_card(
+def save_run_config(
     out: str | Path,
     config: Config,
     tokenizer: tokenizers.Tokenizer,
@@ -45,7 +45,7 @@ def save_card(
             "task": task, "num_classes": num_classes}
     (out / "config.json").write_text(json.dumps(card, indent=2) + "\n")
     tokenizer.save(out / "tokenizer")
-    digests.write(out / "tokenizer")
+    storage.write_manifest(out / "tokenizer")
 
 
 def is_run(folder: str | Path) -> bool:
@@ -55,7 +55,7 @@ def is_run(folder: str | Path) -> bool:
     return card.is_file() and b'"label_names"' in card.read_bytes()
 
 
-def load_run(folder: str | Path) -> Trained:
+def load_run(folder: str | Path) -> LoadedRun:
     """The model of a run's folder with its parameters and tokenizer.
 
     Raises:
@@ -70,6 +70,6 @@ def load_run(folder: str | Path) -> Trained:
     width = card.get("num_classes")
     model = build_model(config_from_dict(card["model"]), len(labels) if width is None else width,
                         card.get("task") or ("classification" if labels else None))
-    params = checkpoint.average_params(folder / "checkpoints", card.get("average", 1))
+    params = checkpointing.average_params(folder / "checkpoints", card.get("average", 1))
     params = tree.unstack_layers(params)  # of a run that scanned over its layers
-    return Trained(model, params, tokenizers.load(folder / "tokenizer"), labels)
+    return LoadedRun(model, params, tokenizers.load(folder / "tokenizer"), labels)

@@ -9,13 +9,13 @@ import numpy as np
 
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.models import Model, init_params
-from transformer_jax.pretrained import tables, tensors
+from transformer_jax.pretrained import safetensors_io, weight_maps
 from transformer_jax.pretrained.families import FAMILIES, write_config
 from transformer_jax.pretrained.load import CONFIG, GENERATION
 from transformer_jax.tree import flatten_paths
 
 SHARD_BYTES = 5_000_000_000
-_DTYPES = {dtype.name: dtype for dtype in tensors.DTYPES.values() if dtype.kind in "fV"}
+_DTYPES = {dtype.name: dtype for dtype in safetensors_io.DTYPES.values() if dtype.kind in "fV"}
 
 
 def save_pretrained(
@@ -53,21 +53,21 @@ def save_pretrained(
                         np.dtype(np.float32))
     model_type = values["model_type"]
     base = "" if FAMILIES[model_type].heads[model.task] == "Model" else FAMILIES[model_type].base
-    planned: dict[tensors.Planned, tables.Rule | np.ndarray] = {}
+    planned: dict[safetensors_io.TensorSpec, weight_maps.WeightMap | np.ndarray] = {}
 
     def plan(theirs: str, shape: tuple[int, ...], source) -> None:
         name = theirs.replace("{base}", base)
-        planned[tensors.Planned(name, dtype, shape)] = source
+        planned[safetensors_io.TensorSpec(name, dtype, shape)] = source
 
-    rules = list(tables.rules(model_type, model.task, config, shapes))
+    rules = list(weight_maps.rules(model_type, model.task, config, shapes))
     for rule in rules:
         plan(rule.theirs, rule.their_shape(shapes), rule)
     if lost := sorted(shapes.keys() - {ours for rule in rules for ours in rule.ours}):
         raise ValueError(f"{lost[0]} has no place in a checkpoint of {model_type} for "
                          f"{model.task}; build the model without it")
-    if model.task in tables.WRITES_POSITIONS.get(model_type, ()):
-        table = tables.position_table(config)
-        for position in tables.POSITIONS:
+    if model.task in weight_maps.WRITES_POSITIONS.get(model_type, ()):
+        table = weight_maps.position_table(config)
+        for position in weight_maps.POSITIONS:
             plan(position.theirs, table.shape, table)
     if model.task == "seq2seq_lm" and "output/bias" not in shapes:
         plan("final_logits_bias", (1, config.vocab_size), np.zeros((1, config.vocab_size)))
@@ -75,14 +75,14 @@ def save_pretrained(
     def arrays() -> Iterator[np.ndarray]:
         for tensor in order:
             source = planned[tensor]
-            if isinstance(source, tables.Rule):
+            if isinstance(source, weight_maps.WeightMap):
                 source = source.to_theirs([np.asarray(leaves[name]) for name in source.ours])
             yield source
 
     order = sorted(planned)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors.write(folder, order, arrays(), shard_bytes)
+    safetensors_io.write(folder, order, arrays(), shard_bytes)
     _write_json(folder / CONFIG, values)
     if generation is not None:
         _write_json(folder / GENERATION, generation)

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from transformer_jax import json_files
+from transformer_jax import storage
 from transformer_jax.data import tokenizers
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.pretrained import sentencepiece
@@ -122,7 +122,7 @@ def load(folder: Path, values: dict[str, Any]) -> Tokenizer | None:
         ValueError: a file cannot be read as what its name says.
     """
     present = {name: folder / name for name in FILES if (folder / name).is_file()}
-    config = json_files.read(present[CONFIG]) if CONFIG in present else {}
+    config = storage.read_json(present[CONFIG]) if CONFIG in present else {}
     family = values.get("model_type", "")
     for names, make in _MAKERS.items():
         if not all(name in present for name in names):
@@ -142,7 +142,7 @@ def load(folder: Path, values: dict[str, Any]) -> Tokenizer | None:
                  if name != "tokenizer.json"}
         if isinstance(made, Backend):
             if "tokenizer.json" not in present and "added_tokens.json" in present:
-                _add(made, json_files.read(present["added_tokens.json"]))
+                _add(made, storage.read_json(present["added_tokens.json"]))
             return PretrainedTokenizer(made, files)
         source, target, vocab = made
         return MarianTokenizer(source, files, vocab, target)
@@ -226,7 +226,7 @@ def _marian(source: Path, target: Path, vocab: Path, *, family: str, config: dic
     """Cutters of both languages, and the vocabulary they share."""
     if config.get("separate_vocabs"):
         raise ValueError("separate_vocabs is true; only one vocabulary for both languages is here")
-    ids = json_files.read(vocab)
+    ids = storage.read_json(vocab)
     if missing := [token for token in ("</s>", "<unk>", "<pad>") if token not in ids]:
         raise ValueError(f"{vocab.name} lacks {missing[0]!r}")
     cutters = [sentencepiece.backend(sentencepiece.read(path)) for path in (source, target)]

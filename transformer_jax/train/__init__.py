@@ -1,1 +1,16 @@
-"""Training: `optim` (schedules, AdamW), `step` (the pure step), `loop` (fit) and `checkpoint`."""
+"""The training step, optimizers, the training loop and checkpoints."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "anomalies", "checkpoint_dirs", "checkpointing", "compiled_step", "lock", "loop",
+        "optimizers", "preemption", "profiling", "progress", "step", "step_timer", "transforms",
+    ],
+    submod_attrs={
+        "loop": ["fit"],
+        "optimizers": ["make_optimizer", "make_schedule"],
+        "step": ["TrainState", "evaluate", "init_state", "make_eval_step", "make_train_step"],
+    },
+)

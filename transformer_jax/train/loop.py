@@ -14,12 +14,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from transformer_jax import measure, sharding
-from transformer_jax.train import checkpoint, folders, health, interrupt, lock
-from transformer_jax.train.clock import Clock
-from transformer_jax.train.compiled import CompiledStep
+from transformer_jax import sharding
+from transformer_jax.train import (
+    anomalies,
+    checkpoint_dirs,
+    checkpointing,
+    lock,
+    preemption,
+    profiling,
+)
+from transformer_jax.train.compiled_step import CompiledStep
 from transformer_jax.train.progress import progress
 from transformer_jax.train.step import TrainState
+from transformer_jax.train.step_timer import StepTimer
 from transformer_jax.tree import PyTree, flatten_paths
 
 Row = dict[str, float]
@@ -58,15 +65,15 @@ def fit(
     save_every: int = 0,
     keep: int | None = 3,
     keep_best: tuple[str, str] | None = None,
-    policy: health.Policy = health.STOP,
-    replay: int | None = None,
+    policy: anomalies.AnomalyPolicy = anomalies.STOP,
+    replay_step: int | None = None,
     log_every: int = 10,
     writer: Any = None,
     on_log: Callable[[Row], None] | None = None,
     quiet: bool = False,
     tokens_per_batch: int | None = None,
     metadata: Any = None,
-    accept_changes: bool = False,
+    allow_config_mismatch: bool = False,
     profile: tuple[str | Path, int] | None = None,
 ) -> tuple[TrainState, list[Row]]:
     """Trains until the state has seen `num_steps` updates, and resumes where a run was cut off.
@@ -74,7 +81,7 @@ def fit(
     If `checkpoint_dir` holds a checkpoint, the state, the key and the position in the data come
     from the last one that is whole, and the run goes on bit for bit as if it had never stopped.
     With a `checkpoint_dir`, SIGTERM and, of a process that is alone, SIGINT save what there is and
-    leave (`train.interrupt`); and no other run may use it meanwhile.
+    leave (`train.preemption`); and no other run may use it meanwhile.
 
     Args:
       state: from `train.step.init_state`. It is donated: use the returned state from then on.
@@ -90,7 +97,7 @@ def fit(
       keep_best: a number of `eval_fn` and "min" or "max": the best checkpoint by it stays too
         (`checkpoint.best_step`). A step that is saved between two evaluations has the last's.
       policy: what to do about losses that are not finite, or spike.
-      replay: do this step again, from the last checkpoint before it and the same batches: the
+      replay_step: do this step again, from the last checkpoint before it and the same batches: the
         history is its row, `checkpoint_dir` has its batch, and is otherwise left as it is.
       log_every: a row of history every so many updates, and for the last.
       writer: a `tensorboardX.SummaryWriter`, or anything with `add_scalar(tag, value, step)`.
@@ -102,13 +109,13 @@ def fit(
         `checkpoint.load_metadata`.
       profile: (folder, steps): a trace of so many steps, from the third of this call on, for
         TensorBoard or Perfetto; operations have the names of the modules that they are of.
-      accept_changes: resume although `metadata`, if given, is not what was saved.
+      allow_config_mismatch: resume although `metadata`, if given, is not what was saved.
 
     Returns:
       The state after `num_steps` updates, and the history of this call: rows of "step", the step's
       metrics ("loss", "grad_norm", ...), "seconds" since the call, "compilations" since then (of
       evaluation too), and, averaged since the last row without compilation, evaluation and saving,
-      "seconds_per_step", "host_share" (of a step, in which devices may have waited for a batch, at
+      "seconds_per_step", "data_wait_fraction" (of a step, in which devices may have waited for a batch, at
       most) and, where known, "tokens_per_second". Rows of evaluation have "step", "seconds" and the
       "eval_" numbers.
 
@@ -131,29 +138,29 @@ def fit(
     ):
         if value < least:
             raise ValueError(f"{name} is {value}; give at least {least}")
-    watch = health.Watch(policy)
+    watch = anomalies.AnomalyDetector(policy)
     wants_folder = [name for name, wanted in (
-        ("replay", replay is not None),
-        ("the policy to roll back", "roll back" in (policy.not_finite, policy.on_spike))) if wanted]
+        ("replay_step", replay_step is not None),
+        ("the policy to roll back", "rollback" in (policy.not_finite, policy.on_spike))) if wanted]
     if wants_folder and checkpoint_dir is None:
         raise ValueError(f"{wants_folder[0]} needs a checkpoint_dir")
-    if replay is not None and not 0 < replay <= num_steps:
-        raise ValueError(f"replay is {replay}, outside 1 to {num_steps} steps")
-    if replay is not None:
-        num_steps, log_every, quiet, eval_fn, save_every = replay, replay, True, None, 0
+    if replay_step is not None and not 0 < replay_step <= num_steps:
+        raise ValueError(f"replay_step is {replay_step}, outside 1 to {num_steps} steps")
+    if replay_step is not None:
+        num_steps, log_every, quiet, eval_fn, save_every = replay_step, replay_step, True, None, 0
     if checkpoint_dir is not None and not hasattr(batches, "get_state"):
         raise ValueError(
             f"batches is a {type(batches).__name__} without get_state, so a checkpoint could not "
             "resume; pass a Grain iterator, or checkpoint_dir=None"
         )
 
-    saves_here = checkpoint_dir is not None and replay is None
+    saves_here = checkpoint_dir is not None and replay_step is None
     with lock.hold(checkpoint_dir or "", saves_here and jax.process_index() == 0):
         began = time.perf_counter()
         state = _place(state, mesh)
         if checkpoint_dir is not None:
             state, rng = _resume(state, rng, batches, watch, checkpoint_dir, metadata,
-                                 accept_changes, replay)
+                                 allow_config_mismatch, replay_step)
         start = int(state.step)
         if start > num_steps:
             raise ValueError(
@@ -166,19 +173,19 @@ def fit(
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=getattr(x, "sharding", None)), state)
         step_fn = CompiledStep(
-            health.guard(train_step, policy) if policy.skips else train_step, state, mesh)
-        shares = sharding.data_share(mesh).count
+            anomalies.skip_bad_updates(train_step, policy) if policy.skips else train_step, state, mesh)
+        shares = sharding.process_data_shard(mesh).count
         history: list[Row] = []
-        saving: checkpoint.PendingSave | None = None
-        clock = Clock()
+        saving: checkpointing.PendingSave | None = None
+        clock = StepTimer()
         waiting: _Dispatched | None = None
         evaluated: Row = {}
 
         with (
             contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
             progress(num_steps, start, quiet or jax.process_index() > 0) as report,
-            interrupt.listen(saves_here) as asked,
-            measure.Compilations() as compilations,
+            preemption.catch_signals(saves_here) as asked,
+            profiling.CompilationCounter() as compilations,
             contextlib.ExitStack() as tracing,
         ):
 
@@ -202,19 +209,19 @@ def fit(
                 clock.tick()
                 if (found := watch.judge(sent.step, metrics)) is not None:
                     _act(found, sent, checkpoint_dir)
-                if sent.step == replay:
-                    print(health.write_batch(checkpoint_dir, replay, sent.batch, "replayed"))
+                if sent.step == replay_step:
+                    print(anomalies.write_batch(checkpoint_dir, replay_step, sent.batch, "replayed"))
                 if not found and sent.step % log_every and sent.step != num_steps:
                     return False
                 row = {"step": sent.step, "loss": metrics.pop("loss"), **metrics}
                 row["compilations"] = compilations.count
                 if lap := clock.lap():
-                    seconds, row["host_share"] = lap
+                    seconds, row["data_wait_fraction"] = lap
                     row["seconds_per_step"] = seconds
                     if tokens := tokens_per_batch or _count_tokens(sent.batch) * shares:
                         row["tokens_per_second"] = tokens / seconds
                 log(row, "train")
-                return found is not None and found.action == "roll back"
+                return found is not None and found.action == "rollback"
 
             step, go_back = start, False
             try:
@@ -266,7 +273,7 @@ def fit(
                     if saves:
                         if saving is not None:
                             saving.result()
-                        saving = checkpoint.save(
+                        saving = checkpointing.save(
                             checkpoint_dir,
                             step,
                             state,
@@ -284,7 +291,7 @@ def fit(
                         print(f"{leaves} at step {step} of {num_steps}: saved in "
                               f"{checkpoint_dir}; the same command goes on from there",
                               flush=True)
-                        raise interrupt.Interrupted(leaves, step)
+                        raise preemption.Preempted(leaves, step)
                     clock.restart()
             finally:
                 if saving is not None:
@@ -293,37 +300,37 @@ def fit(
 
 
 def _resume(state: TrainState, rng, batches, watch, checkpoint_dir, metadata,
-            accept_changes: bool, replay: int | None):
+            allow_config_mismatch: bool, replay_step: int | None):
     """(state, key) of the last whole checkpoint, if there is one, with the batches and the watch
-    moved to its place; and a folder in which every later step can be saved. To replay a step, of
+    moved to its place; and a folder in which every later step can be saved. To replay_step a step, of
     the last before it, and the folder as it is."""
     step = None
-    if replay is not None:
-        step = max((n for n in folders.steps(Path(checkpoint_dir)) if n < replay), default=None)
-    if step is not None or (replay is None and checkpoint.latest_step(checkpoint_dir) is not None):
-        found = checkpoint.restore(checkpoint_dir, state, step)
-        if not (accept_changes or metadata is None or found.metadata is None):
-            _check_same(found.metadata, checkpoint.as_json(metadata, "metadata"), checkpoint_dir)
+    if replay_step is not None:
+        step = max((n for n in checkpoint_dirs.steps(Path(checkpoint_dir)) if n < replay_step), default=None)
+    if step is not None or (replay_step is None and checkpointing.latest_step(checkpoint_dir) is not None):
+        found = checkpointing.restore(checkpoint_dir, state, step)
+        if not (allow_config_mismatch or metadata is None or found.metadata is None):
+            _check_same(found.metadata, checkpointing.as_json(metadata, "metadata"), checkpoint_dir)
         state, rng = found.state, found.rng
         batches.set_state(found.data_state["batches"])
         watch.set_state(found.data_state["health"])
-    if jax.process_index() == 0 and replay is None:
-        folders.set_aside(checkpoint_dir, after=int(state.step))
+    if jax.process_index() == 0 and replay_step is None:
+        checkpoint_dirs.quarantine_incomplete(checkpoint_dir, after=int(state.step))
     return state, rng
 
 
 def _last_good(checkpoint_dir, like: TrainState, sent: _Dispatched | None) -> TrainState:
     """What a run goes back to."""
-    if checkpoint.latest_step(checkpoint_dir) is None:
-        raise health.BadStepError(
+    if checkpointing.latest_step(checkpoint_dir) is None:
+        raise anomalies.BadStepError(
             f"there is nothing to go back to: no step is saved in {checkpoint_dir} yet; save more "
             "often (save_every), or skip bad steps", sent.step if sent else 0, None)
-    return checkpoint.restore(checkpoint_dir, like).state
+    return checkpointing.restore(checkpoint_dir, like).state
 
 
-def _act(bad: health.Bad, sent: _Dispatched, checkpoint_dir: str | Path | None) -> None:
+def _act(bad: anomalies.Anomaly, sent: _Dispatched, checkpoint_dir: str | Path | None) -> None:
     """Writes the batch of a bad step, and ends the run or says what is done about it."""
-    where = health.write_batch(checkpoint_dir, sent.step, sent.batch)
+    where = anomalies.write_batch(checkpoint_dir, sent.step, sent.batch)
     if bad.action == "stop":
         raise bad.error(f"{bad.what}; {where}; nothing was saved since. Lower the learning rate, "
                         "or look at the batch", sent.step, sent.batch)
@@ -340,7 +347,7 @@ def _check_same(saved: Any, ours: Any, checkpoint_dir: str | Path) -> None:
                          for name in changed[:5])
         more = f" (and {len(changed) - 5} more)" if len(changed) > 5 else ""
         raise ValueError(f"the run in {checkpoint_dir} was another: {told}{more}; give the same "
-                         "settings, another folder, or accept_changes")
+                         "settings, another folder, or allow_config_mismatch")
 
 
 def _place(state: TrainState, mesh: Mesh | None) -> TrainState:

@@ -52,7 +52,7 @@ def init_state(
         gets no optimizer state.
     """
     params = jax.tree.map(jnp.copy, params)
-    ours = params if trainable is None else tree.split(params, trainable)[0]
+    ours = params if trainable is None else tree.partition(params, trainable)[0]
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(ours))
 
 
@@ -154,7 +154,7 @@ def make_train_step(
         """
 
         def objective(ours: PyTree) -> tuple[jax.Array, tuple]:
-            sums, own, metrics = _measure(loss_fn, tree.merge(ours, rest), batch, rng)
+            sums, own, metrics = _measure(loss_fn, tree.combine(ours, rest), batch, rng)
             divisor = jax.lax.stop_gradient(total(own)) if weights is None else weights
             return sum(_mean(sums[name], divisor[name]) for name in sums), (sums, own, metrics)
 
@@ -166,7 +166,7 @@ def make_train_step(
         The weights have to be known before any gradient is. One call on all rows gives them; its
         sums are not used, so XLA drops that forward pass and keeps the counting.
         """
-        weights = total(_measure(loss_fn, tree.merge(ours, rest), batch, rng)[1])
+        weights = total(_measure(loss_fn, tree.combine(ours, rest), batch, rng)[1])
         micro = _microbatches(batch, accumulate)
 
         def add(so_far: PyTree, item: tuple[jax.Array, PyTree]) -> tuple[PyTree, None]:
@@ -186,14 +186,14 @@ def make_train_step(
             if axis_name is not None:
                 rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
         mask = jax.tree.map(lambda _: True, state.params) if trainable is None else trainable
-        ours, rest = tree.split(state.params, mask)
+        ours, rest = tree.partition(state.params, mask)
         if accumulate == 1:
             found = gradients(local(ours), rest, batch, rng, None)
         else:
             found = accumulated(local(ours), rest, batch, rng)
         grads, (sums, weights, metrics) = total(found)
         updates, opt_state = optimizer.update(grads, state.opt_state, ours)
-        params = tree.merge(optax.apply_updates(ours, updates), rest)
+        params = tree.combine(optax.apply_updates(ours, updates), rest)
         report = _means(sums, weights, metrics) | {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), report
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
-from transformer_jax.data.mapped import Mapped, from_builder
+from transformer_jax.data.mapped_dataset import MappedDataset, from_builder
 from transformer_jax.data.python_docs import examples
 
 SPLITS = examples.SPLITS
@@ -87,7 +87,7 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(found)
 
 
-def load(config: str, split: str, data_dir: str | Path | None = None) -> Mapped:
+def load(config: str, split: str, data_dir: str | Path | None = None) -> MappedDataset:
     """A split of a config, prepared on first use (some seconds): random access to examples.
 
     Args:

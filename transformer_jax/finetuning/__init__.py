@@ -1,0 +1,16 @@
+"""Which parameters a fine-tuning run trains, and the PEFT parameters that it adds."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "adapter_io", "feature_cache", "multi_adapter", "peft", "quantize", "select",
+    ],
+    submod_attrs={
+        "adapter_io": ["apply_adapter", "load_adapter", "save_adapter"],
+        "peft": ["add_and_mask", "merge"],
+        "quantize": ["quantize_frozen"],
+        "select": ["describe", "trainable_mask"],
+    },
+)

@@ -1,0 +1,13 @@
+"""Ahead-of-time plans: memory, collectives and roofline of a training step on target hardware."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "chips", "hlo", "plan", "table", "throughput",
+    ],
+    submod_attrs={
+        "plan": ["Plan", "PlanConfig", "best_plan", "compile_plan", "enumerate_configs"],
+    },
+)

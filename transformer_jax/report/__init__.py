@@ -1,0 +1,13 @@
+"""Run reports as HTML pages, and plots."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "page", "plots",
+    ],
+    submod_attrs={
+        "page": ["write_report"],
+    },
+)
