@@ -91,14 +91,14 @@ t = tokenizer
 def pairs_and_rows(source):
     pairs = mlm_nsp.SentencePairs(packing.tokenize_corpus(source, t), LENGTH - 3)
     return pairs, functools.partial(
-        mlm_nsp.prepare, pairs=pairs, length=LENGTH, rate=0.3, max_predictions=round(0.3 * LENGTH),
+        mlm_nsp.prepare, pairs=pairs, length=LENGTH, mask_rate=0.3, max_predictions=round(0.3 * LENGTH),
         vocab_size=t.vocab_size, cls_id=t.cls_id, sep_id=t.sep_id, mask_id=t.mask_id,
-        pad_id=t.pad_id, first_ordinary_id=t.mask_id + 1)
+        pad_id=t.pad_id, min_random_id=t.mask_id + 1)
 
 
 pairs, prepare = pairs_and_rows(train)
 row = prepare(pairs[5], np.random.default_rng(0))
-print(t.decode(row["tokens"][row["padding_mask"]], skip_special=False))
+print(t.decode(row["tokens"][row["padding_mask"]], skip_special_tokens=False))
 print("B is", "another document's" if row["nsp_labels"] else "what follows A")
 
 # %% [markdown]

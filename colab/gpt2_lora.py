@@ -91,7 +91,7 @@ generate(model, base, prompt, **end, do_sample=True, temperature=0.8, rng=jax.ra
 train, held_out = ((sources.load_source(TEXT, split) for split in ("train", "validation"))
                    if not sources.is_local(TEXT) else
                    (lambda texts: (texts[:-len(texts) // 10], texts[-len(texts) // 10:]))(
-                       sources.text_files(TEXT)))
+                       sources.load_text_files(TEXT)))
 rows = [packing.PackedTokens(packing.tokenize_corpus(source, tokenizer, eos_id=tokenizer.eos_id),
                               LENGTH) for source in (train, held_out)]
 params, mask = peft.add_and_mask(base, "lora:8:all", jax.random.key(2))
@@ -124,7 +124,7 @@ for name, p in voices.items():
     text = tokenizer.decode(generate(model, p, prompt, **end, do_sample=True, temperature=0.7,
                                      top_p=0.9, rng=jax.random.key(4))[0])
     table.append(f"| {name} | {text!r} |")
-adapter_io.save_adapter("delta", state.params, mask, base, recipe="lora:8:all")
+adapter_io.save_adapter("delta", state.params, mask, base, spec="lora:8:all")
 size = sum(f.stat().st_size for f in os.scandir("delta")) / 1e6
 table.append(f"| on disk | {size:.1f} MB beside {count(base) * 4 / 1e6:.0f} |")
 Markdown("\n".join(table))

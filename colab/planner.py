@@ -42,7 +42,7 @@ import importlib.util
 from IPython.display import Image, Markdown
 
 from transformer_jax.models import presets
-from transformer_jax.planner import chips, plan, table
+from transformer_jax.planner import chips, plan, plan_config, table
 from transformer_jax.report import plots
 
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"
@@ -62,22 +62,22 @@ if importlib.util.find_spec("libtpu") is None:
 base = presets.gpt2(num_layers=2, d_model=64, num_heads=2, mlp_dim=128, vocab_size=512,
                     max_length=64) if SMALLEST else presets.gpt2(dtype="bfloat16")
 base = base.replace(dropout_rate=0.0, attention_dropout_rate=0.0)
-devices = chips.devices_of(TOPOLOGY)
-chip = chips.chip_of(TOPOLOGY, base.dtype)
+devices = chips.get_devices(TOPOLOGY)
+chip = chips.get_chip(TOPOLOGY, base.dtype)
 fsdp = (1,) if len(devices) == 1 else (4,)
-settings = plan.enumerate_configs(
+settings = plan_config.enumerate_configs(
     base, len(devices), meshes={"data": (-1,), "fsdp": fsdp, "sequence": (1,), "tensor": (1,)},
-    rows=(8 * len(devices),), length=min(1024, base.max_length),
+    batch_sizes=(8 * len(devices),), length=min(1024, base.max_length),
     remat=("none",) if SMALLEST else ("none", "full"), accumulate=(1,))
-print(f"{len(devices)} x {devices[0].device_kind}: {chip.flops / 1e12:.3g} TFLOP/s, "
-      f"{chip.memory / 2**30:.0f} GiB, {chip.bandwidth / 1e9:.0f} GB/s each")
+print(f"{len(devices)} x {devices[0].device_kind}: {chip.flops_per_second / 1e12:.3g} TFLOP/s, "
+      f"{chip.memory_bytes / 2**30:.0f} GiB, {chip.memory_bandwidth / 1e9:.0f} GB/s each")
 
 # %%
 plans = []
 for setting in settings:
     plans.append(plan.compile_plan(setting, devices, chip))
     print(f"{setting}: compiled in {plans[-1].compile_seconds:.0f} s, "
-          f"{plans[-1].total_bytes / 2**30:.1f} GiB a chip")
+          f"{plans[-1].peak_bytes / 2**30:.1f} GiB a chip")
 
 # %% [markdown]
 # ## What came of it
@@ -87,7 +87,7 @@ for setting in settings:
 # can reach if all three overlap.
 
 # %%
-Image(plots.plans("plan.png", table.memory_bars(plans), limit=chip.memory / 2**30,
+Image(plots.plans("plan.png", table.bar_chart_data(plans), limit=chip.memory_bytes / 2**30,
                  title=f"GPT-2 on {TOPOLOGY}"))
 
 # %% [markdown]
@@ -98,12 +98,12 @@ Image(plots.plans("plan.png", table.memory_bars(plans), limit=chip.memory / 2**3
 
 # %%
 for one in plans:
-    sent = {kind: f"{size / 2**20:,.0f} MiB" for kind, size in one.collectives.items()}
-    print(f"{one.setting}: {sent or 'nothing'}")
+    sent = {kind: f"{size / 2**20:,.0f} MiB" for kind, size in one.collective_bytes.items()}
+    print(f"{one.config}: {sent or 'nothing'}")
 fitting = [one for one in plans if one.fits]
 if fitting:
-    best = min(fitting, key=lambda one: one.step_seconds / one.setting.rows)
-    print(f"\nThe best that fits: {best.setting}, {best.tokens_per_day / 1e6:,.0f} million tokens a "
+    best = min(fitting, key=lambda one: one.step_seconds / one.config.batch_size)
+    print(f"\nThe best that fits: {best.config}, {best.tokens_per_day / 1e6:,.0f} million tokens a "
           "day if all overlaps")
 
 # %% [markdown]
@@ -113,7 +113,7 @@ if fitting:
 table = ["| setting | GiB a chip | fits | arithmetic, memory, network (ms) | MFU, at most | "
          "million tokens a day |", "|---|---|---|---|---|---|"]
 for one in plans:
-    times = ", ".join(f"{1e3 * one.times[kind]:.0f}" for kind in one.times)
-    table.append(f"| {one.setting} | {one.total_bytes / 2**30:.1f} | {'yes' if one.fits else 'no'} |"
+    times = ", ".join(f"{1e3 * one.roofline_seconds[kind]:.0f}" for kind in one.roofline_seconds)
+    table.append(f"| {one.config} | {one.peak_bytes / 2**30:.1f} | {'yes' if one.fits else 'no'} |"
                  f" {times} | {one.mfu:.2f} | {one.tokens_per_day / 1e6:,.0f} |")
 Markdown("\n".join(table))

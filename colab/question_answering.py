@@ -61,7 +61,7 @@ print(f"{MODEL}: {count(params):,} parameters")
 # ## Questions, contexts and windows
 
 # %%
-squad = data.load_dataset(DATA, on_bad="drop")
+squad = data.load_dataset(DATA, on_bad_rows="drop")
 rng = np.random.default_rng(0)
 train = [squad.train[i] for i in rng.permutation(len(squad.train))[:QUESTIONS]]
 tests = [squad.validation[i] for i in rng.permutation(len(squad.validation))[:TESTS]]
@@ -72,14 +72,14 @@ print("…", example["context"][max(answer["start"] - 60, 0) : answer["start"] +
 print("answer:", answer)
 
 # %%
-cut = {"tokenizer": tokenizer, "length": LENGTH, "max_question": min(48, LENGTH // 3),
+cut = {"tokenizer": tokenizer, "length": LENGTH, "max_question_length": min(48, LENGTH // 3),
        "stride": LENGTH // 2}
-windows = question_answering.make_windows(train, without_answer=False, check=False, **cut)
+windows = question_answering.make_windows(train, keep_windows_without_answer=False, strict=False, **cut)
 test_windows = question_answering.make_windows([{**e, "answers": []} for e in tests], **cut)
 print(f"{len(train):,} questions are {len(windows):,} windows of {LENGTH} tokens with an answer in "
       f"them; {len(tests)} others are {len(test_windows)}")
 write = classification.make_input_packer(model, tokenizer, LENGTH)
-rows = [question_answering.prepare(window, row=write) for window in windows]
+rows = [question_answering.prepare(window, pack_input=write) for window in windows]
 
 # %% [markdown]
 # ## Training: all parameters, one pass
@@ -104,15 +104,15 @@ Image(plots.curves("loss.png", curve, title="Start and end of the answer"))
 
 # %%
 predict = jax.jit(functools.partial(question_answering.predict, model.apply))
-test_rows = [question_answering.prepare(window, row=write) for window in test_windows]
+test_rows = [question_answering.prepare(window, pack_input=write) for window in test_windows]
 found = [jax.device_get(predict(state.params, batch)) for batch in batching.make_loader(
     test_rows, min(32, len(test_rows)), shuffle=False, num_epochs=1, drop_remainder=False)]
 found = {name: np.concatenate([part[name] for part in found])[: len(test_rows)]
          for name in found[0]}
-answers = question_answering.decode(tests, test_windows, found)
+answers = question_answering.decode_answers(tests, test_windows, found)
 scores = metrics.squad_scores([a.text for a in answers], [[g["text"] for g in e["answers"]]
                                                     for e in tests])
-assert all(e["context"][a.start : a.stop] == a.text for e, a in zip(tests, answers))
+assert all(e["context"][a.start_char : a.end_char] == a.text for e, a in zip(tests, answers))
 
 # %% [markdown]
 # ## Some answers, in place
@@ -122,8 +122,8 @@ import html
 
 shown = []
 for example, a in list(zip(tests, answers))[:6]:
-    before, after = (html.escape(x) for x in (example["context"][max(a.start - 120, 0) : a.start],
-                                              example["context"][a.stop : a.stop + 120]))
+    before, after = (html.escape(x) for x in (example["context"][max(a.start_char - 120, 0) : a.start_char],
+                                              example["context"][a.end_char : a.end_char + 120]))
     gold = html.escape(example["answers"][0]["text"])
     shown.append(f"<p><b>{html.escape(example['question'])}</b><br>… {before}<mark>"
                  f"{html.escape(a.text)}</mark>{after} …<br><small>annotated: {gold}</small></p>")

@@ -140,7 +140,7 @@ topics = data.load_dataset("python_docs/topics", validation="test")
 chosen = data.subsample_balanced(topics.train, 4 if SMALLEST else 64)
 classifier = build_model(config, len(topics.label_names), "classification")
 write = classification.make_input_packer(classifier, tokenizer, length=48)
-prepare = functools.partial(classification.prepare_classification, row=write,
+prepare = functools.partial(classification.prepare_classification, pack_input=write,
                             num_classes=len(topics.label_names))
 
 

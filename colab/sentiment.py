@@ -77,7 +77,7 @@ for example in train[:3]:
 
 # %%
 write = classification.make_input_packer(model, tokenizer, LENGTH)
-prepare = functools.partial(classification.prepare_classification, row=write, num_classes=2)
+prepare = functools.partial(classification.prepare_classification, pack_input=write, num_classes=2)
 
 
 def rows_of(examples):
@@ -144,7 +144,7 @@ for text, p in zip(mine, np.asarray(predict(state.params, batch)["probabilities"
 # a plain checkpoint, with LoRA folded into the kernels.
 
 # %%
-adapter_io.save_adapter("delta", state.params, mask, base, recipe=RECIPE,
+adapter_io.save_adapter("delta", state.params, mask, base, spec=RECIPE,
                  label_names=reviews.label_names, task="classification")
 peft_io.save_peft("peft", model, state.params, MODEL, mask=mask)
 save_pretrained("merged", model, peft.merge(state.params), tokenizer)

@@ -94,7 +94,7 @@ read = [*tokenizer.encode(source), config.eos_token_id]
 wrote = [*tokenizer.encode(target), config.eos_token_id]
 out = jax.jit(model.apply)({"params": params}, np.array([read]),
                            np.array([[config.decoder_start_token_id, *wrote[:-1]]]))
-words = [[tokenizer.decode([i], skip_special=False) for i in row] for row in (wrote, read)]
+words = [[tokenizer.decode([i], skip_special_tokens=False) for i in row] for row in (wrote, read)]
 Image(plots.attention("cross_attention.png", {
     "last layer": np.asarray(out.cross_attention[-1][0]).mean(0)}, *words, title="Cross-attention"))
 

@@ -1,4 +1,4 @@
-"""The tiny models that tests share, and one compiled forward pass for each shape of call."""
+"""Tiny models shared by tests, with forward passes that are compiled once per signature."""
 
 import functools
 
@@ -16,7 +16,7 @@ from transformer_jax.models import (
 )
 
 VOCAB = 61
-LENGTH = 32  # positions
+LENGTH = 32  # max_length
 
 _SHAPE = {"vocab_size": VOCAB, "max_length": LENGTH, "num_layers": 2, "d_model": 24, "num_heads": 3,
           "mlp_dim": 40}
@@ -26,7 +26,7 @@ BERT = BERTConfig(**_SHAPE)
 TRANSFORMER = TransformerConfig(**_SHAPE, init_std=0.2, decoder_start_token_id=2)
 BART = BARTConfig(**_SHAPE, output_bias=True, decoder_start_token_id=2)
 
-# As users compile; see conftest.py for how tests do.
+# Compiles with the default optimizations of XLA, which conftest.py reduces for tests.
 optimized_jit = functools.partial(
     jax.jit,
     compiler_options={
@@ -36,23 +36,26 @@ optimized_jit = functools.partial(
 
 
 def random_params(shapes, seed: int = 7, std: float = 0.2):
-    """Parameters far from the initial ones: attention is not uniform, biases are not zero, and so
-    a wrong mask or a forgotten bias shows in the first digits. NumPy, so nothing is compiled."""
+    """Samples parameters that are far from typical initial ones.
+
+    Attention is not uniform and biases are not zero, so a wrong mask or a missing bias changes the
+    first digits of outputs. NumPy samples them, so nothing is compiled.
+    """
     rng = np.random.default_rng(seed)
 
-    def draw(path, leaf):
+    def sample(path, leaf):
         values = rng.normal(size=leaf.shape) * std + (path[-1].key == "scale")
         return values.astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(sample, shapes)
 
 
 @functools.cache
 def build(config: Config, num_classes: int = 0):
-    """The model of a config, and random parameters."""
+    """Returns the model of a config, and random parameters."""
     model = build_model(config, num_classes)
     init = functools.partial(
-        init_params, model, head="classification_logits" if num_classes else "__call__"
+        init_params, model, method="classification_logits" if num_classes else "__call__"
     )
     return model, random_params(jax.eval_shape(init, jax.random.key(0)))
 
@@ -70,14 +73,14 @@ _optimized_call = optimized_jit(_call, static_argnames=("model", "method"))
 
 def forward(config: Config, tokens, *, method="__call__", params=None, rng=None, num_classes=0,
             optimized=False, **arrays):
-    """A model call, compiled once for each config, shape and set of options.
+    """Calls a model; compiled once for each config, shape and set of options.
 
-    `optimized` compiles as users do; tests that compare bits ask for it.
+    `optimized` compiles with the default optimizations of XLA, for tests of bitwise equality.
     """
-    model, built = build(config, num_classes)
+    model, default_params = build(config, num_classes)
     tokens = np.asarray(tokens, np.int32)
     call = _optimized_call if optimized else _quick_call
-    return call(model, built if params is None else params, tokens, rng, method, arrays)
+    return call(model, default_params if params is None else params, tokens, rng, method, arrays)
 
 
 def random_tokens(*shape: int, seed: int = 0, first: int = 1) -> np.ndarray:

@@ -29,7 +29,7 @@ def save(folder, config, tokenizer, num_classes=0, labels=()):
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     bpe, wordpiece = tokenizers.train_bpe(TEXTS, 280), tokenizers.train_wordpiece(TEXTS, 140)
-    joint = tokenizers.train_bpe(TEXTS, 290, tokenizers.SEQ2SEQ_SPECIALS)
+    joint = tokenizers.train_bpe(TEXTS, 290, tokenizers.SEQ2SEQ_SPECIAL_TOKENS)
     bart = BART.replace(eos_token_id=2, pad_token_id=1)
     save(folder / "gpt", GPT2, bpe)
     save(folder / "bert", BERT, wordpiece)

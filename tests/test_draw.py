@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from transformer_jax import metrics
-from transformer_jax.nn.positions import sinusoidal
+from transformer_jax.nn.positions import sinusoidal_positions
 from transformer_jax.report import plots
 
 
@@ -20,7 +20,7 @@ def test_pictures(tmp_path):
     paths = [
         plots.curves(tmp_path / "a" / "curves.png", {"training": ([1, 2, 3], [3, 2, 1]),
                                                     "held-out": ([1, 3], [3.1, 1.5])}, title="t"),
-        plots.positions(tmp_path / "positions.png", {"fixed": sinusoidal(20, 8)}),
+        plots.positions(tmp_path / "positions.png", {"fixed": sinusoidal_positions(20, 8)}),
         plots.attention(tmp_path / "attention.png", {"full": np.eye(3), "causal": np.tri(3)},
                        ["a", "b", "c"]),
         plots.attention(tmp_path / "cross.png", {"layer 0": np.eye(2, 5)}, ["a", "b"],
@@ -89,7 +89,7 @@ def test_recipes_of_one_seed(tmp_path):
 def test_positions_have_a_column_per_position_and_a_row_per_dimension(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr("matplotlib.axes.Axes.imshow", _recording(shown))
-    plots.positions(tmp_path / "p.png", {"fixed": sinusoidal(20, 8)})
+    plots.positions(tmp_path / "p.png", {"fixed": sinusoidal_positions(20, 8)})
     assert shown[0].shape == (8, 20)
 
 

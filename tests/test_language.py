@@ -17,7 +17,7 @@ REPLACED = {
     r"\bwho may look\b|\blooks? at whom\b|\b_look\b|\blook_across\b": "attention",
     r"\bwhere it looks\b|\bthose who look\b": "attention maps",
     r"\bread_and_write\b": "encode_decode",
-    r"\bcontext_size\b": "attention_window",
+    r"(?<!\")\bcontext_size\b": "attention_window",
     r"\bnumbers? of 16 bits\b": "16-bit dtype",
     r"\bper_std\b": "inv_std",
     r"\bFEW_ROWS\b": "MATVEC_MAX_ROWS",

@@ -1,4 +1,4 @@
-"""Paths, splitting and merging, loading by name, stacking layers."""
+"""Paths, partition and combine, partial restoration, and stacked layers."""
 
 from typing import NamedTuple
 
@@ -23,12 +23,12 @@ def nested(seed: int = 0) -> dict:
     return jax.tree.map(np.float32, params)
 
 
-def assert_equal(ours, theirs) -> None:
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+def assert_equal(found, expected) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_flatten_paths_and_back():
+def test_flatten_and_unflatten_paths():
     leaves = tree.flatten_paths(nested())
     assert list(leaves) == [
         "decoder/final_norm/scale",
@@ -61,19 +61,19 @@ def test_first_match_searches_in_order():
     assert tree.first_match(rules, "decoder/wi/bias") == "first"
     assert tree.first_match(rules, "decoder/wo/bias") == "second"
     assert tree.first_match(rules, "decoder/wo/kernel", default=None) is None
-    with pytest.raises(ValueError, match="none of 2 rules matches 'decoder/wo/kernel'"):
+    with pytest.raises(ValueError, match="none of 2 rules matches the path 'decoder/wo/kernel'"):
         tree.first_match(rules, "decoder/wo/kernel")
 
 
-def test_split_and_merge():
+def test_partition_and_combine():
     mask = tree.map_paths(lambda path, leaf: "bias" in path, nested())
-    ours, rest = tree.partition(nested(), mask)
-    assert all("bias" in path for path in tree.flatten_paths(ours))
+    selected, rest = tree.partition(nested(), mask)
+    assert all("bias" in path for path in tree.flatten_paths(selected))
     assert not any("bias" in path for path in tree.flatten_paths(rest))
-    assert ours["token_embed"] == {"embedding": None}
-    assert_equal(tree.combine(ours, rest), nested())
+    assert selected["token_embed"] == {"embedding": None}
+    assert_equal(tree.combine(selected, rest), nested())
     with pytest.raises(ValueError, match="'decoder/layer_0/mlp/wi/bias' is in both"):
-        tree.combine(ours, nested())
+        tree.combine(selected, nested())
 
 
 def test_count_of_arrays_and_abstract_arrays():
@@ -82,7 +82,7 @@ def test_count_of_arrays_and_abstract_arrays():
     assert tree.count({"a": None, "b": 1.0}) == 1
 
 
-def test_load_into_copies_what_fits_and_reports_the_rest():
+def test_restore_partial_copies_common_paths_and_reports_the_others():
     target = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), nested())
     target["classifier"] = {"bias": jnp.full(2, 7.0)}
     source = {**nested(), "mlm_head": {"bias": np.ones(5)}}
@@ -99,7 +99,7 @@ def test_load_into_copies_what_fits_and_reports_the_rest():
     )
 
 
-def test_load_into_names_every_misfit_in_one_line():
+def test_restore_partial_lists_all_shape_mismatches_in_one_line():
     source = nested()
     source["token_embed"]["embedding"] = np.ones((6, 2))
     source["decoder"]["final_norm"]["scale"] = np.ones(3)
@@ -112,8 +112,8 @@ def test_load_into_names_every_misfit_in_one_line():
     assert "\n" not in message
 
 
-def test_load_into_of_a_stranger_is_an_error():
-    with pytest.raises(ValueError, match="none of the source's 1 parameters"):
+def test_restore_partial_from_another_model_is_an_error():
+    with pytest.raises(ValueError, match="none of the 1 parameters of the source"):
         tree.restore_partial(nested(), {"wte": np.ones((5, 2))})
 
 
@@ -133,7 +133,7 @@ def test_layers_that_cannot_be_stacked():
     gap["decoder"]["layer_3"] = gap["decoder"].pop("layer_1")
     with pytest.raises(ValueError, match=r"numbered \[0, 3\]"):
         tree.stack_layers(gap)
-    odd = nested()
-    odd["decoder"]["layer_1"]["mlp"]["wi"]["bias"] = np.zeros(4)
+    different = nested()
+    different["decoder"]["layer_1"]["mlp"]["wi"]["bias"] = np.zeros(4)
     with pytest.raises(ValueError, match="layer_1 differs from layer_0 in mlp/wi/bias"):
-        tree.stack_layers(odd)
+        tree.stack_layers(different)

@@ -31,6 +31,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "pretrained.forward": ["forward"],
         "pretrained.load": ["load_pretrained"],
         "pretrained.save": ["save_pretrained"],
+        "recipes.finetuning": ["finetune"],
+        "recipes.prediction": ["evaluate", "predict"],
+        "recipes.pretraining": ["pretrain"],
         "train.step": ["make_train_step"],
     },
 )

@@ -1,4 +1,4 @@
-"""`python -m transformer_jax`: see `cli`."""
+"""`python -m transformer_jax`: the command line, see `transformer_jax.cli`."""
 
 import sys
 

@@ -1,22 +1,23 @@
-"""Meshes and where arrays live on them.
+"""Device meshes, and the sharding of parameters, batches and activations over them.
 
-Four axes, each with its own bargain:
+A mesh has four axes, each a trade-off between memory and communication:
 
-    data      copies the parameters and splits the batch: the least communication
-    fsdp      splits the batch too, and every large parameter with its optimizer state (fully
-              sharded data parallelism: Rajbhandari et al. 2020, "ZeRO", section 5). XLA gathers a
-              kernel just before it is used and scatters its gradient after
+    data      replicates the parameters and splits the batch: the least communication
+    fsdp      splits the batch, and every large parameter with its optimizer state (fully sharded
+              data parallelism: Rajbhandari et al. 2020, "ZeRO", section 5). XLA all-gathers a
+              kernel just before it is used, and reduce-scatters its gradient afterwards
     sequence  splits the tokens of a row, for rows too long for one device. Keys and values are
-              gathered before attention, all else is local (context parallelism)
+              gathered before attention; everything else is computed locally (context parallelism)
     tensor    splits heads, mlp_dim and vocabulary (Shoeybi et al. 2019, "Megatron-LM", section 3);
               between sublayers it splits tokens instead (Korthikanti et al. 2022, section 4.2.2)
 
-The batch is always cut over data and fsdp. No choice of sizes changes the numbers, only memory
-against communication.
+The batch is always split over data and fsdp. The axis sizes do not change the computed values, only
+memory use and communication.
 
     with jax.set_mesh(make_mesh(data=2, fsdp=4)) as mesh: ...
 
-Meshes have Auto axes: we place inputs and a few intermediate values, XLA decides the rest.
+All axes have type Auto: inputs and a few intermediate values are given a sharding, and XLA chooses
+the others.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,19 +43,20 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"mlp/wi/kernel(_int8)?$", P("fsdp", "tensor")),  # [D, F]
     (r"mlp/wi/bias$", P("tensor")),  # [F]
     (r"mlp/wo/kernel(_int8)?$", P("tensor", "fsdp")),  # [F, D]
-    (r"kernel(_int8)?$", P("fsdp", None)),  # pooler, heads: [D, anything]
-    (r"", P()),  # the rest: too small to be worth a gather
+    (r"kernel(_int8)?$", P("fsdp", None)),  # pooler and heads: [D, any]
+    (r"", P()),  # all others are replicated: too small to be worth a gather
 )
-"""First match wins: a regular expression (searched) on the path, and how the leaf is cut.
+"""(regular expression, partition spec) pairs: the first expression found in a path applies.
 
-How to read it: a spec names, for each dimension, the mesh axis that cuts it. "fsdp" always cuts
-D (d_model), the one dimension that every large parameter has and that is nearly always a multiple
-of the number of devices (a vocabulary of 50,257 is not). "tensor" cuts what a sublayer works on in
-parallel: the heads, mlp_dim, the vocabulary. Because rules are searched, they fit optimizer state
-as well: Adam's "0/mu/decoder/layer_0/mlp/wi/kernel" lies exactly where its kernel does.
+A spec names, for each dimension, the mesh axis that splits it. "fsdp" always splits D (d_model),
+the one dimension that every large parameter has and that is nearly always divisible by the number
+of devices (a vocabulary of 50,257 is not). "tensor" splits the dimension that a sublayer processes
+in parallel: the heads, mlp_dim or the vocabulary. Expressions are searched, so they also match the
+optimizer state: Adam's "0/mu/decoder/layer_0/mlp/wi/kernel" has the sharding of its kernel.
 
-Specs line up with the *last* dimensions, so a stacked leading axis of layers stays whole. An axis
-that the mesh lacks or that does not divide the dimension is dropped: that leaf is replicated there.
+Specs are aligned with the *last* dimensions, so the leading axis of stacked layers is not split. A
+mesh axis that does not exist or does not divide the dimension is dropped: the array is replicated
+along it.
 """
 
 
@@ -66,24 +68,39 @@ def make_mesh(
     *,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh with axes `MESH_AXES` over `devices` (all devices of all hosts by default).
+    """Makes a device mesh with the axes `MESH_AXES`.
 
-    One size may be -1: it takes the devices that the others leave. Devices of several TPU slices,
-    or hosts of GPUs, which have a fast network inside and a slow one between them, are put so that
-    "data" alone, which communicates least, spans slices; GPUs also where it cannot.
+    Several TPU slices, or hosts of GPUs, have a fast network inside and a slow one between them.
+    Their devices are arranged so that only "data", the axis with the least communication, spans
+    slices; GPUs are meshed even if that is impossible.
+
+    Args:
+        data: size of the data axis. One of the four sizes may be -1: it is set so that all devices
+            are used.
+        fsdp: size of the fsdp axis.
+        sequence: size of the sequence axis.
+        tensor: size of the tensor axis.
+        devices: by default all devices of all hosts.
 
     Raises:
-      ValueError: a size below 1, two sizes of -1, a product that is not the number of devices, or
-        a "data" that several TPU slices cannot share.
+        ValueError: a size is below 1, two sizes are -1, the product of the sizes is not the number
+            of devices, or `data` is not a multiple of the number of TPU slices.
+
+    Example:
+        >>> mesh = make_mesh(fsdp=1, devices=jax.devices()[:1])
+        >>> dict(mesh.shape)
+        {'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 1}
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict(zip(MESH_AXES, (data, fsdp, sequence, tensor)))
     for name, size in sizes.items():
         if size < 1 and size != -1:
-            raise ValueError(f"mesh axis {name} = {size}; give at least 1, or -1 for the rest")
+            raise ValueError(f"mesh axis {name} = {size}; it must be at least 1, or -1 to use all "
+                             "remaining devices")
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
-        raise ValueError(f"mesh axes {' and '.join(open_axes)} are -1; only one can take the rest")
+        raise ValueError(f"mesh axes {' and '.join(open_axes)} are -1; only one axis can use the "
+                         "remaining devices")
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(devices) % known or (not open_axes and known != len(devices)):
         given = ", ".join(f"{name}={size}" for name, size in sizes.items())
@@ -92,27 +109,34 @@ def make_mesh(
             f"{len(devices)}, or -1 for one of them"
         )
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes.values())
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if shape[0] % slices and devices[0].platform == "tpu":
-        raise ValueError(f"mesh axis data = {shape[0]} does not span {slices} slices of devices; "
-                         f"make it a multiple of {slices}")
-    if slices == 1 or shape[0] % slices:
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % num_slices and devices[0].platform == "tpu":
+        raise ValueError(f"mesh axis data = {shape[0]} does not span {num_slices} slices of "
+                         f"devices; it must be a multiple of {num_slices}")
+    if num_slices == 1 or shape[0] % num_slices:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
+        within_slice, across_slices = (shape[0] // num_slices, *shape[1:]), (num_slices, 1, 1, 1)
         placed = mesh_utils.create_hybrid_device_mesh(
-            inside, across, devices, allow_split_physical_axes=True)
+            within_slice, across_slices, devices, allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def spec_axis_names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes in one entry of a spec: None, a name, or a tuple of names."""
+    """Returns the mesh axes in one entry of a spec: None, a name, or a tuple of names.
+
+    Example:
+        >>> spec_axis_names(None), spec_axis_names("tensor"), spec_axis_names(("data", "fsdp"))
+        ((), ('tensor',), ('data', 'fsdp'))
+    """
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _fit(spec: Sequence[Any], shape: Sequence[int], axis_sizes: dict[str, int]) -> P:
-    """The spec for this shape: aligned right, without axes that are absent, of size 1, or do not
-    divide."""
+def _fit_spec(spec: Sequence[Any], shape: Sequence[int], axis_sizes: dict[str, int]) -> P:
+    """Aligns a spec with the last dimensions of a shape.
+
+    Axes that do not exist, have size 1 or do not divide the dimension are dropped.
+    """
     if len(spec) > len(shape):
         return P()
     entries = [None] * (len(shape) - len(spec)) + list(spec)
@@ -126,83 +150,112 @@ def _fit(spec: Sequence[Any], shape: Sequence[int], axis_sizes: dict[str, int]) 
 
 
 def param_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The sharding of every leaf by `RULES`, for parameters, optimizer state or a whole state.
+    """Returns the sharding of every leaf by `RULES`.
 
-    Leaves may be abstract (`jax.eval_shape`). Scalars are replicated.
+    Args:
+        tree: parameters, an optimizer state or a whole train state; real or abstract arrays
+            (`jax.eval_shape`). Scalars are replicated.
+        mesh: the device mesh.
+
+    Example:
+        >>> mesh = make_mesh(devices=jax.devices()[:1])
+        >>> shardings = param_shardings({"classifier": {"bias": np.zeros(3)}}, mesh)
+        >>> shardings["classifier"]["bias"].is_fully_replicated
+        True
     """
     sizes = dict(mesh.shape)
 
     def place(path: str, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, _fit(first_match(RULES, path), np.shape(leaf), sizes))
+        return NamedSharding(mesh, _fit_spec(first_match(RULES, path), np.shape(leaf), sizes))
 
     return map_paths(place, tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How a batch lies on the mesh: its first dimension is cut over all of "data" and "fsdp"."""
+    """Returns the sharding of a batch: its first dimension is split over "data" and "fsdp"."""
     return NamedSharding(mesh, P(tuple(a for a in BATCH_AXES if a in mesh.shape) or None))
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """How many parts a batch is cut into; its rows must be a multiple."""
+    """Returns the number of shards of a batch, which must divide its number of rows."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape]))
 
 
 class DataShard(NamedTuple):
-    """Which part of every batch a process reads: that with number `index` of `count`."""
+    """The part of every batch that a process loads: number `index` of `count` equal parts."""
 
     index: int
     count: int
 
 
 def process_data_shard(mesh: Mesh | None = None) -> DataShard:
-    """The share of this process; all of every batch where there is no mesh. Processes whose devices
-    hold the same rows, because "sequence" or "tensor" spans them, have the same share.
+    """Returns the data shard of this process; without a mesh, that of the whole batch.
+
+    Processes whose devices hold the same rows, because "sequence" or "tensor" spans them, have the
+    same data shard.
 
     Raises:
-      ValueError: the rows of some processes overlap in part.
+        ValueError: the rows of two processes overlap partially.
+
+    Example:
+        >>> process_data_shard(make_mesh())  # in a single process
+        DataShard(index=0, count=1)
     """
     if mesh is None:
         return DataShard(0, 1)
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    return _share(owners, [mesh.axis_names.index(a) for a in BATCH_AXES if a in mesh.shape],
-                  jax.process_index())
+    return _data_shard(owners, [mesh.axis_names.index(a) for a in BATCH_AXES if a in mesh.shape],
+                       jax.process_index())
 
 
-def _share(owners: np.ndarray, batch_axes: Sequence[int], process: int) -> DataShard:
-    """`data_share` of a process, given which process owns each device of the mesh."""
+def _data_shard(owners: np.ndarray, batch_axes: Sequence[int], process: int) -> DataShard:
+    """Returns the data shard of a process.
+
+    Args:
+        owners: the process of each device of the mesh.
+        batch_axes: the dimensions of `owners` over which a batch is split.
+        process: the index of the process.
+    """
     blocks = np.moveaxis(owners, batch_axes, range(len(batch_axes)))
     blocks = blocks.reshape(int(np.prod(blocks.shape[: len(batch_axes)])), -1)
-    shares = {tuple(np.flatnonzero((blocks == p).any(1)).tolist()) for p in np.unique(owners)}
-    if sum(map(len, shares)) != len(blocks):
+    shards = {tuple(np.flatnonzero((blocks == p).any(1)).tolist()) for p in np.unique(owners)}
+    if sum(map(len, shards)) != len(blocks):
         raise ValueError(
-            f"the processes' devices hold overlapping rows of a batch, in blocks {sorted(shares)} "
-            f"of {len(blocks)}; choose mesh sizes of which data * fsdp, or sequence * tensor, is a "
-            "multiple of the devices of a process"
+            f"the devices of different processes hold overlapping rows of a batch (blocks "
+            f"{sorted(shards)} of {len(blocks)}); choose mesh sizes such that data * fsdp, or "
+            "sequence * tensor, is a multiple of the number of devices per process"
         )
-    mine = next(s for s in sorted(shares) if (blocks[list(s)] == process).any())
-    return DataShard(sorted(shares).index(mine), len(shares))
+    own = next(s for s in sorted(shards) if (blocks[list(s)] == process).any())
+    return DataShard(sorted(shards).index(own), len(shards))
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Host arrays [B, ...] as arrays cut over the mesh.
+    """Converts host arrays [B, ...] to arrays that are sharded over the mesh.
 
-    With several hosts every host passes the rows of its `data_share`, and B is the sum over shares.
+    Args:
+        batch: a tree of arrays. With several processes, each passes the rows of its
+            `process_data_shard`, and the global batch consists of the rows of all data shards.
+        mesh: the device mesh.
 
     Raises:
-      ValueError: the global number of rows is not a multiple of the devices that share it.
+        ValueError: the global number of rows is not a multiple of the number of batch shards.
+
+    Example:
+        >>> mesh = make_mesh(devices=jax.devices()[:1])
+        >>> shard_batch({"tokens": np.zeros((4, 8))}, mesh)["tokens"].shape
+        (4, 8)
     """
     sharding = batch_sharding(mesh)
-    parts = num_batch_shards(mesh)
-    shares = process_data_shard(mesh).count if jax.process_count() > 1 else 1
+    num_parts = num_batch_shards(mesh)
+    num_data_shards = process_data_shard(mesh).count if jax.process_count() > 1 else 1
 
     def place(path: str, rows: Any) -> jax.Array:
         rows = np.asarray(rows)
-        total = len(rows) * shares
-        if total % parts:
+        total = len(rows) * num_data_shards
+        if total % num_parts:
             raise ValueError(
-                f"batch entry {path!r} has {total} rows, which {parts} devices cannot share "
-                f"equally; use a batch size that is a multiple of {parts}"
+                f"batch entry {path!r} has {total} rows, which {num_parts} devices cannot share "
+                f"equally; use a batch size that is a multiple of {num_parts}"
             )
         shape = (total, *rows.shape[1:])
         return jax.make_array_from_process_local_data(sharding, rows, shape)
@@ -211,68 +264,92 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """`x` with one mesh axis (or several, or None) asked for each of its last dimensions.
+    """Constrains the sharding of an array on the mesh set by `jax.set_mesh`.
 
-    Without a mesh set by `jax.set_mesh`, or inside `jax.pmap` and `jax.shard_map` where arrays are
-    already local, this is `x` itself: models run unchanged in a bare notebook. Axes that the mesh
-    lacks or that do not divide the dimension are dropped.
+    Without such a mesh, and inside `jax.pmap` and `jax.shard_map`, where arrays are local already,
+    `x` is returned unchanged. Models therefore also run without a mesh.
+
+    Args:
+        x: an array.
+        *axes: for each of the last dimensions of `x`, the mesh axis, or tuple of axes, that splits
+            it; None for no axis. Axes that the mesh does not have or that do not divide the
+            dimension are dropped.
+
+    Example:
+        >>> x = jax.numpy.ones((8, 4))
+        >>> constrain(x, ("data", "fsdp"), None) is x  # no mesh is set
+        True
     """
-    spec = fit(axes, x.shape)
+    spec = constraint_spec(axes, x.shape)
     if not any(spec):
         return x
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def fit(axes: Sequence[Any], shape: Sequence[int]) -> P:
-    """What `constrain` asks for, given an array's shape."""
-    return _fit(axes, shape, _automatic())
+def constraint_spec(axes: Sequence[Any], shape: Sequence[int]) -> P:
+    """Returns the partition spec that `constrain` applies to an array of this shape."""
+    return _fit_spec(axes, shape, _auto_axis_sizes())
 
 
 def num_shards(entry: Any) -> int:
-    """Into how many parts the axes of one entry of a spec cut a dimension, on the mesh at hand."""
+    """Returns the number of shards of a dimension with this spec entry, on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return int(np.prod([mesh.shape[name] for name in spec_axis_names(entry)]))
 
 
 def axis_size(name: str) -> int:
-    """The size of an axis of the mesh set by `jax.set_mesh`; 1 where `constrain` would drop it."""
-    return _automatic().get(name, 1)
+    """Returns the size of an axis of the current mesh; 1 if `constrain` would drop the axis."""
+    return _auto_axis_sizes().get(name, 1)
 
 
-def varying(x: Any) -> frozenset[str]:
-    """The axes along which `x` is known to differ by device: of `jax.shard_map`, which keeps count
-    of them unless it was told `check_vma=False`."""
-    kind = getattr(getattr(x, "aval", None), "manual_axis_type", None)
-    return frozenset(getattr(kind, "varying", ()))
+def varying_axes(x: Any) -> frozenset[str]:
+    """Returns the axes of an enclosing `jax.shard_map` over which the values of `x` vary.
+
+    Empty with `check_vma=False`, where JAX does not track them.
+    """
+    axis_type = getattr(getattr(x, "aval", None), "manual_axis_type", None)
+    return frozenset(getattr(axis_type, "varying", ()))
 
 
-def _automatic() -> dict[str, int]:
-    """Axes along which arrays are global and XLA decides how they are cut."""
+def _auto_axis_sizes() -> dict[str, int]:
+    """Returns the sizes of the Auto axes of the current mesh; XLA chooses shardings over these."""
     mesh = jax.sharding.get_abstract_mesh()
     return {name: size
-            for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-            if kind == AxisType.Auto}
+            for name, size, axis_type in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+            if axis_type == AxisType.Auto}
 
 
 def constrain_hidden(x: jax.Array) -> jax.Array:
-    """`constrain` for the residual stream [B, T, D]: rows cut like the batch, tokens by all else.
+    """Constrains the residual stream [B, T, D]: B is split like the batch, T over the other axes.
 
-    Parameters are cut along D, and without this XLA would let activations take on that cut, and
-    send them over the network instead of the smaller parameters.
+    Parameters are split along D. Without this constraint XLA would split activations in the same
+    way, and communicate activations instead of the smaller parameters.
     """
     return constrain(x, BATCH_AXES, ("sequence", "tensor"), None)
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Every leaf whole on every device of the mesh."""
+    """Copies every leaf to all devices of the mesh."""
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
 def init_sharded(init_fn: Callable[[Any], PyTree], rng: Any, mesh: Mesh) -> PyTree:
-    """`init_fn(rng)` with every leaf born where `param_shardings` puts it.
+    """Initializes a tree directly with its shardings.
 
-    No device ever holds the whole tree, so a model larger than one device can be made. The values
-    are those of `init_fn(rng)` without a mesh (JAX's random numbers do not depend on sharding).
+    No device ever holds the whole tree, so the model may be larger than the memory of one device.
+    The values are those of `init_fn(rng)` without a mesh, because JAX's random numbers do not
+    depend on the sharding.
+
+    Args:
+        init_fn: `init_fn(rng) -> tree`, a pure function.
+        rng: the random key.
+        mesh: the device mesh; `param_shardings` determines the shardings.
+
+    Example:
+        >>> init_fn = lambda rng: {"classifier": {"kernel": jax.random.normal(rng, (16, 3))}}
+        >>> params = init_sharded(init_fn, jax.random.key(0), make_mesh(devices=jax.devices()[:1]))
+        >>> params["classifier"]["kernel"].shape
+        (16, 3)
     """
     shardings = param_shardings(jax.eval_shape(init_fn, rng), mesh)
     with jax.set_mesh(mesh):

@@ -1,8 +1,7 @@
-"""What the files of a folder held when they were written, and whether they still do.
+"""File manifests with SHA-256 checksums, and JSON files.
 
-Of a checkpoint: Orbax completes one by renaming it, and finds a file that is missing; a flipped bit
-in an array it does not. So each complete checkpoint gets a list of its files with their SHA-256.
-The tokenizer of a run has such a list too.
+Every complete checkpoint has a manifest. Orbax detects a missing file by itself, but not a flipped
+bit in an array. The tokenizer of a run has a manifest too.
 """
 
 import hashlib
@@ -15,44 +14,62 @@ MANIFEST = "digests.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """List the files of a folder. The list appears as a whole or not at all."""
-    listed = {_name(folder, path): sha256(path) for path in _files(folder)}
-    unfinished = folder / f"{MANIFEST}.tmp"
-    with unfinished.open("w") as file:
-        json.dump(listed, file, indent=0)
+    """Writes the manifest of a folder: the SHA-256 of each file.
+
+    The manifest is written atomically, so it is either complete or absent.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     folder = Path(name)
+        ...     _ = (folder / "a.txt").write_text("unchanged")
+        ...     write_manifest(folder)
+        ...     before = verify_manifest(folder)
+        ...     _ = (folder / "a.txt").write_text("changed")
+        ...     before, verify_manifest(folder)
+        (None, 'a.txt is corrupted: its SHA-256 differs from digests.json')
+    """
+    checksums = {_relative_path(folder, path): sha256(path) for path in _files(folder)}
+    temporary = folder / f"{MANIFEST}.tmp"
+    with temporary.open("w") as file:
+        json.dump(checksums, file, indent=0)
         file.flush()
         os.fsync(file.fileno())
-    unfinished.replace(folder / MANIFEST)
+    temporary.replace(folder / MANIFEST)
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether the files are listed, which is the last thing that happens to a folder."""
+    """Whether a folder has a manifest, which is written after all of its other files."""
     return (folder / MANIFEST).is_file()
 
 
-def verify_manifest(folder: Path, more: bool = False) -> str | None:
-    """What is wrong with the first file that is not as it was written; None if all are.
+def verify_manifest(folder: Path, allow_extra_files: bool = False) -> str | None:
+    """Compares the files of a folder with its manifest.
 
     Args:
-        more: other files may be there too.
+        folder: a folder with a manifest.
+        allow_extra_files: whether the folder may contain files that are not in the manifest.
+
+    Returns:
+        A description of the first problem, or None if all files match.
     """
     try:
-        listed = json.loads((folder / MANIFEST).read_bytes())
-        expected = {str(name): str(digest) for name, digest in listed.items()}
+        content = json.loads((folder / MANIFEST).read_bytes())
+        expected = {str(name): str(checksum) for name, checksum in content.items()}
     except (OSError, ValueError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({str(error).splitlines()[0]})"
-    present = {_name(folder, path): path for path in _files(folder)}
-    for name, digest in expected.items():
+    present = {_relative_path(folder, path): path for path in _files(folder)}
+    for name, checksum in expected.items():
         if name not in present:
             return f"{name} is missing"
         try:
-            same = sha256(present[name]) == digest
+            matches = sha256(present[name]) == checksum
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        if not same:
-            return f"{name} is not what was written"
-    others = present.keys() - expected.keys()
-    return f"{min(others)} was not written with it" if others and not more else None
+        if not matches:
+            return f"{name} is corrupted: its SHA-256 differs from {MANIFEST}"
+    extra = present.keys() - expected.keys()
+    return f"{min(extra)} is not in {MANIFEST}" if extra and not allow_extra_files else None
 
 
 def _files(folder: Path) -> list[Path]:
@@ -60,40 +77,46 @@ def _files(folder: Path) -> list[Path]:
                   if path.is_file() and path != folder / MANIFEST)
 
 
-def _name(folder: Path, path: Path) -> str:
+def _relative_path(folder: Path, path: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
 def sha256(path: Path) -> str:
-    """SHA-256, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_json(data: bytes) -> Any:
-    """The value that these bytes say.
+    """Parses UTF-8 encoded JSON.
 
     Raises:
-        ValueError: they say none, in one line; also where they are nested deeper than Python reads.
+        ValueError: the data is not valid JSON, or is nested too deeply. The message is one line.
+
+    Example:
+        >>> parse_json(b'{"vocab_size": 100}')
+        {'vocab_size': 100}
     """
     try:
         return json.loads(data.decode("utf-8"))
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(str(error).splitlines()[0][:200]) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file.
+    """Reads a JSON file that contains an object.
 
     Raises:
-        ValueError: there is none; the file is named.
+        OSError: the file cannot be read.
+        ValueError: the file does not contain a JSON object; the message names the file.
     """
     try:
         values = parse_json(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); fetch it again") from None
+        raise ValueError(f"{path} is not valid JSON ({error}); the file is corrupted or truncated: "
+                         "download it again") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; it must be an object of fields")
+        raise ValueError(f"{path} holds a {type(values).__name__}; it must hold a JSON object")
     return values

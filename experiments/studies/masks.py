@@ -24,7 +24,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from settings import Optimizer, Pretrain
 
 from studies import small
 from studies.pictures import Bars, Line, Lines, show
@@ -34,6 +33,8 @@ from transformer_jax.models import GPT, Transformer, init_params, presets
 from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.blocks import Stack
 from transformer_jax.objectives import causal_lm, seq2seq
+from transformer_jax.recipes.config import OptimizerConfig
+from transformer_jax.recipes.pretraining import PretrainConfig
 from transformer_jax.report import plots
 from transformer_jax.train import step
 
@@ -100,7 +101,7 @@ def write_text(model: GPT, params, tokenizer, causal: bool, count: int, length: 
     @jax.jit
     def following(tokens, n):
         real = jnp.arange(length)[None] < n
-        apply = apply_under(model, Mask(causal=causal, real=real))
+        apply = apply_under(model, Mask(causal=causal, padding_mask=real))
         return apply({"params": params}, tokens).logits[0, n - 1].argmax()
 
     ids = tokenizer.encode(PROMPT)
@@ -114,21 +115,21 @@ def write_text(model: GPT, params, tokenizer, causal: bool, count: int, length: 
 
 def both_masks(c: Masks) -> tuple[dict, dict[str, small.Trained]]:
     """Numbers and curves of the GPT that is trained with the mask and of the one without."""
-    corpus = small.read(Pretrain(
+    corpus = small.read(PretrainConfig(
         model=presets.gpt2(num_layers=c.num_layers, d_model=c.d_model, num_heads=4,
                            mlp_dim=4 * c.d_model, max_length=c.length, dropout_rate=0.0,
                            attention_dropout_rate=0.0, init_std=0.05),
-        objective="causal_lm", tokenizer="chars", length=c.length, batch_size=c.batch_size,
+        objective="causal_lm", tokenizer="chars", max_length=c.length, batch_size=c.batch_size,
         num_steps=c.num_steps, out=c.out))
     model = GPT(corpus.settings.model)
-    held_out = corpus.held_out.evaluation(c.batch_size, limit=32)
+    held_out = corpus.held_out.evaluation_batches(c.batch_size, max_batches=32)
     found, trained = {}, {}
     for name, causal in (("with the causal mask", True), ("without it", False)):
         loss = functools.partial(causal_lm.loss, apply_under(model, Mask(causal=causal)))
         trained[name] = small.train(
             name, loss, init_params(model, jax.random.key(c.seed)),
             corpus.train.loader(c.batch_size, seed=c.seed), c.num_steps,
-            Optimizer(peak_lr=c.peak_lr, warmup_steps=c.num_steps // 10), seed=c.seed)
+            OptimizerConfig(peak_lr=c.peak_lr, warmup_steps=c.num_steps // 10), seed=c.seed)
         # What counts: the next character where nothing of what follows is there.
         hidden = step.make_eval_step(functools.partial(
             causal_lm.loss, apply_under(model, Mask(causal=True))))
@@ -166,7 +167,7 @@ def spell(c: Masks) -> tuple[dict, dict[str, np.ndarray]]:
         "spelling backwards", functools.partial(seq2seq.loss, model.apply),
         init_params(model, jax.random.key(c.seed)),
         make_loader(rows, 64, transform=prepare, seed=c.seed), c.spelling_steps,
-        Optimizer(peak_lr=2e-3, warmup_steps=c.spelling_steps // 10, clip_norm=1.0), seed=c.seed)
+        OptimizerConfig(peak_lr=2e-3, warmup_steps=c.spelling_steps // 10, clip_norm=1.0), seed=c.seed)
 
     def stacked(some):
         made = [prepare(row) for row in some]

@@ -183,7 +183,7 @@ def surfaces(path: Path, found: Mapping[str, np.ndarray], span: float, *, title:
     figure.suptitle(title)
     least = min(float(np.nanmin(x)) for x in found.values())
     for k, (name, losses) in enumerate(found.items()):
-        axes = figure.add_subplot(1, len(found), k + 1, lazy_logits="3d")
+        axes = figure.add_subplot(1, len(found), k + 1, projection="3d")
         at = np.linspace(-span, span, len(losses))
         plane = np.meshgrid(at, at)
         shown = np.minimum(np.nan_to_num(losses, nan=limit, posinf=limit), limit)

@@ -25,15 +25,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from settings import Optimizer, Pretrain
 
 from studies import small
 from studies.pictures import Image, Line, Lines, show
 from transformer_jax.finetuning import select
 from transformer_jax.models import Model, build_model, init_params, presets
-from transformer_jax.nn.positions import sinusoidal
+from transformer_jax.nn.positions import sinusoidal_positions
 from transformer_jax.objectives import causal_lm, mlm_nsp
 from transformer_jax.objectives.cross_entropy import cross_entropy
+from transformer_jax.recipes.config import OptimizerConfig
+from transformer_jax.recipes.pretraining import PretrainConfig
 from transformer_jax.report import plots
 
 KINDS = ("fixed", "learned", "none")
@@ -92,7 +93,7 @@ def rows_of(family: str, tokens: np.ndarray, rng: np.random.Generator, mask_id: 
     length = tokens.shape[1] - 1
     rows = [mlm_nsp.mask_tokens(
         row[:-1], rng, maskable=np.ones(length, bool), vocab_size=mask_id, mask_id=mask_id,
-        max_predictions=round(HIDDEN * length), rate=HIDDEN)
+        max_predictions=round(HIDDEN * length), mask_rate=HIDDEN)
         for row in tokens]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -120,8 +121,8 @@ def by_place(model: Model, family: str, params, batches, length: int, groups: in
 
 
 def run(c: Positions) -> dict:
-    corpus = small.read(Pretrain(
-        model=presets.gpt2(), objective="causal_lm", tokenizer="chars", length=c.length,
+    corpus = small.read(PretrainConfig(
+        model=presets.gpt2(), objective="causal_lm", tokenizer="chars", max_length=c.length,
         batch_size=c.batch_size, num_steps=c.num_steps, out=c.out))
     # One more id than there are characters, for [MASK].
     mask_id, vocab_size = corpus.tokenizer.vocab_size, corpus.tokenizer.vocab_size + 1
@@ -148,7 +149,7 @@ def run(c: Positions) -> dict:
             trained = small.train(
                 f"{family}, {kind}", functools.partial(objective, model.apply), params,
                 batches(family, train, c.length), c.num_steps,
-                Optimizer(peak_lr=c.peak_lr, warmup_steps=c.num_steps // 10), mask=mask, seed=c.seed)
+                OptimizerConfig(peak_lr=c.peak_lr, warmup_steps=c.num_steps // 10), mask=mask, seed=c.seed)
             loss = by_place(model, family, trained.params, tests, whole, groups)
             half = groups // c.beyond
             found[f"{family}, {kind}"] = {
@@ -170,7 +171,7 @@ def similarity(table: np.ndarray) -> np.ndarray:
 
 def picture(c: Positions, found, tables, groups: int, whole: int) -> None:
     x = (np.arange(groups) + 0.5) * whole / groups
-    fixed = sinusoidal(whole, c.d_model)
+    fixed = sinusoidal_positions(whole, c.d_model)
     panels = {f"{family}: loss by place": Lines(
         {kind: Line(x, found[f"{family}, {kind}"]["by_place"], points=True) for kind in c.kinds},
         xlabel="place in the row", ylabel="loss (nats a character)",

@@ -27,13 +27,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from settings import Optimizer, Pretrain
 
 from studies import small
 from studies.pictures import Line, Lines, show, surfaces
 from transformer_jax import tree
 from transformer_jax.models import GPT, init_params, presets
 from transformer_jax.objectives import causal_lm
+from transformer_jax.recipes.config import OptimizerConfig
+from transformer_jax.recipes.pretraining import PretrainConfig
 
 LINKS = {"with links": True, "without": False}
 
@@ -161,11 +162,11 @@ def run(c: ResidualLinks) -> dict:
     if c.landscape_depth not in c.depths:
         raise ValueError(f"landscape_depth is {c.landscape_depth}; it must be one of the depths "
                          f"{c.depths}")
-    corpus = small.read(Pretrain(
-        model=presets.gpt2(), objective="causal_lm", tokenizer="chars", length=c.length,
+    corpus = small.read(PretrainConfig(
+        model=presets.gpt2(), objective="causal_lm", tokenizer="chars", max_length=c.length,
         batch_size=c.batch_size, num_steps=c.num_steps, out=c.out))
     size = corpus.tokenizer.vocab_size
-    test = corpus.held_out.evaluation(c.test_rows, limit=1)[0]
+    test = corpus.held_out.evaluation_batches(c.test_rows, max_batches=1)[0]
     found, curves, gradients, planes, fewer = [], {}, {}, {}, {}
     for depth in c.depths:
         for name, links in LINKS.items():
@@ -177,7 +178,7 @@ def run(c: ResidualLinks) -> dict:
             trained = small.train(
                 f"{depth} layers {name}", functools.partial(causal_lm.loss, model.apply), params,
                 corpus.train.loader(c.batch_size, seed=c.seed), c.num_steps,
-                Optimizer(peak_lr=c.peak_lr, warmup_steps=c.num_steps // 10, clip_norm=1.0), seed=c.seed)
+                OptimizerConfig(peak_lr=c.peak_lr, warmup_steps=c.num_steps // 10, clip_norm=1.0), seed=c.seed)
             held_out = float(jax.jit(loss)(trained.params, test))
             found.append({"layers": depth, "links": links, "held_out": held_out,
                           "gradient_of_first_layer": gradient[0],

@@ -5,11 +5,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import common
 import jax
 import numpy as np
-from settings import Optimizer, Pretrain
 
+from transformer_jax.recipes.config import OptimizerConfig
+from transformer_jax.recipes.corpus import (
+    ObjectiveRows,
+    load_texts,
+    make_objective_rows,
+    train_tokenizer,
+    with_vocabulary,
+)
+from transformer_jax.recipes.pretraining import PretrainConfig
 from transformer_jax.train import loop, step
 from transformer_jax.tree import PyTree
 
@@ -18,18 +25,18 @@ class Corpus(NamedTuple):
     """A text as a model is pre-trained on it: `settings` with the tokenizer's vocabulary, rows to
     train on and rows that are held out."""
 
-    settings: Pretrain
+    settings: PretrainConfig
     tokenizer: Any
-    train: common.Split
-    held_out: common.Split
+    train: ObjectiveRows
+    held_out: ObjectiveRows
 
 
-def read(c: Pretrain, tokenizer: Any = None) -> Corpus:
+def read(c: PretrainConfig, tokenizer: Any = None) -> Corpus:
     """The corpus of `c`, with a tokenizer that is made for it unless there is one."""
-    train, held_out = common.load_texts(c)
-    tokenizer = tokenizer or common.make_tokenizer(c, train)
-    c = dataclasses.replace(c, model=common.fit_to(c.model, tokenizer))
-    return Corpus(c, tokenizer, *(common.objective_rows(c, texts, tokenizer)
+    train, held_out = load_texts(c)
+    tokenizer = tokenizer or train_tokenizer(c, train)
+    c = dataclasses.replace(c, model=with_vocabulary(c.model, tokenizer))
+    return Corpus(c, tokenizer, *(make_objective_rows(c, texts, tokenizer)
                                   for texts in (train, held_out)))
 
 
@@ -48,7 +55,7 @@ class Trained(NamedTuple):
 
 def train(
     title: str, loss_fn: Callable, params: PyTree, batches: Iterator, num_steps: int,
-    optimizer: Optimizer, *, mask: PyTree | None = None, seed: int = 0, looks: int = 50,
+    optimizer: OptimizerConfig, *, mask: PyTree | None = None, seed: int = 0, looks: int = 50,
 ) -> Trained:
     """`num_steps` updates of what `mask` says, all if None, and a line about it."""
     began = time.perf_counter()

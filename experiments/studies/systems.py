@@ -9,16 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import common
 import jax
 import numpy as np
-from finetune import finetune, for_task, read
-from settings import Data, FinetuneOptimizer, Optimizer, Pretrain, Settings
 
 from studies import small
 from transformer_jax.data import LabeledDataset, sources, subsample_balanced
 from transformer_jax.models import GPT, Config, build_model, init_params, presets
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
+from transformer_jax.pretrained.runs import LoadedRun
+from transformer_jax.recipes.base_model import add_task_head
+from transformer_jax.recipes.config import (
+    DatasetConfig,
+    FinetuneOptimizerConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from transformer_jax.recipes.corpus import load_texts, train_tokenizer
+from transformer_jax.recipes.finetuning_run import encode_for_training, finetune_params
+from transformer_jax.recipes.pretraining import PretrainConfig
 from transformer_jax.train import step
 
 
@@ -35,7 +43,7 @@ def next_sentence(apply: Callable, params, batch, rng=None, **options):
 
 
 class Kind(NamedTuple):
-    """A way of pre-training: the rows (`common.objective_rows`), the loss, changes of the model."""
+    """A way of pre-training: the rows (`recipes.corpus`), the loss, changes of the model."""
 
     rows: str
     loss: Callable
@@ -86,7 +94,7 @@ SMALLEST = Shape(num_layers=2, d_model=16, vocab_size=300, length=24, batch_size
 
 
 class System(NamedTuple):
-    base: common.LoadedRun
+    base: LoadedRun
     held_out: float  # loss of its own objective
 
 
@@ -104,17 +112,17 @@ def make_config(s: Shape, kind: Kind) -> Config:
     return presets.bert_tiny(**shape | {"norm_first": True, "norm_epsilon": 1e-6} | dict(changes))
 
 
-def settings(s: Shape, kind: Kind) -> Pretrain:
-    return Pretrain(
-        model=make_config(s, kind), objective=kind.rows, tokenizer="wordpiece", length=s.length,
-        batch_size=s.batch_size, num_steps=s.num_steps, mask_rate=0.3, out=Path())
+def settings(s: Shape, kind: Kind) -> PretrainConfig:
+    return PretrainConfig(
+        model=make_config(s, kind), objective=kind.rows, tokenizer="wordpiece",
+        max_length=s.length, batch_size=s.batch_size, num_steps=s.num_steps, mask_rate=0.3, out=Path())
 
 
 @functools.cache
 def wordpiece(vocab_size: int) -> Any:
     """The vocabulary that all share."""
     c = settings(dataclasses.replace(SMALLEST, vocab_size=vocab_size), KINDS["BERT"])
-    return common.make_tokenizer(c, common.load_texts(c)[0])
+    return train_tokenizer(c, load_texts(c)[0])
 
 
 def pretrain(s: Shape, name: str, kind: Kind | None = None) -> System:
@@ -126,10 +134,10 @@ def pretrain(s: Shape, name: str, kind: Kind | None = None) -> System:
     trained = small.train(
         name, loss, init_params(model, jax.random.key(s.seed)),
         corpus.train.loader(s.batch_size, seed=s.seed), s.num_steps,
-        Optimizer(peak_lr=s.peak_lr, warmup_steps=s.num_steps // 20, b2=0.99), seed=s.seed)
+        OptimizerConfig(peak_lr=s.peak_lr, warmup_steps=s.num_steps // 20, b2=0.99), seed=s.seed)
     held_out = step.evaluate(step.make_eval_step(loss), trained.params,
-                             corpus.held_out.evaluation(s.batch_size, limit=16))
-    base = common.LoadedRun(model, trained.params, corpus.tokenizer, [])
+                             corpus.held_out.evaluation_batches(s.batch_size, max_batches=16))
+    base = LoadedRun(model, trained.params, corpus.tokenizer, [])
     return System(base, held_out["loss"])
 
 
@@ -138,7 +146,7 @@ def pretrain(s: Shape, name: str, kind: Kind | None = None) -> System:
 
 def topics(s: Shape) -> LabeledDataset:
     """Which of twelve parts of the library a docstring is about."""
-    data = Data().load()
+    data = DatasetConfig().load()
     return data._replace(validation=data.validation[: s.test_examples])
 
 
@@ -165,18 +173,19 @@ def pairs(s: Shape) -> LabeledDataset:
 def ask(s: Shape, system: System, data: LabeledDataset, total: int, *, scratch: bool = False,
         aux_lm_loss_weight: float = 0.0) -> list[float]:
     """Accuracies in percent of all seeds, after fine-tuning everything on `total` examples."""
-    chosen = Settings(
-        length=s.length, batch_size=16, num_steps=s.finetune_steps,
-        optimizer=FinetuneOptimizer(peak_lr=s.finetune_peak_lr, b2=0.99), aux_lm_loss_weight=aux_lm_loss_weight,
-        new_tokens=isinstance(system.base.model, GPT))
-    model, start = for_task(system.base, data)
+    training = TrainingConfig(
+        max_length=s.length, batch_size=16, num_steps=s.finetune_steps,
+        optimizer=FinetuneOptimizerConfig(peak_lr=s.finetune_peak_lr, b2=0.99),
+        aux_lm_loss_weight=aux_lm_loss_weight,
+        gpt_special_tokens=isinstance(system.base.model, GPT))
+    model, pretrained = add_task_head(system.base, data)
     scores = []
     for seed in range(s.seeds):
         drawn = data._replace(train=subsample_balanced(data.train, None, seed, total=total))
-        task = read(drawn, model, system.base.tokenizer, chosen)
-        outcome = finetune(model, None if scratch else start, system.base.tokenizer, task, "full",
-                           chosen, seed, quiet=True)
-        scores.append(100 * outcome.metrics["accuracy"])
+        encoded = encode_for_training(drawn, model, system.base.tokenizer, training)
+        found = finetune_params(
+            encoded, None if scratch else pretrained, "full", training, seed, quiet=True)
+        scores.append(100 * found.metrics["accuracy"])
     return scores
 
 

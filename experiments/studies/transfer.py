@@ -30,13 +30,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import common
 import configs.snli
 import configs.sst2_few
 import jax
 import numpy as np
-from finetune import finetune, for_task, read
-from settings import Data, FinetuneOptimizer, Optimizer, Settings
 
 from studies import small, systems
 from studies.pictures import Line, Lines, show
@@ -49,6 +46,15 @@ from transformer_jax.data import (
 )
 from transformer_jax.models import GPT, init_params, presets
 from transformer_jax.objectives import causal_lm
+from transformer_jax.pretrained.runs import LoadedRun
+from transformer_jax.recipes.base_model import add_task_head
+from transformer_jax.recipes.config import (
+    DatasetConfig,
+    FinetuneOptimizerConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from transformer_jax.recipes.finetuning_run import encode_for_training, finetune_params
 from transformer_jax.train import step
 
 SOURCES = {
@@ -122,7 +128,7 @@ def load_source(c: Transfer, name: str) -> str:
         raise FileNotFoundError(f"{path} does not exist; --data names the folder with the sources, "
                                 "see the top of studies/transfer.py; --sources chooses others")
     else:
-        found = sources.table(path) if ".jsonl" in spec else sources.text_files(path)
+        found = sources.load_table(path) if ".jsonl" in spec else sources.load_text_files(path)
     texts, have = [], 0
     for i in range(len(found)):
         texts.append(found[i]["text"].lower())
@@ -144,9 +150,9 @@ def unseen(examples: list[dict], texts: list[str]) -> list[dict]:
 def load_target(c: Transfer, name: str, texts: list[str]) -> tuple[LabeledDataset, LabeledDataset]:
     """(the target, the same with its validation from training examples, to choose a rate by)."""
     if name == "topics":
-        data = Data()
+        data = DatasetConfig()
     else:
-        data = {"SST-2": configs.sst2_few, "SNLI": configs.snli}[name].config().data
+        data = {"SST-2": configs.sst2_few, "SNLI": configs.snli}[name].config().dataset
         data = dataclasses.replace(data, data=str(c.data / data.data))
     found = data.load()
     lower = [[{key: value.lower() if isinstance(value, str) else value
@@ -168,7 +174,7 @@ def batches(c: Transfer, tokens: np.ndarray, seed: int) -> Iterator[dict]:
 
 def pretrain(c: Transfer, name: str, text: str, tokenizer) -> tuple[GPT, dict, float]:
     """(model, parameters, loss on the end of the source, in nats a token)."""
-    tokens = packing.tokenize_corpus([{"text": text}], tokenizer, sentences=False).tokens
+    tokens = packing.tokenize_corpus([{"text": text}], tokenizer, one_sentence_per_line=False).tokens
     cut = int(len(tokens) * (1 - HELD_OUT))
     model = GPT(presets.gpt2(
         num_layers=c.num_layers, d_model=c.d_model, num_heads=4, mlp_dim=4 * c.d_model,
@@ -177,27 +183,29 @@ def pretrain(c: Transfer, name: str, text: str, tokenizer) -> tuple[GPT, dict, f
     loss = functools.partial(causal_lm.loss, model.apply)
     trained = small.train(
         name, loss, init_params(model, jax.random.key(c.seed)), batches(c, tokens[:cut], c.seed),
-        c.num_steps, Optimizer(peak_lr=c.peak_lr, warmup_steps=c.num_steps // 20, b2=0.99), seed=c.seed)
+        c.num_steps, OptimizerConfig(peak_lr=c.peak_lr, warmup_steps=c.num_steps // 20, b2=0.99),
+        seed=c.seed)
     endless = batches(c, tokens[cut:], c.seed + 1)
     held_out = step.evaluate(step.make_eval_step(loss), trained.params,
                              [next(endless) for _ in range(16)])
     return model, trained.params, held_out["loss"]
 
 
-def score(c: Transfer, base: common.LoadedRun, data: LabeledDataset, examples: int, peak: float,
+def score(c: Transfer, base: LoadedRun, data: LabeledDataset, examples: int, peak: float,
           seed: int, scratch: bool) -> float:
     """Accuracy in percent after fine-tuning."""
-    settings = Settings(
-        length=c.length, batch_size=16, epochs=c.epochs, min_steps=c.min_steps, new_tokens=True,
-        optimizer=FinetuneOptimizer(peak_lr=peak, b2=0.99))
-    model, start = for_task(base, data)
+    training = TrainingConfig(
+        max_length=c.length, batch_size=16, epochs=c.epochs, min_steps=c.min_steps,
+        gpt_special_tokens=True, optimizer=FinetuneOptimizerConfig(peak_lr=peak, b2=0.99))
+    model, pretrained = add_task_head(base, data)
     drawn = data._replace(train=subsample_balanced(data.train, None, seed, total=examples))
-    task = read(drawn, model, base.tokenizer, settings)
-    return 100 * finetune(model, None if scratch else start, base.tokenizer, task, "full",
-                          settings, seed, quiet=True).metrics["accuracy"]
+    encoded = encode_for_training(drawn, model, base.tokenizer, training)
+    found = finetune_params(
+        encoded, None if scratch else pretrained, "full", training, seed, quiet=True)
+    return 100 * found.metrics["accuracy"]
 
 
-def best_peak(c: Transfer, base: common.LoadedRun, tuning: LabeledDataset, examples: int,
+def best_peak(c: Transfer, base: LoadedRun, tuning: LabeledDataset, examples: int,
               scratch: bool) -> float:
     """The rate that does best on examples that nobody trains on, for a seed of its own."""
     tried = {peak: score(c, base, tuning, examples, peak, c.seeds, scratch) for peak in c.peak_lrs}
@@ -211,7 +219,7 @@ def run(c: Transfer) -> dict:
     bases, losses = {}, {}
     for name, text in texts.items():
         model, params, losses[name] = pretrain(c, name, text, tokenizer)
-        bases[name] = common.LoadedRun(model, params, tokenizer, [])
+        bases[name] = LoadedRun(model, params, tokenizer, [])
     starts = {**bases, SCRATCH: next(iter(bases.values()))}
     rows = []
     for target, (data, tuning) in targets.items():

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import configs
-import sweep
-from pretrain import pretrain
-from settings import Data, FinetuneOptimizer, Pretrain, Settings, Sweep
 
 from studies.pictures import Named, show
 from transformer_jax import metrics
+from transformer_jax.recipes.config import DatasetConfig, FinetuneOptimizerConfig, TrainingConfig
+from transformer_jax.recipes.pretraining import PretrainConfig, pretrain
+from transformer_jax.recipes.sweep import SweepConfig, sweep
 
 RATES = {
     "full": 1.5e-3, "last_k:1": 3e-3, "layers:0": 3e-3, "embeddings": 3e-3, "head": 1e-2,
@@ -69,7 +69,7 @@ def smallest() -> WhichParameters:
 
 
 def run(c: WhichParameters) -> dict:
-    settings = configs.load(Pretrain)[c.base][1]
+    settings = configs.load(PretrainConfig)[c.base][1]
     changes = {}
     if c.pretrain_steps:
         changes = {"num_steps": c.pretrain_steps, "eval_batches": 1,
@@ -79,11 +79,12 @@ def run(c: WhichParameters) -> dict:
     base = c.out / "base"
     if not (base / "results.json").is_file():
         pretrain(dataclasses.replace(settings, out=base, **changes))
-    found = sweep.main(Sweep(
-        pretrained=str(base), out=c.out / "sweep", data=Data(), recipes=tuple(c.rates),
-        peak_lrs=tuple(c.rates.values()), examples=c.examples, seeds=c.seeds, quiet=True,
-        settings=Settings(length=48, batch_size=16, num_steps=c.num_steps,
-                          optimizer=FinetuneOptimizer(b2=0.99))))["metrics"]
+    found = sweep(SweepConfig(
+        pretrained=str(base), out=c.out / "sweep", dataset=DatasetConfig(),
+        trainable=tuple(c.rates), peak_lrs=tuple(c.rates.values()), examples=c.examples,
+        seeds=c.seeds, quiet=True,
+        training=TrainingConfig(max_length=48, batch_size=16, num_steps=c.num_steps,
+                                optimizer=FinetuneOptimizerConfig(b2=0.99))))["metrics"]
     before, panels = found["held_out_before"], {}
     for examples in c.examples:
         rows = [row for row in found["cells"] if row["labels"] == examples]

@@ -85,5 +85,5 @@ STAND_INS = {
     "question_answering": {"MODEL": bert, "DATA": questions},
     "translation": {"MODEL": marian, "DATA": captions},
     "gpt2_lora": {"MODEL": gpt2},
-    "planner": {"TOPOLOGY": lambda folder: "here"},
+    "planner": {"TOPOLOGY": lambda folder: "local"},
 }

@@ -40,7 +40,7 @@ def test_it_runs(name, tmp_path, monkeypatch):
     assert not [o for o in shown if o.output_type == "error"]
     assert any("image/png" in o.get("data", {}) for o in shown)  # something is drawn
     said = "".join(o.text for o in shown if o.output_type == "stream")
-    asks = 'say_devices("' in (COLAB / f"{name}.py").read_text()
+    asks = 'print_devices("' in (COLAB / f"{name}.py").read_text()
     assert ("!!  NO " in said) == asks  # this is a CPU, and that is said where it matters
 
 

@@ -1,4 +1,4 @@
-"""Pairs from files, and batches of like lengths that hold every pair once an epoch."""
+"""Pairs from files, and token-budget batches of pairs."""
 
 import functools
 import gzip
@@ -17,7 +17,7 @@ COUNT = 200
 
 
 def make(count=COUNT, **options):
-    """Pairs whose source begins with their number, of lengths 1 to 20."""
+    """Batches of pairs of 1 to 20 tokens, whose ids encode the number of the pair."""
     rng = np.random.default_rng(0)
     examples = [{"source": np.full(rng.integers(1, 21), 10 + i), "target": np.full(
         rng.integers(1, 21), 10 + i)} for i in range(count)]
@@ -29,7 +29,7 @@ def numbers(batch):
     return batch["tokens"][batch["padding_mask"].any(1), 0] - 10
 
 
-def test_shapes_and_budget():
+def test_batch_shapes_and_token_budget():
     data = make()
     shapes = {data[i]["tokens"].shape for i in range(data.batches_per_epoch)}
     assert shapes == {(8, 8), (4, 16), (2, 32)}
@@ -41,7 +41,7 @@ def test_shapes_and_budget():
         assert bucket == min(b for b in (8, 16, 32) if b >= longest)
 
 
-def test_an_epoch_holds_no_pair_twice_and_leaves_others_out_than_the_next():
+def test_an_epoch_repeats_no_pair_and_omits_different_pairs_than_the_next():
     data = make()
     epochs = [np.concatenate([numbers(data[e * data.batches_per_epoch + i])
                               for i in range(data.batches_per_epoch)]) for e in range(3)]
@@ -51,7 +51,7 @@ def test_an_epoch_holds_no_pair_twice_and_leaves_others_out_than_the_next():
     assert len(set(np.concatenate(epochs))) > len(epochs[0])
 
 
-def test_seed_decides_and_state_resumes():
+def test_the_seed_determines_the_batches_and_the_state_resumes():
     first, again, other = make(), make(), make(seed=1)
     same = [np.array_equal(first[i]["tokens"], again[i]["tokens"]) for i in range(30)]
     assert all(same)
@@ -67,41 +67,41 @@ def test_seed_decides_and_state_resumes():
     assert len(seen) == 5
 
 
-def test_evaluation_holds_every_pair_once():
+def test_evaluation_batches_contain_every_pair_once():
     data = make()
-    batches = data.evaluation()
+    batches = data.evaluation_batches()
     assert sorted(np.concatenate([numbers(batch) for batch in batches])) == list(range(COUNT))
     assert {b["tokens"].shape for b in batches} == {(8, 8), (4, 16), (2, 32)}
     lengths = sum(len(p["target"]) + 1 for p in data.pairs)
     assert sum(b["weights"].sum() for b in batches) == lengths
 
 
-def test_processes_share_each_batch():
-    whole = make()
-    parts = [make(process_index=i, process_count=2) for i in range(2)]
+def test_each_process_gets_its_slice_of_every_batch():
+    single = make()
+    processes = [make(process_index=i, process_count=2) for i in range(2)]
     for i in range(6):
-        rows = np.concatenate([part[i]["tokens"] for part in parts])
-        np.testing.assert_array_equal(rows, whole[i]["tokens"])
+        rows = np.concatenate([data[i]["tokens"] for data in processes])
+        np.testing.assert_array_equal(rows, single[i]["tokens"])
 
 
-def test_rows_are_a_multiple_and_few_pairs_make_small_batches():
-    data = make(rows_multiple=2)
+def test_batch_size_multiple_and_small_batches_of_few_pairs():
+    data = make(batch_size_multiple=2)
     assert all(data[i]["tokens"].shape[0] % 2 == 0 for i in range(data.batches_per_epoch))
     small = make(count=3, buckets=(32,), tokens_per_batch=320)
     assert small[0]["tokens"].shape == (3, 32)
 
 
-def test_too_few_pairs_can_be_evaluated_but_not_trained_on():
-    data = make(count=3, rows_multiple=8, tokens_per_batch=256)
-    assert sum(batch["weights"].any(1).sum() for batch in data.evaluation()) == 3
+def test_too_few_pairs_for_a_batch_can_only_be_evaluated():
+    data = make(count=3, batch_size_multiple=8, tokens_per_batch=256)
+    assert sum(batch["weights"].any(1).sum() for batch in data.evaluation_batches()) == 3
     with pytest.raises(ValueError, match="3 pairs do not fill a batch of 8 rows in any bucket"):
         data.loader()
 
 
-def test_long_pairs_are_cut_and_counted():
+def test_long_pairs_are_truncated_and_counted():
     data = make(buckets=(8, 12))
     longest = [max(len(p["source"]), len(p["target"])) + 1 for p in data.pairs]
-    assert data.num_cut == sum(n > 12 for n in longest) > 0
+    assert data.num_truncated == sum(n > 12 for n in longest) > 0
     assert max(data[i]["tokens"].shape[1] for i in range(data.batches_per_epoch)) == 12
 
 
@@ -110,9 +110,9 @@ def test_long_pairs_are_cut_and_counted():
     ({"buckets": (16, 8)}, r"buckets are \[16, 8\]; give ascending"),
     ({"buckets": (1, 8)}, "give ascending lengths above 1"),
     ({"tokens_per_batch": 20}, "20 has no room for 1 rows of 32 tokens; use at least 32"),
-    ({"rows_multiple": 8}, "use at least 256"),
+    ({"batch_size_multiple": 8}, "use at least 256"),
 ])
-def test_refused(options, message):
+def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
 
@@ -138,20 +138,20 @@ def test_aligned_files_and_tables(folder):
 
 
 @pytest.mark.parametrize(("name", "text", "error", "message"), [
-    ("train.en", "A dog.\n", ValueError, "has 2 lines and .*train.en 1; line n"),
+    ("train.en", "A dog.\n", ValueError, "has 2 lines and .*train.en has 1; line n"),
     ("train.en", "A dog.\n \n", ValueError, "pair 2 of .* has the target ''; give text"),
     ("test.de", "Ein Hund.\n", FileNotFoundError,
      "has no split 'test'; give a folder with test.de"),
 ])
-def test_bad_files(folder, name, text, error, message):
+def test_errors_in_files(folder, name, text, error, message):
     (folder / name).write_text(text)
     with pytest.raises(error, match=message):
         pairs.load_pairs(folder, name.partition(".")[0], "de", "en")
     with pytest.raises(FileNotFoundError, match="does not exist; give a file"):
-        pairs.aligned_files(folder / "train.de", folder / "nowhere")
+        pairs.load_aligned_files(folder / "train.de", folder / "nowhere")
 
 
-def test_data_sets_by_name(monkeypatch):
+def test_datasets_by_name(monkeypatch):
     rows = [{"translation": {"de": "Hund", "en": "dog"}}, {"de": "Katze", "en": "cat"}]
     monkeypatch.setattr(pairs, "load_source", lambda spec, split: rows)
     assert pairs.load_pairs("tfds:some/de-en", "train", "de", "en") == [

@@ -1,3 +1,5 @@
+"""The python_docs corpus: sentence extraction, examples, and building the dataset."""
+
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from transformer_jax.data.python_docs import builder, examples, extract, prose
 # Prose
 
 
-def test_sentences_end_where_they_end():
+def test_sentence_ends():
     text = ('Return x. Calls os.path.join, e.g. Foo or i.e. Bar. See RFC 2822, sec. 3. J. Smith '
             'wrote it (in 1999.) "Quoted." Is it? Yes! f() is called. but not here. 3.5 is. '
             "Wait... Then go.")
@@ -53,7 +55,7 @@ Args:
 """
 
 
-def test_markup_and_code_go_and_words_stay():
+def test_markup_and_code_are_removed():
     assert prose.paragraphs(RST) == [
         ["Join a and os.path.b really well.", "It uses this and that, but *args stay:"],
         ["Title of a part"],
@@ -64,14 +66,14 @@ def test_markup_and_code_go_and_words_stay():
     ]
 
 
-def test_prose_is_told_from_code():
+def test_is_prose():
     assert prose.is_prose("Return the number of items.")
     for code in ("x = f(y)", "if a == b: return c[0] + 1", "Short one", "-v --verbose -q --quiet",
                  "word " * 151):
         assert not prose.is_prose(code)
 
 
-def test_both_forms_of_the_text():
+def test_sentence_lines_and_running_text():
     found = [["One.", "Two."], ["Three."]]
     assert prose.sentence_lines(found) == "One.\nTwo.\n\nThree."
     assert prose.running_text(found) == "One. Two.\nThree."
@@ -80,7 +82,7 @@ def test_both_forms_of_the_text():
 # Extraction
 
 
-def test_sources_are_parsed_not_imported(tmp_path):
+def test_source_files_are_parsed_and_not_imported(tmp_path):
     (tmp_path / "pkg" / "tests").mkdir(parents=True)
     (tmp_path / "config-3.x").mkdir()
     (tmp_path / "pkg" / "__init__.py").write_text('"""Package."""\nraise SystemExit\n')
@@ -96,7 +98,7 @@ def test_sources_are_parsed_not_imported(tmp_path):
     ]
 
 
-# The data set
+# The dataset
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +137,7 @@ def test_no_paragraph_is_in_two_splits(docs_dir):
 
 
 @pytest.mark.slow
-def test_topics_have_enough_examples_once(docs_dir):
+def test_topics_have_enough_distinct_examples(docs_dir):
     splits = load_all("topics", docs_dir)
     names = python_docs.load("topics", "train", docs_dir).label_names
     assert names == tuple(examples.TOPICS) and 8 <= len(names) <= 12
@@ -149,7 +151,7 @@ def test_topics_have_enough_examples_once(docs_dir):
 
 
 @pytest.mark.slow
-def test_summaries_have_bodies(docs_dir):
+def test_summaries_have_distinct_bodies(docs_dir):
     splits = load_all("summaries", docs_dir)
     found = [e for split in splits.values() for e in split]
     assert len(found) > 1500 and len({e["body"] for e in found}) == len(found)
@@ -157,32 +159,32 @@ def test_summaries_have_bodies(docs_dir):
 
 
 @pytest.mark.slow
-def test_tfds_finds_what_was_prepared(docs_dir):
-    folder = python_docs.prepare(docs_dir)
-    source = sources.tfds_source("python_docs/topics", "test", folder)
+def test_tfds_loads_the_built_dataset(docs_dir):
+    folder = python_docs.build(docs_dir)
+    source = sources.load_tfds("python_docs/topics", "test", folder)
     assert source[0] == python_docs.load("topics", "test", docs_dir)[0]
     assert (folder.stat().st_mode & 0o777) == 0o755
     info = tfds.builder("python_docs/topics", data_dir=folder).info
-    assert "never its answers" in info.description
+    assert "never its labels" in info.description
 
 
-def test_splits_are_a_stable_hash():
+def test_splits_are_assigned_by_a_stable_hash():
     names = ("asyncio.events", "email.message", "logging", "topics/if", "json.decoder", "abc")
-    found = [examples.split_of(name, (0.25, 0.25)) for name in names]
+    found = [examples.assign_split(name, (0.25, 0.25)) for name in names]
     assert found == ["train", "train", "test", "validation", "train", "train"]
-    shares = [examples.split_of(str(i), (0.1, 0.2)) for i in range(5000)]
+    shares = [examples.assign_split(str(i), (0.1, 0.2)) for i in range(5000)]
     assert abs(shares.count("validation") / 5000 - 0.1) < 0.02
     assert abs(shares.count("test") / 5000 - 0.2) < 0.02
 
 
-def test_names_are_checked():
+def test_unknown_configs_and_splits():
     with pytest.raises(ValueError, match="unknown config 'topic' of python_docs; choose one of"):
         python_docs.load("topic", "train")
     with pytest.raises(ValueError, match="unknown split 'dev' of python_docs; choose one of train"):
         python_docs.load("topics", "dev")
 
 
-# Preparing
+# Building
 
 
 SMALL = (
@@ -193,21 +195,21 @@ SMALL = (
 
 @pytest.fixture
 def small(monkeypatch):
-    """Few docstrings, quickly read."""
+    """Replaces the docstrings of the standard library by a few."""
     texts = [SMALL.format(i, word) for i in range(40) for word in ("lists", "sets")]
     found = [extract.Docstring(f"asyncio.m{i}", "", text) for i, text in enumerate(texts)]
     monkeypatch.setattr(extract, "docstrings", lambda: iter(found))
     monkeypatch.setattr(examples, "MIN_DOCSTRINGS", 1)
-    examples._cleaned.cache_clear()
+    examples._clean_docstrings.cache_clear()
     yield
-    examples._cleaned.cache_clear()
+    examples._clean_docstrings.cache_clear()
 
 
-def test_the_cache_is_where_the_environment_says(small, tmp_path, monkeypatch):
+def test_the_environment_variable_sets_the_cache_folder(small, tmp_path, monkeypatch):
     monkeypatch.setenv("TRANSFORMER_JAX_CACHE", str(tmp_path / "cache"))
     assert len(python_docs.load("topics", "train")) > 10
     (folder,) = (tmp_path / "cache").iterdir()
-    assert folder == python_docs.prepare()
+    assert folder == python_docs.build()
     assert folder.name.endswith("py" + sys.version.split()[0])
 
 
@@ -221,7 +223,7 @@ def test_a_failed_build_leaves_nothing(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(builder.PythonDocs, "download_and_prepare", fail)
     with pytest.raises(Full):
-        python_docs.prepare(tmp_path)
+        python_docs.build(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,7 +241,7 @@ print(len(python_docs.load("documents", "train", sys.argv[1])))
 
 
 @pytest.mark.slow
-def test_two_processes_at_once(tmp_path):
+def test_two_processes_build_at_once(tmp_path):
     command = [sys.executable, "-c", RACE, str(tmp_path), SMALL]
     both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             for _ in range(2)]
@@ -252,8 +254,8 @@ def test_two_processes_at_once(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_python_without_sources_is_named(small, tmp_path, monkeypatch):
+def test_a_python_without_source_files(small, tmp_path, monkeypatch):
     monkeypatch.setattr(extract, "docstrings", lambda: iter([]))
     with pytest.raises(FileNotFoundError, match=r"this Python has 0 docstrings.*its .py files"):
-        python_docs.prepare(tmp_path)
+        python_docs.build(tmp_path)
     assert list(tmp_path.iterdir()) == []

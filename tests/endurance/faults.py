@@ -100,7 +100,7 @@ def restored(root: Path) -> str:
     for ours, theirs in zip(jax.tree.leaves(found.state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=f"silent corruption at step {number}")
     assert found.data_state == {"at": number} and found.metadata == {"run": "this"}
-    assert number == STEPS[-1] or "is damaged" in said.getvalue() or number in STEPS
+    assert number == STEPS[-1] or "is corrupted" in said.getvalue() or number in STEPS
     checkpoint_dirs.quarantine_incomplete(root, after=number)
     checkpointing.save(root, number + 10, state_at(number + 10))  # the run goes on
     assert checkpointing.latest_step(root) == number + 10

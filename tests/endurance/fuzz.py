@@ -34,7 +34,7 @@ import numpy as np
 from transformer_jax.data import load_dataset, tokenizers
 from transformer_jax.finetuning import peft, select
 from transformer_jax.models import build_model, init_params, presets
-from transformer_jax.pretrained import families, safetensors_io, sentencepiece
+from transformer_jax.pretrained import config_conversion, safetensors_io, sentencepiece_model
 from transformer_jax.pretrained import tokenizer as pretrained_tokenizer
 
 SECONDS, MEMORY = 5, 2 * 2**30
@@ -129,14 +129,14 @@ def weights(folder: Path) -> Target:
     values = [np.arange(12, dtype=np.float32).reshape(3, 4), np.ones(5, np.float16),
               np.array(3, np.int64)]
     plan = [safetensors_io.TensorSpec(name, x.dtype, x.shape) for name, x in zip("abc", values)]
-    safetensors_io.write(folder, plan, values, 10**9)
-    path = folder / safetensors_io.WEIGHTS
+    safetensors_io.save_tensors(folder, plan, values, 10**9)
+    path = folder / safetensors_io.WEIGHTS_FILE
     good = path.read_bytes()
 
     def read(data):
         path.write_bytes(data)
-        for entry in safetensors_io.open_weights(folder).values():
-            safetensors_io.read(entry)
+        for entry in safetensors_io.list_tensors(folder).values():
+            safetensors_io.load_tensor(entry)
 
     def change(data, rng):
         if rng.random() < 0.5:
@@ -152,12 +152,12 @@ def index(folder: Path) -> Target:
     """An index of two shards."""
     values = [np.ones(5, np.float32), np.zeros(7, np.float32)]
     plan = [safetensors_io.TensorSpec(name, x.dtype, x.shape) for name, x in zip("ab", values)]
-    safetensors_io.write(folder, plan, values, 21)
-    path = folder / safetensors_io.INDEX
+    safetensors_io.save_tensors(folder, plan, values, 21)
+    path = folder / safetensors_io.INDEX_FILE
 
     def read(data):
         path.write_bytes(data)
-        for entry in safetensors_io.open_weights(folder).values():
+        for entry in safetensors_io.list_tensors(folder).values():
             assert entry.file.parent == folder, f"a shard outside: {entry.file}"
 
     return Target(read, [path.read_bytes()], json_or_bytes)
@@ -172,7 +172,7 @@ def json_or_bytes(data: bytes, rng: random.Random) -> bytes:
 def config(folder: Path) -> Target:
     """config.json of each family, and the model that it asks for, without its parameters."""
     tiny = {"num_layers": 1, "d_model": 8, "num_heads": 2, "mlp_dim": 32, "vocab_size": 20}
-    good = [families.write_config(presets.get(name, **tiny), task, 0)
+    good = [config_conversion.config_to_hf(presets.get(name, **tiny), task, 0)
             for name, task in (("gpt2", "causal_lm"), ("gpt1", "causal_lm"),
                                ("bert_base", "pretraining"), ("bart_base", "seq2seq_lm"))]
     good += [{"model_type": name, **{k: v for k, v in good[-1].items() if k != "model_type"}}
@@ -180,7 +180,7 @@ def config(folder: Path) -> Target:
 
     def read(values):
         if isinstance(values, dict):
-            build_model(families.read_config(values))
+            build_model(config_conversion.config_from_hf(values))
 
     return Target(read, good, change_json)
 
@@ -237,7 +237,7 @@ def pieces(folder: Path) -> Target:
 
     def read(data):
         path.write_bytes(data)
-        sentencepiece.read(path)
+        sentencepiece_model.load_model(path)
 
     return Target(read, [good], change_bytes)
 
@@ -258,7 +258,7 @@ def table(folder: Path) -> Target:
         kind, data = value
         path = folder / f"train{kind}"
         path.write_bytes(data)
-        load_dataset(path, validation_share=0.3)
+        load_dataset(path, validation_fraction=0.3)
 
     def change(value, rng):
         kind, data = value

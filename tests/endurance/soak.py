@@ -59,7 +59,7 @@ def run(steps: int, every: int, folder: Path, **sizes) -> list[dict]:
     documents = sources.load_source("python_docs/documents", "train")
     texts = [documents[i] for i in range(400)]
     tokenizer = tokenizers.train_chars([example["text"] for example in texts])
-    corpus = packing.tokenize_corpus(texts, tokenizer, eos_id=None, sentences=False)
+    corpus = packing.tokenize_corpus(texts, tokenizer, eos_id=None, one_sentence_per_line=False)
     shape = {"num_layers": 4, "d_model": 128, "num_heads": 4, "mlp_dim": 512, "max_length": 64,
              "vocab_size": tokenizer.vocab_size, "dropout_rate": 0.1} | sizes
     model = build_model(presets.gpt2(**shape))

@@ -1,4 +1,4 @@
-"""Recipes: which leaves train, and what a wrong recipe says."""
+"""Trainable specs: the masks they make, and the errors of invalid specs."""
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +39,10 @@ def bert() -> dict:
     }
 
 
-def trained(params: dict, recipe: str) -> set[str]:
-    mask = select.trainable_mask(params, recipe)
+def trained(params: dict, spec: str) -> set[str]:
+    mask = select.trainable_mask(params, spec)
     assert jax.tree.structure(mask) == jax.tree.structure(params)
-    return {path for path, trains in tree.flatten_paths(mask).items() if trains}
+    return {path for path, is_trainable in tree.flatten_paths(mask).items() if is_trainable}
 
 
 HEAD = {"classifier/kernel", "classifier/bias"}
@@ -62,10 +62,10 @@ def test_last_k_counts_layers_as_numbers():
         for path in tree.flatten_paths(gpt())
         if path.startswith(("decoder/layer_10/", "decoder/layer_11/", "decoder/final_norm/"))
     }
-    assert trained(gpt(), "last_k:2") == expected | HEAD  # not layer_9, which sorts last as text
+    assert trained(gpt(), "last_k:2") == expected | HEAD  # not layer_9, the last in string order
 
 
-def test_last_k_of_bert_trains_the_pooler():
+def test_last_k_of_bert_includes_the_pooler():
     found = trained(bert(), "last_k:1")
     assert {path.split("/")[0] for path in found} == {"encoder", "pooler", "classifier"}
     assert not any("layer_0" in path for path in found)
@@ -98,39 +98,39 @@ def test_regex_and_unions():
     assert trained(gpt(), "head+layernorm") == trained(gpt(), "layernorm")
 
 
-def test_abstract_parameters_will_do():
+def test_abstract_parameters_are_accepted():
     assert trained(jax.eval_shape(gpt), "head") == HEAD
 
 
 @pytest.mark.parametrize(
-    ("recipe", "message"),
+    ("spec", "message"),
     [
-        ("haed", "unknown recipe 'haed', did you mean 'head'?"),
-        ("", "unknown recipe ''; choose from full, head, last_k:2, layers"),
-        ("head+bitfti", "unknown recipe 'bitfti', did you mean 'bitfit'?"),
-        ("last_k", "recipe 'last_k' needs an argument; write for example last_k:2"),
-        ("last_k:", "recipe 'last_k' needs an argument"),
-        ("last_k:0", "last_k:0: the number of layers has to be from 1 to 12"),
-        ("last_k:13", "last_k:13: the number of layers has to be from 1 to 12"),
-        ("last_k:two", "last_k:two: the number of layers has to be from 1 to 12"),
-        ("head:3", "recipe 'head' takes no argument, got '3'; write 'head'"),
+        ("haed", "unknown trainable spec 'haed', did you mean 'head'?"),
+        ("", "unknown trainable spec ''; supported: full, head, last_k:2, layers"),
+        ("head+bitfti", "unknown trainable spec 'bitfti', did you mean 'bitfit'?"),
+        ("last_k", "'last_k' needs an argument, for example last_k:2"),
+        ("last_k:", "'last_k' needs an argument"),
+        ("last_k:0", "last_k:0: the number of layers must be from 1 to 12"),
+        ("last_k:13", "last_k:13: the number of layers must be from 1 to 12"),
+        ("last_k:two", "last_k:two: the number of layers must be from 1 to 12"),
+        ("head:3", "'head' takes no argument, got '3'; write 'head'"),
         (
             "regex:qeury/kernel",
-            "matches none of 101 parameters ('qeury/kernel'); the nearest are decoder/layer_0/",
+            "matches none of 101 parameters ('qeury/kernel'); the closest are decoder/layer_0/",
         ),
-        ("regex:(", "'(' is no regular expression"),
-        ("regex:" + "(.*)" * 12 + r"\1\2\3\4\5\6[!?]", "tries for over 1.0 s how"),
-        ("regex:", "recipe 'regex' needs an argument"),
+        ("regex:(", "'(' is not a valid regular expression"),
+        ("regex:" + "(.*)" * 12 + r"\1\2\3\4\5\6[!?]", "takes more than 1.0 s"),
+        ("regex:", "'regex' needs an argument"),
     ],
 )
-def test_a_wrong_recipe_is_one_clear_line(recipe, message):
+def test_the_error_of_an_invalid_spec_is_one_line(spec, message):
     with pytest.raises(ValueError) as error:
-        select.trainable_mask(gpt(), recipe)
+        select.trainable_mask(gpt(), spec)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_regex_that_matches_nothing_names_the_nearest_path():
+def test_the_error_of_a_regex_without_matches_names_the_closest_path():
     with pytest.raises(ValueError, match="self_attention/query/kernel"):
         select.trainable_mask(gpt(2), "regex:qeury/kernel")
 
@@ -138,7 +138,7 @@ def test_a_regex_that_matches_nothing_names_the_nearest_path():
 def test_head_without_a_classifier_is_an_error():
     params = gpt()
     del params["classifier"]
-    with pytest.raises(ValueError, match="recipe 'head': head matches none of 99 parameters"):
+    with pytest.raises(ValueError, match="spec 'head': head matches none of 99 parameters"):
         select.trainable_mask(params, "head")
 
 
@@ -147,9 +147,9 @@ def test_last_k_without_layers_is_an_error():
         select.trainable_mask({"classifier": {"bias": jnp.zeros(2)}}, "last_k:1")
 
 
-def test_the_mask_serves_optax():
+def test_the_mask_works_with_optax():
     mask = select.trainable_mask(gpt(2), "head")
-    labels = jax.tree.map(lambda trains: "train" if trains else "freeze", mask)
+    labels = jax.tree.map(lambda is_trainable: "train" if is_trainable else "freeze", mask)
     optimizer = optax.partition({"train": optax.sgd(1.0), "freeze": optax.set_to_zero()}, labels)
     updates, _ = optimizer.update(gpt(2), optimizer.init(gpt(2)), gpt(2))
     moved = {path for path, update in tree.flatten_paths(updates).items() if update.any()}
@@ -164,26 +164,26 @@ def test_describe():
     }
     mask = select.trainable_mask(params, "bitfit")
     assert select.describe(params, mask).splitlines() == [
-        "trains              leaves    parameters            of     share",
+        "group               leaves     trainable    parameters     share",
         "classifier             1/1            10            10  100.00 %",
         "encoder                1/2            90           990    9.09 %",
         "total                  2/3           100         1,000   10.00 %",
     ]
 
 
-def test_what_is_kept_in_int8_does_not_train():
+def test_int8_parameters_cannot_be_trained():
     params = {"mlp": {"wi": {"kernel_int8": 0, "kernel_scale": 0, "bias": 0}},
               "classifier": {"kernel": 0}}
     assert trained(params, "bitfit") == {"mlp/wi/bias", "classifier/kernel"}
-    for recipe in ("full", "regex:mlp/wi/kernel"):
-        with pytest.raises(ValueError, match=r"mlp/wi/kernel_int8 is kept in int8.*before"):
-            trained(params, recipe)
+    for spec in ("full", "regex:mlp/wi/kernel"):
+        with pytest.raises(ValueError, match=r"mlp/wi/kernel_int8 is quantized to int8.*before"):
+            trained(params, spec)
 
 
-def test_layers_are_counted_from_0_with_both_ends():
-    for recipe, layers in (("layers:8-10", {8, 9, 10}), ("layers:1", {1}),
+def test_layers_are_counted_from_0_and_ranges_include_both_ends():
+    for spec, layers in (("layers:8-10", {8, 9, 10}), ("layers:1", {1}),
                            ("layers:0-11", range(12))):
-        below = {path for path in trained(gpt(), recipe) if path.startswith("decoder/layer_")}
-        assert below == {path for path in tree.flatten_paths(gpt())
+        in_layers = {path for path in trained(gpt(), spec) if path.startswith("decoder/layer_")}
+        assert in_layers == {path for path in tree.flatten_paths(gpt())
                          if any(path.startswith(f"decoder/layer_{i}/") for i in layers)}
-        assert trained(gpt(), recipe) - below == HEAD
+        assert trained(gpt(), spec) - in_layers == HEAD

@@ -1,4 +1,4 @@
-"""The options that a checkpoint's authors chose, as `generate` and the shell take them."""
+"""Default options of a checkpoint, in `generate` and in the command line interface."""
 
 import json
 
@@ -11,45 +11,46 @@ from transformer_jax import load_pretrained
 from transformer_jax.cli.main import main
 from transformer_jax.generation import generate, generation_options
 
-# generation_config.json of a well-known summarizer, and what it means here.
+# generation_config.json of a well-known summarizer, and the options that it sets.
 SUMMARIZER = {
     "_from_model_config": True, "bos_token_id": 0, "decoder_start_token_id": 2,
     "early_stopping": True, "eos_token_id": 2, "forced_bos_token_id": 0, "forced_eos_token_id": 2,
     "length_penalty": 2.0, "max_length": 142, "min_length": 56, "no_repeat_ngram_size": 3,
     "num_beams": 4, "pad_token_id": 1, "transformers_version": "4.27.0.dev0",
 }
-MEANT = {"early_stopping": True, "length_penalty": 2.0, "max_length": 142, "min_length": 56,
-         "no_repeat_ngram_size": 3, "num_beams": 4}
+SUMMARIZER_OPTIONS = {
+    "early_stopping": True, "length_penalty": 2.0, "max_length": 142, "min_length": 56,
+    "no_repeat_ngram_size": 3, "num_beams": 4}
 
 
 def options_of(values):
     return generation_options(BART.replace(source=json.dumps(values)))
 
 
-@pytest.mark.parametrize(("values", "meant"), [
-    ({"generation_config": SUMMARIZER}, MEANT),
-    (SUMMARIZER, MEANT),  # old checkpoints have them in config.json
-    ({"num_beams": 4, "generation_config": {"length_penalty": 2.0}}, {}),  # its own file says
+@pytest.mark.parametrize(("values", "expected"), [
+    ({"generation_config": SUMMARIZER}, SUMMARIZER_OPTIONS),
+    (SUMMARIZER, SUMMARIZER_OPTIONS),  # old checkpoints have them in config.json
+    ({"num_beams": 4, "generation_config": {"length_penalty": 2.0}}, {}),  # config.json is ignored
     ({"temperature": 0.7, "top_k": 5, "do_sample": False}, {"do_sample": False}),
     ({"temperature": 0.7, "top_k": 0, "do_sample": True}, {"temperature": 0.7, "do_sample": True}),
     ({"max_new_tokens": 9, "max_length": 20, "num_beams": None}, {"max_new_tokens": 9}),
     ({"bad_words_ids": [[5]], "suppress_tokens": None}, {"bad_words_ids": [[5]]}),
     ({}, {}),
 ])
-def test_what_a_checkpoint_says(values, meant):
-    assert options_of(values) == meant
+def test_options_of_a_checkpoint(values, expected):
+    assert options_of(values) == expected
 
 
-def test_a_model_of_no_checkpoint_says_nothing():
+def test_a_model_without_a_checkpoint_has_no_options():
     assert generation_options(BART) == {}
 
 
-def test_the_shell_prefers_what_is_given_then_the_checkpoint():
+def test_command_line_options_override_those_of_the_checkpoint():
     config = BART.replace(max_length=100, source=json.dumps({"generation_config": SUMMARIZER}))
     usual = {"num_beams": 5, "length_penalty": 0.6, "max_length": 129}
     one = {"do_sample": False, "num_return_sequences": 1}
-    assert main.writing_options(config, {"num_beams": None}, usual) == MEANT | one | {
-        "max_length": 100}  # as many as there are positions
+    assert main.writing_options(config, {"num_beams": None}, usual) == SUMMARIZER_OPTIONS | one | {
+        "max_length": 100}  # the number of positions
     given = {"num_beams": 2, "max_new_tokens": 300, "min_new_tokens": 0}
     assert main.writing_options(config, given, usual) == one | {
         "num_beams": 2, "max_new_tokens": 99, "min_new_tokens": 0, "early_stopping": True,
@@ -59,13 +60,13 @@ def test_the_shell_prefers_what_is_given_then_the_checkpoint():
     assert main.writing_options(BART, {}, usual) == usual | one | {"max_length": 32}
 
 
-def test_generate_takes_them(tmp_path):
+def test_generate_accepts_the_options(tmp_path):
     write(tmp_path, "bart")
     (tmp_path / "generation_config.json").write_text(json.dumps(
         {"decoder_start_token_id": 2, "num_beams": 2, "max_new_tokens": 5, "min_new_tokens": 5}))
     model, params, _ = load_pretrained(tmp_path, "seq2seq_lm")
     ids = golden("bart")["inputs"]["input_ids"][:1]
-    said = generate(model, params, ids, **generation_options(model.config))
+    out = generate(model, params, ids, **generation_options(model.config))
     np.testing.assert_array_equal(
-        said, generate(model, params, ids, num_beams=2, max_new_tokens=5, min_new_tokens=5))
-    assert said.shape == (1, 6)
+        out, generate(model, params, ids, num_beams=2, max_new_tokens=5, min_new_tokens=5))
+    assert out.shape == (1, 6)

@@ -1,11 +1,11 @@
-"""What `generate` takes for granted, refuses, and compiles."""
+"""Options of `generate`: defaults, validation, and what is compiled."""
 
 import jax
 import numpy as np
 import pytest
 import small_models
+from generation_models import FAMILIES, GPT, PROMPTS, new_tokens, run, varied_model
 from small_models import VOCAB
-from writers import FAMILIES, GPT, PROMPTS, lively, new_tokens, run
 
 from transformer_jax.generation import (
     beam_search,
@@ -17,27 +17,28 @@ from transformer_jax.generation import (
 )
 
 BART = FAMILIES["bart"]
-COMPILED = (decode_loop.decode, decode_loop._first, beam_search.beam_search, speculative.decode_speculative, speculative._first)
+COMPILED = (decode_loop.decode, decode_loop._start_streaming, beam_search.beam_search,
+            speculative.decode_speculative, speculative._start_streaming)
 
 
-def programs() -> int:
+def num_programs() -> int:
     return sum(function._cache_size() for function in COMPILED)
 
 
-# ---- compiling
+# ---- compilation
 
 
-def test_bucket():
+def test_power_of_two_length():
     assert [power_of_two_length(n, 100) for n in (1, 16, 17, 32, 33, 64, 65, 100)] == [
         16, 16, 32, 32, 64, 64, 100, 100]
     assert power_of_two_length(3, 8) == 8
 
 
-def test_one_program_for_each_bucket():
+def test_one_program_for_each_padded_length():
     run()
     run(do_sample=True, rng=jax.random.key(0))
-    size = programs()
-    # Other lengths in the bucket (at most 16, and 17 to 32 in all), counts, and all options.
+    size = num_programs()
+    # The same padded lengths (16 for the prompt and 32 in all), other token counts and options.
     run([[1], [2], [3, 4]], max_new_tokens=15)
     run([[1] * 16, [2], [3, 4]], max_new_tokens=1, eos_token_id=3, pad_token_id=9)
     run(eos_token_id=[1, 2], min_new_tokens=2, forced_eos_token_id=5, repetition_penalty=1.2)
@@ -45,41 +46,40 @@ def test_one_program_for_each_bucket():
     for seed, limits in enumerate(
             ({"temperature": 0.3}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {})):
         run(do_sample=True, rng=jax.random.key(seed), **limits)
-    # An equal model, made anew, with other parameters.
-    model, params = lively(GPT)
+    # An equal model object with other parameters.
+    model, params = varied_model(GPT)
     again = type(model)(GPT.replace())
     generate(again, jax.tree.map(np.copy, params), PROMPTS, max_new_tokens=12)
-    assert programs() == size
-    # A longer text does need another program; the first is kept.
+    assert num_programs() == size
+    # A longer prompt needs another program; the first is kept.
     run([[1] * 17, [2], [3]], max_new_tokens=15)
     run([[1] * 20, [2], [3]], max_new_tokens=12)
     run()
-    assert programs() <= size + 1
+    assert num_programs() <= size + 1
 
 
-def test_one_program_for_each_bucket_of_sources():
+def test_one_program_for_each_padded_source_length():
     search = {"config": BART, "num_beams": 3, "max_new_tokens": 12, "eos_token_id": [57, 58, 59]}
     run(**search)
-    size = programs()
+    size = num_programs()
     run([[1], [2], [3] * 16], forced_bos_token_id=4, **search)
     run(**search | {"max_new_tokens": 3}, length_penalty=0.3, early_stopping="never",
         min_new_tokens=2, forced_eos_token_id=5)
     run(early_stopping=True, decoder_start_token_id=[1, 2, 3], num_return_sequences=2,
         **search | {"eos_token_id": [1, 2, 3]})
-    assert programs() == size
+    assert num_programs() == size
 
 
 # ---- defaults
 
 
-
-def test_special_tokens_one_by_one():
+def test_special_token_ids():
     names = ("eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id",
              "suppress_tokens", "begin_suppress_tokens", "decoder_start_token_id")
 
     def found(config, **given):
-        o = dict.fromkeys(names) | given
-        out = options.special_tokens(config, o, is_seq2seq=config is not GPT)
+        values = dict.fromkeys(names) | given
+        out = options.special_token_ids(config, values, is_encoder_decoder=config is not GPT)
         return [out[name].tolist() for name in names if name in out]
 
     assert found(GPT) == [[]] * 6
@@ -89,7 +89,7 @@ def test_special_tokens_one_by_one():
     assert found(bart) == [[2], [1], [3], [2, 4], [], [], [2]]
     assert found(bart, eos_token_id=(), forced_bos_token_id=(), pad_token_id=6) == [
         [], [6], [], [2, 4], [], [], [2]]
-    # As the reference: a decoder without a start token of its own begins with "bos".
+    # As in Hugging Face Transformers, the default decoder start token is "bos".
     assert found(bart.replace(decoder_start_token_id=None))[-1] == [9]
     assert found(bart, decoder_start_token_id=5)[-1] == [5]
 
@@ -98,43 +98,44 @@ def test_special_tokens_one_by_one():
     ("given", "longest", "expected"),
     [
         ({}, 8, (20, 0)),
-        ({}, 30, (10, 0)),  # as many as there is room for
-        ({"max_length": 13, "min_length": 10}, 6, (5, 2)),  # both count the array's width
+        ({}, 30, (10, 0)),  # up to the last position
+        ({"max_length": 13, "min_length": 10}, 6, (5, 2)),  # both include the width of the prompts
         ({"max_new_tokens": 9, "min_new_tokens": 4, "min_length": 10}, 8, (9, 4)),
         ({"max_new_tokens": 9, "min_length": 3}, 8, (9, 0)),
     ],
 )
-def test_how_many_tokens(given, longest, expected):
+def test_new_token_limits(given, longest, expected):
     names = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
-    o = dict.fromkeys(names) | given
-    assert options.lengths(
-        o, width=8, longest=longest, max_positions=40, what="prompt") == expected
+    values = dict.fromkeys(names) | given
+    assert options.new_token_limits(
+        values, width=8, longest=longest, max_positions=40, name="prompt") == expected
 
 
-def test_without_a_padding_token_the_end_token_pads():
+def test_default_padding_token_is_the_end_token():
     end = int(new_tokens(run())[0, 3])
     assert run(eos_token_id=end)[0, 0] == end
 
 
-def test_candidates_of_a_search():
-    """One end token leaves as many others; there are no more than the vocabulary has."""
-    o = {"num_beams": 3, "do_sample": False, "num_return_sequences": 2, "no_repeat_ngram_size": 0,
-         "assistant_model": None}
-    counts = [options.make_plan(o, ends, 4, 16).num_candidates for ends in (0, 1, 2, 5)]
+def test_number_of_beam_candidates():
+    """Enough for every end token and `num_beams` others, up to the vocabulary size of 4."""
+    values = {"num_beams": 3, "do_sample": False, "num_return_sequences": 2,
+              "no_repeat_ngram_size": 0, "assistant_model": None}
+    counts = [options.make_static_config(values, num_ends, 4, 16).num_beam_candidates
+              for num_ends in (0, 1, 2, 5)]
     assert counts == [6, 6, 9, 12]
 
 
-def test_bad_words_become_a_table_of_few_shapes():
-    table = options.bad_words([[4], [1, 2, 3], [7], [5, 6]], [7], VOCAB)
+def test_bad_words_table_has_power_of_two_sizes():
+    table = options.bad_words_table([[4], [1, 2, 3], [7], [5, 6]], [7], VOCAB)
     np.testing.assert_array_equal(table, [
         [-1, -1, -1, 4], [-1, 1, 2, 3], [-1, -1, 5, 6], [-1, -1, -1, -1]])
-    assert options.bad_words([[7]], [7], VOCAB).shape == (0, 1)
-    assert options.bad_words(None, [], VOCAB).shape == (0, 1)
+    assert options.bad_words_table([[7]], [7], VOCAB).shape == (0, 1)
+    assert options.bad_words_table(None, [], VOCAB).shape == (0, 1)
 
 
-# ---- bad input
+# ---- invalid input
 
-DRAW = {"do_sample": True, "rng": jax.random.key(0)}
+SAMPLE = {"do_sample": True, "rng": jax.random.key(0)}
 BEAMS = {"num_beams": 2}
 EMPTY = np.zeros((0, 3), int)
 BERT = small_models.BERT
@@ -143,27 +144,29 @@ BERT = small_models.BERT
 @pytest.mark.parametrize(
     ("prompts", "change", "message"),
     [
-        ([[1], []], {}, r"prompts \[1\] of 2 are empty; begin them"),
+        ([[1], []], {}, r"prompts \[1\] of 2 are empty; give each at least one"),
         ([], {}, r"prompts \[\] of 0 are empty"),
         (EMPTY, {}, r"prompts \[\] of 0 are empty"),
         ([1, 2], {}, r"prompts have shapes \[\(\), \(\)\]; give a batch"),
         ([[1], [2, VOCAB]], {}, "row 1 has token id 61, outside the vocabulary of 61; use"),
         ([[-1]], {}, "row 0 has token id -1, outside"),
         ([[1.5]], {}, "row 0 has token ids of type float64; give integers"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0; ask for at least 1"),
-        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; ask for at least 1"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0; it must be an integer of at least 1"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be an integer"),
         ([[1] * 30], {"max_new_tokens": 11},
-         "prompt of 30 and 11 new tokens exceed the model's 40 positions; ask for at most 10 new"),
+         "prompt of 30 tokens and 11 new tokens exceed the model's max_length of 40; ask for at "
+         "most 10 new"),
         ([[1] * 40], {"max_new_tokens": None},
-         "prompt of 40 and 1 new tokens exceed the model's 40 positions; ask for at most 0 new"),
-        ([[1]], {"max_length": 9}, "max_new_tokens is 12 and max_length is 9; give one of them"),
+         "prompt of 40 tokens and 1 new tokens exceed the model's max_length of 40; ask for at "
+         "most 0 new"),
+        ([[1]], {"max_length": 9}, "max_new_tokens is 12 and max_length is 9; give only one"),
         ([[1, 2]], {"max_length": 2, "max_new_tokens": None},
-         "max_length is 2, but prompt has 2 tokens already; ask for at least 3"),
+         "max_length is 2, which includes the 2 tokens of the prompt; it must be at least 3"),
         ([[1]], {"min_new_tokens": -1}, "min_new_tokens is -1; it must be"),
         ([[1]], {"min_length": 1.5}, "min_length is 1.5; it must be"),
         ([[1]], {"min_new_tokens": 13},
-         "at least 13 new tokens are asked for, but at most 12; lower"),
-        ([[1]], {"min_length": 14}, "at least 13 new tokens are asked for"),
+         "the minimum is 13 new tokens but the maximum is 12; lower"),
+        ([[1]], {"min_length": 14}, "the minimum is 13 new tokens"),
         ([[1]], {"eos_token_id": 61}, "eos_token_id has token id 61, outside the vocabulary"),
         ([[1]], {"eos_token_id": [3, -1]}, "eos_token_id has token id -1, outside"),
         ([[1]], {"pad_token_id": 61}, "pad_token_id has token id 61, outside the vocabulary"),
@@ -171,30 +174,30 @@ BERT = small_models.BERT
         ([[1]], {"suppress_tokens": [61]}, "suppress_tokens has token id 61, outside"),
         ([[1]], {"begin_suppress_tokens": 61}, "begin_suppress_tokens has token id 61, outside"),
         ([[1]], {"forced_eos_token_id": 61}, "forced_eos_token_id has token id 61, outside"),
-        ([[1]], {"forced_bos_token_id": 3}, "forced_bos_token_id is 3 but the model has no"),
-        ([[1]], {"decoder_start_token_id": 3}, "decoder_start_token_id is 3 but the model has no"),
+        ([[1]], {"forced_bos_token_id": 3}, "forced_bos_token_id is 3 but the model is not"),
+        ([[1]], {"decoder_start_token_id": 3}, "decoder_start_token_id is 3 but the model is not"),
         ([[1]], {"bad_words_ids": [[1, 61]]}, "bad_words_ids 0 has token id 61, outside"),
-        ([[1]], {"bad_words_ids": [[1], []]}, r"bad_words_ids \[1\] have no tokens; leave"),
+        ([[1]], {"bad_words_ids": [[1], []]}, r"bad_words_ids \[1\] have no tokens; omit"),
         ([[1, 2], [3, 4]], {"attention_mask": [[1, 1]]}, "attention_mask has rows of shapes"),
         ([[1, 2]], {"attention_mask": [[1]]}, "attention_mask has rows of shapes"),
         ([[1, 2]], {"attention_mask": [[0, 0]]}, r"prompts \[0\] of 1 are empty"),
-        ([[1]], {**DRAW, "temperature": 0.0},
+        ([[1]], {**SAMPLE, "temperature": 0.0},
          r"temperature is 0.0; it must be above 0 \(do_sample=False"),
-        ([[1]], {**DRAW, "temperature": float("nan")}, "temperature is nan"),
-        ([[1]], {**DRAW, "top_k": 0}, "top_k is 0; keep at least 1 token, or None for all"),
-        ([[1]], {**DRAW, "top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
-        ([[1]], {**DRAW, "top_p": 1.1}, "top_p is 1.1; it must be"),
-        ([[1]], {**DRAW, "min_p": 1.1}, "min_p is 1.1; it must be at least 0 and at most 1"),
-        ([[1]], {**DRAW, "rng": None}, r"do_sample needs rng; pass jax.random.key\(seed\)"),
-        ([[1]], {"top_k": 5}, "top_k is 5 but nothing is sampled; pass do_sample=True, or leave"),
-        ([[1]], {"temperature": 0.5}, "temperature is 0.5 but nothing is sampled"),
-        ([[1]], {"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0, 1 for"),
+        ([[1]], {**SAMPLE, "temperature": float("nan")}, "temperature is nan"),
+        ([[1]], {**SAMPLE, "top_k": 0}, "top_k is 0; it must be an integer of at least 1, or None"),
+        ([[1]], {**SAMPLE, "top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
+        ([[1]], {**SAMPLE, "top_p": 1.1}, "top_p is 1.1; it must be"),
+        ([[1]], {**SAMPLE, "min_p": 1.1}, "min_p is 1.1; it must be from 0 to 1"),
+        ([[1]], {**SAMPLE, "rng": None}, "do_sample is True but rng is None; pass rng="),
+        ([[1]], {"top_k": 5}, "top_k is 5 but do_sample is False; pass do_sample=True or omit"),
+        ([[1]], {"temperature": 0.5}, "temperature is 0.5 but do_sample is False"),
+        ([[1]], {"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0; 1 is"),
         ([[1]], {"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1; it must be"),
-        ([[1]], {"num_beams": 0}, "num_beams is 0; it must be a whole number of at least 1"),
+        ([[1]], {"num_beams": 0}, "num_beams is 0; it must be an integer of at least 1"),
         ([[1]], {"num_beams": True}, "num_beams is True; it must be"),
-        ([[1]], {"num_return_sequences": 0}, "num_return_sequences is 0; ask for at least 1"),
+        ([[1]], {"num_return_sequences": 0}, "num_return_sequences is 0; it must be"),
         ([[1]], {"num_return_sequences": 2},
-         "num_return_sequences is 2 but the best text is one; pass do_sample=True, or num_beams"),
+         "num_return_sequences is 2 but greedy decoding returns one sequence for each prompt"),
         ([[1]], {**BEAMS, "num_return_sequences": 3},
          "num_return_sequences is 3, more than num_beams 2; ask for at most 2"),
         ([[1]], {"length_penalty": 2.0}, "length_penalty is 2.0 but num_beams is 1; pass"),
@@ -203,25 +206,26 @@ BERT = small_models.BERT
          "early_stopping is 'ever'; it must be True, False or \"never\""),
         ([[1]], {**BEAMS, "length_penalty": float("inf")}, "length_penalty is inf; it must be"),
         ([[1]], {**BEAMS, "length_penalty": 99.0}, r"length_penalty is 99.0, and 12 \*\* 99.0 is"),
-        ([[1]], {**BEAMS, "streamer": print}, "streamer is given but num_beams is 2, and a beam"),
-        ([[1]], {**BEAMS, "assistant_model": lively(GPT)}, "assistant_model is given but"),
+        ([[1]], {**BEAMS, "streamer": print}, "streamer is given but num_beams is 2; beam"),
+        ([[1]], {**BEAMS, "assistant_model": varied_model(GPT)}, "assistant_model is given but"),
         ([[1]], {"streamer": 3}, "streamer is 3; give a function that takes an array"),
-        ([[1]], {"num_assistant_tokens": 0}, "num_assistant_tokens is 0; propose at least 1"),
-        ([[1]], {"assistant_model": lively(GPT)[0]}, r"assistant_model is a GPT; give the pair"),
-        ([[1]], {"assistant_model": lively(BART)},
-         "assistant_model is a BART and model a GPT; both must continue prompts, or both"),
-        ([[1]], {"assistant_model": lively(GPT.replace(vocab_size=60))},
+        ([[1]], {"num_assistant_tokens": 0}, "num_assistant_tokens is 0; it must be"),
+        ([[1]], {"assistant_model": varied_model(GPT)[0]}, "assistant_model is a GPT; give"),
+        ([[1]], {"assistant_model": varied_model(BART)},
+         "assistant_model is a BART and model a GPT; both must be GPT models, or both enc"),
+        ([[1]], {"assistant_model": varied_model(GPT.replace(vocab_size=60))},
          "assistant_model has a vocabulary of 60 and model one of 61; they must share"),
-        ([[1] * 8], {"assistant_model": lively(GPT.replace(max_length=16))},
-         "prompt of 8 and 12 new tokens exceed the model's 16 positions"),
-        ([[1]], {"config": BERT}, r"BERT does not write texts; give a GPT or an encoder-decoder"),
+        ([[1] * 8], {"assistant_model": varied_model(GPT.replace(max_length=16))},
+         "prompt of 8 tokens and 12 new tokens exceed the model's max_length of 16"),
+        ([[1]], {"config": BERT}, "BERT does not generate text; give a GPT or an encoder-decoder"),
         ([[1], []], {"config": BART}, r"sources \[1\] of 2 are empty"),
         ([[1] * 41], {"config": BART},
-         "source of 41 tokens is longer than the model's 40 positions; shorten it"),
+         "source of 41 tokens is longer than the model's max_length of 40; shorten it"),
         ([[1]], {"config": BART, "max_new_tokens": 40},
-         "start token of 1 and 40 new tokens exceed the model's 40 positions; ask for at most 39"),
+         "decoder prompt of 1 tokens and 40 new tokens exceed the model's max_length of 40; ask "
+         "for at most 39"),
         ([[1]], {"config": BART.replace(decoder_start_token_id=None)},
-         "decoder_start_token_id is None, here and in the model's config; give the token"),
+         "decoder_start_token_id is None, as an argument and in the model's config; give"),
         ([[1]], {"config": BART, "decoder_start_token_id": 61},
          "decoder_start_token_id has token id 61, outside"),
         ([[1]], {"config": BART, "decoder_start_token_id": [1, 2]},
@@ -230,9 +234,9 @@ BERT = small_models.BERT
          r"forced_bos_token_id is \[1, 2\]; give one id"),
     ],
 )
-def test_bad_input_compiles_nothing(prompts, change, message):
-    size = programs()
+def test_invalid_input_is_refused_before_compilation(prompts, change, message):
+    size = num_programs()
     with pytest.raises(ValueError, match=message) as error:
         run(prompts, **change)
     assert "\n" not in str(error.value)
-    assert programs() == size
+    assert num_programs() == size

@@ -1,4 +1,4 @@
-"""Decoding with a cache gives the logits of the full forward pass at every position."""
+"""Cached decoding has the logits of the full forward pass at every position."""
 
 import numpy as np
 import pytest
@@ -7,20 +7,20 @@ from small_models import GPT1, GPT2, build, forward, random_tokens
 LENGTHS = np.array([3, 8, 5])  # of the prompts
 STEPS = 6
 CONFIGS = {
-    "norm_before": GPT2,
-    "norm_after_context_size": GPT1.replace(attention_window=4),
+    "pre_norm": GPT2,
+    "post_norm_attention_window": GPT1.replace(attention_window=4),
     "sinusoidal": GPT2.replace(positions="sinusoidal", scale_residual_init=False),
 }
 
 
 def assert_close(actual, expected):
-    """To 1e-5 of the largest logit of the row."""
+    """Compares logits with a tolerance of 1e-5 of the largest logit at each position."""
     scale = np.abs(expected).max(-1, keepdims=True)
     assert (np.abs(actual - expected) / scale).max() < 1e-5
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_prefill_and_steps_equal_the_full_pass(name):
+def test_prefill_and_decode_steps_equal_the_full_pass(name):
     config = CONFIGS[name]
     model, _ = build(config)
     T = LENGTHS.max()
@@ -28,7 +28,7 @@ def test_prefill_and_steps_equal_the_full_pass(name):
     full = np.asarray(forward(config, tokens).logits)
     rows = np.arange(3)
 
-    # Prompts of unequal length in one chunk; what follows a shorter prompt is padding.
+    # Prompts of unequal length in one chunk, with padding on the right.
     prompt = np.where(np.arange(T) < LENGTHS[:, None], tokens[:, :T], 0)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (3, T))
     out = forward(config, prompt, cache=model.init_cache(config, 3, T + STEPS),
@@ -36,16 +36,17 @@ def test_prefill_and_steps_equal_the_full_pass(name):
     for row, length in enumerate(LENGTHS):
         assert_close(np.asarray(out.logits)[row, :length], full[row, :length])
 
-    # Then token by token, each row at its own place.
+    # Then one token per step, each row at its own position.
     cache = out.cache
     for step in range(STEPS):
-        place = (LENGTHS + step).astype(np.int32)
-        out = forward(config, tokens[rows, place][:, None], cache=cache, positions=place[:, None])
+        position = (LENGTHS + step).astype(np.int32)
+        out = forward(config, tokens[rows, position][:, None], cache=cache,
+                      positions=position[:, None])
         cache = out.cache
-        assert_close(np.asarray(out.logits)[:, 0], full[rows, place])
+        assert_close(np.asarray(out.logits)[:, 0], full[rows, position])
 
 
-def test_prefill_by_chunks_equals_token_by_token():
+def test_decoding_by_chunks_equals_the_full_pass():
     model, _ = build(GPT2)
     tokens = random_tokens(3, 14, seed=4)
     full = np.asarray(forward(GPT2, tokens).logits)

@@ -1,4 +1,4 @@
-"""Who can see whom, bit for bit: perturb one token and look where the logits move."""
+"""Causality and masks, bitwise: which logits change when one token changes."""
 
 import functools
 
@@ -11,74 +11,76 @@ forward = functools.partial(small_models.forward, optimized=True)
 T = 12
 TOKENS = random_tokens(1, T)
 GPTS = {
-    "norm_before": GPT2,
-    "norm_after": GPT1,
+    "pre_norm": GPT2,
+    "post_norm": GPT1,
     "attention_window": GPT2.replace(attention_window=3),
     "sinusoidal": GPT1.replace(positions="sinusoidal", dtype="bfloat16"),
 }
 
 
 def perturbed(j: int) -> np.ndarray:
+    """Returns the tokens with another token at j."""
     tokens = TOKENS.copy()
     tokens[0, j] = (tokens[0, j] + 1) % VOCAB
     return tokens
 
 
-def moved(before, after) -> np.ndarray:
-    """bool [T]: whether any logit of a position differs in any bit."""
+def changed(before, after) -> np.ndarray:
+    """Returns, for each of T positions, whether any logit differs in any bit."""
     return (np.asarray(before)[0] != np.asarray(after)[0]).any(-1)
 
 
 @pytest.mark.parametrize("name", GPTS)
-def test_no_token_sees_later_ones(name):
+def test_gpt_is_causal(name):
     config = GPTS[name]
     before = forward(config, TOKENS).logits
-    reach = T if config.attention_window is None else config.num_layers * (config.attention_window - 1)
+    window = config.attention_window
+    reach = T if window is None else config.num_layers * (window - 1)
     for j in range(T):
-        hit = moved(before, forward(config, perturbed(j)).logits)
+        is_changed = changed(before, forward(config, perturbed(j)).logits)
         expected = [j <= t <= j + reach for t in range(T)]
-        assert hit.tolist() == expected, f"token {j}"
+        assert is_changed.tolist() == expected, f"token {j}"
 
 
-def test_one_layer_sees_no_further_back_than_its_context_size():
-    k = 4
-    config = GPT2.replace(num_layers=1, attention_window=k)
+def test_attention_window_of_one_layer():
+    window = 4
+    config = GPT2.replace(num_layers=1, attention_window=window)
     before = forward(config, TOKENS).logits
     for j in range(T):
-        hit = moved(before, forward(config, perturbed(j)).logits)
-        assert hit.tolist() == [j <= t < j + k for t in range(T)], f"token {j}"
+        is_changed = changed(before, forward(config, perturbed(j)).logits)
+        assert is_changed.tolist() == [j <= t < j + window for t in range(T)], f"token {j}"
 
 
-def test_bert_sees_both_sides():
+def test_bert_is_bidirectional():
     before = forward(BERT, TOKENS)
     for j in range(T):
         after = forward(BERT, perturbed(j))
-        assert moved(before.mlm_logits, after.mlm_logits).all(), f"token {j}"
+        assert changed(before.mlm_logits, after.mlm_logits).all(), f"token {j}"
         assert (before.nsp_logits != after.nsp_logits).all(), f"token {j}"
 
 
-def test_packed_documents_do_not_see_each_other():
-    documents = np.repeat([[1, 2, 3]], 4, axis=1).astype(np.int32)
+def test_tokens_do_not_attend_to_other_packed_documents():
+    document_ids = np.repeat([[1, 2, 3]], 4, axis=1).astype(np.int32)
     positions = np.tile(np.arange(4, dtype=np.int32), 3)[None]
-    options = {"document_ids": documents, "positions": positions}
+    options = {"document_ids": document_ids, "positions": positions}
     before = forward(GPT2, TOKENS, **options).logits
     for j in range(T):
-        hit = moved(before, forward(GPT2, perturbed(j), **options).logits)
-        assert hit.tolist() == [j <= t < (j // 4 + 1) * 4 for t in range(T)], f"token {j}"
-    # Each document has the logits it has when it is alone in a row.
-    alone = forward(GPT2, TOKENS.reshape(3, 4)).logits
-    np.testing.assert_allclose(np.asarray(before).reshape(3, 4, -1), alone, rtol=1e-5, atol=1e-5)
+        is_changed = changed(before, forward(GPT2, perturbed(j), **options).logits)
+        assert is_changed.tolist() == [j <= t < (j // 4 + 1) * 4 for t in range(T)], f"token {j}"
+    # Each document has the same logits as in a row of its own.
+    unpacked = forward(GPT2, TOKENS.reshape(3, 4)).logits
+    np.testing.assert_allclose(np.asarray(before).reshape(3, 4, -1), unpacked, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["norm_before", "norm_after", "attention_window"])
-def test_cached_decoding_sees_no_later_token(name):
-    """A chunk of four fed into a cache whose later slots hold rubbish, as padding leaves them."""
+@pytest.mark.parametrize("name", ["pre_norm", "post_norm", "attention_window"])
+def test_cached_decoding_is_causal(name):
+    """Decodes in chunks of four; the later slots of the cache hold arbitrary values."""
     config = GPTS[name]
     model, _ = build(config)
 
-    def feed(tokens, rubbish):
+    def decode(tokens, fill_seed):
         cache = model.init_cache(config, 1, T)
-        fill = np.random.default_rng(rubbish).normal(size=cache["layer_0"].key.shape)
+        fill = np.random.default_rng(fill_seed).normal(size=cache["layer_0"].key.shape)
         cache = {name: type(kv)(*(a + fill.astype(a.dtype) for a in kv))
                  for name, kv in cache.items()}
         logits = []
@@ -90,9 +92,9 @@ def test_cached_decoding_sees_no_later_token(name):
             logits.append(np.asarray(out.logits))
         return np.concatenate(logits, axis=1)
 
-    before = feed(TOKENS, 0)
-    assert not moved(before, feed(TOKENS, 1)).any()
+    before = decode(TOKENS, 0)
+    assert not changed(before, decode(TOKENS, 1)).any()
     for j in range(T):
-        hit = moved(before, feed(perturbed(j), 0))
-        assert not hit[:j].any(), f"token {j}"
-        assert hit[j]
+        is_changed = changed(before, decode(perturbed(j), 0))
+        assert not is_changed[:j].any(), f"token {j}"
+        assert is_changed[j]

@@ -1,4 +1,4 @@
-"""Names, shapes and initial laws of every parameter."""
+"""Names, shapes and initial distributions of all parameters."""
 
 import functools
 
@@ -52,7 +52,8 @@ def test_names_and_shapes(config, names):
 
 
 WIDE = {"vocab_size": 400, "max_length": 200, "d_model": 96, "mlp_dim": 200, "num_layers": 2}
-CUT = 0.8796  # deviation left of a normal law cut off at two deviations
+# Standard deviation of a normal distribution that is truncated at two standard deviations.
+TRUNCATED_STD = 0.8796
 
 
 @functools.cache
@@ -62,18 +63,18 @@ def initialize(config):
 
 
 def key(seed):
-    return jax.random.key(seed, impl="unsafe_rbg")  # quickest to compile
+    return jax.random.key(seed, impl="unsafe_rbg")  # the fastest to compile
 
 
 @pytest.mark.parametrize(
     ("config", "std", "residual_std", "largest"),
     [
-        (GPT2, 0.02, 0.02 / 4**0.5, 1),  # two layers write twice each (GPT-2 paper, section 2.3)
-        (BERT, 0.02 * CUT, 0.02 * CUT, 0.04),
+        (GPT2, 0.02, 0.02 / 4**0.5, 1),  # two residual sums in each of two layers
+        (BERT, 0.02 * TRUNCATED_STD, 0.02 * TRUNCATED_STD, 0.04),
     ],
     ids=["gpt2", "bert"],
 )
-def test_initial_laws(config, std, residual_std, largest):
+def test_initial_distributions(config, std, residual_std, largest):
     for path, leaf in flat(initialize(config.replace(**WIDE))(key(7))).items():
         leaf = np.asarray(leaf)
         if path.endswith("/bias"):
@@ -82,20 +83,20 @@ def test_initial_laws(config, std, residual_std, largest):
             assert (leaf == 1).all(), path
         else:
             expected = residual_std if path.endswith(("out/kernel", "wo/kernel")) else std
-            # Five deviations of the estimate.
+            # Five standard deviations of the estimate.
             tolerance = 5 / (2 * leaf.size) ** 0.5
             np.testing.assert_allclose(leaf.std(), expected, rtol=tolerance, err_msg=path)
             assert abs(leaf.mean()) < 5 * expected / leaf.size**0.5, path
             assert np.abs(leaf).max() <= largest, path
 
 
-def test_residual_scale_is_a_choice():
+def test_scale_residual_init():
     assert GPT1.stack.residual_init_std == GPT1.stack.init_std == 0.02
     assert GPT2.stack.residual_init_std == 0.02 / 4**0.5
     assert GPT2.replace(num_layers=8, init_std=0.1).stack.residual_init_std == 0.1 / 4
 
 
-def test_layers_and_seeds_draw_different_numbers():
+def test_layers_and_seeds_have_different_parameters():
     init = initialize(GPT2.replace(**WIDE))
     params, same, other = init(key(7)), init(key(7)), init(key(8))
     a, b = (params["decoder"][f"layer_{i}"]["mlp"]["wi"]["kernel"] for i in (0, 1))

@@ -1,4 +1,4 @@
-"""Plain Adam learns one batch by heart: every part that must learn is in the gradient."""
+"""Models overfit one batch with Adam, and every parameter is updated."""
 
 import jax
 import numpy as np
@@ -14,12 +14,12 @@ LABELS = np.array([0, 1, 1, 0], np.int32)
 
 
 def fit(config, loss_fn, batch, num_classes=0, steps=60):
-    """Losses of `steps` steps, and the leaves that never moved."""
-    model, start = build(config.replace(num_layers=1), num_classes)
-    start = random_params(start, std=0.02)
+    """Returns the losses of `steps` steps, and the paths of parameters that did not change."""
+    model, initial = build(config.replace(num_layers=1), num_classes)
+    initial = random_params(initial, std=0.02)
 
-    def total(params):
-        return cross_entropy.mean(*loss_fn(model.apply, params, batch)[:2])
+    def mean_loss(params):
+        return cross_entropy.mean_loss(*loss_fn(model.apply, params, batch)[:2])
 
     optimizer = optax.adam(1e-2)
 
@@ -27,29 +27,30 @@ def fit(config, loss_fn, batch, num_classes=0, steps=60):
     def run(params):
         def step(carry, _):
             params, state = carry
-            value, gradient = jax.value_and_grad(total)(params)
-            updates, state = optimizer.update(gradient, state)
+            value, grads = jax.value_and_grad(mean_loss)(params)
+            updates, state = optimizer.update(grads, state)
             return (optax.apply_updates(params, updates), state), value
 
         (params, _), values = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
         return params, values
 
-    end, values = run(start)
-    still = jax.tree.map(lambda a, b: bool((a == b).all()), start, end)
-    paths = [jax.tree_util.keystr(path) for path, same in jax.tree.leaves_with_path(still) if same]
-    return np.asarray(values), paths
+    final, losses = run(initial)
+    is_unchanged = jax.tree.map(lambda a, b: bool((a == b).all()), initial, final)
+    unchanged = [jax.tree_util.keystr(path)
+                 for path, same in jax.tree.leaves_with_path(is_unchanged) if same]
+    return np.asarray(losses), unchanged
 
 
-def test_gpt_learns_a_batch_by_heart():
+def test_gpt_overfits_a_batch():
     batch = {"tokens": TOKENS[:, :-1], "targets": TOKENS[:, 1:],
              "weights": np.ones((4, 16), np.float32)}
-    values, still = fit(GPT2, causal_lm.loss, batch)
-    np.testing.assert_allclose(values[0], np.log(GPT2.vocab_size), rtol=0.02)  # knows nothing
-    assert values[-1] < 0.1
-    assert still == []
+    losses, unchanged = fit(GPT2, causal_lm.loss, batch)
+    np.testing.assert_allclose(losses[0], np.log(GPT2.vocab_size), rtol=0.02)  # uniform predictions
+    assert losses[-1] < 0.1
+    assert unchanged == []
 
 
-def test_bert_learns_a_batch_by_heart():
+def test_bert_overfits_a_batch():
     tokens = TOKENS[:, :16].copy()
     targets = np.take_along_axis(tokens, MASKED, axis=1)
     np.put_along_axis(tokens, MASKED, 0, axis=1)
@@ -62,16 +63,16 @@ def test_bert_learns_a_batch_by_heart():
         "nsp_labels": LABELS,
         "nsp_weights": np.ones(4, np.float32),
     }
-    values, still = fit(BERT, mlm_nsp.loss, batch)
-    np.testing.assert_allclose(values[0], np.log(BERT.vocab_size) + np.log(2), rtol=0.02)
-    assert values[-1] < 0.1
-    assert still == []
+    losses, unchanged = fit(BERT, mlm_nsp.loss, batch)
+    np.testing.assert_allclose(losses[0], np.log(BERT.vocab_size) + np.log(2), rtol=0.02)
+    assert losses[-1] < 0.1
+    assert unchanged == []
 
 
 @pytest.mark.parametrize("config", [GPT2, BERT], ids=["gpt", "bert"])
-def test_classifiers_learn_a_batch_by_heart(config):
+def test_classifiers_overfit_a_batch(config):
     batch = {"tokens": TOKENS, "labels": LABELS, "weights": np.ones(4, np.float32)}
-    values, still = fit(config, classification.classification_loss,
+    losses, unchanged = fit(config, classification.classification_loss,
                         batch, num_classes=2, steps=30)
-    assert values[-1] < 0.05
-    assert still == []
+    assert losses[-1] < 0.05
+    assert unchanged == []

@@ -1,4 +1,4 @@
-"""bfloat16 is the type of the arithmetic only."""
+"""With bfloat16 compute, parameters, gradients, logits and losses are float32."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ BERT_BATCH = {
     ("config", "objective", "batch"),
     [(GPT2, causal_lm, GPT_BATCH), (BERT, mlm_nsp, BERT_BATCH)], ids=["gpt", "bert"],
 )
-def test_bfloat16_keeps_parameters_gradients_and_losses_float32(config, objective, batch):
+def test_parameters_gradients_and_losses_are_float32(config, objective, batch):
     config = config.replace(num_layers=1)
     values = {}
     for dtype in ("float32", "bfloat16"):
@@ -34,13 +34,13 @@ def test_bfloat16_keeps_parameters_gradients_and_losses_float32(config, objectiv
 
         def loss(params, model=model):
             total, weight, _ = objective.loss(model.apply, params, batch)
-            return cross_entropy.mean(total, weight)
+            return cross_entropy.mean_loss(total, weight)
 
         if dtype == "bfloat16":
-            values[dtype], gradient = jax.jit(jax.value_and_grad(loss))(params)
+            values[dtype], grads = jax.jit(jax.value_and_grad(loss))(params)
         else:
             values[dtype] = jax.jit(loss)(params)
-    for leaf in jax.tree.leaves(gradient):
+    for leaf in jax.tree.leaves(grads):
         assert leaf.dtype == jnp.float32
         assert np.isfinite(leaf).all()
     assert values["bfloat16"].dtype == jnp.float32
@@ -48,13 +48,13 @@ def test_bfloat16_keeps_parameters_gradients_and_losses_float32(config, objectiv
     np.testing.assert_allclose(values["bfloat16"], values["float32"], rtol=0.01)
 
 
-def test_bfloat16_activations_and_float32_logits():
+def test_activations_are_bfloat16_and_logits_float32():
     gpt = forward(GPT2.replace(num_layers=1, dtype="bfloat16"), TOKENS)
     bert = forward(BERT.replace(num_layers=1, dtype="bfloat16"), TOKENS)
     assert gpt.hidden.dtype == bert.hidden.dtype == bert.pooled.dtype == jnp.bfloat16
-    for exact in (gpt.logits, bert.mlm_logits, bert.nsp_logits, gpt.attention[0]):
-        assert exact.dtype == jnp.float32
-    # Logits are not merely rounded to bfloat16 and cast back.
+    for output in (gpt.logits, bert.mlm_logits, bert.nsp_logits, gpt.attention[0]):
+        assert output.dtype == jnp.float32
+    # Logits are not rounded to bfloat16 and cast back.
     assert (gpt.logits != gpt.logits.astype(jnp.bfloat16)).mean() > 0.5
     model, _ = build(GPT2.replace(dtype="bfloat16"))
     assert model.init_cache(model.config, 1, 4)["layer_0"].key.dtype == jnp.bfloat16

@@ -1,4 +1,4 @@
-"""Masks and attention on numbers worked out by hand."""
+"""Attention masks, attention and the KV cache, on numbers computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from transformer_jax.nn.attention import (
     KVCache,
     Mask,
-    _causal_parts,
+    _num_query_blocks,
     causal_mask,
     dot_product_attention,
     init_cache,
@@ -20,8 +20,8 @@ ROW = np.arange(4)[None]
 
 
 def as_text(mask) -> list[str]:
-    """One string a query: x where it sees the key."""
-    return ["".join("x" if seen else "." for seen in row) for row in np.asarray(mask)[0, 0]]
+    """One string for each query: x at the keys that it attends to."""
+    return ["".join("x" if attends else "." for attends in row) for row in np.asarray(mask)[0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,11 @@ def test_causal_mask(attention_window, expected):
 
 
 def test_causal_mask_of_queries_in_the_middle_of_a_cache():
-    # Two queries at places 1 and 2 of their row, four slots in the cache.
+    # Two queries at positions 1 and 2 of their row, four slots in the cache.
     assert as_text(causal_mask(np.array([[1, 2]]), ROW, 2)) == ["xx..", ".xx."]
 
 
-def test_causal_mask_has_a_row_for_each_sequence():
+def test_causal_mask_differs_by_batch_row():
     mask = causal_mask(np.array([[0], [2]]), ROW)
     assert mask.shape == (2, 1, 1, 4)
     assert np.asarray(mask)[:, 0, 0].tolist() == [[True, False, False, False],
@@ -50,20 +50,21 @@ def test_causal_mask_has_a_row_for_each_sequence():
 
 
 def test_document_mask():
-    documents = np.array([[1, 1, 2, 0]])
-    mask = Mask(query_documents=documents, key_documents=documents)
-    assert as_text(mask.dense(4, 4)) == ["xx..", "xx..", "..x.", "...x"]
-    assert as_text(mask.replace(causal=True).dense(4, 4)) == ["x...", "xx..", "..x.", "...x"]
+    document_ids = np.array([[1, 1, 2, 0]])
+    mask = Mask(query_document_ids=document_ids, key_document_ids=document_ids)
+    assert as_text(mask.to_dense(4, 4)) == ["xx..", "xx..", "..x.", "...x"]
+    assert as_text(mask.replace(causal=True).to_dense(4, 4)) == ["x...", "xx..", "..x.", "...x"]
 
 
-def test_a_mask_with_keys_in_front_that_all_see():
-    mask = Mask(causal=True).after(2, 3, 3)
-    assert as_text(mask.dense(3, 5)) == ["xxx..", "xxxx.", "xxxxx"]
-    assert Mask().after(2, 3, 3).dense(3, 5) is None
+def test_every_query_attends_to_prefix_keys():
+    mask = Mask(causal=True).with_prefix(2, 3, 3)
+    assert as_text(mask.to_dense(3, 5)) == ["xxx..", "xxxx.", "xxxxx"]
+    assert Mask().with_prefix(2, 3, 3).to_dense(3, 5) is None
 
 
-def test_padding_mask_hides_keys_from_every_query():
-    mask = Mask(real=np.array([[1, 1, 0]])).dense(1, 3)  # integers, as tokenizers return them
+def test_no_query_attends_to_padding():
+    padding_mask = np.array([[1, 1, 0]])  # integers, as tokenizers return them
+    mask = Mask(padding_mask=padding_mask).to_dense(1, 3)
     assert mask.shape == (1, 1, 1, 3)
     assert mask.dtype == bool
     assert np.asarray(mask).ravel().tolist() == [True, True, False]
@@ -74,7 +75,7 @@ def one_head(values) -> jax.Array:
     return jnp.asarray(values, jnp.float32)[None, :, None, :]
 
 
-def test_attend_by_hand():
+def test_attention_by_hand():
     # H = 4, so scores are divided by 2: they are 0 and log 3, the weights 1/4 and 3/4.
     query = one_head([[2, 0, 0, 0]])
     key = one_head([[0, 5, 5, 5], [np.log(3), 7, 7, 7]])
@@ -84,108 +85,111 @@ def test_attend_by_hand():
     np.testing.assert_allclose(out.ravel(), [7, 0, 0, 3], rtol=1e-6)
 
 
-def test_attend_gives_hidden_keys_exactly_nothing():
+def test_masked_keys_have_weight_zero():
     query = one_head([[1.0]])
-    out, weights = dot_product_attention(query, one_head([[0.0], [300.0]]), one_head([[2.0], [1e30]]),
-                          Mask(allowed=jnp.asarray([True, False])))
+    out, weights = dot_product_attention(
+        query, one_head([[0.0], [300.0]]), one_head([[2.0], [1e30]]),
+        Mask(dense_mask=jnp.asarray([True, False])))
     assert weights.ravel().tolist() == [1, 0]
     assert out.ravel().tolist() == [2]
 
 
-def test_a_query_that_sees_nothing_stays_finite_and_so_does_its_gradient():
+def test_output_and_gradient_are_finite_without_any_allowed_key():
     def total(query):
         value = one_head([[2.0], [4.0]])
-        return dot_product_attention(query, value, value, Mask(allowed=jnp.asarray([False, False])))[0].sum()
+        mask = Mask(dense_mask=jnp.asarray([False, False]))
+        return dot_product_attention(query, value, value, mask)[0].sum()
 
     value, gradient = jax.value_and_grad(total)(one_head([[1.0]]))
     assert value == 3
     assert np.isfinite(gradient).all()
 
 
-def test_softmax_of_bfloat16_is_float32():
+def test_attention_weights_of_bfloat16_inputs_are_float32():
     x = jnp.ones((1, 3, 1, 4), jnp.bfloat16)
     out, weights = dot_product_attention(x, x, x, Mask())
     assert (out.dtype, weights.dtype) == (jnp.bfloat16, jnp.float32)
 
 
-def test_attention_dropout_drops_its_share_and_keeps_the_mean():
+def test_attention_dropout_has_the_given_rate_and_keeps_the_mean():
     # All weights are 1 / 500 and all values 1: the output is (kept keys) / 500 / (1 - rate).
     ones = np.ones((1, 500, 4, 1), np.float32)
-    call = jax.jit(lambda rng, ones: dot_product_attention(ones[:, :50], ones, ones, Mask(), dropout_rate=0.2,
-                                              dropout_rng=rng)[0])
+    call = jax.jit(lambda rng, ones: dot_product_attention(
+        ones[:, :50], ones, ones, Mask(), dropout_rate=0.2, dropout_rng=rng)[0])
     out = np.asarray(call(jax.random.key(0), ones))
     kept = np.round(out * 0.8 * 500)
     np.testing.assert_allclose(out * 0.8 * 500, kept, atol=0.05)
     # 200 queries x 500 keys, binomial: four standard deviations of the mean.
     assert abs(kept.mean() / 500 - 0.8) < 4 * (0.8 * 0.2 / 100_000) ** 0.5
-    assert len(np.unique(kept)) > 5  # each query and head draws its own
+    assert len(np.unique(kept)) > 5  # each query and head has its own dropout mask
     assert (np.asarray(call(jax.random.key(1), ones)) != out).any()
 
 
-def plainly(query, key, value, mask, factor=1.0):
-    """Attention as the paper has it, all of it at once."""
+def reference_attention(query, key, value, mask, dropout=1.0):
+    """Attention as in the paper, without blocks."""
     scores = jnp.einsum("BTNH,BSNH->BNTS", query, key) / query.shape[-1] ** 0.5
     weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights * factor, value), weights
+    return jnp.einsum("BNTS,BSNH->BTNH", weights * dropout, value), weights
 
 
-@pytest.mark.parametrize(("T", "parts", "more"), [
+@pytest.mark.parametrize(("T", "num_blocks", "case"), [
     (128, 1, "causal"), (256, 2, "causal"), (300, 2, "window"), (512, 4, "window"),
     (256, 2, "documents"), (1024, 4, "documents"), (128, 1, "dropout"), (512, 4, "dropout")])
-def test_queries_in_parts_are_as_all_at_once(T, parts, more):
-    documents = jnp.asarray(np.sort(np.random.default_rng(0).integers(1, 4, (2, T)), axis=1))
+def test_query_blocks_equal_the_reference(T, num_blocks, case):
+    document_ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(1, 4, (2, T)), axis=1))
     mask = Mask(causal=True)
-    if more == "window":
+    if case == "window":
         mask = mask.replace(attention_window=40)
-    if more == "documents":
-        mask = mask.replace(query_documents=documents, key_documents=documents)
-    assert _causal_parts(mask, T, T) == parts
-    options = {"dropout_rate": 0.3, "dropout_rng": jax.random.key(9)} if more == "dropout" else {}
-    factor = keep_mask(jax.random.key(9), (2, 3, T, T), 0.3) / 0.7 if options else 1.0
-    *args, ct = jax.random.normal(jax.random.key(0), (4, 2, T, 3, 8))
+    if case == "documents":
+        mask = mask.replace(query_document_ids=document_ids, key_document_ids=document_ids)
+    assert _num_query_blocks(mask, T, T) == num_blocks
+    options = {"dropout_rate": 0.3, "dropout_rng": jax.random.key(9)} if case == "dropout" else {}
+    dropout = keep_mask(jax.random.key(9), (2, 3, T, T), 0.3) / 0.7 if options else 1.0
+    *args, cotangent = jax.random.normal(jax.random.key(0), (4, 2, T, 3, 8))
 
-    def ours(*args):
+    def by_blocks(*args):
         out, weights = dot_product_attention(*args, mask, **options)
-        return (out * ct).sum(), weights
+        return (out * cotangent).sum(), weights
 
-    def theirs(*args):
-        out, weights = plainly(*args, mask.dense(T, T), factor)
-        return (out * ct).sum(), weights
+    def reference(*args):
+        out, weights = reference_attention(*args, mask.to_dense(T, T), dropout)
+        return (out * cotangent).sum(), weights
 
-    found, wanted = (jax.jit(jax.value_and_grad(fn, (0, 1, 2), has_aux=True))(*args)
-                     for fn in (ours, theirs))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, wanted)
+    actual, expected = (jax.jit(jax.value_and_grad(fn, (0, 1, 2), has_aux=True))(*args)
+                        for fn in (by_blocks, reference))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), actual, expected)
 
 
-def test_parts_are_for_whole_causal_rows_on_one_cpu():
+def test_query_blocks_are_for_causal_self_attention_without_a_mesh():
     causal = Mask(causal=True)
-    assert _causal_parts(Mask(), 512, 512) == 1  # every query sees every key
-    assert _causal_parts(causal, 1, 512) == 1
-    assert _causal_parts(causal, 257, 257) == 1  # does not divide
-    with jax.set_mesh(make_mesh(8, 1)):  # which may cut the tokens
-        assert _causal_parts(causal, 512, 512) == 1
+    assert _num_query_blocks(Mask(), 512, 512) == 1  # every query attends to every key
+    assert _num_query_blocks(causal, 1, 512) == 1
+    assert _num_query_blocks(causal, 257, 257) == 1  # 257 is not divisible by 2
+    with jax.set_mesh(make_mesh(8, 1)):
+        assert _num_query_blocks(causal, 512, 512) == 1
 
 
-def test_parts_leave_out_products():
-    """A quarter of them, of two parts."""
+def test_query_blocks_skip_masked_scores():
+    """Two blocks skip a quarter of the scores."""
     def flops(mask):
         x = jnp.ones((1, 256, 1, 64))
         fn = jax.jit(lambda x: dot_product_attention(x, x, x, mask)[0])
         return fn.lower(x).compile().cost_analysis()["flops"]
 
-    hidden = Mask(allowed=causal_mask(jnp.arange(256)[None], jnp.arange(256)[None]))
-    assert flops(Mask(causal=True)) < 0.78 * flops(hidden)
+    dense = Mask(dense_mask=causal_mask(jnp.arange(256)[None], jnp.arange(256)[None]))
+    assert flops(Mask(causal=True)) < 0.78 * flops(dense)
 
 
-def test_cache_writes_each_row_at_its_own_place_and_drops_what_is_outside():
+def test_cache_update_takes_positions_by_row_and_ignores_those_outside():
     cache = KVCache(jnp.zeros((2, 1, 3, 1)), jnp.zeros((2, 1, 3, 1)))
     new = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])[..., None, None]
-    written = cache.write(new, -new, np.array([[0, 1], [2, 3]]))
-    assert written.key[:, 0, :, 0].tolist() == [[1, 2, 0], [0, 0, 3]]
-    assert written.value[:, 0, :, 0].tolist() == [[-1, -2, 0], [0, 0, -3]]
-    assert written.length == 3
-    np.testing.assert_array_equal(written.rows()[0], written.key.swapaxes(1, 2))
-    assert not cache.key.any()  # the old one is untouched
+    updated = cache.update(new, -new, np.array([[0, 1], [2, 3]]))
+    assert updated.key[:, 0, :, 0].tolist() == [[1, 2, 0], [0, 0, 3]]
+    assert updated.value[:, 0, :, 0].tolist() == [[-1, -2, 0], [0, 0, -3]]
+    assert updated.length == 3
+    np.testing.assert_array_equal(updated.as_bsnh()[0], updated.key.swapaxes(1, 2))
+    assert not cache.key.any()  # the input is unchanged
 
 
 def test_empty_cache():

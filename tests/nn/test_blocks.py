@@ -1,4 +1,4 @@
-"""A block against a line-by-line NumPy version of both residual forms."""
+"""Blocks equal a NumPy implementation of both residual forms."""
 
 import functools
 
@@ -37,31 +37,31 @@ def mlp(p, x):
     return hidden @ p["wo"]["kernel"] + p["wo"]["bias"]
 
 
-def norm_before(p, x):
+def pre_norm(p, x):
     x = x + self_attention(p["self_attention"], norm(p["attention_norm"], x))
     return x + mlp(p["mlp"], norm(p["mlp_norm"], x))
 
 
-def no_links(p, x):
+def no_residual(p, x):
     x = self_attention(p["self_attention"], norm(p["attention_norm"], x))
     return mlp(p["mlp"], norm(p["mlp_norm"], x))
 
 
-def norm_after(p, x):
+def post_norm(p, x):
     x = norm(p["attention_norm"], x + self_attention(p["self_attention"], x))
     return norm(p["mlp_norm"], x + mlp(p["mlp"], x))
 
 
 @pytest.mark.parametrize(("norm_first", "block"), [
-    (True, norm_before), (False, norm_after), (True, no_links)])
-def test_stack_is_the_formula(norm_first, block):
-    config = GPTConfig(**SIZES, norm_first=norm_first, residual=block is not no_links)
+    (True, pre_norm), (False, post_norm), (True, no_residual)])
+def test_stack_equals_the_formula(norm_first, block):
+    config = GPTConfig(**SIZES, norm_first=norm_first, residual=block is not no_residual)
     stack = Stack(config.stack)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 5, 6)).astype(np.float32)
     mask = Mask(causal=True)
     shapes = jax.eval_shape(stack.init, jax.random.key(0), x, mask)["params"]
-    # Biases and scales are random too, so that a forgotten one shows.
+    # Biases and scales are random too, so that a missing one changes the output.
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
     expected = x[0].astype(np.float64)
     for i in range(2):
@@ -78,15 +78,16 @@ def test_stack_is_the_formula(norm_first, block):
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_cross_attention_takes_keys_and_values_from_the_memory(norm_first):
+def test_cross_attention_takes_keys_and_values_from_the_encoder_output(norm_first):
     config = GPTConfig(**SIZES, norm_first=norm_first).stack._replace(
         num_layers=1, cross_attention=True)
     stack = Stack(config)
     rng = np.random.default_rng(0)
-    x, memory = (rng.normal(size=(1, n, 6)).astype(np.float32) for n in (5, 4))
-    mask, seen = Mask(causal=True), np.array([True, False, True, True])
-    call = {"memory": memory, "memory_mask": Mask(allowed=seen)}
-    shapes = jax.eval_shape(functools.partial(stack.init, **call), jax.random.key(0), x, mask)
+    x, encoder_output = (rng.normal(size=(1, n, 6)).astype(np.float32) for n in (5, 4))
+    mask, padding_mask = Mask(causal=True), np.array([True, False, True, True])
+    options = {"encoder_output": encoder_output,
+               "cross_attention_mask": Mask(dense_mask=padding_mask)}
+    shapes = jax.eval_shape(functools.partial(stack.init, **options), jax.random.key(0), x, mask)
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes["params"])
     p = params["layer_0"]
 
@@ -98,28 +99,29 @@ def test_cross_attention_takes_keys_and_values_from_the_memory(norm_first):
     expected = residual("attention", lambda y: self_attention(p["self_attention"], y),
                         x[0].astype(np.float64))
     expected = residual("cross_attention", lambda y: attention(
-        p["cross_attention"], y, memory[0], seen), expected)
+        p["cross_attention"], y, encoder_output[0], padding_mask), expected)
     expected = residual("mlp", lambda y: mlp(p["mlp"], y), expected)
     if norm_first:
         expected = norm(params["final_norm"], expected)
-    out = stack.apply({"params": params}, x, mask, **call)
+    out = stack.apply({"params": params}, x, mask, **options)
     np.testing.assert_allclose(out.hidden[0], expected, rtol=1e-4, atol=1e-5)
-    # The keys and values that come back stand for the memory.
-    again = stack.apply({"params": params}, x, mask, memory=out.memory,
-                        memory_mask=call["memory_mask"])
-    np.testing.assert_array_equal(again.hidden, out.hidden)
+    # The returned keys and values can replace the encoder output.
+    cached = stack.apply(
+        {"params": params}, x, mask,
+        **options | {"encoder_output": out.cross_attention_cache})
+    np.testing.assert_array_equal(cached.hidden, out.hidden)
     assert out.cross_attention[0].shape == (1, 2, 5, 4)
-    # Without a mask all of the memory is seen.
-    every = stack.apply({"params": params}, x, mask, memory=memory)
-    assert (np.asarray(every.cross_attention[0]) > 0).all()
+    # Without a mask, queries attend to all of the encoder output.
+    unmasked = stack.apply({"params": params}, x, mask, encoder_output=encoder_output)
+    assert (np.asarray(unmasked.cross_attention[0]) > 0).all()
     assert not np.asarray(out.cross_attention[0])[..., 1].any()
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_the_gradient_of_the_residual_stream_is_computed_once(norm_first):
-    """The compiled gradient grows with the number of layers, not with its square."""
+def test_cotangent_of_the_residual_stream_is_computed_once(norm_first):
+    """The FLOPs of the compiled gradient are linear in the number of layers, not quadratic."""
 
-    def operations(num_layers):
+    def flops(num_layers):
         c = GPTConfig(**SIZES | {"num_layers": num_layers, "d_model": 128, "mlp_dim": 256},
                       norm_first=norm_first)
         stack = Stack(c.stack)
@@ -128,5 +130,5 @@ def test_the_gradient_of_the_residual_stream_is_computed_once(norm_first):
         gradient = jax.jit(jax.grad(lambda x, p: stack.apply(p, x, mask).hidden.sum()))
         return gradient.lower(x, params).compile().cost_analysis()["flops"]
 
-    few, some, many = operations(2), operations(6), operations(10)
-    assert many - some == pytest.approx(some - few, rel=0.02)
+    two, six, ten = flops(2), flops(6), flops(10)
+    assert ten - six == pytest.approx(six - two, rel=0.02)

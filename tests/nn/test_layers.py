@@ -1,11 +1,10 @@
-"""The layers that own parameters, on numbers worked out by hand."""
+"""Layers, on numbers computed by hand."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer_jax.nn import layers
 from transformer_jax.nn.layers import (
     ACTIVATIONS,
     INITIALIZERS,
@@ -14,6 +13,7 @@ from transformer_jax.nn.layers import (
     LayerNorm,
     LazyLogits,
     Linear,
+    standardize,
 )
 
 
@@ -24,14 +24,14 @@ def test_layer_norm_by_hand():
     np.testing.assert_allclose(out, [[-1.5, 13]], rtol=1e-6)
 
 
-def test_layer_norm_epsilon_stands_inside_the_root():
+def test_layer_norm_epsilon_is_inside_the_square_root():
     params = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
     out = LayerNorm(5.0).apply({"params": params}, jnp.asarray([1.0, 5.0]))  # sqrt(4 + 5) = 3
     np.testing.assert_allclose(out, [-2 / 3, 2 / 3], rtol=1e-6)
 
 
 def test_layer_norm_statistics_are_float32():
-    # bfloat16 cannot tell 256.0 from 257.0: a mean taken in it would be off by one.
+    # bfloat16 cannot represent 257.0: a bfloat16 mean would be off by one.
     x = jnp.asarray([256.0, 258.0, 260.0, 262.0], jnp.bfloat16)
     params = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
     out = LayerNorm(0.0, dtype=jnp.bfloat16).apply({"params": params}, x)
@@ -44,7 +44,7 @@ def test_linear_keeps_head_axes():
     rng = np.random.default_rng(0)
     for layer, inputs, formula, shape in (
         (Linear((3, 2)), (6,), "btd,dnh->btnh", (6, 3, 2)),
-        (Linear((6,), contract=2), (3, 2), "btnh,nhd->btd", (3, 2, 6)),
+        (Linear((6,), num_contracted_axes=2), (3, 2), "btnh,nhd->btd", (3, 2, 6)),
     ):
         x = rng.normal(size=(2, 5, *inputs)).astype(np.float32)
         shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
@@ -60,24 +60,24 @@ def test_linear_adds_its_bias():
     assert Linear((1,)).apply({"params": params}, jnp.asarray([3.0, 4.0])).tolist() == [21]
 
 
-def test_embed_looks_up_and_scores_by_one_table():
+def test_embed_and_its_output_layer_use_one_table():
     table = jnp.asarray([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
     embed, variables = Embed(3, 2), {"params": {"embedding": table}}
     assert embed.apply(variables, np.array([2, 0])).tolist() == [[3, 3], [1, 0]]
-    projection = embed.apply(variables, jnp.asarray([1.0, 10.0]), method="project")
-    assert projection.logits().tolist() == [1, 20, 33]
+    lazy_logits = embed.apply(variables, jnp.asarray([1.0, 10.0]), method="project")
+    assert lazy_logits.logits().tolist() == [1, 20, 33]
 
 
 def test_bias_is_added():
     variables = {"params": {"bias": jnp.asarray([1.0, 2.0])}}
-    projection = LazyLogits(jnp.asarray([[10.0, 20.0]]), jnp.eye(2))
-    assert Bias(2).apply(variables, projection).logits().tolist() == [[11, 22]]
+    lazy_logits = LazyLogits(jnp.asarray([[10.0, 20.0]]), jnp.eye(2))
+    assert Bias(2).apply(variables, lazy_logits).logits().tolist() == [[11, 22]]
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),  # at -1, 0 and 1
     [
-        ("gelu", [-0.1586553, 0, 0.8413447]),  # x times the normal distribution function
+        ("gelu", [-0.1586553, 0, 0.8413447]),  # x times the normal cumulative distribution function
         ("gelu_tanh", [-0.1588080, 0, 0.8411920]),
         ("relu", [0, 0, 1]),
         ("swish", [-0.2689414, 0, 0.7310586]),
@@ -92,29 +92,30 @@ def test_every_activation_is_tested():
     assert set(ACTIVATIONS) == {"gelu", "gelu_tanh", "relu", "swish", "tanh"}
 
 
-def test_initial_laws():
-    draws = {name: np.asarray(law(0.02)(jax.random.key(0), (200, 200)))
-             for name, law in INITIALIZERS.items()}
-    np.testing.assert_allclose(draws["normal"].std(), 0.02, rtol=0.02)
-    assert np.abs(draws["normal"]).max() > 0.06
-    # Cut off at two deviations, the deviation left is 0.8796 (TensorFlow's law, BERT's release).
-    assert np.abs(draws["truncated_normal"]).max() <= 0.04
-    np.testing.assert_allclose(draws["truncated_normal"].std(), 0.02 * 0.8796, rtol=0.02)
+def test_initializers():
+    kernels = {name: np.asarray(make_init(0.02)(jax.random.key(0), (200, 200)))
+               for name, make_init in INITIALIZERS.items()}
+    np.testing.assert_allclose(kernels["normal"].std(), 0.02, rtol=0.02)
+    assert np.abs(kernels["normal"]).max() > 0.06
+    # Truncation at two standard deviations reduces the standard deviation by 0.8796, as in
+    # TensorFlow and the release of BERT.
+    assert np.abs(kernels["truncated_normal"]).max() <= 0.04
+    np.testing.assert_allclose(kernels["truncated_normal"].std(), 0.02 * 0.8796, rtol=0.02)
 
 
-def test_layer_norm_has_the_gradient_that_jax_derives():
-    def naive(x):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+def test_standardize_has_the_derivative_of_autodiff():
+    def reference(x):
+        centered = x - x.mean(-1, keepdims=True)
+        return centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + 1e-5)
 
     x = 3 + 2 * jax.random.normal(jax.random.key(0), (5, 16))
     t = jax.random.normal(jax.random.key(1), (5, 16))
 
-    def ours(x):
-        return layers.standardize(x, 1e-5)
+    def closed_form(x):
+        return standardize(x, 1e-5)
 
-    np.testing.assert_array_equal(ours(x), naive(x))
-    for mode in (jax.jvp, lambda f, x, t: jax.vjp(f, *x)[1](*t)):
-        found, expected = (mode(f, (x,), (t,))[-1] for f in (ours, naive))
-        np.testing.assert_allclose(jax.tree.leaves(found)[0], jax.tree.leaves(expected)[0],
+    np.testing.assert_array_equal(closed_form(x), reference(x))
+    for differentiate in (jax.jvp, lambda f, x, t: jax.vjp(f, *x)[1](*t)):
+        actual, expected = (differentiate(f, (x,), (t,))[-1] for f in (closed_form, reference))
+        np.testing.assert_allclose(jax.tree.leaves(actual)[0], jax.tree.leaves(expected)[0],
                                    rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""BART's noise: what each kind does, how often, and that the seed decides."""
+"""BART's noise: effect and frequency of each kind, reproducibility, and the rows."""
 
 import functools
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from transformer_jax.objectives.denoising import Noise
 
 MASK = 4
 TEXT = np.arange(100, 200)
-NONE = Noise(permute=False, infill=0.0)
+NO_NOISE = Noise(permute=False, infill=0.0)
 IDS = {"mask_id": MASK, "start_id": 2, "bos_id": 0, "eos_id": 2, "pad_id": 1}
 
 
@@ -21,121 +21,125 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def spans(noised, text=TEXT):
-    """The tokens that each mask stands for."""
-    found, place = [], 0
-    for i, token in enumerate(noised):
+def infilled(seed=0, text=TEXT, rate=0.3, mean_span=3.0, **options):
+    return denoising.text_infilling(
+        text, rng(seed), rate=rate, mean_span=mean_span, mask_id=MASK, **options)
+
+
+def span_lengths(corrupted, text=TEXT):
+    """The number of tokens that each mask token replaces."""
+    lengths, position = [], 0
+    for i, token in enumerate(corrupted):
         if token != MASK:
-            assert token == text[place], "what stays is in order"
-            place += 1
+            assert token == text[position], "the remaining tokens must be in order"
+            position += 1
             continue
-        following = noised[i + 1] if i + 1 < len(noised) else None
+        following = corrupted[i + 1] if i + 1 < len(corrupted) else None
         end = len(text) if following is None else int(np.flatnonzero(text == following)[0])
-        found.append(end - place)
-        place = end
-    assert place == len(text)
-    return found
+        lengths.append(end - position)
+        position = end
+    assert position == len(text)
+    return lengths
 
 
-def test_infilling_hides_the_share_in_spans_of_one_mask_each():
+def test_text_infilling_hides_the_rate_in_poisson_distributed_spans():
     lengths = []
     for seed in range(300):
-        noised = denoising.infill(TEXT, rng(seed), share=0.3, mean_span=3.0, mask_id=MASK)
-        found = spans(noised)
-        assert sum(found) == 30
-        assert not ((noised[1:] == MASK) & (noised[:-1] == MASK)).any()
-        lengths += found
-    # The law of lengths, but for the last span of each text, which is cut to fit.
+        corrupted = infilled(seed)
+        text_lengths = span_lengths(corrupted)
+        assert sum(text_lengths) == 30
+        assert not ((corrupted[1:] == MASK) & (corrupted[:-1] == MASK)).any()
+        lengths += text_lengths
+    # Poisson distribution, except for the last span of each text, which is reduced to fit.
     lengths = np.array(lengths)
     poisson = np.array([np.exp(-3) * 3**k / np.prod(range(1, k + 1), dtype=float)
                         for k in range(8)])
-    shares = np.array([(lengths == k).mean() for k in range(8)])
-    assert np.abs(shares - poisson).max() < 0.03
-    assert shares[0] > 0.03  # empty spans are put in
+    fractions = np.array([(lengths == k).mean() for k in range(8)])
+    assert np.abs(fractions - poisson).max() < 0.03
+    assert fractions[0] > 0.03  # spans of length 0 insert mask tokens
 
 
-def test_infilling_spans_lie_anywhere():
-    hit = np.zeros(len(TEXT))
+def test_text_infilling_hides_all_positions():
+    hidden_counts = np.zeros(len(TEXT))
     for seed in range(2000):
-        noised = denoising.infill(TEXT, rng(seed), share=0.3, mean_span=3.0, mask_id=MASK)
-        hit[~np.isin(TEXT, noised)] += 1
-    np.testing.assert_allclose(hit[5:-5] / 2000, 0.3, atol=0.06)
-    # One of 71 gaps is in front of the first token, and 10.5 spans on average are not empty.
-    np.testing.assert_allclose(hit[[0, -1]] / 2000, 0.15, atol=0.03)
-    # Of two spans the second was cut to fit; it is not always the one behind.
-    found = [spans(denoising.infill(TEXT, rng(seed), share=0.3, mean_span=20.0, mask_id=MASK))
-             for seed in range(200)]
-    assert 60 < sum(pair[0] < pair[-1] for pair in found) < 140
+        hidden_counts[~np.isin(TEXT, infilled(seed))] += 1
+    np.testing.assert_allclose(hidden_counts[5:-5] / 2000, 0.3, atol=0.06)
+    # One of 71 gaps is before the first token, and 10.5 spans on average are not empty.
+    np.testing.assert_allclose(hidden_counts[[0, -1]] / 2000, 0.15, atol=0.03)
+    # The length that is reduced to fit belongs to a random span, not always to the last one.
+    lengths = [span_lengths(infilled(seed, mean_span=20.0)) for seed in range(200)]
+    assert 60 < sum(pair[0] < pair[-1] for pair in lengths) < 140
 
 
-def test_infilling_whole_words():
-    starts = np.zeros(300, bool)
-    starts[100:300:3] = True  # words of three tokens
+def test_text_infilling_of_whole_words():
+    word_starts = np.zeros(300, bool)
+    word_starts[100:300:3] = True  # words of three tokens
     for seed in range(50):
-        noised = denoising.infill(TEXT, rng(seed), share=0.3, mean_span=3.0, mask_id=MASK,
-                                  word_starts=starts)
-        stays = noised[noised != MASK]
-        words = {int(t - (t - 100) % 3) for t in stays}
-        assert len(stays) == sum(min(3, 200 - w) for w in words)  # no word is cut
+        corrupted = infilled(seed, word_starts=word_starts)
+        remaining = corrupted[corrupted != MASK]
+        words = {int(t - (t - 100) % 3) for t in remaining}
+        assert len(remaining) == sum(min(3, 200 - w) for w in words)  # no word is split
         assert len(words) == 34 - round(0.3 * 34)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_infilling_nothing_and_all(share):
-    noised = denoising.infill(TEXT, rng(), share=share, mean_span=3.0, mask_id=MASK)
-    assert noised.tolist() == (TEXT.tolist() if share == 0 else [MASK])
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_text_infilling_of_nothing_and_everything(rate):
+    assert infilled(rate=rate).tolist() == (TEXT.tolist() if rate == 0 else [MASK])
 
 
-def test_infilling_of_a_token_or_two_never_fails():
+def test_text_infilling_of_very_short_texts():
     for seed in range(200):
         for n in (1, 2, 3):
-            noised = denoising.infill(TEXT[:n], rng(seed), share=0.7, mean_span=0.3, mask_id=MASK)
-            assert 1 <= len(noised) <= 2 * n + 1
+            corrupted = infilled(seed, TEXT[:n], rate=0.7, mean_span=0.3)
+            assert 1 <= len(corrupted) <= 2 * n + 1
 
 
-def test_masking_and_deletion():
-    masked = denoising.mask(TEXT, rng(), share=0.15, mask_id=MASK)
+def test_token_masking_and_deletion():
+    masked = denoising.token_masking(TEXT, rng(), rate=0.15, mask_id=MASK)
     assert (masked == MASK).sum() == 15 and (masked[masked != MASK] == TEXT[masked != MASK]).all()
-    shorter = denoising.delete(TEXT, rng(), share=0.2)
+    shorter = denoising.token_deletion(TEXT, rng(), rate=0.2)
     assert len(shorter) == 80 and (np.diff(shorter) > 0).all() and MASK not in shorter
-    masked, gone = (
-        np.mean([~np.isin(TEXT, change(TEXT, rng(seed), share=0.15)) for seed in range(1000)], 0)
-        for change in (functools.partial(denoising.mask, mask_id=MASK), denoising.delete))
-    np.testing.assert_allclose(masked, 0.15, atol=0.06)  # anywhere alike
-    np.testing.assert_allclose(gone, 0.15, atol=0.06)
+    masked, deleted = (
+        np.mean([~np.isin(TEXT, corrupt(TEXT, rng(seed), rate=0.15)) for seed in range(1000)], 0)
+        for corrupt in (functools.partial(denoising.token_masking, mask_id=MASK),
+                        denoising.token_deletion))
+    np.testing.assert_allclose(masked, 0.15, atol=0.06)  # all positions are equally likely
+    np.testing.assert_allclose(deleted, 0.15, atol=0.06)
 
 
-def test_rotation_begins_anywhere():
+def test_document_rotation_starts_at_all_positions():
     firsts = set()
     for seed in range(2000):
-        turned = denoising.rotate(TEXT, rng(seed))
-        firsts.add(int(turned[0]))
-        np.testing.assert_array_equal(np.roll(turned, turned[0] - 100), TEXT)
+        rotated = denoising.document_rotation(TEXT, rng(seed))
+        firsts.add(int(rotated[0]))
+        np.testing.assert_array_equal(np.roll(rotated, rotated[0] - 100), TEXT)
     assert firsts == set(TEXT.tolist())
 
 
 SENTENCES = [np.array([10, 11]), np.array([20, 21, 22]), np.array([30])]
 
 
-def test_permutation_keeps_sentences_whole():
+def test_sentence_permutation_does_not_split_sentences():
     orders = set()
     for seed in range(200):
-        out = denoising.corrupt(SENTENCES, rng(seed), NONE._replace(permute=True), mask_id=MASK)
-        orders.add(tuple(out.tolist()))
+        corrupted = denoising.corrupt(
+            SENTENCES, rng(seed), NO_NOISE._replace(permute=True), mask_id=MASK)
+        orders.add(tuple(corrupted.tolist()))
     assert len(orders) == 6
     assert all("".join(map(chr, o)).count(chr(20) + chr(21) + chr(22)) == 1 for o in orders)
 
 
-def test_mixtures_and_seeds():
+def test_corrupt_combines_noise_and_is_deterministic():
     noise = Noise(permute=True, infill=0.2, mask=0.1, delete=0.1, rotate=1.0)
     first, again, other = (denoising.corrupt([TEXT, TEXT + 100], rng(s), noise, mask_id=MASK)
                            for s in (0, 0, 1))
     assert first.tolist() == again.tolist() != other.tolist()
-    plain = denoising.corrupt(SENTENCES, rng(), NONE, mask_id=MASK)
-    assert plain.tolist() == [10, 11, 20, 21, 22, 30]
-    share = np.mean([denoising.corrupt(SENTENCES, rng(s), NONE._replace(rotate=0.4),
-                                       mask_id=MASK)[0] != 10 for s in range(600)])
-    assert 0.4 * 5 / 6 - 0.06 < share < 0.4 * 5 / 6 + 0.06
+    unchanged = denoising.corrupt(SENTENCES, rng(), NO_NOISE, mask_id=MASK)
+    assert unchanged.tolist() == [10, 11, 20, 21, 22, 30]
+    rotated_fraction = np.mean([denoising.corrupt(
+        SENTENCES, rng(s), NO_NOISE._replace(rotate=0.4), mask_id=MASK)[0] != 10
+        for s in range(600)])
+    assert 0.4 * 5 / 6 - 0.06 < rotated_fraction < 0.4 * 5 / 6 + 0.06
 
 
 CORPUS = SimpleNamespace(
@@ -143,29 +147,30 @@ CORPUS = SimpleNamespace(
     sentence_starts=np.array([0, 4, 9, 12, 12, 24, 26]))
 
 
-def test_passages_are_whole_sentences_of_one_document():
-    found = denoising.Passages(CORPUS, 8)
-    assert [[len(s) for s in found[i]] for i in range(len(found))] == [
+def test_passages_are_complete_sentences_of_one_document():
+    passages = denoising.Passages(CORPUS, 8)
+    assert [[len(s) for s in passages[i]] for i in range(len(passages))] == [
         [4], [5], [3], [8], [4, 2]]
-    whole = denoising.Passages(CORPUS, 9)
-    assert [[len(s) for s in whole[i]] for i in range(len(whole))] == [[4, 5], [3], [9], [3, 2]]
+    longer = denoising.Passages(CORPUS, 9)
+    assert [[len(s) for s in longer[i]] for i in range(len(longer))] == [[4, 5], [3], [9], [3, 2]]
     np.testing.assert_array_equal(
-        np.concatenate([np.concatenate(found[i]) for i in range(len(found))]), CORPUS.tokens)
+        np.concatenate([np.concatenate(passages[i]) for i in range(len(passages))]), CORPUS.tokens)
     with pytest.raises(ValueError, match="max_tokens of a passage is 0"):
         denoising.Passages(CORPUS, 0)
 
 
-def test_row_by_hand():
-    row = denoising.prepare(SENTENCES, rng(), noise=NONE, length=9, **IDS)
+def test_prepare():
+    row = denoising.prepare(SENTENCES, rng(), noise=NO_NOISE, length=9, **IDS)
     assert row["tokens"].tolist() == [0, 10, 11, 20, 21, 22, 30, 2, 1]
     assert row["targets"].tolist() == [0, 10, 11, 20, 21, 22, 30, 2, 1]
     assert row["decoder_tokens"].tolist() == [2, 0, 10, 11, 20, 21, 22, 30, 1]
-    cut = denoising.prepare(SENTENCES, rng(), noise=NONE._replace(permute=True), length=6, **IDS)
-    assert cut["targets"].tolist() == [0, 10, 11, 20, 21, 2]
-    assert sorted(cut["tokens"][1:5]) == [10, 11, 20, 21]  # nothing that is not to be restored
+    truncated = denoising.prepare(
+        SENTENCES, rng(), noise=NO_NOISE._replace(permute=True), length=6, **IDS)
+    assert truncated["targets"].tolist() == [0, 10, 11, 20, 21, 2]
+    assert sorted(truncated["tokens"][1:5]) == [10, 11, 20, 21]  # the tokens of the target only
 
 
-def test_the_target_is_clean_and_the_source_is_not():
+def test_only_the_source_is_corrupted():
     noise = Noise(infill=0.4)
     for seed in range(20):
         row = denoising.prepare([TEXT[:40]], rng(seed), noise=noise, length=48, **IDS)
@@ -176,28 +181,28 @@ def test_the_target_is_clean_and_the_source_is_not():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"infill": 1.2}, "noise infill is 1.2; it is a share"),
+    ({"infill": 1.2}, "noise infill is 1.2; it must be a fraction from 0 to 1"),
     ({"delete": -0.1}, "noise delete is -0.1"),
-    ({"mean_span": 0.0}, "noise mean_span is 0.0; it has to be from 0.1 to 1000"),
+    ({"mean_span": 0.0}, "noise mean_span is 0.0; it must be from 0.1 to 1000"),
     ({"mean_span": 1e9}, "noise mean_span is 1000000000.0"),
 ])
-def test_refused(change, message):
+def test_invalid_noise_and_length(change, message):
     with pytest.raises(ValueError, match=message):
-        denoising.prepare(SENTENCES, rng(), noise=NONE._replace(**change), length=9, **IDS)
+        denoising.prepare(SENTENCES, rng(), noise=NO_NOISE._replace(**change), length=9, **IDS)
     with pytest.raises(ValueError, match="source_length 2 leaves no room"):
-        denoising.prepare(SENTENCES, rng(), noise=NONE, length=2, **IDS)
+        denoising.prepare(SENTENCES, rng(), noise=NO_NOISE, length=2, **IDS)
 
 
-def test_the_loss_is_that_of_pairs():
+def test_the_loss_is_that_of_seq2seq():
     assert denoising.loss is seq2seq.loss
 
 
-def test_no_place_sees_what_it_predicts():
-    """Two texts that differ from their k-th token on, with nothing left of either in the source:
-    up to the place that predicts that token the logits are equal, bit for bit; behind it not."""
+def test_logits_do_not_depend_on_their_own_target():
+    """Of two texts that differ from token k on, with completely hidden sources, the logits are
+    equal bit for bit up to the position that predicts token k, and differ after it."""
     ids = IDS | {"mask_id": 4}
     text = small_models.random_tokens(12, first=5)
-    hide_all = NONE._replace(infill=1.0)
+    hide_all = NO_NOISE._replace(infill=1.0)
     for k in (0, 5, 11):
         other = np.concatenate([text[:k], 5 + (text[k:] + 1) % 50])
         row, changed = (denoising.prepare([t], rng(), noise=hide_all, length=16, **ids)
@@ -207,21 +212,21 @@ def test_no_place_sees_what_it_predicts():
             np.asarray(small_models.forward(
                 small_models.BART, r["tokens"][None], decoder_tokens=r["decoder_tokens"][None],
                 padding_mask=r["padding_mask"][None]).logits[0]) for r in (row, changed))
-        place = k + 1  # that of its prediction: in front of the text is <s>
-        assert row["targets"][place] == text[k] != changed["targets"][place]
-        np.testing.assert_array_equal(logits[: place + 1], others[: place + 1])
-        assert np.abs(logits[place + 1] - others[place + 1]).max() > 1e-3
+        position = k + 1  # the first target is <s>
+        assert row["targets"][position] == text[k] != changed["targets"][position]
+        np.testing.assert_array_equal(logits[: position + 1], others[: position + 1])
+        assert np.abs(logits[position + 1] - others[position + 1]).max() > 1e-3
 
 
-def test_each_epoch_is_noised_anew():
-    noised = []
+def test_every_epoch_has_new_noise():
+    runs = []
     for _ in range(2):
         loader = batching.make_loader(
             denoising.Passages(CORPUS, 40), 2, num_epochs=2, seed=3, prefetch=0,
             transform=functools.partial(denoising.prepare, noise=Noise(infill=0.4), length=20,
                                         **IDS))
-        noised.append([batch["tokens"] for batch in loader])
-    for first, again in zip(*noised):
+        runs.append([batch["tokens"] for batch in loader])
+    for first, again in zip(*runs):
         np.testing.assert_array_equal(first, again)
-    epochs = [{row.tobytes() for row in rows} for rows in noised[0]]
+    epochs = [{row.tobytes() for row in rows} for rows in runs[0]]
     assert len(epochs) == 2 and epochs[0] != epochs[1]

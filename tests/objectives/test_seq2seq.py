@@ -1,4 +1,4 @@
-"""Pairs as rows, the shift between decoder inputs and targets, and the smoothed loss."""
+"""Sequence to sequence: rows, the shift between decoder inputs and targets, label smoothing."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ def test_row_by_hand():
     }
 
 
-def test_begin_token_and_cut():
+def test_bos_token_and_truncation():
     row = seq2seq.prepare({"source": range(10, 20), "target": range(30, 40)}, bos_id=0, **LENGTHS,
                           **SPECIAL)
     assert row["tokens"].tolist() == [0, 10, 11, 12, 3]
@@ -39,8 +39,8 @@ def test_begin_token_and_cut():
                         **SPECIAL)
 
 
-def test_a_model_that_can_only_copy_has_no_advantage():
-    """The best copier of its decoder inputs scores by chance; on misaligned rows it would not."""
+def test_copying_the_decoder_inputs_gives_chance_accuracy():
+    """If decoder inputs were not shifted, a model that copies them would be always correct."""
     rng = np.random.default_rng(0)
     rows = [seq2seq.prepare({"source": [5], "target": rng.integers(4, 50, 20)},
                             source_length=3, target_length=21, **SPECIAL) for _ in range(50)]
@@ -50,23 +50,22 @@ def test_a_model_that_can_only_copy_has_no_advantage():
         return SimpleNamespace(logits=20.0 * jax.nn.one_hot(decoder_tokens, 50))
 
     _, weight, metrics = seq2seq.loss(copier, {}, batch)
-    hits, of = metrics["accuracy"]
-    assert of == weight == 50 * 21
-    assert hits / of < 0.05
-    aligned = {**batch, "decoder_tokens": batch["targets"]}
-    hits, of = seq2seq.loss(copier, {}, aligned)[2]["accuracy"]
-    assert hits == of
-    # What a target's own place holds is the token before it, in every row.
+    correct, total = metrics["accuracy"]
+    assert total == weight == 50 * 21
+    assert correct / total < 0.05
+    unshifted = {**batch, "decoder_tokens": batch["targets"]}
+    correct, total = seq2seq.loss(copier, {}, unshifted)[2]["accuracy"]
+    assert correct == total
     np.testing.assert_array_equal(batch["decoder_tokens"][:, 1:], batch["targets"][:, :-1])
 
 
-def test_no_logit_depends_on_its_own_target():
+def test_logits_do_not_depend_on_their_own_target():
     params = build(TRANSFORMER)[1]
     model = build_model(TRANSFORMER.replace(vocab_size=VOCAB + 6))
     tokens, T = random_tokens(1, 4), 6
 
     def logit(decoder_onehot, t):
-        # The embedding, looked up by a product, so that it can be differentiated.
+        # The embedding as a matrix product, so that it is differentiable in the one-hot inputs.
         table = params["token_embed"]["embedding"]
         soft = {**params, "token_embed": {"embedding": jnp.concatenate(
             [table, decoder_onehot @ table])}}
@@ -75,8 +74,8 @@ def test_no_logit_depends_on_its_own_target():
 
     onehot = jax.nn.one_hot(random_tokens(T), len(params["token_embed"]["embedding"]))
     jacobian = jax.jit(jax.jacobian(logit), static_argnums=1)(onehot, 2)  # [V, T, V]
-    reach = np.abs(np.asarray(jacobian)).max((0, 2))
-    assert (reach[:3] > 0).all() and not reach[3:].any()
+    influence = np.abs(np.asarray(jacobian)).max((0, 2))
+    assert (influence[:3] > 0).all() and not influence[3:].any()
 
 
 def test_smoothed_cross_entropy_by_hand():
@@ -89,7 +88,7 @@ def test_smoothed_cross_entropy_by_hand():
                                cross_entropy.cross_entropy(logits, jnp.array([0])), rtol=1e-6)
 
 
-def test_smoothing_trains_and_does_not_evaluate():
+def test_label_smoothing_is_used_only_in_training():
     model, params = build(TRANSFORMER)
     batch = seq2seq.prepare({"source": [7, 8], "target": [10, 11, 12]}, **LENGTHS, **SPECIAL)
     batch = {name: values[None] for name, values in batch.items()}

@@ -1,4 +1,4 @@
-"""Checkpoints for the tests, written by NumPy alone."""
+"""Checkpoint folders for the tests, made from the golden files without Transformers."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ NAMES = sorted(path.stem for path in GOLDENS.glob("*.npz"))
 
 
 def golden(name: str) -> dict[str, dict[str, np.ndarray]]:
-    """What `tests/reference/checkpoints.py` made, by group."""
+    """The arrays that `tests/reference/checkpoints.py` saved, by group."""
     groups: dict[str, dict[str, np.ndarray]] = {}
     with np.load(GOLDENS / f"{name}.npz") as file:  # refuses pickles
         for key in file.files:
@@ -23,20 +23,20 @@ def golden(name: str) -> dict[str, dict[str, np.ndarray]]:
 
 def write_tensors(folder: Path, values: dict[str, np.ndarray], shard_bytes: int = 10**9) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    plan = [safetensors_io.TensorSpec(name, values[name].dtype, values[name].shape)
-            for name in sorted(values)]
-    safetensors_io.write(folder, plan, [values[tensor.name] for tensor in plan], shard_bytes)
+    specs = [safetensors_io.TensorSpec(name, values[name].dtype, values[name].shape)
+             for name in sorted(values)]
+    safetensors_io.save_tensors(folder, specs, [values[spec.name] for spec in specs], shard_bytes)
 
 
 def write(folder: Path, name: str, rename=lambda name: name, config: dict | None = None,
           dtype=None) -> Path:
-    """The golden checkpoint `name` as a folder; `rename` gives None to leave a tensor out."""
-    made = golden(name)
+    """Writes the golden checkpoint `name` to a folder; tensors renamed to None are omitted."""
+    groups = golden(name)
     values = {rename(key): value if dtype is None else value.astype(dtype)
-              for key, value in made["tensors"].items()}
+              for key, value in groups["tensors"].items()}
     values.pop(None, None)
     write_tensors(folder, values)
-    for file, text in made["files"].items():
+    for file, text in groups["files"].items():
         fields = json.loads(str(text))
         if file == "config.json":
             fields |= config or {}
@@ -45,4 +45,5 @@ def write(folder: Path, name: str, rename=lambda name: name, config: dict | None
 
 
 def read_all(folder: Path) -> dict[str, np.ndarray]:
-    return {name: safetensors_io.read(entry) for name, entry in safetensors_io.open_weights(folder).items()}
+    return {name: safetensors_io.load_tensor(entry)
+            for name, entry in safetensors_io.list_tensors(folder).items()}

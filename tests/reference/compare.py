@@ -58,7 +58,7 @@ def compare(golden: dict) -> None:
     def run(params):
         def loss(params):
             total, weight, _ = OBJECTIVES[family].loss(model.apply, params, batch)
-            return cross_entropy.mean(total, weight)
+            return cross_entropy.mean_loss(total, weight)
 
         out = model.apply({"params": params}, batch["tokens"], **inputs)
         return out, *jax.value_and_grad(loss)(params)

@@ -29,7 +29,7 @@ def installed():
 
 
 def read_all(folder) -> dict[str, np.ndarray]:
-    return {name: safetensors_io.read(entry) for name, entry in safetensors_io.open_weights(folder).items()}
+    return {name: safetensors_io.load_tensor(entry) for name, entry in safetensors_io.list_tensors(folder).items()}
 
 
 def assert_near(actual, expected, name, where=True) -> None:
@@ -160,15 +160,15 @@ def test_loss_and_gradients_are_the_reference(family, head, logits, seed, tmp_pa
     base = {"GPT2": "transformer.", "Bert": "bert.", "Bart": "model."}[family]
     seen = set()
     model_type = {"GPT2": "gpt2", "Bert": "bert", "Bart": "bart"}[family]
-    for rule in weight_maps.rules(model_type, model.task, model.config, leaves):
-        name = rule.theirs.replace("{base}", base)
+    for rule in weight_maps.for_model(model_type, model.task, model.config, leaves):
+        name = rule.hf_name.replace("{base}", base)
         if name not in expected:
             assert name == "final_logits_bias"  # a buffer of theirs
             continue
         seen.add(name)
-        actual = rule.to_theirs([leaves[path] for path in rule.ours])
+        actual = rule.to_hf([leaves[path] for path in rule.paths])
         # A key's bias shifts all scores of a query alike: its gradient is nought but rounding.
-        if all(path.endswith("key/bias") for path in rule.ours):
+        if all(path.endswith("key/bias") for path in rule.paths):
             assert np.abs(actual).max() <= TOLERANCE * largest, name
         else:
             assert_near(actual, expected[name], f"gradient of {name}")
@@ -197,7 +197,7 @@ def test_real_weights_rank_sentences_as_the_reference():
     theirs = transformers.AutoModel.from_pretrained(folder, dtype=torch.float64).eval()
     wanted = transformers.AutoTokenizer.from_pretrained(folder)
     batch = wanted(SENTENCES, padding=True, return_tensors="np")
-    rows = tokenizer.encode_batch(SENTENCES, add_special=True)
+    rows = tokenizer.encode_batch(SENTENCES, add_special_tokens=True)
     length = max(map(len, rows))
     ids = np.array([row + [tokenizer.pad_id] * (length - len(row)) for row in rows])
     np.testing.assert_array_equal(ids, batch["input_ids"])

@@ -97,7 +97,7 @@ def test_peft_loads_ours(family, head, recipe, rslora, pair, tmp_path):
     theirs, model, params = pair(family, head)
     params, mask = peft.add_and_mask(params, recipe, jax.random.key(0))
     params = moved(params, mask)
-    save_peft(tmp_path, model, params, "base", mask=mask, rslora=rslora)
+    save_peft(tmp_path, model, params, "base", mask=mask, use_rslora=rslora)
     adapted = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path)
     loaded = adapted.load_adapter(tmp_path, "again")
     assert not loaded.unexpected_keys

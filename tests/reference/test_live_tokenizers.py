@@ -41,7 +41,7 @@ def lines(real_data, shakespeare) -> list[str]:
 def same_ids(folder, family: str, reference, texts, allowed: int = 0) -> tokenizer.Tokenizer:
     """Our tokenizer of the folder, after both have read all texts."""
     ours = tokenizer.load(folder, {"model_type": family})
-    rows = ours.encode_batch(texts, add_special=True)
+    rows = ours.encode_batch(texts, add_special_tokens=True)
     expected = [reference(text)["input_ids"] for text in texts]
     different = [text for text, a, b in zip(texts, rows, expected) if a != b]
     assert len(different) <= allowed, different[:3]
@@ -105,7 +105,7 @@ def test_marian(transformers, real_data, lines, tmp_path):
     vocab = {"</s>": 0, "<unk>": 1}
     for name, texts in (("source.spm", german), ("target.spm", english)):
         train(texts[:20_000], tmp_path / name)
-        pieces = tokenizer.sentencepiece.read(tmp_path / name).pieces
+        pieces = tokenizer.sentencepiece_model.load_model(tmp_path / name).pieces
         for i, (piece, _) in enumerate(pieces[3:]):
             if i % 50:  # some pieces are not in the vocabulary
                 vocab.setdefault(piece, len(vocab))

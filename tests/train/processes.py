@@ -1,6 +1,8 @@
-"""One of several processes that train a tiny GPT together: `test_processes` starts them.
+"""Trains a tiny GPT in one of several processes, which `test_processes` starts.
 
-    python processes.py DEVICES MESH OUT [STEPS]   with JAX_COORDINATOR_ADDRESS and so on, or alone
+    python processes.py DEVICES MESH OUT [STEPS]
+
+The environment variables of `distributed.initialize` are set if there are several processes.
 """
 
 import functools
@@ -20,14 +22,14 @@ CONFIG = GPTConfig(vocab_size=40, max_length=8, num_layers=1, d_model=16, num_he
 
 
 class Rows:
-    """64 rows that are known by their number."""
+    """64 rows of tokens, computed from their indices."""
 
     def __len__(self):
         return 64
 
     def __getitem__(self, i):
         ids = (3 * i + 7 * jax.numpy.arange(9) ** 2) % 40
-        return packing.shift(jax.device_get(ids), jax.device_get(0 * ids + 1))
+        return packing.shift_tokens(jax.device_get(ids), jax.device_get(0 * ids + 1))
 
 
 def main(devices: int, sizes: dict, out: str, num_steps: int = 5) -> None:
@@ -35,9 +37,9 @@ def main(devices: int, sizes: dict, out: str, num_steps: int = 5) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
     distributed.initialize()
     mesh = sharding.make_mesh(**sizes)
-    share = sharding.process_data_shard(mesh)
-    batches = batching.make_loader(Rows(), 16, seed=3, process_index=share.index,
-                                   process_count=share.count)
+    shard = sharding.process_data_shard(mesh)
+    batches = batching.make_loader(Rows(), 16, seed=3, process_index=shard.index,
+                                   process_count=shard.count)
     model = build_model(CONFIG)
     params = sharding.init_sharded(functools.partial(init_params, model), jax.random.key(0), mesh)
     optimizer = optimizers.make_optimizer(1e-2)
@@ -47,12 +49,13 @@ def main(devices: int, sizes: dict, out: str, num_steps: int = 5) -> None:
         batches, rng=jax.random.key(1), num_steps=num_steps, mesh=mesh, log_every=1, quiet=True,
         checkpoint_dir=f"{out}.checkpoints", save_every=10,
         on_log=lambda row: print(row["step"], flush=True))
-    norm = jax.jit(lambda p: sum((x**2).sum() for x in jax.tree.leaves(p)))(state.params)
+    squared_norm = jax.jit(lambda p: sum((x**2).sum() for x in jax.tree.leaves(p)))(state.params)
     if jax.process_index() == 0:
-        found = {"losses": [row["loss"] for row in history], "norm": float(norm),
-                 "processes": jax.process_count(), "share": share}
+        results = {"losses": [row["loss"] for row in history],
+                   "squared_norm": float(squared_norm), "processes": jax.process_count(),
+                   "data_shard": shard}
         with open(out, "w") as file:
-            json.dump(found, file)
+            json.dump(results, file)
 
 
 if __name__ == "__main__":

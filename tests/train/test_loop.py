@@ -1,4 +1,4 @@
-"""fit: history, logs, resumption to the bit, and a loss that is not a number."""
+"""`fit`: history, logs, bit-exact resumption, and non-finite losses."""
 
 import functools
 import os
@@ -14,13 +14,13 @@ import pytest
 import toy
 from tensorboardX import SummaryWriter
 
-from transformer_jax import sharding
-from transformer_jax.train import checkpointing, lock, optimizers, preemption, progress, step
+from transformer_jax import sharding, storage
+from transformer_jax.train import checkpointing, lock, optimizers, preemption, step
 from transformer_jax.train.anomalies import NonFiniteLossError
 from transformer_jax.train.loop import fit
 
 
-@functools.cache  # one step function, so that runs share what JAX compiled for it
+@functools.cache  # one step function, so that all runs share its compiled programs
 def make_step(loss=toy.loss):
     schedule = optimizers.make_schedule("linear", 0.05, 20, 5)
     optimizer = optimizers.make_optimizer(schedule, weight_decay=0.1)
@@ -33,24 +33,24 @@ def make(loss=toy.loss):
 
 
 def train(num_steps: int = 20, batches=None, **options):
-    """A run with dropout. `batches` is passed when its position matters afterwards."""
+    """Trains with dropout. A test passes `batches` if it uses their position afterwards."""
     options = {"rng": jax.random.key(3), "quiet": True} | options
     batches = toy.Stream() if batches is None else batches
     return fit(*make(), batches, num_steps=num_steps, **options)
 
 
-def assert_bit_equal(ours, theirs) -> None:
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+def assert_bit_equal(found, expected) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.fixture(scope="module")
-def straight():
-    """Twenty steps without a pause."""
+def uninterrupted():
+    """The state after twenty uninterrupted steps."""
     return train()[0]
 
 
-def test_history_has_the_numbers_of_each_logged_step():
+def test_history_has_the_metrics_of_each_logged_step():
     rows = []
     state, history = train(7, log_every=3, on_log=rows.append)
     assert int(state.step) == 7
@@ -61,30 +61,30 @@ def test_history_has_the_numbers_of_each_logged_step():
         assert row["seconds"] > 0
         assert row["seconds_per_step"] > 0
         assert "tokens_per_second" not in row
-    plain, train_step = make()
+    expected, train_step = make()
     batches, rng = toy.Stream(), jax.random.key(3)
     for _ in range(3):
-        plain, metrics = jax.jit(train_step)(plain, next(batches), rng)
+        expected, metrics = jax.jit(train_step)(expected, next(batches), rng)
     np.testing.assert_allclose(history[0]["loss"], metrics["loss"], rtol=1e-6)
 
 
-def test_a_run_knows_how_long_devices_wait():
+def test_the_data_wait_fraction_of_slow_batches():
     class Slow(toy.Stream):
         def __next__(self):
             time.sleep(0.02)
             return super().__next__()
 
-    def share(stream, **options):
+    def data_wait_fraction(stream, **options):
         _, history = fit(*make(), stream, rng=jax.random.key(3), num_steps=12, quiet=True,
                          **options)
         return [row["data_wait_fraction"] for row in history if "data_wait_fraction" in row][-1]
 
-    assert share(Slow()) > 0.5
-    # After an evaluation as well, when no step is under way.
-    assert share(Slow(), eval_fn=lambda params: {}, eval_every=1) > 0.5
+    assert data_wait_fraction(Slow()) > 0.5
+    # Also after an evaluation, when no step is in flight.
+    assert data_wait_fraction(Slow(), eval_fn=lambda params: {}, eval_every=1) > 0.5
 
 
-def test_a_run_knows_that_it_compiles_again():
+def test_compilations_of_new_shapes_are_counted():
     class Growing(toy.Stream):
         made = 0
 
@@ -98,32 +98,32 @@ def test_a_run_knows_that_it_compiles_again():
         _, history = fit(*make(), stream, rng=jax.random.key(3), num_steps=6, quiet=True)
         return history[-1]["compilations"]
 
-    # Whether the first shape compiles depends on who trained before.
+    # Whether the first shape compiles depends on the tests that ran before.
     assert count(toy.Stream()) <= 1
     assert count(Growing()) == 3
     assert count(toy.Stream()) == 0
 
 
-def test_a_trace_names_what_the_code_names(tmp_path, straight):
+def test_a_trace_contains_the_named_scopes(tmp_path, uninterrupted):
     @jax.jit
     def loss(params, batch, rng):
-        with jax.named_scope("our_loss"):
+        with jax.named_scope("toy_loss_scope"):
             return toy.loss(params, batch, rng)
 
     fit(*make(loss=loss), toy.Stream(), rng=None, num_steps=6, quiet=True,
         profile=(tmp_path, 2))
     (trace,) = tmp_path.rglob("*.xplane.pb")
-    assert b"our_loss" in trace.read_bytes()
+    assert b"toy_loss_scope" in trace.read_bytes()
     with pytest.raises(RuntimeError, match="No profile started"):
         jax.profiler.stop_trace()
 
 
-def test_a_state_of_old_and_new_leaves_is_compiled_once(caplog):
-    """Parameters from a checkpoint are committed to a device, new optimizer state is not."""
+def test_a_state_with_committed_and_uncommitted_arrays_is_compiled_once(caplog):
+    """Parameters from a checkpoint are committed to a device, a new optimizer state is not."""
     optimizer, train_step = make_step()
-    old = jax.device_put(toy.parameters(), jax.devices()[0])
+    committed = jax.device_put(toy.parameters(), jax.devices()[0])
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        fit(step.init_state(old, optimizer), train_step, toy.Stream(), rng=jax.random.key(3),
+        fit(step.init_state(committed, optimizer), train_step, toy.Stream(), rng=jax.random.key(3),
             num_steps=3, quiet=True)
     found = [r.message for r in caplog.records if "Finished XLA compilation of jit(train_step)"
              in r.message]
@@ -147,7 +147,7 @@ def test_tokens_per_second():
 
 
 @pytest.mark.parametrize(("every", "steps"), [(0, [5]), (2, [2, 4, 5])])
-def test_evaluation_is_called_on_time(every, steps):
+def test_evaluation_steps(every, steps):
     _, history = train(
         5,
         eval_fn=lambda params: {"norm": float(abs(params["classifier"]["bias"]).sum())},
@@ -157,15 +157,14 @@ def test_evaluation_is_called_on_time(every, steps):
     assert history[-1]["eval_norm"] > 0
 
 
-def test_a_mesh_gives_the_same_run(straight):
+def test_a_mesh_gives_the_same_result(uninterrupted):
     for data, fsdp in ((8, 1), (2, 4)):
         mesh = sharding.make_mesh(data, fsdp)
         state, _ = train(mesh=mesh)
         kernel = state.params["encoder"]["layer_0"]["mlp"]["wi"]["kernel"]
         assert kernel.addressable_shards[0].data.shape == (16 // fsdp, 16)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state, straight
-        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+                     state, uninterrupted)
 
 
 def test_lines_without_a_terminal(capsys):
@@ -176,20 +175,6 @@ def test_lines_without_a_terminal(capsys):
     assert "s/step" in lines[0]
     assert lines[0].endswith(" left")
     assert "eval loss 1.5" in lines[2]
-
-
-def test_a_bar_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    with progress.progress(4) as report:
-        report(2, {"step": 2, "loss": 2.5, "tokens_per_second": 1234.0}, 75.0)
-    out = capsys.readouterr().out
-    assert "2/4" in out
-    assert "loss 2.5  1,234 tokens/s  1:15 left" in out
-
-
-def test_durations():
-    assert [progress.duration(s) for s in (0, 75.4, 3700)] == ["0:00", "1:15", "1:01:40"]
 
 
 def test_tensorboard_events(tmp_path):
@@ -203,22 +188,22 @@ def test_tensorboard_events(tmp_path):
 # Resumption --------------------------------------------------------------------------------------
 
 
-def test_two_halves_equal_the_whole(straight, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_run(uninterrupted, tmp_path):
     train(10, checkpoint_dir=tmp_path, metadata={"name": "half"})
     batches = toy.Stream()
     state, history = train(20, batches, checkpoint_dir=tmp_path, rng=jax.random.key(99))
-    assert_bit_equal(state, straight)
+    assert_bit_equal(state, uninterrupted)
     assert batches.position == 20
     assert [row["step"] for row in history] == [20]
     assert checkpointing.load_metadata(tmp_path, step=10) == {"name": "half"}
 
 
-def test_a_finished_run_is_left_as_it_is(straight, tmp_path):
+def test_a_finished_run_is_not_changed(uninterrupted, tmp_path):
     train(20, checkpoint_dir=tmp_path)
     state, history = train(20, checkpoint_dir=tmp_path)
-    assert_bit_equal(state, straight)
+    assert_bit_equal(state, uninterrupted)
     assert history == []
-    with pytest.raises(ValueError, match="has seen 20 updates, more than num_steps = 10"):
+    with pytest.raises(ValueError, match="has received 20 updates, more than num_steps = 10"):
         train(10, checkpoint_dir=tmp_path)
 
 
@@ -231,32 +216,32 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "float32")
 import test_loop, toy
 
-class Deadly(toy.Stream):
+class Killing(toy.Stream):
     def __next__(self):
         if self.position == 13:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__next__()
 
-test_loop.train(20, Deadly(), checkpoint_dir={directory!r}, save_every=5)
+test_loop.train(20, Killing(), checkpoint_dir={directory!r}, save_every=5)
 """
 
 
-def test_a_killed_run_goes_on_to_the_bit(straight, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path):
     script = CHILD.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
     process = subprocess.run([sys.executable, "-c", script], env=dict(os.environ), check=False)
     assert process.returncode == -signal.SIGKILL
-    assert checkpointing.latest_step(tmp_path) in (5, 10)  # 10, unless it was still being written
+    assert checkpointing.latest_step(tmp_path) in (5, 10)  # 5 if step 10 was incomplete
     batches = toy.Stream()
     state, _ = train(20, batches, checkpoint_dir=tmp_path, save_every=5)
-    assert_bit_equal(state, straight)
+    assert_bit_equal(state, uninterrupted)
     reference = toy.Stream()
     for _ in range(20):
         next(reference)
     assert_bit_equal(next(batches), next(reference))
 
 
-class Asked(toy.Stream):
-    """When batch 13 is asked for, the process gets a signal."""
+class Signaling(toy.Stream):
+    """Sends a signal to the process when batch 13 is requested."""
 
     number = signal.SIGTERM
 
@@ -267,79 +252,79 @@ class Asked(toy.Stream):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_run_that_is_asked_to_leave_saves_and_goes_on_to_the_bit(straight, tmp_path, name, capfd):
+def test_a_preempted_run_saves_and_resumes_bit_for_bit(uninterrupted, tmp_path, name, capfd):
     before = signal.getsignal(signal.Signals[name])
-    stream = Asked()
+    stream = Signaling()
     stream.number = signal.Signals[name]
-    with pytest.raises(preemption.Preempted) as left:
+    with pytest.raises(preemption.Preempted) as error:
         train(20, stream, checkpoint_dir=tmp_path, save_every=5)
-    assert (left.value.code, left.value.step, left.value.signal_name) == (75, 13, name)
-    assert f"{name} at step 13 of 20: saved in" in capfd.readouterr().out
+    assert (error.value.code, error.value.step, error.value.signal_name) == (75, 13, name)
+    assert f"{name} at step 13 of 20: saved a checkpoint in" in capfd.readouterr().out
     assert checkpointing.latest_step(tmp_path) == 13
     assert signal.getsignal(signal.Signals[name]) == before
     state, _ = train(20, checkpoint_dir=tmp_path, save_every=5)
-    assert_bit_equal(state, straight)
+    assert_bit_equal(state, uninterrupted)
 
 
 @pytest.fixture
 def keyboard():
-    """SIGINT raises KeyboardInterrupt, as in a shell; a worker of pytest's may ignore it."""
+    """SIGINT raises KeyboardInterrupt, as in a shell; a pytest worker may ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_without_a_checkpoint_signals_are_what_they_were(keyboard):
-    stream = Asked()
+def test_without_checkpoints_signals_are_not_caught(keyboard):
+    stream = Signaling()
     stream.number = signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         train(20, stream)
 
 
-def test_a_second_signal_acts_at_once(keyboard):
-    with pytest.raises(KeyboardInterrupt), preemption.catch_signals() as asked:
+def test_a_second_signal_has_its_usual_effect(keyboard):
+    with pytest.raises(KeyboardInterrupt), preemption.catch_signals() as should_stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert asked(1) == "SIGINT"
+        assert should_stop(1) == "SIGINT"
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_run_resumes_on_other_devices(straight, tmp_path):
+def test_a_run_resumes_on_other_devices(uninterrupted, tmp_path):
     train(10, checkpoint_dir=tmp_path, mesh=sharding.make_mesh(1, 8))
     state, _ = train(20, checkpoint_dir=tmp_path)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state, straight
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state, uninterrupted
     )
 
 
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(straight, tmp_path, capfd):
+def test_a_run_resumes_from_the_step_before_a_corrupted_one(uninterrupted, tmp_path, capfd):
     train(15, checkpoint_dir=tmp_path, save_every=5)
     (tmp_path / "15" / "params" / "_METADATA").write_text("{}")
     state, _ = train(20, checkpoint_dir=tmp_path, save_every=5)
-    assert_bit_equal(state, straight)
-    assert "15 is damaged: params/_METADATA is not what was written" in capfd.readouterr().err
+    assert_bit_equal(state, uninterrupted)
+    assert "15 is corrupted: params/_METADATA is corrupted: its SHA" in capfd.readouterr().err
     assert checkpointing.latest_step(tmp_path) == 20
     assert (tmp_path / "15").is_dir() and (tmp_path / "15.damaged").is_dir()
 
 
-def test_another_run_is_not_gone_on_with(straight, tmp_path):
+def test_resuming_with_another_config_is_an_error(uninterrupted, tmp_path):
     train(10, checkpoint_dir=tmp_path, metadata={"model": {"width": 16}, "seed": np.int64(1)})
     train(10, checkpoint_dir=tmp_path, metadata={"model": {"width": 16}, "seed": np.int64(1)})
-    with pytest.raises(ValueError, match="was another: model/width was 16 and is 32; seed was 1 "
-                                         "and is None; give the same settings"):
+    with pytest.raises(ValueError, match="has another config: model/width was 16 and is 32; "
+                                         "seed was 1 and is None; use the same settings"):
         train(20, checkpoint_dir=tmp_path, metadata={"model": {"width": 32}})
     state, _ = train(20, checkpoint_dir=tmp_path, metadata={"model": {"width": 32}},
                      allow_config_mismatch=True)
-    assert_bit_equal(state, straight)
+    assert_bit_equal(state, uninterrupted)
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
-    with lock.hold(tmp_path), pytest.raises(RuntimeError, match=rf"process {os.getpid()} on .*; "
-                                                                "wait for it, stop it"):
+def test_two_runs_cannot_use_the_same_directory(tmp_path):
+    message = rf"in use by another run \(process {os.getpid()} on .*\); wait until it ends"
+    with lock.directory_lock(tmp_path), pytest.raises(RuntimeError, match=message):
         train(5, checkpoint_dir=tmp_path)
     train(5, checkpoint_dir=tmp_path)
 
 
-def test_a_failing_save_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+def test_a_failed_save_stops_the_run_at_the_next_step(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
@@ -349,16 +334,17 @@ def test_a_failing_save_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
             return super().__next__()
 
     train(4, checkpoint_dir=tmp_path)
-    monkeypatch.setattr(checkpointing.digests, "write", fail)
+    monkeypatch.setattr(storage, "write_manifest", fail)
     steps = []
     with pytest.raises(checkpointing.SaveError, match=r"step 5 could not be saved in .*: disk "
-                                                   r"full; step 4 is safe"):
+                                                      r"full; the last complete checkpoint is step "
+                                                      r"4\. Fix the problem"):
         train(100, Slow(), checkpoint_dir=tmp_path, save_every=5, log_every=1,
               on_log=lambda row: steps.append(row["step"]))
-    assert max(steps) < 10  # the next save would have been there
+    assert max(steps) < 10  # the step of the next save
 
 
-# What goes wrong ---------------------------------------------------------------------------------
+# Errors ------------------------------------------------------------------------------------------
 
 
 class Poisoned(toy.Stream):
@@ -373,7 +359,7 @@ class Poisoned(toy.Stream):
 
 @pytest.mark.parametrize("log_every", [1, 10])
 def test_a_non_finite_loss_stops_the_run(tmp_path, log_every):
-    with pytest.raises(NonFiniteLossError, match="at step 7; its batch is in") as error:
+    with pytest.raises(NonFiniteLossError, match="at step 7; the batch is saved in") as error:
         train(20, Poisoned(), checkpoint_dir=tmp_path, save_every=5, log_every=log_every)
     assert error.value.step == 7
     assert "\n" not in str(error.value)
@@ -385,15 +371,15 @@ def test_a_non_finite_loss_stops_the_run(tmp_path, log_every):
         np.testing.assert_array_equal(batch["x"], error.value.batch["x"])
 
 
-def test_a_non_finite_loss_on_the_step_that_saves(tmp_path):
+def test_a_non_finite_loss_on_a_step_with_a_checkpoint(tmp_path):
     with pytest.raises(NonFiniteLossError):
         train(20, Poisoned(), checkpoint_dir=tmp_path, save_every=7)
     assert checkpointing.latest_step(tmp_path) is None
 
 
-def test_a_finite_loss_with_an_infinite_gradient_stops_too():
+def test_a_finite_loss_with_a_non_finite_gradient_stops_the_run():
     def loss(params, batch, rng):
-        root = (params["classifier"]["bias"] ** 2).sum() ** 0.5  # its slope at 0 is not a number
+        root = (params["classifier"]["bias"] ** 2).sum() ** 0.5  # the gradient at 0 is NaN
         return root, 1.0, {}
 
     with pytest.raises(NonFiniteLossError, match="grad_norm is nan at step 1; it was batch 1"):
@@ -406,7 +392,7 @@ def test_batches_that_end_early():
         fit(*make(), batches, rng=None, num_steps=3, quiet=True)
 
 
-def test_batches_without_a_position_cannot_be_saved(tmp_path):
+def test_batches_without_a_state_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="without get_state"):
         train(3, iter([toy.batch()]), checkpoint_dir=tmp_path)
 
@@ -415,5 +401,5 @@ def test_batches_without_a_position_cannot_be_saved(tmp_path):
     ("option", "value"), [("log_every", 0), ("save_every", -1), ("eval_every", -1)]
 )
 def test_counts_out_of_range(option, value):
-    with pytest.raises(ValueError, match=f"{option} is {value}; give at least"):
+    with pytest.raises(ValueError, match=f"{option} is {value}; it must be at least"):
         train(3, **{option: value})

@@ -1,4 +1,4 @@
-"""The sharding and freezing promises, on the real models."""
+"""Sharded, microbatched and mapped train steps, and frozen parameters, on the real models."""
 
 import functools
 import re
@@ -25,7 +25,7 @@ ROWS, LENGTH, STEPS = 32, 12, 5
 def lm_batch(rng):
     ids = rng.integers(0, 40, (ROWS, LENGTH + 1))
     documents = 1 + np.sort(rng.integers(0, 3, (ROWS, LENGTH + 1)), axis=1)
-    return packing.shift(ids, documents)  # uneven weights: fewer where documents meet
+    return packing.shift_tokens(ids, documents)  # weight 0 at the end of documents
 
 
 def mlm_batch(rng):
@@ -65,8 +65,8 @@ class Setup:
         self.batches = [batch(rng) for _ in range(STEPS)]
         init = functools.partial(init_params, self.model)
         self.params = random_params(jax.eval_shape(init, jax.random.key(0)))
-        # A larger epsilon than BERT's 1e-6: that makes a step as large as any of one gradient that
-        # is 1/4000 of the others, rounding included.
+        # Larger than BERT's 1e-6, with which a gradient of 1/4000 of the others, rounding errors
+        # included, would cause as large a step as the others.
         self.optimizer = optimizers.make_optimizer(1e-3, weight_decay=0.1, eps=1e-4)
         self.expected = self.run()
 
@@ -80,8 +80,8 @@ class Setup:
             return self._loop(fn, state, lambda batch: sharding.shard_batch(batch, mesh))
 
     @functools.cached_property
-    def on_both_axes(self):
-        """Losses, parameters and the compiled step of data 2 x fsdp 4."""
+    def data_and_fsdp(self):
+        """Losses, parameters and the compiled step on the mesh data 2 x fsdp 4."""
         mesh = sharding.make_mesh(2, 4)
         state = step.init_state(self.params, self.optimizer)
         state = jax.device_put(state, sharding.param_shardings(state, mesh))
@@ -95,7 +95,7 @@ class Setup:
         fn = jax.pmap(step.make_train_step(self.loss, self.optimizer, axis_name="devices"),
                       axis_name="devices", in_axes=(0, 0, None))
         state = step.init_state(self.params, self.optimizer)
-        # A copy for each device, placed as the step gives it back, so that it compiles once.
+        # One copy per device, placed as the step returns it, so that the step is compiled once.
         state = jax.pmap(lambda _, x: x, in_axes=(0, None))(np.arange(8), state)
         losses, params = self._loop(
             fn, state, lambda b: jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), b))
@@ -109,15 +109,15 @@ class Setup:
         return np.stack(losses), jax.device_get(state.params)
 
 
-# Not a fixture: pytest would make it anew for every test that is parametrized twice.
-prepared = functools.cache(Setup)
+# Not a fixture: pytest would create it again for every test with two parameters.
+get_setup = functools.cache(Setup)
 
 RUNS = {
     "data 8": lambda s: s.run(sharding.make_mesh(8)),
     "fsdp 8": lambda s: s.run(sharding.make_mesh(1, fsdp=8)),
     "sequence 4": lambda s: s.run(sharding.make_mesh(1, sequence=4, devices=jax.devices()[:4])),
     "tensor 4": lambda s: s.run(sharding.make_mesh(1, tensor=4, devices=jax.devices()[:4])),
-    "data 2 x fsdp 4": lambda s: s.on_both_axes[:2],
+    "data 2 x fsdp 4": lambda s: s.data_and_fsdp[:2],
     "fsdp 4 x tensor 2": lambda s: s.run(sharding.make_mesh(1, fsdp=4, tensor=2)),
     "all four": lambda s: s.run(
         sharding.make_mesh(1, fsdp=2, sequence=2, tensor=2), accumulate=2),
@@ -126,47 +126,47 @@ RUNS = {
 }
 
 
-# An encoder-decoder is cut by the same rules: the runs that use several axes stand for all.
-CHOSEN = [(name, how) for name in CASES for how in RUNS
-          if name != "bart_base" or how in ("data 2 x fsdp 4", "all four")]
+# An encoder-decoder is sharded by the same rules, so it is tested on several axes only.
+SELECTED = [(name, run) for name in CASES for run in RUNS
+            if name != "bart_base" or run in ("data 2 x fsdp 4", "all four")]
 
 
-@pytest.mark.parametrize(("name", "how"), CHOSEN)
-def test_five_steps_agree(name, how):
-    setup = prepared(name)
-    losses, params = RUNS[how](setup)
+@pytest.mark.parametrize(("name", "run"), SELECTED)
+def test_five_steps_agree(name, run):
+    setup = get_setup(name)
+    losses, params = RUNS[run](setup)
     np.testing.assert_allclose(losses, setup.expected[0], rtol=1e-5)
     trees = (params, setup.expected[1], setup.params)
-    found, expected, began = map(tree.flatten_paths, trees)
+    found, expected, initial = map(tree.flatten_paths, trees)
     for path, leaf in expected.items():
-        error, moved = np.abs(found[path] - leaf).max(), np.abs(leaf - began[path]).max()
-        # Stricter: the change itself. A key bias moves all scores of a query alike, so its gradient
-        # is zero but for rounding, which Adam, dividing it by its own size, makes steps of; in
-        # cross-attention it is held to the scale of the kernel it is added to.
-        idle = path.endswith("key/bias")
+        error, moved = np.abs(found[path] - leaf).max(), np.abs(leaf - initial[path]).max()
+        # A stricter check: the error relative to the update. Not for key biases: they change all
+        # scores of a query equally, so their gradient is only rounding errors, which Adam
+        # normalizes to steps; in cross-attention the scale is that of the kernel.
+        has_zero_gradient = path.endswith("key/bias")
         scale = np.abs(leaf).max()
         if path.endswith("cross_attention/key/bias"):
             scale = np.abs(expected[path.replace("bias", "kernel")]).max()
         assert error <= 1e-5 * scale, path
-        assert error <= 1e-4 * moved or idle, path
+        assert error <= 1e-4 * moved or has_zero_gradient, path
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_parameters_travel_and_activations_stay(name):
-    """A device needs no rows but its own: what is gathered has the shape of a parameter."""
-    setup = prepared(name)
-    text = setup.on_both_axes[2].as_text()
+def test_parameters_are_gathered_and_activations_are_not(name):
+    """Every all-gather has the shape of a parameter, so no device receives rows of another."""
+    setup = get_setup(name)
+    text = setup.data_and_fsdp[2].as_text()
     gathered = set(re.findall(r"= f32\[([\d,]+)\][^=]* all-gather\(", text))
     assert gathered <= {",".join(map(str, p.shape)) for p in jax.tree.leaves(setup.params)}
     assert "16,32" in gathered  # mlp/wi, D x F
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert_tiny"])
-@pytest.mark.parametrize("recipe", ["head", "last_k:1", "bitfit"])
-def test_frozen_leaves_keep_their_bits_and_have_no_state(name, recipe):
+@pytest.mark.parametrize("spec", ["head", "last_k:1", "bitfit"])
+def test_frozen_parameters_are_unchanged_and_have_no_state(name, spec):
     model = build_model(presets.get(name, **TINY), num_classes=3)
     params = init_params(model, jax.random.key(0), "classification_logits")
-    mask = select.trainable_mask(params, recipe)
+    mask = select.trainable_mask(params, spec)
     optimizer = optimizers.make_optimizer(0.1, weight_decay=0.5)
     fn = jax.jit(step.make_train_step(
         functools.partial(classification.classification_loss, model.apply), optimizer, mask))
@@ -176,12 +176,12 @@ def test_frozen_leaves_keep_their_bits_and_have_no_state(name, recipe):
              "weights": np.ones(8, np.float32), "padding_mask": np.ones((8, 12), bool)}
     for _ in range(3):
         state, _ = fn(state, batch, None)
-    trains = tree.flatten_paths(mask)
+    is_trainable = tree.flatten_paths(mask)
     before, after = tree.flatten_paths(params), tree.flatten_paths(state.params)
     for path in before:
         # A key bias has no gradient; nor has a segment embedding of a batch without segment B.
-        if not trains[path] or "key/bias" not in path:
-            assert np.array_equal(before[path], after[path]) != trains[path], path
+        if not is_trainable[path] or "key/bias" not in path:
+            assert np.array_equal(before[path], after[path]) != is_trainable[path], path
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     selected = tree.count(tree.partition(params, mask)[0])
     assert sum(leaf.size for leaf in moments) == 2 * selected
@@ -189,7 +189,7 @@ def test_frozen_leaves_keep_their_bits_and_have_no_state(name, recipe):
 
 @pytest.mark.slow
 def test_head_costs_at_most_two_fifths_of_full_for_bert_base():
-    """Compiled FLOPs of whole steps, clipping and the logged norm included; nothing allocated."""
+    """FLOPs of compiled steps, including clipping and the gradient norm; without allocation."""
     model = build_model(presets.bert_base(dropout_rate=0.0, attention_dropout_rate=0.0), 2)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), "classification_logits"))
     ids = jax.ShapeDtypeStruct((4, 64), jnp.int32)
@@ -198,8 +198,8 @@ def test_head_costs_at_most_two_fifths_of_full_for_bert_base():
              "labels": jax.ShapeDtypeStruct((4,), jnp.int32),
              "weights": jax.ShapeDtypeStruct((4,), jnp.float32)}
 
-    def flops(recipe):
-        mask = select.trainable_mask(params, recipe)
+    def flops(spec):
+        mask = select.trainable_mask(params, spec)
         optimizer = optimizers.make_optimizer(optax.constant_schedule(1e-4))
         fn = step.make_train_step(
             functools.partial(classification.classification_loss, model.apply), optimizer, mask)

@@ -1,4 +1,4 @@
-"""One step, however it is cut up; frozen leaves; evaluation."""
+"""A train step in microbatches, sharded and mapped; frozen parameters; evaluation."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ STEPS = 5
 
 
 def optimizer() -> optax.GradientTransformation:
-    return optimizers.make_optimizer(optimizers.make_schedule("cosine", 0.01, 20, 2), weight_decay=0.1)
+    schedule = optimizers.make_schedule("cosine", 0.01, 20, 2)
+    return optimizers.make_optimizer(schedule, weight_decay=0.1)
 
 
 def run(step_fn, state, batch, rng=None, steps: int = STEPS):
@@ -25,11 +26,11 @@ def run(step_fn, state, batch, rng=None, steps: int = STEPS):
     return state, metrics
 
 
-def assert_close(ours, theirs) -> None:
+def assert_close(found, expected) -> None:
     def close(a, b):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
 
-    jax.tree.map(close, ours, theirs)
+    jax.tree.map(close, found, expected)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def single():
     return run(jax.jit(train_step), step.init_state(toy.parameters(), optimizer()), toy.batch())
 
 
-def test_the_loss_is_the_sum_of_the_terms_means():
+def test_the_loss_is_the_sum_of_the_means_of_its_terms():
     state = step.init_state(toy.parameters(), optimizer())
     _, metrics = jax.jit(step.make_train_step(toy.loss, optimizer()))(state, toy.batch(), None)
     errors = np.asarray(toy.predict(toy.parameters(), toy.batch()["x"]) - toy.batch()["y"]) ** 2
@@ -116,7 +117,7 @@ def test_shard_map_equals_one_device(single, accumulate, check_vma):
     assert_close(run(jax.jit(mapped), state, toy.batch()), single)
 
 
-def test_a_term_without_weight_counts_nothing():
+def test_a_term_of_weight_zero_has_loss_zero():
     batch = toy.batch() | {"second_weights": np.zeros(toy.ROWS, np.float32)}
     state = step.init_state(toy.parameters(), optimizer())
     for accumulate in (1, 4):
@@ -127,7 +128,7 @@ def test_a_term_without_weight_counts_nothing():
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 
 
-def test_padding_rows_count_nothing(single):
+def test_padding_rows_do_not_change_the_result(single):
     padded = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), toy.batch())
     train_step = step.make_train_step(toy.loss, optimizer(), accumulate=2)
     state = step.init_state(toy.parameters(), optimizer())
@@ -136,7 +137,7 @@ def test_padding_rows_count_nothing(single):
     np.testing.assert_allclose(metrics["loss"], single[1]["loss"], rtol=1e-5)
 
 
-def test_randomness_follows_the_step_and_the_microbatch():
+def test_randomness_depends_on_the_step_and_the_microbatch():
     def noise(params, batch, rng):
         draw = jax.random.uniform(rng)
         return params["a"] * draw, batch["x"].sum(), {"draw": (draw, 1.0)}
@@ -159,7 +160,7 @@ def test_randomness_follows_the_step_and_the_microbatch():
     np.testing.assert_allclose(draws(rng, 2)[0], expected, rtol=1e-6)
 
 
-def test_randomness_differs_by_device():
+def test_randomness_depends_on_the_device():
     def noise(params, batch, rng):
         draw = jax.random.uniform(rng)
         return params["a"] * draw, batch["x"].sum(), {"first": (draw * batch["x"].sum(), 1.0)}
@@ -186,13 +187,13 @@ def test_rows_that_do_not_divide_are_an_error():
     train_step = step.make_train_step(toy.loss, optimizer(), accumulate=5)
     with pytest.raises(ValueError, match="has 32 rows, not a multiple of accumulate = 5"):
         train_step(step.init_state(toy.parameters(), optimizer()), toy.batch(), None)
-    with pytest.raises(ValueError, match="accumulate is 0"):
+    with pytest.raises(ValueError, match="accumulate is 0; it must be at least 1"):
         step.make_train_step(toy.loss, optimizer(), accumulate=0)
 
 
 def test_a_mask_that_selects_nothing_is_an_error():
     nothing = jax.tree.map(lambda _: False, toy.parameters())
-    with pytest.raises(ValueError, match="selects nothing"):
+    with pytest.raises(ValueError, match="selects no parameter"):
         step.make_train_step(toy.loss, optimizer(), trainable=nothing)
 
 
@@ -203,15 +204,15 @@ def test_the_callers_parameters_survive_donation():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
-# Three promises about frozen leaves: values, memory, compute -------------------------------------
+# Frozen parameters: values, memory, compute ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("recipe", "accumulate"), [("head", 1), ("head", 4), ("last_k:1", 1), ("bitfit", 1)]
+    ("spec", "accumulate"), [("head", 1), ("head", 4), ("last_k:1", 1), ("bitfit", 1)]
 )
-def test_frozen_leaves_are_equal_to_the_bit(recipe, accumulate):
+def test_frozen_parameters_are_unchanged_bit_for_bit(spec, accumulate):
     params = toy.parameters(layers=2)
-    mask = trainable_mask(params, recipe)
+    mask = trainable_mask(params, spec)
     train_step = step.make_train_step(toy.loss, optimizer(), mask, accumulate=accumulate)
     state, _ = run(
         jax.jit(train_step, donate_argnums=0),
@@ -219,12 +220,12 @@ def test_frozen_leaves_are_equal_to_the_bit(recipe, accumulate):
         toy.batch(),
     )
     before, after = tree.flatten_paths(params), tree.flatten_paths(state.params)
-    for path, trains in tree.flatten_paths(mask).items():
-        same = np.array_equal(before[path], after[path])
-        assert same != trains, path
+    for path, is_trainable in tree.flatten_paths(mask).items():
+        is_equal = np.array_equal(before[path], after[path])
+        assert is_equal != is_trainable, path
 
 
-def test_only_what_trains_has_optimizer_state():
+def test_only_trainable_parameters_have_optimizer_state():
     params = toy.parameters()
     mask = trainable_mask(params, "head")
     state = step.init_state(params, optimizer(), mask)
@@ -241,23 +242,24 @@ def flops(loss_fn, params, batch, mask=None, accumulate: int = 1) -> float:
     return jax.jit(train_step).lower(state, batch, None).compile().cost_analysis()["flops"]
 
 
-def test_frozen_leaves_cost_no_weight_gradient():
+def test_frozen_parameters_cost_no_weight_gradient():
     params, batch = toy.parameters(128, 3), toy.batch(rows=64, width=128)
     full = flops(toy.loss, params, batch)
-    head = flops(toy.loss, params, batch, trainable_mask(params, "head"))  # clips and logs the norm
+    # The gradient norm, for clipping and for the metrics, is included.
+    head = flops(toy.loss, params, batch, trainable_mask(params, "head"))
     forward = 2 * 64 * 128 * 128 * 3
     assert head < 1.1 * forward
     assert head < 0.4 * full
 
 
-def test_counting_weights_costs_no_forward_pass():
+def test_computing_the_total_weights_costs_no_forward_pass():
     params, batch = toy.parameters(128, 3), toy.batch(rows=64, width=128)
-    whole = flops(toy.loss, params, batch)
-    halves = flops(toy.loss, params, batch, accumulate=2)  # XLA counts a scanned body once
-    assert halves < 0.6 * whole
+    full = flops(toy.loss, params, batch)
+    halves = flops(toy.loss, params, batch, accumulate=2)  # XLA counts the body of a scan once
+    assert halves < 0.6 * full
 
 
-def test_the_gradient_buffer_is_as_large_as_what_trains():
+def test_the_gradient_buffer_has_the_size_of_the_trainable_parameters():
     params = toy.parameters()
     mask = trainable_mask(params, "head")
     train_step = step.make_train_step(toy.loss, optimizer(), mask, accumulate=4)
@@ -266,10 +268,10 @@ def test_the_gradient_buffer_is_as_large_as_what_trains():
     scan = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
     carried = sum(np.prod(var.aval.shape, dtype=int) for var in scan.outvars)
     totals = 6  # sum and weight of two terms and of a metric
-    assert carried <= tree.count(params["classifier"]) + totals + 1  # and the scan's counter
+    assert carried <= tree.count(params["classifier"]) + totals + 1  # + the counter of the scan
 
 
-def test_the_gradient_norm_counts_only_what_trains():
+def test_the_gradient_norm_is_that_of_the_trainable_parameters():
     params = toy.parameters()
     mask = trainable_mask(params, "head")
 
@@ -290,13 +292,13 @@ def test_the_gradient_norm_counts_only_what_trains():
 
 def test_evaluation_does_not_depend_on_the_batch_size():
     params, eval_step = toy.parameters(), step.make_eval_step(toy.loss)
-    whole = toy.batch(rows=30)
-    expected = step.evaluate(eval_step, params, [whole])
+    all_rows = toy.batch(rows=30)
+    expected = step.evaluate(eval_step, params, [all_rows])
 
     def pieces(size):
-        """Batches of `size` rows, the last filled with rows of zeros."""
+        """Batches of `size` rows, the last one padded with rows of zeros."""
         padded = jax.tree.map(
-            lambda x: np.concatenate([x, np.zeros_like(x)])[: -(-30 // size) * size], whole
+            lambda x: np.concatenate([x, np.zeros_like(x)])[: -(-30 // size) * size], all_rows
         )
         for start in range(0, 30, size):
             yield jax.tree.map(lambda x, start=start: x[start : start + size], padded)
@@ -310,7 +312,7 @@ def test_evaluation_does_not_depend_on_the_batch_size():
 
 
 def test_evaluation_sums_in_float64():
-    """In float32 the sum would stop growing at 2**24."""
+    """In float32 the sum would not grow beyond 2**24."""
     big, small = {"x": np.full(1, 2.0**24)}, {"x": np.ones(1)}
 
     def loss(params, batch, rng):
@@ -320,8 +322,8 @@ def test_evaluation_sums_in_float64():
     assert found["loss"] == (2**24 + 3) / 4
 
 
-def test_evaluation_of_nothing():
-    with pytest.raises(ValueError, match="0 batches"):
+def test_evaluation_without_batches_or_weights():
+    with pytest.raises(ValueError, match="no batches to evaluate"):
         step.evaluate(step.make_eval_step(toy.loss), toy.parameters(), [])
 
     def nothing(params, batch, rng):

@@ -1,4 +1,4 @@
-"""A small regression with two terms and uneven weights, for the tests of training."""
+"""A small regression model whose loss has two terms with unequal weights."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def batch(seed: int = 0, rows: int = ROWS, width: int = 16) -> dict:
     return {
         "x": rng.normal(size=(rows, width)).astype(np.float32),
         "y": rng.normal(size=(rows, 2)).astype(np.float32),
-        # Very uneven, so that a mean of means is far from the mean.
+        # Very unequal, so that the mean of the microbatches' means differs from the mean.
         "first_weights": (rng.uniform(size=rows) ** 4).astype(np.float32),
         "second_weights": (rng.uniform(size=rows) < 0.3).astype(np.float32),
     }
@@ -42,7 +42,7 @@ def predict(params: dict, x: jax.Array, rng: jax.Array | None = None) -> jax.Arr
 
 
 def loss(params: dict, batch: dict, rng: jax.Array | None = None):
-    """Two terms, each with weights of its own."""
+    """A loss of two terms, each with its own weights."""
     errors = (predict(params, batch["x"], rng) - batch["y"]) ** 2
     weights = {"first": batch["first_weights"], "second": batch["second_weights"]}
     sums = {name: (errors[:, i] * w).sum() for i, (name, w) in enumerate(weights.items())}
@@ -56,7 +56,7 @@ def one_term(params: dict, batch: dict, rng: jax.Array | None = None):
 
 
 class Stream:
-    """Endless batches from a seed, with a position, as a Grain iterator has."""
+    """A checkpointable iterator of endless random batches, like a Grain iterator."""
 
     def __init__(self, seed: int = 0):
         self.seed, self.position = seed, 0

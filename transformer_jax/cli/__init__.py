@@ -1,12 +1,14 @@
-"""The `transformer-jax` command line."""
+"""The `transformer-jax` command line: one module for each group of commands."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "inspect", "main",
+        "analysis", "command", "export", "flags", "generation", "inference", "inputs", "main",
+        "training",
     ],
     submod_attrs={
+        "command": ["run_command"],
     },
 )

@@ -1,12 +1,13 @@
-"""Tokenizers, data sources and batches: host code in NumPy, without JAX."""
+"""Tokenizers, data sources, labeled datasets and batches: host code in NumPy, without JAX."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "batching", "datasets", "known_datasets", "length_buckets", "mapped_dataset", "packing",
-        "pairs", "python_docs", "rows", "sources", "splits", "token_cache", "tokenizers",
+        "batching", "columns", "datasets", "in_memory", "known_datasets", "labels",
+        "length_buckets", "mapped_dataset", "packing", "pairs", "python_docs", "rows", "sources",
+        "splits", "token_cache", "tokenizer_backends", "tokenizers",
     ],
     submod_attrs={
         "batching": ["check_batch_ids", "make_loader"],

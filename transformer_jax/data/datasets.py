@@ -1,45 +1,53 @@
-"""Annotated data sets, by name or from tables: canonical examples, whatever their columns.
+"""Labeled datasets, loaded by name, from files or from memory, as examples in a common form.
 
-    classification        {"text", "label": int}, with "text_b" of a pair
-    regression            {"text", "label": float}, with "text_b" of a pair
+The fields of an example depend on the task type, not on the columns of the data:
+
+    classification        {"text", "label": int}, and "text_b" for a pair of texts
+    regression            {"text", "label": float}, and "text_b" for a pair of texts
     multiple_choice       {"text", "choices": [str, ...], "label": int}; the text may be ""
     token_classification  {"words": [str, ...], "tags": [int, ...]}
-    question_answering    {"question", "context", "answers": [{"text", "start"}, ...]}; no answers
-                          where the context has none; `start` counts characters
+    question_answering    {"question", "context", "answers": [{"text", "start"}, ...]}, without
+                          answers if the context has none; "start" is a character index
     seq2seq               {"source", "target"}
 
-All keep an "id" where the set has one.
+Examples also have an "id" if the data has one.
 """
 
 import collections
-import difflib
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from transformer_jax.data import known_datasets, sources
-from transformer_jax.data import rows as rows
-from transformer_jax.data import splits as splits_of
+from transformer_jax.data import in_memory, known_datasets, labels, rows, sources
+from transformer_jax.data import splits as splits_lib
+from transformer_jax.data.columns import make_encoders, resolve_columns
 from transformer_jax.data.known_datasets import METRICS, Columns, KnownDataset
+from transformer_jax.data.labels import EncodeLabel, LabelEncoder
+from transformer_jax.data.mapped_dataset import MappedDataset
 from transformer_jax.data.sources import Example
 from transformer_jax.data.splits import Split
 
 
 class LabeledDataset(NamedTuple):
-    """An annotated set, read and checked.
+    """A labeled dataset whose examples have been checked.
 
     Attributes:
-        label_names: of the classes, or of the tags; empty for the other kinds.
-        metric: the main one: accuracy, matthews, pearson_spearman, f1, squad, rouge or bleu.
-        label_range: of the labels of a regression: what was declared, else that of the train split.
-        dropped: split -> reason -> how many rows were left out.
+        task_type: a key of `known_datasets.METRICS`.
+        train: training examples.
+        validation: validation examples.
+        label_names: names of the classes or tags, in the order of their ids; empty for other task
+            types.
+        metric: main metric: accuracy, f1, macro_f1, matthews, pearson_spearman, squad, rouge or
+            bleu.
+        label_range: least and greatest label of a regression, declared or of the training split.
+        dropped: split -> reason -> number of rows that were left out.
     """
 
-    kind: str
+    task_type: str
     train: Sequence[Example]
     validation: Sequence[Example]
     label_names: tuple[str, ...]
@@ -49,13 +57,13 @@ class LabeledDataset(NamedTuple):
 
 
 def load_dataset(
-    spec: str | Path,
+    data: Any,
     *,
-    kind: str | None = None,
+    task_type: str | None = None,
     columns: Columns | None = None,
-    validation: str | Path | None = None,
-    held_out: Mapping[str, Collection] | None = None,
-    validation_share: float | None = None,
+    validation: Any = None,
+    validation_filter: Mapping[str, Collection] | None = None,
+    validation_fraction: float | None = None,
     header: Sequence[str] | None = None,
     validation_header: Sequence[str] | None = None,
     label_names: Sequence[str] | Mapping[str, str] | None = None,
@@ -64,285 +72,299 @@ def load_dataset(
     metric: str | None = None,
     limit: int | None = None,
     seed: int = 0,
-    on_bad: str | None = None,
+    on_bad_rows: str | None = None,
     allow_empty_classes: bool = False,
     like: str | None = None,
     config: str | None = None,
     data_dir: str | Path | None = None,
     download: bool = False,
 ) -> LabeledDataset:
-    """The train and validation splits of an annotated set, in memory.
+    """Loads the training and validation split of a labeled dataset.
 
-    What is known of sets by name (`annotated_table.NAMED`) the arguments override; of other sets
-    they say what cannot be told from the columns' names.
+    The arguments override the description of a known dataset (`known_datasets.KNOWN`). For other
+    data, they declare what cannot be inferred from the column names.
 
     Args:
-        spec: "tfds:NAME", "hf:NAME" (or a folder of `save_to_disk`), "python_docs/topics", a .tsv,
-            .csv, .jsonl or tab-separated .txt file (or .gz), or a folder with one file whose name
-            has the word train in it and one with validation, valid, val, dev, trial or test.
-        kind: a key of METRICS. Told by the columns if None; numbers as labels are classes, unless
-            one of them is not whole: then it is a regression.
-        columns: canonical name -> the source's, `{"text": "sentence"}`. A dot goes into a dict; a
-            tuple of columns is joined by spaces, or is the choices.
-        validation: another file, or the name of another split.
-        held_out: instead, rows of train to evaluate on: `{"fold": [0]}`.
-        validation_share: instead, the share of train to evaluate on, drawn by `seed`.
-        header: columns of .tsv and .csv files without a header line.
-        validation_header: of the validation file, if that has others.
-        label_names: names of the classes in order, or what each value stands for:
-            `{"1": "neutral", ...}`. Else the source's, else the values in train, sorted. Where
-            they are given, rows with a label of -1 or "-", for none, are left out.
-        validation_label_names: of the validation file, if its values stand for others.
-        label_range: the least and greatest label of a regression.
-        metric: of METRICS; F1 of whole entities for BIO tags and their kin, accuracy for others.
-        limit: draw at most so many rows of each split, by `seed`.
-        on_bad: what to do with an empty text, an empty label, or an answer that is not where it
-            should be: "error", or "drop" to leave the row out and count it. By default "drop" for
-            sets known by name and "error" for others.
-        allow_empty_classes: accept a class that no training example has.
-        like: the named set whose columns this one has: "hf:snli" for a copy in a folder.
-        config: of "hf:NAME".
-        data_dir, download: of "tfds:NAME", see `sources.tfds_source`.
+        data: one of
+
+            - "tfds:NAME", "hf:NAME", "hf:FOLDER" for a folder of `save_to_disk`, or
+              "python_docs/topics";
+            - a .tsv, .csv, .jsonl or tab-separated .txt file, or .gz of one;
+            - a folder with such a file whose name has the word train in it, and one with
+              validation, valid, val, dev, trial or test;
+            - a sequence of dicts, a pandas DataFrame or a `datasets.Dataset`;
+            - a dict of such splits, or a `datasets.DatasetDict`, with the keys "train" and, for the
+              validation split, one of the words above;
+            - a `LabeledDataset`, which is returned as it is.
+        task_type: a key of `known_datasets.METRICS`. If None, it is inferred from the columns. A
+            dataset whose labels are numbers is a regression if one of them is not an integer, else
+            a classification.
+        columns: field of the example -> column of the data, `{"text": "sentence"}`. A dot selects
+            an item of a dict. Several columns in a tuple are joined by spaces, or are the choices.
+        validation: the validation split: another file, the name of a split, or data in memory as
+            above. If `data` is in memory without a validation split, a tenth of its rows is held
+            out, at least one, and a line that says so is printed.
+        validation_filter: column -> values, `{"fold": [0]}`: the training rows with one of these
+            values in every column become the validation split.
+        validation_fraction: fraction of the training rows that is drawn at random as the
+            validation split.
+        header: column names of .tsv and .csv files without a header line.
+        validation_header: the same for the validation file, if its columns differ.
+        label_names: names of the classes in the order of their ids; or label in the data -> name
+            of its class, `{"1": "neutral", ...}`. By default, the class names of the data if it has
+            them, else the sorted labels of the training split. If the names are declared here or
+            by the data, rows with the label -1 or "-", which mean "no label", are left out.
+        validation_label_names: the same for the validation split, if its labels differ.
+        label_range: least and greatest label of a regression.
+        metric: one of the task type's `known_datasets.METRICS`. The default for tags is F1 of
+            entities if the tags are in a scheme such as BIO, else accuracy.
+        limit: largest number of rows of each split; the rows are drawn at random.
+        seed: seed of all random draws of rows.
+        on_bad_rows: what to do with rows that have an empty text, an empty label, or an answer that
+            is not at its position in the context: "error", or "drop" to leave them out and count
+            them. The default is "drop" for known datasets and "error" for others.
+        allow_empty_classes: whether a class may have no training example.
+        like: name of a known dataset whose description applies to this data, such as "hf:snli" for
+            a local copy of it.
+        config: config of an "hf:NAME" dataset.
+        data_dir: folder of TFDS's data; see `sources.load_tfds`.
+        download: whether TFDS may download the dataset.
 
     Raises:
-        FileNotFoundError: a path does not exist, or there is no such set.
-        ValueError: there is nothing to evaluate on, a column is missing, a row is bad (file and
-            line are named), a label is not among those of train, a class has no example, or the
-            metric is not of the kind.
+        FileNotFoundError: a path does not exist, or there is no dataset of this name.
+        ValueError: there is no validation split, a column is missing, a row is invalid (the message
+            has the line of the file or the index of the row), a label does not occur in the
+            training split, a class has no example, or the metric is not one of the task type.
+
+    Example:
+        >>> rows = [{"sentence": "good", "label": "pos"}, {"sentence": "bad", "label": "neg"}]
+        >>> dataset = load_dataset(rows, validation=rows[:1])
+        >>> dataset.task_type, dataset.label_names, dataset.validation
+        ('classification', ('neg', 'pos'), [{'text': 'good', 'label': 1}])
     """
-    spec = str(spec)
-    local = sources.is_local(spec)
-    named = known_datasets.known(like) if like else None if local else known_datasets.find(spec)
-    for what, word, known in (("kind", kind, METRICS), ("on_bad", on_bad, ("error", "drop"))):
-        if word is not None and word not in known:
-            raise ValueError(f"unknown {what} {word!r}; choose one of {', '.join(known)}")
-    on_bad = on_bad or ("drop" if named else "error")
-    if sum(x is not None for x in (validation, held_out, validation_share)) > 1:
-        raise ValueError("give one of validation, held_out and validation_share")
-    if header is not None and not local:
-        raise ValueError(f"header is {list(header)}, but {spec} is no file")
-    own_split = held_out is not None or validation_share is not None
-    if local:
-        splits = splits_of.files(
-            Path(spec), validation, own_split, header, validation_header or header)
-    else:
-        read = functools.partial(splits_of.library, spec, named, config, data_dir, download)
-        named_split = str(validation or (named.validation if named else "validation"))
-        splits = [read("train", own_split), *([] if own_split else [read(named_split, False)])]
-    if own_split:
-        splits = splits_of.divide(splits[0], held_out, validation_share, seed)
+    if isinstance(data, LabeledDataset):
+        if validation is None:
+            _check_unused(task_type=task_type, columns=columns, like=like, limit=limit,
+                          validation_filter=validation_filter, label_names=label_names,
+                          validation_fraction=validation_fraction, label_range=label_range,
+                          metric=metric)
+            return data
+        task_type, metric = task_type or data.task_type, metric or data.metric
+        label_range, allow_empty_classes = label_range or data.label_range, True
+    data, validation = _as_splits(data), _as_splits(validation)
+    if sum(x is not None for x in (validation, validation_filter, validation_fraction)) > 1:
+        raise ValueError("give one of validation, validation_filter and validation_fraction")
+    for option, value, allowed in (("task_type", task_type, METRICS),
+                                   ("on_bad_rows", on_bad_rows, ("error", "drop"))):
+        if value is not None and value not in allowed:
+            raise ValueError(f"unknown {option} {value!r}; choose one of {', '.join(allowed)}")
+    has_name = not in_memory.is_in_memory(data) and not sources.is_local(data)
+    known = known_datasets.get(like) if like else (
+        known_datasets.find(str(data)) if has_name else None)
+    holds_out = validation_filter is not None or validation_fraction is not None
+    splits = _load_splits(data, validation, known, holds_out, header, validation_header,
+                          config=config, data_dir=data_dir, download=download)
+    if holds_out:
+        splits = splits_lib.hold_out(splits[0], validation_filter, validation_fraction, seed)
+    elif len(splits) == 1:
+        splits = _hold_out_tenth(splits[0], seed)
     if limit is not None:
         if limit < 1:
-            raise ValueError(f"limit is {limit}; draw at least 1 row")
+            raise ValueError(f"limit is {limit}; it must be at least 1")
         splits = [split.take(np.sort(np.random.default_rng(seed).permutation(len(split.rows))
                                      [:limit])) for split in splits]
-    train, test = splits
-    kind, columns = _form(train, kind, columns, named)
-    names = label_names or _names(kind, columns, named)
-    bounds = label_range or (named.label_range if named else None)
-    numbers = _numbers(kind, columns, splits, names, validation_label_names or names, bounds)
+    task_type, columns = resolve_columns(splits[0], task_type, columns, known)
+    if known and known.task_type == task_type and (
+            known.columns.get("label") == columns.get("label")):
+        label_names = label_names or known.label_names or None
+    label_range = label_range or (known.label_range if known else None)
+    encoders = make_encoders(task_type, columns, splits, label_names,
+                             validation_label_names or label_names, label_range)
     examples, dropped = [], {}
-    for name, split, number in zip(("train", "validation"), (train, test), numbers):
-        found, count = _canonical(kind, split, columns, number, on_bad)
-        examples.append(found)
-        dropped[name] = dict(count)
-    labels = numbers[0].names if isinstance(numbers[0], rows.Labels) else ()
-    if kind == "classification" and not allow_empty_classes:
-        _check_classes(examples[0], labels, spec)
-    if kind == "multiple_choice":
-        _check_choices(examples, spec)
-    if kind == "regression":
+    for name, split, encode_label in zip(("train", "validation"), splits, encoders):
+        converted, counts = _convert_rows(task_type, split, columns, encode_label,
+                                          on_bad_rows or ("drop" if known else "error"))
+        examples.append(converted)
+        dropped[name] = dict(counts)
+    names = encoders[0].names if isinstance(encoders[0], LabelEncoder) else ()
+    origin = "data" if in_memory.is_in_memory(data) else str(data)
+    if task_type == "classification" and not allow_empty_classes:
+        _check_classes(examples[0], names, origin)
+    if task_type == "multiple_choice":
+        _check_choices(examples, origin)
+    if task_type == "regression":
         scores = [example["label"] for example in examples[0]]
-        bounds = bounds or (min(scores), max(scores))
-        if bounds[0] == bounds[1]:
-            raise ValueError(f"{spec}: all labels of train are {bounds[0]:g}; a regression needs "
-                             "different ones, or a label_range")
-    metric = metric or (named.metric if named and named.kind == kind else "") or (
-        "accuracy" if kind == "token_classification" and not all(map(_is_of_entity, labels))
-        else METRICS[kind][0])
-    if metric not in METRICS[kind]:
-        raise ValueError(f"metric {metric!r} is none of {kind}; choose one of "
-                         f"{', '.join(METRICS[kind])}")
-    return LabeledDataset(kind, *examples, label_names=labels if kind.endswith("classification") else (),
-                     metric=metric,
-                     label_range=bounds if kind == "regression" else None, dropped=dropped)
+        label_range = label_range or (min(scores), max(scores))
+        if label_range[0] == label_range[1]:
+            raise ValueError(f"{origin}: all training labels are {label_range[0]:g}; a regression "
+                             "needs different ones, or a label_range")
+    return LabeledDataset(
+        task_type, *examples, dropped=dropped,
+        metric=_choose_metric(task_type, names, metric, known),
+        label_names=names if task_type.endswith("classification") else (),
+        label_range=label_range if task_type == "regression" else None)
 
 
-# Columns ------------------------------------------------------------------------------------------
-
-# Where the names of the columns tell what they are; the first that is there counts.
-USUAL = {
-    "text": ("text", "sentence", "sentence1", "question1", "premise"),
-    "text_b": ("text_b", "sentence2", "question2", "hypothesis"),
-    "words": ("words", "tokens"),
-    "tags": ("tags", "ner_tags"),
-    "source": ("source", "document", "dialogue", "article"),
-    "target": ("target", "summary", "highlights"),
-}
+# Splits -------------------------------------------------------------------------------------------
 
 
-def _form(
-    train: Split, kind: str | None, columns: Columns | None, named: KnownDataset | None
-) -> tuple[str, dict[str, str | tuple[str, ...]]]:
-    """The kind, and a column for each canonical name."""
-    row = train.rows[0]
-    given = {name: c if isinstance(c, str) else tuple(c) for name, c in (columns or {}).items()}
-    if named is not None and kind in (None, named.kind):
-        kind, found = named.kind, dict(named.columns)
+def _check_unused(**options: Any) -> None:
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ValueError(f"data is a LabeledDataset, which is used as it is; {', '.join(given)} "
+                         "would have no effect: leave it out")
+
+
+def _as_splits(data: Any) -> Any:
+    """Returns a LabeledDataset as a dict of splits; any other data unchanged."""
+    if not isinstance(data, LabeledDataset):
+        return data
+    column = "tags" if data.task_type == "token_classification" else "label"
+    class_names = {column: data.label_names} if data.label_names else {}
+    return {name: MappedDataset(getattr(data, name), dict, class_names)
+            for name in ("train", "validation")}
+
+
+def _load_splits(
+    data: Any, validation: Any, known: KnownDataset | None, holds_out: bool,
+    header: Sequence[str] | None, validation_header: Sequence[str] | None, **library: Any,
+) -> list[Split]:
+    """Returns the training split and the validation split.
+
+    Returns the training split alone if validation rows are to be held out from it: because
+    `holds_out` is set, or because `data` is in memory and there is no validation split.
+    """
+    validation_in_memory = validation is not None and in_memory.is_in_memory(validation)
+    train_only = holds_out or validation_in_memory
+    if header is not None and (in_memory.is_in_memory(data) or not sources.is_local(data)):
+        raise ValueError(f"header is {list(header)}, but data is not a file; leave header out")
+    if in_memory.is_in_memory(data):
+        name = None if validation is None or train_only else str(validation)
+        is_split = isinstance(data, Mapping) and name in data
+        if name is not None and not is_split and Path(name).is_file():
+            splits = [*in_memory.load_splits(data, None, train_only=True),
+                      splits_lib.load_file(Path(name), validation_header)]
+        else:
+            splits = in_memory.load_splits(data, name, train_only)
+    elif sources.is_local(data):
+        splits = splits_lib.load_files(Path(data), None if train_only else validation, train_only,
+                                       header, validation_header or header)
     else:
-        guess = {name: next((c for c in USUAL.get(name, (name,)) if c in row), None)
-                 for name in rows.CANONICAL}
-        found = {name: c for name, c in guess.items() if c}
-    if "text" in given and "text_b" not in given:
-        found.pop("text_b", None)  # one text was asked for
-    found |= given
-    kind = kind or _kind(train, found)
-    allowed = {*rows.NEEDS[kind], *rows.MAY_HAVE.get(kind, ()), "id"}
-    if strange := sorted(set(given) - allowed):
-        near = difflib.get_close_matches(strange[0], allowed, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}; " if near else ""
-        raise ValueError(f"columns names {strange[0]!r}, which {kind} has not; {hint}"
-                         f"it has {', '.join(sorted(allowed))}")
-    needs = set(rows.NEEDS[kind])
-    if {"answer", "start"} <= found.keys() and "answers" not in found:
-        needs = needs - {"answers"} | {"answer", "start"}
-    if missing := sorted(needs - found.keys()):
-        raise ValueError(f"{train.where(0)}: no column for {', '.join(missing)} of {kind}; name "
-                         f"it by columns, among {', '.join(map(repr, row))}")
-    return kind, {name: c for name, c in found.items() if name in allowed}
+        load = functools.partial(splits_lib.load_library_split, str(data), known,
+                                 train_only=train_only, **library)
+        name = validation or (known.validation_split if known else "validation")
+        splits = [load(split=split) for split in ("train", *([] if train_only else [str(name)]))]
+    if validation_in_memory:
+        splits.append(in_memory.load_validation(validation))
+    return splits
 
 
-def _kind(train: Split, found: Mapping[str, Any]) -> str:
-    if "question" in found and "context" in found and {"answers", "answer"} & found.keys():
-        return "question_answering"
-    for kind in ("multiple_choice", "token_classification", "classification", "seq2seq"):
-        if set(rows.NEEDS[kind]) <= found.keys():
-            break
-    else:
-        raise ValueError(
-            f"{train.where(0)}: the columns {', '.join(map(repr, train.rows[0]))} do not tell what "
-            "to learn; give kind, and columns such as {'text': ..., 'label': ...}")
-    if kind == "classification" and found["label"] not in train.class_names and rows.are_scores(
-            splits_of.values(train, found["label"])):
-        return "regression"
-    return kind
+def _hold_out_tenth(train: Split, seed: int) -> list[Split]:
+    num_rows = len(train.rows)
+    if num_rows < 2:
+        raise ValueError("data has 1 row and no validation split; give at least 2 rows, or "
+                         "validation")
+    num_validation = max(round(num_rows / 10), 1)
+    print(f"no validation data was given: {num_validation} of {num_rows} rows, drawn at random "
+          f"with seed {seed}, are held out for validation")
+    return splits_lib.hold_out(train, None, num_validation / num_rows, seed)
 
 
-# Labels -------------------------------------------------------------------------------------------
+# Metrics ------------------------------------------------------------------------------------------
 
 
-def _names(kind: str, columns: Columns, named: KnownDataset | None) -> tuple[str, ...] | None:
-    """Of the named set, unless other labels of it were asked for."""
-    same = named is not None and named.kind == kind and (
-        named.columns.get("label") == columns.get("label"))
-    return (named.label_names or None) if same else None
+def _choose_metric(
+    task_type: str, label_names: Sequence[str], metric: str | None, known: KnownDataset | None
+) -> str:
+    known_metric = known.metric if known and known.task_type == task_type else ""
+    has_entities = all(map(_is_entity_tag, label_names))
+    metric = metric or known_metric or (
+        "accuracy" if task_type == "token_classification" and not has_entities
+        else METRICS[task_type][0])
+    if metric not in METRICS[task_type]:
+        raise ValueError(f"metric {metric!r} is not supported for {task_type}; choose one of "
+                         f"{', '.join(METRICS[task_type])}")
+    return metric
 
 
-def _numbers(
-    kind: str, columns: Columns, splits: Sequence[Split], names: Any, validation_names: Any,
-    bounds: tuple[float, float] | None,
-) -> list[Callable]:
-    """What reads the labels of train, and of validation."""
-    if kind == "regression":
-        low, high = bounds or (-np.inf, np.inf)
-        if not low < high:
-            raise ValueError(f"label_range is {bounds}; give the least and the greatest label")
-        return [rows.score(low, high)] * 2
-    if kind in ("question_answering", "seq2seq"):
-        return [rows.choice_number] * 2  # not asked
-    if kind == "multiple_choice" and names is None:
-        return [rows.choice_number] * 2
-    column = columns["tags" if kind == "token_classification" else "label"]
-    classes = [split.class_names.get(column) for split in splits]
-    if names is None and classes[0] is None:
-        values = splits_of.values(splits[0], column)
-        if kind == "token_classification":
-            values = [tag for tags in values
-                      for tag in (tags.split() if isinstance(tags, str) else tags)]
-        labels = rows.infer(values)
-        if len(labels.names) < 2:
-            raise ValueError(f"{splits[0].where(0)}: all labels in column {column!r} are "
-                             f"{labels.names[0] if labels.names else ''!r}; give at least 2 "
-                             "classes")
-        train = labels
-    else:
-        train = rows.declare(names or classes[0], classes[0])
-    if validation_names is names:
-        if classes[0] == classes[1]:
-            return [train] * 2
-        validation_names = train.names
-    test = rows.declare(validation_names, classes[1])
-    if strange := sorted(set(test.names) - set(train.names)):
-        raise ValueError(f"validation has a class {strange[0]!r} that train lacks; "
-                         f"train has {', '.join(train.names)}")
-    number = {word: train.names.index(test.names[i]) for word, i in test.number.items()}
-    return [train, rows.Labels(train.names, number, True)]
+def _is_entity_tag(tag: str) -> bool:
+    """Returns whether a tag is of a scheme for entities such as BIO, unlike a part of speech."""
+    return tag in ("O", "B", "I") or re.match(r"[BILUSE]-.", tag) is not None
 
 
-def _canonical(
-    kind: str, split: Split, columns: Columns, number: Callable, on_bad: str
+# Examples -----------------------------------------------------------------------------------------
+
+
+def _convert_rows(
+    task_type: str, split: Split, columns: Columns, encode_label: EncodeLabel, on_bad_rows: str
 ) -> tuple[list[Example], collections.Counter]:
-    """Examples, and how many rows were left out for which reason."""
+    """Returns the examples of a split, and the number of dropped rows for each reason."""
     examples, dropped = [], collections.Counter()
     for i in range(len(split.rows)):
         row = split.rows[i]
         try:
-            examples.append(rows.canonical(kind, row, columns, number))
+            examples.append(rows.to_example(task_type, row, columns, encode_label))
         except ValueError as error:
-            if isinstance(error, rows.BadRow) and (
-                    on_bad == "drop" or error.reason == rows.NO_LABEL):
+            if isinstance(error, labels.DroppableRowError) and (
+                    on_bad_rows == "drop" or error.reason == labels.NO_LABEL):
                 dropped[error.reason] += 1
                 continue
-            name = f" (id {row[columns['id']]})" if columns.get("id") in row else ""
-            raise ValueError(f"{split.where(i)}{name}: {error}") from None
+            row_id = f" (id {row[columns['id']]})" if columns.get("id") in row else ""
+            raise ValueError(f"{split.describe(i)}{row_id}: {error}") from None
     if not examples:
-        raise ValueError(f"{split.where(0)} and all others are left out: {dict(dropped)}; "
-                         "this split has no annotations to use")
+        raise ValueError(f"{split.describe(0)} and all other rows of this split were left out: "
+                         f"{dict(dropped)}; give a split with labels")
     return examples, dropped
 
 
-def _is_of_entity(tag: str) -> bool:
-    """Whether a tag marks a place in an entity, as BIO and its kin do; parts of speech do not."""
-    return tag in ("O", "B", "I") or re.match(r"[BILUSE]-.", tag) is not None
-
-
-def _check_classes(train: Sequence[Example], names: Sequence[str], spec: str) -> None:
+def _check_classes(train: Sequence[Example], names: Sequence[str], origin: str) -> None:
     present = {example["label"] for example in train}
     if empty := [name for i, name in enumerate(names) if i not in present]:
-        raise ValueError(f"{spec}: no training example among {len(train)} has the label "
-                         f"{', '.join(map(repr, empty))}; mend label_names, raise the limit, or "
-                         "set allow_empty_classes")
+        raise ValueError(f"{origin}: none of the {len(train)} training examples has the label "
+                         f"{', '.join(map(repr, empty))}; fix label_names, raise limit, or set "
+                         "allow_empty_classes")
 
 
-def _check_choices(splits: Sequence[Sequence[Example]], spec: str) -> None:
+def _check_choices(splits: Sequence[Sequence[Example]], origin: str) -> None:
     counts = sorted({len(example["choices"]) for split in splits for example in split})
     if len(counts) > 1:
-        raise ValueError(f"{spec}: examples have {', '.join(map(str, counts))} choices; "
-                         "give all the same number")
+        raise ValueError(f"{origin}: the examples have {', '.join(map(str, counts))} choices; "
+                         "give all of them the same number")
 
 
-# Few labels ---------------------------------------------------------------------------------------
+# Subsampling --------------------------------------------------------------------------------------
 
 
 def subsample_balanced(
     examples: Sequence[Example], per_class: int | None = None, seed: int = 0, *,
     total: int | None = None,
 ) -> Sequence[Example]:
-    """Some of the examples, drawn by seed: so many of every class, or so many in all.
+    """Draws examples at random: the same number from every class, or a total number.
 
-    Of `total` the classes get equal shares as long as they last, and a smaller draw by the same
-    seed is the beginning of a larger one. Examples without classes, such as those of a regression,
-    are of one class. With neither number all examples are returned.
+    A total is divided equally among the classes as far as each has enough examples; with the same
+    seed, a smaller total gives a prefix of a larger one. Examples without class ids, such as those
+    of a regression, count as one class. Without either number, all examples are returned.
+
+    Args:
+        examples: the examples.
+        per_class: number of examples of every class.
+        seed: seed of the draw.
+        total: number of examples over all classes.
 
     Raises:
-        ValueError: there are fewer, or both numbers are given.
+        ValueError: there are too few examples, or both numbers are given.
+
+    Example:
+        >>> examples = [{"label": i % 2, "n": i} for i in range(10)]
+        >>> [example["label"] for example in subsample_balanced(examples, total=4)]
+        [0, 1, 0, 1]
     """
     if per_class is not None and total is not None:
-        raise ValueError(f"{per_class} labels a class and {total} in all were asked for; give one")
+        raise ValueError(f"{per_class} labels per class and {total} in total were requested; give "
+                         "one of the two numbers")
     if per_class is None and total is None:
         return examples
     if per_class is not None and per_class < 1:
-        raise ValueError(f"{per_class} labels a class were asked for; give at least 1")
+        raise ValueError(f"{per_class} labels per class were requested; it must be at least 1")
     by_class: dict[Any, list[Example]] = {}
     for i in np.random.default_rng(seed).permutation(len(examples)):
         label = examples[int(i)].get("label")
@@ -350,13 +372,13 @@ def subsample_balanced(
         by_class.setdefault(label, []).append(examples[int(i)])
     if total is not None:
         if not 0 < total <= len(examples):
-            raise ValueError(f"{total} examples were asked for, but there are {len(examples)}; "
-                             "lower total")
-        rounds = ((turn, k, example) for k, found in enumerate(by_class.values())
-                  for turn, example in enumerate(found))
+            raise ValueError(f"{total} examples were requested, but there are {len(examples)}; "
+                             f"total must be from 1 to {len(examples)}")
+        rounds = ((round_, k, example) for k, drawn in enumerate(by_class.values())
+                  for round_, example in enumerate(drawn))
         return [example for *_, example in sorted(rounds, key=lambda r: r[:2])[:total]]
-    scarce = {label: len(found) for label, found in by_class.items() if len(found) < per_class}
+    scarce = {label: len(drawn) for label, drawn in by_class.items() if len(drawn) < per_class}
     if scarce:
-        raise ValueError(f"{per_class} labels a class were asked for, but classes have only "
-                         f"{scarce}; lower labels_per_class")
-    return [example for found in by_class.values() for example in found[:per_class]]
+        raise ValueError(f"{per_class} labels per class were requested, but some classes have "
+                         f"fewer examples: {scarce}; request fewer")
+    return [example for drawn in by_class.values() for example in drawn[:per_class]]

@@ -1,4 +1,4 @@
-"""Annotated data sets by name: what their columns are called, and by what they are measured."""
+"""Known labeled datasets: the task type, columns, labels and metric of datasets with a name."""
 
 import difflib
 import re
@@ -6,33 +6,41 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-# Canonical name -> the set's column; a dot goes into a dict. Of "text" and "text_b" a tuple is
-# joined by spaces, of "choices" it is one column for each choice.
 Columns = Mapping[str, str | tuple[str, ...]]
+"""Field of an example -> column of the data. A dot selects an item of a dict. Several columns in a
+tuple are joined by spaces for "text" and "text_b", and are the choices for "choices"."""
+
+
+class HubSource(NamedTuple):
+    """Arguments of `datasets.load_dataset` for a dataset on the Hugging Face Hub."""
+
+    path: str = ""
+    config: str | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 class KnownDataset(NamedTuple):
-    """What is known of a data set.
+    """Description of a dataset.
 
     Attributes:
-        kind: a key of `METRICS`.
-        validation: the split to evaluate on: the annotated one where "test" has no labels.
-        metric: the main metric; that of the kind if empty.
-        label_names: in the order of the classes; those of the source if empty.
-        label_range: of the labels of a regression.
-        hub: path on the Hugging Face Hub, config, and further options of `load_dataset`.
+        task_type: a key of `METRICS`.
+        columns: column of each field of an example.
+        validation_split: name of the split to evaluate on, which must have labels.
+        metric: main metric; the first of the task type if empty.
+        label_names: names of the classes in order; those of the data if empty.
+        label_range: least and greatest label of a regression.
+        hub: location on the Hugging Face Hub.
     """
 
-    kind: str
+    task_type: str
     columns: Columns
-    validation: str = "validation"
+    validation_split: str = "validation"
     metric: str = ""
     label_names: tuple[str, ...] = ()
     label_range: tuple[float, float] | None = None
-    hub: tuple[str, str | None, Mapping[str, Any]] = ("", None, MappingProxyType({}))
+    hub: HubSource = HubSource()
 
 
-# Kind -> by what it may be measured; the first is what it is measured by if nothing is said.
 METRICS = {
     "classification": ("accuracy", "f1", "macro_f1", "matthews"),
     "regression": ("pearson_spearman",),
@@ -41,39 +49,42 @@ METRICS = {
     "question_answering": ("squad",),
     "seq2seq": ("rouge", "bleu"),
 }
+"""Task type -> its metrics; the first one is the default."""
 
-# Sets that both libraries have -------------------------------------------------------------------
+# GLUE, which TFDS and the Hugging Face Hub have in the same form --------------------------------
 
 NLI = ("entailment", "neutral", "contradiction")
 SENTIMENT = ("negative", "positive")
-SAME_AS = ("different_meaning", "paraphrase")
+PARAPHRASE = ("different_meaning", "paraphrase")
 
 
-def _texts(text: str | tuple[str, ...], text_b: str | None = None, **more: Any) -> KnownDataset:
-    """A classification, or what `more` says, of the column "label"."""
+def _texts(text: str | tuple[str, ...], text_b: str | None = None, **fields: Any) -> KnownDataset:
+    """Describes a classification with the labels in the column "label"; `fields` override that."""
     columns = {"text": text, **({"text_b": text_b} if text_b else {}),
-               **more.pop("columns", {"label": "label"})}
-    return KnownDataset(**{"kind": "classification", "columns": columns, **more})
+               **fields.pop("columns", {"label": "label"})}
+    return KnownDataset(**{"task_type": "classification", "columns": columns, **fields})
 
 
-def _glue(text: str, text_b: str | None = None, **more: Any) -> KnownDataset:
-    return _texts(text, text_b, columns={"label": "label", "id": "idx"}, **more)
+def _glue(text: str, text_b: str | None = None, **fields: Any) -> KnownDataset:
+    return _texts(text, text_b, columns={"label": "label", "id": "idx"}, **fields)
 
 
-def _answers() -> KnownDataset:
-    return KnownDataset("question_answering", {"id": "id", "question": "question", "context": "context",
-                                        "answers": "answers"})
+def _squad() -> KnownDataset:
+    return KnownDataset("question_answering", {
+        "id": "id", "question": "question", "context": "context", "answers": "answers"})
 
 
-def _pairs(source: str, target: str, **more: Any) -> KnownDataset:
-    columns = {"source": source, "target": target, **more.pop("columns", {})}
-    return KnownDataset("seq2seq", columns, **more)
+def _pairs(source: str, target: str, **fields: Any) -> KnownDataset:
+    columns = {"source": source, "target": target, **fields.pop("columns", {})}
+    return KnownDataset("seq2seq", columns, **fields)
 
 
 def _choices(
-    text: str | tuple[str, ...], choices: str | tuple[str, ...], label: str = "label", **more: str
+    text: str | tuple[str, ...], choices: str | tuple[str, ...], label: str = "label",
+    **columns: str,
 ) -> KnownDataset:
-    return KnownDataset("multiple_choice", {"text": text, "choices": choices, "label": label, **more})
+    return KnownDataset("multiple_choice",
+                        {"text": text, "choices": choices, "label": label, **columns})
 
 
 GLUE = {
@@ -83,8 +94,8 @@ GLUE = {
                   label_names=("not_equivalent", "equivalent")),
     "qqp": _glue("question1", "question2", metric="f1",
                  label_names=("not_duplicate", "duplicate")),
-    "stsb": _glue("sentence1", "sentence2", kind="regression", label_range=(0.0, 5.0)),
-    "mnli": _glue("premise", "hypothesis", validation="validation_matched", label_names=NLI),
+    "stsb": _glue("sentence1", "sentence2", task_type="regression", label_range=(0.0, 5.0)),
+    "mnli": _glue("premise", "hypothesis", validation_split="validation_matched", label_names=NLI),
     "qnli": _glue("question", "sentence", label_names=("entailment", "not_entailment")),
     "rte": _glue("sentence1", "sentence2", label_names=("entailment", "not_entailment")),
     "wnli": _glue("sentence1", "sentence2", label_names=("not_entailment", "entailment")),
@@ -94,16 +105,17 @@ ANSWERS = tuple(f"answer{i}" for i in range(4))
 # TFDS --------------------------------------------------------------------------------------------
 
 TFDS = {
-    **{f"glue/{name}": named for name, named in GLUE.items()},
+    **{f"glue/{name}": known for name, known in GLUE.items()},
     "snli": _texts("premise", "hypothesis", label_names=NLI),
-    "multi_nli": _texts("premise", "hypothesis", validation="validation_matched", label_names=NLI),
-    "imdb_reviews": _texts("text", validation="test", label_names=SENTIMENT),
-    "yelp_polarity_reviews": _texts("text", validation="test", label_names=SENTIMENT),
-    "ag_news_subset": _texts(("title", "description"), validation="test",
+    "multi_nli": _texts("premise", "hypothesis", validation_split="validation_matched",
+                        label_names=NLI),
+    "imdb_reviews": _texts("text", validation_split="test", label_names=SENTIMENT),
+    "yelp_polarity_reviews": _texts("text", validation_split="test", label_names=SENTIMENT),
+    "ag_news_subset": _texts(("title", "description"), validation_split="test",
                              label_names=("World", "Sports", "Business", "Sci/Tech")),
-    "paws_wiki": _texts("sentence1", "sentence2", label_names=SAME_AS),
-    "squad": _answers(),
-    "squad/v2.0": _answers(),
+    "paws_wiki": _texts("sentence1", "sentence2", label_names=PARAPHRASE),
+    "squad": _squad(),
+    "squad/v2.0": _squad(),
     "hellaswag": _choices("context", "endings"),
     "cosmos_qa": _choices(("context", "question"), ANSWERS, id="id"),
     "piqa": _choices("goal", ("sol1", "sol2"), id="id"),
@@ -118,12 +130,12 @@ TFDS = {
 # Hugging Face ------------------------------------------------------------------------------------
 
 
-def _hub(path: str, config: str | None, named: KnownDataset, **options: Any) -> KnownDataset:
-    return named._replace(hub=(path, config, options))
+def _hub(path: str, config: str | None, known: KnownDataset, **options: Any) -> KnownDataset:
+    return known._replace(hub=HubSource(path, config, options))
 
 
 HF = {
-    **{f"glue/{name}": _hub("nyu-mll/glue", name, named) for name, named in GLUE.items()},
+    **{f"glue/{name}": _hub("nyu-mll/glue", name, known) for name, known in GLUE.items()},
     "snli": _hub("stanfordnlp/snli", None, TFDS["snli"]),
     "multi_nli": _hub("nyu-mll/multi_nli", None, TFDS["multi_nli"]),
     "imdb": _hub("stanfordnlp/imdb", None, TFDS["imdb_reviews"]),
@@ -131,11 +143,11 @@ HF = {
     "ag_news": _hub("fancyzhx/ag_news", None,
                     TFDS["ag_news_subset"]._replace(columns={"text": "text", "label": "label"})),
     "paws": _hub("google-research-datasets/paws", "labeled_final", _texts(
-        "sentence1", "sentence2", columns={"label": "label", "id": "id"}, label_names=SAME_AS)),
+        "sentence1", "sentence2", columns={"label": "label", "id": "id"}, label_names=PARAPHRASE)),
     "boolq": _hub("google/boolq", None, _texts(
         "question", "passage", columns={"label": "answer"}, label_names=("false", "true"))),
-    "squad": _hub("rajpurkar/squad", None, _answers()),
-    "squad_v2": _hub("rajpurkar/squad_v2", None, _answers()),
+    "squad": _hub("rajpurkar/squad", None, _squad()),
+    "squad_v2": _hub("rajpurkar/squad_v2", None, _squad()),
     "hellaswag": _hub("Rowan/hellaswag", None, _choices("ctx", "endings")),
     "swag": _hub("allenai/swag", "regular", _choices(
         "startphrase", tuple(f"ending{i}" for i in range(4)))),
@@ -145,7 +157,8 @@ HF = {
         ("article", "question"), "options", "answer")),
     "race/middle": _hub("ehovy/race", "middle", _choices(
         ("article", "question"), "options", "answer")),
-    # Its own files need a script, which `datasets` runs no more; the Hub keeps a converted copy.
+    # The main revision has a loading script, which `datasets` no longer runs; the Hub keeps a copy
+    # converted to Parquet.
     "conll2003": _hub("eriktks/conll2003", None, KnownDataset(
         "token_classification", {"words": "tokens", "tags": "ner_tags", "id": "id"}),
         revision="refs/convert/parquet"),
@@ -160,22 +173,28 @@ HF = {
 # By name -----------------------------------------------------------------------------------------
 
 KNOWN = {
-    **{f"tfds:{name}": named for name, named in TFDS.items()},
-    **{f"hf:{name}": named for name, named in HF.items()},
+    **{f"tfds:{name}": known for name, known in TFDS.items()},
+    **{f"hf:{name}": known for name, known in HF.items()},
     "python_docs/topics": _texts("text"),
     "python_docs/summaries": _pairs("body", "summary"),
 }
+"""Name as `load_dataset` accepts it -> description."""
 
 
 def find(spec: str) -> KnownDataset | None:
-    """What is known of "tfds:NAME", "hf:NAME" or "python_docs/CONFIG"; None if nothing.
+    """Returns the description of "tfds:NAME", "hf:NAME" or "python_docs/CONFIG", or None.
 
-    Configs of TFDS that the table does not tell apart are alike. A name on the Hub may have its
-    owner before it. Translations are read from the first of their two languages to the second.
+    A TFDS config without a description of its own has that of its dataset. A name on the Hub may
+    include its owner. For translation datasets, such as "tfds:wmt14_translate/de-en", the first
+    language is the source and the second the target.
+
+    Example:
+        >>> find("hf:snli").task_type, find("hf:snli").label_names
+        ('classification', ('entailment', 'neutral', 'contradiction'))
     """
     prefix, _, name = spec.partition(":")
     if prefix == "tfds":
-        name = name.partition(":")[0]  # without its version
+        name = name.partition(":")[0]  # without the version
         if pair := re.fullmatch(r"wmt\w+_translate/(\w\w)-(\w\w)|ted_hrlr_translate/"
                                 r"(\w+)_to_(\w+)", name):
             return _pairs(*filter(None, pair.groups()), metric="bleu")
@@ -185,23 +204,22 @@ def find(spec: str) -> KnownDataset | None:
             year, source, target = pair.groups()
             return _hub(f"wmt/{year}", f"{source}-{target}", _pairs(
                 f"translation.{source}", f"translation.{target}", metric="bleu"))
-        for known, named in HF.items():
-            path = named.hub[0]
-            config = known.partition("/")[2]
-            if name in (known, f"{path}/{config}" if config else path):
-                return named
+        for short_name, known in HF.items():
+            config = short_name.partition("/")[2]
+            if name in (short_name, f"{known.hub.path}/{config}" if config else known.hub.path):
+                return known
         return None
     return KNOWN.get(spec)
 
 
-def known(spec: str) -> KnownDataset:
-    """`find`, of a name that must be known.
+def get(spec: str) -> KnownDataset:
+    """Returns the description of a dataset as `find` does.
 
     Raises:
-        ValueError: it is not; near ones are listed.
+        ValueError: the dataset is unknown; the message has similar names.
     """
-    named = find(spec)
-    if named is None:
+    known = find(spec)
+    if known is None:
         near = difflib.get_close_matches(spec, KNOWN, n=3, cutoff=0.5) or sorted(KNOWN)
-        raise ValueError(f"no annotated set {spec!r} is known; choose from {', '.join(near)}")
-    return named
+        raise ValueError(f"unknown labeled dataset {spec!r}; choose from {', '.join(near)}")
+    return known

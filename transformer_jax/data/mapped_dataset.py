@@ -1,4 +1,4 @@
-"""Sequences of examples that are read, and made plain Python, one at a time."""
+"""Random-access datasets of a library whose examples are converted to plain Python when read."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,12 +7,22 @@ import numpy as np
 
 
 class MappedDataset:
-    """A random-access sequence whose examples pass through `fn`, with the names of its labels.
+    """A sequence that applies a function to each example when it is read.
+
+    Args:
+        rows: the examples, with random access.
+        fn: function of an example that returns a dict.
+        class_names: names of the classes of each feature that has them.
 
     Attributes:
-        label_names: of the feature "label" if it has class names, else of the only feature that
-            has; None where none or several have.
-        class_names: feature -> names, for all features with class names.
+        class_names: feature -> names of its classes, for all features with class names.
+        label_names: class names of the feature "label" if it has any; else those of the only
+            feature with class names; None if no feature, or several other ones, have them.
+
+    Example:
+        >>> dataset = MappedDataset([0, 1], lambda row: {"label": row}, {"label": ["no", "yes"]})
+        >>> dataset[1], dataset.label_names
+        ({'label': 1}, ('no', 'yes'))
     """
 
     def __init__(
@@ -34,15 +44,16 @@ class MappedDataset:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not -len(self) <= i < len(self):
-            raise IndexError(f"example {i} of {len(self)}; count from 0")
+            raise IndexError(f"example {i} is out of range; there are {len(self)} examples, "
+                             "counted from 0")
         return self._fn(self._rows[int(i) % len(self)])
 
 
-def from_builder(builder: Any, split: str) -> MappedDataset:
-    """A split of a prepared TFDS builder, with str for bytes.
+def from_tfds_builder(builder: Any, split: str) -> MappedDataset:
+    """Returns a split of a prepared TFDS builder, with str in place of bytes.
 
     Raises:
-        ValueError: it is prepared in a file format without random access.
+        ValueError: the dataset is prepared in a file format without random access.
     """
     features = builder.info.features
     classes = {key: feature.names for key, feature in features.items()
@@ -53,16 +64,29 @@ def from_builder(builder: Any, split: str) -> MappedDataset:
         raise ValueError(f"{builder.info.full_name} is prepared as {builder.info.file_format}, "
                          "which has no random access; prepare it with "
                          "file_format='array_record'") from None
-    return MappedDataset(rows, _to_text, classes)
+    return MappedDataset(rows, _decode_bytes, classes)
 
 
-def _to_text(value: Any) -> Any:
+def from_hf_dataset(dataset: Any) -> MappedDataset:
+    """Returns a `datasets.Dataset` as a `MappedDataset`, with the names of its ClassLabel features.
+
+    Does not import the `datasets` library.
+    """
+    classes = {}
+    for key, feature in dataset.features.items():
+        item = getattr(feature, "feature", feature)  # of a list feature, the feature of its items
+        if getattr(item, "names", None):
+            classes[key] = item.names
+    return MappedDataset(dataset, dict, classes)
+
+
+def _decode_bytes(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _to_text(item) for key, item in value.items()}
+        return {key: _decode_bytes(item) for key, item in value.items()}
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, np.ndarray) and value.dtype == object:
         value = value.tolist()
     if isinstance(value, list):
-        return [_to_text(item) for item in value]
+        return [_decode_bytes(item) for item in value]
     return value

@@ -1,4 +1,4 @@
-"""Tokenized corpora, and rows of fixed length packed from them without padding."""
+"""Tokenized corpora, and packing them without padding into rows for causal language modeling."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,17 +8,19 @@ from jaxtyping import Int
 
 from transformer_jax.data.tokenizers import Tokenizer
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]  # as in `batching`, which would import Grain
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A tokenized text: one flat stream with the borders of documents and sentences.
+    """A tokenized corpus: the tokens of all documents, concatenated, and where each part begins.
 
     Attributes:
-        tokens: [N], uint16 where the vocabulary allows, else int32.
-        document_starts: int64 [documents + 1] offsets into tokens, the last one is N.
-        sentence_starts: int64 [sentences + 1] likewise; every document start is among them.
+        tokens: [num_tokens], uint16 if the vocabulary size allows it, else int32.
+        document_starts: int64 [num_documents + 1], the offset of each document's first token; the
+            last entry is num_tokens.
+        sentence_starts: int64 [num_sentences + 1], the same for sentences; it contains every
+            document start.
     """
 
     tokens: np.ndarray
@@ -30,17 +32,22 @@ class Corpus:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a document that has one a line and a blank line between paragraphs.
+    r"""Splits a document into sentences: one per line, with blank lines between paragraphs.
 
-    All but the first begin with what parts them from the one before, a space or, for a new
-    paragraph, a line end: joined they are the running text, for tokenizers that keep white space.
+    Each sentence but the first begins with the white space that separates it from the previous one:
+    a space, or a newline for a new paragraph. The concatenated sentences are therefore running
+    text, as needed by tokenizers that preserve white space.
+
+    Example:
+        >>> split_sentences("One.\nTwo.\n\nThree.")
+        ['One.', ' Two.', '\nThree.']
     """
-    pieces, gap = [], ""
+    sentences, separator = [], ""
     for line in map(str.strip, text.split("\n")):
         if line:
-            pieces.append(gap + line)
-        gap = " " if line else "\n"
-    return [piece.lstrip() if i == 0 else piece for i, piece in enumerate(pieces)]
+            sentences.append(separator + line)
+        separator = " " if line else "\n"
+    return [sentence.lstrip() if i == 0 else sentence for i, sentence in enumerate(sentences)]
 
 
 def tokenize_corpus(
@@ -49,66 +56,96 @@ def tokenize_corpus(
     *,
     text_key: str = "text",
     eos_id: int | None = None,
-    sentences: bool = True,
-    chunk: int = 256,
+    one_sentence_per_line: bool = True,
+    documents_per_call: int = 256,
 ) -> Corpus:
-    """Encodes a source's texts, one document each, into one stream.
+    """Tokenizes the texts of a source, one document per example, into a `Corpus`.
+
+    Documents without tokens are left out.
 
     Args:
-        eos_id: appended to every document, as part of its last sentence.
-        sentences: lines are sentences, and blank lines end paragraphs (see `sentence_pieces`).
-            False keeps the text exactly as it is, each document one sentence.
-        chunk: documents that are encoded at once.
+        source: sequence of examples.
+        tokenizer: the tokenizer; it adds no special tokens of its own.
+        text_key: key of the text in an example.
+        eos_id: id that is appended to the last sentence of every document; None for no such token.
+        one_sentence_per_line: whether each line is a sentence and blank lines separate paragraphs
+            (see `split_sentences`). If False, the text is tokenized exactly as it is, and each
+            document counts as one sentence.
+        documents_per_call: number of documents that are tokenized in one call of the tokenizer.
 
     Raises:
-        ValueError: no text gives a token, or an example has no such key.
+        ValueError: no example contains a token, or an example has no `text_key`.
+
+    Example:
+        >>> from transformer_jax.data import tokenizers
+        >>> source = [{"text": "ab"}, {"text": "bab"}]
+        >>> corpus = tokenize_corpus(source, tokenizers.train_chars(["ab"]))
+        >>> corpus.tokens.tolist(), corpus.document_starts.tolist()
+        ([2, 3, 3, 2, 3], [0, 2, 5])
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-    tail = [] if eos_id is None else [eos_id]
-    streams, lengths, documents = [], [], [0]  # documents: number of sentences before each
-    for begin in range(0, len(source), chunk):
+    suffix = [] if eos_id is None else [eos_id]
+    arrays, lengths = [], []  # of the sentences
+    first_sentences = [0]  # of the documents, as indices of sentences
+    for begin in range(0, len(source), documents_per_call):
         texts = []
-        for i in range(begin, min(begin + chunk, len(source))):
+        for i in range(begin, min(begin + documents_per_call, len(source))):
             if text_key not in source[i]:
                 raise ValueError(f"example {i} has no {text_key!r}; it has {', '.join(source[i])}: "
                                  "name one of them as text_key")
             texts.append(source[i][text_key])
-        pieces = [split_sentences(text) if sentences else [text] for text in texts]
-        rows = iter(tokenizer.encode_batch([piece for found in pieces for piece in found]))
-        for found in pieces:
-            encoded = [row for row in (next(rows) for _ in found) if row]
-            if encoded:
-                encoded[-1] = encoded[-1] + tail
-                streams.extend(np.asarray(row, dtype) for row in encoded)
-                lengths.extend(map(len, encoded))
-                documents.append(len(lengths))
+        documents = [split_sentences(text) if one_sentence_per_line else [text] for text in texts]
+        encoded = iter(tokenizer.encode_batch(
+            [sentence for document in documents for sentence in document]))
+        for document in documents:
+            sentences = [ids for ids in (next(encoded) for _ in document) if ids]
+            if sentences:
+                sentences[-1] = sentences[-1] + suffix
+                arrays.extend(np.asarray(ids, dtype) for ids in sentences)
+                lengths.extend(map(len, sentences))
+                first_sentences.append(len(lengths))
     if not lengths:
-        raise ValueError(f"the {len(source)} examples give 0 tokens; give at least one with text")
+        raise ValueError(f"the {len(source)} examples contain 0 tokens; give at least one with "
+                         "text")
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return Corpus(np.concatenate(streams), starts[documents], starts)
+    return Corpus(np.concatenate(arrays), starts[first_sentences], starts)
 
 
 class PackedTokens:
-    """Rows of `length` tokens of a corpus without gaps, for the causal language model.
+    """The tokens of a corpus as rows of equal length, without gaps, for causal language modeling.
 
-    Row i is tokens [i T, i T + T) of the stream with the next ones as targets, so every token that
-    has another before it in its document is a target exactly once:
+    Row i has tokens [i T, (i + 1) T) of the corpus as inputs and the token after each as its
+    target. Every token except the first of its document is therefore a target exactly once. A row
+    is a dict of
 
         tokens, targets: int32 [T]
-        positions: int32 [T], from 0 at each document's first token in the row
-        document_ids: int32 [T], from 1 in each row, 0 at padding, for attention within documents
-        weights: float32 [T], 0 where the next token is of another document, and at padding
+        positions: int32 [T], counted from 0 at each document's first token in the row
+        document_ids: int32 [T], counted from 1 in each row, 0 for padding; they restrict attention
+            to the same document
+        weights: float32 [T], 0 where the target belongs to another document, and for padding
+
+    Args:
+        corpus: the corpus.
+        length: T, the number of tokens of a row.
 
     Raises:
-        ValueError: no document has two tokens, or length is below 1.
+        ValueError: no document has two tokens, or `length` is less than 1.
+
+    Example:
+        >>> corpus = Corpus(np.arange(1, 8), np.array([0, 3, 7]), np.array([0, 3, 7]))
+        >>> row = PackedTokens(corpus, length=4)[0]
+        >>> row["tokens"].tolist(), row["targets"].tolist()
+        ([1, 2, 3, 4], [2, 3, 4, 5])
+        >>> row["document_ids"].tolist(), row["weights"].tolist()
+        ([1, 1, 1, 2], [1.0, 1.0, 0.0, 1.0])
     """
 
     def __init__(self, corpus: Corpus, length: int):
         if length < 1:
-            raise ValueError(f"length {length} of a row is too short; use at least 1")
+            raise ValueError(f"the row length is {length}; it must be at least 1")
         if len(corpus.tokens) < 2 or np.diff(corpus.document_starts).max() < 2:
-            raise ValueError(f"a corpus of {len(corpus.tokens)} tokens has nothing to predict; "
-                             "give a document of at least 2 tokens")
+            raise ValueError(f"no document of the corpus of {len(corpus.tokens)} tokens has a "
+                             "token to predict; give a document of at least 2 tokens")
         self.corpus, self.length = corpus, length
 
     def __len__(self) -> int:
@@ -116,40 +153,54 @@ class PackedTokens:
 
     def __getitem__(self, i: int) -> Batch:
         if not -len(self) <= i < len(self):
-            raise IndexError(f"row {i} is outside the {len(self)} rows; count from 0")
+            raise IndexError(f"row {i} is out of range; there are {len(self)} rows, counted from 0")
         return {name: rows[0] for name, rows in self.take([i % len(self)]).items()}
 
-    def take(self, rows: Sequence[int] | np.ndarray) -> Batch:
-        """Many rows as one batch, [B, T], far faster than one by one. Rows behind the last are
-        all padding."""
-        stream, starts = self.corpus.tokens, self.corpus.document_starts
-        at = np.asarray(rows, np.int64)[:, None] * self.length + np.arange(self.length + 1)
-        inside = at < len(stream)
-        text = np.where(inside, stream[np.minimum(at, len(stream) - 1)], 0)
-        document = np.searchsorted(starts, at, side="right")  # counted from 1 in the corpus
-        return shift(text, np.where(inside, document - document[:, :1] + 1, 0))
+    def take(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Returns several rows as one batch [B, T], much faster than one row at a time.
+
+        A row whose index is past the last row consists of padding.
+        """
+        tokens, starts = self.corpus.tokens, self.corpus.document_starts
+        offsets = np.asarray(indices, np.int64)[:, None] * self.length + np.arange(self.length + 1)
+        in_corpus = offsets < len(tokens)
+        windows = np.where(in_corpus, tokens[np.minimum(offsets, len(tokens) - 1)], 0)
+        documents = np.searchsorted(starts, offsets, side="right")  # counted from 1 in the corpus
+        return shift_tokens(windows, np.where(in_corpus, documents - documents[:, :1] + 1, 0))
 
 
-def shift(
+def shift_tokens(
     tokens: Int[np.ndarray, "... T+1"], document_ids: Int[np.ndarray, "... T+1"]
-) -> dict[str, np.ndarray]:
-    """Inputs and targets from windows that are one token longer than the rows to train on.
+) -> Batch:
+    """Makes inputs and targets for causal language modeling from windows of T + 1 tokens.
 
-    The target of a token is its successor; it has weight 0 where the successor belongs to another
-    document or to padding (document 0). Positions restart with every document.
+    The target of a token is the next token. Its weight is 0 if the next token belongs to another
+    document or is padding. Positions restart at the beginning of each document.
+
+    Args:
+        tokens: token ids.
+        document_ids: the document of each token; 0 for padding.
 
     Returns:
-        tokens, targets, positions, document_ids int32 and weights float32, each `[..., T]`.
+        Arrays [..., T]: "tokens", "targets", "positions" and "document_ids" in int32, "weights" in
+        float32.
+
+    Example:
+        >>> batch = shift_tokens(np.array([5, 6, 7, 8]), np.array([1, 1, 2, 2]))
+        >>> batch["tokens"].tolist(), batch["targets"].tolist()
+        ([5, 6, 7], [6, 7, 8])
+        >>> batch["positions"].tolist(), batch["weights"].tolist()
+        ([0, 1, 0], [1.0, 0.0, 1.0])
     """
-    documents, following = document_ids[..., :-1], document_ids[..., 1:]
-    place = np.broadcast_to(np.arange(documents.shape[-1]), documents.shape)
-    begins = np.ones(documents.shape, bool)
-    begins[..., 1:] = documents[..., 1:] != documents[..., :-1]
-    start = np.maximum.accumulate(np.where(begins, place, 0), axis=-1)
+    documents, next_documents = document_ids[..., :-1], document_ids[..., 1:]
+    indices = np.broadcast_to(np.arange(documents.shape[-1]), documents.shape)
+    is_start = np.ones(documents.shape, bool)
+    is_start[..., 1:] = documents[..., 1:] != documents[..., :-1]
+    start_of_document = np.maximum.accumulate(np.where(is_start, indices, 0), axis=-1)
     return {
         "tokens": tokens[..., :-1].astype(np.int32),
         "targets": tokens[..., 1:].astype(np.int32),
-        "positions": np.where(documents > 0, place - start, 0).astype(np.int32),
+        "positions": np.where(documents > 0, indices - start_of_document, 0).astype(np.int32),
         "document_ids": documents.astype(np.int32),
-        "weights": ((documents == following) & (documents > 0)).astype(np.float32),
+        "weights": ((documents == next_documents) & (documents > 0)).astype(np.float32),
     }

@@ -1,7 +1,8 @@
-"""Pairs of texts, a source and its target: where they come from, and batches of like lengths.
+"""Source and target texts for sequence-to-sequence training, and batches of them by token count.
 
-Rows of a batch are padded to one shape, and each shape is compiled once, so pairs are sorted into a
-few buckets of length. A batch holds about the same number of tokens whatever its bucket.
+The training step is compiled once per batch shape, so pairs are grouped into a few length buckets,
+and all rows of a batch are padded to its bucket. Whatever its bucket, a batch contains about the
+same number of tokens.
 """
 
 import functools
@@ -12,58 +13,82 @@ from typing import Any
 import grain
 import numpy as np
 
-from transformer_jax.data.batching import Batch, Loader, process_rows
-from transformer_jax.data.sources import TABLE_SUFFIXES, Example, _read_text, load_source, table
+from transformer_jax.data.batching import Batch, Loader, process_slice
+from transformer_jax.data.sources import (
+    TABLE_SUFFIXES,
+    Example,
+    load_source,
+    load_table,
+    load_text,
+)
 
-# Sources ------------------------------------------------------------------------------------------
+# Loading ------------------------------------------------------------------------------------------
 
 
-def aligned_files(source: str | Path, target: str | Path) -> list[Example]:
-    """Line n of one file with line n of the other (or of .gz files) as `{"source", "target"}`.
+def load_aligned_files(source: str | Path, target: str | Path) -> list[Example]:
+    """Loads two line-aligned text files (or .gz files) as `{"source", "target"}` examples.
+
+    Line n of one file belongs to line n of the other.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: the files have unlike numbers of lines, or one side of a pair is empty.
+        ValueError: the files have different numbers of lines, or one side of a pair is empty.
     """
     sides = []
     for path in map(Path, (source, target)):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; give a file with one text a line")
-        sides.append([line.strip() for line in _read_text(path).rstrip("\n").split("\n")])
+            raise FileNotFoundError(f"{path} does not exist; give a file with one text per line")
+        sides.append([line.strip() for line in load_text(path).rstrip("\n").split("\n")])
     if len(sides[0]) != len(sides[1]):
-        raise ValueError(f"{source} has {len(sides[0])} lines and {target} {len(sides[1])}; line n "
-                         "of one has to belong to line n of the other")
-    return _checked([{"source": s, "target": t} for s, t in zip(*sides)], f"{source}, {target}")
+        raise ValueError(f"{source} has {len(sides[0])} lines and {target} has {len(sides[1])}; "
+                         "line n of one file must belong to line n of the other")
+    return _check_pairs([{"source": s, "target": t} for s, t in zip(*sides)],
+                        f"{source}, {target}")
 
 
-def _checked(pairs: list[Example], where: str) -> list[Example]:
+def _check_pairs(pairs: list[Example], origin: str) -> list[Example]:
     for i, pair in enumerate(pairs):
         for side in ("source", "target"):
             if not isinstance(pair[side], str) or not pair[side].strip():
-                raise ValueError(f"pair {i + 1} of {where} has the {side} {pair[side]!r}; give "
+                raise ValueError(f"pair {i + 1} of {origin} has the {side} {pair[side]!r}; give "
                                  "text on both sides, or remove the pair")
     return pairs
 
 
 def load_pairs(spec: str | Path, split: str, source: str, target: str) -> list[Example]:
-    """A split of a set of pairs as `{"source", "target"}` texts.
+    """Loads a split of a parallel dataset as `{"source", "target"}` texts.
 
-    `spec` is "tfds:NAME" or "hf:NAME", whose columns `source` and `target` name (for
-    tfds:wmt14_translate/de-en "de" and "en", for tfds:cnn_dailymail "article" and "highlights"); a
-    .jsonl, .tsv or .csv file, likewise; or a folder with a file `split` of that kind, or with the
-    aligned files `split`.`source` and `split`.`target` (train.de, train.en; or .gz). The columns
-    of a Hugging Face translation may be inside the one called "translation".
+    Args:
+        spec: one of
+
+            - "tfds:NAME" or "hf:NAME";
+            - a .jsonl, .tsv or .csv file (or .gz of one), whose name alone decides the split;
+            - a folder with such a file named after the split, as train.jsonl;
+            - a folder with two line-aligned files per split, as train.de and train.en (or .gz).
+        split: name of the split.
+        source: column of the source texts, or suffix of their file: "de" in
+            "tfds:wmt14_translate/de-en", "article" in "tfds:cnn_dailymail". The columns of a
+            Hugging Face dataset may be inside its column "translation".
+        target: the same for the target texts.
 
     Raises:
-        FileNotFoundError: there is no such data set, file, or split of a folder.
-        ValueError: a column is missing, lines do not match, or a text is empty.
+        FileNotFoundError: the dataset or file does not exist, or the folder has no such split.
+        ValueError: a column is missing, the files are not line-aligned, or a text is empty.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "train.de").write_text("Ein Hund.")
+        >>> _ = (folder / "train.en").write_text("A dog.")
+        >>> load_pairs(folder, "train", source="de", target="en")
+        [{'source': 'Ein Hund.', 'target': 'A dog.'}]
     """
     path = Path(spec)
     if not str(spec).startswith(("tfds:", "hf:")) and path.is_dir():
         for gz in ("", ".gz"):
             files = [path / f"{split}.{side}{gz}" for side in (source, target)]
             if all(file.is_file() for file in files):
-                return aligned_files(*files)
+                return load_aligned_files(*files)
         tables = [path / f"{split}{end}{gz}" for end in TABLE_SUFFIXES for gz in ("", ".gz")]
         path = next((file for file in tables if file.is_file()), None)
         if path is None:
@@ -71,12 +96,14 @@ def load_pairs(spec: str | Path, split: str, source: str, target: str) -> list[E
                                     f"{source} and {split}.{target}, or with {split}.jsonl")
         spec = path
     if path.is_file():
-        return _checked(table(path, columns={"source": source, "target": target}), str(spec))
-    found = load_source(spec, split)
-    return _checked([_sides(found[i], source, target) for i in range(len(found))], str(spec))
+        return _check_pairs(load_table(path, columns={"source": source, "target": target}),
+                            str(spec))
+    dataset = load_source(spec, split)
+    return _check_pairs([_select_sides(dataset[i], source, target) for i in range(len(dataset))],
+                        str(spec))
 
 
-def _sides(example: Mapping[str, Any], source: str, target: str) -> Example:
+def _select_sides(example: Mapping[str, Any], source: str, target: str) -> Example:
     texts = example.get("translation", example)
     for name in (source, target):
         if name not in texts:
@@ -88,24 +115,41 @@ def _sides(example: Mapping[str, Any], source: str, target: str) -> Example:
 
 
 class TokenBudgetBatches:
-    """Random access to the batches of an endless run over pairs, each of one bucket's shape.
+    """Random access to the batches of an endless run over pairs, each in the shape of one bucket.
 
-    Every epoch deals the pairs anew, by the seed: within a bucket in random order, then batches of
-    all buckets mixed. What does not fill a batch waits for the next epoch's deal.
+    In every epoch the pairs of each bucket are shuffled and divided into batches, and the batches
+    of all buckets are shuffled together. Pairs that do not fill a batch are left out of the epoch.
 
     Args:
-        pairs: dicts of ids, "source" and "target".
-        make_row: `make_row(pair, source_length=, target_length=)` gives a row of arrays, such as
-            `objectives.seq2seq.prepare` with the special tokens filled in.
-        buckets: lengths, ascending, of both sides with their special tokens; what is longer than
-            the last is cut to it.
-        tokens_per_batch: rows times length, at most; of all hosts together.
-        rows_multiple: the number of rows is a multiple of it: the devices of all hosts.
-        special: special tokens a text gets, counted into its length.
+        pairs: dicts of token ids, "source" and "target".
+        make_row: `make_row(pair, source_length=, target_length=)` returns a dict of arrays; for
+            example `objectives.seq2seq.prepare` with the ids of the special tokens filled in.
+        buckets: lengths of both sides in ascending order, special tokens included; longer pairs are
+            truncated to the last one.
+        tokens_per_batch: the largest number of rows times length in a global batch.
+        seed: seed of the order of pairs and batches.
+        batch_size_multiple: the number of rows of every batch is a multiple of this: the number of
+            devices over all processes.
+        num_special_tokens: number of special tokens that `make_row` adds to a text.
+        process_index: index of this process, which receives its slice of every batch.
+        process_count: number of processes.
+
+    Attributes:
+        batch_sizes: number of rows of a batch, for each bucket.
+        batches_per_epoch: number of batches of an epoch.
+        num_truncated: number of pairs that are longer than the last bucket.
 
     Raises:
-        ValueError: no pairs, buckets that do not ascend, or tokens_per_batch too small for a row on
-            each device.
+        ValueError: there are no pairs, the buckets are not in ascending order, or
+            `tokens_per_batch` is too small for `batch_size_multiple` rows of the last bucket.
+
+    Example:
+        >>> def make_row(pair, source_length, target_length):
+        ...     return {"tokens": np.resize(pair["source"], source_length)}
+        >>> pairs = [{"source": [1] * n, "target": [2]} for n in (3, 4, 9)]
+        >>> batches = TokenBudgetBatches(pairs, make_row, buckets=(8, 16), tokens_per_batch=32)
+        >>> [batch["tokens"].shape for batch in batches.evaluation_batches()]
+        [(2, 8), (1, 16)]
     """
 
     def __init__(
@@ -116,81 +160,87 @@ class TokenBudgetBatches:
         buckets: Sequence[int],
         tokens_per_batch: int,
         seed: int = 0,
-        rows_multiple: int = 1,
-        special: int = 1,
+        batch_size_multiple: int = 1,
+        num_special_tokens: int = 1,
         process_index: int = 0,
         process_count: int = 1,
     ):
+        multiple = batch_size_multiple
         if not len(pairs):
             raise ValueError("there are 0 pairs; give at least 1")
-        if list(buckets) != sorted(set(buckets)) or not buckets or buckets[0] <= special:
-            raise ValueError(f"buckets are {list(buckets)}; give ascending lengths above {special}")
-        self.rows = [tokens_per_batch // length // rows_multiple * rows_multiple
-                     for length in buckets]
-        if not self.rows[-1]:
-            raise ValueError(f"tokens_per_batch {tokens_per_batch} has no room for {rows_multiple} "
+        if (not buckets or list(buckets) != sorted(set(buckets))
+                or buckets[0] <= num_special_tokens):
+            raise ValueError(f"buckets are {list(buckets)}; give ascending lengths above "
+                             f"{num_special_tokens}")
+        self.batch_sizes = [tokens_per_batch // length // multiple * multiple for length in buckets]
+        if not self.batch_sizes[-1]:
+            raise ValueError(f"tokens_per_batch {tokens_per_batch} has no room for {multiple} "
                              f"rows of {buckets[-1]} tokens; use at least "
-                             f"{rows_multiple * buckets[-1]}")
+                             f"{multiple * buckets[-1]}")
         self.pairs, self.make_row, self.buckets, self.seed = pairs, make_row, buckets, seed
-        longest = [max(len(p["source"]), len(p["target"])) + special for p in pairs]
-        self.bucket_of = np.minimum(np.searchsorted(buckets, longest), len(buckets) - 1)
-        self.num_cut = int(np.sum(np.asarray(longest) > buckets[-1]))
+        lengths = [max(len(p["source"]), len(p["target"])) + num_special_tokens for p in pairs]
+        self.bucket_of = np.minimum(np.searchsorted(buckets, lengths), len(buckets) - 1)
+        self.num_truncated = int(np.sum(np.asarray(lengths) > buckets[-1]))
         counts = np.bincount(self.bucket_of, minlength=len(buckets))
-        # A bucket with fewer pairs than a batch would never be seen: its batches are smaller.
-        self.rows = [min(rows, max(count // rows_multiple * rows_multiple, rows_multiple))
-                     for rows, count in zip(self.rows, counts)]
-        self.batches_per_epoch = int(sum(c // r for c, r in zip(counts, self.rows)))
-        self._part = functools.partial(process_rows, process_index, process_count)
-        self._epoch: tuple[int, list] = (-1, [])
+        # A bucket with fewer pairs than a batch gets smaller batches; else it would never be used.
+        self.batch_sizes = [min(size, max(count // multiple * multiple, multiple))
+                            for size, count in zip(self.batch_sizes, counts)]
+        self.batches_per_epoch = int(sum(c // n for c, n in zip(counts, self.batch_sizes)))
+        self._process_slice = functools.partial(process_slice, process_index, process_count)
+        self._plan: tuple[int, list] = (-1, [])  # the last epoch that was planned
 
     def __len__(self) -> int:
-        """Practically endless."""
+        """Practically infinite."""
         return self.batches_per_epoch * 2**20
 
     def __getitem__(self, i: int) -> Batch:
-        epoch, place = divmod(i, self.batches_per_epoch)
-        number, plan = self._epoch
-        if number != epoch:
-            plan = self._deal(epoch)
-            self._epoch = (epoch, plan)
-        bucket, members = plan[place]
-        length = self.buckets[bucket]
-        rows = [self.make_row(self.pairs[j], source_length=length, target_length=length)
-                for j in members[self._part(len(members))]]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        epoch, index = divmod(i, self.batches_per_epoch)
+        planned_epoch, plan = self._plan
+        if planned_epoch != epoch:
+            plan = self._plan_epoch(epoch)
+            self._plan = (epoch, plan)
+        bucket, indices = plan[index]
+        return self._make_batch(indices[self._process_slice(len(indices))], self.buckets[bucket])
 
-    def _deal(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+    def _plan_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        """Returns the bucket and the indices of the pairs of each batch of an epoch."""
         rng = np.random.default_rng((self.seed, epoch))
         batches = []
-        for bucket, rows in enumerate(self.rows):
-            members = rng.permutation(np.flatnonzero(self.bucket_of == bucket))
-            batches += [(bucket, members[k : k + rows])
-                        for k in range(0, len(members) - rows + 1, rows)]
+        for bucket, size in enumerate(self.batch_sizes):
+            indices = rng.permutation(np.flatnonzero(self.bucket_of == bucket))
+            batches += [(bucket, indices[k : k + size])
+                        for k in range(0, len(indices) - size + 1, size)]
         return [batches[k] for k in rng.permutation(len(batches))]
 
+    def _make_batch(self, indices: np.ndarray, length: int) -> Batch:
+        rows = [self.make_row(self.pairs[i], source_length=length, target_length=length)
+                for i in indices]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
     def loader(self, prefetch: int = 2) -> Loader:
-        """The batches in order, made ahead in a thread; its state is one number.
+        """Returns an iterator over the batches that prepares `prefetch` batches ahead in a thread;
+        its state is one number.
 
         Raises:
-            ValueError: no bucket has pairs enough for a row on each device.
+            ValueError: no bucket contains enough pairs for a batch.
         """
         if not self.batches_per_epoch:
-            raise ValueError(f"{len(self.pairs)} pairs do not fill a batch of {min(self.rows)} "
-                             "rows in any bucket; give more pairs or fewer buckets")
+            raise ValueError(f"{len(self.pairs)} pairs do not fill a batch of "
+                             f"{min(self.batch_sizes)} rows in any bucket; give more pairs or "
+                             "fewer buckets")
         return Loader(grain.MapDataset.source(self), prefetch)
 
-    def evaluation(self) -> list[Batch]:
-        """Every pair once, in order of bucket; the last batch of each is filled with rows of zeros,
-        which weigh nothing."""
+    def evaluation_batches(self) -> list[Batch]:
+        """Returns batches that contain every pair once, ordered by bucket.
+
+        The last batch of each bucket is padded with rows of zeros, whose loss weight is 0.
+        """
         batches = []
-        for bucket, rows in enumerate(self.rows):
-            length = self.buckets[bucket]
-            members = np.flatnonzero(self.bucket_of == bucket)
-            for k in range(0, len(members), rows):
-                made = [self.make_row(self.pairs[j], source_length=length, target_length=length)
-                        for j in members[k : k + rows]]
-                batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
+        for bucket, size in enumerate(self.batch_sizes):
+            indices = np.flatnonzero(self.bucket_of == bucket)
+            for k in range(0, len(indices), size):
+                batch = self._make_batch(indices[k : k + size], self.buckets[bucket])
                 batches.append({
-                    name: np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
-                    [self._part(rows)] for name, x in batch.items()})
+                    name: np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])
+                    [self._process_slice(size)] for name, x in batch.items()})
         return batches

@@ -1,19 +1,21 @@
-"""One row of an annotated data set as a canonical example, and labels as numbers."""
+"""Conversion of one row of a labeled dataset, whatever its columns, to an example."""
 
 import difflib
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformer_jax.data.known_datasets import Columns
+from transformer_jax.data.labels import (
+    DroppableRowError,
+    EncodeLabel,
+    is_integer,
+    label_text,
+    to_python,
+)
 from transformer_jax.data.sources import Example
 
-# Kind -> the columns that it needs, and those that it may have besides "id". Instead of "answers"
-# a question may have "answer" and "start".
-NEEDS = {
+REQUIRED_FIELDS = {
     "classification": ("text", "label"),
     "regression": ("text", "label"),
     "multiple_choice": ("choices", "label"),
@@ -21,271 +23,193 @@ NEEDS = {
     "question_answering": ("question", "context", "answers"),
     "seq2seq": ("source", "target"),
 }
-MAY_HAVE = {"classification": ("text_b",), "regression": ("text_b",), "multiple_choice": ("text",),
-            "question_answering": ("answer", "start")}
-CANONICAL = tuple(dict.fromkeys(
-    ["id", *(name for names in (*NEEDS.values(), *MAY_HAVE.values()) for name in names)]))
+"""Task type -> the fields that need a column. For question answering, the columns "answer" and
+"start" may take the place of "answers"."""
+OPTIONAL_FIELDS = {
+    "classification": ("text_b",),
+    "regression": ("text_b",),
+    "multiple_choice": ("text",),
+    "question_answering": ("answer", "start"),
+}
+"""Task type -> the fields that may have a column, besides "id"."""
+FIELDS = tuple(dict.fromkeys(["id", *(
+    name for names in (*REQUIRED_FIELDS.values(), *OPTIONAL_FIELDS.values()) for name in names)]))
+"""All fields."""
 
 
-class BadRow(ValueError):
-    """A row that is no example but may be left out; `reason` says of what sort it is."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-
-NO_LABEL = "no label"  # annotators did not agree, or the split keeps its labels secret
-
-# Labels -------------------------------------------------------------------------------------------
-
-
-class Labels(NamedTuple):
-    """Names of the classes, and the class of each value that stands in the data."""
-
-    names: tuple[str, ...]
-    number: Mapping[str, int]
-    declared: bool
-
-    def __call__(self, value: Any) -> int:
-        """Raises ValueError if no class has the value, BadRow if it says that there is none."""
-        word = as_word(value)
-        if word in self.number:
-            return self.number[word]
-        if not word:
-            raise BadRow("empty label", "the label is empty; write one")
-        if self.declared and word in ("-1", "-"):
-            raise BadRow(NO_LABEL, f"the label {word!r} stands for none")
-        shown = ", ".join(self.number if len(self.number) <= 20 else list(self.number)[:20])
-        raise ValueError(f"label {word!r} is not among the training labels {shown}; "
-                         "mend the row, or the label names")
-
-
-def as_word(value: Any) -> str:
-    """How a label is written: 1, 1.0 and "1" alike, True as "true", None and NaN as ""."""
-    value = plain(value)
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
-
-
-def declare(
-    names: Sequence[str] | Mapping[str, str], class_names: Sequence[str] | None = None
-) -> Labels:
-    """Classes of these names, or of what each value stands for: `{"1": "neutral", ...}`.
+def to_example(
+    task_type: str, row: Example, columns: Columns, encode_label: EncodeLabel
+) -> Example:
+    """Converts a row to an example (see `datasets` for the fields of each task type).
 
     Args:
-        class_names: of the source, if its labels are numbers of classes with names. `names` are
-            then other names for them, in the same order, or by their names.
+        task_type: a key of `REQUIRED_FIELDS`.
+        row: the row.
+        columns: column of each field of the task type, and of "id" if the dataset has one.
+        encode_label: function that encodes a label, tag or choice.
 
     Raises:
-        ValueError: fewer than two classes, a name twice, or not as many as the source has.
+        DroppableRowError: the row may be left out: a text is empty, the label is missing, or an
+            answer does not occur at its position in the context.
+        ValueError: a column is missing, or a value is invalid.
+
+    Example:
+        >>> to_example("regression", {"sentence": "good", "score": "4"},
+        ...            {"text": "sentence", "label": "score"}, float)
+        {'text': 'good', 'label': 4.0}
     """
-    if isinstance(names, Mapping):
-        words = {as_word(key): str(name) for key, name in names.items()}
-        unique = tuple(dict.fromkeys(words.values()))
-        number = {word: unique.index(name) for word, name in words.items()}
-        if class_names is not None:
-            number |= {str(i): number[name] for i, name in enumerate(class_names)
-                       if name in number}
-        return Labels(unique, number, True)
-    unique = tuple(map(str, names))
-    if isinstance(names, str) or len(set(unique)) < max(len(unique), 2):
-        raise ValueError(f"label_names is {names!r}; give at least 2 names, all different")
-    if class_names is not None and len(class_names) != len(unique):
-        raise ValueError(f"label_names has {len(unique)} names, but the source {len(class_names)} "
-                         f"classes: {', '.join(class_names)}")
-    number = {name: i for i, name in enumerate(unique)}
-    if class_names is not None or not any(_is_integer(name) for name in unique):
-        number |= {str(i): i for i in range(len(unique))}
-    return Labels(unique, number, True)
-
-
-def infer(values: Iterable[Any]) -> Labels:
-    """Classes of the values that occur, in order: of numbers if all are, else of words."""
-    words = {as_word(value) for value in values} - {""}
-    numbers = all(map(_is_integer, words))
-    names = tuple(sorted(words, key=int) if numbers else sorted(words))
-    return Labels(names, {name: i for i, name in enumerate(names)}, False)
-
-
-def are_scores(values: Iterable[Any]) -> bool:
-    """Whether all labels are numbers and not all of them whole: those of a regression. Empty ones
-    say nothing."""
-    try:
-        numbers = [float(word) for word in map(as_word, values) if word]
-    except ValueError:
-        return False
-    return all(map(math.isfinite, numbers)) and not all(map(float.is_integer, numbers))
-
-
-def _is_integer(word: str) -> bool:
-    return word.removeprefix("-").isdecimal()
+    example = CONVERTERS[task_type](row, columns, encode_label)
+    has_id = columns.get("id") in row  # validation rows may have no id although training rows do
+    return {"id": get_value(row, columns["id"]), **example} if has_id else example
 
 
 # Columns ------------------------------------------------------------------------------------------
 
 
-def plain(value: Any) -> Any:
-    """NumPy's scalars and arrays as Python's."""
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-
-
-def cell(row: Example, column: str) -> Any:
-    """What stands in a column; "a.b" is the item "b" of the dict in column "a".
+def get_value(row: Example, column: str) -> Any:
+    """Returns the value of a column; "a.b" is the item "b" of the dict in column "a".
 
     Raises:
-        ValueError: there is no such column; near ones and all there are are listed.
+        ValueError: there is no such column; the message lists similar names and all columns.
+
+    Example:
+        >>> get_value({"question": {"stem": "Why?"}}, "question.stem")
+        'Why?'
     """
-    found: Any = row
-    for part in [column] if column in row else column.split("."):
-        if not isinstance(found, Mapping) or part not in found:
+    value: Any = row
+    for key in [column] if column in row else column.split("."):
+        if not isinstance(value, Mapping) or key not in value:
             near = difflib.get_close_matches(column, row, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(map(repr, near))}; " if near else ""
             raise ValueError(f"no column {column!r}; {hint}it has {', '.join(map(repr, row))}")
-        found = found[part]
-    return plain(found)
+        value = value[key]
+    return to_python(value)
 
 
-def text(row: Example, column: str | Sequence[str], *, may_be_empty: bool = False) -> str:
-    """Text of a column, or of several with spaces between."""
-    parts = [cell(row, one) for one in ([column] if isinstance(column, str) else column)]
-    joined = " ".join(str(part) for part in parts if part is not None and str(part).strip())
-    if not joined and not may_be_empty:
-        raise BadRow("empty text", f"the text in column {column!r} is empty; write some, "
-                                   "or leave such rows out by on_bad='drop'")
-    return joined
+def get_text(row: Example, column: str | Sequence[str], *, may_be_empty: bool = False) -> str:
+    """Returns the text of a column, or the texts of several columns joined by spaces."""
+    parts = [get_value(row, name) for name in ([column] if isinstance(column, str) else column)]
+    text = " ".join(str(part) for part in parts if part is not None and str(part).strip())
+    if not text and not may_be_empty:
+        raise DroppableRowError("empty text", f"the text in column {column!r} is empty; add text, "
+                                              "or leave such rows out by on_bad_rows='drop'")
+    return text
 
 
-def _items(row: Example, column: str | Sequence[str]) -> list:
-    """A list: of a column that holds one, of the words of a text, or of several columns."""
+def _get_list(row: Example, column: str | Sequence[str]) -> list:
+    """Returns the list in a column, the words of the text in a column, or several columns."""
     if not isinstance(column, str):
-        return [cell(row, one) for one in column]
-    found = cell(row, column)
-    if isinstance(found, Mapping):
-        raise ValueError(f"column {column!r} holds a dict; name what is in it, such as "
-                         f"{f'{column}.{next(iter(found), None)}'!r}")
-    if not isinstance(found, (str, list, tuple)):
-        raise ValueError(f"column {column!r} holds {found!r}; give a list")
-    return found.split() if isinstance(found, str) else list(found)
+        return [get_value(row, name) for name in column]
+    value = get_value(row, column)
+    if isinstance(value, Mapping):
+        raise ValueError(f"column {column!r} holds a dict; name one of its items, such as "
+                         f"{f'{column}.{next(iter(value), None)}'!r}")
+    if not isinstance(value, (str, list, tuple)):
+        raise ValueError(f"column {column!r} holds {value!r}; give a list")
+    return value.split() if isinstance(value, str) else list(value)
 
 
-# Kinds --------------------------------------------------------------------------------------------
-
-Number = Callable[[Any], float]
+# Task types ---------------------------------------------------------------------------------------
 
 
-def _classification(row: Example, columns: Columns, number: Number) -> Example:
-    example: Example = {"text": text(row, columns["text"])}
+def _classification(row: Example, columns: Columns, encode_label: EncodeLabel) -> Example:
+    example: Example = {"text": get_text(row, columns["text"])}
     if "text_b" in columns:
-        example["text_b"] = text(row, columns["text_b"])
-    return {**example, "label": number(cell(row, columns["label"]))}
+        example["text_b"] = get_text(row, columns["text_b"])
+    return {**example, "label": encode_label(get_value(row, columns["label"]))}
 
 
-def _choices(row: Example, column: str | Sequence[str]) -> list[str]:
-    """The choices in a column that holds a list, as JSON too, or in several columns."""
-    found = cell(row, column) if isinstance(column, str) else None
-    if isinstance(found, str):
-        try:
-            found = json.loads(found)
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, list):
-            raise ValueError(f"column {column!r} holds the text {cell(row, column)!r}; give a list "
-                             'such as ["yes", "no"], or name a column for each choice')
-    else:
-        found = _items(row, column)
-    return ["" if choice is None else str(choice) for choice in found]
-
-
-def _multiple_choice(row: Example, columns: Columns, number: Number) -> Example:
-    choices = _choices(row, columns["choices"])
+def _multiple_choice(row: Example, columns: Columns, encode_label: EncodeLabel) -> Example:
+    choices = _get_choices(row, columns["choices"])
     if len(choices) < 2:
-        raise ValueError(f"{len(choices)} choices in {columns['choices']!r}; give at least 2")
+        raise ValueError(f"there are {len(choices)} choices in {columns['choices']!r}; give at "
+                         "least 2")
     if not all(map(str.strip, choices)):
-        raise BadRow("empty text", f"one of the choices {choices} is empty; write some")
-    label = number(cell(row, columns["label"]))
+        raise DroppableRowError("empty text", f"one of the choices {choices} is empty; add text")
+    label = encode_label(get_value(row, columns["label"]))
     if label >= len(choices):
-        raise ValueError(f"label {label} of {len(choices)} choices; count from 0")
-    context = text(row, columns["text"], may_be_empty=True) if "text" in columns else ""
+        raise ValueError(f"label {label} is out of range for {len(choices)} choices, counted "
+                         "from 0")
+    context = get_text(row, columns["text"], may_be_empty=True) if "text" in columns else ""
     return {"text": context, "choices": choices, "label": label}
 
 
-def choice_number(value: Any) -> int:
-    """0 for 0, "0" or "A".
+def _get_choices(row: Example, column: str | Sequence[str]) -> list[str]:
+    """Returns the choices: a list or a JSON list in one column, or several columns."""
+    choices = get_value(row, column) if isinstance(column, str) else None
+    if isinstance(choices, str):
+        try:
+            choices = json.loads(choices)
+        except (ValueError, RecursionError):
+            choices = None
+        if not isinstance(choices, list):
+            raise ValueError(f"column {column!r} holds the text {get_value(row, column)!r}; give a "
+                             'list such as ["yes", "no"], or name a column for each choice')
+    else:
+        choices = _get_list(row, column)
+    return ["" if choice is None else str(choice) for choice in choices]
 
-    Raises:
-        ValueError: it is neither a number nor a letter.
-    """
-    word = as_word(value)
-    if word in ("", "-1"):
-        raise BadRow(NO_LABEL, f"the label {word!r} stands for none")
-    if len(word) == 1 and "A" <= word <= "Z":
-        return ord(word) - ord("A")
-    if not word.isdecimal():
-        raise ValueError(f"label {word!r} names no choice; give its number from 0, or its letter")
-    return int(word)
 
-
-def _token_classification(row: Example, columns: Columns, number: Number) -> Example:
-    words = [str(word) for word in _items(row, columns["words"])]
-    tags = _items(row, columns["tags"])
+def _token_classification(row: Example, columns: Columns, encode_label: EncodeLabel) -> Example:
+    words = [str(word) for word in _get_list(row, columns["words"])]
+    tags = _get_list(row, columns["tags"])
     if not words or not all(map(str.strip, words)):
-        raise BadRow("empty text", f"no word, or an empty one, in {columns['words']!r}")
+        raise DroppableRowError("empty text",
+                                f"column {columns['words']!r} has no words or an empty word")
     if len(words) != len(tags):
-        raise ValueError(f"{len(words)} words but {len(tags)} tags; give each word one")
-    return {"words": words, "tags": [number(tag) for tag in tags]}
+        raise ValueError(f"there are {len(words)} words but {len(tags)} tags; give one tag for "
+                         "each word")
+    return {"words": words, "tags": [encode_label(tag) for tag in tags]}
 
 
-def _question_answering(row: Example, columns: Columns, number: Number) -> Example:
-    del number
-    context = text(row, columns["context"])
-    answers = _answers(row, columns)
+def _question_answering(row: Example, columns: Columns, encode_label: EncodeLabel) -> Example:
+    del encode_label
+    context = get_text(row, columns["context"])
+    answers = _get_answers(row, columns)
     for answer in answers:
-        wanted, start = answer["text"], answer["start"]
-        found = context[max(start, 0):max(start, 0) + len(wanted)]
-        if start < 0 or not wanted or found != wanted:
-            raise BadRow("answer not in its context", (
-                f"the answer {wanted!r} does not stand at {start} of the context, but {found!r}; "
-                "mend its start, or leave such rows out by on_bad='drop'"))
-    return {"question": text(row, columns["question"]), "context": context, "answers": answers}
+        expected, start = answer["text"], answer["start"]
+        found = context[max(start, 0):max(start, 0) + len(expected)]
+        if start < 0 or not expected or found != expected:
+            raise DroppableRowError("answer not in its context", (
+                f"the answer {expected!r} is not at character {start} of the context, which has "
+                f"{found!r} there; fix its start, or leave such rows out by on_bad_rows='drop'"))
+    return {"question": get_text(row, columns["question"]), "context": context, "answers": answers}
 
 
-def _answers(row: Example, columns: Columns) -> list[dict]:
+def _get_answers(row: Example, columns: Columns) -> list[dict]:
     if "answers" not in columns:
-        answer = text(row, columns["answer"], may_be_empty=True)
-        return [{"text": answer, "start": _start(cell(row, columns["start"]))}] if answer else []
-    found = cell(row, columns["answers"]) or []
+        answer = get_text(row, columns["answer"], may_be_empty=True)
+        if not answer:
+            return []
+        return [{"text": answer, "start": _get_start(get_value(row, columns["start"]))}]
+    answers = get_value(row, columns["answers"]) or []
     try:
-        if isinstance(found, Mapping):  # lists side by side
-            starts = found["answer_start" if "answer_start" in found else "start"]
-            pairs = list(zip(plain(found["text"]), plain(starts), strict=True))
+        if isinstance(answers, Mapping):  # a list of texts and a list of starts
+            starts = answers["answer_start" if "answer_start" in answers else "start"]
+            pairs = list(zip(to_python(answers["text"]), to_python(starts), strict=True))
         else:
-            pairs = [(one["text"], one["answer_start" if "answer_start" in one else "start"])
-                     for one in found]
+            pairs = [(answer["text"], answer["answer_start" if "answer_start" in answer
+                                             else "start"]) for answer in answers]
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"the answers are {found}; give a list of {{'text', 'start'}}, or a list "
-                         "'text' and one as long of 'answer_start'") from None
-    return [{"text": str(answer), "start": _start(start)} for answer, start in pairs]
+        raise ValueError(f"the answers are {answers}; give a list of {{'text', 'start'}}, or a "
+                         "list 'text' and a list 'answer_start' of the same length") from None
+    return [{"text": str(text), "start": _get_start(start)} for text, start in pairs]
 
 
-def _start(value: Any) -> int:
-    word = as_word(value)
-    if not _is_integer(word):
-        raise ValueError(f"the answer's start is {word!r}; give the number of its first character")
-    return int(word)
+def _get_start(value: Any) -> int:
+    start = label_text(value)
+    if not is_integer(start):
+        raise ValueError(f"the start of an answer is {start!r}; give the index of its first "
+                         "character")
+    return int(start)
 
 
-def _seq2seq(row: Example, columns: Columns, number: Number) -> Example:
-    del number
-    return {side: text(row, columns[side]) for side in ("source", "target")}
+def _seq2seq(row: Example, columns: Columns, encode_label: EncodeLabel) -> Example:
+    del encode_label
+    return {side: get_text(row, columns[side]) for side in ("source", "target")}
 
 
-READERS = {
+CONVERTERS = {
     "classification": _classification,
     "regression": _classification,
     "multiple_choice": _multiple_choice,
@@ -293,43 +217,4 @@ READERS = {
     "question_answering": _question_answering,
     "seq2seq": _seq2seq,
 }
-
-
-def canonical(kind: str, row: Example, columns: Columns, number: Number) -> Example:
-    """The example of a row.
-
-    Args:
-        columns: canonical names of `kind`, and "id" if the set has one, -> columns of the row.
-        number: the class, score or choice that a label stands for.
-
-    Raises:
-        BadRow: it may be left out: an empty text, no label, an answer that is not in its context.
-        ValueError: a column is missing, or a value is not what it should be.
-    """
-    example = READERS[kind](row, columns, number)
-    has_id = columns.get("id") in row  # validation may lack it
-    return {"id": cell(row, columns["id"]), **example} if has_id else example
-
-
-def score(low: float, high: float) -> Number:
-    """Reads the label of a regression.
-
-    Raises:
-        ValueError: it is no number from `low` to `high`.
-    """
-    def read(value: Any) -> float:
-        word = as_word(value)
-        if not word:
-            raise BadRow("empty label", "the label is empty; write one")
-        try:
-            number = float(word)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"label {word!r} is not a number; mend the row")
-        if not low <= number <= high:
-            raise ValueError(f"label {number} is outside the range {low} to {high}; "
-                             "mend the row, or the label_range")
-        return number
-
-    return read
+"""Task type -> function that converts a row."""

@@ -1,4 +1,4 @@
-"""The train and validation rows of an annotated set, as they stand in their source."""
+"""The training and validation rows of a labeled dataset, before conversion to examples."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -7,72 +7,101 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transformer_jax.data import rows as rows
-from transformer_jax.data import sources
-from transformer_jax.data.known_datasets import KnownDataset
+from transformer_jax.data import rows, sources
+from transformer_jax.data.known_datasets import HubSource, KnownDataset
+from transformer_jax.data.labels import label_text
 from transformer_jax.data.sources import Example
 
 
 class Split(NamedTuple):
-    """Rows as they stand in the source, and how to name one in a message."""
+    """The rows of one split, as they are in their source.
+
+    Attributes:
+        rows: the rows, with random access.
+        describe: `describe(i)` says in an error message where row i comes from.
+        class_names: column -> names of its classes, for the columns of integers with class names.
+    """
 
     rows: Sequence[Example]
-    where: Callable[[int], str]
+    describe: Callable[[int], str]
     class_names: Mapping[str, tuple[str, ...]]
 
     def take(self, indices: Sequence[int]) -> "Split":
+        """Returns the split with only the rows at these indices."""
         return Split([self.rows[int(i)] for i in indices],
-                     lambda i: self.where(int(indices[i])), self.class_names)
+                     lambda i: self.describe(int(indices[i])), self.class_names)
 
 
-def values(split: Split, column: str) -> list:
-    """What stands in a column, row by row.
+def column_values(split: Split, column: str) -> list:
+    """Returns the values of a column in all rows.
 
     Raises:
-        ValueError: a row does not have it; the row is named.
+        ValueError: a row has no such column.
     """
-    found = []
+    values = []
     for i in range(len(split.rows)):
         try:
-            found.append(rows.cell(split.rows[i], column))
+            values.append(rows.get_value(split.rows[i], column))
         except ValueError as error:
-            raise ValueError(f"{split.where(i)}: {error}") from None
-    return found
+            raise ValueError(f"{split.describe(i)}: {error}") from None
+    return values
+
+
+TRAIN_WORDS = ("train", "training")
+VALIDATION_WORDS = ("validation", "valid", "val", "dev", "trial", "test")
+"""Words in the names of files and splits, in the order in which they are looked for."""
+
+
+def names_with(word: str, names: Sequence[str]) -> list[str]:
+    """Returns the names that contain a word between characters that are no letters."""
+    return [name for name in names if word in re.split(r"[^a-z]+", name.lower())]
 
 
 # Files --------------------------------------------------------------------------------------------
 
-# Words in the names of files, the first that is found counts.
-TRAIN = ("train", "training")
-VALIDATION = ("validation", "valid", "val", "dev", "trial", "test")
 
-
-def files(
-    path: Path, validation: str | Path | None, own_split: bool,
+def load_files(
+    path: Path, validation: str | Path | None, train_only: bool,
     header: Sequence[str] | None, validation_header: Sequence[str] | None,
 ) -> list[Split]:
-    """Train and validation of a file or folder; train alone if it is to be divided.
+    """Loads the training and validation split from a file or folder.
+
+    Args:
+        path: a table, or a folder of tables.
+        validation: the validation file, also relative to the folder; None to choose it by name.
+        train_only: whether to load the training split alone.
+        header: column names of files without a header line.
+        validation_header: the same for the validation file.
 
     Raises:
-        FileNotFoundError: the folder has no file to train on.
-        ValueError: there is nothing to evaluate on, or several files of the folder would do.
+        FileNotFoundError: the folder has no training file.
+        ValueError: there is no validation file, or several files match.
     """
     train = path
     if path.is_dir():
         tables = _tables(path)
-        train = tables[0] if own_split and len(tables) == 1 else _file_of(path, TRAIN)
+        train = tables[0] if train_only and len(tables) == 1 else _find_file(path, TRAIN_WORDS)
     if train is None:
         raise FileNotFoundError(f"{path} has no table with the word train in its name; give the "
-                                "file itself")
-    if own_split:
-        return [_file(train, header)]
-    test = (path / validation if path.is_dir() and (path / validation).is_file()
-            else Path(validation)) if validation else (
-        _file_of(path, VALIDATION) if path.is_dir() else None)
+                                "path of the file itself")
+    if train_only:
+        return [load_file(train, header)]
+    if validation is None:
+        test = _find_file(path, VALIDATION_WORDS) if path.is_dir() else None
+    else:
+        in_folder = path.is_dir() and (path / validation).is_file()
+        test = path / validation if in_folder else Path(validation)
     if test is None:
-        raise ValueError(f"{path} has no validation split; name a file by validation, columns and "
-                         "values by held_out, or a validation_share such as 0.1")
-    return [_file(train, header), _file(test, validation_header)]
+        raise ValueError(f"{path} has no validation split; give a file as validation, the rows to "
+                         "use as validation_filter, or their fraction as validation_fraction, "
+                         "such as 0.1")
+    return [load_file(train, header), load_file(test, validation_header)]
+
+
+def load_file(path: Path, header: Sequence[str] | None) -> Split:
+    """Loads a table as a split."""
+    lines, table = zip(*sources.load_numbered_rows(path, header=header))
+    return Split(table, lambda i: f"{path} line {lines[i]}", {})
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -80,87 +109,105 @@ def _tables(folder: Path) -> list[Path]:
             and file.name.removesuffix(".gz").endswith((*sources.TABLE_SUFFIXES, ".txt"))]
 
 
-def _file_of(folder: Path, words: Sequence[str]) -> Path | None:
-    for word in words:
-        found = [file for file in _tables(folder)
-                 if word in re.split(r"[^a-z]+", file.name.lower())]
-        if len(found) > 1:
-            raise ValueError(f"{folder} has {len(found)} tables with the word {word} in their "
-                             f"names, {', '.join(file.name for file in found)}; give one file")
-        if found:
-            return found[0]
+def _find_file(folder: Path, search_words: Sequence[str]) -> Path | None:
+    """Returns the table of a folder with the first of these words that is in the name of any."""
+    for word in search_words:
+        names = names_with(word, [file.name for file in _tables(folder)])
+        if len(names) > 1:
+            raise ValueError(f"{folder} has {len(names)} tables with the word {word} in their "
+                             f"names, {', '.join(names)}; give the path of one file")
+        if names:
+            return folder / names[0]
     return None
 
 
-def _file(path: Path, header: Sequence[str] | None) -> Split:
-    lines, found = zip(*sources.numbered_rows(path, header=header))
-    return Split(found, lambda i: f"{path} line {lines[i]}", {})
+# Dataset libraries --------------------------------------------------------------------------------
 
 
-# Libraries ----------------------------------------------------------------------------------------
-
-
-def library(
-    spec: str, named: KnownDataset | None, config: str | None, data_dir: str | Path | None,
-    download: bool, split: str, may_be_single: bool,
+def load_library_split(
+    spec: str, known: KnownDataset | None, config: str | None, data_dir: str | Path | None,
+    download: bool, split: str, train_only: bool,
 ) -> Split:
-    """A split of TFDS, Hugging Face or ours.
+    """Loads a split of "tfds:NAME", "hf:NAME" or "python_docs/CONFIG".
 
     Args:
-        may_be_single: a folder that knows no splits will do.
+        spec: name of the dataset.
+        known: its description, if it has one.
+        config: config of an "hf:" dataset.
+        data_dir: folder of TFDS's data.
+        download: whether TFDS may download and prepare the dataset.
+        split: name of the split.
+        train_only: whether no other split is needed, so that a folder of a single
+            `datasets.Dataset` will do.
 
     Raises:
-        ValueError: no such set or split.
+        ValueError: unknown dataset or split.
     """
     prefix, _, name = spec.partition(":")
     if prefix == "tfds":
-        source = sources.tfds_source(name, split, data_dir, download)
+        source = sources.load_tfds(name, split, data_dir, download)
     elif prefix == "hf":
-        if (Path(name) / "state.json").is_file() and not may_be_single:
-            raise ValueError(f"{name} holds a single split; give held_out or validation_share, or "
-                             "save a DatasetDict")
-        path, its_config, options = named.hub if named else ("", None, {})
-        at_hub = path and not Path(name).exists()
-        source = sources.hf_source(*(
-            (path, split, config or its_config) if at_hub else (name, split, config)),
-            **(options if at_hub else {}))
+        if (Path(name) / "state.json").is_file() and not train_only:
+            raise ValueError(f"{name} holds a single split; give validation_filter or "
+                             "validation_fraction, or save a DatasetDict")
+        hub = known.hub if known else HubSource()
+        if hub.path and not Path(name).exists():
+            source = sources.load_hf(hub.path, split, config or hub.config, **hub.options)
+        else:
+            source = sources.load_hf(name, split, config)
     else:
         source = sources.load_source(spec, split)
     return Split(source, lambda i: f"{spec} {split} example {i}",
-                  getattr(source, "class_names", {}))
+                 getattr(source, "class_names", {}))
 
 
-# By rows ------------------------------------------------------------------------------------------
+# Held-out rows ------------------------------------------------------------------------------------
 
 
-def divide(
-    train: Split, held_out: Mapping[str, Collection] | None, share: float | None, seed: int
+def hold_out(
+    train: Split, validation_filter: Mapping[str, Collection] | None, fraction: float | None,
+    seed: int,
 ) -> list[Split]:
-    """The rows to train on, and those to evaluate on.
+    """Divides the rows of a split into training and validation rows.
+
+    Args:
+        train: all rows.
+        validation_filter: column -> values: the rows with one of these values in every column
+            are the validation rows.
+        fraction: without `validation_filter`, the fraction of rows to draw.
+        seed: seed of the draw.
 
     Raises:
-        ValueError: a row lacks a column of `held_out`, or one side has no rows.
+        ValueError: a row has no such column, `fraction` is not between 0 and 1, or one of the two
+            splits would be empty.
+
+    Example:
+        >>> rows = Split([{"fold": i % 2} for i in range(4)], str, {})
+        >>> train, validation = hold_out(rows, {"fold": [1]}, fraction=None, seed=0)
+        >>> validation.rows
+        [{'fold': 1}, {'fold': 1}]
     """
-    count = len(train.rows)
-    if held_out is not None:
-        wanted = {column: {values} if isinstance(values, str) else set(map(rows.as_word, values))
-                  for column, values in held_out.items()}
-        out = np.asarray([_holds(train, i, wanted) for i in range(count)])
-        what = f"held_out {dict(held_out)}"
+    num_rows = len(train.rows)
+    if validation_filter is not None:
+        allowed = {column: {values} if isinstance(values, str) else set(map(label_text, values))
+                   for column, values in validation_filter.items()}
+        is_validation = np.asarray([_matches(train, i, allowed) for i in range(num_rows)])
+        option = f"validation_filter {dict(validation_filter)}"
     else:
-        if not 0 < share < 1:
-            raise ValueError(f"validation_share is {share}; give a share between 0 and 1")
-        out = np.random.default_rng(seed).permutation(count) < round(share * count)
-        what = f"validation_share {share}"
-    if out.all() or not out.any():
-        raise ValueError(f"{what} takes {out.sum()} of {count} rows; leave some for training and "
-                         "some for validation")
-    return [train.take(np.flatnonzero(~out)), train.take(np.flatnonzero(out))]
+        if not 0 < fraction < 1:
+            raise ValueError(f"validation_fraction is {fraction}; it must be between 0 and 1")
+        is_validation = (np.random.default_rng(seed).permutation(num_rows)
+                         < round(fraction * num_rows))
+        option = f"validation_fraction {fraction}"
+    if is_validation.all() or not is_validation.any():
+        raise ValueError(f"{option} selects {is_validation.sum()} of {num_rows} rows; both the "
+                         "training and the validation split need at least one row")
+    return [train.take(np.flatnonzero(~is_validation)), train.take(np.flatnonzero(is_validation))]
 
 
-def _holds(split: Split, i: int, wanted: Mapping[str, Collection[str]]) -> bool:
+def _matches(split: Split, i: int, allowed: Mapping[str, Collection[str]]) -> bool:
     try:
-        return all(rows.as_word(rows.cell(split.rows[i], column)) in values
-                   for column, values in wanted.items())
+        return all(label_text(rows.get_value(split.rows[i], column)) in values
+                   for column, values in allowed.items())
     except ValueError as error:
-        raise ValueError(f"{split.where(i)}: {error}") from None
+        raise ValueError(f"{split.describe(i)}: {error}") from None

@@ -1,12 +1,15 @@
-"""Tokenized corpora on disk: made in parts that survive an interruption, checked, read by need.
+"""Tokenized corpora on disk: written in shards, verified by checksum, and read on demand.
 
-A folder holds numbered parts, each of so many documents, and prepared.json, written last. A part is
+A cache folder contains numbered shards, each with the tokens of a fixed number of documents, and an
+index, prepared.json, which is written last. The files of a shard are
 
-    part-00000.array_record    its tokens, in records of `BLOCK`
-    part-00000.npz             where documents and sentences begin
-    part-00000.json            the digests of both and of its texts, and the options; written last
+    part-00000.array_record    its tokens, in records of `TOKENS_PER_RECORD`
+    part-00000.npz             the offsets at which documents and sentences begin
+    part-00000.json            checksums of these files and of the texts, and the options; written
+                               last
 
-Preparing again goes on behind the parts that are whole and of the same texts and options.
+A tokenization that was interrupted continues after the last complete shard: shards that are intact
+and belong to the same texts and options are not tokenized again.
 """
 
 import hashlib
@@ -22,93 +25,135 @@ from transformer_jax import storage
 from transformer_jax.data.packing import Corpus, tokenize_corpus
 from transformer_jax.data.tokenizers import Tokenizer
 
-BLOCK = 8192  # tokens of a record
-NAME = "prepared.json"
+TOKENS_PER_RECORD = 8192
+INDEX_FILE = "prepared.json"
 
 
 def tokenize_to_cache(
-    source: Sequence[Mapping], tokenizer: Tokenizer, folder: str | Path, *, text_key: str = "text",
-    eos_id: int | None = None, sentences: bool = True, documents: int = 10_000,
+    source: Sequence[Mapping],
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    text_key: str = "text",
+    eos_id: int | None = None,
+    one_sentence_per_line: bool = True,
+    documents_per_shard: int = 10_000,
     quiet: bool = False,
 ) -> Corpus:
-    """`tokenize_corpus`, kept in `folder`; what is there already is used.
+    """Tokenizes a source into a cache folder, or reuses the shards that are already in it.
 
     Args:
-        documents: of a part.
+        source: sequence of examples.
+        tokenizer: the tokenizer.
+        folder: the cache folder; created if necessary.
+        text_key: key of the text in an example.
+        eos_id: id that is appended to every document; see `packing.tokenize_corpus`.
+        one_sentence_per_line: whether each line is a sentence; see `packing.tokenize_corpus`.
+        documents_per_shard: number of documents in a shard.
+        quiet: whether to print no progress.
+
+    Returns:
+        The corpus. Its tokens stay on disk and are read on demand.
 
     Raises:
-        ValueError: the folder holds a corpus of other texts or another tokenizer; or as
-            `tokenize_corpus`.
+        ValueError: the folder has a cache with another tokenizer or other options, no example
+            contains a token, or an example has no `text_key`.
+
+    Example:
+        >>> import tempfile
+        >>> from transformer_jax.data import tokenizers
+        >>> source = [{"text": "ab"}, {"text": "bab"}]
+        >>> tokenizer = tokenizers.train_chars(["ab"])
+        >>> corpus = tokenize_to_cache(source, tokenizer, tempfile.mkdtemp(), quiet=True)
+        >>> corpus.tokens[:].tolist(), corpus.document_starts.tolist()
+        ([2, 3, 3, 2, 3], [0, 2, 5])
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # These keys, and "parts" below, are part of the file format.
     options = {"tokenizer": tokenizer.fingerprint(), "text_key": text_key, "eos_id": eos_id,
-               "sentences": sentences, "documents": documents, "examples": len(source)}
-    if (folder / NAME).is_file():
-        saved = _read_json(folder / NAME)["options"]
+               "sentences": one_sentence_per_line, "documents": documents_per_shard,
+               "examples": len(source)}
+    if (folder / INDEX_FILE).is_file():
+        saved = _load_json(folder / INDEX_FILE)["options"]
         changed = [name for name in options if saved.get(name) != options[name]]
         if changed:
-            name = changed[0]
-            raise ValueError(f"the corpus in {folder} was prepared with another {name} "
-                             f"({saved.get(name)}, not {options[name]}); give another folder, or "
-                             "delete it")
-    parts = []
-    for number, begin in enumerate(range(0, len(source), documents)):
-        texts = [source[i] for i in range(begin, min(begin + documents, len(source)))]
+            key = changed[0]
+            name = {"sentences": "one_sentence_per_line", "documents": "documents_per_shard"}.get(
+                key, key)
+            raise ValueError(f"the cache in {folder} was made with another {name} "
+                             f"({saved.get(key)}, not {options[key]}); give another folder, or "
+                             "delete this one")
+    shards = []
+    for number, begin in enumerate(range(0, len(source), documents_per_shard)):
+        end = min(begin + documents_per_shard, len(source))
+        texts = [source[i] for i in range(begin, end)]
         digest = _digest_texts(texts, text_key)
         stem = folder / f"part-{number:05d}"
-        found = _part(stem)
-        if found is None or (found["options"], found["texts"]) != (options, digest):
-            found = _write(stem, texts, tokenizer, options, digest)
+        shard = _load_intact_shard(stem)
+        if shard is None or (shard["options"], shard["texts"]) != (options, digest):
+            shard = _save_shard(stem, texts, tokenizer, options, digest)
             if not quiet:
-                print(f"{folder}: {min(begin + documents, len(source)):,} of {len(source):,} "
-                      "documents", flush=True)
-        parts.append(found)
-    if not sum(part["tokens"] for part in parts):
-        raise ValueError(f"the {len(source)} examples give 0 tokens; give at least one with text")
-    _write_json(folder / NAME, {"options": options, "parts": parts})
+                print(f"{folder}: {end:,} of {len(source):,} documents", flush=True)
+        shards.append(shard)
+    if not sum(shard["tokens"] for shard in shards):
+        raise ValueError(f"the {len(source)} examples contain 0 tokens; give at least one with "
+                         "text")
+    _save_json(folder / INDEX_FILE, {"options": options, "parts": shards})
     return load_token_cache(folder, tokenizer)
 
 
 def load_token_cache(folder: str | Path, tokenizer: Tokenizer | None = None) -> Corpus:
-    """A corpus that `prepare` made. Its tokens are read when they are asked for.
+    """Loads a corpus that `tokenize_to_cache` wrote; its tokens are read from disk on demand.
+
+    Args:
+        folder: the cache folder.
+        tokenizer: the tokenizer that the cache must have been made with; None for any.
 
     Raises:
-        FileNotFoundError: it is not there, or not all of it.
-        ValueError: a file is not what was written, or it is of another tokenizer.
+        FileNotFoundError: the folder has no complete cache.
+        ValueError: a file is corrupted, or the cache was made with another tokenizer.
     """
     folder = Path(folder)
-    if not (folder / NAME).is_file():
-        raise FileNotFoundError(f"{folder} has no {NAME}; prepare the corpus, which goes on where "
-                                "it was cut off")
-    found = _read_json(folder / NAME)
-    if tokenizer is not None and found["options"]["tokenizer"] != tokenizer.fingerprint():
-        raise ValueError(f"the corpus in {folder} is of another tokenizer; give the one it was "
-                         "prepared with, or prepare it again")
-    offset, documents, sentences, readers = 0, [], [], []
-    for number, part in enumerate(found["parts"]):
+    if not (folder / INDEX_FILE).is_file():
+        raise FileNotFoundError(f"{folder} has no {INDEX_FILE}; run tokenize_to_cache, which "
+                                "continues after the last complete shard")
+    index = _load_json(folder / INDEX_FILE)
+    if tokenizer is not None and index["options"]["tokenizer"] != tokenizer.fingerprint():
+        raise ValueError(f"the cache in {folder} was made with another tokenizer; give that "
+                         "tokenizer, or another folder")
+    offset, documents, sentences, files = 0, [], [], []
+    for number, shard in enumerate(index["parts"]):
         stem = folder / f"part-{number:05d}"
-        for suffix, digest in part["digests"].items():
+        for suffix, digest in shard["digests"].items():
             file = stem.with_suffix(suffix)
             if not file.is_file() or storage.sha256(file) != digest:
-                raise ValueError(f"{file} is not what was written; prepare the corpus again, which "
-                                 "makes this part anew")
+                raise ValueError(f"{file} is corrupted: its checksum does not match; run "
+                                 "tokenize_to_cache again, which rewrites this shard")
         with np.load(stem.with_suffix(".npz")) as starts:
             documents.append(starts["documents"][:-1] + offset)
             sentences.append(starts["sentences"][:-1] + offset)
-        readers.append((offset, stem.with_suffix(".array_record")))
-        offset += part["tokens"]
-    last = np.array([offset])
-    return Corpus(Tokens(readers, offset, np.dtype(found["parts"][0]["dtype"])),
-                  np.concatenate([*documents, last]), np.concatenate([*sentences, last]))
+        files.append((offset, stem.with_suffix(".array_record")))
+        offset += shard["tokens"]
+    end = np.array([offset])
+    return Corpus(CachedTokens(files, offset, np.dtype(index["parts"][0]["dtype"])),
+                  np.concatenate([*documents, end]), np.concatenate([*sentences, end]))
 
 
-class Tokens:
-    """A flat array of tokens in records of `BLOCK`, indexed by slices and arrays of integers."""
+class CachedTokens:
+    """The tokens of a cache as a one-dimensional array that is read from disk on demand.
 
-    def __init__(self, parts: Sequence[tuple[int, Path]], length: int, dtype: np.dtype):
-        self._begins = np.array([begin for begin, _ in parts])
-        self._files = [file for _, file in parts]
+    It is indexed by slices and integer arrays.
+
+    Args:
+        files: (offset of the first token, array_record file) of each shard.
+        length: total number of tokens.
+        dtype: dtype of the tokens.
+    """
+
+    def __init__(self, files: Sequence[tuple[int, Path]], length: int, dtype: np.dtype):
+        self._offsets = np.array([offset for offset, _ in files])
+        self._files = [file for _, file in files]
         self._length, self.dtype = length, dtype
         self._readers: dict[int, Any] = {}
 
@@ -116,65 +161,72 @@ class Tokens:
         return self._length
 
     def __getstate__(self):
-        return self.__dict__ | {"_readers": {}}  # readers stay in their process
+        return self.__dict__ | {"_readers": {}}  # open files cannot be sent to another process
 
     def __getitem__(self, index) -> np.ndarray:
         if isinstance(index, slice):
             index = np.arange(*index.indices(self._length))
-        at = np.asarray(index)
-        part = np.searchsorted(self._begins, at, side="right") - 1
-        record, place = np.divmod(at - self._begins[part], BLOCK)
-        # Number of a record among those that are read, for each token.
-        keys, which = np.unique(part * 2**32 + record, return_inverse=True)
-        blocks = np.zeros((len(keys), BLOCK), self.dtype)
+        positions = np.asarray(index)
+        shard = np.searchsorted(self._offsets, positions, side="right") - 1
+        record, place = np.divmod(positions - self._offsets[shard], TOKENS_PER_RECORD)
+        # Each record is read once; `block_of` is the index of each token's record in `blocks`.
+        keys, block_of = np.unique(shard * 2**32 + record, return_inverse=True)
+        blocks = np.zeros((len(keys), TOKENS_PER_RECORD), self.dtype)
         for number in np.unique(keys >> 32):
-            mine = np.flatnonzero(keys >> 32 == number)
-            read = self._reader(int(number)).read((keys[mine] & (2**32 - 1)).tolist())
-            for row, data in zip(mine, read):
+            in_shard = np.flatnonzero(keys >> 32 == number)
+            records = self._reader(int(number)).read((keys[in_shard] & (2**32 - 1)).tolist())
+            for block, data in zip(in_shard, records):
                 tokens = np.frombuffer(data, self.dtype)
-                blocks[row, : len(tokens)] = tokens
-        return blocks[which.reshape(at.shape), place]
+                blocks[block, : len(tokens)] = tokens
+        return blocks[block_of.reshape(positions.shape), place]
 
-    def _reader(self, part: int):
-        if part not in self._readers:
-            self._readers[part] = array_record_module.ArrayRecordReader(str(self._files[part]))
-        return self._readers[part]
+    def _reader(self, shard: int):
+        if shard not in self._readers:
+            self._readers[shard] = array_record_module.ArrayRecordReader(str(self._files[shard]))
+        return self._readers[shard]
 
 
-def _write(stem: Path, texts: Sequence[Mapping], tokenizer, options, digest: str) -> dict[str, Any]:
-    """One part, its description last."""
+# Shards -------------------------------------------------------------------------------------------
+
+
+def _save_shard(
+    stem: Path, texts: Sequence[Mapping], tokenizer: Tokenizer, options: Mapping[str, Any],
+    digest: str,
+) -> dict[str, Any]:
+    """Tokenizes and saves a shard; returns its metadata, which is saved last."""
     try:
         corpus = tokenize_corpus(texts, tokenizer, text_key=options["text_key"],
-                                 eos_id=options["eos_id"], sentences=options["sentences"])
+                                 eos_id=options["eos_id"],
+                                 one_sentence_per_line=options["sentences"])
         tokens, documents, sentences = (corpus.tokens, corpus.document_starts,
                                         corpus.sentence_starts)
     except ValueError as error:
-        if "give 0 tokens" not in str(error):
+        if "contain 0 tokens" not in str(error):
             raise
         tokens = np.zeros(0, np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
         documents = sentences = np.zeros(1, np.int64)
     records = stem.with_suffix(".array_record")
     writer = array_record_module.ArrayRecordWriter(str(records), "group_size:1,uncompressed")
-    for begin in range(0, len(tokens), BLOCK):
-        writer.write(tokens[begin : begin + BLOCK].tobytes())
+    for begin in range(0, len(tokens), TOKENS_PER_RECORD):
+        writer.write(tokens[begin : begin + TOKENS_PER_RECORD].tobytes())
     writer.close()
     np.savez(stem.with_suffix(".npz"), documents=documents, sentences=sentences)
-    found = {"options": options, "texts": digest, "tokens": len(tokens), "dtype": str(tokens.dtype),
+    shard = {"options": options, "texts": digest, "tokens": len(tokens), "dtype": str(tokens.dtype),
              "digests": {suffix: storage.sha256(stem.with_suffix(suffix))
                          for suffix in (".array_record", ".npz")}}
-    _write_json(stem.with_suffix(".json"), found)
-    return found
+    _save_json(stem.with_suffix(".json"), shard)
+    return shard
 
 
-def _part(stem: Path) -> dict[str, Any] | None:
-    """The description of a part that is whole."""
+def _load_intact_shard(stem: Path) -> dict[str, Any] | None:
+    """Loads the metadata of a shard; None if the shard is incomplete or corrupted."""
     try:
-        found = _read_json(stem.with_suffix(".json"))
-        whole = all(storage.sha256(stem.with_suffix(suffix)) == digest
-                    for suffix, digest in found["digests"].items())
+        shard = _load_json(stem.with_suffix(".json"))
+        is_intact = all(storage.sha256(stem.with_suffix(suffix)) == digest
+                        for suffix, digest in shard["digests"].items())
     except (OSError, ValueError, KeyError):
         return None
-    return found if whole else None
+    return shard if is_intact else None
 
 
 def _digest_texts(texts: Sequence[Mapping], text_key: str) -> str:
@@ -185,14 +237,15 @@ def _digest_texts(texts: Sequence[Mapping], text_key: str) -> str:
     return digest.hexdigest()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _load_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); delete it and prepare again") from None
+        raise ValueError(f"{file} is corrupted ({error}); delete it and run tokenize_to_cache "
+                         "again") from None
 
 
-def _write_json(file: Path, value: Any) -> None:
+def _save_json(file: Path, value: Any) -> None:
     unfinished = file.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(value))
     unfinished.replace(file)

@@ -1,35 +1,36 @@
-"""Text to ids and back, through the `tokenizers` library.
+"""Tokenizers: text to token ids and back, based on the `tokenizers` library.
 
-Three kinds can be trained, each as in the paper that made it common: byte-level BPE (GPT-2,
-section 2.2), WordPiece (BERT, section 3) and characters. Training is deterministic: the same texts
-give the same files. Trained or loaded, all are one `Tokenizer`.
+Four kinds can be trained: byte-level BPE (GPT-2, section 2.2), WordPiece (BERT, section 3),
+characters, and Unigram (Kudo 2018). Training is deterministic, so that the same texts give the same
+files, except for Unigram. Trained or loaded, every kind is a `Tokenizer`.
 """
 
 import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from transformer_jax import storage
+from transformer_jax.data import tokenizer_backends as backends
+from transformer_jax.data.tokenizer_backends import (
+    BERT_SPECIAL_TOKENS,
+    CONTINUATION_PREFIX,
+    END_OF_TEXT,
+    SEQ2SEQ_SPECIAL_TOKENS,
+    UNKNOWN_TOKEN,
+)
 
-END_OF_TEXT = "<|endoftext|>"
-UNKNOWN_CHARACTER = "<unk>"
-BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# For an encoder-decoder, in BART's order.
-SEQ2SEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
-CONTINUATION = "##"  # how WordPiece writes a piece that does not begin a word
-
-# Each role's usual names, the first one present counts.
+# Role of a special token -> its usual names; the first one in the vocabulary is used.
 ROLES = {
     "pad": ("[PAD]", "<pad>"),
-    "unk": ("[UNK]", UNKNOWN_CHARACTER),
+    "unk": ("[UNK]", UNKNOWN_TOKEN),
     "cls": ("[CLS]", "<s>"),
     "sep": ("[SEP]", "</s>"),
     "mask": ("[MASK]", "<mask>"),
@@ -39,42 +40,69 @@ ROLES = {
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A thin face of `tokenizers.Tokenizer`, which is there as `backend`.
+    """A thin wrapper around `tokenizers.Tokenizer`.
 
-    Special tokens written out in a text, as in "I ate an [MASK] today", become their ids.
+    A special token that is written out in a text, as in "I ate an [MASK] today", is encoded as its
+    id.
+
+    Attributes:
+        backend: the `tokenizers.Tokenizer`.
+
+    Example:
+        >>> tokenizer = train_chars(["abc"])
+        >>> tokenizer.encode("cab")
+        [4, 2, 3]
+        >>> tokenizer.decode([4, 2, 3])
+        'cab'
     """
 
     backend: Backend
 
-    def encode(self, text: str, add_special: bool = False) -> list[int]:
-        """Ids of a text; `add_special` adds what the kind wraps a text in ([CLS] ... [SEP]).
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Encodes a text as token ids.
+
+        Args:
+            text: the text.
+            add_special_tokens: whether to add the special tokens that this kind of tokenizer puts
+                around a text, as [CLS] ... [SEP].
 
         Raises:
             ValueError: the text is not a string of valid Unicode.
         """
-        return self.encode_batch([text], add_special)[0]
+        return self.encode_batch([text], add_special_tokens)[0]
 
-    def encode_batch(self, texts: Sequence[str], add_special: bool = False) -> list[list[int]]:
-        """Ids of each text, in threads; see `encode`."""
+    def encode_batch(
+        self, texts: Sequence[str], add_special_tokens: bool = False
+    ) -> list[list[int]]:
+        """Encodes texts in several threads; see `encode`."""
         try:
-            rows = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special)
+            rows = self.backend.encode_batch_fast(
+                list(texts), add_special_tokens=add_special_tokens)
         except TypeError:
             for i, text in enumerate(texts):
                 check_text(text, i)
             raise
         return [row.ids for row in rows]
 
-    def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
-        """The text of ids. BPE and characters give back exactly what was encoded."""
-        return self.backend.decode(self._inside(ids), skip_special_tokens=skip_special)
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
+        """Decodes token ids to text; for BPE and characters, exactly the text that was encoded.
 
-    def _inside(self, ids: Sequence[int] | np.ndarray) -> list[int]:
-        """The ids, all of which are in the vocabulary."""
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        return self.backend.decode(self._check_ids(ids), skip_special_tokens=skip_special_tokens)
+
+    def _check_ids(self, ids: Sequence[int] | np.ndarray) -> list[int]:
+        """Returns the ids as a list.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
         ids = np.asarray(ids, np.int64)
-        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if outside.size:
-            raise ValueError(f"token id {outside[0]} is outside the vocabulary of "
-                             f"{self.vocab_size}; decode with the tokenizer that encoded")
+        invalid = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if invalid.size:
+            raise ValueError(f"token id {invalid[0]} is outside the vocabulary of "
+                             f"{self.vocab_size}; decode with the tokenizer that encoded the text")
         return ids.tolist()
 
     @property
@@ -82,54 +110,55 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def token_id(self, token: str) -> int:
-        """The id of one token as the vocabulary spells it.
+        """Returns the id of one token, spelled as in the vocabulary.
 
         Raises:
             ValueError: the vocabulary has no such token.
         """
-        found = self._id(token)
-        if found is None:
+        token_id = self._id(token)
+        if token_id is None:
             raise ValueError(f"{token!r} is not among the {self.vocab_size} tokens of this "
                              "vocabulary; encode(text) splits a text into tokens that are")
-        return found
+        return token_id
 
     def _id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
 
-    def _role(self, role: str) -> int | None:
+    def _special_id(self, role: str) -> int | None:
         ids = map(self._id, ROLES[role])
-        return next((found for found in ids if found is not None), None)
+        return next((token_id for token_id in ids if token_id is not None), None)
 
-    # Ids of special tokens, None where the vocabulary has none.
-    pad_id = property(lambda self: self._role("pad"))
-    unk_id = property(lambda self: self._role("unk"))
-    cls_id = property(lambda self: self._role("cls"))
-    sep_id = property(lambda self: self._role("sep"))
-    mask_id = property(lambda self: self._role("mask"))
-    eos_id = property(lambda self: self._role("eos"))
+    # Ids of the special tokens; None if the vocabulary has no such token.
+    pad_id = property(lambda self: self._special_id("pad"))
+    unk_id = property(lambda self: self._special_id("unk"))
+    cls_id = property(lambda self: self._special_id("cls"))
+    sep_id = property(lambda self: self._special_id("sep"))
+    mask_id = property(lambda self: self._special_id("mask"))
+    eos_id = property(lambda self: self._special_id("eos"))
 
     @functools.cached_property
     def is_word_start(self) -> np.ndarray:
-        """bool [V]: whether a token begins a word, for whole-word masking.
+        """Whether each token of the vocabulary starts a word, bool [V], for whole-word masking.
 
-        WordPiece: it is no "##" continuation. Otherwise: it begins with white space (byte-level
-        BPE writes a space as "Ġ") or is special; so a word at the very front of a text counts
-        as a start only by its place.
+        In WordPiece these are the tokens without "##". In other tokenizers they are the special
+        tokens and those that begin with white space (a space is "Ġ" in byte-level BPE). There, the
+        first word of a text has no such token, so the caller must treat the first token of a text
+        as the start of a word.
         """
         tokens = [self.backend.id_to_token(i) or "" for i in range(self.vocab_size)]
         special = {t.content for t in self.backend.get_added_tokens_decoder().values()}
         if isinstance(self.backend.model, models.WordPiece):
-            return np.array([not t.startswith(CONTINUATION) for t in tokens])
-        spaces = "ĠĊĉč" if _is_byte_level(self.backend) else "▁ \n\t\r"
+            return np.array([not t.startswith(CONTINUATION_PREFIX) for t in tokens])
+        spaces = "ĠĊĉč" if backends.is_byte_level(self.backend) else "▁ \n\t\r"
         return np.array([t in special or t.startswith(tuple(spaces)) for t in tokens])
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.json and the kind's own files: vocab.txt for WordPiece, vocab.json
-        and merges.txt for BPE, vocab.json for characters."""
+        """Saves tokenizer.json and the files specific to the kind of tokenizer: vocab.txt for
+        WordPiece, vocab.json and merges.txt for BPE, vocab.json for characters."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))
-        if isinstance(self.backend.model, models.BPE) and not _is_byte_level(self.backend):
+        if isinstance(self.backend.model, models.BPE) and not backends.is_byte_level(self.backend):
             vocab = sorted(self.backend.get_vocab().items(), key=lambda item: item[1])
             text = json.dumps(dict(vocab), ensure_ascii=False)
             (directory / "vocab.json").write_text(text, encoding="utf-8")
@@ -137,12 +166,17 @@ class Tokenizer:
             self.backend.model.save(str(directory))
 
     def fingerprint(self) -> str:
-        """A digest of all that it does."""
+        """Returns a SHA-256 digest of the tokenizer's complete definition."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
 
 def check_text(text: object, i: int = 0) -> None:
-    """Refuse what is not a string of valid Unicode; `i` is its number among the texts."""
+    """Raises ValueError unless `text` is a str of valid Unicode.
+
+    Args:
+        text: the value to check.
+        i: its index among the texts, for the message.
+    """
     if not isinstance(text, str):
         raise ValueError(f"text {i} is of type {type(text).__name__}; give a str "
                          "(decode bytes as UTF-8)") from None
@@ -151,121 +185,138 @@ def check_text(text: object, i: int = 0) -> None:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"text {i} has the lone surrogate {text[error.start]!a} at character {error.start}, "
-            "which is not Unicode text; read it with the right encoding or errors='replace'"
+            "which is not valid Unicode; decode the file with the correct encoding or with "
+            "errors='replace'"
         ) from None
-
-
-def _is_byte_level(backend: Backend) -> bool:
-    return isinstance(backend.decoder, decoders.ByteLevel)
 
 
 # Training -----------------------------------------------------------------------------------------
 
 
 def train_bpe(
-    texts: Iterable[str], vocab_size: int, specials: Sequence[str] = (END_OF_TEXT,)
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,)
 ) -> Tokenizer:
-    """Byte-level BPE as in GPT-2 (section 2.2): every text has an encoding and comes back exactly.
+    """Trains a byte-level BPE tokenizer as in GPT-2 (section 2.2); it encodes any text losslessly.
 
-    The special tokens have the first ids, "<|endoftext|>" or `SEQ2SEQ_SPECIALS`; the 256 bytes
-    follow, then the merges. Small corpora may run out of pairs to merge before `vocab_size` is
-    reached. For two languages give the texts of both: one vocabulary serves encoder and decoder.
+    For translation, give the texts of both languages: encoder and decoder share the vocabulary.
+
+    Args:
+        texts: the training texts.
+        vocab_size: the largest vocabulary size; small corpora may have too few pairs to merge to
+            reach it. The special tokens have the first ids, followed by the 256 bytes and the
+            merges.
+        special_tokens: "<|endoftext|>", or `SEQ2SEQ_SPECIAL_TOKENS` for an encoder-decoder.
 
     Raises:
-        ValueError: vocab_size has no room for the bytes, or there is no text.
+        ValueError: `vocab_size` is too small for the bytes and special tokens, or there is no text.
+
+    Example:
+        >>> tokenizer = train_bpe(["low lower lowest"] * 2, vocab_size=259)
+        >>> tokenizer.decode(tokenizer.encode("slow 漢"))
+        'slow 漢'
     """
-    specials, alphabet = list(specials), sorted(pre_tokenizers.ByteLevel.alphabet())
-    _check_room(vocab_size, len(specials) + len(alphabet), "bytes and special tokens")
-    backend = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials,
+    special_tokens, alphabet = list(special_tokens), sorted(pre_tokenizers.ByteLevel.alphabet())
+    _check_vocab_size(vocab_size, len(special_tokens) + len(alphabet), "bytes and special tokens")
+    backend = backends.byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special_tokens,
                                   initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(_some(texts), trainer)
-    return Tokenizer(_end_texts(backend))
-
-
-def _end_texts(backend: Backend) -> Backend:
-    """With `add_special`, texts for an encoder-decoder end with "</s>"."""
-    end = backend.token_to_id("</s>")
-    if end is not None:
-        backend.post_processor = processors.TemplateProcessing(
-            single="$A </s>", special_tokens=[("</s>", end)])
-    return backend
+    backend.train_from_iterator(_check_texts(texts), trainer)
+    return Tokenizer(backends.append_eos(backend))
 
 
 def train_unigram(
-    texts: Iterable[str], vocab_size: int, specials: Sequence[str] = SEQ2SEQ_SPECIALS
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = SEQ2SEQ_SPECIAL_TOKENS
 ) -> Tokenizer:
-    """Unigram language model (Kudo 2018, "Subword Regularization", section 3.2) over text with
-    spaces written as "▁", as SentencePiece does. Runs of spaces become one.
+    """Trains a Unigram tokenizer (Kudo 2018, "Subword Regularization", section 3.2).
 
-    The special tokens have the first ids, one of which has to be "<unk>".
+    As in SentencePiece, a space is represented by "▁", and a run of spaces becomes one.
+
+    Args:
+        texts: the training texts.
+        vocab_size: the largest vocabulary size; the special tokens have the first ids.
+        special_tokens: the special tokens, which must include "<unk>".
 
     Raises:
-        ValueError: vocab_size has no room for special tokens and letters, or there is no text.
+        ValueError: `vocab_size` is too small for special tokens and letters, or there is no text.
     """
-    _check_room(vocab_size, len(specials) + 64, "special tokens and letters")
+    _check_vocab_size(vocab_size, len(special_tokens) + 64, "special tokens and letters")
     backend = Backend(models.Unigram())
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")])
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=list(specials), unk_token=UNKNOWN_CHARACTER,
+        vocab_size=vocab_size, special_tokens=list(special_tokens), unk_token=UNKNOWN_TOKEN,
         show_progress=False)
-    backend.train_from_iterator(_some(texts), trainer)
-    return Tokenizer(_end_texts(backend))
+    backend.train_from_iterator(_check_texts(texts), trainer)
+    return Tokenizer(backends.append_eos(backend))
 
 
 def train_wordpiece(
     texts: Iterable[str], vocab_size: int, lowercase: bool = True, max_alphabet: int = 1000
 ) -> Tokenizer:
-    """WordPiece with BERT's normalizer and word splitter (BERT, section 3).
+    """Trains a WordPiece tokenizer with BERT's normalization and word splitting (BERT, section 3).
 
-    [PAD] is id 0, then [UNK], [CLS], [SEP], [MASK]. Pieces that do not begin a word carry "##".
-    Of the characters only the `max_alphabet` most frequent are kept, and never so many that they
-    fill more than half of the vocabulary; the others become [UNK].
+    The special tokens [PAD], [UNK], [CLS], [SEP] and [MASK] have the ids 0 to 4. Tokens that
+    continue a word begin with "##".
+
+    Args:
+        texts: the training texts.
+        vocab_size: the largest vocabulary size.
+        lowercase: whether to convert text to lower case and strip accents.
+        max_alphabet: the largest number of distinct characters, the most frequent ones; other
+            characters are encoded as [UNK]. Characters take at most half of the vocabulary.
 
     Raises:
-        ValueError: vocab_size has no room for special tokens and letters, or there is no text.
+        ValueError: `vocab_size` is too small for special tokens and letters, or there is no text.
+
+    Example:
+        >>> tokenizer = train_wordpiece(["the cat sat"], vocab_size=120)
+        >>> tokenizer.decode(tokenizer.encode("The Cat"))
+        'the cat'
     """
-    room = (vocab_size - len(BERT_SPECIALS)) // 4  # each has two forms, "a" and "##a"
-    _check_room(vocab_size, len(BERT_SPECIALS) + 4 * 26, "special tokens and letters")
-    normalizer = _bert(models.WordPiece(unk_token="[UNK]"), lowercase).normalizer
-    texts = [normalizer.normalize_str(text) for text in _some(texts)]
+    # Each character has two tokens, "a" and "##a", which take at most half of the vocabulary.
+    max_characters = (vocab_size - len(BERT_SPECIAL_TOKENS)) // 4
+    _check_vocab_size(vocab_size, len(BERT_SPECIAL_TOKENS) + 4 * 26, "special tokens and letters")
+    normalizer = backends.bert(models.WordPiece(unk_token="[UNK]"), lowercase).normalizer
+    texts = [normalizer.normalize_str(text) for text in _check_texts(texts)]
     count = Counter()
     for text in texts:
         count.update(text)
     seen = (c for c in count if not c.isspace())
-    kept = sorted(sorted(seen, key=lambda c: (-count[c], c))[: min(max_alphabet, room)])
+    kept = sorted(sorted(seen, key=lambda c: (-count[c], c))[: min(max_alphabet, max_characters)])
     rare = dict.fromkeys(map(ord, set(count) - set(kept)), " ")
 
-    # The trainer numbers "##a" in the order in which its hash map comes upon it, another one in
-    # each process. Given as special tokens they are numbered first, and only the vocabulary of
-    # the trained backend is used, for which they are ordinary.
-    alphabet = [*kept, *(CONTINUATION + c for c in kept)]
-    trained = _bert(models.WordPiece(unk_token="[UNK]"), lowercase)
+    # The trainer numbers tokens such as "##a" in the order of a hash map, which differs between
+    # processes. As special tokens they come first, in a fixed order. They remain ordinary tokens,
+    # because only the vocabulary of the trained backend is used.
+    alphabet = [*kept, *(CONTINUATION_PREFIX + c for c in kept)]
+    trained = backends.bert(models.WordPiece(unk_token="[UNK]"), lowercase)
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[*BERT_SPECIALS, *alphabet], show_progress=False,
-        continuing_subword_prefix=CONTINUATION)
+        vocab_size=vocab_size, special_tokens=[*BERT_SPECIAL_TOKENS, *alphabet],
+        show_progress=False, continuing_subword_prefix=CONTINUATION_PREFIX)
     trained.train_from_iterator((text.translate(rare) for text in texts), trainer)
-    return Tokenizer(_finish_bert(trained.get_vocab(), lowercase))
+    return Tokenizer(backends.wordpiece(trained.get_vocab(), lowercase))
 
 
 def train_chars(texts: Iterable[str]) -> Tokenizer:
-    """Every character of the texts is a token; all others become "<unk>".
+    """Makes a character tokenizer: each character of the texts is a token, all others are "<unk>".
 
-    "<|endoftext|>" is id 0, "<unk>" 1, then the characters in order of their code points.
+    "<|endoftext|>" has id 0 and "<unk>" 1; the characters follow in the order of their code points.
+
+    Raises:
+        ValueError: there is no text.
     """
-    characters = sorted(set().union(*_some(texts)))
-    vocab = {token: i for i, token in enumerate((END_OF_TEXT, UNKNOWN_CHARACTER, *characters))}
-    # BPE without merges and without a word splitter: six times as fast as WordLevel.
-    backend = Backend(models.BPE(vocab, [], unk_token=UNKNOWN_CHARACTER))
+    characters = sorted(set().union(*_check_texts(texts)))
+    vocab = {token: i for i, token in enumerate((END_OF_TEXT, UNKNOWN_TOKEN, *characters))}
+    # BPE without merges and without pre-tokenization is six times as fast as WordLevel.
+    backend = Backend(models.BPE(vocab, [], unk_token=UNKNOWN_TOKEN))
     backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([END_OF_TEXT, UNKNOWN_CHARACTER])
+    backend.add_special_tokens([END_OF_TEXT, UNKNOWN_TOKEN])
     return Tokenizer(backend)
 
 
-def _some(texts: Iterable[str]) -> list[str]:
+def _check_texts(texts: Iterable[str]) -> list[str]:
     if isinstance(texts, str):
         raise ValueError("texts is one str; give a list of texts")
     texts = list(texts)
@@ -273,98 +324,53 @@ def _some(texts: Iterable[str]) -> list[str]:
         check_text(text, i)
     if not any(texts):
         raise ValueError(f"there is nothing to train on in {len(texts)} texts; "
-                         "give at least one that is not empty")
+                         "give at least one text that is not empty")
     return texts
 
 
-def _check_room(vocab_size: int, least: int, what: str) -> None:
-    if vocab_size < least:
-        raise ValueError(f"vocab_size {vocab_size} has no room for {what}; "
-                         f"use at least {least}")
-
-
-def _byte_level(model: models.BPE) -> Backend:
-    backend = Backend(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _bert(model: models.WordPiece, lowercase: bool) -> Backend:
-    backend = Backend(model)
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return backend
-
-
-def _finish_bert(vocab: dict[str, int], lowercase: bool) -> Backend:
-    backend = _bert(models.WordPiece(vocab, unk_token="[UNK]"), lowercase)
-    backend.add_special_tokens([t for t in BERT_SPECIALS if t in vocab])
-    backend.decoder = decoders.WordPiece(prefix=CONTINUATION)
-    if "[CLS]" in vocab and "[SEP]" in vocab:
-        backend.post_processor = processors.BertProcessing(
-            ("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
-    return backend
+def _check_vocab_size(vocab_size: int, minimum: int, contents: str) -> None:
+    if vocab_size < minimum:
+        raise ValueError(f"vocab_size {vocab_size} is too small for {contents}; "
+                         f"use at least {minimum}")
 
 
 # Loading ------------------------------------------------------------------------------------------
 
 
 def load(path: str | Path) -> Tokenizer:
-    """A tokenizer from a folder or one of its files.
+    """Loads a tokenizer from a folder, or from one of its files.
 
-    In this order: tokenizer.json; vocab.json with merges.txt, or encoder.json with vocab.bpe
-    (byte-level BPE); vocab.txt (WordPiece, lower-cased if no entry has a capital letter).
+    The first of these that exists is used: tokenizer.json; vocab.json with merges.txt, or
+    encoder.json with vocab.bpe (byte-level BPE); vocab.txt (WordPiece, lower-cased if no entry has
+    a capital letter).
 
     Raises:
-        FileNotFoundError: none of them is there.
-        ValueError: a file cannot be read as what its name says, or is not what was saved.
+        FileNotFoundError: none of these files exists.
+        ValueError: a file is not a tokenizer of this format, or its checksum is wrong.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> train_chars(["abc"]).save(folder)
+        >>> load(folder).encode("cab")
+        [4, 2, 3]
     """
     path = Path(path)
+    supported = ", ".join(" + ".join(names) for names in backends.LOADERS)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give a folder with one of "
-                                f"{', '.join(' + '.join(names) for names in LOADERS)}")
+        raise FileNotFoundError(f"{path} does not exist; give a folder with one of {supported}")
     folder = path if path.is_dir() else path.parent
-    if path.is_dir() and storage.has_manifest(path) and (damaged := storage.verify_manifest(path, more=True)):
-        raise ValueError(f"the tokenizer in {path} is damaged: {damaged}; save it again, or delete "
-                         f"{storage.MANIFEST} if you changed it on purpose")
-    for names, read in LOADERS.items():
+    if path.is_dir() and storage.has_manifest(path) and (
+            problem := storage.verify_manifest(path, allow_extra_files=True)):
+        raise ValueError(f"the tokenizer in {path} is corrupted: {problem}; save it again, or "
+                         f"delete {storage.MANIFEST} if you changed the files on purpose")
+    for names, load_backend in backends.LOADERS.items():
         files = [folder / name for name in names]
-        wanted = path.is_dir() or path.name in names
-        if wanted and all(file.is_file() for file in files):
+        is_selected = path.is_dir() or path.name in names
+        if is_selected and all(file.is_file() for file in files):
             try:
-                return Tokenizer(read(*map(str, files)))
+                return Tokenizer(load_backend(*map(str, files)))
             except Exception as error:  # the library raises bare Exception
                 raise ValueError(f"{files[0]} cannot be read as a tokenizer "
                                  f"({error}); save it again") from None
-    raise FileNotFoundError(f"{path} is no tokenizer; give a folder with one of "
-                            f"{', '.join(' + '.join(names) for names in LOADERS)}")
-
-
-def _load_json(path: str) -> Backend:
-    backend = Backend.from_file(path)
-    # Length and padding are the batch's business, not the text's.
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _load_bpe(vocab: str, merges: str) -> Backend:
-    backend = _byte_level(models.BPE.from_file(vocab, merges))
-    if backend.token_to_id(END_OF_TEXT) is not None:
-        backend.add_special_tokens([END_OF_TEXT])
-    return backend
-
-
-def _load_wordpiece(path: str) -> Backend:
-    vocab = models.WordPiece.read_file(path)
-    lowercase = not any(t != t.lower() for t in vocab if not t.startswith("["))
-    return _finish_bert(vocab, lowercase)
-
-
-LOADERS: dict[tuple[str, ...], Callable[..., Backend]] = {
-    ("tokenizer.json",): _load_json,
-    ("vocab.json", "merges.txt"): _load_bpe,
-    ("encoder.json", "vocab.bpe"): _load_bpe,
-    ("vocab.txt",): _load_wordpiece,
-}
+    raise FileNotFoundError(f"{path} has no tokenizer; give a folder with one of {supported}")

@@ -1,11 +1,12 @@
-"""Which parameters a fine-tuning run trains, and the PEFT parameters that it adds."""
+"""Fine-tuning: trainable specs, PEFT parameters, quantization of frozen weights, saved adapters."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "adapter_io", "feature_cache", "multi_adapter", "peft", "quantize", "select",
+        "adapter_io", "feature_cache", "multi_adapter", "peft", "peft_options", "quantize",
+        "select",
     ],
     submod_attrs={
         "adapter_io": ["apply_adapter", "load_adapter", "save_adapter"],

@@ -1,11 +1,12 @@
-"""One base, many tasks: what a fine-tuning trained, apart from the base that it was trained on.
+"""Saves and loads adapters: the trained parameters of a fine-tuning run, without the base model.
 
-    save_delta(folder, params, mask, base, recipe="lora:8", task="sst2", label_names=["no", "yes"])
-    params = apply_delta(base, load_delta(folder, base))     # deltas.merge makes it a plain model
+    save_adapter(folder, params, mask, base, spec="lora:8", task="sst2", label_names=["no", "yes"])
+    params = apply_adapter(base, load_adapter(folder, base))  # `peft.merge` gives a plain model
 
-A folder has `delta.json`, the manifest, and the safetensors file that it names. A delta holds what
-trained, and all that the base's fingerprint leaves out; that of `full` is as large as the base.
-`finetuning.multi_adapter` runs several tasks in one batch.
+A folder contains a JSON manifest and the safetensors file that it names. An adapter holds all
+trained parameters, and also the PEFT and newly initialized parameters that are not trained, such as
+the scale of a LoRA. With the trainable spec "full" it is as large as the base. `multi_adapter`
+applies several adapters in one batch.
 """
 
 import hashlib
@@ -22,24 +23,29 @@ from safetensors.numpy import load, save
 
 from transformer_jax import __version__, storage
 from transformer_jax.finetuning.peft import PEFT_PARAM, Leaves
-from transformer_jax.finetuning.select import new_parameters
+from transformer_jax.finetuning.select import new_param_patterns
 from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
 
+# The names on disk, and the keys of the manifest, are fixed by existing adapters.
 MANIFEST = "delta.json"
+_WEIGHTS_PREFIX = "delta-"
 FORMAT = 1
 _FIELDS = {"format": int, "recipe": str, "task": str, "label_names": list, "base": str,
            "frozen": str, "version": str, "weights": str, "sha256": str, "leaves": dict,
            "metadata": dict}
-_TYPES = ("float32", "bfloat16", "float16")
-_SMALL = ("_int8", "_scale")  # what `shrink` puts in the place of a matrix
+_DTYPES = ("float32", "bfloat16", "float16")
+_INT8_SUFFIXES = ("_int8", "_scale")  # of the two leaves that replace a weight quantized to int8
 
 
 class SavedAdapter(NamedTuple):
-    """What one task adds to a base.
+    """An adapter that was loaded from a folder.
 
-    `manifest` has recipe, task, label_names, base (its fingerprint), frozen (the type that the
-    frozen part had in training: float32, bfloat16 or int8), version (of this library), metadata (as
-    it was given) and leaves (path -> shape and dtype).
+    Attributes:
+        params: the trained parameters, as a nested dict.
+        manifest: "recipe" (the trainable spec), "task", "label_names", "base" (fingerprint of the
+            base), "frozen" (dtype of the frozen weights during training: float32, bfloat16 or
+            int8), "version" (of this library), "metadata" (as given to `save_adapter`), and
+            "leaves" (path -> shape and dtype).
     """
 
     params: PyTree
@@ -47,236 +53,276 @@ class SavedAdapter(NamedTuple):
 
 
 def peft_param_paths(leaves: Leaves) -> set[str]:
-    """The paths that no base is known by: deltas and new parameters."""
-    patterns = [PEFT_PARAM.pattern, *new_parameters(list(leaves))]
+    """Returns the paths that are not part of a base: PEFT and newly initialized parameters."""
+    patterns = [PEFT_PARAM.pattern, *new_param_patterns(list(leaves))]
     return {path for path in leaves if any(re.search(p, path) for p in patterns)}
 
 
 def fingerprint(params: PyTree) -> str:
-    """A hash (SHA-256, 64 hexadecimal digits) of a base: of paths, types, shapes and values.
+    """Returns the fingerprint of a base model: a SHA-256 hash, 64 hexadecimal digits.
 
-    Deltas and new parameters, such as the classifier, are left out. Where the arrays are, what
-    made them and their order do not matter. A shrunk base computes another function and is another
-    base; `shrink` rounds the same way every time, and so gives the same fingerprint.
+    It covers the paths, dtypes, shapes and values of the parameters, except PEFT and newly
+    initialized parameters such as the classifier. It does not depend on the devices, the array
+    types or the order of the parameters. A quantized base has another fingerprint than the original
+    because it computes another function; quantization is deterministic, and so is its fingerprint.
+
+    Args:
+        params: parameters of the base, with or without PEFT parameters.
     """
     leaves = flatten_paths(params)
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(leaves.keys() - peft_param_paths(leaves)):
         value = np.asarray(leaves[path], order="C")
-        found.update(f"{path} {value.dtype.name} {value.shape}\n".encode())
-        found.update(value.reshape(-1).view(np.uint8))
-    return found.hexdigest()
+        digest.update(f"{path} {value.dtype.name} {value.shape}\n".encode())
+        digest.update(value.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def save_adapter(
-    folder: str | Path, params: PyTree, mask: PyTree, base: PyTree, *, recipe: str,
+    folder: str | Path, params: PyTree, mask: PyTree, base: PyTree, *, spec: str,
     label_names: Sequence[str] = (), task: str = "", **metadata: Any,
 ) -> None:
-    """Write what `mask` says is trained, and what the base's fingerprint leaves out.
+    """Saves the trained, the PEFT and the newly initialized parameters.
 
-    A folder that holds a delta is replaced in one step: whoever reads it, or is killed in writing,
-    finds the old delta or the new one.
+    An existing adapter in the folder is replaced atomically: a concurrent reader, or a later reader
+    after an interrupted save, finds either the old adapter or the new one.
 
     Args:
-        params: after training, the frozen part shrunk or not.
-        base: the parameters that training started from, with or without deltas. If only the copy
-            that trained was shrunk, the base as it was.
-        metadata: anything that JSON can hold, for the manifest.
+        folder: destination.
+        params: parameters after training; frozen weights may be quantized.
+        mask: True at trainable parameters.
+        base: parameters that training started from, with or without PEFT parameters; not quantized
+            if only the trained copy was quantized.
+        spec: trainable spec.
+        label_names: names of the classes.
+        task: name of the task.
+        metadata: JSON values that are stored in the manifest.
 
     Raises:
-        ValueError: what is frozen is not the base's, new parameters are in int8, what trained is
-            of another type than float32, bfloat16 or float16, or JSON does not hold the metadata.
+        ValueError: frozen parameters differ from the base, newly initialized parameters are
+            quantized to int8, a trained parameter is not float32, bfloat16 or float16, or the
+            metadata cannot be stored as JSON.
+
+    Example:
+        >>> import tempfile
+        >>> base = {"mlp": {"kernel": np.ones((2, 2), np.float32), "bias": np.zeros(2, np.float32)}}
+        >>> params = {"mlp": base["mlp"] | {"bias": np.ones(2, np.float32)}}
+        >>> mask = {"mlp": {"kernel": False, "bias": True}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(folder, params, mask, base, spec="bitfit")
+        ...     adapter = load_adapter(folder, base)
+        >>> adapter.params["mlp"].keys(), adapter.manifest["recipe"]
+        (dict_keys(['bias']), 'bitfit')
     """
-    leaves, trains, before = (flatten_paths(tree) for tree in (params, mask, base))
-    if leaves.keys() != trains.keys():
-        odd = min(leaves.keys() ^ trains.keys())
-        raise ValueError(f"mask and params differ in {odd}; give the mask of these params")
-    chosen = sorted(peft_param_paths(leaves) | {path for path, train in trains.items() if train})
-    if rounded := [path for path in chosen if path.endswith("_int8")]:
-        raise ValueError(f"{rounded[0]} is no part of the base, but was shrunk with it; give "
-                         "`shrink` a mask in which it trains")
-    for path in leaves.keys() - set(chosen):
-        _check_frozen(path, leaves[path], before)
-    kept = {path: np.asarray(leaves[path]) for path in chosen}
-    if odd := [path for path, value in kept.items() if value.dtype.name not in _TYPES]:
-        raise ValueError(f"{odd[0]} is of {kept[odd[0]].dtype}; a delta holds "
-                         f"{', '.join(_TYPES)}, so convert it to one of them")
-    # Not every reader of the format in NumPy knows bfloat16; float32 holds it exactly.
-    wide = {path: value if value.dtype.kind == "f" else value.astype(np.float32)
-            for path, value in kept.items()}
-    weights = save(wide)
+    leaves, is_trainable, base_leaves = (flatten_paths(tree) for tree in (params, mask, base))
+    if leaves.keys() != is_trainable.keys():
+        odd = min(leaves.keys() ^ is_trainable.keys())
+        raise ValueError(f"only one of mask and params has {odd}; give the mask of these params")
+    selected = sorted(
+        peft_param_paths(leaves) | {path for path, value in is_trainable.items() if value})
+    if quantized := [path for path in selected if path.endswith("_int8")]:
+        raise ValueError(f"{quantized[0]} is not part of the base but was quantized to int8; give "
+                         "`quantize_frozen` a mask in which it is trainable")
+    for path in leaves.keys() - set(selected):
+        _check_frozen(path, leaves[path], base_leaves)
+    saved = {path: np.asarray(leaves[path]) for path in selected}
+    if odd := [path for path, value in saved.items() if value.dtype.name not in _DTYPES]:
+        raise ValueError(f"unsupported dtype {saved[odd[0]].dtype} of {odd[0]}; supported: "
+                         f"{', '.join(_DTYPES)}, so convert it to one of them")
+    # Some NumPy readers of safetensors do not support bfloat16; float32 represents it exactly.
+    weights = save({path: value if value.dtype.kind == "f" else value.astype(np.float32)
+                    for path, value in saved.items()})
     digest = hashlib.sha256(weights).hexdigest()
     manifest = {
-        "format": FORMAT, "recipe": recipe, "task": task, "label_names": list(label_names),
-        "base": fingerprint(base), "frozen": _frozen_type(leaves), "version": __version__,
-        "weights": f"delta-{digest[:16]}.safetensors", "sha256": digest,
+        "format": FORMAT, "recipe": spec, "task": task, "label_names": list(label_names),
+        "base": fingerprint(base), "frozen": _frozen_dtype(leaves), "version": __version__,
+        "weights": f"{_WEIGHTS_PREFIX}{digest[:16]}.safetensors", "sha256": digest,
         "leaves": {path: {"shape": list(value.shape), "dtype": value.dtype.name}
-                   for path, value in kept.items()},
+                   for path, value in saved.items()},
         "metadata": metadata,
     }
     try:
         text = json.dumps(manifest, indent=2) + "\n"
     except TypeError as error:
-        raise ValueError(f"metadata is not for JSON ({error}); give strings, numbers, lists and "
-                         "dicts") from None
+        raise ValueError(f"metadata cannot be stored as JSON ({error}); give strings, numbers, "
+                         "lists and dicts") from None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / manifest["weights"], weights)
-    _write(folder / MANIFEST, text.encode())  # only now is the new delta the one that counts
-    for path in set(folder.glob("delta-*.safetensors")) - {folder / manifest["weights"]}:
+    _write(folder / MANIFEST, text.encode())  # from here on, readers find the new adapter
+    weights_files = set(folder.glob(f"{_WEIGHTS_PREFIX}*.safetensors"))
+    for path in weights_files - {folder / manifest["weights"]}:
         path.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: bytes) -> None:
+    """Writes a file atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     partial.replace(path)
 
 
-def _frozen_type(leaves: Leaves) -> str:
+def _frozen_dtype(leaves: Leaves) -> str:
     if any(path.endswith("_int8") for path in leaves):
         return "int8"
     return "bfloat16" if any(leaf.dtype == jnp.bfloat16 for leaf in leaves.values()) else "float32"
 
 
 def _check_frozen(path: str, leaf: Any, base: Leaves) -> None:
-    small = next((path.removesuffix(end) for end in _SMALL if path.endswith(end)), path)
-    if path not in base and small in base:
-        return  # what int8 rounded cannot be compared
+    """Checks that a frozen parameter equals the base's."""
+    original = next(
+        (path.removesuffix(end) for end in _INT8_SUFFIXES if path.endswith(end)), path)
+    if path not in base and original in base:
+        return  # quantized to int8: its values cannot be compared
     if path not in base:
-        raise ValueError(f"{path} did not train, and the base has no such parameter; give the base "
+        raise ValueError(f"{path} is frozen, but the base has no such parameter; give the base "
                          "that training started from")
-    was = np.asarray(base[path])
-    if was.shape != leaf.shape or not np.array_equal(
-            np.asarray(leaf), was.astype(leaf.dtype), equal_nan=True):
-        raise ValueError(f"{path} did not train, but differs from the base's; give the base and "
-                         "the mask of this training")
+    expected = np.asarray(base[path])
+    if expected.shape != leaf.shape or not np.array_equal(
+            np.asarray(leaf), expected.astype(leaf.dtype), equal_nan=True):
+        raise ValueError(f"{path} is frozen, but differs from the base; give the base and the mask "
+                         "of this training run")
 
 
 def load_adapter(folder: str | Path, base: PyTree) -> SavedAdapter:
-    """The delta in a folder, for this base.
+    """Loads an adapter and checks that it belongs to the base.
+
+    Args:
+        folder: folder that `save_adapter` wrote.
+        base: parameters of the base model.
 
     Raises:
-        FileNotFoundError: there is no delta, or its weights are missing.
-        ValueError: another base, or a file that is damaged, or whose parameters are none of a delta
-            of this base.
+        FileNotFoundError: there is no adapter, or its weights are missing.
+        ValueError: the adapter was trained on another base, a file is corrupted, or a parameter
+            does not fit the base.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder / MANIFEST)
-    ours, leaves = fingerprint(base), flatten_paths(base)
-    if manifest["base"] != ours:
+    manifest = _load_manifest(folder / MANIFEST)
+    base_fingerprint, base_leaves = fingerprint(base), flatten_paths(base)
+    if manifest["base"] != base_fingerprint:
         raise ValueError(
-            f"{folder} was trained on a base of fingerprint {manifest['base'][:16]}..., and this "
-            f"one has {ours[:16]}...; load the checkpoint that training started from, as it was "
-            "before `shrink` if only the copy that trained was shrunk (frozen part: "
-            f"{manifest['frozen']})")
+            f"{folder} was trained on a base with fingerprint {manifest['base'][:16]}..., but this "
+            f"base has {base_fingerprint[:16]}...; load the checkpoint that training started from, "
+            "without `quantize_frozen` if only the trained copy was quantized (dtype of the frozen "
+            f"weights: {manifest['frozen']})")
     path = folder / manifest["weights"]
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; copy the delta's whole folder")
+        raise FileNotFoundError(f"{path} does not exist; copy the whole folder of the adapter")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
-        raise ValueError(f"{path} is damaged: its hash is not the manifest's; fetch it again")
+        raise ValueError(f"{path} is corrupted: its SHA-256 differs from the manifest's; copy the "
+                         "folder again")
     try:
         found = load(content)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no safetensors file ({error}); fetch it again") from None
-    _check(path, found, manifest["leaves"], leaves)
+        raise ValueError(
+            f"{path} is not a valid safetensors file ({error}); copy the folder again") from None
+    _check_leaves(path, found, manifest["leaves"], base_leaves)
     params = {name: jnp.asarray(value, manifest["leaves"][name]["dtype"])
               for name, value in found.items()}
     return SavedAdapter(unflatten_paths(params), manifest)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _load_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a folder that save_delta wrote")
+        raise FileNotFoundError(f"{path} does not exist; give a folder that save_adapter wrote")
     manifest = storage.read_json(path)
     for name, kind in _FIELDS.items():
         if type(manifest.get(name)) is not kind:
-            raise ValueError(f"{path}: {name} is {manifest.get(name)!r}, no {kind.__name__}; fetch "
-                             "it again")
+            raise ValueError(f"{path}: {name} is {manifest.get(name)!r}, not of type "
+                             f"{kind.__name__}; copy the folder again")
     if manifest["format"] != FORMAT:
-        raise ValueError(f"{path} is of format {manifest['format']}, and this library reads "
-                         f"{FORMAT}; use version {manifest['version']}")
-    if not re.fullmatch(r"delta-[0-9a-f]+\.safetensors", manifest["weights"]):
+        raise ValueError(f"{path} has format {manifest['format']}, but this version of the library "
+                         f"reads format {FORMAT}; use version {manifest['version']}")
+    if not re.fullmatch(rf"{_WEIGHTS_PREFIX}[0-9a-f]+\.safetensors", manifest["weights"]):
         raise ValueError(f"{path}: weights is {manifest['weights']!r}; it must be a file "
-                         "delta-*.safetensors beside it")
+                         f"{_WEIGHTS_PREFIX}*.safetensors in the same folder")
     for name, leaf in manifest["leaves"].items():
-        if not isinstance(leaf, dict) or leaf.get("dtype") not in _TYPES or not isinstance(
+        if not isinstance(leaf, dict) or leaf.get("dtype") not in _DTYPES or not isinstance(
                 leaf.get("shape"), list):
             raise ValueError(f"{path}: leaf {name!r} is {leaf!r}; it must have a shape and a "
-                             "floating dtype")
+                             "floating-point dtype")
     return manifest
 
 
-def _check(file: Path, found: dict, promised: dict, base: Leaves) -> None:
-    """Refuse what is not a delta of this base."""
-    if odd := sorted(found.keys() ^ promised.keys()):
-        where = "in the file, not in" if odd[0] in found else "in the manifest, not in the file"
-        where += " the manifest" if odd[0] in found else ""
-        raise ValueError(f"{file}: {odd[0]!r} is {where}; fetch both again")
-    every = base | found
-    own = peft_param_paths(every)
+def _check_leaves(file: Path, found: dict, expected: dict, base: Leaves) -> None:
+    """Checks that the parameters in a file are those of the manifest and fit the base."""
+    if odd := sorted(found.keys() ^ expected.keys()):
+        place = ("in the file but not in the manifest" if odd[0] in found
+                 else "in the manifest but not in the file")
+        raise ValueError(f"{file}: {odd[0]!r} is {place}; copy the folder again")
+    merged = base | found
+    peft_paths = peft_param_paths(merged)
     for path, value in found.items():
-        if list(value.shape) != promised[path]["shape"] or value.dtype.kind != "f":
-            raise ValueError(f"{file}: {path} is {value.dtype} of shape {value.shape}, the "
-                             f"manifest says {promised[path]['shape']}; fetch both again")
-        if path in own:
-            if not _fits(path, every):
-                raise ValueError(f"{file}: {path} of shape {value.shape} does not fit the base's "
-                                 "layer, or parts of it are missing; it is no delta of this base")
+        if list(value.shape) != expected[path]["shape"] or value.dtype.kind != "f":
+            raise ValueError(
+                f"{file}: {path} has dtype {value.dtype} and shape {value.shape}, but shape "
+                f"{expected[path]['shape']} in the manifest; copy the folder again")
+        if path in peft_paths:
+            if not _fits_layer(path, merged):
+                raise ValueError(f"{file}: {path} of shape {value.shape} does not fit the layer of "
+                                 "the base, or its other PEFT parameters are missing; the adapter "
+                                 "does not belong to this base")
             continue
-        plain = base.get(path, base.get(f"{path}_int8"))
-        if plain is None:
-            raise ValueError(f"{file} has {path!r}, and the base no such parameter; it is no delta "
-                             "of this base")
-        if plain.shape != value.shape:
-            raise ValueError(f"{file}: {path} has shape {value.shape}, but {plain.shape} in the "
-                             "base; it is no delta of this base")
+        original = base.get(path, base.get(f"{path}_int8"))
+        if original is None:
+            raise ValueError(f"{file} has {path!r}, but the base has no such parameter; the "
+                             "adapter does not belong to this base")
+        if original.shape != value.shape:
+            raise ValueError(f"{file}: {path} has shape {value.shape}, but {original.shape} in the "
+                             "base; the adapter does not belong to this base")
 
 
-def _fits(path: str, every: Leaves) -> bool:
-    """Whether an edit has the shape of the layer that it edits, and all its other parts."""
+def _fits_layer(path: str, leaves: Leaves) -> bool:
+    """Whether a PEFT or newly initialized parameter fits its layer, and the parameters that belong
+    to it exist."""
 
-    def of(name: str, layer: str) -> tuple[int, ...]:
-        at = f"{layer}/{name}"
-        leaf = every.get(at, every.get(f"{at}_int8"))
+    def shape_of(name: str, layer: str) -> tuple[int, ...]:
+        leaf = leaves.get(f"{layer}/{name}", leaves.get(f"{layer}/{name}_int8"))
         return () if leaf is None else leaf.shape
 
     layer, _, name = path.rpartition("/")
-    shape, kernel = every[path].shape, of("kernel", layer)
-    width = of("embedding", "token_embed")[1:]
+    shape, kernel = leaves[path].shape, shape_of("kernel", layer)
+    d_model = shape_of("embedding", "token_embed")[1:]
     if name.startswith("lora_"):
-        a, b = of("lora_a", layer), of("lora_b", layer)
-        wanted = {"lora_a": a, "lora_b": b, "lora_magnitude": b[1:], "lora_scale": (),
-                  "lora_dropout": ()}.get(name)
+        a, b = shape_of("lora_a", layer), shape_of("lora_b", layer)
+        expected = {"lora_a": a, "lora_b": b, "lora_magnitude": b[1:], "lora_scale": (),
+                    "lora_dropout": ()}.get(name)
         return (len(a) > 1 and len(b) > 1 and (*a[:-1], *b[1:]) == kernel and a[-1] == b[0]
-                and f"{layer}/lora_scale" in every and shape == wanted)
+                and f"{layer}/lora_scale" in leaves and shape == expected)
     if name in ("ia3_input", "ia3_output"):
-        inputs = 2 if layer.endswith("attention/out") else 1
+        num_inputs = 2 if layer.endswith("attention/out") else 1
         return bool(kernel) and shape == (
-            kernel[:inputs] if name == "ia3_input" else kernel[inputs:])
+            kernel[:num_inputs] if name == "ia3_input" else kernel[num_inputs:])
     if name.startswith("prefix_"):
-        kernel = of(f"{name.removeprefix('prefix_')}/kernel", layer)
+        kernel = shape_of(f"{name.removeprefix('prefix_')}/kernel", layer)
         return len(shape) == 3 and shape[1:] == kernel[1:] and (
-            of("prefix_key", layer) == of("prefix_value", layer))
-    if found := re.fullmatch(r"(.+)_adapter/(down|up)/(kernel|bias)", path):
-        down, up = (of("kernel", f"{found[1]}_adapter/{side}") for side in ("down", "up"))
-        biases = [of("bias", f"{found[1]}_adapter/{side}") for side in ("down", "up")]
+            shape_of("prefix_key", layer) == shape_of("prefix_value", layer))
+    if match := re.fullmatch(r"(.+)_adapter/(down|up)/(kernel|bias)", path):
+        down, up = (shape_of("kernel", f"{match[1]}_adapter/{side}") for side in ("down", "up"))
+        biases = [shape_of("bias", f"{match[1]}_adapter/{side}") for side in ("down", "up")]
         return (len(down) == 2 and down == up[::-1] and biases == [down[1:], up[1:]]
-                and up[1:] == of("scale", f"{found[1]}_norm"))
+                and up[1:] == shape_of("scale", f"{match[1]}_norm"))
     if path in ("prompt", "token_embed/extra"):
-        return len(shape) == 2 and shape[1:] == width
+        return len(shape) == 2 and shape[1:] == d_model
     if not re.fullmatch(r"(classifier|pooler)/(kernel|bias)", path):
         return False
-    return len(kernel) == 2 and kernel[:1] == width and (name == "kernel" or shape == kernel[1:])
+    return len(kernel) == 2 and kernel[:1] == d_model and (name == "kernel" or shape == kernel[1:])
 
 
-def apply_adapter(base: PyTree, delta: SavedAdapter | PyTree) -> PyTree:
-    """The base with the delta's leaves in it. What the base has of another task, deltas and new
-    parameters, is left out, so the result is what was trained; nothing is copied."""
-    delta = flatten_paths(delta.params if isinstance(delta, SavedAdapter) else delta)
+def apply_adapter(base: PyTree, adapter: SavedAdapter | PyTree) -> PyTree:
+    """Returns the base with the parameters of an adapter.
+
+    PEFT and newly initialized parameters that the base has from another task are left out, so the
+    result is the trained model. No array is copied.
+
+    Args:
+        base: parameters of the base model.
+        adapter: a loaded adapter, or its parameters.
+    """
+    params = flatten_paths(adapter.params if isinstance(adapter, SavedAdapter) else adapter)
     leaves = flatten_paths(base)
-    replaced = {f"{path}{end}" for path in delta for end in _SMALL}
-    plain = {path: leaf for path, leaf in leaves.items()
-             if path not in replaced and path not in peft_param_paths(leaves)}
-    return unflatten_paths(plain | delta)
+    replaced = {f"{path}{end}" for path in params for end in _INT8_SUFFIXES}
+    base_params = {path: leaf for path, leaf in leaves.items()
+                   if path not in replaced and path not in peft_param_paths(leaves)}
+    return unflatten_paths(base_params | params)

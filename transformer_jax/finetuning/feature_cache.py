@@ -1,12 +1,16 @@
-"""Frozen features, computed once: where only the head trains, the body says the same every epoch.
+"""Cached features of a frozen model, for training the classification head only.
 
-    if features.only_head_trains(mask):
-        rows = features.compute(model, params, batches)       # one forward pass over the data
-        loss_fn = functools.partial(tasks.classification_loss, features.on_features(model.apply))
+If the head is all that is trained, the features that the frozen model computes for an example are
+the same in every epoch. They can be computed once:
 
-A row holds the body's features `[D]` in the place of its tokens, and its labels and weights.
-Dropout inside the body is off, or features would differ from epoch to epoch; the classifier's stays
-on.
+    if is_head_only(mask):
+        rows = compute_features(model, params, batches)  # one forward pass over the data
+        apply = make_features_apply(model.apply)
+        loss_fn = functools.partial(classification.classification_loss, apply)
+
+A row contains the features `[D]` in place of the tokens, and the labels and weights of the example.
+Dropout in the frozen model is off, as the features would otherwise differ between epochs; dropout
+in the classifier stays on.
 """
 
 import functools
@@ -16,58 +20,77 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 
-from transformer_jax.finetuning.select import EXTRA_TOKENS, new_parameters
+from transformer_jax.finetuning.select import EXTRA_TOKENS, new_param_patterns
 from transformer_jax.models import Model
 from transformer_jax.tree import PyTree, flatten_paths
 
-_INPUTS = ("tokens", "segment_ids", "padding_mask", "last")
+_INPUTS = ("tokens", "segment_ids", "padding_mask", "last_positions")
 
 
-def only_head_trains(mask: PyTree) -> bool:
-    """Whether all that trains is the classifier, and an encoder-decoder's pooler."""
-    trains = flatten_paths(mask)
-    head = [pattern for pattern in new_parameters(list(trains)) if pattern != EXTRA_TOKENS]
-    chosen = [path for path, train in trains.items() if train]
-    return bool(chosen) and all(any(re.search(p, path) for p in head) for path in chosen)
+def is_head_only(mask: PyTree) -> bool:
+    """Whether only the classifier is trained (and the pooler of an encoder-decoder).
+
+    Example:
+        >>> is_head_only({"body": False, "classifier": {"kernel": True, "bias": True}})
+        True
+    """
+    is_trainable = flatten_paths(mask)
+    patterns = [p for p in new_param_patterns(list(is_trainable)) if p != EXTRA_TOKENS]
+    trainable = [path for path, value in is_trainable.items() if value]
+    return bool(trainable) and all(
+        any(re.search(pattern, path) for pattern in patterns) for path in trainable)
 
 
 def compute_features(
     model: Model, params: PyTree, batches: Iterable[dict[str, np.ndarray]]
 ) -> list[dict[str, np.ndarray]]:
-    """The rows of all batches, in order, with features `[D]` float32 as "tokens".
+    """Computes the features of all examples.
 
-    Tokens of shape `[B, C, T]`, the choices of a question, become features `[C, D]`. Rows of weight
-    zero, with which a last batch is filled up, are left out.
+    Args:
+        model: a model with a classifier.
+        params: its parameters.
+        batches: batches with "tokens" `[B, T]` (`[B, C, T]` for multiple choice), "weights" `[B]`
+            and other arrays with B rows.
+
+    Returns:
+        One row for each example, in order, with float32 features `[D]` (`[C, D]` for multiple
+        choice) as "tokens". Padding examples, of weight 0, are left out.
     """
     rows: list[dict[str, np.ndarray]] = []
     for batch in batches:
         inputs = {name: batch[name] for name in _INPUTS if name in batch}
-        found = np.asarray(_features(model, params, inputs))
-        kept = {name: value for name, value in batch.items() if name not in _INPUTS}
-        kept["tokens"] = found
-        rows += [{name: value[i] for name, value in kept.items()}
+        columns = {name: value for name, value in batch.items() if name not in _INPUTS}
+        columns["tokens"] = np.asarray(_features(model, params, inputs))
+        rows += [{name: value[i] for name, value in columns.items()}
                  for i in np.flatnonzero(np.asarray(batch["weights"]) > 0)]
     return rows
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _features(model: Model, params: PyTree, inputs: dict[str, jax.Array]) -> jax.Array:
-    """[B, D], or [B, C, D] for choices."""
-    several = inputs["tokens"].shape[:-1]
-    flat = {name: value.reshape(-1, *value.shape[len(several):])
+    """Computes features `[B, D]`, or `[B, C, D]` for multiple choice."""
+    batch_shape = inputs["tokens"].shape[:-1]
+    flat = {name: value.reshape(-1, *value.shape[len(batch_shape):])
             for name, value in inputs.items()}
     tokens = flat.pop("tokens")
-    found = model.apply({"params": params}, tokens, method="features", **flat)
-    return found.reshape(*several, found.shape[-1]).astype("float32")
+    features = model.apply({"params": params}, tokens, method="features", **flat)
+    return features.reshape(*batch_shape, features.shape[-1]).astype("float32")
 
 
-def apply_to_features(apply: Callable) -> Callable:
-    """`apply` of a model for batches whose "tokens" are features: only the head is computed."""
+def make_features_apply(apply: Callable) -> Callable:
+    """Returns a replacement of a model's `apply` for batches whose "tokens" are cached features.
 
-    def head(variables, features, *, method, deterministic=True, rngs=None, **inputs):
+    It computes only the classification head, and accepts only the method "classification_logits".
+
+    Args:
+        apply: the `apply` method of the model.
+    """
+
+    def features_apply(variables, features, *, method, deterministic=True, rngs=None, **inputs):
         if method != "classification_logits":
-            raise ValueError(f"method {method!r} needs more than features; only classify does not")
-        return apply(variables, features, deterministic=deterministic, method="logits_from_features",
-                     rngs=rngs)
+            raise ValueError(f"unsupported method {method!r} for cached features; supported: "
+                             "classification_logits")
+        return apply(variables, features, deterministic=deterministic,
+                     method="logits_from_features", rngs=rngs)
 
-    return head
+    return features_apply

@@ -1,8 +1,9 @@
-"""Several tasks in one batch: each row by the delta of its own task, on one base in memory.
+"""Batches whose rows use different adapters, on one copy of the base parameters.
 
-    stacked = stack_deltas([load_delta(folder, base) for folder in folders], base)
-    serve = jax.jit(functools.partial(apply_each, model.apply, method="classification_logits"))
-    logits = serve(base, stacked, task_ids, tokens, padding_mask=padding_mask)
+    adapters = [load_adapter(folder, base) for folder in folders]
+    stacked = stack_adapters(adapters, base)
+    serve = jax.jit(functools.partial(apply_per_row, model.apply, method="classification_logits"))
+    logits = serve(base, stacked, adapter_ids, tokens, padding_mask=padding_mask)
 """
 
 import re
@@ -16,162 +17,191 @@ from jax import Array
 from jaxtyping import Int
 
 from transformer_jax.finetuning.adapter_io import SavedAdapter, apply_adapter, peft_param_paths
-from transformer_jax.finetuning.peft import Leaves, column_norms, float_matrix
+from transformer_jax.finetuning.peft import Leaves, column_norms, float32_matrix
 from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
 
 
 class StackedAdapters(NamedTuple):
-    """Deltas made alike: every leaf `[K, ...]` for K tasks."""
+    """K adapters with a common structure, padded to common shapes.
+
+    Attributes:
+        params: parameters, each `[K, ...]`.
+        num_classes: number of classes of each adapter's classifier; None if all are equal.
+    """
 
     params: PyTree
-    classes: Int[Array, "K"] | None  # of each task's classifier; None where they do not differ
+    num_classes: Int[Array, "K"] | None
 
 
-def stack_adapters(deltas: Sequence[SavedAdapter | PyTree], base: PyTree) -> StackedAdapters:
-    """Deltas of several tasks made alike, for `apply_each`; a task's number is its place here.
-    Whole parameters of a task will do as well: what is the base's is not stacked.
+def stack_adapters(adapters: Sequence[SavedAdapter | PyTree], base: PyTree) -> StackedAdapters:
+    """Stacks adapters of several tasks for `apply_per_row`.
 
-    Everything is exact: ranks, widths of adapters and classes are filled up with zeros; a missing
-    LoRA or adapter is one of zeros, a missing IA3 of ones; DoRA becomes LoRA and a factor on the
-    outputs; where one task trained a leaf of the base and another did not, that one has the
-    base's. Dropout of LoRA is left out.
+    The adapters may have different structures; stacking does not change their outputs. LoRA ranks,
+    adapter widths and numbers of classes are padded with zeros. A missing LoRA or bottleneck
+    adapter becomes zeros, a missing IA3 becomes ones, and a base parameter that only other adapters
+    trained is taken from the base. DoRA becomes LoRA and a scale of the outputs. LoRA dropout is
+    removed.
+
+    Args:
+        adapters: adapters of the same base. The id of an adapter is its index. An element may also
+            be all parameters of a fine-tuned model, of which only those that differ from the base
+            are stacked.
+        base: parameters of the base model.
 
     Raises:
-        ValueError: there are no deltas, none adds anything to the base, or they cannot be made
-            alike: prefixes or prompts that some lack or that differ in length, or a task without a
-            classifier.
+        ValueError: there are no adapters, none differs from the base, or they cannot be stacked:
+            prefixes or prompts that some do not have or whose lengths differ, or an adapter without
+            a classifier among others with one.
     """
-    if not deltas:
-        raise ValueError("there are 0 deltas; give at least one")
-    before = flatten_paths(base)
-    tasks = [_without_dora(flatten_paths(apply_adapter(base, delta))) for delta in deltas]
-    changed = {path for task in tasks for path, leaf in task.items()
-               if not _same(leaf, before.get(path))}.union(*map(peft_param_paths, tasks))
-    made = {}
+    if not adapters:
+        raise ValueError("there are 0 adapters; give at least one")
+    base_leaves = flatten_paths(base)
+    models = [_replace_dora(flatten_paths(apply_adapter(base, adapter))) for adapter in adapters]
+    changed = {path for leaves in models for path, leaf in leaves.items()
+               if not _is_same(leaf, base_leaves.get(path))}.union(*map(peft_param_paths, models))
+    stacked = {}
     for path in sorted(changed):
-        found = [_filled(path, i, tasks) for i in range(len(tasks))]
-        shapes = {leaf.shape for leaf in found}
+        values = [_leaf_or_neutral(path, i, models) for i in range(len(models))]
+        shapes = {leaf.shape for leaf in values}
         if len(shapes) > 1:
             if not _PADDED.search(path):
                 raise ValueError(f"{path} has the shapes {', '.join(map(str, sorted(shapes)))} in "
-                                 "these deltas; tasks of one batch need one shape")
-            largest = np.max([leaf.shape for leaf in found], axis=0)
-            found = [jnp.pad(leaf, [(0, most - size) for most, size in zip(largest, leaf.shape)])
-                     for leaf in found]
-        made[path] = jnp.stack(found)
-    if not made:
-        raise ValueError(f"none of the {len(deltas)} deltas differs from the base; call the model "
-                         "itself, or give the deltas that were trained")
-    classes = [task["classifier/kernel"].shape[-1] for task in tasks
-               if "classifier/kernel" in task]
-    return StackedAdapters(unflatten_paths(made),
-                   jnp.asarray(classes) if len(set(classes)) > 1 else None)
+                                 "these adapters; adapters of one batch need one shape")
+            max_shape = np.max([leaf.shape for leaf in values], axis=0)
+            values = [
+                jnp.pad(leaf, [(0, target - size) for target, size in zip(max_shape, leaf.shape)])
+                for leaf in values]
+        stacked[path] = jnp.stack(values)
+    if not stacked:
+        raise ValueError(f"none of the {len(adapters)} adapters differs from the base; call the "
+                         "base model, or give trained adapters")
+    num_classes = [leaves["classifier/kernel"].shape[-1] for leaves in models
+                   if "classifier/kernel" in leaves]
+    return StackedAdapters(unflatten_paths(stacked),
+                           jnp.asarray(num_classes) if len(set(num_classes)) > 1 else None)
 
 
-def _same(leaf: Array, before: Array | None) -> bool:
-    return leaf is before or (before is not None and leaf.dtype == before.dtype
-                              and np.array_equal(leaf, before))
+def _is_same(leaf: Array, base_leaf: Array | None) -> bool:
+    return leaf is base_leaf or (base_leaf is not None and leaf.dtype == base_leaf.dtype
+                                 and np.array_equal(leaf, base_leaf))
 
 
 _PADDED = re.compile(r"/lora_(a|b)$|_adapter/|(^|/)classifier/|/extra$")
-_ZEROS = re.compile(r"/lora_\w+$|_adapter/|(^|/)classifier/bias$|/extra$")
+_NEUTRAL_ZEROS = re.compile(r"/lora_\w+$|_adapter/|(^|/)classifier/bias$|/extra$")
 
 
-def _filled(path: str, i: int, tasks: Sequence[Leaves]) -> Array:
-    """The leaf of task i, or what is the same as not having it."""
-    if path in tasks[i]:
-        return tasks[i][path]
-    if f"{path}_int8" in tasks[i]:
+def _leaf_or_neutral(path: str, i: int, models: Sequence[Leaves]) -> Array:
+    """Returns a parameter of model i, or, if it has none, a value without effect."""
+    if path in models[i]:
+        return models[i][path]
+    if f"{path}_int8" in models[i]:
         layer, _, name = path.rpartition("/")
-        return float_matrix(tasks[i], layer, name)
-    like = next(task[path] for task in tasks if path in task)
-    if _ZEROS.search(path):
-        return jnp.zeros_like(like)
+        return float32_matrix(models[i], layer, name)
+    other = next(leaves[path] for leaves in models if path in leaves)
+    if _NEUTRAL_ZEROS.search(path):
+        return jnp.zeros_like(other)
     if "/ia3_" in path:
-        return jnp.ones_like(like)
-    raise ValueError(f"task {i} has no {path}, and others do; no value of it would be the same as "
-                     "none, so serve such tasks in batches of their own")
+        return jnp.ones_like(other)
+    raise ValueError(f"adapter {i} has no {path}, which another adapter has and for which no value "
+                     "is without effect; use separate batches for such adapters")
 
 
-def _without_dora(leaves: Leaves) -> Leaves:
-    """m (x W + s x A B) / |W + s A B| + b as IA3 writes it, (x W + s x A B + b / f) f, so that no
-    row needs the norm. Dropout of LoRA is left out."""
-    plain = {path: leaf for path, leaf in leaves.items()
-             if not path.endswith(("/lora_magnitude", "/lora_dropout"))}
+def _replace_dora(leaves: Leaves) -> Leaves:
+    """Replaces DoRA by LoRA and an IA3 output scale, so that no row needs the column norms.
+
+    With f = m / |W + s A B|, DoRA computes (x W + s x A B) f + b, which equals
+    (x W + s x A B + b / f) f. LoRA dropout is removed.
+    """
+    replaced = {path: leaf for path, leaf in leaves.items()
+                if not path.endswith(("/lora_magnitude", "/lora_dropout"))}
     for path, magnitude in leaves.items():
         layer, _, name = path.rpartition("/")
         if name != "lora_magnitude":
             continue
         a, b, scale = (leaves[f"{layer}/lora_{part}"] for part in ("a", "b", "scale"))
-        whole = float_matrix(leaves, layer) + scale * jnp.tensordot(a, b, axes=1)
-        factor = magnitude / column_norms(whole, whole.ndim - magnitude.ndim)
+        kernel = float32_matrix(leaves, layer) + scale * jnp.tensordot(a, b, axes=1)
+        factor = magnitude / column_norms(kernel, kernel.ndim - magnitude.ndim)
         factor = jnp.where(jnp.abs(factor) < 1e-30, 1e-30, factor)
-        plain[f"{layer}/ia3_output"] = factor * plain.get(f"{layer}/ia3_output", 1.0)
-        if f"{layer}/bias" in plain:
-            plain[f"{layer}/bias"] = plain[f"{layer}/bias"] / factor
-    return plain
+        replaced[f"{layer}/ia3_output"] = factor * replaced.get(f"{layer}/ia3_output", 1.0)
+        if f"{layer}/bias" in replaced:
+            replaced[f"{layer}/bias"] = replaced[f"{layer}/bias"] / factor
+    return replaced
 
 
-_SCORES = ("classification_logits", "token_classification_logits", "logits_from_features", "class_logits")
+_CLASS_LOGITS_METHODS = ("classification_logits", "token_classification_logits",
+                         "logits_from_features", "class_logits")
 
 
-def _method(apply: Callable, kwargs: dict[str, Any]) -> str | None:
-    """The name of the model's method, whether it is given by name or not, here or in a partial."""
-    found = kwargs.get("method", getattr(apply, "keywords", {}).get("method"))
-    return getattr(found, "__name__", found)
+def _method_name(apply: Callable, kwargs: dict[str, Any]) -> str | None:
+    """Returns the name of the model's method, which may be given as a function or in a partial."""
+    method = kwargs.get("method", getattr(apply, "keywords", {}).get("method"))
+    return getattr(method, "__name__", method)
 
 
 def apply_per_row(
-    apply: Callable, base: PyTree, stacked: StackedAdapters, task_ids: Int[Array, "B"], *inputs: Array,
+    apply: Callable,
+    base: PyTree,
+    stacked: StackedAdapters,
+    adapter_ids: Int[Array, "B"],
+    *inputs: Array,
     **kwargs: Any,
 ) -> Any:
-    """`apply` of a model to a batch, each row with the delta of its own task.
+    """Applies a model to a batch, each row with its own adapter.
 
-    The base stays one: its kernels meet all rows in one product, and only edits go by row. A kernel
-    that trained whole is by row too. Under jit, for use without dropout.
+    The base is not copied: all rows share one matmul with its kernels, and only the adapters'
+    parameters are gathered for each row (a fully trained kernel too). For inference, without
+    dropout; use it under `jit`.
 
     Args:
-        apply: of a model with as many classes as the task that has most.
-        task_ids: places in `stack_deltas`.
-        inputs, kwargs: as the model takes them; arrays have rows, whatever else is for all.
+        apply: `apply` of a model with the largest number of classes of the adapters.
+        base: parameters of the base model.
+        stacked: the result of `stack_adapters`.
+        adapter_ids: index of each row's adapter.
+        inputs: positional arguments of `apply`, each with B rows.
+        kwargs: keyword arguments of `apply`; arrays have B rows, other values are shared.
 
     Returns:
-        As the model. Class scores of classes that a row's task lacks are -inf. Under jit, where it
-        cannot be an error, a row whose task there is not is NaN.
+        The output of `apply`. Logits of classes that a row's adapter does not have are -inf. Rows
+        with an invalid adapter id are NaN under `jit`, where no error can be raised.
 
     Raises:
-        ValueError: a task's number that there is not, unequal numbers of rows, or tasks of unlike
-            numbers of classes and no `method` by name.
+        ValueError: an adapter id is out of range, numbers of rows differ, or numbers of classes
+            differ and the method is unknown.
     """
-    count = jax.tree.leaves(stacked.params)[0].shape[0]
-    if not isinstance(task_ids, jax.core.Tracer):
-        wrong = [int(i) for i in np.asarray(task_ids) if not 0 <= i < count]
-        if wrong:
-            raise ValueError(f"task {wrong[0]} is outside the {count} tasks 0 to {count - 1}")
-    task_ids = jnp.asarray(task_ids)
-    rows = {name: value for name, value in kwargs.items()
-            if isinstance(value, jax.Array | np.ndarray)}
-    others = {name: value for name, value in kwargs.items() if name not in rows}
-    for value in (*inputs, *rows.values()):
-        if len(value) != len(task_ids):
-            raise ValueError(f"an input has {len(value)} rows, and there are {len(task_ids)} task "
-                             "numbers; give one for each row")
+    num_adapters = jax.tree.leaves(stacked.params)[0].shape[0]
+    if not isinstance(adapter_ids, jax.core.Tracer):
+        invalid = [int(i) for i in np.asarray(adapter_ids) if not 0 <= i < num_adapters]
+        if invalid:
+            raise ValueError(
+                f"adapter_ids contains {invalid[0]}; it must be from 0 to {num_adapters - 1}")
+    adapter_ids = jnp.asarray(adapter_ids)
+    arrays = {name: value for name, value in kwargs.items()
+              if isinstance(value, jax.Array | np.ndarray)}
+    shared = {name: value for name, value in kwargs.items() if name not in arrays}
+    for value in (*inputs, *arrays.values()):
+        if len(value) != len(adapter_ids):
+            raise ValueError(f"an input has {len(value)} rows but there are {len(adapter_ids)} "
+                             "adapter_ids; give one for each row")
 
-    def one(delta, row):
-        inputs, named = jax.tree.map(lambda x: x[None], row)
-        out = apply({"params": apply_adapter(base, delta)}, *inputs, **named, **others)
+    def apply_row(adapter, row):
+        args, named_args = jax.tree.map(lambda x: x[None], row)
+        out = apply({"params": apply_adapter(base, adapter)}, *args, **named_args, **shared)
         return jax.tree.map(lambda x: x[0], out)
 
-    method = _method(apply, kwargs)
-    if stacked.classes is not None and method is None:
-        raise ValueError("these tasks have unlike numbers of classes, and it is not known whether "
-                         "the model gives class scores; name its method, such as method='classify'")
-    own = jax.tree.map(lambda leaf: leaf[task_ids], stacked.params)
-    out = jax.vmap(one)(own, (tuple(map(jnp.asarray, inputs)), jax.tree.map(jnp.asarray, rows)))
-    there = (task_ids >= 0) & (task_ids < count)
-    out = jax.tree.map(lambda x: jnp.where(there.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
-                       if jnp.issubdtype(x.dtype, jnp.floating) else x, out)
-    if stacked.classes is None or method not in _SCORES:
+    method = _method_name(apply, kwargs)
+    if stacked.num_classes is not None and method is None:
+        raise ValueError("the adapters have different numbers of classes, and without a method it "
+                         "is unknown whether the output is class logits; pass the method, such as "
+                         "method='classification_logits'")
+    row_adapters = jax.tree.map(lambda leaf: leaf[adapter_ids], stacked.params)
+    rows = tuple(map(jnp.asarray, inputs)), jax.tree.map(jnp.asarray, arrays)
+    out = jax.vmap(apply_row)(row_adapters, rows)
+    is_valid = (adapter_ids >= 0) & (adapter_ids < num_adapters)
+    out = jax.tree.map(
+        lambda x: jnp.where(is_valid.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
+        if jnp.issubdtype(x.dtype, jnp.floating) else x, out)
+    if stacked.num_classes is None or method not in _CLASS_LOGITS_METHODS:
         return out
-    has = jnp.arange(out.shape[-1]) < stacked.classes[task_ids].reshape(-1, *[1] * (out.ndim - 1))
-    return jnp.where(has | jnp.isnan(out), out, -jnp.inf)
+    num_classes = stacked.num_classes[adapter_ids].reshape(-1, *[1] * (out.ndim - 1))
+    has_class = jnp.arange(out.shape[-1]) < num_classes
+    return jnp.where(has_class | jnp.isnan(out), out, -jnp.inf)

@@ -1,30 +1,33 @@
-"""What trains: a recipe in words becomes a mask of booleans over the parameters.
+"""Trainable specs: strings that name the parameters which a fine-tuning run trains.
 
-| recipe     | trains, besides new parameters                     | source                         |
-|------------|----------------------------------------------------|--------------------------------|
-| full       | everything                                         | 1810.04805                     |
-| head       | nothing: features stay frozen                      | 1903.05987                     |
-| last_k:N   | the last N layers of each stack, final norm, pooler | 1911.03090                    |
-| layers:A-B | layers A to B of each stack, counted from 0        | 1911.03090                     |
-| embeddings | tables of tokens, positions and segments           | 1910.11856                     |
-| bitfit     | every bias                                         | 2106.10199                     |
-| layernorm  | scale and bias of every norm                       | 2312.11420                     |
-| lora:R     | low-rank updates of some kernels                   | 2106.09685                     |
-| adapter:M  | bottlenecks after each sublayer, and norms         | 1902.00751                     |
-| prefix:P   | keys and values in front of every attention's      | 2101.00190                     |
-| prompt:P   | vectors in front of the embedded tokens            | 2104.08691                     |
-| ia3        | factors of keys, values and MLP activations        | 2205.05638                     |
-| regex:R    | in whose path the regular expression R is found (without new parameters) |          |
+| spec       | trainable parameters                                | source                      |
+|------------|-----------------------------------------------------|-----------------------------|
+| full       | all                                                 | Devlin et al. 1810.04805    |
+| head       | only the newly initialized ones                     | Peters et al. 1903.05987    |
+| last_k:N   | last N layers of each stack, final norm, pooler     | Lee et al. 1911.03090       |
+| layers:A-B | layers A to B of each stack, counted from 0         | Lee et al. 1911.03090       |
+| embeddings | token, position and segment embeddings              | Artetxe et al. 1910.11856   |
+| bitfit     | biases                                              | Ben Zaken et al. 2106.10199 |
+| layernorm  | scales and biases of LayerNorms                     | Zhao et al. 2312.11420      |
+| lora:R     | low-rank updates of kernels                         | Hu et al. 2106.09685        |
+| adapter:M  | bottleneck adapters after each sublayer, LayerNorms | Houlsby et al. 1902.00751   |
+| prefix:P   | keys and values prepended in each attention layer   | Li & Liang 2101.00190       |
+| prompt:P   | vectors prepended to the token embeddings           | Lester et al. 2104.08691    |
+| ia3        | scales of keys, values and MLP activations          | Liu et al. 2205.05638       |
+| regex:R    | paths in which the regular expression R matches     |                             |
 
-New parameters are the classifier, the pooler of an encoder-decoder (no checkpoint is pre-trained
-with one) and the rows of new special tokens. lora, adapter, prefix, prompt and ia3 train parameters
-that `deltas.add_deltas` makes first; see there for their arguments.
+The sources are on arXiv. All but `regex` also train the newly initialized parameters.
 
-"+" unites recipes: "lora:8+layernorm". A regular expression may itself contain "+", so `regex:`
-comes last: "last_k:2+regex:position_embed".
+Newly initialized parameters are those that no checkpoint contains: the classifier, the pooler of an
+encoder-decoder, and the embeddings of added tokens. lora, adapter, prefix, prompt and ia3 train
+PEFT parameters, which `peft.add_peft_params` must add first; their arguments are described there.
 
-The mask is a tree of the parameters' structure with a Python bool at each leaf, which is what
-`optax.masked`, `tree.partition` and `train.step.make_train_step` take.
+A spec consists of one or several terms joined by "+": "lora:8+layernorm" trains the parameters of
+both. A regular expression may itself contain "+", so `regex:` must be the last term:
+"last_k:2+regex:position_embed".
+
+The mask of a spec is a tree with the structure of the parameters and a Python bool at each leaf, as
+`optax.masked`, `tree.partition` and `train.step.make_train_step` expect.
 """
 
 import difflib
@@ -32,51 +35,55 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import regex  # `re` with a limit of time: what users write may backtrack without end
+import regex  # like `re`, with a timeout: expressions given by users may backtrack exponentially
 
 from transformer_jax.tree import PyTree, count, flatten_paths, map_paths
 
 CLASSIFIER = r"(^|/)classifier/"
 EXTRA_TOKENS = r"(^|/)token_embed/extra$"
 NORMS = r"(^|[/_])norm/(scale|bias)$"
+# Leaves that are never trained, not even by "full": LoRA's scale and dropout rate, int8 weights.
+NON_TRAINABLE = re.compile(r"/lora_(scale|dropout)$|_(int8|scale)$")
+REGEX_TIMEOUT = 1.0  # seconds for one path; reasonable expressions take microseconds
 _LAYER = re.compile(r"^((?:.*/)?)layer_(\d+)/")
 
 
-def new_parameters(paths: Sequence[str]) -> list[str]:
-    """The patterns of parameters that no pre-training made: see the top of this file."""
-    seq2seq = any(p.startswith("encoder/") for p in paths) and any(
+def new_param_patterns(paths: Sequence[str]) -> list[str]:
+    """Returns regular expressions for the newly initialized parameters of a model.
+
+    Args:
+        paths: the paths of the model's parameters. The pooler counts as newly initialized only in
+            an encoder-decoder.
+    """
+    is_encoder_decoder = any(p.startswith("encoder/") for p in paths) and any(
         p.startswith("decoder/") for p in paths)
-    return [CLASSIFIER, EXTRA_TOKENS, *([r"^pooler/"] if seq2seq else [])]
+    return [CLASSIFIER, EXTRA_TOKENS, *([r"^pooler/"] if is_encoder_decoder else [])]
 
 
 def _head(argument: str | None, paths: Sequence[str]) -> Sequence[str]:
-    return new_parameters(paths)
+    return new_param_patterns(paths)
 
 
-def _stacks(paths: Sequence[str]) -> dict[str, int]:
-    """The number of layers of every stack, by the stack's path."""
+def _layers_per_stack(name: str, paths: Sequence[str]) -> dict[str, int]:
+    """Returns stack path -> number of layers; `name` is the term, for the error message."""
     stacks: dict[str, int] = {}
     for path in paths:
         if match := _LAYER.match(path):
             stacks[match[1]] = max(stacks.get(match[1], 0), int(match[2]) + 1)
-    return stacks
-
-
-def _numbered(name: str, paths: Sequence[str]) -> tuple[dict[str, int], int]:
-    stacks = _stacks(paths)
     if not stacks:
         raise ValueError(
             f"{name}: the parameters have no layer_0, layer_1, ...; use regex: instead")
-    return stacks, min(stacks.values())
+    return stacks
 
 
 def _last_k(argument: str, paths: Sequence[str]) -> list[str]:
-    """The patterns of the last N layers of every stack, and of what comes after a stack."""
-    stacks, depth = _numbered("last_k", paths)
-    if not argument.isdecimal() or not 1 <= int(argument) <= depth:
+    """Patterns of the last N layers of each stack, the final norm and the pooler."""
+    stacks = _layers_per_stack("last_k", paths)
+    num_layers = min(stacks.values())
+    if not argument.isdecimal() or not 1 <= int(argument) <= num_layers:
         raise ValueError(
-            f"last_k:{argument}: the number of layers has to be from 1 to {depth}; "
-            f"write for example last_k:{min(2, depth)}"
+            f"last_k:{argument}: the number of layers must be from 1 to {num_layers}, "
+            f"for example last_k:{min(2, num_layers)}"
         )
     last = [
         f"^{re.escape(stack)}layer_{i}/"
@@ -87,162 +94,197 @@ def _last_k(argument: str, paths: Sequence[str]) -> list[str]:
 
 
 def _layers(argument: str, paths: Sequence[str]) -> list[str]:
-    """The patterns of layers A to B, or of layer A alone, of every stack."""
-    _, depth = _numbered("layers", paths)
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", argument)
-    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-    if not first <= last < depth:
+    """Patterns of the layers A to B, or of layer A alone, of each stack."""
+    num_layers = min(_layers_per_stack("layers", paths).values())
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", argument)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not first <= last < num_layers:
         raise ValueError(
-            f"layers:{argument}: the layers have to be from 0 to {depth - 1}, first to last; "
-            f"write for example layers:{max(depth - 2, 0)}-{depth - 1}"
+            f"layers:{argument}: the layers must be from 0 to {num_layers - 1}, as FIRST-LAST, "
+            f"for example layers:{max(num_layers - 2, 0)}-{num_layers - 1}"
         )
     return [rf"(^|/)layer_{i}/" for i in range(first, last + 1)]
 
 
-class Spec(NamedTuple):
-    """What a recipe trains.
+class SpecTerm(NamedTuple):
+    """Definition of one kind of term in a trainable spec.
 
-    `patterns` are searched in paths; the first has to match something, or the recipe makes no sense
-    for this model. Patterns that depend on the argument or on the model are a function of both.
+    Attributes:
+        patterns: regular expressions that are searched in the paths, of which the first must match
+            something; or a function (argument of the term, paths) -> such expressions.
+        example: the term with an argument; empty if it takes none.
+        adds_params: whether the term trains parameters that `peft.add_peft_params` adds.
+        trains_new_params: whether the term also trains newly initialized parameters.
     """
 
     patterns: Sequence[str] | Callable[[str, Sequence[str]], Sequence[str]]
-    example: str = ""  # of the recipe with its argument, where it takes one
-    adds: bool = False  # trains what `deltas.add_deltas` makes
-    new: bool = True  # trains new parameters too
+    example: str = ""
+    adds_params: bool = False
+    trains_new_params: bool = True
 
 
-SPECS: dict[str, Spec] = {
-    "full": Spec([r""]),
-    "head": Spec(_head),
-    "last_k": Spec(_last_k, "last_k:2"),
-    "layers": Spec(_layers, "layers:8-11"),
-    "embeddings": Spec([r"(^|/)token_embed/", r"(position|segment)_embed/"]),
-    "bitfit": Spec([r"(^|/)bias$"]),
-    "layernorm": Spec([NORMS]),
-    "lora": Spec([r"/lora_(a|b|magnitude)$"], "lora:8", adds=True),
-    "adapter": Spec([r"_adapter/", NORMS], "adapter:64", adds=True),
-    "prefix": Spec([r"/prefix_(key|value)$"], "prefix:16", adds=True),
-    "prompt": Spec([r"^prompt$"], "prompt:16", adds=True),
-    "ia3": Spec([r"/ia3_(input|output)$"], adds=True),
-    "regex": Spec(lambda argument, paths: [argument], "regex:pooler", new=False),
+SPEC_TERMS: dict[str, SpecTerm] = {
+    "full": SpecTerm([r""]),
+    "head": SpecTerm(_head),
+    "last_k": SpecTerm(_last_k, "last_k:2"),
+    "layers": SpecTerm(_layers, "layers:8-11"),
+    "embeddings": SpecTerm([r"(^|/)token_embed/", r"(position|segment)_embed/"]),
+    "bitfit": SpecTerm([r"(^|/)bias$"]),
+    "layernorm": SpecTerm([NORMS]),
+    "lora": SpecTerm([r"/lora_(a|b|magnitude)$"], "lora:8", adds_params=True),
+    "adapter": SpecTerm([r"_adapter/", NORMS], "adapter:64", adds_params=True),
+    "prefix": SpecTerm([r"/prefix_(key|value)$"], "prefix:16", adds_params=True),
+    "prompt": SpecTerm([r"^prompt$"], "prompt:16", adds_params=True),
+    "ia3": SpecTerm([r"/ia3_(input|output)$"], adds_params=True),
+    "regex": SpecTerm(lambda argument, paths: [argument], "regex:pooler", trains_new_params=False),
 }
-SECONDS_A_PATH = 1.0  # that a regular expression may take; what people mean takes microseconds
 
 
-def split_spec(recipe: str) -> list[tuple[str, str | None]]:
-    """[(name, argument)] of a recipe; the argument is None without a colon.
+def split_spec(spec: str) -> list[tuple[str, str | None]]:
+    """Splits a trainable spec into its terms.
+
+    Args:
+        spec: trainable spec.
+
+    Returns:
+        (name, argument) of each term; the argument is None for a term without a colon.
 
     Raises:
-        ValueError: an unknown name, or an argument that is missing or not taken.
+        ValueError: a name is unknown, or an argument is missing or not accepted.
+
+    Example:
+        >>> split_spec("lora:8+bitfit")
+        [('lora', '8'), ('bitfit', None)]
     """
-    before, colon, pattern = recipe.partition("regex:")
-    names = [name for name in before.removesuffix("+").split("+") if name or not colon]
-    found = [(name, arg if sep else None) for name, sep, arg in (n.partition(":") for n in names)]
+    before, colon, pattern = spec.partition("regex:")
+    terms = [term for term in before.removesuffix("+").split("+") if term or not colon]
+    found = [(name, arg if sep else None) for name, sep, arg in (t.partition(":") for t in terms)]
     found += [("regex", pattern)] if colon else []
     for name, argument in found:
-        if name not in SPECS:
-            near = difflib.get_close_matches(name, SPECS, n=1, cutoff=0.5)
+        if name not in SPEC_TERMS:
+            close = difflib.get_close_matches(name, SPEC_TERMS, n=1, cutoff=0.5)
             raise ValueError(
-                f"unknown recipe {name!r}{f', did you mean {near[0]!r}?' if near else ';'} "
-                "choose from "
-                + ", ".join(rule.example or name for name, rule in SPECS.items())
+                f"unknown trainable spec {name!r}{f', did you mean {close[0]!r}?' if close else ''}"
+                "; supported: "
+                + ", ".join(term.example or name for name, term in SPEC_TERMS.items())
                 + ", joined by '+'"
             )
-        example = SPECS[name].example
+        example = SPEC_TERMS[name].example
         if example and not argument:
-            raise ValueError(f"recipe {name!r} needs an argument; write for example {example}")
+            raise ValueError(f"{name!r} needs an argument, for example {example}")
         if argument is not None and not example:
-            raise ValueError(f"recipe {name!r} takes no argument, got {argument!r}; write {name!r}")
+            raise ValueError(f"{name!r} takes no argument, got {argument!r}; write {name!r}")
     return found
 
 
 def _patterns(name: str, argument: str | None, paths: Sequence[str]) -> list[str]:
-    own = SPECS[name].patterns
-    own = own(argument, paths) if callable(own) else own
-    return [*own, *(new_parameters(paths) if SPECS[name].new else ())]
+    term = SPEC_TERMS[name]
+    patterns = term.patterns(argument, paths) if callable(term.patterns) else term.patterns
+    return [*patterns, *(new_param_patterns(paths) if term.trains_new_params else ())]
 
 
-def _nearest(pattern: str, paths: Sequence[str]) -> str:
-    """Three paths that a pattern without matches may have meant, of different layers or names."""
-    words = (re.findall(r"\w+", pattern) or [pattern])[:8]  # who wrote more meant no one name
+def _closest_paths(pattern: str, paths: Sequence[str]) -> str:
+    """Returns the three paths that are most similar to a pattern without matches."""
+    names = (re.findall(r"\w+", pattern) or [pattern])[:8]
 
-    def likeness(path: str) -> float:
-        parts = path.split("/")
+    def similarity(path: str) -> float:
+        keys = path.split("/")
         return sum(
-            max(difflib.SequenceMatcher(None, word, part).ratio() for part in parts)
-            for word in words
+            max(difflib.SequenceMatcher(None, name, key).ratio() for key in keys)
+            for name in names
         )
 
-    kinds: dict[str, str] = {}  # one path stands for the same parameter of all layers
-    for path in sorted(paths, key=likeness, reverse=True):
-        kinds.setdefault(re.sub(r"layer_\d+", "", path), path)
-    return ", ".join(list(kinds.values())[:3])
+    closest: dict[str, str] = {}  # the same parameter of several layers is shown once
+    for path in sorted(paths, key=similarity, reverse=True):
+        closest.setdefault(re.sub(r"layer_\d+", "", path), path)
+    return ", ".join(list(closest.values())[:3])
 
 
-def trainable_mask(params: PyTree, recipe: str) -> PyTree:
-    """The mask of what `recipe` trains: True where a parameter trains.
+def trainable_mask(params: PyTree, spec: str) -> PyTree:
+    """Returns the mask of the trainable parameters: True where a parameter is trained.
 
     Args:
-      params: parameters, or abstract ones (`jax.eval_shape`); only paths are looked at.
-      recipe: see the table at the top of this file, for example "head" or "last_k:2+layernorm".
+        params: parameters, or abstract ones (`jax.eval_shape`); only their paths are used.
+        spec: trainable spec, such as "head" or "last_k:2+layernorm" (see the module docstring).
+
+    Returns:
+        A tree with the structure of `params` and a bool at each leaf.
 
     Raises:
-      ValueError: an unknown recipe, a number of layers out of range, a broken regular expression,
-        a recipe that matches nothing (with the nearest names), one whose deltas are not there, or
-        one that would train what is kept in int8.
+        ValueError: a term of the spec is unknown, a number of layers is out of range, a regular
+            expression is invalid or too slow, a term matches no parameter (the message has the
+            closest paths), PEFT parameters were not added, or the spec selects int8 parameters.
+
+    Example:
+        >>> params = {"wi": {"kernel": 0, "bias": 0}, "classifier": {"kernel": 0, "bias": 0}}
+        >>> trainable_mask(params, "bitfit")["wi"]
+        {'bias': True, 'kernel': False}
+        >>> trainable_mask(params, "head")["classifier"]
+        {'bias': True, 'kernel': True}
     """
     paths = list(flatten_paths(params))
-    chosen: set[str] = set()
-    for name, argument in split_spec(recipe):
+    selected: set[str] = set()
+    for name, argument in split_spec(spec):
         for i, pattern in enumerate(_patterns(name, argument, paths)):
             try:
-                found = [path for path in paths
-                         if regex.search(pattern, path, timeout=SECONDS_A_PATH)]
+                matches = [path for path in paths
+                           if regex.search(pattern, path, timeout=REGEX_TIMEOUT)]
             except regex.error as error:
                 raise ValueError(
-                    f"recipe {recipe!r}: {pattern!r} is no regular expression ({error}); mend it"
+                    f"trainable spec {spec!r}: {pattern!r} is not a valid regular expression "
+                    f"({error})"
                 ) from None
             except TimeoutError:
                 raise ValueError(
-                    f"recipe {recipe!r}: {pattern!r} tries for over {SECONDS_A_PATH} s how it "
-                    "could match one path; write fewer repetitions (* and +) one after another"
+                    f"trainable spec {spec!r}: matching {pattern!r} with one path takes more than "
+                    f"{REGEX_TIMEOUT} s; use fewer consecutive repetitions (* and +)"
                 ) from None
-            if not found and i == 0 and SPECS[name].adds:
+            if not matches and i == 0 and SPEC_TERMS[name].adds_params:
                 raise ValueError(
-                    f"recipe {recipe!r}: the parameters have no {name}; add it first: "
-                    "deltas.add_deltas(params, recipe, rng)"
+                    f"trainable spec {spec!r}: the parameters have no {name} parameters; add them "
+                    "first with finetuning.peft.add_peft_params(params, spec, rng)"
                 )
-            if not found and i == 0:
+            if not matches and i == 0:
                 raise ValueError(
-                    f"recipe {recipe!r}: {name} matches none of {len(paths)} parameters "
-                    f"({pattern!r}); the nearest are {_nearest(pattern, paths)}"
+                    f"trainable spec {spec!r}: {name} matches none of {len(paths)} parameters "
+                    f"({pattern!r}); the closest are {_closest_paths(pattern, paths)}"
                 )
-            chosen.update(found)
-    if small := sorted(path for path in chosen if path.endswith("_int8")):
-        raise ValueError(f"recipe {recipe!r}: {small[0]} is kept in int8, which does not train; "
-                         "choose what trains before `shrink`, or `shrink.restore` it")
-    # Factors that are settings, such as a LoRA's scale, never train, not even in "full".
-    return map_paths(lambda path, leaf: path in chosen and not SETTINGS.search(path), params)
-
-
-SETTINGS = re.compile(r"/lora_(scale|dropout)$|_(int8|scale)$")
+            selected.update(matches)
+    if int8_paths := sorted(path for path in selected if path.endswith("_int8")):
+        raise ValueError(f"trainable spec {spec!r}: {int8_paths[0]} is quantized to int8 and "
+                         "cannot be trained; make the mask before `quantize_frozen`, or call "
+                         "`dequantize` first")
+    return map_paths(
+        lambda path, leaf: path in selected and not NON_TRAINABLE.search(path), params)
 
 
 def describe(params: PyTree, mask: PyTree) -> str:
-    """A table of what trains: leaves, parameters and share, by top-level group and in total."""
-    leaves, trains = flatten_paths(params), flatten_paths(mask)
+    """Returns a table of the trainable parameters, by top-level group and in total.
+
+    Its columns are the number of trainable and of all leaves, of trainable parameters, of all
+    parameters, and the share of trainable ones.
+
+    Example:
+        >>> import numpy as np
+        >>> params = {"body": np.zeros(90), "classifier": np.zeros(10)}
+        >>> print(describe(params, {"body": False, "classifier": True}))
+        group               leaves     trainable    parameters     share
+        body                   0/1             0            90    0.00 %
+        classifier             1/1            10            10  100.00 %
+        total                  1/2            10           100   10.00 %
+    """
+    leaves, is_trainable = flatten_paths(params), flatten_paths(mask)
     groups: dict[str, list[str]] = {}
     for path in leaves:
         groups.setdefault(path.split("/")[0], []).append(path)
 
     def row(name: str, paths: Sequence[str]) -> str:
-        ours = [path for path in paths if trains[path]]
-        size, total = (count([leaves[path] for path in some]) for some in (ours, paths))
-        ratio = f"{len(ours)}/{len(paths)}"
-        share = 100 * size / total if total else 0.0
-        return f"{name:<16} {ratio:>9} {size:>13,} {total:>13,} {share:>7.2f} %"
+        trainable = [path for path in paths if is_trainable[path]]
+        size, total = (count([leaves[path] for path in some]) for some in (trainable, paths))
+        num_leaves = f"{len(trainable)}/{len(paths)}"
+        percent = 100 * size / total if total else 0.0
+        return f"{name:<16} {num_leaves:>9} {size:>13,} {total:>13,} {percent:>7.2f} %"
 
-    head = f"{'trains':<16} {'leaves':>9} {'parameters':>13} {'of':>13} {'share':>9}"
+    header = f"{'group':<16} {'leaves':>9} {'trainable':>13} {'parameters':>13} {'share':>9}"
     rows = [row(name, paths) for name, paths in groups.items()]
-    return "\n".join([head, *rows, row("total", list(leaves))])
+    return "\n".join([header, *rows, row("total", list(leaves))])

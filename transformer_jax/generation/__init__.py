@@ -1,4 +1,4 @@
-"""Decoding: text generation, beam search, speculative decoding and mask filling."""
+"""Text generation, beam search, speculative decoding and masked-token prediction."""
 
 import lazy_loader
 
@@ -17,6 +17,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "apply_logits_processors",
         ],
         "mask_filling": ["MaskPrediction", "fill_mask"],
-        "padding": ["check_prompt_ids", "power_of_two_length"],
+        "padding": ["check_token_ids", "power_of_two_length"],
     },
 )

@@ -1,12 +1,14 @@
-"""Beam search: the best texts, several of them kept in parallel.
+"""Beam search, with the bookkeeping of Hugging Face Transformers 5.
 
-The bookkeeping is that of Hugging Face Transformers 5 (`GenerationMixin._beam_search`), so that
-texts come out the same: from all continuations of a row's K running texts the best C are looked at;
-those among the first K that end go to the finished texts, by their score over length ** penalty
-(Wu et al. 2016, "Google's Neural Machine Translation System", section 7, without the constant 5);
-the best K others run on. C leaves K others even if every end token is taken.
+The results equal those of `GenerationMixin._beam_search`. At each step, the C best continuations of
+the K running sequences of a row are the candidates. Candidates that end are added to the finished
+sequences if they are among the first K; a finished sequence is scored by its log-probability over
+length ** length_penalty (Wu et al. 2016, "Google's Neural Machine Translation System", section 7,
+without the constant 5). The K best of the other candidates are the next running sequences. C is
+large enough for K of them to remain if every end-of-sequence token is a candidate.
 
-Shape suffixes: B batch, K beams, C candidates, L slots of a text, N = B * K rows, V vocabulary.
+Shape suffixes: B batch, K beams, C candidates, L token slots of a row, N = B * K decoded rows,
+V vocabulary, M = K * V continuations.
 """
 
 import functools
@@ -25,113 +27,177 @@ from transformer_jax.generation.logits_processors import (
     StaticGenerationConfig,
     apply_logits_processors,
 )
-from transformer_jax.generation.prefill import Cache, Inputs, decode_step, prefill
+from transformer_jax.generation.prefill import Cache, GenerationInputs, decode_step, prefill
 
-NEG_INF = -1e9  # the score of what is no candidate; finite, so that sums keep their order
-
-
-class Search(NamedTuple):
-    """When to stop, and how texts of unequal length compare. Traced."""
-
-    length_divisor: Float[Array, "L"]  # at n - 1: n ** length_penalty
-    best_divisor: Float[Array, "L"]  # the same for the length at which a running text may end
-    stop_when_full: Bool[Array, ""]  # stop with K finished texts, though better ones may come
+NEG_INF = -1e9  # score of invalid entries; finite, so that sums with it keep their order
 
 
-class Finished(NamedTuple):
-    """The best finished texts of each row, best first."""
+class BeamSearchParams(NamedTuple):
+    """Length normalization and stopping rule. Traced, so other values do not recompile.
+
+    Attributes:
+        length_divisor: at index n - 1, n ** length_penalty.
+        best_case_divisor: at index n - 1, the divisor of the length at which a running sequence of
+            n tokens can reach its best score.
+        early_stopping: stop when K sequences are finished, even if better ones may follow.
+    """
+
+    length_divisor: Float[Array, "L"]
+    best_case_divisor: Float[Array, "L"]
+    early_stopping: Bool[Array, ""]
+
+
+class FinishedBeams(NamedTuple):
+    """The K best finished sequences of each row, best first.
+
+    Attributes:
+        tokens: tokens by position.
+        scores: log-probability divided by length ** length_penalty.
+        lengths: number of new tokens.
+        is_valid: False at entries that hold no finished sequence yet.
+    """
 
     tokens: Int[Array, "B K L"]
     scores: Float[Array, "B K"]
-    lengths: Int[Array, "B K"]  # new tokens
-    filled: Bool[Array, "B K"]
+    lengths: Int[Array, "B K"]
+    is_valid: Bool[Array, "B K"]
 
 
 class BeamState(NamedTuple):
-    text: Sequences  # N running texts, the best of each row first
-    scores: Float[Array, "B K"]  # sums of log probabilities
-    finished: Finished
-    can_improve: Bool[Array, "B"]  # a running text may still become better than a finished one
-    running: Bool[Array, ""]
+    """State of the search between two tokens.
+
+    Attributes:
+        sequences: the N running sequences, those of a row in order of decreasing score.
+        scores: their log-probabilities.
+        finished: the best finished sequences.
+        can_improve: True at rows where a running sequence may still beat a finished one.
+        should_continue: False when the search is over.
+        cache: keys and values of the running sequences.
+    """
+
+    sequences: Sequences
+    scores: Float[Array, "B K"]
+    finished: FinishedBeams
+    can_improve: Bool[Array, "B"]
+    should_continue: Bool[Array, ""]
     cache: Cache
 
 
-def _select(state: BeamState, logits_NV, rules: LogitsProcessorParams, search: Search, rng, plan: StaticGenerationConfig) -> BeamState:
-    """One more token in every running text."""
-    (B, K), C = state.scores.shape, plan.num_candidates
-    V, L = logits_NV.shape[-1], state.text.tokens.shape[-1]
+def _extend_beams(
+    state: BeamState,
+    logits_NV: Float[Array, "N V"],
+    processor_params: LogitsProcessorParams,
+    search_params: BeamSearchParams,
+    rng: Key[Array, ""],
+    static_config: StaticGenerationConfig,
+) -> BeamState:
+    """Extends every running sequence by one token and updates the finished sequences."""
+    (B, K), C = state.scores.shape, static_config.num_beam_candidates
+    V, L = logits_NV.shape[-1], state.sequences.tokens.shape[-1]
     rows_B1 = jnp.arange(B)[:, None]
-    step = state.text.new[0]
+    step = state.sequences.num_new_tokens[0]
 
-    scores_NV = apply_logits_processors(jax.nn.log_softmax(logits_NV, axis=-1), state.text, rules, plan)
-    sums_BKV = scores_NV.reshape(B, K, V) + state.scores[:, :, None]
-    sums_BM = sums_BKV.reshape(B, K * V)
-    drawn_BM = sums_BM
-    if plan.do_sample:
-        # The best C of scores with Gumbel noise are C draws without putting back (Kool et al.
-        # 2019, section 2.3).
-        drawn_BM = sums_BM + jax.random.gumbel(jax.random.fold_in(rng, step), sums_BM.shape)
-    picked_BC = jax.lax.top_k(drawn_BM, C)[1]
-    sums_BC = jnp.take_along_axis(sums_BM, picked_BC, axis=1)
-    parents_BC, tokens_BC = picked_BC // V, picked_BC % V
+    # Candidates: the C best continuations of each row.
+    log_probs_NV = apply_logits_processors(
+        jax.nn.log_softmax(logits_NV, axis=-1), state.sequences, processor_params, static_config)
+    scores_BKV = log_probs_NV.reshape(B, K, V) + state.scores[:, :, None]
+    scores_BM = scores_BKV.reshape(B, K * V)
+    ranking_BM = scores_BM
+    if static_config.do_sample:
+        # The C largest scores with Gumbel noise are C samples without replacement (Kool et al.
+        # 2019, "Stochastic Beams and Where to Find Them", section 2.3).
+        ranking_BM = scores_BM + jax.random.gumbel(jax.random.fold_in(rng, step), scores_BM.shape)
+    indices_BC = jax.lax.top_k(ranking_BM, C)[1]
+    scores_BC = jnp.take_along_axis(scores_BM, indices_BC, axis=1)
+    parents_BC, tokens_BC = indices_BC // V, indices_BC % V
 
-    texts_BCL = state.text.tokens.reshape(B, K, L)[rows_B1, parents_BC]
-    places_B = state.text.lengths[::K]
-    texts_BCL = texts_BCL.at[rows_B1, jnp.arange(C), places_B[:, None]].set(tokens_BC, mode="drop")
-    ends_BC = rules.is_end[tokens_BC] | (step + 1 >= rules.max_new_tokens)
+    sequences_BCL = state.sequences.tokens.reshape(B, K, L)[rows_B1, parents_BC]
+    positions_B = state.sequences.lengths[::K]
+    sequences_BCL = sequences_BCL.at[rows_B1, jnp.arange(C), positions_B[:, None]].set(
+        tokens_BC, mode="drop")
+    is_end_BC = processor_params.is_eos[tokens_BC] | (step + 1 >= processor_params.max_new_tokens)
 
-    # Only the first K candidates may finish; the others are there to run on.
-    finishing_BC = ends_BC & (jnp.arange(C) < K)
+    # Finished sequences: only the first K candidates may finish; the others only continue.
+    can_finish_BC = is_end_BC & (jnp.arange(C) < K)
     old = state.finished
-    closed_B = (old.filled.all(-1) & search.stop_when_full) | ~state.can_improve
-    rated_BC = sums_BC / search.length_divisor[step]
-    rated_BC = rated_BC + jnp.where(closed_B[:, None], NEG_INF, 0) + jnp.where(finishing_BC, 0, NEG_INF)
+    is_closed_B = (old.is_valid.all(-1) & search_params.early_stopping) | ~state.can_improve
+    final_scores_BC = scores_BC / search_params.length_divisor[step]
+    final_scores_BC = (final_scores_BC + jnp.where(is_closed_B[:, None], NEG_INF, 0)
+                       + jnp.where(can_finish_BC, 0, NEG_INF))
     lengths_BC = jnp.full((B, C), step + 1)
     merged = [jnp.concatenate(pair, axis=1) for pair in zip(
-        old, (texts_BCL, rated_BC, lengths_BC, finishing_BC))]
+        old, (sequences_BCL, final_scores_BC, lengths_BC, can_finish_BC))]
     best_BK = jax.lax.top_k(merged[1], K)[1]
-    finished = Finished(*(x[rows_B1, best_BK] for x in merged))
+    finished = FinishedBeams(*(x[rows_B1, best_BK] for x in merged))
 
-    running_BC = sums_BC + jnp.where(ends_BC, NEG_INF, 0)
-    next_BK = jax.lax.top_k(running_BC, K)[1]
-    scores_BK = running_BC[rows_B1, next_BK]
+    # Running sequences: the K best candidates that do not end.
+    running_scores_BC = scores_BC + jnp.where(is_end_BC, NEG_INF, 0)
+    next_BK = jax.lax.top_k(running_scores_BC, K)[1]
+    scores_BK = running_scores_BC[rows_B1, next_BK]
     parents_N = (parents_BC[rows_B1, next_BK] + rows_B1 * K).reshape(-1)
-    text = state.text._replace(
-        tokens=texts_BCL[rows_B1, next_BK].reshape(B * K, L), lengths=state.text.lengths + 1)
+    sequences = state.sequences._replace(
+        tokens=sequences_BCL[rows_B1, next_BK].reshape(B * K, L),
+        lengths=state.sequences.lengths + 1)
     cache = jax.tree.map(lambda x: x[parents_N], state.cache)
 
-    hoped_B1 = scores_BK[:, :1] / search.best_divisor[step]
-    worst_BK = jnp.where(finished.filled, finished.scores.min(-1, keepdims=True), NEG_INF)
-    can_improve_B = state.can_improve & (hoped_B1 > worst_BK).any(-1)
-    full = finished.filled.all() & search.stop_when_full
-    running = can_improve_B.any() & ~full & ~ends_BC.all()
-    return BeamState(text, scores_BK, finished, can_improve_B, running, cache)
+    # Stopping rule.
+    best_case_B1 = scores_BK[:, :1] / search_params.best_case_divisor[step]
+    worst_BK = jnp.where(finished.is_valid, finished.scores.min(-1, keepdims=True), NEG_INF)
+    can_improve_B = state.can_improve & (best_case_B1 > worst_BK).any(-1)
+    is_full = finished.is_valid.all() & search_params.early_stopping
+    should_continue = can_improve_B.any() & ~is_full & ~is_end_BC.all()
+    return BeamState(sequences, scores_BK, finished, can_improve_B, should_continue, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "plan"))
+@functools.partial(jax.jit, static_argnames=("model", "static_config"))
 def beam_search(
-    model, params: dict, inputs: Inputs, rules: LogitsProcessorParams, search: Search, rng: Key[Array, ""], *,
-    plan: StaticGenerationConfig,
-) -> Finished:
-    """The best texts of each row; scores are sums of log probabilities over length ** penalty."""
-    B, K = len(inputs.prompt), plan.copies
-    logits_NV, cache, source = prefill(model, params, inputs, plan.cache_length, K)
-    text = init_sequences(inputs, rules, plan)
-    # Beams begin alike: only the first may have continuations, or they would stay alike.
+    model,
+    params: dict,
+    inputs: GenerationInputs,
+    processor_params: LogitsProcessorParams,
+    search_params: BeamSearchParams,
+    rng: Key[Array, ""],
+    *,
+    static_config: StaticGenerationConfig,
+) -> FinishedBeams:
+    """Runs beam search in a single compiled loop.
+
+    Args:
+        model: GPT or encoder-decoder.
+        params: its parameters.
+        inputs: the prompts, and the sources of an encoder-decoder.
+        processor_params: parameters of the logits processors.
+        search_params: length normalization and stopping rule.
+        rng: for sampling candidates; unused without `do_sample`.
+        static_config: compile-time configuration; `rows_per_prompt` is the number of beams.
+
+    Returns:
+        The best finished sequences of each row.
+    """
+    B, K = len(inputs.prompt), static_config.rows_per_prompt
+    logits_NV, cache, encoder_memory = prefill(
+        model, params, inputs, static_config.cache_length, K)
+    sequences = init_sequences(inputs, processor_params, static_config)
+    # All beams start with the same prompt. Only the first one is extended in the first step, as
+    # the others would yield duplicates.
     scores_BK = jnp.where(jnp.arange(K) == 0, jnp.zeros((B, 1)), NEG_INF)
-    finished = Finished(
-        text.tokens.reshape(B, K, -1), jnp.full((B, K), NEG_INF), jnp.zeros((B, K), jnp.int32),
-        jnp.zeros((B, K), bool),
+    finished = FinishedBeams(
+        sequences.tokens.reshape(B, K, -1), jnp.full((B, K), NEG_INF),
+        jnp.zeros((B, K), jnp.int32), jnp.zeros((B, K), bool),
     )
-    state = BeamState(text, scores_BK, finished, jnp.ones(B, bool), jnp.bool_(True), cache)
-    state = _select(state, logits_NV, rules, search, rng, plan)
+    state = BeamState(
+        sequences, scores_BK, finished, jnp.ones(B, bool), jnp.bool_(True), cache)
+    state = _extend_beams(state, logits_NV, processor_params, search_params, rng, static_config)
 
     params = transpose_kernels(params, model.config.compute_dtype)
 
-    def advance(state):
-        last_N1 = state.text.lengths[:, None] - 1
+    def decode_next_token(state):
+        positions_N1 = state.sequences.lengths[:, None] - 1
         logits_N1V, cache = decode_step(
-            model, params, state.text.at(last_N1), last_N1, state.cache, source)
-        return _select(state._replace(cache=cache), logits_N1V[:, 0], rules, search, rng, plan)
+            model, params, state.sequences.tokens_at(positions_N1), positions_N1, state.cache,
+            encoder_memory)
+        return _extend_beams(state._replace(cache=cache), logits_N1V[:, 0], processor_params,
+                             search_params, rng, static_config)
 
-    return jax.lax.while_loop(lambda state: state.running, advance, state).finished
+    return jax.lax.while_loop(
+        lambda state: state.should_continue, decode_next_token, state).finished

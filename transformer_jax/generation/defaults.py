@@ -1,37 +1,62 @@
-"""What a checkpoint says about writing texts: the options its authors chose for `generate`."""
+"""Default options of `generate` stored in a checkpoint by its authors."""
 
 import json
 from typing import Any
 
-from transformer_jax.generation.options import BEAMS, LIMITS, SAMPLING
+from transformer_jax.generation.options import (
+    BEAM_SEARCH_DEFAULTS,
+    OPTION_RULES,
+    SAMPLING_DEFAULTS,
+)
 from transformer_jax.models import Config
 
-# Token ids are fields of the config, which `generate` reads by itself.
-NAMES = {*LIMITS, "do_sample", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"}
+# Special token ids are not among them: they are fields of the config, which `generate` uses itself.
+OPTION_NAMES = {*OPTION_RULES, "do_sample", "bad_words_ids", "suppress_tokens",
+                "begin_suppress_tokens"}
 
 
 def generation_options(config: Config) -> dict[str, Any]:
-    """Options of `generate` as generation_config.json has them, or, without it, config.json.
+    """Returns the options of `generate` in a checkpoint's generation_config.json.
 
-    Those that the checkpoint does not name are left out, and so are those that say nothing
-    (a temperature where nothing is drawn); `{}` for a model that came from no checkpoint.
+    Without that file, those in its config.json. Options that have no effect, such as a temperature
+    without sampling, are left out.
 
-        generate(model, params, ids, **generation_options(model.config))
+    Args:
+        config: config of a model that was loaded from a checkpoint.
+
+    Returns:
+        Keyword arguments for `generate`; `{}` for a model that was not loaded from a checkpoint.
+
+    Example:
+        >>> from transformer_jax.models import presets
+        >>> source = '{"num_beams": 4, "max_length": 60, "temperature": 0.7}'
+        >>> config = presets.get("bart_base", source=source)
+        >>> sorted(generation_options(config).items())
+        [('max_length', 60), ('num_beams', 4)]
     """
     values = json.loads(config.source or "{}")
     values = values.get("generation_config", values)
-    options = {name: values[name] for name in NAMES & values.keys() if values[name] is not None}
-    if options.get("top_k") == 0:  # the reference's word for all
+    options = {name: values[name] for name in OPTION_NAMES & values.keys()
+               if values[name] is not None}
+    if options.get("top_k") == 0:  # in Hugging Face Transformers, no limit
         del options["top_k"]
     return drop_unused_options(options)
 
 
 def drop_unused_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Without those that only sampling or several beams give a meaning, and a second length."""
-    idle = set() if options.get("do_sample") else SAMPLING.keys()
+    """Removes options that have no effect with the others.
+
+    These are sampling options without `do_sample`, beam search options without `num_beams` above 1,
+    and `max_length` or `min_length` beside `max_new_tokens` or `min_new_tokens`.
+
+    Example:
+        >>> drop_unused_options({"num_beams": 1, "length_penalty": 2.0, "max_new_tokens": 5})
+        {'num_beams': 1, 'max_new_tokens': 5}
+    """
+    unused = set() if options.get("do_sample") else SAMPLING_DEFAULTS.keys()
     if options.get("num_beams", 1) == 1:
-        idle |= BEAMS.keys()
-    for exact, total in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
-        if exact in options:
-            idle |= {total}
-    return {name: value for name, value in options.items() if name not in idle}
+        unused |= BEAM_SEARCH_DEFAULTS.keys()
+    for preferred, other in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+        if preferred in options:
+            unused |= {other}
+    return {name: value for name, value in options.items() if name not in unused}

@@ -1,10 +1,11 @@
-"""What may be written next: rules that change the scores of the next token, as pure functions.
+"""Logits processors: pure functions that modify the scores of the next token.
 
-A rule takes the scores `[B, V]` of the next token, logits or log probabilities, and what it has to
-know of the texts so far, and returns scores, -inf where a token is forbidden. `restrict` applies
-all of them in the order of Hugging Face Transformers.
+A processor takes scores `[B, V]` (logits, or log-probabilities in a beam search) and returns scores
+of the same shape, in which forbidden tokens are -inf. `apply_logits_processors` applies all of them
+in the order of Hugging Face Transformers.
 
-Shape suffixes: B rows, L slots of a text, V vocabulary, W forbidden words, M their length.
+Shape suffixes: B batch, L token slots of a row, V vocabulary, W n-gram windows or forbidden token
+sequences, M length of the longest forbidden token sequence.
 """
 
 from typing import NamedTuple
@@ -16,194 +17,290 @@ from jaxtyping import Bool, Float, Int
 
 
 class Sequences(NamedTuple):
-    """What is written so far. Slot `s` of a row holds its token at position `s`; slots from
-    `lengths` on are not looked at."""
+    """The token ids of each row so far: the prompt, then the generated tokens.
+
+    Slot `s` of a row holds the token at position `s`. The contents of slots at and after `lengths`
+    are ignored.
+
+    Attributes:
+        tokens: token ids by position.
+        lengths: number of tokens of each row, the prompt included.
+        prompt_lengths: number of prompt tokens of each row.
+    """
 
     tokens: Int[Array, "B L"]
-    lengths: Int[Array, "B"]  # with the prompt
+    lengths: Int[Array, "B"]
     prompt_lengths: Int[Array, "B"]
 
     @property
-    def new(self) -> Int[Array, "B"]:
-        """How many tokens were added to the prompt."""
+    def num_new_tokens(self) -> Int[Array, "B"]:
+        """The number of generated tokens of each row."""
         return self.lengths - self.prompt_lengths
 
     @property
-    def last(self) -> Int[Array, "B"]:
-        return self.at(self.lengths[:, None] - 1)[:, 0]
+    def last_tokens(self) -> Int[Array, "B"]:
+        """The last token of each row."""
+        return self.tokens_at(self.lengths[:, None] - 1)[:, 0]
 
-    def at(self, places: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        """The tokens at these positions; what lies outside the slots is whatever."""
-        return jnp.take_along_axis(self.tokens, places, axis=1, mode="clip")
+    def tokens_at(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Returns the tokens at `positions`, which are clipped to the slots of the row."""
+        return jnp.take_along_axis(self.tokens, positions, axis=1, mode="clip")
 
     def append(self, token_B: Int[Array, "B"]) -> "Sequences":
-        """With one more token in each row; beyond the last slot it is dropped."""
+        """Appends one token to each row. Tokens beyond the last slot are dropped."""
         rows_B = jnp.arange(len(token_B))
         tokens_BL = self.tokens.at[rows_B, self.lengths].set(token_B, mode="drop")
         return self._replace(tokens=tokens_BL, lengths=self.lengths + 1)
 
 
 class LogitsProcessorParams(NamedTuple):
-    """The values of all rules. They are traced: another value does not compile again."""
+    """Parameters of the logits processors.
+
+    They are traced arguments of the compiled functions, so other values do not recompile.
+
+    Attributes:
+        max_new_tokens: maximum number of generated tokens.
+        min_new_tokens: number of tokens before which no end-of-sequence token is generated.
+        pad_token_id: token id that fills rows which are finished.
+        is_eos: True at the end-of-sequence tokens.
+        forced_bos: the first new token is forced to be one where this is True; all False for none.
+        forced_eos: likewise for the last token of a sequence of `max_new_tokens` tokens.
+        suppressed: True at tokens that are never generated.
+        begin_suppressed: True at tokens that are not generated as new token number `begin_index`.
+        begin_index: 0, or 1 if the first new token is forced.
+        repetition_penalty: 1 for no penalty.
+        bad_words: forbidden token sequences, aligned on the right and padded with -1 on the left.
+        temperature: divisor of the scores when sampling.
+        top_k: V for no limit.
+        top_p: 1 for no limit.
+        min_p: 0 for no limit.
+    """
 
     max_new_tokens: Int[Array, ""]
     min_new_tokens: Int[Array, ""]
-    pad_id: Int[Array, ""]
-    is_end: Bool[Array, "V"]
-    forced_first: Bool[Array, "V"]  # none True: not forced
-    forced_last: Bool[Array, "V"]
+    pad_token_id: Int[Array, ""]
+    is_eos: Bool[Array, "V"]
+    forced_bos: Bool[Array, "V"]
+    forced_eos: Bool[Array, "V"]
     suppressed: Bool[Array, "V"]
     begin_suppressed: Bool[Array, "V"]
-    begin: Int[Array, ""]  # which new token `begin_suppressed` is for
-    repetition_penalty: Float[Array, ""]  # 1 for none
-    bad_words: Int[Array, "W M"]  # aligned on the right; -1 before a word
+    begin_index: Int[Array, ""]
+    repetition_penalty: Float[Array, ""]
+    bad_words: Int[Array, "W M"]
     temperature: Float[Array, ""]
-    top_k: Int[Array, ""]  # V for no limit
-    top_p: Float[Array, ""]  # 1 for no limit
-    min_p: Float[Array, ""]  # 0 for no limit
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    min_p: Float[Array, ""]
 
 
 class StaticGenerationConfig(NamedTuple):
-    """What compiled code depends on besides shapes; static."""
+    """Static (compile-time) configuration of a decoding loop: other values recompile.
+
+    Attributes:
+        cache_length: number of slots of the KV cache, and of tokens, of each row.
+        do_sample: sample instead of taking the argmax.
+        rows_per_prompt: sequences decoded in parallel for each prompt (beams or samples).
+        no_repeat_ngram_size: length of n-grams that may not repeat; 0 for no limit.
+        num_beam_candidates: continuations considered at each step of a beam search, for each
+            prompt; 0 without beam search.
+        num_draft_tokens: tokens that the draft model proposes in one round of speculative decoding.
+        min_tokens_to_keep: minimum number of tokens that `top_k`, `top_p` and `min_p` keep.
+    """
 
     cache_length: int
     do_sample: bool = False
-    copies: int = 1  # rows for each prompt: beams, or samples
-    ngram_size: int = 0  # 0 for no rule
-    num_candidates: int = 0  # of a beam search, at each step
-    draft_length: int = 0  # tokens that a draft model proposes at a time
-    min_kept: int = 1  # tokens that sampling limits leave at the least
+    rows_per_prompt: int = 1
+    no_repeat_ngram_size: int = 0
+    num_beam_candidates: int = 0
+    num_draft_tokens: int = 0
+    min_tokens_to_keep: int = 1
 
 
 def apply_logits_processors(
-    scores: Float[Array, "B V"], text: Sequences, rules: LogitsProcessorParams, plan: StaticGenerationConfig
+    scores: Float[Array, "B V"],
+    sequences: Sequences,
+    processor_params: LogitsProcessorParams,
+    static_config: StaticGenerationConfig,
 ) -> Float[Array, "B V"]:
-    """All rules one after another."""
-    r, new_B1 = rules, text.new[:, None]
-    scores = penalize_repetition(scores, text, r.repetition_penalty)
-    if plan.ngram_size:
-        scores = forbid_repeated_ngrams(scores, text, plan.ngram_size)
-    if len(r.bad_words):
-        scores = forbid_words(scores, text, r.bad_words)
-    scores = suppress(scores, r.is_end & (new_B1 < r.min_new_tokens))
-    scores = force(scores, r.forced_first, new_B1 == 0)
-    scores = force(scores, r.forced_last, new_B1 == r.max_new_tokens - 1)
-    scores = suppress(scores, r.suppressed)
-    scores = suppress(scores, r.begin_suppressed & (new_B1 == r.begin))
-    if plan.do_sample:
-        scores = scores / r.temperature
-        scores = keep_top_k(scores, r.top_k, plan.min_kept)
-        scores = keep_top_p(scores, r.top_p, plan.min_kept)
-        scores = keep_min_p(scores, r.min_p, plan.min_kept)
+    """Applies all logits processors, in the order of Hugging Face Transformers.
+
+    Temperature, top-k, top-p and min-p apply only if `static_config.do_sample`.
+
+    Args:
+        scores: logits or log-probabilities of the next token.
+        sequences: the tokens of each row so far.
+        processor_params: parameters of the processors.
+        static_config: compile-time configuration.
+
+    Returns:
+        The processed scores; -inf at forbidden tokens.
+    """
+    p, step_B1 = processor_params, sequences.num_new_tokens[:, None]
+    scores = penalize_repetition(scores, sequences, p.repetition_penalty)
+    if static_config.no_repeat_ngram_size:
+        scores = forbid_repeated_ngrams(scores, sequences, static_config.no_repeat_ngram_size)
+    if len(p.bad_words):
+        scores = forbid_bad_words(scores, sequences, p.bad_words)
+    scores = suppress_tokens(scores, p.is_eos & (step_B1 < p.min_new_tokens))
+    scores = force_tokens(scores, p.forced_bos, step_B1 == 0)
+    scores = force_tokens(scores, p.forced_eos, step_B1 == p.max_new_tokens - 1)
+    scores = suppress_tokens(scores, p.suppressed)
+    scores = suppress_tokens(scores, p.begin_suppressed & (step_B1 == p.begin_index))
+    if static_config.do_sample:
+        min_tokens_to_keep = static_config.min_tokens_to_keep
+        scores = scores / p.temperature
+        scores = keep_top_k(scores, p.top_k, min_tokens_to_keep)
+        scores = keep_top_p(scores, p.top_p, min_tokens_to_keep)
+        scores = keep_min_p(scores, p.min_p, min_tokens_to_keep)
     return scores
 
 
-def suppress(scores: Float[Array, "B V"], where: Bool[Array, "..."]) -> Float[Array, "B V"]:
-    """Tokens that may not come."""
-    return jnp.where(where, -jnp.inf, scores)
+def suppress_tokens(scores: Float[Array, "B V"], mask: Bool[Array, "..."]) -> Float[Array, "B V"]:
+    """Sets scores to -inf where `mask` is True."""
+    return jnp.where(mask, -jnp.inf, scores)
 
 
-def force(
-    scores: Float[Array, "B V"], forced: Bool[Array, "V"], when: Bool[Array, "B 1"]
+def force_tokens(
+    scores: Float[Array, "B V"], forced: Bool[Array, "V"], rows: Bool[Array, "B 1"]
 ) -> Float[Array, "B V"]:
-    """Only `forced` tokens may come in rows where `when` is True, all with score 0; if no token is
-    forced, nothing changes."""
-    return jnp.where(when & forced.any(), jnp.where(forced, 0.0, -jnp.inf), scores)
+    """Allows only the tokens `forced`, each with score 0, in the rows where `rows` is True.
+
+    If no token is forced, the scores are unchanged.
+    """
+    return jnp.where(rows & forced.any(), jnp.where(forced, 0.0, -jnp.inf), scores)
 
 
 def penalize_repetition(
-    scores: Float[Array, "B V"], text: Sequences, penalty: Float[Array, ""]
+    scores: Float[Array, "B V"], sequences: Sequences, penalty: Float[Array, ""]
 ) -> Float[Array, "B V"]:
-    """Scores of tokens that the text has, divided by `penalty` where positive and multiplied by it
-    where negative (Keskar et al. 2019, "CTRL", section 4.1; the sign by Transformers)."""
+    """Penalizes tokens that occur in the sequence (Keskar et al. 2019, "CTRL", section 4.1).
+
+    Their scores are divided by `penalty` where positive and multiplied by it where negative; the
+    case of negative scores is as in Hugging Face Transformers.
+    """
     def penalized(scores):
-        written_BL = jnp.arange(text.tokens.shape[1]) < text.lengths[:, None]
-        seen_BV = _tokens_to_mask(text.tokens, written_BL, scores.shape[1])
+        is_token_BL = jnp.arange(sequences.tokens.shape[1]) < sequences.lengths[:, None]
+        seen_BV = _tokens_to_mask(sequences.tokens, is_token_BL, scores.shape[1])
         return jnp.where(seen_BV, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
     return jax.lax.cond(penalty != 1, penalized, lambda scores: scores, scores)
 
 
 def forbid_repeated_ngrams(
-    scores: Float[Array, "B V"], text: Sequences, size: int
+    scores: Float[Array, "B V"], sequences: Sequences, size: int
 ) -> Float[Array, "B V"]:
-    """No sequence of `size` tokens comes twice in a text with its prompt (Paulus et al. 2017,
-    "A Deep Reinforced Model for Abstractive Summarization", section 2.5)."""
-    L = text.tokens.shape[1]
-    count = max(L - size + 1, 0)  # windows of `size` slots
-    starts_W = jnp.arange(count)
-    last_B = text.lengths - size + 1  # where the unfinished window starts
-    repeated_BW = starts_W + size <= text.lengths[:, None]
+    """Forbids tokens that would complete an n-gram of `size` tokens for the second time.
+
+    Prompt tokens count (Paulus et al. 2017, "A Deep Reinforced Model for Abstractive
+    Summarization", section 2.5).
+    """
+    L = sequences.tokens.shape[1]
+    num_windows = max(L - size + 1, 0)
+    starts_W = jnp.arange(num_windows)
+    last_start_B = sequences.lengths - size + 1  # of the n-gram that the next token completes
+    matches_BW = starts_W + size <= sequences.lengths[:, None]
     for i in range(size - 1):
-        begun_B1 = text.at((last_B + i)[:, None])
-        repeated_BW &= text.tokens[:, i : i + count] == begun_B1
-    ends_BW = text.tokens[:, size - 1 :]
-    return suppress(scores, _tokens_to_mask(ends_BW, repeated_BW, scores.shape[1]))
+        token_B1 = sequences.tokens_at((last_start_B + i)[:, None])
+        matches_BW &= sequences.tokens[:, i : i + num_windows] == token_B1
+    last_tokens_BW = sequences.tokens[:, size - 1 :]
+    return suppress_tokens(scores, _tokens_to_mask(last_tokens_BW, matches_BW, scores.shape[1]))
 
 
-def forbid_words(
-    scores: Float[Array, "B V"], text: Sequences, words: Int[Array, "W M"]
+def forbid_bad_words(
+    scores: Float[Array, "B V"], sequences: Sequences, bad_words: Int[Array, "W M"]
 ) -> Float[Array, "B V"]:
-    """The last token of a word may not come where the text ends with what goes before it."""
-    M = words.shape[1]
-    places_BM = text.lengths[:, None] + jnp.arange(1 - M, 0)
-    tail_BM = jnp.where(places_BM < 0, -2, text.at(places_BM))  # -2: no token, and so no match
-    begins_WM, ends_W = words[:, :-1], words[:, -1]
-    begun_BW = ((begins_WM == -1) | (begins_WM == tail_BM[:, None])).all(-1)
-    ends_BW = jnp.broadcast_to(ends_W, begun_BW.shape)
-    return suppress(scores, _tokens_to_mask(ends_BW, begun_BW & (ends_W >= 0), scores.shape[1]))
+    """Forbids the last token of a bad word where the sequence ends with the tokens before it.
+
+    Args:
+        scores: scores of the next token.
+        sequences: the tokens of each row so far.
+        bad_words: forbidden token sequences, aligned on the right and padded with -1 on the left.
+
+    Returns:
+        The scores with forbidden tokens at -inf.
+    """
+    M = bad_words.shape[1]
+    positions_BM = sequences.lengths[:, None] + jnp.arange(1 - M, 0)
+    # Before the start of a sequence -2 stands for a token that matches nothing.
+    suffix_BM = jnp.where(positions_BM < 0, -2, sequences.tokens_at(positions_BM))
+    prefixes_WM, last_tokens_W = bad_words[:, :-1], bad_words[:, -1]
+    matches_BW = ((prefixes_WM == -1) | (prefixes_WM == suffix_BM[:, None])).all(-1)
+    last_tokens_BW = jnp.broadcast_to(last_tokens_W, matches_BW.shape)
+    mask_BV = _tokens_to_mask(last_tokens_BW, matches_BW & (last_tokens_W >= 0), scores.shape[1])
+    return suppress_tokens(scores, mask_BV)
 
 
-def _tokens_to_mask(tokens_BW, chosen_BW, V):
-    """[B, V], True at the chosen tokens of each row."""
+def _tokens_to_mask(tokens_BW, is_selected_BW, V):
+    """Returns a mask `[B, V]` that is True at the selected tokens of each row."""
     rows_B1 = jnp.arange(len(tokens_BW))[:, None]
     mask_BV = jnp.zeros((len(tokens_BW), V), bool)
-    return mask_BV.at[rows_B1, jnp.where(chosen_BW, tokens_BW, V)].set(True, mode="drop")
+    return mask_BV.at[rows_B1, jnp.where(is_selected_BW, tokens_BW, V)].set(True, mode="drop")
 
 
 def keep_top_k(
-    scores: Float[Array, "B V"], k: Int[Array, ""], min_kept: int = 1
+    scores: Float[Array, "B V"], k: Int[Array, ""], min_tokens_to_keep: int = 1
 ) -> Float[Array, "B V"]:
-    """Tokens as good as the k-th best (Fan et al. 2018, "Hierarchical Neural Story Generation",
-    section 5.4); at least `min_kept`."""
+    """Keeps the k tokens with the highest scores, and those that tie with the k-th.
+
+    At least `min_tokens_to_keep` tokens are kept (Fan et al. 2018, "Hierarchical Neural Story
+    Generation", section 5.4).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> keep_top_k(jnp.array([[1.0, 3.0, 2.0, 0.0]]), 2).tolist()
+        [[-inf, 3.0, 2.0, -inf]]
+    """
     V = scores.shape[-1]
 
     def kept(scores):
-        place = jnp.clip(jnp.maximum(k, min_kept), 1, V) - 1
-        worst_B1 = jax.lax.dynamic_slice_in_dim(_descending(scores), place, 1, axis=-1)
-        return suppress(scores, scores < worst_B1)
+        index = jnp.clip(jnp.maximum(k, min_tokens_to_keep), 1, V) - 1
+        threshold_B1 = jax.lax.dynamic_slice_in_dim(_sort_descending(scores), index, 1, axis=-1)
+        return suppress_tokens(scores, scores < threshold_B1)
 
     return jax.lax.cond(k < V, kept, lambda scores: scores, scores)
 
 
 def keep_top_p(
-    scores: Float[Array, "B V"], p: Float[Array, ""], min_kept: int = 1
+    scores: Float[Array, "B V"], p: Float[Array, ""], min_tokens_to_keep: int = 1
 ) -> Float[Array, "B V"]:
-    """The nucleus: the smallest set of tokens, best first, whose probability reaches `p` (Holtzman
-    et al. 2019, section 3.1); at least `min_kept`. Tokens as good as the last of them stay too."""
+    """Keeps the nucleus: the smallest set of most probable tokens with total probability >= p.
+
+    Tokens that tie with the last one of the set are kept too, and at least `min_tokens_to_keep`
+    tokens are kept (Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration",
+    section 3.1).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> probs = jnp.array([[0.1, 0.4, 0.2, 0.3]])
+        >>> jnp.isfinite(keep_top_p(jnp.log(probs), 0.65)).tolist()
+        [[False, True, False, True]]
+    """
     def kept(scores):
-        sorted_BV = _descending(scores)
-        probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-        inside_BV = (before_BV < p) | (jnp.arange(scores.shape[-1]) < min_kept)
-        worst_B1 = jnp.where(inside_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
-        return suppress(scores, scores < worst_B1)
+        sorted_BV = _sort_descending(scores)
+        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        sum_before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+        in_nucleus_BV = (sum_before_BV < p) | (jnp.arange(scores.shape[-1]) < min_tokens_to_keep)
+        threshold_B1 = jnp.where(in_nucleus_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
+        return suppress_tokens(scores, scores < threshold_B1)
 
     return jax.lax.cond(p < 1, kept, lambda scores: scores, scores)
 
 
 def keep_min_p(
-    scores: Float[Array, "B V"], p: Float[Array, ""], min_kept: int = 1
+    scores: Float[Array, "B V"], p: Float[Array, ""], min_tokens_to_keep: int = 1
 ) -> Float[Array, "B V"]:
-    """Tokens at least `p` times as probable as the best (Nguyen et al. 2024, "Turning Up the Heat:
-    Min-p Sampling", section 3); at least `min_kept`."""
-    probabilities_BV = jax.nn.softmax(scores, axis=-1)
-    low_BV = probabilities_BV < p * probabilities_BV.max(-1, keepdims=True)
-    if min_kept > 1:
-        best_BK = jax.lax.top_k(scores, min(min_kept, scores.shape[-1]))[0]
-        low_BV &= scores < best_BK[:, -1:]
-    return suppress(scores, low_BV)
+    """Keeps tokens whose probability is at least `p` times that of the most probable token.
+
+    At least `min_tokens_to_keep` tokens are kept (Nguyen et al. 2024, "Turning Up the Heat: Min-p
+    Sampling", section 3).
+    """
+    probs_BV = jax.nn.softmax(scores, axis=-1)
+    is_low_BV = probs_BV < p * probs_BV.max(-1, keepdims=True)
+    if min_tokens_to_keep > 1:
+        top_BK = jax.lax.top_k(scores, min(min_tokens_to_keep, scores.shape[-1]))[0]
+        is_low_BV &= scores < top_BK[:, -1:]
+    return suppress_tokens(scores, is_low_BV)
 
 
-def _descending(scores_BV):
+def _sort_descending(scores_BV):
     return -jnp.sort(-scores_BV, axis=-1)

@@ -1,54 +1,85 @@
-"""Rows of token ids on the host: what came in, checked and laid out for compiled code."""
+"""Host-side checks and padding of token ids before they reach compiled code."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
 
-SMALLEST_BUCKET = 16
+MIN_LENGTH = 16  # minimum length of padded rows
 
 
 def power_of_two_length(length: int, limit: int) -> int:
-    """The next power of two from 16 up, at most `limit`: shapes that compiled code is kept for."""
-    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
+    """Rounds a length up to a power of two, at least 16 and at most `limit`.
+
+    Padding to these lengths bounds the number of shapes to compile for.
+
+    Example:
+        >>> [power_of_two_length(n, 100) for n in (3, 17, 64, 65)]
+        [16, 32, 64, 100]
+    """
+    return min(max(MIN_LENGTH, 1 << (length - 1).bit_length()), limit)
 
 
-def as_lists(input_ids, attention_mask=None, name: str = "prompt") -> list[np.ndarray]:
-    """The real tokens of each row.
+def unpad_rows(input_ids, attention_mask=None, name: str = "prompt") -> list[np.ndarray]:
+    """Returns the tokens of each row without padding.
+
+    Args:
+        input_ids: rows of token ids.
+        attention_mask: 1 at tokens, 0 at padding; None if there is no padding.
+        name: what a row is called in error messages.
 
     Raises:
-        ValueError: not a batch of rows, a mask of another shape, or a row without tokens.
+        ValueError: `input_ids` is not a batch of rows, the mask has another shape, or a row has no
+            tokens.
+
+    Example:
+        >>> unpad_rows([[0, 5, 6]], attention_mask=[[0, 1, 1]])
+        [array([5, 6])]
     """
     rows = [np.asarray(row) for row in input_ids]
     shapes = [row.shape for row in rows]
     if any(len(shape) != 1 for shape in shapes):
-        raise ValueError(f"{name}s have shapes {shapes}; give a batch of rows of ids: [{name}]")
+        raise ValueError(f"{name}s have shapes {shapes}; give a batch of rows of token ids, such "
+                         f"as [{name}]")
     if attention_mask is not None:
         masks = [np.asarray(mask, bool) for mask in attention_mask]
         if [mask.shape for mask in masks] != shapes:
             raise ValueError(f"attention_mask has rows of shapes {[m.shape for m in masks]} and "
-                             f"input_ids of {shapes}; give one mark for each token")
+                             f"input_ids of {shapes}; give one mask value for each token")
         rows = [row[mask] for row, mask in zip(rows, masks)]
     if not rows or not all(len(row) for row in rows):
         empty = [i for i, row in enumerate(rows) if not len(row)]
-        raise ValueError(f"{name}s {empty} of {len(rows)} are empty; begin them with at least one "
-                         "token, such as end-of-text")
+        raise ValueError(f"{name}s {empty} of {len(rows)} are empty; give each at least one token, "
+                         "such as end-of-text")
     return rows
 
 
-def check_prompt_ids(rows: Sequence[np.ndarray], vocab_size: int, name: str = "row {}") -> None:
-    """Refuse ids that the device would look up without a word, as NaN or as another token."""
+def check_token_ids(rows: Sequence[np.ndarray], vocab_size: int, name: str = "row {}") -> None:
+    """Checks that token ids are integers in the vocabulary.
+
+    On the device such ids raise no error: the embedding of an id that is too large is NaN, and a
+    negative id selects another token.
+
+    Args:
+        rows: token ids.
+        vocab_size: number of valid ids.
+        name: name of a row in error messages; "{}" stands for its index.
+
+    Raises:
+        ValueError: an id is not an integer or outside the vocabulary.
+    """
     for i, row in enumerate(rows):
         row = np.asarray(row)
         if row.size and row.dtype.kind not in "iu":
             raise ValueError(f"{name.format(i)} has token ids of type {row.dtype}; give integers")
-        bad = row[(row < 0) | (row >= vocab_size)]
-        if bad.size:
-            raise ValueError(f"{name.format(i)} has token id {bad[0]}, outside the vocabulary of "
-                             f"{vocab_size}; use the tokenizer the model was trained with")
+        invalid = row[(row < 0) | (row >= vocab_size)]
+        if invalid.size:
+            raise ValueError(f"{name.format(i)} has token id {invalid[0]}, outside the vocabulary "
+                             f"of {vocab_size}; use the tokenizer the model was trained with")
 
 
 def pad_right(rows: Sequence[np.ndarray], length: int, pad_id: int) -> Int[np.ndarray, "B length"]:
+    """Pads rows on the right to `length`."""
     out = np.full((len(rows), length), pad_id, np.int32)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
@@ -56,11 +87,13 @@ def pad_right(rows: Sequence[np.ndarray], length: int, pad_id: int) -> Int[np.nd
 
 
 def pad_left(rows: Sequence[np.ndarray], length: int, pad_id: int) -> Int[np.ndarray, "B length"]:
+    """Pads rows on the left to `length`."""
     out = np.full((len(rows), length), pad_id, np.int32)
     for i, row in enumerate(rows):
         out[i, length - len(row) :] = row
     return out
 
 
-def lengths_of(rows: Sequence[np.ndarray]) -> Int[np.ndarray, "B"]:
+def row_lengths(rows: Sequence[np.ndarray]) -> Int[np.ndarray, "B"]:
+    """Returns the number of tokens of each row."""
     return np.array([len(row) for row in rows], np.int32)

@@ -1,6 +1,8 @@
-"""Forward passes of a text that is being written, the same for GPT and for encoder-decoders.
+"""Forward passes of cached decoding, with one signature for GPT and for encoder-decoders.
 
-Shape suffixes: B rows, T tokens of this pass, S source, V vocabulary.
+`prefill` processes the prompts and fills the KV cache; `decode_step` extends it.
+
+Shape suffixes: B batch, T tokens of this pass, S source length, D d_model, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -15,46 +17,75 @@ from transformer_jax.models.heads import gather_positions
 from transformer_jax.models.transformer import Transformer
 from transformer_jax.nn.attention import KVCache
 
-Cache = dict[str, KVCache]
+Cache = dict[str, KVCache]  # layer name -> keys and values
 
 
-class Inputs(NamedTuple):
-    """What a text is written from; rows are padded on the right to a bucket."""
+class GenerationInputs(NamedTuple):
+    """The input of a decoding loop. Rows are padded on the right.
 
-    prompt: Int[Array, "B T"]  # an encoder-decoder's is its start token
+    Attributes:
+        prompt: prompt tokens; for an encoder-decoder, the start token of the decoder.
+        prompt_lengths: number of prompt tokens of each row.
+        source: source tokens of an encoder-decoder; None for GPT.
+        source_lengths: number of source tokens of each row; None for GPT.
+    """
+
+    prompt: Int[Array, "B T"]
     prompt_lengths: Int[Array, "B"]
-    source: Int[Array, "B S"] | None = None  # for encoder-decoders
+    source: Int[Array, "B S"] | None = None
     source_lengths: Int[Array, "B"] | None = None
 
 
 class EncoderMemory(NamedTuple):
-    """What the decoder of an encoder-decoder looks back at."""
+    """The input of the decoder's cross-attention.
 
-    memory: Float[Array, "B S D"] | Cache
-    mask: Bool[Array, "B S"]
+    Attributes:
+        encoder_output: the encoder's hidden states, or the keys and values computed from them.
+        padding_mask: True at source tokens, False at padding.
+    """
+
+    encoder_output: Float[Array, "B S D"] | Cache
+    padding_mask: Bool[Array, "B S"]
 
 
 def prefill(
-    model: GPT | Transformer, params: dict, inputs: Inputs, cache_length: int, copies: int = 1
+    model: GPT | Transformer,
+    params: dict,
+    inputs: GenerationInputs,
+    cache_length: int,
+    rows_per_prompt: int = 1,
 ) -> tuple[Float[Array, "B V"], Cache, EncoderMemory | None]:
-    """The first pass, over the prompts: scores of the first new token, the cache, and the source's
-    keys and values, which do not change any more; each row `copies` times."""
+    """Processes the prompts and fills the KV cache.
+
+    Args:
+        model: GPT or encoder-decoder.
+        params: its parameters.
+        inputs: the prompts, and the sources of an encoder-decoder.
+        cache_length: number of cache slots of each row.
+        rows_per_prompt: how often each row of the results is repeated (beams or samples).
+
+    Returns:
+        The logits of the first new token, the KV cache, and, for an encoder-decoder, the
+        cross-attention keys and values, which stay constant while decoding.
+    """
     B, T = inputs.prompt.shape
-    source = None
+    encoder_memory = None
     if inputs.source is not None:
         mask_BS = jnp.arange(inputs.source.shape[1]) < inputs.source_lengths[:, None]
         encoded = model.apply(
             {"params": params}, inputs.source, padding_mask=mask_BS, method="encode")
-        source = EncoderMemory(encoded.hidden, mask_BS)
+        encoder_memory = EncoderMemory(encoded.hidden, mask_BS)
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     cache = model.init_cache(model.config, B, cache_length)
-    out = _decode(model, params, inputs.prompt, positions_BT, cache, source)
+    out = _decode(model, params, inputs.prompt, positions_BT, cache, encoder_memory)
     last_BD = gather_positions(out.hidden, inputs.prompt_lengths[:, None] - 1)[:, 0]
     logits_BV = model.apply({"params": params}, last_BD, method="lm_logits")
-    if source is not None:
-        source = source._replace(memory=out.memory)
-    result = logits_BV, out.cache, source
-    return result if copies == 1 else jax.tree.map(lambda x: jnp.repeat(x, copies, 0), result)
+    if encoder_memory is not None:
+        encoder_memory = encoder_memory._replace(encoder_output=out.cross_attention_cache)
+    result = logits_BV, out.cache, encoder_memory
+    if rows_per_prompt == 1:
+        return result
+    return jax.tree.map(lambda x: jnp.repeat(x, rows_per_prompt, 0), result)
 
 
 def decode_step(
@@ -63,15 +94,29 @@ def decode_step(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     cache: Cache,
-    source: EncoderMemory | None,
+    encoder_memory: EncoderMemory | None,
 ) -> tuple[Float[Array, "B T V"], Cache]:
-    """A later pass: scores of what comes after each of `tokens`, and the cache with them."""
-    out = _decode(model, params, tokens, positions, cache, source)
+    """Runs the decoder on further tokens, whose keys and values are added to the cache.
+
+    Args:
+        model: GPT or encoder-decoder.
+        params: its parameters.
+        tokens: the tokens that follow those in the cache.
+        positions: the position of each token, which is also its cache slot.
+        cache: keys and values of earlier tokens.
+        encoder_memory: the third result of `prefill`.
+
+    Returns:
+        For each token the logits of the token after it, and the updated cache.
+    """
+    out = _decode(model, params, tokens, positions, cache, encoder_memory)
     return model.apply({"params": params}, out.hidden, method="lm_logits"), out.cache
 
 
-def _decode(model, params, tokens, positions, cache, source):
-    memory = () if source is None else (source.memory,)
-    mask = {} if source is None else {"memory_mask": source.mask}
-    return model.apply({"params": params}, tokens, *memory, positions=positions, cache=cache,
-                       method="decode", **mask)
+def _decode(model, params, tokens, positions, cache, encoder_memory):
+    args, kwargs = (tokens,), {}
+    if encoder_memory is not None:
+        args = tokens, encoder_memory.encoder_output
+        kwargs = {"encoder_padding_mask": encoder_memory.padding_mask}
+    return model.apply({"params": params}, *args, positions=positions, cache=cache,
+                       method="decode", **kwargs)

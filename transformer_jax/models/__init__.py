@@ -1,4 +1,4 @@
-"""The models of the papers, each a composition of the layers of `nn`."""
+"""The models (GPT, BERT, Transformer, BART), their configs, and presets from the papers."""
 
 import lazy_loader
 
@@ -11,7 +11,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "bart": ["BART"],
         "bert": ["BERT", "BERTOutput"],
         "build": [
-            "FAMILIES", "Model", "build_model", "config_from_dict", "config_to_dict", "family",
+            "MODEL_FAMILIES", "Model", "build_model", "config_from_dict", "config_to_dict",
+            "family_name",
         ],
         "config": [
             "BARTConfig", "BERTConfig", "Config", "GPTConfig", "TransformerConfig", "init_params",

@@ -1,9 +1,10 @@
-"""BART: the Transformer, pre-trained to restore a text from a noised one.
+"""BART: the Transformer, pre-trained to reconstruct corrupted text.
 
 Lewis et al. 2019, "BART: Denoising Sequence-to-Sequence Pre-training for Natural Language
-Generation, Translation, and Comprehension", section 2.1: GELU instead of ReLU, parameters from
-N(0, 0.02), and, by the released code (fairseq), learned positions whose table begins two rows late
-and a LayerNorm on the embeddings, which are not scaled. The noise is in `objectives.denoising`.
+Generation, Translation, and Comprehension", section 2.1: GELU instead of ReLU, and parameters
+initialized from N(0, 0.02). As in the released code (fairseq), positions are learned, the position
+table has two unused rows at its start, and the embeddings are normalized by LayerNorm instead of
+scaled. `objectives.denoising` corrupts the text.
 """
 
 from transformer_jax.models.config import BARTConfig
@@ -11,6 +12,6 @@ from transformer_jax.models.transformer import Transformer
 
 
 class BART(Transformer):
-    """The Transformer under a `BARTConfig`; see there for methods and fields."""
+    """The Transformer with a `BARTConfig`; methods and fields are those of `Transformer`."""
 
     config: BARTConfig

@@ -1,10 +1,13 @@
-"""BERT: an encoder stack that sees both sides of every token.
+"""BERT: a bidirectional Transformer encoder.
 
 Devlin et al. 2018, "BERT: Pre-training of Deep Bidirectional Transformers for Language
 Understanding".
 
-    tokens -> token + position + segment embedding -> LayerNorm -> stack under a padding mask
-           -> masked-word head on chosen positions, next-sentence head on the pooled first token
+    tokens -> token + position + segment embedding -> LayerNorm -> stack with a padding mask
+           -> masked language modeling head at the masked positions,
+              next-sentence head on the pooled first token
+
+Shape suffixes: B batch, T length, D d_model, N heads, V vocabulary, P masked positions, C classes.
 """
 
 from typing import ClassVar, NamedTuple
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from transformer_jax.models.config import BERTConfig, check_classes, check_length
+from transformer_jax.models.config import BERTConfig, check_num_classes, check_sequence_length
 from transformer_jax.models.heads import (
     MLMHead,
     gather_positions,
@@ -36,18 +39,36 @@ from transformer_jax.nn.layers import (
 from transformer_jax.nn.positions import make_position_embed
 
 
-class EncoderOutput(NamedTuple):
+class BERTEncoderOutput(NamedTuple):
+    """Output of `BERT.encode_and_pool`.
+
+    Attributes:
+        hidden: hidden states.
+        pooled: the hidden state of the first token after the pooler (a linear layer and tanh).
+        attention: attention weights for each layer.
+    """
+
     hidden: Float[Array, "B T D"]
-    pooled: Float[Array, "B D"]  # tanh of a linear layer of the first token
+    pooled: Float[Array, "B D"]
     attention: tuple[Float[Array, "B N T T"], ...]
 
 
 class BERTOutput(NamedTuple):
-    """Logits are float32. `mlm_logits`, those of `lazy_mlm_logits`, has P = T where no positions
-    were chosen."""
+    """Output of `BERT.__call__`.
+
+    Attributes:
+        mlm_logits: float32 logits of the original tokens at the masked positions; P is T if no
+            positions were given.
+        nsp_logits: float32 next-sentence logits. Class 0: sentence B follows sentence A; class 1:
+            it is a random sentence.
+        hidden: hidden states.
+        pooled: the hidden state of the first token after the pooler (a linear layer and tanh).
+        attention: attention weights for each layer.
+        lazy_mlm_logits: the unevaluated form of `mlm_logits`.
+    """
 
     mlm_logits: Float[Array, "B P V"]
-    nsp_logits: Float[Array, "B 2"]  # column 0: B follows A; column 1: B is a random sentence
+    nsp_logits: Float[Array, "B 2"]
     hidden: Float[Array, "B T D"]
     pooled: Float[Array, "B D"]
     attention: tuple[Float[Array, "B N T T"], ...]
@@ -55,42 +76,71 @@ class BERTOutput(NamedTuple):
 
 
 class BERT(nn.Module):
-    """`num_classes` is the width of the classifier; 0 where there is none. `task` names the head
-    that the parameters are for; every method can be called whatever it is."""
+    """BERT with its pre-training heads and an optional classifier.
+
+    Methods named after a task take tokens and run the entire model: `masked_lm_logits`,
+    `next_sentence_logits`, `classification_logits`, `token_classification_logits`. Methods named
+    after a head take hidden states or features and apply the head only: `mlm_logits`,
+    `lazy_mlm_logits`, `nsp_logits`, `class_logits`.
+
+    Attributes:
+        config: sizes and options.
+        num_classes: the number of outputs of the classifier; 0 for no classifier.
+        task: the task whose head `init_params` initializes, a key of `METHODS`. It does not
+            restrict which methods can be called.
+        METHODS: the method of each task.
+
+    Example:
+        >>> import jax
+        >>> from transformer_jax.models import init_params
+        >>> config = BERTConfig(vocab_size=50, max_length=16, num_layers=2, d_model=32,
+        ...                     num_heads=4, mlp_dim=64)
+        >>> model = BERT(config)
+        >>> params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+        >>> out = jax.eval_shape(model.apply, {"params": params}, jnp.ones((2, 8), jnp.int32))
+        >>> out.mlm_logits.shape, out.nsp_logits.shape
+        ((2, 8, 50), (2, 2))
+    """
 
     config: BERTConfig
     num_classes: int = 0
     task: str = "pretraining"
 
     METHODS: ClassVar[dict[str, str]] = {
-        "base": "encode", "encoder": "hidden", "pretraining": "__call__",
-        "masked_lm": "masked_lm_logits", "next_sentence": "next_sentence",
-        "classification": "classification_logits", "multiple_choice": "classification_logits",
-        "token_classification": "token_classification_logits", "question_answering": "token_classification_logits",
+        "base": "encode_and_pool",
+        "encoder": "encode",
+        "pretraining": "__call__",
+        "masked_lm": "masked_lm_logits",
+        "next_sentence": "next_sentence_logits",
+        "classification": "classification_logits",
+        "multiple_choice": "classification_logits",
+        "token_classification": "token_classification_logits",
+        "question_answering": "token_classification_logits",
     }
 
     def setup(self):
         c = self.config
         init = INITIALIZERS[c.initializer](c.init_std)
         dtype = c.compute_dtype
-        shared = {"embedding_init": c.embedding_init(), "dtype": dtype}
-        self.token_embed = Embed(c.vocab_size, c.d_model, **shared)
-        self.position_embed = make_position_embed(c.positions, c.position_rows, c.d_model, **shared)
+        embed_options = {"embedding_init": c.embedding_init(), "dtype": dtype}
+        self.token_embed = Embed(c.vocab_size, c.d_model, **embed_options)
+        self.position_embed = make_position_embed(
+            c.positions, c.position_table_size, c.d_model, **embed_options)
         if c.num_segments:
-            self.segment_embed = Embed(c.num_segments, c.d_model, **shared)
+            self.segment_embed = Embed(c.num_segments, c.d_model, **embed_options)
         self.embed_norm = LayerNorm(c.norm_epsilon, dtype=dtype)
         self.embed_dropout = Dropout(c.dropout_rate)
         self.encoder = Stack(c.stack)
         self.pooler = Linear((c.d_model,), kernel_init=init, dtype=dtype)
         self.mlm_head = MLMHead(c.activation, c.norm_epsilon, init, dtype)
         if not c.tie_embeddings:
-            self.lm_head = Embed(c.vocab_size, c.d_model, **shared)
+            self.lm_head = Embed(c.vocab_size, c.d_model, **embed_options)
         self.nsp_head = Linear((2,), kernel_init=init)
         if self.num_classes:
             self.classifier_dropout = Dropout(c.dropout_rate)
             self.classifier = Linear((self.num_classes,), kernel_init=init)
 
-    def hidden(
+    def encode(
         self,
         tokens: Int[Array, "B T"],
         *,
@@ -99,24 +149,26 @@ class BERT(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> StackOutput:
-        """Hidden states of every token.
+        """Computes the hidden states of all tokens.
 
         Args:
-            segment_ids: 0 for sentence A, 1 for sentence B; all 0 if None. Ignored by a model
-                without segments.
+            tokens: token ids.
+            segment_ids: 0 for sentence A, 1 for sentence B; all 0 if None. Ignored if the config
+                has no segments.
             padding_mask: True at tokens, False at padding; all True if None.
-            positions: place of each token; 0 ... T-1 if None, or, with a `position_offset`, its
-                number among the real tokens.
-            deterministic: no dropout; otherwise pass `rngs={"dropout": key}` to `apply`.
+            positions: the position of each token. If None, 0 ... T-1, or, with a
+                `position_offset`, the index of each token among those that are not padding.
+            deterministic: whether to disable dropout. If False, pass `rngs={"dropout": key}` to
+                `apply`.
 
         Raises:
-            ValueError: more tokens than positions.
+            ValueError: T is larger than `max_length`.
         """
         c = self.config
         B, T = tokens.shape
-        check_length(T, c.max_length)
+        check_sequence_length(T, c.max_length)
         if positions is None and c.position_offset and padding_mask is not None:
-            # Padding gets the row before the first, RoBERTa's padding_idx.
+            # Padding has the row before that of position 0, which is RoBERTa's padding_idx.
             positions = jnp.where(padding_mask, jnp.cumsum(padding_mask, -1), 0) - 1
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -125,19 +177,22 @@ class BERT(nn.Module):
         if c.num_segments:
             segment_ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
             x_BTD = x_BTD + self.segment_embed(segment_ids)
-        x_BTD, mask, prompt = prepend_prompt(self, x_BTD, Mask(real=padding_mask))
+        x_BTD, mask, prompt_length = prepend_prompt(self, x_BTD, Mask(padding_mask=padding_mask))
         x_BTD = self.embed_dropout(self.embed_norm(x_BTD), deterministic=deterministic)
         out = self.encoder(x_BTD, mask, deterministic=deterministic)
-        return remove_prompt(out, prompt)
+        return remove_prompt(out, prompt_length)
 
     def pool(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
-        """The first token's hidden state through a linear layer and tanh."""
+        """Applies the pooler, a linear layer and tanh, to the hidden state of the first token.
+
+        `config.pooler_activation` can replace tanh.
+        """
         return ACTIVATIONS[self.config.pooler_activation](self.pooler(hidden[:, 0]))
 
-    def encode(self, tokens: Int[Array, "B T"], **options) -> EncoderOutput:
-        """Hidden states of every token and the pooled first token; `options` as for `hidden`."""
-        out = self.hidden(tokens, **options)
-        return EncoderOutput(out.hidden, self.pool(out.hidden), out.attention)
+    def encode_and_pool(self, tokens: Int[Array, "B T"], **options) -> BERTEncoderOutput:
+        """Computes hidden states and the pooled first token; `options` as for `encode`."""
+        out = self.encode(tokens, **options)
+        return BERTEncoderOutput(out.hidden, self.pool(out.hidden), out.attention)
 
     def __call__(
         self,
@@ -146,17 +201,19 @@ class BERT(nn.Module):
         masked_positions: Int[Array, "B P"] | None = None,
         **options,
     ) -> BERTOutput:
-        """Both pre-training heads; `options` as for `hidden`.
+        """Applies both pre-training heads.
 
         Args:
-            masked_positions: the positions to predict. Only these go through the vocabulary
-                projection; all T of them if None.
+            tokens: token ids.
+            masked_positions: the positions to predict, at which alone the output layer is applied;
+                all T positions if None.
+            **options: as for `encode`.
         """
-        hidden_BTD, pooled_BD, weights = self.encode(tokens, **options)
-        projection = self.lazy_mlm_logits(hidden_BTD, masked_positions)
+        hidden_BTD, pooled_BD, attention = self.encode_and_pool(tokens, **options)
+        lazy_mlm_logits = self.lazy_mlm_logits(hidden_BTD, masked_positions)
         return BERTOutput(
-            projection.logits(), self.nsp_logits(pooled_BD), hidden_BTD, pooled_BD, weights,
-            projection,
+            lazy_mlm_logits.logits(), self.nsp_logits(pooled_BD), hidden_BTD, pooled_BD, attention,
+            lazy_mlm_logits,
         )
 
     def masked_lm_logits(
@@ -166,41 +223,51 @@ class BERT(nn.Module):
         masked_positions: Int[Array, "B P"] | None = None,
         **options,
     ) -> Float[Array, "B P V"]:
-        """The masked-word head alone, as `mlm_logits` of a call."""
-        return self.mlm_logits(self.hidden(tokens, **options).hidden, masked_positions)
+        """Computes `mlm_logits` of `__call__`, without the next-sentence head."""
+        return self.mlm_logits(self.encode(tokens, **options).hidden, masked_positions)
 
-    def next_sentence(self, tokens: Int[Array, "B T"], **options) -> Float[Array, "B 2"]:
-        """The next-sentence head alone, as `nsp_logits` of a call."""
-        return self.nsp_logits(self.encode(tokens, **options).pooled)
+    def next_sentence_logits(self, tokens: Int[Array, "B T"], **options) -> Float[Array, "B 2"]:
+        """Computes `nsp_logits` of `__call__`, without the masked language modeling head."""
+        return self.nsp_logits(self.encode_and_pool(tokens, **options).pooled)
 
     def nsp_logits(self, pooled: Float[Array, "B D"]) -> Float[Array, "B 2"]:
-        """Next-sentence scores of the pooled first token."""
+        """Applies the next-sentence head to the pooled first token."""
         return self.nsp_head(pooled).astype(jnp.float32)
 
     def mlm_logits(
-        self, hidden: Float[Array, "B T D"], positions: Int[Array, "B P"] | None = None
+        self, hidden: Float[Array, "B T D"], masked_positions: Int[Array, "B P"] | None = None
     ) -> Float[Array, "B P V"]:
-        """Word scores of hidden states, at `positions` or everywhere."""
-        return self.lazy_mlm_logits(hidden, positions).logits()
+        """Applies the masked language modeling head to hidden states.
+
+        Args:
+            hidden: hidden states.
+            masked_positions: the positions to predict; all T positions if None.
+        """
+        return self.lazy_mlm_logits(hidden, masked_positions).logits()
 
     def lazy_mlm_logits(
-        self, hidden: Float[Array, "B T D"], positions: Int[Array, "B P"] | None = None
+        self, hidden: Float[Array, "B T D"], masked_positions: Int[Array, "B P"] | None = None
     ) -> LazyLogits:
-        """The masked-word head up to its output layer."""
-        chosen = hidden if positions is None else gather_positions(hidden, positions)
+        """Returns the unevaluated form of `mlm_logits`."""
+        if masked_positions is not None:
+            hidden = gather_positions(hidden, masked_positions)
         return self.mlm_head(
-            chosen, self.token_embed if self.config.tie_embeddings else self.lm_head)
+            hidden, self.token_embed if self.config.tie_embeddings else self.lm_head)
 
     def classification_logits(
         self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
     ) -> Float[Array, "B C"]:
-        """Class scores from the pooled first token (BERT paper, section 4.1); `options` as for
-        `hidden`.
+        """Computes class logits of each row (Devlin et al. 2018, section 4.1).
+
+        Args:
+            tokens: token ids.
+            deterministic: whether to disable dropout.
+            **options: as for `encode`.
 
         Raises:
-            ValueError: the model was built without `num_classes`, or more tokens than positions.
+            ValueError: the model has no classifier, or T is larger than `max_length`.
         """
-        check_classes(self.num_classes)
+        check_num_classes(self.num_classes)
         features_BD = self.features(tokens, deterministic=deterministic, **options)
         return self.logits_from_features(features_BD, deterministic)
 
@@ -211,9 +278,11 @@ class BERT(nn.Module):
         padding_mask: Bool[Array, "B T"] | None = None,
         **options,
     ) -> Float[Array, "B D"]:
-        """What `classify` classifies: the pooled first token, or the mean of all tokens, by the
-        config's `pooling`; `options` as for `hidden`."""
-        out = self.hidden(tokens, padding_mask=padding_mask, **options)
+        """Computes the classifier's input; `options` as for `encode`.
+
+        It is the pooled first token, or the mean of all tokens, according to `config.pooling`.
+        """
+        out = self.encode(tokens, padding_mask=padding_mask, **options)
         if self.config.pooling == "first":
             return self.pool(out.hidden)
         return mean_pool(out.hidden, padding_mask)
@@ -221,20 +290,20 @@ class BERT(nn.Module):
     def logits_from_features(
         self, features: Float[Array, "B D"], deterministic: bool = True
     ) -> Float[Array, "B C"]:
-        """Class scores of `features`."""
+        """Computes class logits from the output of `features`."""
         return self.class_logits(features, deterministic)
 
     def token_classification_logits(
         self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
     ) -> Float[Array, "B T C"]:
-        """Class scores of every token; `options` as for `hidden`."""
-        check_classes(self.num_classes)
-        hidden_BTD = self.hidden(tokens, deterministic=deterministic, **options).hidden
+        """Computes class logits of each token; `options` as for `encode`."""
+        check_num_classes(self.num_classes)
+        hidden_BTD = self.encode(tokens, deterministic=deterministic, **options).hidden
         return self.class_logits(hidden_BTD, deterministic)
 
     def class_logits(
-        self, features: Float[Array, "... D"], deterministic: bool = True
+        self, hidden: Float[Array, "... D"], deterministic: bool = True
     ) -> Float[Array, "... C"]:
-        """Class scores of hidden states, or of pooled ones."""
-        features = self.classifier_dropout(features, deterministic=deterministic)
-        return self.classifier(features).astype(jnp.float32)
+        """Applies dropout and the classifier to hidden states or features."""
+        hidden = self.classifier_dropout(hidden, deterministic=deterministic)
+        return self.classifier(hidden).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Models from configs, and configs as JSON."""
+"""Models from configs, and conversion of configs to and from JSON-compatible dicts."""
 
 import dataclasses
 from typing import Any
@@ -15,58 +15,86 @@ from transformer_jax.models.config import (
 from transformer_jax.models.gpt import GPT
 from transformer_jax.models.transformer import Transformer
 
-Model = GPT | BERT | Transformer  # BART is a Transformer
+Model = GPT | BERT | Transformer  # BART is a subclass of Transformer
 
-FAMILIES = {
+MODEL_FAMILIES = {
     "gpt": (GPT, GPTConfig),
     "bert": (BERT, BERTConfig),
     "transformer": (Transformer, TransformerConfig),
     "bart": (BART, BARTConfig),
 }
 
+# Config fields that saved configs may have under a former name: former name -> name.
+RENAMED_FIELDS = {"kernel": "attention_impl", "context_size": "attention_window"}
 
-def family(config: Config) -> str:
-    """The name of the family a config belongs to."""
-    return next(name for name, (_, kind) in FAMILIES.items() if type(config) is kind)
+
+def family_name(config: Config) -> str:
+    """Returns the name of a config's model family, a key of `MODEL_FAMILIES`."""
+    return next(name for name, (_, kind) in MODEL_FAMILIES.items() if type(config) is kind)
 
 
 def build_model(config: Config, num_classes: int = 0, task: str | None = None) -> Model:
-    """The model that a config describes, with the head of `task` (None: of pre-training).
+    """Creates the model of a config.
+
+    Args:
+        config: its type selects the model class.
+        num_classes: the number of outputs of the classifier; 0 for no classifier.
+        task: the task whose head `init_params` initializes; the pre-training task if None.
 
     Raises:
-        ValueError: the family has no such task.
+        ValueError: the model class does not support the task.
+
+    Example:
+        >>> from transformer_jax.models import presets
+        >>> type(build_model(presets.gpt2())).__name__
+        'GPT'
     """
-    kind = FAMILIES[family(config)][0]
+    model_class = MODEL_FAMILIES[family_name(config)][0]
     if task is None:
-        return kind(config, num_classes)
-    if task not in kind.METHODS:
-        raise ValueError(f"{kind.__name__} has no task {task!r}; choose one of "
-                         f"{', '.join(kind.METHODS)}")
-    return kind(config, num_classes, task)
+        return model_class(config, num_classes)
+    if task not in model_class.METHODS:
+        raise ValueError(f"unsupported task {task!r} of {model_class.__name__}; supported: "
+                         f"{', '.join(model_class.METHODS)}")
+    return model_class(config, num_classes, task)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """A config as JSON can hold it; `config_from_dict` reads it back."""
-    return {"family": family(config), **dataclasses.asdict(config)}
+    """Converts a config to a JSON-compatible dict with the name of its family.
+
+    Example:
+        >>> from transformer_jax.models import presets
+        >>> values = config_to_dict(presets.gpt2())
+        >>> values["family"], values["num_layers"]
+        ('gpt', 12)
+        >>> config_from_dict(values) == presets.gpt2()
+        True
+    """
+    return {"family": family_name(config), **dataclasses.asdict(config)}
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
-    """The config that `config_to_dict` wrote.
+    """Creates a config from the output of `config_to_dict`, which may have been saved as JSON.
+
+    Former names of fields (`RENAMED_FIELDS`) are accepted.
 
     Raises:
         ValueError: an unknown family or field, a missing field, or a value out of range.
     """
     values = dict(values)
-    name = values.pop("family", None)
-    if name not in FAMILIES:
-        raise ValueError(f"model family is {name!r}; it must be one of {', '.join(FAMILIES)}")
-    kind = FAMILIES[name][1]
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for former_name, name in RENAMED_FIELDS.items():
+        if former_name in values and name not in values:
+            values[name] = values.pop(former_name)
+    family = values.pop("family", None)
+    if family not in MODEL_FAMILIES:
+        raise ValueError(
+            f"model family is {family!r}; it must be one of {', '.join(MODEL_FAMILIES)}")
+    config_class = MODEL_FAMILIES[family][1]
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
     if unknown := sorted(values.keys() - fields):
-        raise ValueError(f"unknown fields of a {name} config: {', '.join(unknown)}; remove them")
-    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
+        raise ValueError(f"unknown fields of a {family} config: {', '.join(unknown)}; remove them")
+    required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
     if missing := sorted(required - values.keys()):
-        raise ValueError(f"a {name} config lacks {', '.join(missing)}; add them")
+        raise ValueError(f"missing fields of a {family} config: {', '.join(missing)}; add them")
     # JSON has no tuples.
-    values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-    return kind(**values)
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return config_class(**values)

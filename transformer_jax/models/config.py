@@ -1,4 +1,7 @@
-"""Sizes and choices of a model, as frozen dataclasses that a run can print, save and compare."""
+"""Model configs: the sizes and options of a model, as frozen dataclasses.
+
+A config is hashable, so it can be a static argument of `jax.jit`.
+"""
 
 import dataclasses
 import numbers
@@ -11,56 +14,71 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from transformer_jax.nn.blocks import REMAT, StackConfig
-from transformer_jax.nn.fused_attention import CHOICES
+from transformer_jax.nn.blocks import REMAT_POLICIES, StackConfig
+from transformer_jax.nn.fused_attention import ATTENTION_IMPLS
 from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, embedding_init
 
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Beyond these a number is a mistake, or meant to fill the memory of whoever opens the file.
-LIMITS = {"vocab_size": 2**24, "max_length": 2**24, "position_offset": 2**20, "num_layers": 10_000,
-          "d_model": 2**20, "mlp_dim": 2**22}
+# Larger values are mistakes, or come from a config file that was crafted to exhaust memory.
+MAX_SIZES = {"vocab_size": 2**24, "max_length": 2**24, "position_offset": 2**20,
+             "num_layers": 10_000, "d_model": 2**20, "mlp_dim": 2**22}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What every model has.
+    """Fields of all model configs.
 
     Attributes:
-        vocab_size: rows of the token embedding, and width of the output layer tied to it.
-        max_length: longest sequence in tokens; rows of the position table.
-        num_layers, d_model, num_heads, mlp_dim: shape of the stack; a head has
-            `d_model / num_heads` dimensions.
-        dropout_rate: on embeddings and on each sublayer's output before it joins the residual.
-        attention_dropout_rate: on attention weights.
-        positions: "learned" or "sinusoidal" (fixed, Vaswani et al. 2017, section 3.5);
-            "sinusoidal_halves" has the sines before the cosines, as Marian's checkpoints want.
-        position_offset: unused rows of the position table before that of the first token: 2 in
+        vocab_size: the number of rows of the token embedding, and the width of the output layer.
+        max_length: the length of the longest sequence, in tokens.
+        num_layers: the number of blocks of the stack.
+        d_model: the dimension of hidden states.
+        num_heads: the number of attention heads, of `d_model / num_heads` dimensions each.
+        mlp_dim: the hidden dimension of the MLPs.
+        dropout_rate: the rate of dropout on embeddings, and on the output of each sublayer before
+            the residual sum.
+        attention_dropout_rate: the rate of dropout on attention weights.
+        positions: "learned"; "sinusoidal" (fixed, Vaswani et al. 2017, section 3.5); or
+            "sinusoidal_halves", in which all sines precede all cosines, as in Marian checkpoints.
+        position_offset: the number of rows of the position table before that of position 0: 2 in
             BART and RoBERTa. The table has `max_length + position_offset` rows.
-        scale_embedding: multiply token embeddings by sqrt(d_model) (Vaswani et al. 2017, section
-            3.4); None does so with sinusoidal positions, so that neither drowns the other.
-        tie_embeddings: the token embedding, transposed, is the output layer (Press & Wolf 2017);
-            otherwise the output layer is a matrix of its own, `lm_head`.
-        activation: one of "gelu" (exact), "gelu_tanh", "relu", "swish", "tanh".
-        norm_first: LayerNorm before each sublayer and once at the end (GPT-2), or after each
-            residual sum (the Transformer, GPT, BERT).
-        residual: add what goes into each sublayer to what comes out of it (He et al. 2016, "Deep
-            Residual Learning"). Every paper does; False is for seeing why.
-        initializer, init_std: law and standard deviation of initial weights ("xavier_uniform"
-            takes kernels' from their shapes, and init_std for embeddings); biases start at zero.
-        pad_token_id, bos_token_id, eos_token_id: what a checkpoint's special tokens are, for
-            generation and for tasks that look for the end of a text; None where it does not say.
-        source: the configuration file that a foreign checkpoint came with, for the way back.
-        dtype: "float32" or "bfloat16" for matmuls and activations. Parameters, softmax,
-            LayerNorm statistics, logits and losses are float32 either way.
-        attention_impl: attention by "xla", "cudnn", "splash", or "auto": see `nn.attention.dot_product_attention`.
-        remat: what the way back computes again instead of keeping it (Chen et al. 2016, "Training
-            Deep Nets with Sublinear Memory Cost"): "none"; "dots", all but matrix products; "full",
-            every block from its input, for a third more arithmetic.
+        scale_embedding: whether to multiply token embeddings by sqrt(d_model) (Vaswani et al. 2017,
+            section 3.4). None means only if positions are sinusoidal, so that token and position
+            embeddings have similar magnitudes.
+        tie_embeddings: whether the output layer is the token embedding (Press & Wolf 2017). If
+            False, it is a separate matrix, `lm_head`.
+        activation: the activation function of the MLPs: "gelu" (exact), "gelu_tanh", "relu",
+            "swish" or "tanh".
+        norm_first: whether LayerNorm precedes each sublayer and follows the last block (pre-norm,
+            GPT-2). If False, it follows each residual sum (post-norm: the Transformer, GPT, BERT).
+        residual: whether sublayers have residual connections (He et al. 2016, "Deep Residual
+            Learning"). They do in all papers; False is for ablations.
+        norm_epsilon: added to the variance in LayerNorm.
+        initializer: the distribution of initial weights: "normal", "truncated_normal" or
+            "xavier_uniform". Biases are initialized to zero.
+        init_std: the standard deviation of initial weights. For "xavier_uniform", that of
+            embeddings only; the distribution of a kernel follows from its shape.
+        dtype: the compute dtype of matmuls and activations: "float32" or "bfloat16". Parameters,
+            softmax, LayerNorm statistics, logits and losses are always float32.
+        attention_impl: "auto", "xla", "cudnn" or "splash"; see
+            `nn.attention.dot_product_attention`.
+        remat: rematerialization, that is, which activations the backward pass recomputes instead of
+            keeping them in memory (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
+            Cost"): "none"; "dots", all but the results of matmuls; or "full", all activations
+            inside a block, which costs a third more arithmetic.
+        pad_token_id, bos_token_id, eos_token_id: special tokens of a checkpoint, for generation and
+            for tasks that need the end of a text. None if the checkpoint does not define them.
+        source: the original config.json of an imported checkpoint, kept for export.
 
     Raises:
-        ValueError: a value is of another type or out of its range; the message names it and what
-            it must be.
+        ValueError: a value has the wrong type or is out of range.
+
+    Example:
+        >>> config = GPTConfig(vocab_size=50_257, max_length=1024, num_layers=12, d_model=768,
+        ...                    num_heads=12, mlp_dim=3072)
+        >>> config.replace(num_layers=24).num_layers
+        24
     """
 
     vocab_size: int
@@ -96,19 +114,19 @@ class Config:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("dropout_rate", "attention_dropout_rate"):
             rate = getattr(self, name)
-            _require(0 <= rate < 1, name, rate, "at least 0 and below 1")
+            _require(0 <= rate < 1, name, rate, "at least 0 and less than 1")
         for name in ("norm_epsilon", "init_std"):
             _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name),
                      "a finite number above 0")
         _require(self.position_offset >= 0, "position_offset", self.position_offset, "at least 0")
-        for name, most in LIMITS.items():
-            _require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most:,}")
+        for name, limit in MAX_SIZES.items():
+            _require(getattr(self, name) <= limit, name, getattr(self, name), f"at most {limit:,}")
         choices = {"positions": POSITIONS, "activation": tuple(ACTIVATIONS),
                    "initializer": tuple(INITIALIZERS), "dtype": tuple(DTYPES),
-                   "attention_impl": CHOICES, "remat": tuple(REMAT)}
-        for name, allowed in choices.items():
+                   "attention_impl": ATTENTION_IMPLS, "remat": tuple(REMAT_POLICIES)}
+        for name, supported in choices.items():
             value = getattr(self, name)
-            _require(value in allowed, name, repr(value), f"one of {', '.join(allowed)}")
+            _require(value in supported, name, repr(value), f"one of {', '.join(supported)}")
         _require(self.d_model % self.num_heads == 0, "d_model", self.d_model,
                  f"a multiple of num_heads {self.num_heads}")
         if self.positions != "learned":
@@ -117,45 +135,52 @@ class Config:
 
     @property
     def residual_init_std(self) -> float:
+        """Initial standard deviation of kernels whose output is added to the residual stream."""
         return self.init_std
 
     @property
     def embedding_scale(self) -> float:
+        """The factor by which token embeddings are multiplied."""
         scale = self.scale_embedding
         scale = self.positions != "learned" if scale is None else scale
         return self.d_model**0.5 if scale else 1.0
 
     @property
-    def position_rows(self) -> int:
+    def position_table_size(self) -> int:
+        """The number of rows of the position table."""
         return self.max_length + self.position_offset
 
     def embedding_init(self) -> Callable:
+        """Returns the embedding initializer."""
         return embedding_init(self.initializer, self.init_std)
 
     @property
     def compute_dtype(self) -> jnp.dtype:
+        """`dtype` as a JAX dtype."""
         return DTYPES[self.dtype]
 
     @property
     def stack(self) -> StackConfig:
-        own = StackConfig._field_defaults.keys() | {"dtype"}
-        shared = {f: getattr(self, f) for f in StackConfig._fields if f not in own}
-        return StackConfig(**shared, dtype=self.compute_dtype)
+        """The hyperparameters of the stack; of the encoder in an encoder-decoder."""
+        not_copied = StackConfig._field_defaults.keys() | {"dtype"}
+        copied = {f: getattr(self, f) for f in StackConfig._fields if f not in not_copied}
+        return StackConfig(**copied, dtype=self.compute_dtype)
 
     def replace(self, **changes) -> "Config":
-        """A copy with some fields changed (and checked again)."""
+        """Returns a copy with some fields changed. The new values are checked."""
         return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig(Config):
-    """GPT (Radford et al. 2018) with `norm_first=False`, GPT-2 (Radford et al. 2019) with True.
+    """Config of GPT (Radford et al. 2018) and, with `norm_first`, of GPT-2 (Radford et al. 2019).
 
     Attributes:
-        attention_window: how many tokens, itself included, a position attends to; None for all.
-        scale_residual_init: divide the initial weights of layers that write to the residual
-            stream by sqrt(number of such layers) (GPT-2 paper, section 2.3).
-        classifier_bias: whether the classifier of a whole text has a bias.
+        attention_window: the number of most recent tokens that a token attends to, itself included;
+            None for all.
+        scale_residual_init: whether the initial weights of layers whose output is added to the
+            residual stream are divided by sqrt(number of such layers) (GPT-2 paper, section 2.3).
+        classifier_bias: whether the classifier has a bias for the task "classification".
     """
 
     activation: str = "gelu_tanh"
@@ -171,23 +196,26 @@ class GPTConfig(Config):
 
     @property
     def residual_init_std(self) -> float:
-        writers = 2 * self.num_layers
-        return self.init_std / writers**0.5 if self.scale_residual_init else self.init_std
+        num_residual_layers = 2 * self.num_layers  # attention and MLP of each block
+        scale = num_residual_layers**0.5 if self.scale_residual_init else 1.0
+        return self.init_std / scale
 
 
 @dataclass(frozen=True, kw_only=True)
 class BERTConfig(Config):
-    """BERT (Devlin et al. 2018) and those that changed its recipe more than its shape: RoBERTa
-    (Liu et al. 2019) and DistilBERT (Sanh et al. 2019).
+    """Config of BERT (Devlin et al. 2018) and of models with the same architecture.
 
-    With a `position_offset`, positions count real tokens only, as RoBERTa's do.
+    Such models are RoBERTa (Liu et al. 2019) and DistilBERT (Sanh et al. 2019). With a
+    `position_offset`, positions count only tokens that are not padding, as in RoBERTa.
 
     Attributes:
-        num_segments: rows of the segment embedding: sentences A and B; 0 for none (DistilBERT).
-        pooler_activation: on the linear layer of the first token; DistilBERT's is "relu".
-        pooling: what of a text is classified: "first", the pooled first token (BERT), or "mean",
-            the mean of the tokens' states (Reimers & Gurevych 2019, "Sentence-BERT", section 3),
-            which is what sentence encoders such as all-MiniLM-L6-v2 were trained for.
+        num_segments: the number of rows of the segment embedding: 2 for sentences A and B, 0 for no
+            segment embedding (DistilBERT).
+        pooler_activation: the activation function of the pooler: "tanh" in BERT, "relu" in
+            DistilBERT.
+        pooling: the input of the classifier: "first", the pooled first token (BERT), or "mean", the
+            mean of all tokens (Reimers & Gurevych 2019, "Sentence-BERT", section 3), for which
+            sentence encoders such as all-MiniLM-L6-v2 were trained.
     """
 
     norm_epsilon: float = 1e-12
@@ -207,16 +235,16 @@ class BERTConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(Config):
-    """The encoder-decoder Transformer (Vaswani et al. 2017); sizes are those of both stacks.
+    """Config of the encoder-decoder Transformer (Vaswani et al. 2017).
 
     Attributes:
-        num_decoder_layers, num_decoder_heads, decoder_mlp_dim: the decoder's, where it differs;
-            None for the encoder's.
-        embed_norm: LayerNorm on the sum of embeddings (BART).
-        output_bias: a bias on the logits.
-        decoder_start_token_id: what every target begins with, in the place before its first token.
-        forced_bos_token_id, forced_eos_token_id: what a generated text has to begin with, and to
-            end with where its length runs out.
+        num_decoder_layers, num_decoder_heads, decoder_mlp_dim: sizes of the decoder; None for those
+            of the encoder.
+        embed_norm: whether LayerNorm is applied to the sum of embeddings (BART).
+        output_bias: whether the logits have a bias.
+        decoder_start_token_id: the first input of the decoder.
+        forced_bos_token_id: the first token of every generated text.
+        forced_eos_token_id: the last token of a generated text that reaches the maximum length.
     """
 
     positions: str = "sinusoidal"
@@ -242,6 +270,7 @@ class TransformerConfig(Config):
 
     @property
     def decoder_stack(self) -> StackConfig:
+        """The hyperparameters of the decoder."""
         return self.stack._replace(
             num_layers=self.num_decoder_layers or self.num_layers,
             num_heads=self.num_decoder_heads or self.num_heads,
@@ -252,8 +281,11 @@ class TransformerConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class BARTConfig(TransformerConfig):
-    """BART (Lewis et al. 2019): the Transformer with GELU, learned positions and a LayerNorm on the
-    embeddings, which are not scaled."""
+    """Config of BART (Lewis et al. 2019).
+
+    BART is the Transformer with GELU, learned positions, and embeddings that are normalized by
+    LayerNorm and not scaled.
+    """
 
     positions: str = "learned"
     position_offset: int = 2
@@ -262,45 +294,61 @@ class BARTConfig(TransformerConfig):
     embed_norm: bool = True
 
 
-def _require(holds: bool, name: str, value: Any, limit: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value}; it must be {limit}")
+def _require(is_valid: bool, name: str, value: Any, valid_range: str) -> None:
+    if not is_valid:
+        raise ValueError(f"{name} is {value}; it must be {valid_range}")
 
 
-# What a value of each annotated type may be. True is a number to Python, but no size or rate.
-_TYPES = {int: numbers.Integral, float: numbers.Real}
+# The types of values that a field of each declared type accepts, so that NumPy numbers are valid.
+_ACCEPTED_TYPES = {int: numbers.Integral, float: numbers.Real}
 
 
 def _check_type(field: dataclasses.Field, value: Any) -> None:
-    kinds = typing.get_args(field.type) or (field.type,)
-    allowed = tuple(_TYPES.get(kind, kind) for kind in kinds)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
-        names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    declared = typing.get_args(field.type) or (field.type,)
+    accepted = tuple(_ACCEPTED_TYPES.get(kind, kind) for kind in declared)
+    # bool is a subclass of int, but not a valid size or rate.
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in declared):
+        names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in declared)
         raise ValueError(f"{field.name} is {value!r}, of type {type(value).__name__}; it must be "
                          f"{names}")
 
 
-def check_classes(num_classes: int) -> None:
-    """Refuse to classify with a model that has no classifier."""
+def check_num_classes(num_classes: int) -> None:
+    """Raises a ValueError if a model has no classifier."""
     if num_classes < 1:
-        raise ValueError(f"classify needs a classifier, but num_classes is {num_classes}; build "
-                         "the model with num_classes of at least 1: build_model(config, 2)")
+        raise ValueError(f"num_classes is {num_classes}; it must be at least 1 to compute class "
+                         "logits; build the model with a classifier: build_model(config, 2)")
 
 
-def check_length(length: int, max_length: int) -> None:
-    """Refuse a sequence that has no positions left, while tracing and so before compiling."""
+def check_sequence_length(length: int, max_length: int) -> None:
+    """Raises a ValueError, during tracing, if a sequence is longer than `max_length`."""
     if length > max_length:
         raise ValueError(f"sequence of {length} tokens is longer than the model's {max_length} "
                          "positions; shorten it, or build the model with a larger max_length")
 
 
-def init_params(model: nn.Module, rng: jax.Array, head: str | None = None) -> dict:
-    """Random parameters, a nested dict of float32 arrays.
+def init_params(model: nn.Module, rng: jax.Array, method: str | None = None) -> dict:
+    """Initializes the parameters of a model.
 
-    `head` names the method whose parameters are wanted, such as "classification_logits"; None takes that of the
-    model's task, which is pre-training unless the model was built for another. Pure: wrap it in
-    `jax.jit` with `out_shardings`, or in `jax.eval_shape` for shapes alone.
+    The function is pure. Wrap it in `jax.jit` with `out_shardings` to initialize sharded
+    parameters, or in `jax.eval_shape` for shapes only.
+
+    Args:
+        model: the model.
+        rng: the key for random numbers.
+        method: the method whose parameters are initialized, such as "classification_logits". None
+            for that of the model's task, which is the pre-training task by default.
+
+    Returns:
+        The parameters, a nested dict of float32 arrays.
+
+    Example:
+        >>> from transformer_jax.models import build_model, presets
+        >>> model = build_model(presets.bert_tiny())
+        >>> params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+        >>> params["token_embed"]["embedding"].shape
+        (30522, 128)
     """
     tokens = jnp.zeros((1, 1), jnp.int32)
-    method = model.METHODS[model.task] if head is None else head
+    method = model.METHODS[model.task] if method is None else method
     return model.init(rng, tokens, method=method)["params"]

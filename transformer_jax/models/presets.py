@@ -1,4 +1,11 @@
-"""The sizes of the papers by name: `presets.gpt2()`, `presets.get("bert_base", dropout_rate=0)`."""
+"""Configs of the models in the papers, by name.
+
+Example:
+    >>> gpt2(num_layers=6).d_model
+    768
+    >>> get("bert_base", dropout_rate=0.0).num_layers
+    12
+"""
 
 import difflib
 from collections.abc import Callable
@@ -13,7 +20,7 @@ from transformer_jax.models.config import (
 
 
 def gpt1(**changes) -> GPTConfig:
-    """GPT, 117 M parameters (Radford et al. 2018, section 4.1)."""
+    """GPT with 12 layers, 117 M parameters (Radford et al. 2018, section 4.1)."""
     base = {"vocab_size": 40_478, "max_length": 512, "num_layers": 12, "d_model": 768,
             "num_heads": 12, "mlp_dim": 3072}
     return GPTConfig(**(base | changes))
@@ -36,8 +43,8 @@ def _bert(num_layers: int, d_model: int) -> Callable[..., BERTConfig]:
                 "d_model": d_model, "num_heads": d_model // 64, "mlp_dim": 4 * d_model}
         return BERTConfig(**(base | changes))
 
-    preset.__doc__ = (f"BERT with {num_layers} layers of {d_model} (Devlin et al. 2018, section "
-                      "3; small sizes: Turc et al. 2019).")
+    preset.__doc__ = (f"BERT with {num_layers} layers and d_model {d_model} (Devlin et al. 2018, "
+                      "section 3; small sizes: Turc et al. 2019).")
     return preset
 
 
@@ -48,10 +55,11 @@ def _transformer(
         base = {"vocab_size": 37_000, "max_length": 512, "num_layers": 6, "d_model": d_model,
                 "num_heads": num_heads, "mlp_dim": mlp_dim, "dropout_rate": dropout_rate,
                 "attention_dropout_rate": 0.0}
-        width = (base | changes)["d_model"]
-        return TransformerConfig(**({"init_std": width**-0.5} | base | changes))
+        values = base | changes
+        init_std = {"init_std": values["d_model"] ** -0.5}
+        return TransformerConfig(**(init_std | values))
 
-    preset.__doc__ = f"The Transformer, {d_model} wide (Vaswani et al. 2017, table 3)."
+    preset.__doc__ = f"The Transformer with d_model {d_model} (Vaswani et al. 2017, table 3)."
     return preset
 
 
@@ -61,8 +69,8 @@ def _bart(num_layers: int, d_model: int, num_heads: int) -> Callable[..., BARTCo
                 "d_model": d_model, "num_heads": num_heads, "mlp_dim": 4 * d_model}
         return BARTConfig(**(base | changes))
 
-    preset.__doc__ = (f"BART with {num_layers} layers in each stack (Lewis et al. 2019, section "
-                      "2.1).")
+    preset.__doc__ = (f"BART with {num_layers} layers in encoder and decoder (Lewis et al. 2019, "
+                      "section 2.1).")
     return preset
 
 
@@ -91,12 +99,12 @@ PRESETS: dict[str, Callable[..., Config]] = {
 
 
 def get(name: str, **changes) -> Config:
-    """The preset called `name`, with some fields changed.
+    """Returns the preset `name`, with some fields changed.
 
     Raises:
-        ValueError: no such preset; the message lists near matches.
+        ValueError: there is no such preset. The message lists similar names.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3) or PRESETS
-        raise ValueError(f"unknown preset {name!r}; choose one of: {', '.join(near)}")
+        similar = difflib.get_close_matches(name, PRESETS, n=3) or PRESETS
+        raise ValueError(f"unknown preset {name!r}; choose one of: {', '.join(similar)}")
     return PRESETS[name](**changes)

@@ -1,12 +1,15 @@
-"""The Transformer: an encoder that reads, and a decoder that writes while it looks back at it.
+"""The Transformer: an encoder-decoder for sequence-to-sequence tasks.
 
-Vaswani et al. 2017, "Attention Is All You Need": norm after each residual sum, sinusoidal
-positions, and one embedding for both languages and the output layer, scaled by sqrt(d_model) where
-it is looked up (section 3.4).
+Vaswani et al. 2017, "Attention Is All You Need": post-norm, sinusoidal positions, and one embedding
+that source, target and output layer share, scaled by sqrt(d_model) where tokens are embedded
+(section 3.4).
 
-    tokens         -> token + position embedding -> encoder stack under a padding mask -> memory
-    decoder_tokens -> token + position embedding -> decoder stack under a causal mask, which sees
-                      the memory by cross-attention -> tied output layer
+    tokens         -> token + position embedding -> encoder stack with a padding mask
+    decoder_tokens -> token + position embedding -> decoder stack with a causal mask, and
+                      cross-attention to the output of the encoder -> tied output layer
+
+Shape suffixes: B batch, T target length, S source length, D d_model, N heads, V vocabulary,
+C classes.
 """
 
 from typing import ClassVar, NamedTuple
@@ -16,7 +19,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from transformer_jax.models.config import TransformerConfig, check_classes, check_length
+from transformer_jax.models.config import (
+    TransformerConfig,
+    check_num_classes,
+    check_sequence_length,
+)
 from transformer_jax.models.heads import (
     gather_positions,
     last_token_positions,
@@ -31,9 +38,18 @@ from transformer_jax.nn.positions import make_position_embed
 
 
 class Seq2SeqOutput(NamedTuple):
-    """`logits[:, t]` scores the target's token that comes after `decoder_tokens[:, t]`; float32,
-    and those of `projection`. Attention weights are given by layer; those of `cross_attention` are
-    `[B, N, T, S]`."""
+    """Output of `Transformer.__call__`.
+
+    Attributes:
+        logits: `logits[:, t]` are the float32 logits of the target token after
+            `decoder_tokens[:, t]`.
+        hidden: hidden states of the decoder.
+        encoder_hidden: hidden states of the encoder.
+        encoder_attention: attention weights of the encoder for each layer.
+        attention: self-attention weights of the decoder for each layer.
+        cross_attention: cross-attention weights of the decoder for each layer.
+        lazy_logits: the unevaluated form of `logits`.
+    """
 
     logits: Float[Array, "B T V"]
     hidden: Float[Array, "B T D"]
@@ -45,32 +61,65 @@ class Seq2SeqOutput(NamedTuple):
 
 
 def shift_right(tokens: Int[Array, "B T"], start_id: int) -> Int[Array, "B T"]:
-    """Decoder inputs for these targets: what stands at t is the target at t - 1, so that nothing
-    sees what it has to predict; `start_id` stands first."""
+    """Returns the decoder inputs for target tokens: the targets shifted right behind `start_id`.
+
+    The input at t is the target at t - 1, so the decoder does not see the token that it predicts.
+
+    Example:
+        >>> shift_right(jnp.array([[5, 6, 7]]), start_id=2).tolist()
+        [[2, 5, 6]]
+    """
     return jnp.concatenate([jnp.full_like(tokens[:, :1], start_id), tokens[:, :-1]], axis=1)
 
 
 class Transformer(nn.Module):
-    """`num_classes` is the width of the classifier; 0 where there is none. `task` names the head
-    that the parameters are for; every method can be called whatever it is."""
+    """The encoder-decoder Transformer, with an optional classifier.
+
+    Methods named after a task, such as `classification_logits`, take tokens and run the entire
+    model. Methods named after a head, such as `lm_logits` and `class_logits`, take hidden states
+    and apply the head only.
+
+    Attributes:
+        config: sizes and options.
+        num_classes: the number of outputs of the classifier; 0 for no classifier.
+        task: the task whose head `init_params` initializes, a key of `METHODS`. It does not
+            restrict which methods can be called.
+        METHODS: the method of each task.
+
+    Example:
+        >>> import jax
+        >>> from transformer_jax.models import init_params
+        >>> config = TransformerConfig(vocab_size=50, max_length=16, num_layers=1, d_model=32,
+        ...                            num_heads=4, mlp_dim=64)
+        >>> model = Transformer(config)
+        >>> params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+        >>> source, target = jnp.ones((2, 8), jnp.int32), jnp.ones((2, 6), jnp.int32)
+        >>> decoder_tokens = shift_right(target, start_id=0)
+        >>> jax.eval_shape(model.apply, {"params": params}, source, decoder_tokens).logits.shape
+        (2, 6, 50)
+    """
 
     config: TransformerConfig
     num_classes: int = 0
     task: str = "seq2seq_lm"
 
     METHODS: ClassVar[dict[str, str]] = {
-        "base": "encode_decode", "seq2seq_lm": "__call__", "classification": "classification_logits",
-        "multiple_choice": "classification_logits", "token_classification": "token_classification_logits", "question_answering": "token_classification_logits",
+        "base": "encode_decode",
+        "seq2seq_lm": "__call__",
+        "classification": "classification_logits",
+        "multiple_choice": "classification_logits",
+        "token_classification": "token_classification_logits",
+        "question_answering": "token_classification_logits",
     }
 
     def setup(self):
         c = self.config
         dtype = c.compute_dtype
-        shared = {"embedding_init": c.embedding_init(), "dtype": dtype}
-        positions = (c.positions, c.position_rows, c.d_model)
-        self.token_embed = Embed(c.vocab_size, c.d_model, **shared)
-        self.encoder_position_embed = make_position_embed(*positions, **shared)
-        self.decoder_position_embed = make_position_embed(*positions, **shared)
+        embed_options = {"embedding_init": c.embedding_init(), "dtype": dtype}
+        positions = (c.positions, c.position_table_size, c.d_model)
+        self.token_embed = Embed(c.vocab_size, c.d_model, **embed_options)
+        self.encoder_position_embed = make_position_embed(*positions, **embed_options)
+        self.decoder_position_embed = make_position_embed(*positions, **embed_options)
         if c.embed_norm:
             self.encoder_embed_norm = LayerNorm(c.norm_epsilon, dtype=dtype)
             self.decoder_embed_norm = LayerNorm(c.norm_epsilon, dtype=dtype)
@@ -78,7 +127,7 @@ class Transformer(nn.Module):
         self.encoder = Stack(c.stack)
         self.decoder = Stack(c.decoder_stack)
         if not c.tie_embeddings:
-            self.lm_head = Embed(c.vocab_size, c.d_model, **shared)
+            self.lm_head = Embed(c.vocab_size, c.d_model, **embed_options)
         if c.output_bias:
             self.output = Bias(c.vocab_size)
         if self.num_classes:
@@ -87,14 +136,15 @@ class Transformer(nn.Module):
             self.classifier_dropout = Dropout(c.dropout_rate)
             self.classifier = Linear((self.num_classes,), kernel_init=init)
 
-    def _embed(self, side, tokens, positions):
+    def _embed(self, stack, tokens, positions):
+        """Sums token and position embeddings of the stack "encoder" or "decoder"."""
         c = self.config
         x_BTD = self.token_embed(tokens) * c.embedding_scale
-        return x_BTD + getattr(self, f"{side}_position_embed")(positions + c.position_offset)
+        return x_BTD + getattr(self, f"{stack}_position_embed")(positions + c.position_offset)
 
-    def _normalize(self, side, x_BTD, deterministic):
+    def _normalize_embeddings(self, stack, x_BTD, deterministic):
         if self.config.embed_norm:
-            x_BTD = getattr(self, f"{side}_embed_norm")(x_BTD)
+            x_BTD = getattr(self, f"{stack}_embed_norm")(x_BTD)
         return self.embed_dropout(x_BTD, deterministic=deterministic)
 
     def encode(
@@ -104,73 +154,84 @@ class Transformer(nn.Module):
         padding_mask: Bool[Array, "B S"] | None = None,
         deterministic: bool = True,
     ) -> StackOutput:
-        """Hidden states of the source: the memory that `decode` looks at.
+        """Computes the hidden states `[B, S, D]` of the encoder, to which the decoder attends.
 
         Args:
+            tokens: token ids of the source.
             padding_mask: True at tokens, False at padding; all True if None.
-            deterministic: no dropout; otherwise pass `rngs={"dropout": key}` to `apply`.
+            deterministic: whether to disable dropout. If False, pass `rngs={"dropout": key}` to
+                `apply`.
 
         Raises:
-            ValueError: more tokens than positions.
+            ValueError: S is larger than `max_length`.
         """
-        check_length(tokens.shape[1], self.config.max_length)
+        check_sequence_length(tokens.shape[1], self.config.max_length)
         positions_BS = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x_BSD = self._embed("encoder", tokens, positions_BS)
-        x_BSD, mask, prompt = prepend_prompt(self, x_BSD, Mask(real=padding_mask))
-        x_BSD = self._normalize("encoder", x_BSD, deterministic)
-        return remove_prompt(self.encoder(x_BSD, mask, deterministic=deterministic), prompt)
+        x_BSD, mask, prompt_length = prepend_prompt(self, x_BSD, Mask(padding_mask=padding_mask))
+        x_BSD = self._normalize_embeddings("encoder", x_BSD, deterministic)
+        out = self.encoder(x_BSD, mask, deterministic=deterministic)
+        return remove_prompt(out, prompt_length)
 
     def decode(
         self,
         tokens: Int[Array, "B T"],
-        memory: Float[Array, "B S D"] | dict[str, KVCache],
+        encoder_output: Float[Array, "B S D"] | dict[str, KVCache],
         *,
-        memory_mask: Bool[Array, "B S"] | None = None,
+        encoder_padding_mask: Bool[Array, "B S"] | None = None,
         padding_mask: Bool[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         cache: dict[str, KVCache] | None = None,
         deterministic: bool = True,
     ) -> StackOutput:
-        """Hidden states `[B, T, D]` before the output layer.
+        """Computes the hidden states `[B, T, D]` of the decoder, before the output layer.
 
         Args:
-            memory: the encoder's hidden states, or the `memory` of an earlier output, its keys and
-                values, which are then not computed again.
-            memory_mask: True at the source's tokens, False at its padding; all True if None.
-            padding_mask: True at tokens. Only padding in front of a text needs it.
-            positions: place of each token; 0 ... T-1 if None.
-            cache: keys and values of the tokens before these (`init_cache`); `positions` then say
-                which slots these tokens fill. Not together with `padding_mask`.
+            tokens: token ids of the decoder, behind the start token (`shift_right`).
+            encoder_output: the hidden states of the encoder, or the `cross_attention_cache` of an
+                earlier output of this method, which saves projecting them again.
+            encoder_padding_mask: True at tokens of the source, False at its padding; all True if
+                None.
+            padding_mask: True at tokens of the target, False at padding. It is required only for
+                padding on the left. Not supported with `cache`.
+            positions: the position of each token; 0 ... T-1 if None.
+            cache: keys and values of the previous tokens (`init_cache`). `positions` are then also
+                the slots that these tokens fill.
+            deterministic: whether to disable dropout.
 
         Raises:
-            ValueError: more tokens than positions; padding together with a cache.
+            ValueError: T is larger than `max_length`, or `padding_mask` and `cache` are both given.
         """
         B, T = tokens.shape
-        check_length(T, self.config.max_length)
+        check_sequence_length(T, self.config.max_length)
         if cache is not None and padding_mask is not None:
-            raise ValueError("padding_mask is given with a cache: padding takes no slots; give "
-                             "the positions of the tokens alone")
-        order_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        positions_BT = order_BT if positions is None else positions
+            raise ValueError("padding_mask and cache are both given; a cache has no slots for "
+                             "padding. Pass only tokens, with their positions")
+        row_indices_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+        positions_BT = row_indices_BT if positions is None else positions
         if cache is None:
-            mask = Mask(causal=True, real=padding_mask)
+            mask = Mask(causal=True, padding_mask=padding_mask)
         else:
             slots_1S = jnp.arange(cache["layer_0"].length)[None]
-            mask = Mask(allowed=causal_mask(positions_BT, slots_1S))
+            mask = Mask(dense_mask=causal_mask(positions_BT, slots_1S))
         x_BTD = self._embed("decoder", tokens, positions_BT)
-        x_BTD = self._normalize("decoder", x_BTD, deterministic)
+        x_BTD = self._normalize_embeddings("decoder", x_BTD, deterministic)
+        cross_attention_mask = Mask(padding_mask=encoder_padding_mask)
         return self.decoder(
-            x_BTD, mask, positions_BT, cache, memory, Mask(real=memory_mask), deterministic
+            x_BTD, mask, positions_BT, cache, encoder_output, cross_attention_mask, deterministic
         )
 
     def lazy_lm_logits(self, hidden: Float[Array, "... D"]) -> LazyLogits:
-        """The output layer for `hidden`: the token embedding where it is tied."""
+        """Returns the unevaluated logits of the next token for hidden states of the decoder.
+
+        The output layer is the token embedding if `config.tie_embeddings`.
+        """
         c = self.config
-        projection = (self.token_embed if c.tie_embeddings else self.lm_head).project(hidden)
-        return self.output(projection) if c.output_bias else projection
+        lazy_logits = (self.token_embed if c.tie_embeddings else self.lm_head).project(hidden)
+        return self.output(lazy_logits) if c.output_bias else lazy_logits
 
     def lm_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Scores of the next token."""
+        """Computes the float32 logits of the next token for hidden states of the decoder."""
         return self.lazy_lm_logits(hidden).logits()
 
     def encode_decode(
@@ -182,20 +243,24 @@ class Transformer(nn.Module):
         decoder_padding_mask: Bool[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> tuple[StackOutput, StackOutput]:
-        """Outputs of encoder and decoder.
+        """Computes the outputs of the encoder and of the decoder.
 
         Args:
-            decoder_tokens: the target moved one place to the right (`shift_right`); None takes the
-                source itself as the target, as BART does for tasks without one.
+            tokens: token ids of the source.
+            decoder_tokens: the target tokens shifted right (`shift_right`). None uses the source as
+                target, as BART does for tasks without a target text.
+            padding_mask: True at tokens of the source, False at its padding; all True if None.
+            decoder_padding_mask: the same for the target.
+            deterministic: whether to disable dropout.
         """
         if decoder_tokens is None:
             decoder_tokens = shift_right(tokens, self.config.decoder_start_token_id or 0)
-        read = self.encode(tokens, padding_mask=padding_mask, deterministic=deterministic)
-        written = self.decode(
-            decoder_tokens, read.hidden, memory_mask=padding_mask,
+        encoder_out = self.encode(tokens, padding_mask=padding_mask, deterministic=deterministic)
+        decoder_out = self.decode(
+            decoder_tokens, encoder_out.hidden, encoder_padding_mask=padding_mask,
             padding_mask=decoder_padding_mask, deterministic=deterministic,
         )
-        return read, written
+        return encoder_out, decoder_out
 
     def __call__(
         self,
@@ -203,12 +268,12 @@ class Transformer(nn.Module):
         decoder_tokens: Int[Array, "B T"] | None = None,
         **options,
     ) -> Seq2SeqOutput:
-        """The output layer; arguments as for `encode_decode`."""
-        read, written = self.encode_decode(tokens, decoder_tokens, **options)
-        projection = self.lazy_lm_logits(written.hidden)
+        """Applies encoder, decoder and output layer; arguments as for `encode_decode`."""
+        encoder_out, decoder_out = self.encode_decode(tokens, decoder_tokens, **options)
+        lazy_logits = self.lazy_lm_logits(decoder_out.hidden)
         return Seq2SeqOutput(
-            projection.logits(), written.hidden, read.hidden, read.attention, written.attention,
-            written.cross_attention, projection,
+            lazy_logits.logits(), decoder_out.hidden, encoder_out.hidden, encoder_out.attention,
+            decoder_out.attention, decoder_out.cross_attention, lazy_logits,
         )
 
     def classification_logits(
@@ -217,19 +282,19 @@ class Transformer(nn.Module):
         *,
         padding_mask: Bool[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        last: Int[Array, "B"] | None = None,
+        last_positions: Int[Array, "B"] | None = None,
         deterministic: bool = True,
         **options,
     ) -> Float[Array, "B C"]:
-        """Class scores of `features`; arguments as there.
+        """Computes class logits of each row; arguments as for `features`.
 
         Raises:
-            ValueError: the model was built without `num_classes`, or more tokens than positions.
+            ValueError: the model has no classifier, or T is larger than `max_length`.
         """
-        check_classes(self.num_classes)
+        check_num_classes(self.num_classes)
         features_BD = self.features(
-            tokens, padding_mask=padding_mask, segment_ids=segment_ids, last=last,
-            deterministic=deterministic, **options)
+            tokens, padding_mask=padding_mask, segment_ids=segment_ids,
+            last_positions=last_positions, deterministic=deterministic, **options)
         return self.logits_from_features(features_BD, deterministic)
 
     def features(
@@ -238,22 +303,33 @@ class Transformer(nn.Module):
         *,
         padding_mask: Bool[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        last: Int[Array, "B"] | None = None,
+        last_positions: Int[Array, "B"] | None = None,
         deterministic: bool = True,
         **options,
     ) -> Float[Array, "B D"]:
-        """The decoder's state at each row's last token, when the same text goes into encoder and
-        decoder (BART paper, section 3.1); at `last` if given. There are no segments: `segment_ids`
-        are ignored.
+        """Computes the classifier's input: the decoder's hidden state of the last token.
+
+        The same text is the input of encoder and decoder (BART paper, section 3.1).
+
+        Args:
+            tokens: token ids.
+            padding_mask: True at tokens, False at padding; all True if None.
+            segment_ids: ignored, since the model has no segments. The argument is accepted so that
+                one batch serves all model families.
+            last_positions: the position whose hidden state is used; the last token that is not
+                padding if None.
+            deterministic: whether to disable dropout.
+            **options: as for `encode_decode`.
 
         Raises:
-            ValueError: more tokens than positions.
+            ValueError: T is larger than `max_length`.
         """
         del segment_ids
         hidden_BTD = self.encode_decode(
             tokens, padding_mask=padding_mask, deterministic=deterministic, **options)[1].hidden
-        last = last_token_positions(tokens, padding_mask) if last is None else last
-        return gather_positions(hidden_BTD, last[:, None])[:, 0]
+        if last_positions is None:
+            last_positions = last_token_positions(tokens, padding_mask)
+        return gather_positions(hidden_BTD, last_positions[:, None])[:, 0]
 
     def token_classification_logits(
         self,
@@ -263,8 +339,8 @@ class Transformer(nn.Module):
         deterministic: bool = True,
         **options,
     ) -> Float[Array, "B T C"]:
-        """Class scores of every token of the decoder; arguments as for `encode_decode`."""
-        check_classes(self.num_classes)
+        """Computes class logits of each decoder token; arguments as for `encode_decode`."""
+        check_num_classes(self.num_classes)
         hidden_BTD = self.encode_decode(
             tokens, decoder_tokens, deterministic=deterministic, **options)[1].hidden
         return self.class_logits(hidden_BTD, deterministic)
@@ -272,23 +348,30 @@ class Transformer(nn.Module):
     def logits_from_features(
         self, features: Float[Array, "B D"], deterministic: bool = True
     ) -> Float[Array, "B C"]:
-        """Class scores of `features`, through the linear layer and tanh of `pooler`."""
+        """Computes class logits from the output of `features`.
+
+        Applies dropout and the pooler (a linear layer and tanh) before `class_logits`.
+        """
         features = self.classifier_dropout(features, deterministic=deterministic)
         return self.class_logits(jnp.tanh(self.pooler(features)), deterministic)
 
     def class_logits(
-        self, features: Float[Array, "... D"], deterministic: bool = True
+        self, hidden: Float[Array, "... D"], deterministic: bool = True
     ) -> Float[Array, "... C"]:
-        """Class scores of features, with no pooler in between."""
-        features = self.classifier_dropout(features, deterministic=deterministic)
-        return self.classifier(features).astype(jnp.float32)
+        """Applies dropout and the classifier to hidden states, without the pooler."""
+        hidden = self.classifier_dropout(hidden, deterministic=deterministic)
+        return self.classifier(hidden).astype(jnp.float32)
 
     @staticmethod
     def init_cache(
         config: TransformerConfig, batch_size: int, length: int
     ) -> dict[str, KVCache]:
-        """An empty cache of the decoder for `length` tokens a row."""
-        check_length(length, config.max_length)
+        """Creates an empty cache of the decoder for `length` tokens in each row.
+
+        Raises:
+            ValueError: `length` is larger than `max_length`.
+        """
+        check_sequence_length(length, config.max_length)
         s = config.decoder_stack
         return init_cache(
             s.num_layers, batch_size, length, s.num_heads, s.head_dim, config.compute_dtype

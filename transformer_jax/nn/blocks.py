@@ -1,7 +1,10 @@
-"""Attention, MLP, block and stack: all the depth that any of the models has.
+"""Transformer blocks: attention, MLP, and the stack of residual blocks that all models share.
 
-`norm_first` chooses between the two residual forms: x + f(norm(x)), GPT-2's, and norm(x + f(x)),
-that of the Transformer, GPT and BERT.
+`norm_first` selects the residual form: x + f(norm(x)) as in GPT-2 (pre-norm), or norm(x + f(x)) as
+in the Transformer, GPT and BERT (post-norm).
+
+Shape suffixes: B batch, T target length, S source length, D d_model, N heads, H head_dim,
+F mlp_dim, P prefix length.
 """
 
 from collections.abc import Callable
@@ -25,8 +28,9 @@ from transformer_jax.nn.layers import (
 from transformer_jax.sharding import BATCH_AXES, constrain, constrain_hidden
 from transformer_jax.tree import LAYERS
 
-# What is kept for the way back under each `remat`; None: everything.
-REMAT = {
+# Which intermediate values of a block are saved for the backward pass, for each value of `remat`;
+# the others are rematerialized. None: all values are saved.
+REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -34,7 +38,7 @@ REMAT = {
 
 
 class StackConfig(NamedTuple):
-    """What a stack of blocks needs to know; models derive it from their own config."""
+    """Hyperparameters of a `Stack`. Models derive it from their own config (`Config.stack`)."""
 
     num_layers: int
     d_model: int
@@ -48,26 +52,28 @@ class StackConfig(NamedTuple):
     attention_dropout_rate: float
     initializer: str
     init_std: float
-    residual_init_std: float  # for the two kernels of a block that write to the residual stream
+    residual_init_std: float  # of the kernels whose output is added to the residual stream
     dtype: jnp.dtype
     attention_impl: str
     remat: str
-    cross_attention: bool = False  # blocks also look at a memory: the encoder's hidden states
+    cross_attention: bool = False  # whether blocks attend to the output of an encoder
 
     @property
     def head_dim(self) -> int:
+        """The dimension of queries, keys and values of one head."""
         return self.d_model // self.num_heads
 
     def kernel_init(self) -> Callable:
+        """Returns the initializer of kernels."""
         return INITIALIZERS[self.initializer](self.init_std)
 
-    def residual_init(self) -> Callable:
+    def residual_kernel_init(self) -> Callable:
+        """Returns the initializer of kernels whose output is added to the residual stream."""
         return INITIALIZERS[self.initializer](self.residual_init_std)
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, section 3.2.2), of a sequence to itself or to a
-    memory."""
+    """Multi-head self-attention or cross-attention (Vaswani et al. 2017, section 3.2.2)."""
 
     config: StackConfig
 
@@ -78,15 +84,24 @@ class Attention(nn.Module):
         mask: Mask,
         positions_BT: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
-        memory: Float[Array, "B S D"] | KVCache | None = None,
+        encoder_output: Float[Array, "B S D"] | KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "B N T S"]]:
-        """Queries come from `x`; keys and values from `memory` if given, else from `x`.
+        """Computes queries from `x_BTD`, and keys and values from `encoder_output` or `x_BTD`.
+
+        Args:
+            x_BTD: hidden states.
+            mask: the keys that each query attends to.
+            positions_BT: the slots of `cache` for the keys and values of `x_BTD`.
+            cache: for self-attention, keys and values of the previous tokens.
+            encoder_output: for cross-attention, the hidden states of the encoder, or the keys and
+                values that an earlier call computed from them. None for self-attention.
+            deterministic: whether to disable dropout.
 
         Returns:
-            The attended values; the keys and values that were looked at: `cache` with this call's
-            written at `positions`, or those of `memory`, which stand for it in later calls; the
-            attention weights.
+            The output; keys and values; attention weights. The keys and values are `cache` with
+            those of this call added, or, in cross-attention, those of `encoder_output`, which
+            later calls can take in its place.
         """
         c = self.config
 
@@ -96,51 +111,77 @@ class Attention(nn.Module):
             )(source_BSD, deterministic)
 
         query_BTNH = constrain(project("query", x_BTD), BATCH_AXES, "sequence", "tensor", None)
-        if isinstance(memory, KVCache):
-            seen, (key, value) = memory, memory.rows()
+        if isinstance(encoder_output, KVCache):
+            new_cache = encoder_output
+            key_BSNH, value_BSNH = encoder_output.as_bsnh()
         else:
-            source = x_BTD if memory is None else memory
-            # Queries keep their cut of the tokens, and look at keys and values of all of them.
-            key, value = (constrain(project(name, source), BATCH_AXES, None, "tensor", None)
-                          for name in KVCache._fields)
-            seen = KVCache.of(key, value) if cache is None else cache.write(
-                key, value, positions_BT)
-            if cache is not None:
-                key, value = seen.rows()
-        key, value, mask, prefix = with_prefix(self, key, value, mask, x_BTD.shape[1])
+            source_BSD = x_BTD if encoder_output is None else encoder_output
+            # Queries stay sharded over the sequence axis; keys and values are gathered along it.
+            key_BSNH, value_BSNH = (
+                constrain(project(name, source_BSD), BATCH_AXES, None, "tensor", None)
+                for name in KVCache._fields
+            )
+            if cache is None:
+                new_cache = KVCache.from_bsnh(key_BSNH, value_BSNH)
+            else:
+                new_cache = cache.update(key_BSNH, value_BSNH, positions_BT)
+                key_BSNH, value_BSNH = new_cache.as_bsnh()
+        key_BSNH, value_BSNH, mask, prefix_length = prepend_prefix(
+            self, key_BSNH, value_BSNH, mask, x_BTD.shape[1])
         use_dropout = not deterministic and c.attention_dropout_rate > 0
         out_BTNH, weights_BNTS = dot_product_attention(
             query_BTNH,
-            key,
-            value,
+            key_BSNH,
+            value_BSNH,
             mask,
             attention_impl=c.attention_impl,
             dropout_rate=c.attention_dropout_rate,
             dropout_rng=self.make_rng("dropout") if use_dropout else None,
         )
         out_BTD = Linear(
-            (c.d_model,), contract=2, kernel_init=c.residual_init(), dtype=c.dtype, name="out"
+            (c.d_model,),
+            num_contracted_axes=2,
+            kernel_init=c.residual_kernel_init(),
+            dtype=c.dtype,
+            name="out",
         )(out_BTNH, deterministic)
-        return out_BTD, seen, weights_BNTS[..., prefix:]
+        return out_BTD, new_cache, weights_BNTS[..., prefix_length:]
 
 
-def with_prefix(module: nn.Module, key: Array, value: Array, mask: Mask, T: int):
-    """(keys, values, mask, P) with the P keys and values of a `prefix_key` and `prefix_value` in
-    front, which every query sees (Li & Liang 2021, "Prefix-Tuning", section 4.2), if there are."""
+def prepend_prefix(
+    module: nn.Module,
+    key_BSNH: Float[Array, "B S N H"],
+    value_BSNH: Float[Array, "B S N H"],
+    mask: Mask,
+    T: int,
+) -> tuple[Float[Array, "B P+S N H"], Float[Array, "B P+S N H"], Mask, int]:
+    """Prefix tuning (Li & Liang 2021, "Prefix-Tuning", section 4.2).
+
+    Prepends the parameters `prefix_key` and `prefix_value` `[P, N, H]` of an attention module to
+    its keys and values. All queries attend to them. Without these parameters, the arguments are
+    returned unchanged.
+
+    Returns:
+        Keys, values, the mask that includes the prefix, and P.
+    """
     if not module.has_variable("params", "prefix_key"):
-        return key, value, mask, 0
-    front = [module.get_variable("params", f"prefix_{name}") for name in KVCache._fields]
-    key, value = (
-        jnp.concatenate([jnp.broadcast_to(f.astype(x.dtype), (x.shape[0], *f.shape)), x], axis=1)
-        for f, x in zip(front, (key, value))
+        return key_BSNH, value_BSNH, mask, 0
+    prefixes = [module.get_variable("params", f"prefix_{name}") for name in KVCache._fields]
+    key_BSNH, value_BSNH = (
+        jnp.concatenate(
+            [jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape)), x], axis=1)
+        for prefix, x in zip(prefixes, (key_BSNH, value_BSNH))
     )
-    P = front[0].shape[0]
-    return key, value, mask.after(P, T, key.shape[1] - P), P
+    P = prefixes[0].shape[0]
+    return key_BSNH, value_BSNH, mask.with_prefix(P, T, key_BSNH.shape[1] - P), P
 
 
 class Adapter(nn.Module):
-    """A bottleneck that is nearly the identity at first: x + up(f(down(x))) (Houlsby et al. 2019,
-    section 2.1). Its width is that of the parameters, which `finetuning.peft` makes."""
+    """Bottleneck adapter: x + up(f(down(x))) (Houlsby et al. 2019, section 2.1).
+
+    The bottleneck width is that of the parameters, which `finetuning.peft` initializes so that the
+    adapter is close to the identity.
+    """
 
     config: StackConfig
 
@@ -148,12 +189,15 @@ class Adapter(nn.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
         width = self.get_variable("params", "down")["bias"].shape[-1]
-        h = ACTIVATIONS[c.activation](Linear((width,), dtype=c.dtype, name="down")(x_BTD))
-        return x_BTD + Linear((c.d_model,), dtype=c.dtype, name="up")(h)
+        hidden = ACTIVATIONS[c.activation](Linear((width,), dtype=c.dtype, name="down")(x_BTD))
+        return x_BTD + Linear((c.d_model,), dtype=c.dtype, name="up")(hidden)
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward network (Vaswani et al. 2017, section 3.3)."""
+    """Position-wise feed-forward network: wo(f(wi(x))) (Vaswani et al. 2017, section 3.3).
+
+    `wi` `[D, F]` and `wo` `[F, D]` are the input and output projections, named as in T5.
+    """
 
     config: StackConfig
 
@@ -163,30 +207,42 @@ class MLP(nn.Module):
     ) -> Float[Array, "B T D"]:
         c = self.config
         wi = Linear((c.mlp_dim,), kernel_init=c.kernel_init(), dtype=c.dtype, name="wi")
-        wo = Linear((c.d_model,), kernel_init=c.residual_init(), dtype=c.dtype, name="wo")
-        h_BTF = constrain(wi(x_BTD, deterministic), BATCH_AXES, "sequence", "tensor")
-        h_BTF = materialize_cotangent(h_BTF)
-        return wo(ACTIVATIONS[c.activation](h_BTF), deterministic)
+        wo = Linear((c.d_model,), kernel_init=c.residual_kernel_init(), dtype=c.dtype, name="wo")
+        hidden_BTF = constrain(wi(x_BTD, deterministic), BATCH_AXES, "sequence", "tensor")
+        hidden_BTF = materialize_cotangent(hidden_BTF)
+        return wo(ACTIVATIONS[c.activation](hidden_BTF), deterministic)
 
 
 class BlockOutput(NamedTuple):
+    """Output of a `Block`.
+
+    Attributes:
+        hidden: hidden states.
+        cache: keys and values of self-attention.
+        attention: attention weights of self-attention; S is T without a cache.
+        cross_attention_cache: keys and values of the encoder output; None without cross-attention.
+        cross_attention: attention weights of cross-attention; None without cross-attention.
+    """
+
     hidden: Float[Array, "B T D"]
     cache: KVCache
     attention: Float[Array, "B N T S"]
-    memory: KVCache | None
+    cross_attention_cache: KVCache | None
     cross_attention: Float[Array, "B N T S"] | None
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention where there is a memory, then MLP, each inside a residual
-    link with dropout and LayerNorm."""
+    """Self-attention, optional cross-attention, and MLP.
+
+    Each of these sublayers is inside a residual connection with dropout and LayerNorm.
+    """
 
     config: StackConfig
 
     @nn.compact
     def __call__(
-        self, x_BTD, mask, positions_BT=None, cache=None, memory=None, memory_mask=UNMASKED,
-        deterministic=True,
+        self, x_BTD, mask, positions_BT=None, cache=None, encoder_output=None,
+        cross_attention_mask=UNMASKED, deterministic=True,
     ) -> BlockOutput:
         c = self.config
 
@@ -201,40 +257,65 @@ class Block(nn.Module):
             x_BTD = constrain_hidden(x_BTD + out_BTD if c.residual else out_BTD)
             return x_BTD if c.norm_first else norm(x_BTD), *rest
 
-        def look(x_BTD):
+        def self_attention(x_BTD):
             return Attention(c, name="self_attention")(
                 x_BTD, mask, positions_BT, cache, deterministic=deterministic
             )
 
-        def look_across(x_BTD):
+        def cross_attention(x_BTD):
             return Attention(c, name="cross_attention")(
-                x_BTD, memory_mask, memory=memory, deterministic=deterministic
+                x_BTD, cross_attention_mask, encoder_output=encoder_output,
+                deterministic=deterministic,
             )
 
-        x_BTD, cache, weights_BNTS = residual("attention", look, x_BTD)
-        cross_weights_BNTS = None
+        def mlp(x_BTD):
+            return (MLP(c, name="mlp")(x_BTD, deterministic),)
+
+        x_BTD, new_cache, weights_BNTS = residual("attention", self_attention, x_BTD)
+        cross_attention_cache = cross_weights_BNTS = None
         if c.cross_attention:
-            x_BTD, memory, cross_weights_BNTS = residual("cross_attention", look_across, x_BTD)
-        (x_BTD,) = residual(
-            "mlp", lambda x_BTD: (MLP(c, name="mlp")(x_BTD, deterministic),), x_BTD)
-        return BlockOutput(x_BTD, cache, weights_BNTS, memory, cross_weights_BNTS)
+            x_BTD, cross_attention_cache, cross_weights_BNTS = residual(
+                "cross_attention", cross_attention, x_BTD)
+        (x_BTD,) = residual("mlp", mlp, x_BTD)
+        return BlockOutput(
+            x_BTD, new_cache, weights_BNTS, cross_attention_cache, cross_weights_BNTS)
 
 
 class StackOutput(NamedTuple):
-    """Hidden states, and what a stack gives to its next call and to those who look on."""
+    """Output of a `Stack`.
+
+    Attributes:
+        hidden: hidden states.
+        cache: the given cache with the keys and values of this call added; None if none was given.
+        attention: attention weights of self-attention for each layer; S is T without a cache.
+        cross_attention_cache: keys and values of the encoder output for each layer, which later
+            calls can take as `encoder_output`; None without cross-attention.
+        cross_attention: attention weights of cross-attention for each layer.
+    """
 
     hidden: Float[Array, "B T D"]
-    cache: dict[str, KVCache] | None  # as given, with this call's keys and values written
-    attention: tuple[Float[Array, "B N T S"], ...]  # weights by layer
-    memory: dict[str, KVCache] | None = None  # the memory's keys and values, for later calls
+    cache: dict[str, KVCache] | None
+    attention: tuple[Float[Array, "B N T S"], ...]
+    cross_attention_cache: dict[str, KVCache] | None = None
     cross_attention: tuple[Float[Array, "B N T S"], ...] = ()
 
 
 class Stack(nn.Module):
-    """`layer_0` ... `layer_n`, and a `final_norm` where the blocks leave their sum unnormalised.
+    """Blocks `layer_0` ... `layer_{num_layers - 1}`, and a `final_norm` if `norm_first`.
 
-    Parameters that `tree.stack_layers` has stacked are run by `jax.lax.scan`, which compiles one
-    layer in the place of n. They give no attention weights and take no cache.
+    If `tree.stack_layers` has stacked the parameters, `jax.lax.scan` runs the layers, and XLA
+    compiles one layer instead of `num_layers`. Stacked layers return no attention weights and take
+    no cache.
+
+    Example:
+        >>> from transformer_jax.models import GPTConfig
+        >>> config = GPTConfig(vocab_size=9, max_length=8, num_layers=2, d_model=6, num_heads=2,
+        ...                    mlp_dim=10)
+        >>> stack, x = Stack(config.stack), jnp.ones((1, 5, 6))
+        >>> variables = jax.eval_shape(stack.init, jax.random.key(0), x, Mask(causal=True))
+        >>> out = jax.eval_shape(stack.apply, variables, x, Mask(causal=True))
+        >>> out.hidden.shape, out.attention[0].shape
+        ((1, 5, 6), (1, 2, 5, 5))
     """
 
     config: StackConfig
@@ -246,56 +327,71 @@ class Stack(nn.Module):
         mask: Mask,
         positions_BT: Int[Array, "B T"] | None = None,
         cache: dict[str, KVCache] | None = None,
-        memory: Float[Array, "B S D"] | dict[str, KVCache] | None = None,
-        memory_mask: Mask = UNMASKED,
+        encoder_output: Float[Array, "B S D"] | dict[str, KVCache] | None = None,
+        cross_attention_mask: Mask = UNMASKED,
         deterministic: bool = True,
     ) -> StackOutput:
-        """`memory` is what cross-attention looks at: hidden states of an encoder, or, so that they
-        are projected only once, the `memory` of an earlier call's output."""
+        """Applies all blocks.
+
+        Args:
+            x_BTD: embeddings.
+            mask: the keys that each query attends to in self-attention.
+            positions_BT: the slots of `cache` for the keys and values of this call.
+            cache: keys and values of the previous tokens for each layer (`init_cache`).
+            encoder_output: for cross-attention, the hidden states of the encoder, or, so that they
+                are projected only once, the `cross_attention_cache` of an earlier output.
+            cross_attention_mask: the keys that each query attends to in cross-attention.
+            deterministic: whether to disable dropout.
+
+        Raises:
+            ValueError: the parameters are stacked and a cache is given.
+        """
         c = self.config
         block = Block
         if c.remat != "none":
-            block = nn.remat(Block, policy=REMAT[c.remat], static_argnums=(7,))
-        blocks: dict[str, BlockOutput] = {}
-        if stacked := self.has_variable("params", LAYERS):
-            if cache is not None or isinstance(memory, dict):
-                raise ValueError("a cache is for single layers, and these parameters are stacked; "
-                                 "give tree.unstack_layers(params)")
-            x_BTD = self._scan(block, x_BTD, mask, memory, memory_mask, deterministic)
-        for i in range(0 if stacked else c.num_layers):
+            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], static_argnums=(7,))
+        outputs: dict[str, BlockOutput] = {}
+        if is_stacked := self.has_variable("params", LAYERS):
+            if cache is not None or isinstance(encoder_output, dict):
+                raise ValueError("a KV cache is given, but the parameters of the layers are "
+                                 "stacked; pass tree.unstack_layers(params)")
+            x_BTD = self._scan(
+                block, x_BTD, mask, encoder_output, cross_attention_mask, deterministic)
+        for i in range(0 if is_stacked else c.num_layers):
             name = f"layer_{i}"
-            blocks[name] = out = block(c, name=name)(
+            outputs[name] = out = block(c, name=name)(
                 x_BTD,
                 mask,
                 positions_BT,
                 cache and cache[name],
-                memory[name] if isinstance(memory, dict) else memory,
-                memory_mask,
+                encoder_output[name] if isinstance(encoder_output, dict) else encoder_output,
+                cross_attention_mask,
                 deterministic,
             )
             x_BTD = out.hidden
         if c.norm_first:
             x_BTD = LayerNorm(c.norm_epsilon, dtype=c.dtype, name="final_norm")(x_BTD)
-        across = c.cross_attention and not stacked
+        has_cross_attention = c.cross_attention and not is_stacked
         return StackOutput(
             x_BTD,
-            {name: out.cache for name, out in blocks.items()} if cache else None,
-            tuple(out.attention for out in blocks.values()),
-            {name: out.memory for name, out in blocks.items()} if across else None,
-            tuple(out.cross_attention for out in blocks.values()) if across else (),
+            {name: out.cache for name, out in outputs.items()} if cache else None,
+            tuple(out.attention for out in outputs.values()),
+            {name: out.cross_attention_cache for name, out in outputs.items()}
+            if has_cross_attention else None,
+            tuple(out.cross_attention for out in outputs.values()) if has_cross_attention else (),
         )
 
-    def _scan(self, block, x_BTD, mask, memory, memory_mask, deterministic):
+    def _scan(self, block, x_BTD, mask, encoder_output, cross_attention_mask, deterministic):
         c = self.config
         rng = None if deterministic or not self.has_rng("dropout") else self.make_rng("dropout")
 
-        def run(x_BTD, layer):
+        def apply_layer(x_BTD, layer):
             i, params = layer
             rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, i)}
             out = block(c, parent=None).apply(
-                {"params": params}, x_BTD, mask, None, None, memory, memory_mask, deterministic,
-                rngs=rngs)
+                {"params": params}, x_BTD, mask, None, None, encoder_output, cross_attention_mask,
+                deterministic, rngs=rngs)
             return out.hidden, None
 
         layers = self.get_variable("params", LAYERS)
-        return jax.lax.scan(run, x_BTD, (jnp.arange(c.num_layers), layers))[0]
+        return jax.lax.scan(apply_layer, x_BTD, (jnp.arange(c.num_layers), layers))[0]

@@ -1,9 +1,10 @@
-"""Dropout (Srivastava et al. 2014) whose bits cost next to nothing.
+"""Dropout (Srivastava et al. 2014) with a counter-based hash as random number generator.
 
-A mask needs no cryptographic bits: each element's number in its array, mixed with two words of the
-key, is hashed by a few integer operations that XLA fuses into the multiplication. Threefry takes
-about ten times as many, which on a CPU is as long as the matrix product beside it. The mask is a
-function of key and place alone: the same under `jit`, sharding and any number of devices.
+A dropout mask needs no cryptographic random bits. The index of each element is hashed together
+with two words of the key by a few integer operations, which XLA fuses into the multiplication.
+Threefry, the default generator of JAX, takes about ten times as many operations; on a CPU, that is
+as long as the adjacent matmul. The mask depends on the key and the index only, so it is the same
+under `jit`, under any sharding and on any number of devices.
 """
 
 import flax.linen as nn
@@ -14,14 +15,20 @@ from jaxtyping import Bool, Float, Key
 
 
 def keep_mask(rng: Key[Array, ""], shape: tuple[int, ...], rate: float) -> Bool[Array, "..."]:
-    """True with probability 1 - rate, independently at each place of an array."""
+    """Samples a mask whose elements are independently True with probability 1 - rate.
+
+    Example:
+        >>> keep_mask(jax.random.key(0), (2, 3), rate=0.5).shape
+        (2, 3)
+    """
     k0, k1 = jax.random.bits(rng, (2,), jnp.uint32)
-    place, stride = jnp.zeros(shape, jnp.uint32), 1
+    index, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
-        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
-    # The finalizer of Wellons' "lowbias32", with the key's other word between its two rounds.
-    h = place * jnp.uint32(0x9E3779B9) ^ k0
+    # The finalizer of Wellons' hash function "lowbias32". The second word of the key is added
+    # between its two rounds.
+    h = index * jnp.uint32(0x9E3779B9) ^ k0
     h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
     h = ((h ^ (h >> 15)) + k1) * jnp.uint32(0x846CA68B)
     h ^= h >> 16
@@ -33,12 +40,16 @@ def keep_mask(rng: Key[Array, ""], shape: tuple[int, ...], rate: float) -> Bool[
 def dropout(
     x: Float[Array, "..."], rate: float | Array, rng: Key[Array, ""]
 ) -> Float[Array, "..."]:
-    """`x` with a share `rate` of its elements at zero and the others larger by as much."""
+    """Sets a fraction `rate` of the elements of x to zero and divides the others by 1 - rate."""
     return jnp.where(keep_mask(rng, x.shape, rate), x / jnp.asarray(1 - rate, x.dtype), 0)
 
 
 class Dropout(nn.Module):
-    """`dropout` under the key "dropout" of a call; the identity where that is deterministic."""
+    """Dropout with the key of the "dropout" RNG collection; the identity if deterministic.
+
+    Attributes:
+        rate: the fraction of elements that are set to zero.
+    """
 
     rate: float
 

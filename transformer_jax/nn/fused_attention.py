@@ -1,9 +1,13 @@
-"""Attention kernels that never hold the weights `[T, S]`, and the choice between them.
+"""Fused attention implementations for accelerators, and the selection between them.
 
-Each is `kernel(query, key, value, mask) -> out`, equal to the plain products of `attention.attend`
-in value and gradient up to rounding, without attention dropout. They are for accelerators: cuDNN's
-flash attention on NVIDIA GPUs, splash attention (Pallas) on TPUs, which skips blocks of scores that
-a mask in words (`causal`, `attention_window`) hides.
+A fused implementation computes `(query, key, value, mask) -> out` without storing the attention
+weights `[T, S]`. It equals `attention.dot_product_attention` without dropout, in value and
+gradient, up to rounding. On NVIDIA GPUs it is the flash attention of cuDNN; on TPUs it is splash
+attention, a Pallas kernel, which skips blocks of scores that a causal or sliding-window mask
+excludes.
+
+Shape suffixes: B batch, T target length (queries), S source length (keys and values), N heads,
+H head_dim.
 """
 
 import re
@@ -16,68 +20,87 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from transformer_jax.sharding import BATCH_AXES, fit, num_shards, varying
+from transformer_jax.sharding import BATCH_AXES, constraint_spec, num_shards, varying_axes
 
-CHOICES = ("auto", "xla", "cudnn", "splash")
-LANES = 128  # a splash block has a multiple of so many queries and keys
-BLOCK = 512
+ATTENTION_IMPLS = ("auto", "xla", "cudnn", "splash")
+LANES = 128  # block sizes of splash attention are multiples of the number of TPU lanes
+MAX_BLOCK_SIZE = 512
 
 
-def select_implementation(name: str, query: Array, key: Array, mask: Any, dropped: bool) -> str:
-    """The kernel for these arrays: `name`, or the platform's for "auto", or "xla" where that one
-    cannot do them: none drops weights (`dropped`), splash takes whole blocks of 128 and a mask in
-    words, outside `jax.shard_map` unless it was told `check_vma=False`, and numbers of 16 bits if
-    `jax_default_matmul_precision` asks for no more; cuDNN takes numbers of 16 bits, heads of at
-    most 128, and even lengths."""
+def select_implementation(
+    name: str, query: Array, key: Array, mask: Any, has_dropout: bool
+) -> str:
+    """Returns `name` if that implementation supports the inputs, else "xla".
+
+    - No fused implementation supports attention dropout.
+    - "splash" requires key and per-device query lengths that are multiples of 128, a mask without
+      `dense_mask`, T == S if the mask is causal, and, inside `jax.shard_map`, `check_vma=False`.
+      It takes 16-bit inputs only if `jax_default_matmul_precision` is not above bfloat16.
+    - "cudnn" requires 16-bit inputs, a head_dim that is a multiple of 8 and at most 128, more than
+      one query, even T and S, and queries that are not sharded over the sequence axis.
+
+    Args:
+        name: one of `ATTENTION_IMPLS`; "auto" is the default of the platform.
+        query: queries `[B, T, N, H]`, or their shape and dtype.
+        key: keys `[B, S, N, H]`, or their shape and dtype.
+        mask: an `attention.Mask`.
+        has_dropout: whether dropout is applied to attention weights.
+    """
     if name == "auto":
-        name = _of_platform()
+        name = _platform_default()
     T, S, H = query.shape[1], key.shape[1], query.shape[-1]
-    exact = jax.config.jax_default_matmul_precision not in (None, "default", "bfloat16", "fastest")
-    cut = _query_spec(query)[1]
-    fits = {
+    precision = jax.config.jax_default_matmul_precision
+    is_high_precision = precision not in (None, "default", "bfloat16", "fastest")
+    sequence_axes = _query_spec(query)[1]
+    is_supported = {
         "xla": True,
-        "splash": mask.allowed is None and (T == S or not mask.causal) and S % LANES == 0
-        and T // num_shards(cut) % LANES == 0 and not varying(query)
-        and (query.dtype == jnp.float32 or not exact),
+        "splash": mask.dense_mask is None and (T == S or not mask.causal) and S % LANES == 0
+        and T // num_shards(sequence_axes) % LANES == 0 and not varying_axes(query)
+        and (query.dtype == jnp.float32 or not is_high_precision),
         "cudnn": query.dtype in (jnp.bfloat16, jnp.float16) and H % 8 == 0 and H <= 128
-        and T > 1 and T % 2 == S % 2 == 0 and not cut,
+        and T > 1 and T % 2 == S % 2 == 0 and not sequence_axes,
     }
-    return name if fits[name] and not dropped else "xla"
+    return name if is_supported[name] and not has_dropout else "xla"
 
 
-def _of_platform() -> str:
-    """The kernel of what runs here."""
-    if modern_nvidia():
+def _platform_default() -> str:
+    if is_ampere_or_newer_gpu():
         return "cudnn"
     return "splash" if jax.default_backend() == "tpu" else "xla"
 
 
-def modern_nvidia() -> bool:
-    """Whether an NVIDIA GPU of compute capability 8 or more runs here, as cuDNN's kernel and those
-    of Triton want it."""
+def is_ampere_or_newer_gpu() -> bool:
+    """Returns whether the local devices are NVIDIA GPUs of compute capability 8.0 or higher.
+
+    The flash attention of cuDNN and the library's Triton kernels require it.
+    """
     if jax.default_backend() != "gpu":
         return False
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-    found = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD's are "gfx942"
-    return bool(found) and int(found[1]) >= 8
+    match = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD GPUs report names such as "gfx942"
+    return bool(match) and int(match[1]) >= 8
 
 
 def _query_spec(query: Array) -> P:
-    return fit((BATCH_AXES, "sequence", "tensor", None), query.shape)
+    return constraint_spec((BATCH_AXES, "sequence", "tensor", None), query.shape)
 
 
 def cudnn_attention(
     query: Float[Array, "B T N H"], key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
     mask: Any,
 ) -> Float[Array, "B T N H"]:
-    """cuDNN's flash attention. What of a mask is not causal is given to it as booleans, one row of
-    `[T, S]` for all heads."""
-    rest = mask.replace(causal=False, attention_window=None).dense(query.shape[1], key.shape[1])
-    if rest is not None:
-        rest = jnp.broadcast_to(rest, (*rest.shape[:2], query.shape[1], key.shape[1]))
+    """Flash attention of cuDNN.
+
+    The causal and sliding-window parts of `mask` are passed as flags, all other parts as booleans
+    `[B, 1, T, S]`, shared by all heads.
+    """
+    T, S = query.shape[1], key.shape[1]
+    dense_mask = mask.replace(causal=False, attention_window=None).to_dense(T, S)
+    if dense_mask is not None:
+        dense_mask = jnp.broadcast_to(dense_mask, (*dense_mask.shape[:2], T, S))
     window = None if mask.attention_window is None else (mask.attention_window - 1, 0)
     return jax.nn.dot_product_attention(
-        query, key, value, mask=rest, is_causal=mask.causal, local_window_size=window,
+        query, key, value, mask=dense_mask, is_causal=mask.causal, local_window_size=window,
         implementation="cudnn")
 
 
@@ -85,76 +108,94 @@ def splash_attention(
     query: Float[Array, "B T N H"], key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
     mask: Any,
 ) -> Float[Array, "B T N H"]:
-    """Splash attention, each device of a mesh on its own rows, heads and queries.
+    """Splash attention. On a mesh, each device computes its own rows, heads and queries.
 
-    Off a TPU it is interpreted, which is for tests; a program that is compiled for a TPU elsewhere
-    has the kernel in it.
+    On other platforms than TPU the Pallas kernel is interpreted, for tests. A program that is
+    compiled ahead of time for a TPU on another platform contains the compiled kernel.
     """
-    ids = _segment_ids(query, key, mask)
+    segment_ids = _segment_ids(query, key, mask)
     query = query * query.shape[-1] ** -0.5
     if jax.default_backend() == "tpu":
-        return _splash(query, key, value, ids, mask.causal, mask.attention_window, False)
+        return _splash(query, key, value, segment_ids, mask.causal, mask.attention_window, False)
     return jax.lax.platform_dependent(
-        query, key, value, ids,
+        query, key, value, segment_ids,
         tpu=lambda *args: _splash(*args, mask.causal, mask.attention_window, False),
         default=lambda *args: _splash(*args, mask.causal, mask.attention_window, True))
 
 
 def _segment_ids(query: Array, key: Array, mask: Any) -> tuple[Array, Array] | None:
-    """Documents and padding as ids that have to agree: padding has one that no query has."""
-    if mask.query_documents is None and mask.real is None:
+    """Encodes documents and padding as segment ids: queries attend to keys of the same id.
+
+    Padding keys have the id -1, which no query has.
+    """
+    if mask.query_document_ids is None and mask.padding_mask is None:
         return None
-    q, kv = mask.query_documents, mask.key_documents
-    q = jnp.ones(query.shape[:2], jnp.int32) if q is None else q.astype(jnp.int32)
-    kv = jnp.ones(key.shape[:2], jnp.int32) if kv is None else kv.astype(jnp.int32)
-    return q, kv if mask.real is None else jnp.where(mask.real, kv, -1)
+    query_ids, key_ids = mask.query_document_ids, mask.key_document_ids
+    query_ids = (
+        jnp.ones(query.shape[:2], jnp.int32) if query_ids is None else query_ids.astype(jnp.int32))
+    key_ids = jnp.ones(key.shape[:2], jnp.int32) if key_ids is None else key_ids.astype(jnp.int32)
+    if mask.padding_mask is not None:
+        key_ids = jnp.where(mask.padding_mask, key_ids, -1)
+    return query_ids, key_ids
 
 
-def _splash(query, key, value, ids, causal, attention_window, interpret):
-    # Imported here: Pallas takes a second to import, and only TPUs need it.
+def _splash(query, key, value, segment_ids, causal, attention_window, interpret):
+    # Imported here because importing Pallas takes a second, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
     )
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T, N, S = query.shape[1], query.shape[2], key.shape[1]
-    spec = _query_spec(query)
-    rows, tokens, heads = spec[0], spec[1], spec[2]
-    shards = num_shards(tokens)
+    query_spec = _query_spec(query)
+    batch_axes, sequence_axes, head_axes = query_spec[0], query_spec[1], query_spec[2]
+    num_query_shards = num_mask_shards = num_shards(sequence_axes)
     if not causal:
-        # The same for every part of the queries: it has no blocks that differ by device.
-        one, shards = masks.FullMask((T // shards, S)), 1
+        # All shards of the queries have the same mask, which excludes nothing.
+        head_mask, num_mask_shards = masks.FullMask((T // num_query_shards, S)), 1
     elif attention_window is None:
-        one = masks.CausalMask((T, S))
+        head_mask = masks.CausalMask((T, S))
     else:
-        one = masks.LocalMask((T, S), (attention_window - 1, 0), 0)
-    block_q, block_kv = splash_block_size(T // num_shards(tokens)), splash_block_size(S)
+        head_mask = masks.LocalMask((T, S), (attention_window - 1, 0), 0)
+    block_q, block_kv = splash_block_size(T // num_query_shards), splash_block_size(S)
     kernel = kernels.make_splash_mha(
-        masks.MultiHeadMask([one] * N), head_shards=num_shards(heads),
-        q_seq_shards=shards, interpret=interpret,
+        masks.MultiHeadMask([head_mask] * N), head_shards=num_shards(head_axes),
+        q_seq_shards=num_mask_shards, interpret=interpret,
         block_sizes=kernels.BlockSizes(
             block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
             use_fused_bwd_kernel=True))
 
-    def local(kernel, query, key, value, ids):
-        ids = ids and kernels.SegmentIds(*ids)
-        swap = [x.swapaxes(1, 2) for x in (query, key, value)]  # [B, N, T, H]
-        return jax.vmap(kernel, in_axes=(0, 0, 0, ids and 0))(*swap, ids).swapaxes(1, 2)
+    def attend(kernel, query, key, value, segment_ids):
+        segment_ids = segment_ids and kernels.SegmentIds(*segment_ids)
+        heads_first = [x.swapaxes(1, 2) for x in (query, key, value)]  # [B, N, T or S, H]
+        in_axes = (0, 0, 0, segment_ids and 0)
+        return jax.vmap(kernel, in_axes=in_axes)(*heads_first, segment_ids).swapaxes(1, 2)
 
-    if not any(spec):
-        return local(kernel, query, key, value, ids)
-    keys = P(rows, None, heads, None)
+    if not any(query_spec):
+        return attend(kernel, query, key, value, segment_ids)
+    key_spec = P(batch_axes, None, head_axes, None)
     mesh = jax.sharding.get_abstract_mesh()
-    blocks = P(heads, tokens if causal else None)
-    where = kernel.manual_sharding_spec(jax.NamedSharding(mesh, blocks))
+    mask_spec = P(head_axes, sequence_axes if causal else None)
+    kernel_spec = kernel.manual_sharding_spec(jax.NamedSharding(mesh, mask_spec))
+    segment_specs = segment_ids and (P(batch_axes, sequence_axes), P(batch_axes, None))
     return jax.shard_map(
-        local, in_specs=(where, spec, keys, keys, ids and (P(rows, tokens), P(rows, None))),
-        out_specs=spec, check_vma=False)(kernel, query, key, value, ids)
+        attend, in_specs=(kernel_spec, query_spec, key_spec, key_spec, segment_specs),
+        out_specs=query_spec, check_vma=False)(kernel, query, key, value, segment_ids)
 
 
 def splash_block_size(length: int) -> int:
-    """The largest block of at most `BLOCK` that divides a multiple of 128."""
-    return max(b for b in range(LANES, BLOCK + 1, LANES) if length % b == 0)
+    """Returns the largest multiple of 128 up to `MAX_BLOCK_SIZE` that divides `length`.
+
+    `length` is a multiple of 128.
+
+    Example:
+        >>> [splash_block_size(length) for length in (128, 640, 768, 1024)]
+        [128, 128, 384, 512]
+    """
+    sizes = range(LANES, MAX_BLOCK_SIZE + 1, LANES)
+    return max(size for size in sizes if length % size == 0)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"cudnn": cudnn_attention, "splash": splash_attention}
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "cudnn": cudnn_attention, "splash": splash_attention,
+}

@@ -1,4 +1,4 @@
-"""Where a token stands: fixed sinusoids or a learned table."""
+"""Position embeddings: fixed sinusoids or a learned table."""
 
 from collections.abc import Callable
 
@@ -11,29 +11,46 @@ from jaxtyping import Float, Int
 from transformer_jax.nn.layers import Embed
 
 
-def sinusoidal(
+def sinusoidal_positions(
     length: int, features: int, interleave: bool = True
 ) -> Float[np.ndarray, "length features"]:
-    """Fixed position encoding of Vaswani et al. 2017, section 3.5.
+    """Computes the fixed position encoding of Vaswani et al. 2017, section 3.5.
 
-    Row `p`, dimensions `2i` and `2i + 1`: sin and cos of `p / 10000^(2i / features)`; wavelengths
-    grow from 2 pi to 10000 * 2 pi positions. Without `interleave` all sines stand before all
-    cosines, as in the checkpoints of Marian.
+    Row p has the values sin(p / 10000^(2i / features)) in dimension 2i and
+    cos(p / 10000^(2i / features)) in dimension 2i + 1. Wavelengths increase from 2 pi to
+    10000 * 2 pi positions.
+
+    Args:
+        length: the number of positions.
+        features: the dimension of an encoding; even.
+        interleave: whether sines and cosines alternate. If False, all sines precede all cosines,
+            as in the checkpoints of Marian.
 
     Raises:
         ValueError: `features` is odd.
+
+    Example:
+        >>> sinusoidal_positions(length=3, features=4)[0].tolist()
+        [0.0, 1.0, 0.0, 1.0]
     """
     if features % 2:
-        raise ValueError(f"sinusoidal positions pair sines with cosines: {features} features is "
-                         "odd; use an even d_model or learned positions")
+        raise ValueError(f"features is {features}; it must be even for sinusoidal positions, which "
+                         "pair sines with cosines. Use an even d_model, or learned positions")
     angles = np.arange(length)[:, None] / 10_000 ** (np.arange(0, features, 2) / features)
     waves = np.stack([np.sin(angles), np.cos(angles)])
     order = (1, 2, 0) if interleave else (1, 0, 2)
     return waves.transpose(order).reshape(length, features)
 
 
-class Sinusoids(nn.Module):
-    """`Embed` with fixed rows, those of `sinusoidal`; it owns no parameters."""
+class SinusoidalEmbed(nn.Module):
+    """Fixed position embeddings, with the interface of `Embed`. It has no parameters.
+
+    Attributes:
+        max_length: the number of positions.
+        features: the dimension of an embedding.
+        interleave: as for `sinusoidal_positions`.
+        dtype: the dtype of the embeddings.
+    """
 
     max_length: int
     features: int
@@ -41,15 +58,23 @@ class Sinusoids(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def __call__(self, positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        table = sinusoidal(self.max_length, self.features, self.interleave)
+        table = sinusoidal_positions(self.max_length, self.features, self.interleave)
         return jnp.asarray(table, self.dtype)[positions]
 
 
 def make_position_embed(
     kind: str, max_length: int, features: int, *, embedding_init: Callable, dtype: jnp.dtype
 ) -> nn.Module:
-    """The module that gives position vectors: `kind` "learned" owns a table, "sinusoidal" and
-    "sinusoidal_halves" none."""
+    """Creates the position embedding module of a model.
+
+    Args:
+        kind: "learned" for a table of parameters; "sinusoidal" for fixed sinusoids;
+            "sinusoidal_halves" for fixed sinusoids in which all sines precede all cosines.
+        max_length: the number of positions.
+        features: the dimension of an embedding.
+        embedding_init: the initializer of a learned table.
+        dtype: the dtype of the embeddings.
+    """
     if kind != "learned":
-        return Sinusoids(max_length, features, kind == "sinusoidal", dtype)
+        return SinusoidalEmbed(max_length, features, kind == "sinusoidal", dtype)
     return Embed(max_length, features, embedding_init, dtype)

@@ -1,11 +1,78 @@
-"""What is learnt: for each objective a `prepare` for the host and a `loss` for the device.
+"""Pre-training and fine-tuning objectives.
 
-`prepare(example, rng, ...)` is NumPy: one example in, one row of a batch out, the same for the same
-seed. `loss(apply, params, batch, rng)` is pure: `apply` is a model's `apply`, `rng` None means no
-dropout. It returns `(sum, weight, metrics)`: sums and weights add over microbatches, devices and
-hosts and are divided once, so every split of a batch gives the same loss. Objectives of several
-terms return dicts with one sum and weight a term; the loss is then the sum of the terms' means.
-`metrics` maps a name to its own (sum, weight).
+An objective is a module with two pure functions. `prepare` runs on the host in NumPy and converts
+one example to one row of a batch. `loss` runs on the device in JAX and computes the loss of a
+batch. They are connected only by the arrays of the batch, so either can be replaced.
+
+| module                 | objective                                          | models            |
+|------------------------|----------------------------------------------------|-------------------|
+| `causal_lm`            | predict the next token                             | GPT               |
+| `mlm_nsp`              | predict masked tokens and the next sentence        | BERT              |
+| `seq2seq`              | predict the next target token, given a source text | Transformer, BART |
+| `denoising`            | reconstruct a text from a corrupted copy           | BART, Transformer |
+| `contrastive`          | sentence embeddings, with in-batch negatives       | BERT              |
+| `classification`       | classification, regression, multiple choice        | all               |
+| `token_classification` | classify each word of a text                       | all               |
+| `question_answering`   | find the answer to a question in a context         | all               |
+
+`classification` has one `prepare_<task>` and `<task>_loss` per task; its `TASK_TYPES` lists the
+functions of all fine-tuning tasks, with a `predict` for each. The docstring of each module lists
+the keys of its batches with dtype, shape and meaning.
+
+The remaining modules are shared: `input_format` (special tokens, truncation, padding),
+`cross_entropy` (losses as sums and weights), and `chunked_cross_entropy` and `fused_cross_entropy`
+(the same losses with less memory and time).
+
+## `prepare(example, rng, **options) -> row`
+
+Converts one example, usually token ids, to a dict of NumPy arrays of fixed shape. All randomness
+(masking, corruption, random sentence pairs) comes from `rng`, a `np.random.Generator`: the same
+seed gives the same row, and a new seed in every epoch gives new random choices. Stacking rows along
+a new first axis gives a batch. Invalid examples (a label outside the classes, a text that does not
+fit) raise `ValueError` here, before anything is compiled.
+
+## `loss(apply, params, batch, rng) -> (sum, weight, metrics)`
+
+Args:
+    apply: `apply` method of a Flax model, called as `apply({"params": params}, tokens, ...)`.
+    params: parameters of the model, a nested dict of arrays.
+    batch: dict of arrays, stacked rows of `prepare`. A row of zeros has weight 0 and changes
+        nothing: the last batch of an evaluation is padded with such rows.
+    rng: key of the dropout masks; None disables dropout.
+
+Returns:
+    sum: weighted sum of the losses of all tokens or examples, in nats (squared errors for
+        regression). An objective of several terms returns a dict with one sum per term.
+    weight: sum of the weights, with the structure of `sum`. Weights never depend on `params`.
+    metrics: dict from a metric's name to its own `(sum, weight)`.
+
+The scalar loss of a batch is
+
+    L = sum over terms k of  sum_k / weight_k,    where a term of weight 0 counts 0
+
+Sums and weights are added over microbatches, devices and processes, and divided once at the end
+(`train.step` does both). Therefore every split of a batch gives exactly the loss of the unsplit
+batch, even if the parts have different weights. A mean of per-part means would not. (The exception
+is `contrastive`, whose loss depends on the other rows of the batch.)
+
+Bind `apply` and options with `functools.partial` to get the loss function of a training step:
+
+    loss_fn = functools.partial(seq2seq.loss, model.apply, label_smoothing=0.1)
+    train_step = make_train_step(loss_fn, optimizer)
+
+Example:
+    >>> import functools, jax.numpy as jnp
+    >>> from types import SimpleNamespace
+    >>> from transformer_jax.objectives import causal_lm, cross_entropy
+    >>> row = causal_lm.prepare({"tokens": [5, 3, 7, 4]}, length=6)
+    >>> batch = {name: values[None] for name, values in row.items()}  # a batch of one row
+    >>> def apply(variables, tokens, **options):  # in place of model.apply: uniform over 8 tokens
+    ...     return SimpleNamespace(logits=jnp.zeros((*tokens.shape, 8)))
+    >>> loss_sum, weight, metrics = causal_lm.loss(apply, {}, batch)
+    >>> float(weight)  # the number of targets
+    3.0
+    >>> print(cross_entropy.mean_loss(loss_sum, weight).round(3))  # log 8, in nats
+    2.079
 """
 
 import lazy_loader
@@ -17,6 +84,4 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "denoising", "fused_cross_entropy", "input_format", "mlm_nsp", "question_answering",
         "seq2seq", "token_classification",
     ],
-    submod_attrs={
-    },
 )

@@ -1,6 +1,17 @@
-"""Causal language modelling: the sum over i of log P(w_i | w_{i-k} ... w_{i-1}).
+"""Causal language modeling: the sum over i of -log P(w_i | w_{i-k}, ..., w_{i-1}).
 
-Radford et al. 2018, equation 1. k is the model's `attention_window`.
+Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", equation 1. The
+context size k is the model's `attention_window`.
+
+Batch keys (the last two are optional; with `document_ids`, attention does not cross documents):
+
+| key            | dtype   | shape    | meaning                                                    |
+|----------------|---------|----------|------------------------------------------------------------|
+| `tokens`       | int32   | `[B, T]` | input token ids                                            |
+| `targets`      | int32   | `[B, T]` | the token that follows each input token                    |
+| `weights`      | float32 | `[B, T]` | 1 at targets; 0 at padding and where a document ends       |
+| `positions`    | int32   | `[B, T]` | position of each token in its document, from 0             |
+| `document_ids` | int32   | `[B, T]` | document of each token, from 1 in each row; 0 at padding   |
 """
 
 from collections.abc import Callable
@@ -9,57 +20,95 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Key
 
-from transformer_jax.objectives.cross_entropy import SumAndWeight, dropout, token_losses
+from transformer_jax.data.packing import shift_tokens
+from transformer_jax.objectives.cross_entropy import SumAndWeight, dropout_kwargs, token_losses
 from transformer_jax.objectives.input_format import pad
 
 
 def prepare(
     example: dict, rng: np.random.Generator | None = None, *, length: int
 ) -> dict[str, np.ndarray]:
-    """One document `{"tokens": ids}` as one row; a longer one is cut at a random place.
+    """Converts one document to one row with inputs and targets.
 
-    To train on documents of every length without padding, pack them: `data.PackedTokens`.
+    To train on documents of any length without padding, use `data.packing.PackedTokens`, which
+    returns rows of the same format.
+
+    Args:
+        example: `{"tokens": ids}`.
+        rng: chooses the position of the row within a document of more than `length + 1` tokens;
+            None uses the beginning of the document.
+        length: length T of the row.
+
+    Returns:
+        tokens, targets, positions, document_ids int32 and weights float32, each `[T]`.
+
+    Example:
+        >>> row = prepare({"tokens": [5, 6, 7]}, length=4)
+        >>> row["tokens"].tolist(), row["targets"].tolist(), row["weights"].tolist()
+        ([5, 6, 7, 0], [6, 7, 0, 0], [1.0, 1.0, 0.0, 0.0])
     """
     ids = np.asarray(example["tokens"])
-    surplus = max(len(ids) - (length + 1), 0)
-    first = int(rng.integers(surplus + 1)) if rng is not None else 0
-    ids = ids[first : first + length + 1]
-    return shift(pad(ids, length + 1), pad(np.ones(len(ids)), length + 1))
+    num_excess = max(len(ids) - (length + 1), 0)
+    start = int(rng.integers(num_excess + 1)) if rng is not None else 0
+    ids = ids[start : start + length + 1]
+    return shift_tokens(pad(ids, length + 1), pad(np.ones(len(ids)), length + 1))
 
 
 def loss(
     apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None,
     **options,
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, SumAndWeight]]:
-    """Sum over targets of -log P, in nats; its weight is the number of targets.
+    """The sum over targets of -log P, in nats, and the number of targets.
 
-    `batch` holds tokens, targets, weights `[B, T]`, and for packed rows positions and document_ids;
-    `options` go to `losses.score_tokens`.
+    Args:
+        apply, params, batch, rng: see `transformer_jax.objectives`.
+        **options: `label_smoothing` and `logits_per_chunk` of `cross_entropy.token_losses`.
+
+    Returns:
+        `(sum, weight, metrics)` with the metric "accuracy" of the targets.
     """
     out = apply(
         {"params": params},
         batch["tokens"],
         positions=batch.get("positions"),
         document_ids=batch.get("document_ids"),
-        **dropout(rng),
+        **dropout_kwargs(rng),
     )
-    loss, metrics = token_losses(out.logits, getattr(out, "projection", None), batch["targets"],
-                                 batch["weights"], **options)
-    return *loss, {"accuracy": metrics["accuracy"]}
+    sum_and_weight, metrics = token_losses(
+        out.logits, getattr(out, "lazy_logits", None), batch["targets"], batch["weights"],
+        **options)
+    return *sum_and_weight, {"accuracy": metrics["accuracy"]}
 
 
 def prepare_continuation(
     example: dict, rng: np.random.Generator | None = None, *, length: int, delimiter_id: int,
     eos_id: int,
 ) -> dict[str, np.ndarray]:
-    """`{"source", "target"}` ids as one row: source delimiter target eos, where only the target and
-    its end are learnt (GPT-2 paper, section 3.6: "TL;DR:" between an article and its summary).
+    """Converts a source and a target to one row `source delimiter target eos` for a causal model.
 
-    A source that is too long loses its end; a target that is, its own, if half the row is not
-    enough for it.
+    Only the target and its end token have weight 1. This is the format of GPT-2's summaries (GPT-2
+    paper, section 3.6), where "TL;DR:" is the delimiter between an article and its summary.
+
+    Texts that are too long are truncated at the end: first the source, down to half of the row, and
+    then the target.
+
+    Args:
+        example: `{"source": ids, "target": ids}`.
+        rng: unused.
+        length: length T of the row.
+        delimiter_id, eos_id: ids of the special tokens.
+
+    Returns:
+        tokens, targets int32 and weights float32, each `[T]`.
 
     Raises:
-        ValueError: no room for text.
+        ValueError: `length` is below 4.
+
+    Example:
+        >>> row = prepare_continuation(
+        ...     {"source": [5, 6], "target": [7]}, length=6, delimiter_id=1, eos_id=2)
+        >>> row["tokens"].tolist(), row["weights"].tolist()
+        ([5, 6, 1, 7, 2, 0], [0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
     """
     del rng
     if length < 4:
@@ -69,7 +118,7 @@ def prepare_continuation(
     target = target[: max(length - 2 - len(source), (length - 2) // 2)]
     source = source[: length - 2 - len(target)]
     ids = np.array([*source, delimiter_id, *target, eos_id], np.int32)
-    place = np.arange(length)
-    learnt = (place >= len(source)) & (place < len(ids) - 1)
+    position = np.arange(length)
+    is_target = (position >= len(source)) & (position < len(ids) - 1)
     return {"tokens": pad(ids[:length], length), "targets": pad(ids[1:], length),
-            "weights": learnt.astype(np.float32)}
+            "weights": is_target.astype(np.float32)}

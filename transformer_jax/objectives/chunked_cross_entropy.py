@@ -1,10 +1,14 @@
-"""Cross-entropy of an output layer without its logits.
+"""Cross-entropy of an output layer, computed in chunks of tokens without the full logits.
 
-Logits are the largest array of a language model's step: 16,384 tokens of a vocabulary of 50,257
-are 3.3 GB in float32, and their gradient as much again. Here tokens go through the output layer a
-chunk at a time, and each chunk's logits become, at once, its loss and what it adds to the gradients
-of the hidden states and of the table. So memory does not grow with tokens times vocabulary, and no
-product is computed twice: only the (scalar) derivative of the total is left for the way back.
+The logits are the largest array of a language model's training step: for 16,384 tokens and a
+vocabulary of 50,257 they take 3.3 GB in float32, and their gradient takes as much again. Here the
+output layer is applied to one chunk of tokens at a time. The forward pass reduces the logits of
+each chunk to their loss and to their contributions to the gradients of the hidden states and of the
+output embedding; the backward pass only multiplies these gradients by the scalar cotangent of the
+loss. Memory therefore does not grow with tokens x vocabulary, and no matrix product is computed
+twice.
+
+Shape suffixes: B batch, D d_model, V vocabulary, K tokens of a chunk.
 """
 
 import functools
@@ -22,204 +26,245 @@ from transformer_jax.nn import fused_attention
 from transformer_jax.nn.layers import LazyLogits
 from transformer_jax.objectives import fused_cross_entropy
 
-# Of one device at a time, when it has more than twice as many: 128 MiB, and 512 on a GPU, whose
-# products want more rows.
-CHUNK_LOGITS = {"gpu": 2**27, "cpu": 2**25, "tpu": 2**25}
-GPU_ROWS = 128  # its matrix units want whole tiles: 50,257 rows are made 50,304
+LOGITS_PER_CHUNK = {"gpu": 2**27, "cpu": 2**25, "tpu": 2**25}
+"""Default number of logits of a chunk on one device, by backend: 128 MiB in float32, and 512 MiB on
+GPUs, whose matrix products need more rows. `cross_entropy.token_losses` computes the loss in chunks
+only if a device has more than twice as many logits."""
+
+GPU_VOCAB_MULTIPLE = 128  # matrix units of GPUs need full tiles: 50,257 rows are padded to 50,304
+
+_GRAD_NAMES = ("hidden", "embedding", "scale", "bias")  # the differentiable arguments, in order
 
 
 class CrossEntropySums(NamedTuple):
-    """Weighted sums over tokens. Only `loss` has a derivative."""
+    """Weighted sums over tokens. Only `loss` is differentiable.
 
-    loss: Float[Array, ""]  # cross-entropy, in nats, with label smoothing
-    nll: Float[Array, ""]  # without
-    correct: Float[Array, ""]  # tokens whose target has the greatest score
+    Attributes:
+        loss: cross-entropy with label smoothing, in nats.
+        nll: cross-entropy without label smoothing, in nats.
+        correct: weight of the tokens whose target has the highest logit.
+    """
+
+    loss: Float[Array, ""]
+    nll: Float[Array, ""]
+    correct: Float[Array, ""]
 
 
 def chunked_cross_entropy(
-    projection: LazyLogits,
+    lazy_logits: LazyLogits,
     targets: Int[Array, "..."],
     weights: Float[Array, "..."],
     *,
-    smoothing: float = 0.0,
-    chunk: int,
+    label_smoothing: float = 0.0,
+    tokens_per_chunk: int,
 ) -> CrossEntropySums:
-    """The sums that `losses.cross_entropy` of `projection.logits()` would give, without the logits.
+    """The weighted sums of `smoothed_cross_entropy(lazy_logits.logits(), ...)`, in chunks.
+
+    Under a mesh (`jax.set_mesh`), each device computes the sums of its own tokens, and the sums
+    are then added over the devices.
 
     Args:
-        projection: hidden states `[B, ..., D]` and their output layer. Over a mesh, each device
-            takes the tokens it has.
-        smoothing: as `losses.smoothed_cross_entropy`; static.
-        chunk: how many tokens of a device at a time.
+        lazy_logits: hidden states `[B, ..., D]` and the output layer.
+        targets: token ids in `[0, V)`.
+        weights: weight of each target, 0 at padding.
+        label_smoothing: see `cross_entropy.smoothed_cross_entropy`; static under `jax.jit`.
+        tokens_per_chunk: number of tokens of a chunk on one device; static under `jax.jit`.
+
+    Example:
+        >>> lazy_logits = LazyLogits(jnp.ones((2, 6, 4)), jnp.zeros((8, 4)))  # B 2, T 6, D 4, V 8
+        >>> sums = chunked_cross_entropy(
+        ...     lazy_logits, jnp.zeros((2, 6), int), jnp.ones((2, 6)), tokens_per_chunk=5)
+        >>> round(float(sums.loss / jnp.log(8)), 3), float(sums.correct)
+        (12.0, 12.0)
     """
-    hidden, table = projection.hidden, projection.embedding
-    axes = _token_axes(hidden.shape[:-1])
-    args = (hidden, table, projection.scale, projection.bias, targets, weights.astype(jnp.float32))
-    return CrossEntropySums(*_totals(axes, smoothing, chunk, *args))
+    hidden = lazy_logits.hidden
+    mesh_axes = _token_mesh_axes(hidden.shape[:-1])
+    args = (hidden, lazy_logits.embedding, lazy_logits.scale, lazy_logits.bias, targets,
+            weights.astype(jnp.float32))
+    return CrossEntropySums(*_chunked_sums(mesh_axes, label_smoothing, tokens_per_chunk, *args))
 
 
-def local_tokens(shape: tuple[int, ...]) -> int:
-    """How many of the tokens `[B, ...]` one device has."""
-    return math.prod(shape) // math.prod(map(sharding.num_shards, _token_axes(shape)))
+def num_local_tokens(shape: tuple[int, ...]) -> int:
+    """The number of tokens on one device, if an array of tokens has the global shape `[B, ...]`."""
+    return math.prod(shape) // math.prod(map(sharding.num_shards, _token_mesh_axes(shape)))
 
 
-def _token_axes(shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
-    """For each dimension of tokens, the axes of the mesh that cut it."""
-    spec = sharding.fit((sharding.BATCH_AXES, "sequence")[: len(shape)], shape)
+def _token_mesh_axes(shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes that shard each dimension of an array of tokens."""
+    spec = sharding.constraint_spec((sharding.BATCH_AXES, "sequence")[: len(shape)], shape)
     return tuple(sharding.spec_axis_names(entry) for entry in spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _totals(axes, smoothing, chunk, *args):
-    return _run(axes, smoothing, chunk, args, ())[0]
+def _chunked_sums(mesh_axes, label_smoothing, tokens_per_chunk, *args):
+    return _sums_and_grads(mesh_axes, label_smoothing, tokens_per_chunk, args, ())[0]
 
 
-def _forward(axes, smoothing, chunk, *args):
-    wanted = tuple(name for name, arg in zip(("hidden", "table", "scale", "bias"), args)
-                   if arg is not None and arg.perturbed)
+def _chunked_sums_fwd(mesh_axes, label_smoothing, tokens_per_chunk, *args):
+    grad_names = tuple(name for name, arg in zip(_GRAD_NAMES, args)
+                       if arg is not None and arg.perturbed)
     args = jax.tree.map(lambda arg: arg.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
-    return _run(axes, smoothing, chunk, args, wanted)
+    return _sums_and_grads(mesh_axes, label_smoothing, tokens_per_chunk, args, grad_names)
 
 
-def _backward(axes, smoothing, chunk, grads, ct):
-    g = ct[0]
-    if isinstance(g, jax.custom_derivatives.SymbolicZero):
-        g = jnp.zeros((), jnp.float32)
-    scaled = {name: (grad * g).astype(grad.dtype) for name, grad in grads.items()}
-    return (*(scaled.get(name) for name in ("hidden", "table", "scale", "bias")), None, None)
+def _chunked_sums_bwd(mesh_axes, label_smoothing, tokens_per_chunk, grads, cotangents):
+    loss_cotangent = cotangents[0]
+    if isinstance(loss_cotangent, jax.custom_derivatives.SymbolicZero):
+        loss_cotangent = jnp.zeros((), jnp.float32)
+    scaled = {name: (grad * loss_cotangent).astype(grad.dtype) for name, grad in grads.items()}
+    return (*(scaled.get(name) for name in _GRAD_NAMES), None, None)
 
 
-_totals.defvjp(_forward, _backward, symbolic_zeros=True)
+_chunked_sums.defvjp(_chunked_sums_fwd, _chunked_sums_bwd, symbolic_zeros=True)
 
 
-def _run(axes, smoothing, chunk, args, wanted):
-    """(the three sums, {name: gradient of the first} for what is `wanted`)."""
-    names = tuple(name for entry in axes for name in entry)
-    local = functools.partial(_local, smoothing, chunk, wanted, names)
-    if not names:
-        return local(*args)
-    rows = P(*(entry or None for entry in axes))
-    where = {"hidden": rows, "table": P(None, _scattered(names, args[0].shape[-1]))}
-    grads = {name: where.get(name, P()) for name in wanted}
+def _sums_and_grads(mesh_axes, label_smoothing, tokens_per_chunk, args, grad_names):
+    """The three sums, and the gradients of the first with respect to `grad_names`, as a dict."""
+    axis_names = tuple(name for entry in mesh_axes for name in entry)
+    local_fn = functools.partial(_local_sums_and_grads, label_smoothing, tokens_per_chunk,
+                                 grad_names, axis_names)
+    if not axis_names:
+        return local_fn(*args)
+    token_spec = P(*(entry or None for entry in mesh_axes))
+    embedding_spec = P(None, _reduce_scatter_axis(axis_names, args[0].shape[-1]))
+    grad_specs = {name: {"hidden": token_spec, "embedding": embedding_spec}.get(name, P())
+                  for name in grad_names}
     return jax.shard_map(
-        local, in_specs=(rows, P(), P(), P(), rows, rows), out_specs=((P(), P(), P()), grads),
-        axis_names=set(names), check_vma=False,
+        local_fn, in_specs=(token_spec, P(), P(), P(), token_spec, token_spec),
+        out_specs=((P(), P(), P()), grad_specs), axis_names=set(axis_names), check_vma=False,
     )(*args)
 
 
-def _local(smoothing, chunk, wanted, axes, hidden, table, scale, bias, targets, weights):
-    """`_run` on the tokens of one device."""
+def _local_sums_and_grads(label_smoothing, tokens_per_chunk, grad_names, axis_names, hidden,
+                          embedding, scale, bias, targets, weights):
+    """`_sums_and_grads` of the tokens of one device, added over the devices of `axis_names`."""
     shape, dtype = hidden.shape, hidden.dtype
-    num_tokens, V = math.prod(shape[:-1]), table.shape[0]
-    chunk = min(chunk, num_tokens)
-    parts = -(-num_tokens // chunk)
+    num_tokens, V = math.prod(shape[:-1]), embedding.shape[0]
+    K = min(tokens_per_chunk, num_tokens)
+    num_chunks = -(-num_tokens // K)
 
-    def cut(x):
+    def split_into_chunks(x):
         x = x.reshape(num_tokens, *x.shape[len(shape) - 1 :])
-        x = jnp.pad(x, [(0, parts * chunk - num_tokens)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(parts, chunk, *x.shape[1:])
+        x = jnp.pad(x, [(0, num_chunks * K - num_tokens)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(num_chunks, K, *x.shape[1:])
 
-    table_VD = _over_tensor(table.astype(dtype))
-    rows = len(table_VD)  # V, or a few more
+    embedding_VD = _pad_and_shard_vocab(embedding.astype(dtype))
+    padded_V = len(embedding_VD)
 
-    fused = bool(wanted) and scale is None and _kernel_runs()
+    use_fused_kernel = bool(grad_names) and scale is None and _fused_kernel_available()
 
-    def products(sums, d_table, d_scale, d_bias, g_CV, hidden_CD):
-        """What a step returns: the sums so far, and the gradients with this chunk's."""
-        if "table" in wanted:
-            d_table = d_table + jnp.einsum(
-                "CV,CD->VD", g_CV, hidden_CD, preferred_element_type=jnp.float32)
-        d_hidden = jnp.einsum("CV,VD->CD", g_CV, table_VD) if "hidden" in wanted else None
-        return (sums, (d_table, d_scale, d_bias)), d_hidden
+    def add_grads(sums, d_embedding, d_scale, d_bias, d_logits_KV, hidden_KD):
+        """The result of a scan step: the new carry and the gradient of the chunk's `hidden`."""
+        if "embedding" in grad_names:
+            d_embedding = d_embedding + jnp.einsum(
+                "KV,KD->VD", d_logits_KV, hidden_KD, preferred_element_type=jnp.float32)
+        d_hidden = (jnp.einsum("KV,VD->KD", d_logits_KV, embedding_VD) if "hidden" in grad_names
+                    else None)
+        return (sums, (d_embedding, d_scale, d_bias)), d_hidden
 
-    def step(carry, tokens):
-        sums, (d_table, d_scale, d_bias) = carry
-        hidden_CD, targets_C, weights_C = tokens
-        raw_CV = jnp.einsum("CD,VD->CV", hidden_CD, table_VD, preferred_element_type=jnp.float32)
-        if fused:
-            found = fused_cross_entropy.fused_softmax_cross_entropy(raw_CV, bias, targets_C, weights_C, num_classes=V,
-                                       smoothing=smoothing, dtype=dtype)
-            sums = [s + (x * weights_C).sum() for s, x in zip(sums, found)]
-            g_CV = found.gradient
-            if "bias" in wanted:
-                d_bias = d_bias + g_CV.sum(0, dtype=jnp.float32)
-            return products(sums, d_table, d_scale, d_bias, g_CV, hidden_CD)
-        logits_CV = raw_CV if scale is None else raw_CV * _over_tensor(scale)
+    def step(carry, chunk):
+        sums, (d_embedding, d_scale, d_bias) = carry
+        hidden_KD, targets_K, weights_K = chunk
+        unscaled_KV = jnp.einsum(
+            "KD,VD->KV", hidden_KD, embedding_VD, preferred_element_type=jnp.float32)
+        if use_fused_kernel:
+            out = fused_cross_entropy.fused_softmax_cross_entropy(
+                unscaled_KV, bias, targets_K, weights_K, num_classes=V,
+                label_smoothing=label_smoothing, dtype=dtype)
+            sums = [s + (x * weights_K).sum() for s, x in zip(sums, out)]
+            d_logits_KV = out.logits_grad
+            if "bias" in grad_names:
+                d_bias = d_bias + d_logits_KV.sum(0, dtype=jnp.float32)
+            return add_grads(sums, d_embedding, d_scale, d_bias, d_logits_KV, hidden_KD)
+        logits_KV = unscaled_KV if scale is None else unscaled_KV * _pad_and_shard_vocab(scale)
         if bias is not None:
-            logits_CV = logits_CV + _over_tensor(bias)
-        column = jax.lax.broadcasted_iota(jnp.int32, (chunk, rows), 1)
-        if rows > V:
-            logits_CV = jnp.where(column < V, logits_CV, jnp.finfo(jnp.float32).min)
-        hit_CV = column == targets_C[:, None]
-        chosen_C = jnp.where(hit_CV, logits_CV, 0).sum(-1)
-        total_C = jax.nn.logsumexp(logits_CV, axis=-1)
-        nll_C = total_C - chosen_C
-        loss_C = nll_C
-        if smoothing:
-            mean_C = jnp.where(column < V, logits_CV, 0).sum(-1) / V
-            loss_C = total_C - (1 - smoothing) * chosen_C - smoothing * mean_C
-        # Of equal scores the first counts, as in `losses.correct`.
-        best_CV = logits_CV == logits_CV.max(-1, keepdims=True)
-        first_C = jnp.where(best_CV, column, rows).min(-1)
-        hits_C = (first_C == targets_C).astype(jnp.float32)
-        sums = [s + (x * weights_C).sum() for s, x in zip(sums, (loss_C, nll_C, hits_C))]
-        if not wanted:
-            return (sums, (d_table, d_scale, d_bias)), None
-        expected_CV = (1 - smoothing) * hit_CV
-        if smoothing:
-            expected_CV = expected_CV + jnp.where(column < V, smoothing / V, 0)
-        g_CV = (jnp.exp(logits_CV - total_C[:, None]) - expected_CV) * weights_C[:, None]
-        if "bias" in wanted:
-            d_bias = d_bias + g_CV.sum(0)
-        if "scale" in wanted:
-            d_scale = d_scale + (g_CV * raw_CV).sum(0)
+            logits_KV = logits_KV + _pad_and_shard_vocab(bias)
+        class_ids = jax.lax.broadcasted_iota(jnp.int32, (K, padded_V), 1)
+        if padded_V > V:
+            logits_KV = jnp.where(class_ids < V, logits_KV, jnp.finfo(jnp.float32).min)
+        is_target_KV = class_ids == targets_K[:, None]
+        target_logits_K = jnp.where(is_target_KV, logits_KV, 0).sum(-1)
+        log_normalizer_K = jax.nn.logsumexp(logits_KV, axis=-1)
+        nll_K = log_normalizer_K - target_logits_K
+        loss_K = nll_K
+        if label_smoothing:
+            mean_logits_K = jnp.where(class_ids < V, logits_KV, 0).sum(-1) / V
+            loss_K = (log_normalizer_K - (1 - label_smoothing) * target_logits_K
+                      - label_smoothing * mean_logits_K)
+        # Of tied logits the lowest id wins, as in `cross_entropy.top1_correct`.
+        is_max_KV = logits_KV == logits_KV.max(-1, keepdims=True)
+        argmax_K = jnp.where(is_max_KV, class_ids, padded_V).min(-1)
+        correct_K = (argmax_K == targets_K).astype(jnp.float32)
+        sums = [s + (x * weights_K).sum() for s, x in zip(sums, (loss_K, nll_K, correct_K))]
+        if not grad_names:
+            return (sums, (d_embedding, d_scale, d_bias)), None
+        target_probs_KV = (1 - label_smoothing) * is_target_KV
+        if label_smoothing:
+            target_probs_KV = target_probs_KV + jnp.where(class_ids < V, label_smoothing / V, 0)
+        probs_KV = jnp.exp(logits_KV - log_normalizer_K[:, None])
+        d_logits_KV = (probs_KV - target_probs_KV) * weights_K[:, None]
+        if "bias" in grad_names:
+            d_bias = d_bias + d_logits_KV.sum(0)
+        if "scale" in grad_names:
+            d_scale = d_scale + (d_logits_KV * unscaled_KV).sum(0)
         if scale is not None:
-            g_CV = g_CV * _over_tensor(scale)
-        return products(sums, d_table, d_scale, d_bias, g_CV.astype(dtype), hidden_CD)
+            d_logits_KV = d_logits_KV * _pad_and_shard_vocab(scale)
+        return add_grads(sums, d_embedding, d_scale, d_bias, d_logits_KV.astype(dtype), hidden_KD)
 
-    zeros = [jnp.zeros((), jnp.float32)] * 3
-    empty = [_over_tensor(jnp.zeros((V, *x.shape[1:]), jnp.float32)) if name in wanted else None
-             for name, x in (("table", table), ("scale", scale), ("bias", bias))]
-    start = (zeros, tuple(empty))
-    # Under `shard_map` sums differ by device from the start, as what is added to them does.
-    if differs := tuple(sharding.varying(hidden) | sharding.varying(weights)):
-        start = jax.lax.pcast(start, differs, to="varying")
-    (sums, by_row), d_hidden = jax.lax.scan(
-        step, start, (cut(hidden), cut(targets), cut(weights)))
-    grads = {name: x[:V] for name, x in zip(("table", "scale", "bias"), by_row) if x is not None}
-    axis = _scattered(axes, shape[-1])
-    if axis and "table" in grads:
-        grads["table"] = jax.lax.psum_scatter(
-            grads["table"], axis, scatter_dimension=1, tiled=True)
-    sums = _sum(sums, axes)
-    grads = {name: _sum(x, [a for a in axes if a != axis or name != "table"])
+    zero_sums = [jnp.zeros((), jnp.float32)] * 3
+    zero_grads = [
+        _pad_and_shard_vocab(jnp.zeros((V, *x.shape[1:]), jnp.float32))
+        if name in grad_names else None
+        for name, x in (("embedding", embedding), ("scale", scale), ("bias", bias))]
+    init = (zero_sums, tuple(zero_grads))
+    # Inside `shard_map`, the initial carry must vary over the mesh axes over which the values that
+    # are added to it vary.
+    if axes := tuple(sharding.varying_axes(hidden) | sharding.varying_axes(weights)):
+        init = jax.lax.pcast(init, axes, to="varying")
+    (sums, vocab_grads), d_hidden = jax.lax.scan(
+        step, init, (split_into_chunks(hidden), split_into_chunks(targets),
+                     split_into_chunks(weights)))
+    grads = {name: x[:V] for name, x in zip(("embedding", "scale", "bias"), vocab_grads)
+             if x is not None}
+    scatter_axis = _reduce_scatter_axis(axis_names, shape[-1])
+    if scatter_axis and "embedding" in grads:
+        grads["embedding"] = jax.lax.psum_scatter(
+            grads["embedding"], scatter_axis, scatter_dimension=1, tiled=True)
+    sums = _psum(sums, axis_names)
+    grads = {name: _psum(x, [a for a in axis_names if a != scatter_axis or name != "embedding"])
              for name, x in grads.items()}
-    if "hidden" in wanted:
+    if "hidden" in grad_names:
         grads["hidden"] = d_hidden.reshape(-1, shape[-1])[:num_tokens].reshape(shape)
     return tuple(sums), grads
 
 
-def _kernel_runs() -> bool:
-    """Whether `token_kernel` can take the logits: whole rows, on a GPU that Triton knows."""
-    return fused_attention.modern_nvidia() and sharding.axis_size("tensor") == 1
+def _fused_kernel_available() -> bool:
+    """Whether `fused_cross_entropy` can run: on NVIDIA GPUs that Triton supports, and if the
+    vocabulary is not sharded."""
+    return fused_attention.is_ampere_or_newer_gpu() and sharding.axis_size("tensor") == 1
 
 
-def _sum(x, axes):
-    return jax.lax.psum(x, tuple(axes)) if axes else x
+def _psum(x, axis_names):
+    return jax.lax.psum(x, tuple(axis_names)) if axis_names else x
 
 
-def _scattered(axes: tuple[str, ...], width: int) -> str | None:
-    """The axis over which the table's gradient is scattered as the table is, if there is one: each
-    device then gets the columns of its own parameters alone."""
-    cut = "fsdp" in axes and not width % sharding.num_shards("fsdp")
-    return "fsdp" if cut else None
+def _reduce_scatter_axis(axis_names: tuple[str, ...], d_model: int) -> str | None:
+    """The mesh axis over which the gradient of the embedding is reduce-scattered, if any.
+
+    Each device then receives only the columns of its own parameter shard.
+    """
+    is_sharded = "fsdp" in axis_names and not d_model % sharding.num_shards("fsdp")
+    return "fsdp" if is_sharded else None
 
 
-def _over_tensor(x: Array) -> Array:
-    """Rows of the vocabulary cut over the tensor axis, with rows of zeros if it does not divide, or
-    a GPU's tiles do not."""
-    parts = sharding.axis_size("tensor")
+def _pad_and_shard_vocab(x: Array) -> Array:
+    """Shards the first dimension of `x`, the vocabulary, over the mesh axis "tensor".
+
+    The dimension is padded with zeros to a multiple of the number of shards and, on GPUs, of
+    `GPU_VOCAB_MULTIPLE`.
+    """
+    multiple = sharding.axis_size("tensor")
     if jax.default_backend() == "gpu":
-        parts = math.lcm(parts, GPU_ROWS)
-    x = jnp.pad(x, [(0, -len(x) % parts)] + [(0, 0)] * (x.ndim - 1))
+        multiple = math.lcm(multiple, GPU_VOCAB_MULTIPLE)
+    x = jnp.pad(x, [(0, -len(x) % multiple)] + [(0, 0)] * (x.ndim - 1))
     return sharding.constrain(x, "tensor", *[None] * (x.ndim - 1))

@@ -1,9 +1,22 @@
-"""Sentence embeddings: texts of a pair belong together, those of other pairs do not.
+"""Contrastive learning of sentence embeddings with in-batch negatives.
 
-Reimers & Gurevych 2019, "Sentence-BERT", section 3 (the mean of token states as a text's embedding)
-and Henderson et al. 2017, "Efficient Natural Language Response Suggestion", section 4.4 (the other
-pairs of a batch as negatives). What checkpoints such as all-MiniLM-L6-v2 were trained for, so also
-the measure of what such a model forgets.
+The loss is InfoNCE over cosine similarities, known as the multiple-negatives ranking loss: each
+first text has to select its own second text among the second texts of the batch.
+
+- Henderson et al. 2017, "Efficient Natural Language Response Suggestion", section 4.4: the other
+  pairs of the batch as negatives.
+- Reimers & Gurevych 2019, "Sentence-BERT", section 3: the mean of the token states as embedding.
+
+Checkpoints such as all-MiniLM-L6-v2 were trained with this loss, so it also measures how much of
+their pre-training task they forget during fine-tuning.
+
+Batch keys (the second dimension is the two texts of a pair):
+
+| key            | dtype   | shape       | meaning                                                 |
+|----------------|---------|-------------|---------------------------------------------------------|
+| `tokens`       | int32   | `[B, 2, T]` | token ids of both texts                                 |
+| `padding_mask` | bool    | `[B, 2, T]` | True at tokens, False at padding                        |
+| `weights`      | float32 | `[B]`       | 1; 0 for rows of padding, which are no negatives either |
 """
 
 from collections.abc import Callable
@@ -17,51 +30,82 @@ from transformer_jax.models.heads import mean_pool
 from transformer_jax.objectives.cross_entropy import (
     SumAndWeight,
     cross_entropy,
-    dropout,
+    dropout_kwargs,
     top1_correct,
     weighted_sum,
 )
 from transformer_jax.objectives.input_format import pack_bert_input
 
-SCALE = 20.0  # of cosines, the inverse temperature of the released models
+INVERSE_TEMPERATURE = 20.0  # factor of the cosine similarities, as for the released models
 
 
 def prepare(
     example: dict, rng: np.random.Generator | None = None, *, length: int, cls_id: int, sep_id: int,
     pad_id: int = 0,
 ) -> dict[str, np.ndarray]:
-    """`{"tokens", "tokens_b"}`, two texts that belong together, as a row: tokens int32 and
-    padding_mask bool `[2, length]`."""
+    """Converts a pair of related texts to one row.
+
+    Args:
+        example: `{"tokens": ids, "tokens_b": ids}`, the two texts without special tokens.
+        rng: unused.
+        length: length T of each text with its special tokens.
+        cls_id, sep_id, pad_id: ids of the special tokens.
+
+    Returns:
+        tokens int32 and padding_mask bool `[2, T]`, weights float32 `[]`.
+
+    Raises:
+        ValueError: `length` leaves no room for text.
+
+    Example:
+        >>> row = prepare({"tokens": [7], "tokens_b": [8, 9]}, length=4, cls_id=1, sep_id=2)
+        >>> row["tokens"].tolist()
+        [[1, 7, 2, 0], [1, 8, 9, 2]]
+    """
     del rng
-    sides = [pack_bert_input(example[name], length=length, cls_id=cls_id, sep_id=sep_id, pad_id=pad_id)
-             for name in ("tokens", "tokens_b")]
-    return {**{name: np.stack([side[name] for side in sides])
+    rows = [pack_bert_input(example[name], length=length, cls_id=cls_id, sep_id=sep_id,
+                            pad_id=pad_id) for name in ("tokens", "tokens_b")]
+    return {**{name: np.stack([row[name] for row in rows])
                for name in ("tokens", "padding_mask")}, "weights": np.float32(1)}
 
 
-def embed(
-    hidden: Float[Array, "B T D"], padding_mask: Bool[Array, "B T"]
+def sentence_embeddings(
+    hidden_BTD: Float[Array, "B T D"], padding_mask_BT: Bool[Array, "B T"]
 ) -> Float[Array, "B D"]:
-    """A text's embedding: the mean of its tokens' states, of length 1."""
-    mean = mean_pool(hidden, padding_mask)
-    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+    """The mean of the hidden states of each text's tokens, normalized to unit length.
+
+    Example:
+        >>> hidden = jnp.array([[[3.0, 4.0], [9.0, 9.0]]])
+        >>> print(sentence_embeddings(hidden, jnp.array([[True, False]])).round(3))
+        [[0.6 0.8]]
+    """
+    mean_BD = mean_pool(hidden_BTD, padding_mask_BT)
+    return mean_BD / jnp.maximum(jnp.linalg.norm(mean_BD, axis=-1, keepdims=True), 1e-12)
 
 
 def loss(
     apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, SumAndWeight]]:
-    """Sum over pairs of -log P(second text | first), among the second texts of the batch, in nats.
+    """The sum over pairs of -log P(second text | first text), in nats, and the number of pairs.
 
-    It depends on what else is in the batch: compare it between equal batches only. The metric is
-    the share of pairs whose own partner is the nearest.
+    P is a softmax over the second texts of the batch. Unlike other losses, it depends on the
+    composition of the batch; compare values only between equal batches.
+
+    Args:
+        apply, params, batch, rng: see `transformer_jax.objectives`.
+
+    Returns:
+        `(sum, weight, metrics)` with the metric "accuracy": the fraction of first texts whose own
+        second text is the most similar one.
     """
     B, _, T = batch["tokens"].shape
-    mask = batch["padding_mask"].reshape(2 * B, T)
-    hidden = apply({"params": params}, batch["tokens"].reshape(2 * B, T), padding_mask=mask,
-                   method="hidden", **dropout(rng)).hidden
-    embeddings = embed(hidden.astype(jnp.float32), mask).reshape(B, 2, -1)
-    scores = SCALE * embeddings[:, 0] @ embeddings[:, 1].T
-    scores = jnp.where(batch["weights"][None] > 0, scores, jnp.finfo(jnp.float32).min)
-    own = jnp.arange(B)
-    total, weight = weighted_sum(cross_entropy(scores, own), batch["weights"])
-    return total, weight, {"accuracy": weighted_sum(top1_correct(scores, own), batch["weights"])}
+    padding_mask = batch["padding_mask"].reshape(2 * B, T)
+    hidden = apply({"params": params}, batch["tokens"].reshape(2 * B, T),
+                   padding_mask=padding_mask, method="hidden", **dropout_kwargs(rng)).hidden
+    embeddings = sentence_embeddings(hidden.astype(jnp.float32), padding_mask).reshape(B, 2, -1)
+    logits_BB = INVERSE_TEMPERATURE * embeddings[:, 0] @ embeddings[:, 1].T
+    logits_BB = jnp.where(batch["weights"][None] > 0, logits_BB, jnp.finfo(jnp.float32).min)
+    targets = jnp.arange(B)
+    total, weight = weighted_sum(cross_entropy(logits_BB, targets), batch["weights"])
+    accuracy = weighted_sum(top1_correct(logits_BB, targets), batch["weights"])
+    return total, weight, {"accuracy": accuracy}

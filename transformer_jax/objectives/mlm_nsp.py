@@ -1,7 +1,18 @@
-"""BERT's two objectives: masked words and next sentence (Devlin et al. 2018, section 3.1).
+"""BERT's pre-training: masked language modeling (MLM) and next-sentence prediction (NSP).
 
-A corpus here is anything with `tokens [N]`, `document_starts` and `sentence_starts`: offsets into
-`tokens`, each ending with N (`data.Corpus`).
+Devlin et al. 2018, "BERT", section 3.1. Batch keys (P is the maximum number of predictions per row,
+`max_predictions`; without `nsp_labels`, only masked language modeling is trained):
+
+| key                | dtype   | shape    | meaning                                              |
+|--------------------|---------|----------|------------------------------------------------------|
+| `tokens`           | int32   | `[B, T]` | `[CLS] A [SEP] B [SEP]`, with masked tokens          |
+| `segment_ids`      | int32   | `[B, T]` | 1 at sentence B and its [SEP], else 0                |
+| `padding_mask`     | bool    | `[B, T]` | True at tokens, False at padding                     |
+| `masked_positions` | int32   | `[B, P]` | positions of the tokens to predict, ascending        |
+| `masked_targets`   | int32   | `[B, P]` | original tokens at these positions                   |
+| `masked_weights`   | float32 | `[B, P]` | 1 at predictions, 0 beyond their number              |
+| `nsp_labels`       | int32   | `[B]`    | 0 if B follows A, 1 if B is from another document    |
+| `nsp_weights`      | float32 | `[B]`    | 1; 0 for rows of padding                             |
 """
 
 import itertools
@@ -11,11 +22,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
-from transformer_jax.objectives.cross_entropy import SumAndWeight, dropout, token_losses
+from transformer_jax.objectives.cross_entropy import SumAndWeight, dropout_kwargs, token_losses
 from transformer_jax.objectives.input_format import pack_bert_input, pad
 
-MASK_RATE = 0.15  # of the tokens are predicted; of these
-KEEP_MASK, KEEP_RANDOM = 0.8, 0.1  # 80 % become [MASK], 10 % a random token, 10 % stay
+MASK_RATE = 0.15  # fraction of the tokens that are predicted
+# Fractions of the tokens to predict that are replaced by [MASK] and by a random token.
+MASK_TOKEN_RATE, RANDOM_TOKEN_RATE = 0.8, 0.1
 
 
 def mask_tokens(
@@ -26,62 +38,85 @@ def mask_tokens(
     vocab_size: int,
     mask_id: int,
     max_predictions: int,
-    rate: float = MASK_RATE,
+    mask_rate: float = MASK_RATE,
     word_starts: Bool[np.ndarray, "V"] | None = None,
-    first_ordinary_id: int = 0,
+    min_random_id: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Choose tokens to predict and hide them (BERT paper, section 3.1, task 1).
+    """Selects the tokens to predict, and masks them (BERT paper, section 3.1, task 1).
+
+    Of the selected tokens, 80 % are replaced by [MASK], 10 % by a random token, and 10 % are kept.
 
     Args:
-        maskable: tokens that may be chosen: not padding, [CLS] or [SEP].
-        max_predictions: width P of the result; at most this many are chosen, at least one.
-        word_starts: for each id, whether it begins a word. Given, all pieces of a chosen word are
-            hidden together (whole word masking, of the 2019 release).
-        first_ordinary_id: random replacements are drawn from `[first_ordinary_id, vocab_size)`.
+        tokens: token ids of a row.
+        rng: random generator.
+        maskable: True at tokens that may be selected: not [CLS], [SEP] or padding.
+        vocab_size: random tokens are sampled from `[min_random_id, vocab_size)`.
+        mask_id: id of [MASK].
+        max_predictions: length P of the result. At most P tokens are selected, and at least one if
+            any is maskable.
+        mask_rate: fraction of the maskable tokens to select.
+        word_starts: for each id of the vocabulary, whether it begins a word. If given, all subwords
+            of a selected word are masked together (whole word masking of BERT's 2019 release).
+        min_random_id: lowest id of random tokens, to exclude special tokens.
 
     Returns:
-        tokens `[T]` with the choice hidden; masked_positions, masked_targets int32 `[P]` in order
-        of position, masked_weights float32 `[P]`, 0 beyond the choice.
+        tokens int32 `[T]`, masked; masked_positions and masked_targets int32 `[P]`, in ascending
+        order of position; masked_weights float32 `[P]`, 0 beyond the selected tokens.
+
+    Example:
+        >>> row = mask_tokens(np.array([1, 7, 8, 9, 2]), np.random.default_rng(0), mask_id=4,
+        ...                   maskable=np.array([False, True, True, True, False]),
+        ...                   vocab_size=10, max_predictions=2)
+        >>> row["masked_positions"].shape, row["masked_weights"].tolist()  # one token of P = 2
+        ((2,), [1.0, 0.0])
     """
     candidates = np.flatnonzero(maskable)
-    wanted = min(max_predictions, max(1, round(len(candidates) * rate)), len(candidates))
-    chosen = np.zeros(0, np.int64)
-    if wanted and word_starts is None:
-        chosen = rng.choice(candidates, wanted, replace=False)
-    elif wanted:
-        begins = word_starts[tokens[candidates]] | (np.diff(candidates, prepend=-2) != 1)
-        words = np.split(candidates, np.flatnonzero(begins)[1:])
-        room = wanted
-        picked = []
+    num_selected = min(max_predictions, max(1, round(len(candidates) * mask_rate)), len(candidates))
+    selected = np.zeros(0, np.int64)
+    if num_selected and word_starts is None:
+        selected = rng.choice(candidates, num_selected, replace=False)
+    elif num_selected:
+        is_start = word_starts[tokens[candidates]] | (np.diff(candidates, prepend=-2) != 1)
+        words = np.split(candidates, np.flatnonzero(is_start)[1:])
+        num_left = num_selected
+        selected_words = []
         order = rng.permutation(len(words))
         for i in order:
-            if len(words[i]) <= room:
-                picked.append(words[i])
-                room -= len(words[i])
-            if not room:
+            if len(words[i]) <= num_left:
+                selected_words.append(words[i])
+                num_left -= len(words[i])
+            if not num_left:
                 break
-        # All words longer than the budget: hide the front of one, rather than predict nothing.
-        chosen = np.concatenate(picked) if picked else words[order[0]][:wanted]
-    chosen = np.sort(chosen)
-    fate = rng.random(len(chosen))
-    hidden = tokens.astype(np.int32)
-    hidden[chosen[fate < KEEP_MASK]] = mask_id
-    swapped = chosen[(fate >= KEEP_MASK) & (fate < KEEP_MASK + KEEP_RANDOM)]
-    hidden[swapped] = rng.integers(first_ordinary_id, vocab_size, len(swapped))
+        # If every word is longer than allowed, mask the first subwords of one of them.
+        selected = (np.concatenate(selected_words) if selected_words
+                    else words[order[0]][:num_selected])
+    selected = np.sort(selected)
+    uniform = rng.random(len(selected))
+    masked = tokens.astype(np.int32)
+    masked[selected[uniform < MASK_TOKEN_RATE]] = mask_id
+    randomized = selected[
+        (uniform >= MASK_TOKEN_RATE) & (uniform < MASK_TOKEN_RATE + RANDOM_TOKEN_RATE)]
+    masked[randomized] = rng.integers(min_random_id, vocab_size, len(randomized))
     return {
-        "tokens": hidden,
-        "masked_positions": pad(chosen, max_predictions),
-        "masked_targets": pad(tokens[chosen], max_predictions),
-        "masked_weights": (np.arange(max_predictions) < len(chosen)).astype(np.float32),
+        "tokens": masked,
+        "masked_positions": pad(selected, max_predictions),
+        "masked_targets": pad(tokens[selected], max_predictions),
+        "masked_weights": (np.arange(max_predictions) < len(selected)).astype(np.float32),
     }
 
 
 class SentencePairs:
-    """Random access to runs of consecutive sentences, each at least two and about a row long.
+    """Random access to ranges of consecutive sentences, from which sentence pairs are sampled.
 
-    Item i is `{"first", "last", "document"}`: a half-open range of sentence numbers and its
-    document. `prepare` makes the pair, so that every epoch draws other pairs from the same runs.
-    Documents of a single sentence have no next one: they only serve as random sentences.
+    A range consists of at least two sentences of one document, and of about `max_tokens` tokens.
+    Item i is `{"first", "stop", "document"}`: sentences `first` to `stop - 1` of the corpus, and
+    the index of their document. `sample_pair` splits a range into sentences A and B, so every epoch
+    has new pairs. Documents of one sentence have no range; they only provide random sentences B.
+
+    Args:
+        corpus: a `data.Corpus`, or any object with its arrays `tokens`, `document_starts` and
+            `sentence_starts`.
+        max_tokens: number of tokens of a pair, without special tokens.
 
     Raises:
         ValueError: no document has two sentences, or there is only one document.
@@ -89,65 +124,68 @@ class SentencePairs:
 
     def __init__(self, corpus, max_tokens: int):
         self.corpus = corpus
-        # `unique` passes over empty sentences and documents: they begin where the next one does.
+        # Empty sentences and documents begin where the next one does; `unique` removes them.
         self.sentence_starts = starts = np.unique(corpus.sentence_starts)
-        # First sentence of each document, and one past the last sentence of all.
-        edges = np.searchsorted(starts, np.unique(corpus.document_starts))
-        runs = []
-        for document, (first, end) in enumerate(itertools.pairwise(edges)):
+        # The index of each document's first sentence, and the number of all sentences.
+        document_edges = np.searchsorted(starts, np.unique(corpus.document_starts))
+        ranges = []
+        for document, (first, end) in enumerate(itertools.pairwise(document_edges)):
             while end - first >= 2:
-                limit = np.searchsorted(starts, starts[first] + max_tokens, side="right") - 1
-                last = min(max(limit, first + 2), end)
-                last = end if end - last == 1 else last  # no sentence is left alone
-                runs.append((first, last, document))
-                first = last
-        self.runs = np.asarray(runs, np.int64).reshape(-1, 3)
-        self.document_sentences = edges
-        if len(self.runs) == 0 or len(edges) < 3:
+                stop = np.searchsorted(starts, starts[first] + max_tokens, side="right") - 1
+                stop = min(max(stop, first + 2), end)
+                stop = end if end - stop == 1 else stop  # no single sentence remains
+                ranges.append((first, stop, document))
+                first = stop
+        self.ranges = np.asarray(ranges, np.int64).reshape(-1, 3)
+        self.document_edges = document_edges
+        if len(self.ranges) == 0 or len(document_edges) < 3:
             raise ValueError(
-                f"next-sentence prediction has {len(edges) - 1} documents with {len(self.runs)} "
-                "runs of two sentences; it needs at least 2 documents and 1 run: separate "
-                "documents by a blank line and write one sentence a line"
-            )
+                f"the corpus has {len(document_edges) - 1} documents and {len(self.ranges)} ranges "
+                "of at least two sentences; next-sentence prediction needs at least 2 documents "
+                "and 1 range: separate documents by a blank line and write one sentence per line")
 
     def __len__(self) -> int:
-        return len(self.runs)
+        return len(self.ranges)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        first, last, document = self.runs[i]
-        return {"first": first, "last": last, "document": document}
+        first, stop, document = self.ranges[i]
+        return {"first": first, "stop": stop, "document": document}
 
-    def text(self, first: int, last: int) -> np.ndarray:
-        """Tokens of sentences first ... last-1."""
+    def tokens(self, first: int, stop: int) -> np.ndarray:
+        """The tokens of sentences `first` to `stop - 1`."""
         starts = self.sentence_starts
-        return np.asarray(self.corpus.tokens[starts[first] : starts[last]])
+        return np.asarray(self.corpus.tokens[starts[first] : starts[stop]])
 
 
 def sample_pair(
-    pairs: SentencePairs, run: dict, rng: np.random.Generator, max_tokens: int
+    pairs: SentencePairs, sentence_range: dict, rng: np.random.Generator, max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Sentences A and B and the label: 0 where B follows A, 1 where it is from another document.
+    """Samples a sentence pair for next-sentence prediction (BERT paper, section 3.1, task 2).
 
-    Half of each (BERT paper, section 3.1, task 2). The run is split at a random sentence; the
-    random B begins at any sentence of another document and fills the same room.
+    The range is split after a random sentence; the first part is A. With probability one half, B is
+    the second part. Otherwise B begins at a random sentence of another document, and is filled up
+    with the sentences after it to `max_tokens` for A and B together.
+
+    Returns:
+        The tokens of A, the tokens of B, and the label: 0 if B follows A, else 1.
     """
-    first, last, document = int(run["first"]), int(run["last"]), int(run["document"])
-    split = int(rng.integers(first + 1, last))
-    a = pairs.text(first, split)
+    first, stop, document = (int(sentence_range[name]) for name in ("first", "stop", "document"))
+    split = int(rng.integers(first + 1, stop))
+    a = pairs.tokens(first, split)
     if rng.random() < 0.5:
-        return a, pairs.text(split, last), 0
-    edges = pairs.document_sentences
+        return a, pairs.tokens(split, stop), 0
+    edges = pairs.document_edges
     other = int(rng.integers(len(edges) - 2))
     other += other >= document
-    begin = int(rng.integers(edges[other], edges[other + 1]))
-    room = max(max_tokens - len(a), 1)
+    b_first = int(rng.integers(edges[other], edges[other + 1]))
+    max_b_tokens = max(max_tokens - len(a), 1)
     starts = pairs.sentence_starts
-    end = int(np.searchsorted(starts, starts[begin] + room, side="right") - 1)
-    return a, pairs.text(begin, min(max(end, begin + 1), int(edges[other + 1]))), 1
+    b_stop = int(np.searchsorted(starts, starts[b_first] + max_b_tokens, side="right") - 1)
+    return a, pairs.tokens(b_first, min(max(b_stop, b_first + 1), int(edges[other + 1]))), 1
 
 
 def prepare(
-    run: dict,
+    sentence_range: dict,
     rng: np.random.Generator,
     *,
     pairs: SentencePairs,
@@ -158,36 +196,48 @@ def prepare(
     mask_id: int,
     vocab_size: int,
     pad_id: int = 0,
-    short_rate: float = 0.1,
-    **masking,
+    short_sequence_rate: float = 0.1,
+    **options,
 ) -> dict[str, np.ndarray]:
-    """One row for both objectives: pair, special tokens, segments, masking drawn anew each time.
+    """Samples a sentence pair from a range, and converts it to one row with masked tokens.
 
-    `short_rate` of the rows get a random smaller length, so that pre-training meets short inputs
-    as fine-tuning will (appendix A.2). `masking` goes to `mask_tokens`.
+    Args:
+        sentence_range: an item of `pairs`.
+        rng: random generator of the pair and the masking.
+        pairs: the sentences of the corpus.
+        length: length T of the row.
+        max_predictions: see `mask_tokens`.
+        cls_id, sep_id, mask_id, pad_id: ids of the special tokens.
+        vocab_size: see `mask_tokens`.
+        short_sequence_rate: fraction of the rows that are truncated to a random shorter length, so
+            that pre-training includes short inputs, as fine-tuning does (appendix A.2).
+        **options: `mask_rate`, `word_starts` and `min_random_id` of `mask_tokens`.
+
+    Returns:
+        All arrays of the module's table, without the dimension B.
 
     Raises:
-        ValueError: `length` leaves no room for a token of each sentence.
+        ValueError: `length` leaves no room for one token of each sentence.
     """
     max_tokens = length - 3
     if max_tokens < 2:
         raise ValueError(f"length {length} leaves no room for two sentences beside 3 special "
                          "tokens; use at least 5")
-    if rng.random() < short_rate:
+    if rng.random() < short_sequence_rate:
         max_tokens = int(rng.integers(2, max_tokens + 1))
-    a, b, label = sample_pair(pairs, run, rng, max_tokens)
+    a, b, label = sample_pair(pairs, sentence_range, rng, max_tokens)
     row = pack_bert_input(
         a, b, length=max_tokens + 3, cls_id=cls_id, sep_id=sep_id, pad_id=pad_id, rng=rng
     )
     tokens = pad(row["tokens"], length, pad_id)
     padding_mask = pad(row["padding_mask"], length).astype(bool)
     maskable = padding_mask & (tokens != cls_id) & (tokens != sep_id)
-    hidden = mask_tokens(
+    masked = mask_tokens(
         tokens, rng, maskable=maskable, vocab_size=vocab_size, mask_id=mask_id,
-        max_predictions=max_predictions, **masking,
+        max_predictions=max_predictions, **options,
     )
     return {
-        **hidden,
+        **masked,
         "segment_ids": pad(row["segment_ids"], length),
         "padding_mask": padding_mask,
         "nsp_labels": np.int32(label),
@@ -199,10 +249,17 @@ def loss(
     apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None,
     **options,
 ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]], dict[str, SumAndWeight]]:
-    """Two terms, in nats: "mlm" over masked tokens and "nsp" over pairs.
+    """Two terms, in nats: "mlm" over masked tokens and "nsp" over sentence pairs.
 
-    The loss is the sum of the two means (BERT paper, appendix A.2). A batch without nsp_labels
-    has the first term only. `options` go to `losses.score_tokens`.
+    The loss is the sum of their means (BERT paper, appendix A.2). A batch without `nsp_labels` has
+    only the term "mlm".
+
+    Args:
+        apply, params, batch, rng: see `transformer_jax.objectives`.
+        **options: `label_smoothing` and `logits_per_chunk` of `cross_entropy.token_losses`.
+
+    Returns:
+        `(sums, weights, metrics)` with the metrics "mlm_accuracy" and "nsp_accuracy".
     """
     out = apply(
         {"params": params},
@@ -210,14 +267,14 @@ def loss(
         segment_ids=batch.get("segment_ids"),
         padding_mask=batch.get("padding_mask"),
         masked_positions=batch["masked_positions"],
-        **dropout(rng),
+        **dropout_kwargs(rng),
     )
-    scored = {"mlm": (out.mlm_logits, getattr(out, "lazy_mlm_logits", None),
-                      batch["masked_targets"], batch["masked_weights"])}
+    args = {"mlm": (out.mlm_logits, getattr(out, "lazy_mlm_logits", None),
+                    batch["masked_targets"], batch["masked_weights"])}
     if "nsp_labels" in batch:
-        scored["nsp"] = (out.nsp_logits, None, batch["nsp_labels"], batch["nsp_weights"])
-    found = {name: token_losses(*args, **options) for name, args in scored.items()}
-    terms = {name: loss for name, (loss, _) in found.items()}
-    metrics = {f"{name}_accuracy": measured["accuracy"] for name, (_, measured) in found.items()}
-    totals = {name: total for name, (total, _) in terms.items()}
-    return totals, {name: weight for name, (_, weight) in terms.items()}, metrics
+        args["nsp"] = (out.nsp_logits, None, batch["nsp_labels"], batch["nsp_weights"])
+    results = {term: token_losses(*term_args, **options) for term, term_args in args.items()}
+    sums = {term: term_sum for term, ((term_sum, _), _) in results.items()}
+    weights = {term: weight for term, ((_, weight), _) in results.items()}
+    metrics = {f"{term}_accuracy": metrics["accuracy"] for term, (_, metrics) in results.items()}
+    return sums, weights, metrics

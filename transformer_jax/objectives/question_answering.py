@@ -1,8 +1,22 @@
-"""Answers as spans of a text: SQuAD (Rajpurkar et al. 2016; BERT paper, sections 4.2 and 4.3).
+"""Extractive question answering: the answer is a span of the context, or there is none.
 
-A context that is longer than a row is read through windows that overlap. `make_windows` makes them
-and keeps where in the characters every token stands; `prepare` makes a window a row; `decode` finds
-the best span of an example over all of its windows, as exact characters of the context.
+SQuAD (Rajpurkar et al. 2016; BERT paper, sections 4.2 and 4.3). `make_windows` tokenizes examples
+and splits contexts that are longer than a row into overlapping windows. `prepare` converts a window
+to a row. `decode_answers` selects the best span of each example over all its windows, as exact
+characters of the context.
+
+Batch keys (B batch, T length of a row):
+
+| key                  | dtype   | shape    | meaning                                              |
+|----------------------|---------|----------|------------------------------------------------------|
+| `tokens`             | int32   | `[B, T]` | question and context, with special tokens            |
+| `segment_ids`        | int32   | `[B, T]` | 1 at the context (BERT format), else 0               |
+| `padding_mask`       | bool    | `[B, T]` | True at tokens, False at padding                     |
+| `context_mask`       | bool    | `[B, T]` | True at the tokens of the context                    |
+| `no_answer_position` | int32   | `[B]`    | position that stands for "no answer"                 |
+| `start_positions`    | int32   | `[B]`    | first token of the answer, or `no_answer_position`   |
+| `end_positions`      | int32   | `[B]`    | last token of the answer, or `no_answer_position`    |
+| `weights`            | float32 | `[B]`    | 1; 0 for rows of padding                             |
 """
 
 import unicodedata
@@ -18,309 +32,369 @@ from jaxtyping import Float, Int, Key
 from transformer_jax.objectives.cross_entropy import (
     SumAndWeight,
     cross_entropy,
-    dropout,
+    dropout_kwargs,
     top1_correct,
     weighted_sum,
 )
 
 
 class Window(NamedTuple):
-    """A part of an example's context with its question.
+    """A question with a part of its context.
 
     Attributes:
-        example: number of the example.
-        question, context: ids.
-        offsets: first character of each token of `context` and the one after its last, `[n, 2]`,
-            without white space around it.
-        start, end: first and last token of the answer, counted in `context`; None where the window
-            does not hold all of it.
+        example_index: index of the example.
+        question_ids: token ids of the question.
+        context_ids: token ids of the part of the context.
+        offsets: `[n, 2]`, for each context token the offset of its first character in the context
+            and the offset after its last one, without surrounding white space.
+        start, end: first and last token of the answer, as indices into `context_ids`; None if the
+            window does not contain the entire answer.
     """
 
-    example: int
-    question: np.ndarray
-    context: np.ndarray
+    example_index: int
+    question_ids: np.ndarray
+    context_ids: np.ndarray
     offsets: Int[np.ndarray, "n 2"]
     start: int | None
     end: int | None
 
 
-def check_answer(example: dict) -> None:
-    """Refuse an answer that is not where it should be in the context.
-
-    Raises:
-        ValueError: names the example.
-    """
+def check_answer_offsets(example: dict) -> None:
+    """Raises ValueError unless each answer of an example stands at its offset in the context."""
     for answer in example.get("answers", ()):
         text, start = answer["text"], answer["start"]
         found = example["context"][start : start + len(text)]
         if not text or start < 0 or found != text:
             raise ValueError(
                 f"question {example.get('id', example['question'])!r}: the context has {found!r} "
-                f"at character {start}, not the answer {text!r}; mend the start, or leave the "
+                f"at character {start}, not the answer {text!r}; fix the start, or leave the "
                 "question out")
 
 
 def make_windows(
-    examples: Sequence[dict], tokenizer: Any, *, length: int, specials: int = 3, stride: int = 128,
-    max_question: int = 64, check: bool = True, without_answer: bool = True,
+    examples: Sequence[dict], tokenizer: Any, *, length: int, num_special_tokens: int = 3,
+    stride: int = 128, max_question_length: int = 64, strict: bool = True,
+    keep_windows_without_answer: bool = True,
 ) -> list[Window]:
-    """All windows of all examples, in order.
+    """Tokenizes examples and splits their contexts into windows.
 
     Args:
-        examples: {"question", "context", "answers": [{"text", "start"}]}; the first answer counts.
-        length: of a row, `specials` special tokens included.
-        stride: how far a window begins after the one before (`doc_stride` of BERT's release).
-        max_question: longer questions are cut to so many tokens.
-        check: refuse an example whose answer is not where it should be; False makes no windows of
-            it, so that `{w.example for w in windows}` tells which were used.
-        without_answer: keep the windows that do not hold the answer of their example. Examples
-            without an answer keep theirs in any case.
+        examples: `{"question": str, "context": str, "answers": [{"text": str, "start": int}]}`.
+            Only the first answer is used; a question without an answer has an empty list.
+        tokenizer: a `data.Tokenizer`.
+        length: length T of a row, with `num_special_tokens` special tokens.
+        num_special_tokens: number of special tokens of a row.
+        stride: distance in tokens between the starts of windows (`doc_stride` of BERT's code).
+        max_question_length: maximum number of tokens of a question; longer ones are truncated.
+        strict: raise an error for an answer that is not at its offset in the context. False skips
+            the example, whose index is then the `example_index` of no window.
+        keep_windows_without_answer: keep windows that do not contain the answer of their example.
+            The windows of questions that have no answer are always kept.
+
+    Returns:
+        All windows of all examples, in order.
 
     Raises:
-        ValueError: no room for the context, an answer that is not in its context, or an empty
-            question or context.
+        ValueError: `length` leaves fewer than 8 tokens for the context, `stride` is below 1, an
+            answer is not in its context (`strict`), or a question or context has no tokens.
     """
-    if length - specials - max_question < 8 or stride < 1:
-        raise ValueError(f"rows of {length} tokens leave {length - specials - max_question} for "
-                         f"the context beside {max_question} of a question, and the stride is "
-                         f"{stride}; raise the length, or lower max_question")
+    num_context_tokens = length - num_special_tokens - max_question_length
+    if num_context_tokens < 8 or stride < 1:
+        raise ValueError(
+            f"rows of {length} tokens leave {num_context_tokens} for the context beside a question "
+            f"of {max_question_length}, and the stride is {stride}; leave at least 8 tokens for "
+            "the context, and use a stride of at least 1")
     contexts = list(dict.fromkeys(e["context"] for e in examples))
     try:
-        encoded = tokenizer.backend.encode_batch(contexts, add_special_tokens=False)
+        encodings = tokenizer.backend.encode_batch(contexts, add_special_tokens=False)
     except TypeError:
-        tokenizer.encode_batch(contexts)  # says which is no text
+        tokenizer.encode_batch(contexts)  # raises an error that names the context
         raise
-    read = {text: (np.asarray(e.ids, np.int32), _exact(text, e.offsets))
-            for text, e in zip(contexts, encoded)}
+    encoded = {text: (np.asarray(e.ids, np.int32), _trim_offsets(text, e.offsets))
+               for text, e in zip(contexts, encodings)}
     questions = tokenizer.encode_batch([e["question"].strip() for e in examples])
     windows = []
     for i, (example, question) in enumerate(zip(examples, questions)):
-        ids, offsets = read[example["context"]]
+        ids, offsets = encoded[example["context"]]
         if not question or not len(ids):
             raise ValueError(f"question {example.get('id', i)!r} has "
                              f"{'no tokens' if not question else 'a context without tokens'}")
-        question = np.asarray(question[:max_question], np.int32)
+        question_ids = np.asarray(question[:max_question_length], np.int32)
         try:
-            first, last = _token_span(example, offsets)
+            start, end = _answer_token_span(example, offsets)
         except ValueError:
-            if check:
+            if strict:
                 raise
             continue
-        room = length - specials - len(question)
-        begin = 0
+        window_length = length - num_special_tokens - len(question_ids)
+        first = 0
         while True:
-            stop = min(begin + room, len(ids))
-            inside = first is not None and begin <= first and last < stop
-            if inside or without_answer or first is None:
-                windows.append(Window(i, question, ids[begin:stop], offsets[begin:stop],
-                                      first - begin if inside else None,
-                                      last - begin if inside else None))
+            stop = min(first + window_length, len(ids))
+            has_answer = start is not None and first <= start and end < stop
+            if has_answer or keep_windows_without_answer or start is None:
+                span = (start - first, end - first) if has_answer else (None, None)
+                windows.append(Window(i, question_ids, ids[first:stop], offsets[first:stop], *span))
             if stop == len(ids):
                 break
-            begin += min(stride, room)
+            first += min(stride, window_length)
     return windows
 
 
-def _exact(text: str, offsets: Sequence[tuple[int, int]]) -> Int[np.ndarray, "n 2"]:
-    """Offsets without the white space that byte-level BPE counts to its tokens, and with the marks
-    on a letter that WordPiece drops where they are characters of their own."""
-    found = np.asarray(offsets, np.int64).reshape(-1, 2)
+def _trim_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> Int[np.ndarray, "n 2"]:
+    """Corrects the character offsets of tokens: no surrounding white space, all combining marks.
+
+    Byte-level BPE includes white space in its tokens. WordPiece drops accents that are separate
+    characters (combining marks); they are added to the token of the letter before them.
+    """
+    offsets = np.asarray(offsets, np.int64).reshape(-1, 2)
     n = len(text)
-    place = np.arange(n + 1)
-    space = np.fromiter(map(str.isspace, text), bool, n)
-    # The first character from each place on that is no space; one past the last before it.
-    first = np.minimum.accumulate(np.append(np.where(space, n, place[:n]), n)[::-1])[::-1]
-    past = np.maximum.accumulate(np.append(0, np.where(space, 0, place[1:])))
-    start = np.minimum(first[found[:, 0]], found[:, 1])
-    stop = np.maximum(past[found[:, 1]], start)
+    is_space = np.fromiter(map(str.isspace, text), bool, n)
+    # For each position: the first character from there on that is no space, and the position
+    # after the last such character before it.
+    next_start = _next_position(~is_space)
+    previous_end = np.maximum.accumulate(np.append(0, np.where(is_space, 0, np.arange(1, n + 1))))
+    start = np.minimum(next_start[offsets[:, 0]], offsets[:, 1])
+    stop = np.maximum(previous_end[offsets[:, 1]], start)
     if not text.isascii():
-        accent = np.fromiter((unicodedata.category(c) == "Mn" for c in text), bool, n)
-        letter = np.minimum.accumulate(np.append(np.where(accent, n, place[:n]), n)[::-1])[::-1]
-        stop = np.where(stop > start, letter[stop], stop)
+        is_mark = np.fromiter((unicodedata.category(c) == "Mn" for c in text), bool, n)
+        stop = np.where(stop > start, _next_position(~is_mark)[stop], stop)
     return np.stack([start, stop], axis=1)
 
 
-def _token_span(example: dict, offsets: np.ndarray) -> tuple[int | None, int | None]:
-    """First and last token that share a character with the first answer; None without answers."""
-    check_answer(example)
+def _next_position(is_member: np.ndarray) -> np.ndarray:
+    """For each position from 0 to n, the first member from there on, or n."""
+    n = len(is_member)
+    candidates = np.append(np.where(is_member, np.arange(n), n), n)
+    return np.minimum.accumulate(candidates[::-1])[::-1]
+
+
+def _answer_token_span(example: dict, offsets: np.ndarray) -> tuple[int | None, int | None]:
+    """First and last token that overlap the first answer; (None, None) without answers."""
+    check_answer_offsets(example)
     answers = example.get("answers", ())
     if not answers:
         return None, None
     start = answers[0]["start"]
     stop = start + len(answers[0]["text"])
-    inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop))
-    if not len(inside):
+    overlaps = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop))
+    if not len(overlaps):
         raise ValueError(f"question {example.get('id', example['question'])!r}: no token has a "
                          f"character of the answer {answers[0]['text']!r}; leave the question out")
-    return int(inside[0]), int(inside[-1])
+    return int(overlaps[0]), int(overlaps[-1])
 
 
 def prepare(
-    window: Window, rng: np.random.Generator | None = None, *, row: Callable, last: bool = False
+    window: Window, rng: np.random.Generator | None = None, *, pack_input: Callable,
+    causal: bool = False,
 ) -> dict[str, np.ndarray]:
-    """A window as one row of a batch.
+    """Converts a window to one row.
 
     Args:
-        row: `layout.bert_row` or `layout.gpt_row` with length and special tokens filled in: the
-            question, then the context.
-        last: the row's last token stands for no answer, the one that has seen all in a causal
-            model; else its first.
+        window: a window of `make_windows`.
+        rng: unused.
+        pack_input: formats the question and the context (`classification.make_input_packer`).
+        causal: whether the model is causal. The no-answer position is then the last token of the
+            row, which attends to all others; else it is the first token, [CLS].
 
     Returns:
-        The row, with "context_mask" bool `[T]`, where an answer may be; "none" int32, the place
-        that stands for no answer; "starts" and "ends" int32, that place too where the window does
-        not hold the answer; "weights".
+        The arrays of `pack_input`; context_mask bool `[T]`; no_answer_position, start_positions,
+        end_positions int32 and weights float32 `[]`.
 
     Raises:
         ValueError: the row is too short for the window.
+
+    Example:
+        >>> import functools
+        >>> from transformer_jax.objectives.input_format import pack_bert_input
+        >>> window = Window(0, np.array([7]), np.array([8, 9]), np.array([[0, 3], [4, 6]]), 1, 1)
+        >>> pack_input = functools.partial(pack_bert_input, length=7, cls_id=1, sep_id=2)
+        >>> row = prepare(window, pack_input=pack_input)
+        >>> row["tokens"].tolist(), int(row["start_positions"]), int(row["no_answer_position"])
+        ([1, 7, 2, 8, 9, 2, 0], 4, 0)
     """
     del rng
-    made = row(window.question, window.context)
-    # The special token at the row's end stands after the context in every family.
-    end = int(made["padding_mask"].sum()) - 1
-    begin = end - len(window.context)
-    if begin < 0 or not np.array_equal(made["tokens"][begin:end], window.context):
-        raise ValueError(f"a window of {len(window.question)} and {len(window.context)} tokens "
-                         f"does not fit into a row of {len(made['tokens'])}; make windows for rows "
-                         "of that length")
-    places = np.arange(len(made["tokens"]))
-    none = np.int32(end if last else 0)
-    held = window.start is not None
-    return {**made, "context_mask": (places >= begin) & (places < end), "none": none,
-            "starts": np.int32(begin + window.start) if held else none,
-            "ends": np.int32(begin + window.end) if held else none, "weights": np.float32(1)}
+    row = pack_input(window.question_ids, window.context_ids)
+    # In every input format, one special token follows the context.
+    context_end = int(row["padding_mask"].sum()) - 1
+    context_start = context_end - len(window.context_ids)
+    packed_ids = row["tokens"][max(context_start, 0) : context_end]
+    if not np.array_equal(packed_ids, window.context_ids):
+        raise ValueError(f"a window of {len(window.question_ids)} and {len(window.context_ids)} "
+                         f"tokens does not fit into a row of {len(row['tokens'])}; make windows "
+                         "for rows of that length")
+    position = np.arange(len(row["tokens"]))
+    no_answer = np.int32(context_end if causal else 0)
+    has_answer = window.start is not None
+    return {**row, "context_mask": (position >= context_start) & (position < context_end),
+            "no_answer_position": no_answer,
+            "start_positions": np.int32(context_start + window.start) if has_answer else no_answer,
+            "end_positions": np.int32(context_start + window.end) if has_answer else no_answer,
+            "weights": np.float32(1)}
 
 
-_LOW = float(jnp.finfo(jnp.float32).min) / 4  # two of them add up to a finite number
+_MASKED_LOGIT = float(jnp.finfo(jnp.float32).min) / 4  # the sum of two is finite
 
 
-def _scores(apply, params, batch, rng) -> Float[Array, "2 B T"]:
-    """Scores of start and end; far below all others where no answer may be."""
-    inputs = {name: batch[name] for name in ("segment_ids", "padding_mask") if name in batch}
-    scores = _tag(apply, params, batch["tokens"], inputs, rng)
-    none = jnp.arange(scores.shape[1]) == batch["none"][:, None]
-    scores = jnp.where((batch["context_mask"] | none)[..., None], scores, _LOW)
-    return jnp.moveaxis(scores, -1, 0)
+def _span_logits(apply, params, batch, rng) -> Float[Array, "2 B T"]:
+    """The logits of start and end; `_MASKED_LOGIT` where an answer cannot start or end."""
+    def token_logits(model, tokens, deterministic):
+        names = ["padding_mask"]
+        if hasattr(model.config, "num_segments"):  # BERT
+            names.append("segment_ids")
+        inputs = {name: batch[name] for name in names if name in batch}
+        return model.token_classification_logits(tokens, deterministic=deterministic, **inputs)
 
-
-def _tag(apply, params, tokens, inputs, rng):
-    def tag(model, tokens, deterministic):
-        # Only BERT reads segments.
-        known = inputs if hasattr(model.config, "num_segments") else {
-            name: x for name, x in inputs.items() if name != "segment_ids"}
-        return model.token_classification_logits(tokens, deterministic=deterministic, **known)
-
-    return apply({"params": params}, tokens, method=tag, **dropout(rng))
+    logits_BT2 = apply({"params": params}, batch["tokens"], method=token_logits,
+                       **dropout_kwargs(rng))
+    is_no_answer = jnp.arange(logits_BT2.shape[1]) == batch["no_answer_position"][:, None]
+    allowed_BT = batch["context_mask"] | is_no_answer
+    return jnp.moveaxis(jnp.where(allowed_BT[..., None], logits_BT2, _MASKED_LOGIT), -1, 0)
 
 
 def loss(
     apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, SumAndWeight]]:
-    """Sum over windows of the mean of -log P(start) and -log P(end), in nats (BERT paper, section
-    4.2); its weight is the number of windows."""
-    starts, ends = _scores(apply, params, batch, rng)
-    nats = (cross_entropy(starts, batch["starts"]) + cross_entropy(ends, batch["ends"])) / 2
-    total, weight = weighted_sum(nats, batch["weights"])
-    both = top1_correct(starts, batch["starts"]) * top1_correct(ends, batch["ends"])
-    return total, weight, {"exact": weighted_sum(both, batch["weights"])}
+    """The sum over windows of the mean of -log P(start) and -log P(end), and their number.
+
+    In nats; BERT paper, section 4.2. The model has two classes: start and end. The metric "exact"
+    is the fraction of windows whose start and end both have the highest logit.
+    """
+    starts_BT, ends_BT = _span_logits(apply, params, batch, rng)
+    nll_B = (cross_entropy(starts_BT, batch["start_positions"])
+             + cross_entropy(ends_BT, batch["end_positions"])) / 2
+    total, weight = weighted_sum(nll_B, batch["weights"])
+    exact_B = (top1_correct(starts_BT, batch["start_positions"])
+               * top1_correct(ends_BT, batch["end_positions"]))
+    return total, weight, {"exact": weighted_sum(exact_B, batch["weights"])}
 
 
 def predict(
-    apply: Callable, params: dict, batch: dict[str, Array], *, top: int = 20, max_answer: int = 30
+    apply: Callable, params: dict, batch: dict[str, Array], *, top: int = 20,
+    max_answer_length: int = 30,
 ) -> dict:
-    """The `top` best spans of each window, of 1 to `max_answer` tokens, from the best.
+    """The spans with the highest scores of each window, in descending order.
+
+    The score of a span is the logit of its start plus the logit of its end. `top`, the number of
+    spans, and `max_answer_length`, their maximum number of tokens, are static under `jax.jit`.
 
     Returns:
-        scores `[B, top]`, start score plus end score; firsts and lasts int32 `[B, top]`, their
-        tokens, counted in the window's context; none `[B]`, start plus end score of the place that
-        stands for no answer.
+        scores float32 `[B, top]`; start_tokens and end_tokens int32 `[B, top]`, first and last
+        token of each span as indices into the window's `context_ids`; no_answer_score float32
+        `[B]`, the score of the no-answer position. Windows with fewer than `top` spans are padded
+        with spans of very low score, which `decode_answers` ignores.
     """
-    scores = _scores(apply, params, batch, None)
-    none = jnp.take_along_axis(scores, batch["none"][None, :, None], axis=2).sum((0, 2))
-    starts, ends = jnp.where(batch["context_mask"], scores, _LOW)
-    begin = batch["context_mask"].argmax(-1)[:, None]
-    B, T = starts.shape
-    ends = jnp.pad(ends, ((0, 0), (0, max_answer)), constant_values=_LOW)
-    reach = jnp.arange(T)[:, None] + jnp.arange(max_answer)
-    spans = (starts[..., None] + ends[:, reach]).reshape(B, -1)
-    # Short rows have fewer spans than are asked for.
-    spans = jnp.pad(spans, ((0, 0), (0, top)), constant_values=2 * _LOW)
-    best, place = jax.lax.top_k(spans, top)
-    firsts = place // max_answer - begin
-    return {"scores": best, "firsts": firsts, "lasts": firsts + place % max_answer, "none": none}
+    logits_2BT = _span_logits(apply, params, batch, None)
+    no_answer_score = jnp.take_along_axis(
+        logits_2BT, batch["no_answer_position"][None, :, None], axis=2).sum((0, 2))
+    starts_BT, ends_BT = jnp.where(batch["context_mask"], logits_2BT, _MASKED_LOGIT)
+    context_start = batch["context_mask"].argmax(-1)[:, None]
+    B, T = starts_BT.shape
+    ends = jnp.pad(ends_BT, ((0, 0), (0, max_answer_length)), constant_values=_MASKED_LOGIT)
+    end_index = jnp.arange(T)[:, None] + jnp.arange(max_answer_length)  # by start and length
+    scores = (starts_BT[..., None] + ends[:, end_index]).reshape(B, -1)
+    scores = jnp.pad(scores, ((0, 0), (0, top)), constant_values=2 * _MASKED_LOGIT)
+    top_scores, index = jax.lax.top_k(scores, top)
+    start_tokens = index // max_answer_length - context_start
+    return {"scores": top_scores, "start_tokens": start_tokens,
+            "end_tokens": start_tokens + index % max_answer_length,
+            "no_answer_score": no_answer_score}
 
 
-class Answer(NamedTuple):
-    """What a model answers to one question.
+class AnswerCandidate(NamedTuple):
+    """A span `text = context[start_char:end_char]`, or no answer ("" with offsets 0 and 0).
 
-    Attributes:
-        text: exact characters `context[start:stop]`; "" for no answer.
-        score: start score plus end score of what is answered; `none` is that of no answer, the
-            lowest over windows.
-        probability: of `text` among the `best`.
-        best: (text, start, stop, score, probability) of the n best, in order.
+    The score is the logit of the start plus the logit of the end. The probability is the softmax of
+    the score over the candidates of the question.
     """
 
     text: str
-    start: int
-    stop: int
+    start_char: int
+    end_char: int
     score: float
-    none: float
     probability: float
-    best: list[tuple[str, int, int, float, float]]
 
 
-def decode(
+class Answer(NamedTuple):
+    """The predicted answer to one question.
+
+    Attributes:
+        text, start_char, end_char, score, probability: of the selected `AnswerCandidate`.
+        no_answer_score: score of "no answer", the lowest over the windows.
+        candidates: the best candidates, in descending order of their scores.
+    """
+
+    text: str
+    start_char: int
+    end_char: int
+    score: float
+    no_answer_score: float
+    probability: float
+    candidates: list[AnswerCandidate]
+
+
+def decode_answers(
     examples: Sequence[dict], windows: Sequence[Window], predictions: dict[str, np.ndarray], *,
-    n_best: int = 20, no_answer: bool = False, threshold: float = 0.0,
+    n_best: int = 20, allow_no_answer: bool = False, no_answer_threshold: float = 0.0,
 ) -> list[Answer]:
-    """The best span of each example, over its windows; of equal ones the first and shortest.
+    """Selects the span with the highest score of each example, over all its windows.
+
+    Of spans with equal scores, the one with the first start is selected, and then the shortest.
 
     Args:
-        predictions: of `predict`, for all windows in order.
-        n_best: spans to keep, at most the `top` of `predict`.
-        no_answer: answer "" where `none` is above the best span's score by more than `threshold`
-            (BERT paper, section 4.3: SQuAD 2.0).
+        examples: the examples of `make_windows`.
+        windows: all windows of the examples.
+        predictions: the results of `predict` for all windows, in order.
+        n_best: maximum number of spans that are kept as candidates, at most `top` of `predict`.
+        allow_no_answer, no_answer_threshold: if allowed, select "" where the score of "no answer"
+            is higher than that of the best span by more than the threshold (SQuAD 2.0; BERT paper,
+            section 4.3).
 
     Raises:
-        ValueError: an example without windows, or other windows than were predicted.
+        ValueError: `n_best` is below 1, an example has no window, or the windows are not those of
+            the predictions.
     """
     p = {name: np.asarray(value) for name, value in predictions.items()}
-    number = np.array([window.example for window in windows], np.int64)
-    if n_best < 1 or len(p["none"]) != len(windows):
-        raise ValueError(f"n_best is {n_best}, at least 1, and {len(p['none'])} windows were "
-                         f"predicted of {len(windows)}; give the predictions of all of them")
-    count = np.bincount(number, minlength=len(examples))
-    if len(count) > len(examples) or not count.all():
-        raise ValueError(f"{np.sum(count == 0)} of {len(examples)} examples have no window; make "
-                         "the windows of these examples, without answers if those are wrong")
-    none = np.full(len(examples), np.inf)
-    np.minimum.at(none, number, p["none"])
-    row, rank = np.nonzero(p["scores"] > _LOW / 2)
-    offsets = np.concatenate([window.offsets for window in windows])
-    base = np.cumsum([0, *(len(window.offsets) for window in windows[:-1])])[row]
-    start = offsets[base + p["firsts"][row, rank], 0]
-    stop = offsets[base + p["lasts"][row, rank], 1]
-    score, example = p["scores"][row, rank], number[row]
+    example_index = np.array([window.example_index for window in windows], np.int64)
+    if n_best < 1 or len(p["no_answer_score"]) != len(windows):
+        raise ValueError(f"n_best is {n_best} and must be at least 1; there are predictions for "
+                         f"{len(p['no_answer_score'])} windows, but {len(windows)} windows; give "
+                         "the predictions for all of them")
+    num_windows = np.bincount(example_index, minlength=len(examples))
+    if len(num_windows) > len(examples) or not num_windows.all():
+        raise ValueError(
+            f"{np.sum(num_windows == 0)} of {len(examples)} examples have no window; make the "
+            "windows of these examples, without their answers if the answers are wrong")
+    no_answer_scores = np.full(len(examples), np.inf)
+    np.minimum.at(no_answer_scores, example_index, p["no_answer_score"])
+    window, rank = np.nonzero(p["scores"] > _MASKED_LOGIT / 2)
+    offsets = np.concatenate([w.offsets for w in windows])
+    first_token = np.cumsum([0, *(len(w.offsets) for w in windows[:-1])])[window]
+    start = offsets[first_token + p["start_tokens"][window, rank], 0]
+    stop = offsets[first_token + p["end_tokens"][window, rank], 1]
+    score, example = p["scores"][window, rank], example_index[window]
     order = np.lexsort((stop, start, -score, example))
     order = order[stop[order] > start[order]]
-    found = list(zip(score[order].tolist(), start[order].tolist(), stop[order].tolist()))
-    ends = np.searchsorted(example[order], np.arange(len(examples) + 1))
-    return [_answer(e["context"], found[ends[i] : ends[i + 1]], float(none[i]), n_best, no_answer,
-                    threshold) for i, e in enumerate(examples)]
+    spans = list(zip(score[order].tolist(), start[order].tolist(), stop[order].tolist()))
+    edges = np.searchsorted(example[order], np.arange(len(examples) + 1))
+    return [_select_answer(e["context"], spans[edges[i] : edges[i + 1]],
+                           float(no_answer_scores[i]), n_best, allow_no_answer,
+                           no_answer_threshold) for i, e in enumerate(examples)]
 
 
-def _answer(context, found, none, n_best, no_answer, threshold) -> Answer:
-    spans: dict[tuple[int, int], float] = {}
-    for score, start, stop in found:
-        spans.setdefault((start, stop), score)  # windows overlap: the best of each span
-    best = [(score, start, stop) for (start, stop), score in spans.items()][:n_best]
-    empty = not best or (no_answer and none - best[0][0] > threshold)
-    if no_answer or not best:
-        best = sorted([*best, (none, 0, 0)], key=lambda span: -span[0])
-    shares = np.exp(np.array([score for score, *_ in best]) - best[0][0])
-    shares = (shares / shares.sum()).tolist()
-    ranked = [(context[start:stop], start, stop, score, share)
-              for (score, start, stop), share in zip(best, shares)]
-    text, start, stop, score, share = next(span for span in ranked if (span[2] == 0) == empty)
-    return Answer(text, start, stop, score, none, share, ranked)
+def _select_answer(context, spans, no_answer_score, n_best, allow_no_answer,
+                   no_answer_threshold) -> Answer:
+    """The answer from the spans `(score, start, stop)` of one example, sorted by score."""
+    best_scores: dict[tuple[int, int], float] = {}
+    for score, start, stop in spans:
+        best_scores.setdefault((start, stop), score)  # overlapping windows have equal spans
+    best = [(score, start, stop) for (start, stop), score in best_scores.items()][:n_best]
+    is_empty = not best or (allow_no_answer and no_answer_score - best[0][0] > no_answer_threshold)
+    if allow_no_answer or not best:
+        best = sorted([*best, (no_answer_score, 0, 0)], key=lambda span: -span[0])
+    exponentials = np.exp(np.array([score for score, *_ in best]) - best[0][0])
+    probabilities = (exponentials / exponentials.sum()).tolist()
+    candidates = [AnswerCandidate(context[start:stop], start, stop, score, probability)
+                  for (score, start, stop), probability in zip(best, probabilities)]
+    selected = next(c for c in candidates if (c.end_char == 0) == is_empty)
+    return Answer(selected.text, selected.start_char, selected.end_char, selected.score,
+                  no_answer_score, selected.probability, candidates)

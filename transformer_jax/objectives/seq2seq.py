@@ -1,22 +1,30 @@
-"""Sequence to sequence: a target, word by word, given a source (Vaswani et al. 2017).
+"""Sequence-to-sequence learning: predict each target token, given the source and the target tokens
+before it (Vaswani et al. 2017, "Attention Is All You Need").
 
-Translation, summarization and BART's denoising all train by this one loss.
+Translation, summarization and denoising (`objectives.denoising`) use this loss. Batch keys (S is
+the source length, T the target length):
+
+| key              | dtype   | shape    | meaning                                                |
+|------------------|---------|----------|--------------------------------------------------------|
+| `tokens`         | int32   | `[B, S]` | source token ids                                       |
+| `padding_mask`   | bool    | `[B, S]` | True at source tokens, False at padding                |
+| `decoder_tokens` | int32   | `[B, T]` | the start token, then `targets` without the last one  |
+| `targets`        | int32   | `[B, T]` | target token ids, with their end token                 |
+| `weights`        | float32 | `[B, T]` | 1 at targets, 0 at padding                             |
 """
 
 from collections.abc import Callable
 
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int, Key
+from jaxtyping import Float, Key
 
-from transformer_jax.objectives.cross_entropy import SumAndWeight, dropout, token_losses
-from transformer_jax.objectives.input_format import pad
-
-Ids = Int[np.ndarray, "N"]
+from transformer_jax.objectives.cross_entropy import SumAndWeight, dropout_kwargs, token_losses
+from transformer_jax.objectives.input_format import TokenIds, pad
 
 
 def prepare(
-    example: dict[str, Ids],
+    example: dict[str, TokenIds],
     rng: np.random.Generator | None = None,
     *,
     source_length: int,
@@ -26,29 +34,41 @@ def prepare(
     pad_id: int,
     bos_id: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """`{"source", "target"}` ids without special tokens as one row; longer ones are cut at the end.
+    """Converts a source and a target to one row.
 
-    Both texts end with `eos_id`, and begin with `bos_id` if given. The decoder's inputs are the
-    target moved one place to the right behind `start_id`: at each place they hold the tokens before
-    the one to predict, and never that one itself.
+    Both texts end with `eos_id` and, if `bos_id` is given, begin with it; texts that are too long
+    are truncated at the end. The decoder inputs are the targets shifted right, with `start_id` at
+    the first position, so the input at a position never contains the token to predict there.
+
+    Args:
+        example: `{"source": ids, "target": ids}`, without special tokens.
+        rng: unused.
+        source_length, target_length: lengths S and T of the row.
+        start_id, eos_id, pad_id, bos_id: ids of the special tokens.
 
     Returns:
-        tokens int32 and padding_mask bool `[source_length]`; decoder_tokens, targets int32 and
-        weights float32 `[target_length]`, 0 at padding.
+        tokens int32 and padding_mask bool `[S]`; decoder_tokens, targets int32 and weights float32
+        `[T]`.
 
     Raises:
-        ValueError: a length leaves no room for text.
+        ValueError: a length leaves no room for one token of text.
+
+    Example:
+        >>> row = prepare({"source": [7, 8], "target": [9]}, source_length=4, target_length=3,
+        ...               start_id=2, eos_id=3, pad_id=1)
+        >>> row["tokens"].tolist(), row["decoder_tokens"].tolist(), row["targets"].tolist()
+        ([7, 8, 3, 1], [2, 9, 1], [9, 3, 1])
     """
     del rng
-    begin = [] if bos_id is None else [bos_id]
-    rows = {}
+    prefix = [] if bos_id is None else [bos_id]
+    ids = {}
     for side, length in (("source", source_length), ("target", target_length)):
-        room = length - len(begin) - 1
-        if room < 1:
+        max_tokens = length - len(prefix) - 1
+        if max_tokens < 1:
             raise ValueError(f"{side}_length {length} leaves no room for text beside "
-                             f"{len(begin) + 1} special tokens; use at least {len(begin) + 2}")
-        rows[side] = [*begin, *example[side][:room], eos_id]
-    source, target = rows["source"], rows["target"]
+                             f"{len(prefix) + 1} special tokens; use at least {len(prefix) + 2}")
+        ids[side] = [*prefix, *example[side][:max_tokens], eos_id]
+    source, target = ids["source"], ids["target"]
     return {
         "tokens": pad(source, source_length, pad_id),
         "padding_mask": np.arange(source_length) < len(source),
@@ -67,20 +87,27 @@ def loss(
     label_smoothing: float = 0.0,
     **options,
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, SumAndWeight]]:
-    """Sum over target tokens of the cross-entropy, in nats; its weight is their number.
+    """The sum of the cross-entropy over target tokens, in nats, and the number of target tokens.
 
-    `label_smoothing` is the share of each target that is spread over the vocabulary (section 5.4).
-    It trains, and so it is left out where there is no dropout key, when a model is evaluated; the
-    metric "nll" never has it. `options` go to `losses.score_tokens`.
+    Args:
+        apply, params, batch, rng: see `transformer_jax.objectives`.
+        label_smoothing: probability that is distributed over the vocabulary (section 5.4). Label
+            smoothing is a regularizer: it is applied only if `rng` is given, as dropout is, and
+            not in evaluation.
+        **options: `logits_per_chunk` of `cross_entropy.token_losses`.
+
+    Returns:
+        `(sum, weight, metrics)` with the metrics "nll", the cross-entropy without label smoothing,
+        and "accuracy".
     """
     out = apply(
         {"params": params},
         batch["tokens"],
         batch["decoder_tokens"],
         padding_mask=batch["padding_mask"],
-        **dropout(rng),
+        **dropout_kwargs(rng),
     )
-    loss, metrics = token_losses(
-        out.logits, getattr(out, "projection", None), batch["targets"], batch["weights"],
+    sum_and_weight, metrics = token_losses(
+        out.logits, getattr(out, "lazy_logits", None), batch["targets"], batch["weights"],
         label_smoothing if rng is not None else 0.0, **options)
-    return *loss, metrics
+    return *sum_and_weight, metrics

@@ -5,9 +5,10 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "chips", "hlo", "plan", "table", "throughput",
+        "chips", "hlo", "plan", "plan_config", "table", "throughput",
     ],
     submod_attrs={
-        "plan": ["Plan", "PlanConfig", "best_plan", "compile_plan", "enumerate_configs"],
+        "plan": ["Plan", "best_plan", "compile_plan"],
+        "plan_config": ["PlanConfig", "enumerate_configs"],
     },
 )

@@ -1,4 +1,4 @@
-"""Devices to plan for: slices of TPUs that need not exist, and what is here."""
+"""Target devices: TPU slices described by their topology, and the local devices."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,16 +10,24 @@ from transformer_jax.train import profiling
 
 
 class Chip(NamedTuple):
-    """What one device can do, from its maker's data sheet."""
+    """Peak rates and memory of one device.
 
-    flops: float  # a second, in products of bfloat16
-    memory: int  # bytes
-    bandwidth: float  # of the memory, bytes a second
-    network: float  # bytes a second that a ring along one axis of the slice moves, both ways
+    Attributes:
+        flops_per_second: peak rate of matrix products; in bfloat16 for the TPUs of `CHIPS`.
+        memory_bytes: capacity of the device memory (HBM).
+        memory_bandwidth: bytes per second between the memory and the compute units.
+        interconnect_bandwidth: bytes per second of a ring collective along one axis of the
+            slice, counting both directions.
+    """
+
+    flops_per_second: float
+    memory_bytes: int
+    memory_bandwidth: float
+    interconnect_bandwidth: float
 
 
-# cloud.google.com/tpu/docs, system architecture of each; network: two links of an axis (Austin et
-# al. 2025, "How to Scale Your Model", chapter 2).
+# Rates and memory: cloud.google.com/tpu/docs, the page "system architecture" of each chip.
+# Interconnect: two links per axis (Austin et al. 2025, "How to Scale Your Model", chapter 2).
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1228e9, 9e10),
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 9e10),
@@ -27,37 +35,58 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * 2**30, 1640e9, 1.8e11),
 }
 
+LOCAL = "local"
+"""The topology that stands for the devices of this process."""
 
-LOCAL = "here"
 
+def get_chip(topology: str, dtype: str) -> Chip:
+    """Peak rates of one device of a topology.
 
-def chip_of(topology: str, dtype: str) -> Chip:
-    """What a device of `devices_of` can do. Those that are here are measured, products in `dtype`;
-    what they send each other goes through their memory."""
+    Rates of TPU slices come from the table `CHIPS`. Rates of the local devices are measured;
+    their interconnect bandwidth is taken to be their memory bandwidth, because what they exchange
+    goes through memory.
+
+    Args:
+        topology: a TPU slice, such as "v5e:16x16", or "local".
+        dtype: dtype of the matrix product that is measured on a local device.
+
+    Example:
+
+        >>> get_chip("v5e:16x16", "bfloat16").memory_bytes // 2**30
+        16
+    """
     if topology != LOCAL:
         return CHIPS[topology.partition(":")[0]]
-    reads = throughput.memory_bandwidth()
-    return Chip(throughput.matmul_flops_per_second(dtype), profiling.memory_limit(), reads, reads)
+    bandwidth = throughput.memory_bandwidth()
+    return Chip(throughput.matmul_flops_per_second(dtype), profiling.memory_limit(), bandwidth,
+                bandwidth)
 
 
-def devices_of(topology: str) -> Sequence[Any]:
-    """The devices of a TPU slice that need not exist, such as "v5e:16x16", or those that are here.
+def get_devices(topology: str) -> Sequence[Any]:
+    """Devices of a topology, as compilation targets.
+
+    Args:
+        topology: a TPU slice, such as "v5e:16x16", for which no TPU is needed (its devices can
+            only be compiled for), or "local" for `jax.devices()`.
 
     Raises:
-      ValueError: there is no such slice, or the compiler is missing.
+        ValueError: the chip is unknown, the slice does not exist, or the TPU compiler is not
+            installed.
     """
     from jax.experimental import topologies
 
     if topology == LOCAL:
         return jax.devices()
     if topology.partition(":")[0] not in CHIPS:
-        raise ValueError(f"topology {topology!r} is of no known chip; give one of "
-                         f"{', '.join(CHIPS)} and its shape, such as v5e:16x16, or {LOCAL!r}")
+        raise ValueError(f"topology {topology!r} has an unknown chip; give one of "
+                         f"{', '.join(CHIPS)} and the shape of a slice, such as v5e:16x16, or "
+                         f"{LOCAL!r} for the devices of this machine")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # of many types
+    except Exception as error:  # the TPU compiler raises exceptions of many types
         raise ValueError(
-            f"topology {topology!r} cannot be described: {str(error).splitlines()[0]}; it needs "
-            "the TPU compiler (pip install 'transformer_jax[tpu]'), JAX_PLATFORMS=cpu and "
-            "TPU_SKIP_MDS_QUERY=1 where there is no TPU, and a shape that slices have"
+            f"cannot describe the topology {topology!r}: {str(error).splitlines()[0]}; check that "
+            "slices have this shape, that the TPU compiler is installed (pip install "
+            "'transformer_jax[tpu]') and, on a machine without TPU, that JAX_PLATFORMS=cpu and "
+            "TPU_SKIP_MDS_QUERY=1 are set"
         ) from error

@@ -1,17 +1,21 @@
-"""Training on machines that are not here, or are: does it fit, and how fast can it be?
+"""Ahead-of-time (AOT) compilation of training steps for target hardware: memory and roofline.
 
-The real training step is compiled for the real machine, by the compiler that will compile it there;
-nothing is allocated and no TPU is needed (`jax[tpu]` brings the compiler). What comes out is what
-the program says of itself: its memory, its arithmetic, what it reads and what it sends. From these
-follow three times of a step: for arithmetic, which no run can beat; for memory, as if no result of
-an operation stayed on the chip for the next; and for network, as if each exchange went around one
-ring: both are too much where the compiler and the slice do better. The step is taken to last as
-long as the longest (all overlap); their sum is what it takes if none do.
+The full training step is compiled by the compiler of the target. Nothing is allocated and no TPU is
+needed (`jax[tpu]` brings the compiler). Memory, FLOPs, bytes accessed and collectives of the
+compiled program give three times of a step, its roofline:
+
+- compute: the FLOPs at the peak rate. No run is faster.
+- hbm: the bytes accessed by every operation, as if no result stayed on the chip for the next
+  operation. Too long where the compiler keeps results on the chip.
+- interconnect: the bytes sent, as if each collective used a single ring. Too long where the slice
+  has several.
+
+The step time is estimated as the longest of the three, which assumes that all overlap. Their sum is
+the time without any overlap.
 """
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
 import time
@@ -31,162 +35,180 @@ from transformer_jax.nn.attention import Mask
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
 from transformer_jax.planner import hlo
 from transformer_jax.planner.chips import Chip
+from transformer_jax.planner.plan_config import PlanConfig
 from transformer_jax.train import optimizers, step
 
 
-class PlanConfig(NamedTuple):
-    """One way to train: a model and how its step is run."""
-
-    config: Config
-    mesh: dict[str, int]
-    rows: int  # of the global batch
-    length: int
-    accumulate: int = 1
-
-    def __str__(self) -> str:
-        cut = " x ".join(f"{name} {size}" for name, size in self.mesh.items() if size != 1)
-        more = f", {self.accumulate} microbatches" if self.accumulate > 1 else ""
-        return f"{cut or 'one device'}, {self.rows} rows, remat {self.config.remat}{more}"
-
-
 class Plan(NamedTuple):
-    """What a compiled step says of itself. Numbers are of one device and one step, in bytes, FLOPs
-    and seconds, unless they say otherwise."""
+    """Costs of a compiled training step: of one step on one device, unless stated otherwise.
 
-    setting: PlanConfig
-    devices: int
-    parameters: int  # in all
-    state_bytes: int  # parameters and optimizer state that it keeps
-    temporary_bytes: int  # activations, gradients and all else that lives within a step
-    total_bytes: int  # on TPUs the compiler's own peak
-    model_flops: float  # of all products of the model, forward and backward, each done once
+    Attributes:
+        config: the model and the way its step is run.
+        num_devices: devices of the mesh.
+        num_params: elements of all parameters of the model.
+        state_bytes: parameters and optimizer state that a device stores between steps.
+        temporary_bytes: everything that exists only during a step, such as activations and
+            gradients.
+        peak_bytes: largest memory use; on TPUs as the compiler reports it, elsewhere the sum of
+            the two sizes above.
+        model_flops: matrix products of the model, forward and backward, each computed once.
+        compiled_flops: FLOPs of the compiled program, which include recomputation.
+        bytes_accessed: operands and results of every operation of the program.
+        collective_bytes: kind of collective -> bytes sent.
+        chip: peak rates of the device.
+        compile_seconds: time that the compilation took.
+    """
+
+    config: PlanConfig
+    num_devices: int
+    num_params: int
+    state_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
+    model_flops: float
     compiled_flops: float
-    bytes_read: float  # operands and results of every operation of the program
-    collectives: dict[str, float]  # bytes sent, by kind
+    bytes_accessed: float
+    collective_bytes: dict[str, float]
     chip: Chip
     compile_seconds: float
 
     @property
     def fits(self) -> bool:
-        return self.total_bytes <= self.chip.memory
+        """Whether the step fits into the memory of a device."""
+        return self.peak_bytes <= self.chip.memory_bytes
 
     @property
-    def times(self) -> dict[str, float]:
-        """Seconds of a step by what it needs."""
-        return {"arithmetic": self.compiled_flops / self.chip.flops,
-                "memory": self.bytes_read / self.chip.bandwidth,
-                "network": sum(self.collectives.values()) / self.chip.network}
+    def roofline_seconds(self) -> dict[str, float]:
+        """Step time by resource ("compute", "hbm", "interconnect"), as if it alone took time."""
+        return {"compute": self.compiled_flops / self.chip.flops_per_second,
+                "hbm": self.bytes_accessed / self.chip.memory_bandwidth,
+                "interconnect": (sum(self.collective_bytes.values())
+                                 / self.chip.interconnect_bandwidth)}
 
     @property
     def step_seconds(self) -> float:
-        """If all three overlap; `sum(times.values())` if nothing does."""
-        return max(self.times.values())
+        """Estimated step time if compute, HBM and interconnect time overlap fully."""
+        return max(self.roofline_seconds.values())
 
     @property
     def mfu(self) -> float:
-        """The share of the peak rate that the model's own products can reach (Chowdhery et al.
-        2022, "PaLM", appendix B), if all overlaps."""
-        return self.model_flops / self.chip.flops / self.step_seconds
+        """Model FLOPs utilization at `step_seconds` (Chowdhery et al. 2022, "PaLM", appendix B)."""
+        return self.model_flops / self.chip.flops_per_second / self.step_seconds
 
     @property
     def tokens_per_day(self) -> float:
-        return self.setting.rows * self.setting.length / self.step_seconds * 86_400
+        """Tokens of the global batch per day at `step_seconds`."""
+        return self.config.batch_size * self.config.length / self.step_seconds * 86_400
 
 
-def compile_plan(setting: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan:
-    """Compiles the step and reads what it costs.
+def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan:
+    """Compiles a training step for target devices and returns its costs.
 
-    Memory and collectives are those of the whole step, run as it would be, with its layers scanned.
-    XLA counts the arithmetic of a loop's body once, so arithmetic and bytes are taken from steps of
-    one and two unrolled layers: their difference is a layer.
+    Memory and collectives come from the full step, compiled as in training, with its layers
+    scanned. XLA counts the FLOPs of a loop body once, so FLOPs and bytes accessed are extrapolated
+    from steps of one and two unrolled layers, whose difference is the cost of a layer.
+
+    Args:
+        config: the model and the way its step is run.
+        devices: the target devices; see `chips.get_devices`.
+        chip: their peak rates; see `chips.get_chip`.
 
     Raises:
-      ValueError: the mesh does not fit the devices, or the rows not the mesh.
+        ValueError: the mesh does not have as many devices as given, the batch size is not a
+            multiple of batch shards times microbatches, or the sequences are too long.
     """
-    setting = _resolved(setting, devices)
-    mesh = _check(setting, devices)
-    train_step, state, batch = abstract_step(setting, mesh, scan=True)
-    kept = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-               for x in jax.tree.leaves(state))
-    sent: dict[str, float] = {}
-    began = time.perf_counter()
+    config = _resolve_attention_impl(config, devices)
+    mesh = _make_mesh(config, devices)
+    train_step, state, batch = abstract_train_step(config, mesh, scan=True)
+    state_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+                      for x in jax.tree.leaves(state))
+    collective_bytes: dict[str, float] = {}
+    started = time.perf_counter()
     try:
         compiled = _compile(train_step, state, batch, mesh)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        # The compiler stops where a program does not fit, and says what it would have needed.
-        total = _needed(str(error))
-        temporary = max(total - kept, 0)
+        # If a program does not fit, the compiler fails with the memory that it would need.
+        peak_bytes = _bytes_needed(str(error))
+        temporary_bytes = max(peak_bytes - state_bytes, 0)
     else:
         memory = compiled.memory_analysis()
-        temporary = memory.temp_size_in_bytes
-        total = kept + temporary
-        if devices[0].platform == "tpu":  # others leave out what is donated
-            total = getattr(memory, "peak_memory_in_bytes", 0) or total
-        for found in hlo.collectives(compiled.as_text()):
-            sent[found.kind] = sent.get(found.kind, 0.0) + found.sent
-    seconds = time.perf_counter() - began
-    flops, read = _by_layers(setting, mesh)
+        temporary_bytes = memory.temp_size_in_bytes
+        peak_bytes = state_bytes + temporary_bytes
+        if devices[0].platform == "tpu":  # other backends omit donated buffers from the peak
+            peak_bytes = getattr(memory, "peak_memory_in_bytes", 0) or peak_bytes
+        for collective in hlo.parse_collectives(compiled.as_text()):
+            collective_bytes[collective.kind] = (
+                collective_bytes.get(collective.kind, 0.0) + collective.bytes_sent)
+    seconds = time.perf_counter() - started
+    flops, bytes_accessed = _per_device_cost(config, mesh)
     return Plan(
-        setting, len(devices), tree.count(state.params), kept, temporary, total,
-        model_flops(setting) / len(devices), flops + _kernel_flops(setting, mesh) / len(devices),
-        read, sent, chip, seconds)
+        config, len(devices), tree.count(state.params), state_bytes, temporary_bytes, peak_bytes,
+        model_flops(config) / len(devices),
+        flops + _fused_attention_flops(config, mesh) / len(devices),
+        bytes_accessed, collective_bytes, chip, seconds)
 
 
-def _resolved(setting: PlanConfig, devices: Sequence[Any]) -> PlanConfig:
-    """With the attention kernel that "auto" would be on these devices."""
-    c = setting.config
+def _resolve_attention_impl(config: PlanConfig, devices: Sequence[Any]) -> PlanConfig:
+    """Replaces the attention implementation "auto" by the default of the target platform."""
+    c = config.model
     if c.attention_impl == "auto" and devices[0].platform == "tpu":
-        return setting._replace(config=c.replace(attention_impl="splash"))
-    return setting
+        return config._replace(model=c.replace(attention_impl="splash"))
+    return config
 
 
-def _needed(message: str) -> int:
-    """Bytes that a program which does not fit would have used, of what the compiler says: "Used
-    18.70G of 15.75G hbm"."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", message)
-    return int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2])))) if found else 2**63
+def _bytes_needed(message: str) -> int:
+    """Memory that a program needs, from the compiler's error: "Used 18.70G of 15.75G hbm"."""
+    match = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    return int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2])))) if match else 2**63
 
 
-def _check(setting: PlanConfig, devices: Sequence[Any]) -> Mesh:
-    mesh = sharding.make_mesh(**setting.mesh, devices=devices)
-    parts = sharding.num_batch_shards(mesh) * setting.accumulate
-    if setting.rows % parts:
-        raise ValueError(f"{setting.rows} rows cannot be shared by {parts} (devices that cut the "
-                         f"batch, times microbatches); use a multiple of {parts}")
-    if setting.length > setting.config.max_length:
-        raise ValueError(f"length {setting.length} is more than the model's "
-                         f"{setting.config.max_length} positions; shorten it")
+def _make_mesh(config: PlanConfig, devices: Sequence[Any]) -> Mesh:
+    """The mesh of a config, after checking batch size and length."""
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    divisor = sharding.num_batch_shards(mesh) * config.accumulate
+    if config.batch_size % divisor:
+        raise ValueError(f"batch size is {config.batch_size}; it must be a multiple of {divisor} "
+                         "(batch shards of the mesh times microbatches)")
+    if config.length > config.model.max_length:
+        raise ValueError(f"length is {config.length}; it must be at most the model's max_length, "
+                         f"{config.model.max_length}")
     return mesh
 
 
-LOSSES: dict[type, Callable] = {
+PRETRAINING_LOSSES: dict[type, Callable] = {
     GPTConfig: causal_lm.loss, BERTConfig: mlm_nsp.loss, TransformerConfig: seq2seq.loss}
 
 
 def pretraining_loss(config: Config) -> Callable:
-    """The loss of the model's own objective."""
-    return next(loss for kind, loss in LOSSES.items() if isinstance(config, kind))
+    """Loss of the pre-training objective of a model's family."""
+    return next(loss for kind, loss in PRETRAINING_LOSSES.items() if isinstance(config, kind))
 
 
-def abstract_step(setting: PlanConfig, mesh: Mesh, scan: bool, **options):
-    """(the training step, its abstract state and batch), placed on a mesh; `options` are the
-    loss's."""
-    model = build_model(setting.config)
+def abstract_train_step(config: PlanConfig, mesh: Mesh, scan: bool, **loss_options):
+    """A training step with its abstract state and batch, sharded over a mesh.
+
+    Args:
+        config: the model and the way its step is run.
+        mesh: the mesh.
+        scan: whether the layers are stacked, so that the step scans over them.
+        loss_options: keyword arguments of the loss.
+
+    Returns:
+        (train_step, state, batch); leaves of state and batch are `jax.ShapeDtypeStruct`.
+    """
+    model = build_model(config.model)
     optimizer = optimizers.make_optimizer(1e-4)
-    train_step = step.make_train_step(
-        functools.partial(pretraining_loss(setting.config), model.apply, **options), optimizer,
-        accumulate=setting.accumulate)
+    loss = functools.partial(pretraining_loss(config.model), model.apply, **loss_options)
+    train_step = step.make_train_step(loss, optimizer, accumulate=config.accumulate)
 
     def init(rng):
         params = init_params(model, rng)
         return step.init_state(tree.stack_layers(params) if scan else params, optimizer)
 
     state = jax.eval_shape(init, jax.random.key(0))
-    state = _placed(state, sharding.param_shardings(state, mesh))
-    batch = batch_shapes(setting)
-    batch = _placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
+    state = _with_shardings(state, sharding.param_shardings(state, mesh))
+    batch = abstract_batch(config)
+    batch = _with_shardings(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
     return train_step, state, batch
 
 
@@ -196,159 +218,151 @@ def _compile(train_step: Callable, state, batch, mesh: Mesh):
         return jax.jit(train_step, donate_argnums=0).lower(state, batch, rng).compile()
 
 
-def _placed(shapes, shardings):
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-                        shapes, shardings)
+def _with_shardings(shapes, shardings):
+    return jax.tree.map(
+        lambda leaf, leaf_sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf_sharding),
+        shapes, shardings)
 
 
-def batch_shapes(setting: PlanConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """A pre-training batch of the model's own objective; encoder-decoders have source and target of
-    `length` each, BERT predicts 15 % of the words."""
-    rows, length = setting.rows, setting.length
+def abstract_batch(config: PlanConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of the pre-training objective of a model's family.
 
-    def of(dtype, *shape):
-        return jax.ShapeDtypeStruct((rows, *shape), dtype)
+    Encoder-decoders have a source and a target of `config.length` tokens each; BERT predicts 15 %
+    of the tokens.
 
-    ids, weights = of(jnp.int32, length), of(jnp.float32, length)
-    if isinstance(setting.config, GPTConfig):
+    Example:
+
+        >>> from transformer_jax.models import presets
+        >>> abstract_batch(PlanConfig(presets.get("gpt2"), {}, 8, 128))["tokens"].shape
+        (8, 128)
+    """
+    batch_size, length = config.batch_size, config.length
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+
+    ids, weights = array(jnp.int32, length), array(jnp.float32, length)
+    if isinstance(config.model, GPTConfig):
         return {"tokens": ids, "targets": ids, "positions": ids, "document_ids": ids,
                 "weights": weights}
-    real = of(jnp.bool_, length)
-    if isinstance(setting.config, BERTConfig):
-        P = _predictions(length)
-        return {"tokens": ids, "segment_ids": ids, "padding_mask": real,
-                "masked_positions": of(jnp.int32, P), "masked_targets": of(jnp.int32, P),
-                "masked_weights": of(jnp.float32, P), "nsp_labels": of(jnp.int32),
-                "nsp_weights": of(jnp.float32)}
-    return {"tokens": ids, "decoder_tokens": ids, "targets": ids, "padding_mask": real,
+    padding_mask = array(jnp.bool_, length)
+    if isinstance(config.model, BERTConfig):
+        num_masked = _num_masked(length)
+        return {"tokens": ids, "segment_ids": ids, "padding_mask": padding_mask,
+                "masked_positions": array(jnp.int32, num_masked),
+                "masked_targets": array(jnp.int32, num_masked),
+                "masked_weights": array(jnp.float32, num_masked), "nsp_labels": array(jnp.int32),
+                "nsp_weights": array(jnp.float32)}
+    return {"tokens": ids, "decoder_tokens": ids, "targets": ids, "padding_mask": padding_mask,
             "weights": weights}
 
 
-def _predictions(length: int) -> int:
+def _num_masked(length: int) -> int:
     return max(round(mlm_nsp.MASK_RATE * length), 1)
 
 
-def _by_layers(setting: PlanConfig, mesh: Mesh) -> tuple[float, float]:
-    """FLOPs and bytes of a step on one device, from steps of few layers without any loop: all
-    microbatches at once, and all logits. (So bytes leave out that each microbatch reads the
-    parameters anew.)"""
-    c = setting.config
-    depths = {"num_layers": c.num_layers}
+def _per_device_cost(config: PlanConfig, mesh: Mesh) -> tuple[float, float]:
+    """(FLOPs, bytes accessed) of a step on one device, extrapolated from steps of few layers.
+
+    Those steps contain no loop: they have one microbatch, unrolled layers and unchunked logits.
+    The bytes therefore omit that every microbatch reads the parameters again.
+    """
+    c = config.model
+    num_layers = {"num_layers": c.num_layers}
     if isinstance(c, TransformerConfig):
-        depths["num_decoder_layers"] = c.decoder_stack.num_layers
+        num_layers["num_decoder_layers"] = c.decoder_stack.num_layers
 
-    def cost(**layers) -> np.ndarray:
-        few = setting._replace(config=c.replace(**layers), accumulate=1)
-        step_of_few = abstract_step(few, mesh, scan=False, chunk_logits=2**62)
-        compiled = _compile(*step_of_few, mesh)
-        found = compiled.cost_analysis()
-        return np.array([found["flops"], found["bytes accessed"]]) + hlo.library_calls(
-            compiled.as_text())
+    def cost(**changes) -> np.ndarray:
+        small = config._replace(model=c.replace(**changes), accumulate=1)
+        compiled = _compile(
+            *abstract_train_step(small, mesh, scan=False, logits_per_chunk=2**62), mesh)
+        analysis = compiled.cost_analysis()
+        return (np.array([analysis["flops"], analysis["bytes accessed"]])
+                + hlo.library_call_costs(compiled.as_text()))
 
-    one = dict.fromkeys(depths, 1)
-    total = base = cost(**one)
-    for name, depth in depths.items():
-        total = total + (cost(**one | {name: 2}) - base) * (depth - 1)
+    one_layer = dict.fromkeys(num_layers, 1)
+    total = one_layer_cost = cost(**one_layer)
+    for name, number in num_layers.items():
+        total = total + (cost(**one_layer | {name: 2}) - one_layer_cost) * (number - 1)
     return float(total[0]), float(total[1])
 
 
-def model_flops(setting: PlanConfig) -> float:
-    """Products of a whole step: twice a kernel's size for each token it is applied to, and 4 T S D
-    for attention of T queries to S keys; three times as many with the way back. Looking up
-    embeddings costs none."""
-    c, tokens = setting.config, setting.rows * setting.length
+def model_flops(config: PlanConfig) -> float:
+    """FLOPs of the matrix products of a training step on all devices, without recomputation.
+
+    Forward, a kernel costs twice its size per token, and attention of T queries to S keys costs
+    4 T S D; the backward pass costs twice as much as the forward pass. Embedding lookups cost
+    nothing.
+    """
+    c, num_tokens = config.model, config.batch_size * config.length
     shapes = jax.eval_shape(lambda: init_params(build_model(c), jax.random.key(0)))
+    num_masked = config.batch_size * _num_masked(config.length)
     forward = 0.0
     for path, leaf in tree.flatten_paths(shapes).items():
         size = math.prod(leaf.shape)
         if path.startswith(("pooler/", "nsp_head/")):
-            size *= setting.rows
+            size *= config.batch_size
         elif path.startswith("mlm_head/"):
-            size *= setting.rows * _predictions(setting.length)
+            size *= num_masked
         else:
-            size *= tokens
+            size *= num_tokens
         forward += 2 * size if path.endswith("kernel") else 0
-    predicted = tokens
-    if isinstance(c, BERTConfig):
-        predicted = setting.rows * _predictions(setting.length)
-    forward += 2 * predicted * c.vocab_size * c.d_model
-    return 3 * (forward + _attention(setting, causal_share=1.0))
+    num_predicted = num_masked if isinstance(c, BERTConfig) else num_tokens
+    forward += 2 * num_predicted * c.vocab_size * c.d_model
+    return 3 * (forward + _attention_flops(config, causal_fraction=1.0))
 
 
-def _attention(setting: PlanConfig, causal_share: float) -> float:
-    """FLOPs of the two products of attention in one forward pass; a causal mask hides all but
-    `causal_share` of the scores from what does the products."""
-    c = setting.config
-    whole = 4.0 * setting.rows * setting.length**2 * c.d_model
-    if isinstance(c, GPTConfig):
-        return c.num_layers * whole * causal_share
-    if isinstance(c, TransformerConfig):
-        return (c.num_layers + c.decoder_stack.num_layers * (1 + causal_share)) * whole
-    return c.num_layers * whole
-
-
-def _kernel_flops(setting: PlanConfig, mesh: Mesh) -> float:
-    """What an attention kernel does, of which XLA knows nothing: forward two products, again under
-    remat; backward five (scores are computed anew); of causal scores, the blocks on and below the
-    diagonal."""
-    c = setting.config
-    query = jax.ShapeDtypeStruct((setting.rows, setting.length, c.num_heads, c.stack.head_dim),
-                                 c.compute_dtype)
-    with jax.set_mesh(mesh):
-        chosen = fused_attention.select_implementation(c.attention_impl, query, query, Mask(), c.attention_dropout_rate > 0)
-    if chosen == "xla":
-        return 0.0
-    passes = 1 + (c.remat != "none") + 5 / 2
-    size = fused_attention.splash_block_size(setting.length) if chosen == "splash" else fused_attention.LANES
-    blocks = math.ceil(setting.length / size)
-    return passes * _attention(setting, causal_share=(blocks + 1) / (2 * blocks))
-
-
-def enumerate_configs(
-    config: Config,
-    devices: int,
-    *,
-    meshes: dict[str, Sequence[int]],
-    rows: Sequence[int] = (),
-    length: int | None = None,
-    remat: Sequence[str] = ("none",),
-    accumulate: Sequence[int] = (1,),
-) -> list[PlanConfig]:
-    """All that the given choices make and `devices` allow.
+def _attention_flops(config: PlanConfig, causal_fraction: float) -> float:
+    """FLOPs of the two matrix products of attention in one forward pass.
 
     Args:
-      meshes: sizes to try for each axis of `sharding.make_mesh`, of which one may be -1.
-      rows: of the global batch; none for four for each part it is cut into.
-
-    Raises:
-      ValueError: no mesh fits.
+        config: the model and the way its step is run.
+        causal_fraction: fraction of the scores that is computed under a causal mask.
     """
-    found = []
-    for sizes in itertools.product(*meshes.values()):
-        known = math.prod(size for size in sizes if size != -1)
-        sizes = [devices // known if size == -1 else size for size in sizes]
-        mesh = dict(zip(meshes, sizes))
-        if math.prod(sizes) != devices:
-            continue
-        parts = math.prod(mesh.get(axis, 1) for axis in sharding.BATCH_AXES)
-        for kept, steps in itertools.product(remat, accumulate):
-            found += [PlanConfig(config.replace(remat=kept), mesh, n, length or config.max_length,
-                              steps) for n in rows or (4 * parts * steps,)]
-    if not found:
-        raise ValueError(f"no mesh of {meshes} has {devices} devices; the product of the sizes "
-                         "must be their number")
-    return found
+    c = config.model
+    unmasked = 4.0 * config.batch_size * config.length**2 * c.d_model
+    if isinstance(c, GPTConfig):
+        return c.num_layers * unmasked * causal_fraction
+    if isinstance(c, TransformerConfig):
+        return (c.num_layers + c.decoder_stack.num_layers * (1 + causal_fraction)) * unmasked
+    return c.num_layers * unmasked
+
+
+def _fused_attention_flops(config: PlanConfig, mesh: Mesh) -> float:
+    """FLOPs of a fused attention implementation, which XLA's cost analysis omits.
+
+    There are two matrix products in the forward pass, two more under remat, and five in the
+    backward pass, which recomputes the scores. Of causal scores, the blocks on and below the
+    diagonal are computed.
+    """
+    c = config.model
+    query = jax.ShapeDtypeStruct((config.batch_size, config.length, c.num_heads, c.stack.head_dim),
+                                 c.compute_dtype)
+    with jax.set_mesh(mesh):
+        implementation = fused_attention.select_implementation(
+            c.attention_impl, query, query, Mask(), c.attention_dropout_rate > 0)
+    if implementation == "xla":
+        return 0.0
+    forward_passes = 1 + (c.remat != "none") + 5 / 2
+    block_size = fused_attention.LANES
+    if implementation == "splash":
+        block_size = fused_attention.splash_block_size(config.length)
+    num_blocks = math.ceil(config.length / block_size)
+    return forward_passes * _attention_flops(
+        config, causal_fraction=(num_blocks + 1) / (2 * num_blocks))
 
 
 def best_plan(plans: Sequence[Plan]) -> Plan | None:
-    """Of those that fit, the one with the most tokens a day."""
+    """The plan with the most tokens per day among those that fit; None if none fits."""
     fitting = [plan for plan in plans if plan.fits]
     return max(fitting, key=lambda plan: plan.tokens_per_day, default=None)
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """A plan as plain numbers, for JSON."""
-    found = plan._asdict() | {"setting": str(plan.setting), "chip": plan.chip._asdict()}
-    return found | {"model": dataclasses.asdict(plan.setting.config), "times": plan.times,
-                    "fits": plan.fits, "mfu": plan.mfu, "step_seconds": plan.step_seconds,
-                    "tokens_per_day": plan.tokens_per_day}
+    """A plan and its derived quantities as values that JSON can store."""
+    return plan._asdict() | {
+        "config": str(plan.config), "chip": plan.chip._asdict(),
+        "model": dataclasses.asdict(plan.config.model), "roofline_seconds": plan.roofline_seconds,
+        "fits": plan.fits, "mfu": plan.mfu, "step_seconds": plan.step_seconds,
+        "tokens_per_day": plan.tokens_per_day}

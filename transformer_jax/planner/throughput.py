@@ -1,4 +1,4 @@
-"""Benchmarks of the local devices: matrix products and memory bandwidth."""
+"""Benchmarks of the local devices: rate of matrix products and memory bandwidth."""
 
 import time
 from collections.abc import Callable
@@ -7,12 +7,20 @@ import jax
 import jax.numpy as jnp
 
 
-def matmul_benchmark(dtype="float32", size: int | None = None) -> tuple[Callable[[], object], float]:
-    """A product of two square matrices on the first device, and its FLOPs: its rate is the peak
-    that a model's is compared with. Random numbers: a GPU multiplies ones faster.
+def matmul_benchmark(
+    dtype="float32", size: int | None = None
+) -> tuple[Callable[[], object], float]:
+    """A product of two square matrices on the first device, as a benchmark.
+
+    Its rate is the peak rate with which a model's rate is compared (MFU). The matrices hold random
+    numbers because a GPU multiplies matrices of ones faster.
 
     Args:
-        size: of a side; 2048 on a CPU and 8192 elsewhere if None.
+        dtype: dtype of the matrices.
+        size: rows of a matrix; if None, 2048 on a CPU and 8192 elsewhere.
+
+    Returns:
+        (function that computes the product once and waits for it, its FLOPs).
     """
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     x, fn = jax.random.normal(jax.random.key(0), (size, size), dtype), jax.jit(lambda x: x @ x)
@@ -20,29 +28,49 @@ def matmul_benchmark(dtype="float32", size: int | None = None) -> tuple[Callable
 
 
 def memory_read_benchmark(megabytes: int | None = None) -> tuple[Callable[[], object], float]:
-    """A sum that reads the memory of the first device, and its bytes: `megabytes`, 512 on a CPU and
-    4096 elsewhere if None."""
+    """A sum over an array in the memory of the first device, as a benchmark.
+
+    Args:
+        megabytes: size of the array in MiB; if None, 512 on a CPU and 4096 elsewhere.
+
+    Returns:
+        (function that computes the sum once and waits for it, the bytes that it reads).
+    """
     megabytes = megabytes or (512 if jax.default_backend() == "cpu" else 4096)
     x, fn = jnp.ones((megabytes * 2**18,), jnp.float32), jax.jit(jnp.sum)
     return lambda: fn(x).block_until_ready(), x.nbytes
 
 
 def measure_throughput(work: Callable[[], object], amount: float, seconds: float = 0.5) -> float:
-    """`amount` a second, of the fastest of as many calls of `work` as fit into `seconds`."""
+    """`amount` divided by the seconds of the fastest call of `work`.
+
+    Args:
+        work: function to time. It is called once untimed, then repeatedly.
+        amount: what one call processes, such as its FLOPs or bytes.
+        seconds: time after which no further call is started.
+    """
     work()
-    least, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    shortest, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < seconds:
         start = time.perf_counter()
         work()
-        least = min(least, time.perf_counter() - start)
-    return amount / least
+        shortest = min(shortest, time.perf_counter() - start)
+    return amount / shortest
 
 
-def matmul_flops_per_second(dtype="float32", size: int | None = None, seconds: float = 0.5) -> float:
-    """FLOPs a second of `matmul_work`."""
+def matmul_flops_per_second(
+    dtype="float32", size: int | None = None, seconds: float = 0.5
+) -> float:
+    """FLOPs per second of `matmul_benchmark`.
+
+    Example:
+
+        >>> matmul_flops_per_second(size=64, seconds=0.01) > 1e6
+        True
+    """
     return measure_throughput(*matmul_benchmark(dtype, size), seconds)
 
 
 def memory_bandwidth(megabytes: int | None = None, seconds: float = 0.5) -> float:
-    """Bytes a second of `read_work`."""
+    """Bytes per second of `memory_read_benchmark`."""
     return measure_throughput(*memory_read_benchmark(megabytes), seconds)

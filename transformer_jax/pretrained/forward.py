@@ -1,6 +1,5 @@
-"""A model under the names that Transformers gives to inputs and outputs."""
+"""Forward pass with the names that Transformers gives to inputs and outputs."""
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformer_jax.models import (
 from transformer_jax.models.heads import gather_positions, last_token_positions
 from transformer_jax.nn.blocks import Block
 
-_DECODED = ("causal_lm", "seq2seq_lm")
+_LM_TASKS = ("causal_lm", "seq2seq_lm")
 
 
 def forward(
@@ -31,97 +30,117 @@ def forward(
     output_hidden_states: bool = False,
     **inputs: Array,
 ) -> dict[str, Any]:
-    """What a checkpoint's class of Transformers computes from the same inputs. Pure: compile it by
-    `jax.jit(forward, static_argnums=0)`.
+    """Outputs of a model under the names that its class in Transformers gives them.
+
+    The function is pure; compile it with `jax.jit(forward, static_argnums=0)`.
 
     Args:
-        rng: a key for dropout; None for none.
-        output_hidden_states: adds "hidden_states", of the embeddings and after each layer, the last
-            of them normalised; of an encoder-decoder "encoder_hidden_states" and
-            "decoder_hidden_states". Static under `jit`.
-        inputs: "input_ids" `[B, T]` and, where the model takes them, "attention_mask" (1 at
-            tokens), "token_type_ids", "position_ids" `[B, T]`, "decoder_input_ids" and
-            "decoder_attention_mask" `[B, U]`. For multiple choice all are `[B, choices, T]`.
+        model: a model, for instance from `load_pretrained`.
+        params: its parameters.
+        rng: key for dropout; None for no dropout.
+        output_hidden_states: whether to return the hidden states of all layers. Static under `jit`.
+        inputs: "input_ids" `[B, S]`; optionally, if the model takes them, "attention_mask" (1 for
+            tokens, 0 for padding), "token_type_ids" and "position_ids" `[B, S]`, and
+            "decoder_input_ids" and "decoder_attention_mask" `[B, T]`. For multiple choice all have
+            shape `[B, num_choices, S]`. Inputs that are None are ignored.
 
     Returns:
-        "last_hidden_state" `[B, T, D]`, and by the model's task "logits" (float32), or
-        "prediction_logits" and "seq_relationship_logits", or "start_logits" and "end_logits";
-        "pooler_output" `[B, D]` of an encoder that pools; "encoder_last_hidden_state" of an
-        encoder-decoder.
+        A dict with these entries, where S stands for T in encoder-decoders:
+
+        - "last_hidden_state" `[B, S, D]`.
+        - "logits", float32; for question answering "start_logits" and "end_logits"; for
+          pre-training of BERT "prediction_logits" and "seq_relationship_logits".
+        - "pooler_output" `[B, D]`, for encoders with a pooler.
+        - "encoder_last_hidden_state", for encoder-decoders.
+        - If `output_hidden_states`: "hidden_states", a tuple of the embeddings and the output of
+          each layer, of which the last includes the final LayerNorm. For encoder-decoders
+          "encoder_hidden_states" and "decoder_hidden_states".
 
     Raises:
-        ValueError: an input that the model does not take, or of another shape than it must have,
-            or ids outside the vocabulary.
+        ValueError: an input is missing, not supported by the model or of the wrong shape, or ids
+            are outside the vocabulary.
+
+    Example:
+
+        >>> from transformer_jax import models
+        >>> config = models.presets.get("gpt2", num_layers=1, d_model=8, num_heads=2, mlp_dim=32,
+        ...                             vocab_size=30, max_length=16)
+        >>> model = models.build_model(config, task="causal_lm")
+        >>> shapes = jax.eval_shape(lambda rng: models.init_params(model, rng), jax.random.key(0))
+        >>> params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+        >>> outputs = jax.jit(forward, static_argnums=0)(
+        ...     model, params, input_ids=np.array([[3, 4, 5]]))
+        >>> outputs["logits"].shape
+        (1, 3, 30)
     """
-    run, known = next(entry for kind, entry in _RUNS.items() if isinstance(model, kind))
+    forward_fn, supported = next(
+        entry for model_class, entry in _FORWARD_FNS.items() if isinstance(model, model_class))
     inputs = {name: value for name, value in inputs.items() if value is not None}
     for name in inputs:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"{type(model).__name__} takes no {name!r}; it takes "
-                             f"{', '.join(near or known)}")
+        if name not in supported:
+            raise ValueError(f"unsupported input {name!r} of {type(model).__name__}; supported: "
+                             f"{', '.join(supported)}")
     if "input_ids" not in inputs:
-        raise ValueError(f"input_ids are missing; {type(model).__name__} needs them")
-    inputs = {name: _checked(model, name, value, inputs) for name, value in inputs.items()}
-    choices = None
+        raise ValueError(f"input_ids are missing; {type(model).__name__} requires them")
+    inputs = {name: _checked_input(model, name, value, inputs) for name, value in inputs.items()}
+    num_choices = None
     if model.task == "multiple_choice":
-        choices = inputs["input_ids"].shape[1]
+        num_choices = inputs["input_ids"].shape[1]
         inputs = {name: x.reshape(-1, x.shape[-1]) for name, x in inputs.items()}
 
     def call(module):
-        return run(module, deterministic=rng is None, **inputs)
+        return forward_fn(module, deterministic=rng is None, **inputs)
 
-    captured: dict[str, Any] = {}
+    hidden_states: dict[str, Any] = {}
+    rngs = None if rng is None else {"dropout": rng}
     if output_hidden_states:
-        out, state = model.apply(
-            {"params": params}, method=call, rngs=None if rng is None else {"dropout": rng},
-            capture_intermediates=_is_state, mutable=["intermediates"])
-        captured = _hidden_states(state["intermediates"], out)
+        out, state = model.apply({"params": params}, method=call, rngs=rngs,
+                                 capture_intermediates=_is_captured, mutable=["intermediates"])
+        hidden_states = _hidden_states(state["intermediates"], out)
     else:
-        out = model.apply(
-            {"params": params}, method=call, rngs=None if rng is None else {"dropout": rng})
-    if choices:
-        out["logits"] = out["logits"].reshape(-1, choices)
-    return out | captured
+        out = model.apply({"params": params}, method=call, rngs=rngs)
+    if num_choices:
+        out["logits"] = out["logits"].reshape(-1, num_choices)
+    return out | hidden_states
 
 
-def _checked(model: Model, name: str, value: Array, inputs: dict[str, Array]) -> Array:
-    """An input as an array, refused where it cannot be right."""
+def _checked_input(model: Model, name: str, value: Array, inputs: dict[str, Array]) -> Array:
+    """An input as an array, after checking its shape and, outside of `jit`, its ids."""
     value = value if isinstance(value, jax.Array) else jnp.asarray(np.asarray(value))
-    axes = 3 if model.task == "multiple_choice" else 2
-    if value.ndim != axes:
-        raise ValueError(f"{name} has shape {value.shape}; it must have {axes} axes, "
-                         f"{'[batch, choices, length]' if axes == 3 else '[batch, length]'}")
-    partner = {"decoder_attention_mask": "decoder_input_ids"}.get(name, "input_ids")
-    if name != "decoder_input_ids" and partner in inputs:
-        shape = np.shape(inputs[partner])
+    num_axes = 3 if model.task == "multiple_choice" else 2
+    if value.ndim != num_axes:
+        axes = "[batch, choices, length]" if num_axes == 3 else "[batch, length]"
+        raise ValueError(f"{name} has shape {value.shape}; it must have {num_axes} axes, {axes}")
+    ids_name = {"decoder_attention_mask": "decoder_input_ids"}.get(name, "input_ids")
+    if name != "decoder_input_ids" and ids_name in inputs:
+        shape = np.shape(inputs[ids_name])
         if value.shape != shape:
-            raise ValueError(f"{name} has shape {value.shape}, but {partner} have {shape}; they "
-                             "must be equal")
+            raise ValueError(f"{name} has shape {value.shape}; it must have the shape of "
+                             f"{ids_name}, {shape}")
     config = model.config
-    sizes = {"input_ids": config.vocab_size, "decoder_input_ids": config.vocab_size,
-             "token_type_ids": getattr(config, "num_segments", 0)}
-    # XLA would read another row, or NaN, without a word.
-    if name in sizes and not isinstance(value, jax.core.Tracer) and value.size:
+    num_ids = {"input_ids": config.vocab_size, "decoder_input_ids": config.vocab_size,
+               "token_type_ids": getattr(config, "num_segments", 0)}
+    # XLA does not report an index out of range: it returns another row, or NaN.
+    if name in num_ids and not isinstance(value, jax.core.Tracer) and value.size:
         low, high = int(value.min()), int(value.max())
-        if low < 0 or high >= sizes[name]:
-            raise ValueError(f"{name} hold {low if low < 0 else high}; they must be from 0 to "
-                             f"{sizes[name] - 1}")
+        if low < 0 or high >= num_ids[name]:
+            raise ValueError(f"{name} contain {low if low < 0 else high}; ids must be from 0 to "
+                             f"{num_ids[name] - 1}")
     return value
 
 
-def _mask(attention_mask: Array | None) -> Array | None:
+def _padding_mask(attention_mask: Array | None) -> Array | None:
     return None if attention_mask is None else attention_mask.astype(bool)
 
 
-def _labels(m, hidden_BTD: Array, deterministic: bool) -> dict[str, Array]:
-    """The head that looks at every token, by task."""
+def _token_outputs(m: Model, hidden_BTD: Array, deterministic: bool) -> dict[str, Array]:
+    """Outputs of the heads that are applied to every token."""
     if m.task == "token_classification":
         return {"logits": m.class_logits(hidden_BTD, deterministic)}
     if m.task == "question_answering":
         logits_BTC = m.class_logits(hidden_BTD, deterministic)
         return {"start_logits": logits_BTC[..., 0], "end_logits": logits_BTC[..., 1]}
-    if m.task in _DECODED:
+    if m.task in _LM_TASKS:
         return {"logits": m.lm_logits(hidden_BTD)}
     return {}
 
@@ -129,12 +148,13 @@ def _labels(m, hidden_BTD: Array, deterministic: bool) -> dict[str, Array]:
 def _gpt(
     m: GPT, input_ids, attention_mask=None, position_ids=None, *, deterministic
 ) -> dict[str, Array]:
-    mask = _mask(attention_mask)
+    mask = _padding_mask(attention_mask)
     hidden_BTD = m.decode(input_ids, positions=position_ids, padding_mask=mask,
                           deterministic=deterministic).hidden
-    out = {"last_hidden_state": hidden_BTD, **_labels(m, hidden_BTD, deterministic)}
+    out = {"last_hidden_state": hidden_BTD, **_token_outputs(m, hidden_BTD, deterministic)}
     if m.task == "classification":
-        # The last token that is no padding by its id, whatever the mask says.
+        # As in Transformers, padding is identified by its id; the mask is used only if the config
+        # has no padding id.
         pad = m.config.pad_token_id
         last_B = last_token_positions(input_ids, mask if pad is None else input_ids != pad)
         last_BD = gather_positions(hidden_BTD, last_B[:, None])[:, 0]
@@ -150,12 +170,14 @@ def _bert(
     if position_ids is not None:
         position_ids = position_ids - offset
     elif offset:
-        # RoBERTa numbers what is no padding by its id, whatever the mask says.
-        real = input_ids != offset - 1
-        position_ids = jnp.where(real, jnp.cumsum(real, -1), 0) - 1
-    hidden_BTD = m.hidden(input_ids, segment_ids=token_type_ids, padding_mask=_mask(attention_mask),
-                          positions=position_ids, deterministic=deterministic).hidden
-    out = {"last_hidden_state": hidden_BTD, **_labels(m, hidden_BTD, deterministic)}
+        # RoBERTa numbers the tokens that are not padding, which is identified by its id and not by
+        # the mask.
+        is_token = input_ids != offset - 1
+        position_ids = jnp.where(is_token, jnp.cumsum(is_token, -1), 0) - 1
+    hidden_BTD = m.encode(input_ids, segment_ids=token_type_ids,
+                          padding_mask=_padding_mask(attention_mask), positions=position_ids,
+                          deterministic=deterministic).hidden
+    out = {"last_hidden_state": hidden_BTD, **_token_outputs(m, hidden_BTD, deterministic)}
     if m.task in ("base", "pretraining", "next_sentence", "classification", "multiple_choice"):
         out["pooler_output"] = pooled_BD = m.pool(hidden_BTD)
     if m.task in ("classification", "multiple_choice"):
@@ -176,63 +198,68 @@ def _transformer(
 ) -> dict[str, Array]:
     c = m.config
     if decoder_input_ids is None:
-        decoder_input_ids = default_decoder_ids(c, input_ids)
-    mask = _mask(attention_mask)
-    read, written = m.encode_decode(
+        decoder_input_ids = default_decoder_input_ids(c, input_ids)
+    mask = _padding_mask(attention_mask)
+    encoded, decoded = m.encode_decode(
         input_ids, decoder_input_ids, padding_mask=mask,
-        decoder_padding_mask=_mask(decoder_attention_mask), deterministic=deterministic)
-    hidden_BTD = written.hidden
-    out = {"last_hidden_state": hidden_BTD, "encoder_last_hidden_state": read.hidden,
-           **_labels(m, hidden_BTD, deterministic)}
+        decoder_padding_mask=_padding_mask(decoder_attention_mask), deterministic=deterministic)
+    hidden_BTD = decoded.hidden
+    out = {"last_hidden_state": hidden_BTD, "encoder_last_hidden_state": encoded.hidden,
+           **_token_outputs(m, hidden_BTD, deterministic)}
     if m.task == "classification":
-        # The last end of a text, wherever the padding is.
-        ends = mask if c.eos_token_id is None else jnp.isin(
+        # The hidden state of the last end-of-sequence token is classified.
+        is_end = mask if c.eos_token_id is None else jnp.isin(
             input_ids, jnp.asarray(c.eos_token_id))
-        last_B = last_token_positions(input_ids, ends)
+        last_B = last_token_positions(input_ids, is_end)
         out["logits"] = m.logits_from_features(
             gather_positions(hidden_BTD, last_B[:, None])[:, 0], deterministic)
     return out
 
 
-def default_decoder_ids(c: TransformerConfig, input_ids: Array) -> Array:
-    """The decoder's inputs where none are given, as in denoising: the source behind its start."""
+def default_decoder_input_ids(c: TransformerConfig, input_ids: Array) -> Array:
+    """Decoder inputs for a decoder that reconstructs the source, as in denoising.
+
+    They are the source, shifted right behind a start token: `decoder_start_token_id`, or for mBART
+    the language token at the end of the source.
+    """
     is_mbart = c.norm_first and c.embed_norm
     needed = "pad_token_id" if is_mbart else "decoder_start_token_id"
     if getattr(c, needed) is None:
-        raise ValueError(f"decoder_input_ids are missing, and the config has no {needed} to make "
-                         "them of input_ids; give them")
+        raise ValueError("decoder_input_ids are missing, and they cannot be derived from input_ids "
+                         f"because the config has no {needed}; give decoder_input_ids")
     if not is_mbart:
         return shift_right(input_ids, c.decoder_start_token_id)
-    # mBART's start is the language, which stands at the end of the text.
     last_B = (input_ids != c.pad_token_id).sum(-1) - 1
     start_B1 = jnp.take_along_axis(input_ids, last_B[:, None], axis=1)
     return jnp.concatenate([start_B1, input_ids[:, :-1]], axis=1)
 
 
-def _is_state(module, method: str) -> bool:
+def _is_captured(module, method: str) -> bool:
+    """Whether Flax captures the output of a module: of embeddings and blocks."""
     return method == "__call__" and (isinstance(module, Block) or module.name == "embed_dropout")
 
 
-def _hidden_states(seen: dict[str, Any], out: dict[str, Array]) -> dict[str, Any]:
-    """The reference's tuples, of what flowed through embeddings and blocks."""
-    embedded = list(seen["embed_dropout"]["__call__"])
+def _hidden_states(intermediates: dict[str, Any], out: dict[str, Array]) -> dict[str, Any]:
+    """Captured outputs of embeddings and blocks as the tuples that Transformers returns."""
+    embeddings = list(intermediates["embed_dropout"]["__call__"])
     states = {}
     for stack in ("encoder", "decoder"):
-        if stack not in seen:
+        if stack not in intermediates:
             continue
-        layers = seen[stack]
-        after = [layers[f"layer_{i}"]["__call__"][0].hidden for i in range(len(layers))]
-        states[stack] = (embedded.pop(0), *after)
+        layers = intermediates[stack]
+        outputs = [layers[f"layer_{i}"]["__call__"][0].hidden for i in range(len(layers))]
+        states[stack] = (embeddings.pop(0), *outputs)
     if len(states) == 1:
-        (only,) = states.values()
-        return {"hidden_states": (*only[:-1], out["last_hidden_state"])}
+        (states,) = states.values()
+        return {"hidden_states": (*states[:-1], out["last_hidden_state"])}
     return {
         "encoder_hidden_states": (*states["encoder"][:-1], out["encoder_last_hidden_state"]),
         "decoder_hidden_states": (*states["decoder"][:-1], out["last_hidden_state"]),
     }
 
 
-_RUNS: dict[type, tuple[Callable, tuple[str, ...]]] = {
+# Model class -> (its forward pass, its supported inputs).
+_FORWARD_FNS: dict[type, tuple[Callable, tuple[str, ...]]] = {
     GPT: (_gpt, ("input_ids", "attention_mask", "position_ids")),
     BERT: (_bert, ("input_ids", "attention_mask", "token_type_ids", "position_ids")),
     Transformer: (_transformer, ("input_ids", "attention_mask", "decoder_input_ids",

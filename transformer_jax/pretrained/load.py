@@ -1,12 +1,11 @@
-"""Checkpoints in the Hugging Face format become a model, its parameters and a tokenizer.
+"""Loading of Hugging Face checkpoints: `load_pretrained` returns model, parameters and tokenizer.
 
-A checkpoint is a folder with config.json, safetensors and a tokenizer's files. Tensors are read one
-at a time, the largest first, and put where they stay at once: the host never holds the model twice,
-and on a mesh no device more than its share.
+A checkpoint is a folder with config.json, safetensors and the files of a tokenizer. Tensors are
+loaded one at a time, the largest first, and placed on their device or devices immediately. The host
+never holds the model twice, and with a mesh each device holds only its shard.
 """
 
 import dataclasses
-import difflib
 import importlib.resources
 import sys
 from pathlib import Path
@@ -18,31 +17,36 @@ from jax.sharding import Mesh
 
 from transformer_jax import storage
 from transformer_jax.data.tokenizers import Tokenizer
+from transformer_jax.errors import did_you_mean
 from transformer_jax.models import Config, Model, build_model, init_params
 from transformer_jax.pretrained import safetensors_io, tokenizer, weight_maps
-from transformer_jax.pretrained.families import (
-    FAMILIES,
-    find_family,
-    find_task,
-    num_labels,
-    read_config,
-)
+from transformer_jax.pretrained.config_conversion import config_from_hf, config_num_labels
+from transformer_jax.pretrained.families import FAMILIES, get_family, resolve_task
+from transformer_jax.pretrained.safetensors_io import INDEX_FILE, WEIGHTS_FILE, TensorEntry
+from transformer_jax.pretrained.weight_maps import WeightMap
 from transformer_jax.sharding import param_shardings
 from transformer_jax.tree import LoadReport, flatten_paths, unflatten_paths
 
-# What a checkpoint may lack: the parts on top, which another task has not trained.
-HEADS = ("pooler", "classifier", "mlm_head", "nsp_head", "lm_head", "output")
-CONFIG = "config.json"
-GENERATION = "generation_config.json"
-# Of a hub's repository only these are fetched: not the same weights in three formats.
-NEEDED = (CONFIG, GENERATION, safetensors_io.WEIGHTS, safetensors_io.INDEX, "model-*-of-*.safetensors",
-          *tokenizer.FILES)
-PACKAGE = "package:"
-_CLASSIFIED = ("classification", "token_classification")
+# Modules that a checkpoint may omit, because models for other tasks do not have them. They are
+# initialized instead.
+HEAD_MODULES = ("pooler", "classifier", "mlm_head", "nsp_head", "lm_head", "output")
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+# Files to download from a repository of the hub, which may hold the weights in three formats.
+DOWNLOAD_PATTERNS = (CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE,
+                     "model-*-of-*.safetensors", *tokenizer.TOKENIZER_FILES)
+PACKAGE_PREFIX = "package:"
+_TASKS_WITH_LABELS = ("classification", "token_classification")
 
 
 class Pretrained(NamedTuple):
-    """What `load_pretrained` gives."""
+    """A loaded checkpoint: the result of `load_pretrained`.
+
+    Attributes:
+        model: the model.
+        params: its parameters, in float32.
+        tokenizer: its tokenizer; None if the checkpoint has no supported tokenizer.
+    """
 
     model: Model
     params: dict
@@ -59,163 +63,211 @@ def load_pretrained(
     revision: str | None = None,
     **changes: Any,
 ) -> Pretrained:
-    """The model of a checkpoint with the head of `task`, float32 parameters, and its tokenizer.
+    """Loads a checkpoint in the Hugging Face format.
+
+    Parameters that the checkpoint does not contain are initialized. They, and tensors that the
+    model does not use, are printed to standard error.
 
     Args:
-        source: a folder, an id on the Hugging Face hub, such as "openai-community/gpt2", or
-            "package:NAME/FOLDER", a folder inside an installed package.
-        task: a task of the model's METHODS ("classification"), a class of Transformers
-            ("BertForSequenceClassification") or a pipeline ("text-classification"); None for that
-            of the checkpoint.
-        num_labels: classes of a classifier; None for the checkpoint's number. Another number than
-            the checkpoint's makes a new classifier.
-        mesh: puts every parameter where `sharding.param_shardings` has it; None: the first device.
-        rng: for parameters that the checkpoint lacks, such as a new classifier's; key(0) if None.
-        revision: the hub's branch, tag or commit.
-        changes: fields of the model's config, such as `dropout_rate=0.0` or `dtype="bfloat16"`.
-
-    What is new and what was not used is printed to standard error.
+        source: a folder; an id on the Hugging Face hub, such as "openai-community/gpt2"; or
+            "package:NAME/FOLDER", a folder inside an installed Python package.
+        task: determines the head: a task of the model's METHODS ("classification"), a class of
+            Transformers ("BertForSequenceClassification") or a pipeline ("text-classification").
+            None for the task of the checkpoint.
+        num_labels: number of classes of a classifier; None for the checkpoint's. If it differs
+            from the checkpoint's, a new classifier is initialized.
+        mesh: shards the parameters by `sharding.param_shardings`; None for the first device.
+        rng: key to initialize parameters that the checkpoint does not contain, such as those of a
+            new classifier; `jax.random.key(0)` if None.
+        revision: branch, tag or commit on the hub.
+        changes: fields of the model's config to override, such as `dropout_rate=0.0` or
+            `dtype="bfloat16"`.
 
     Raises:
-        FileNotFoundError: the source, its weights or a shard is missing, or only pickled weights
-            are there.
-        ValueError: a family, field or task that is not here, a damaged file, or weights that
-            contradict config.json; the message names the file or tensor.
-    """
-    folder = _find(source, revision)
-    values = _read_json(folder / CONFIG)
-    if (folder / GENERATION).is_file():
-        values["generation_config"] = _read_json(folder / GENERATION)
-    family = find_family(values.get("model_type"))
-    model_type = values["model_type"]
-    entries = safetensors_io.open_weights(folder)
-    values = _with_dtype(values, entries)
-    task = _task(values, task)
-    config = read_config(values, **_checked(changes, family.kind))
-    model = build_model(config, _num_classes(values, task, num_labels), task)
-    abstract = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
-    shapes = {path: leaf.shape for path, leaf in flatten_paths(abstract).items()}
+        FileNotFoundError: the source, its weights or a shard does not exist, or the weights are
+            only in an unsupported format such as pickle.
+        ValueError: a model family, config field or task is not supported, a file is corrupted, or
+            the weights contradict config.json. The message names the file or tensor.
 
-    found, unused = match(entries, model_type, task, config, shapes,
-                          new_classifier=num_labels is not None)
+    Example:
+
+        >>> import tempfile
+        >>> from transformer_jax import models, save_pretrained
+        >>> config = models.presets.get("gpt2", num_layers=1, d_model=8, num_heads=2, mlp_dim=32,
+        ...                             vocab_size=30, max_length=16)
+        >>> model = models.build_model(config, task="causal_lm")
+        >>> shapes = jax.eval_shape(lambda rng: models.init_params(model, rng), jax.random.key(0))
+        >>> params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+        >>> folder = tempfile.mkdtemp()
+        >>> save_pretrained(folder, model, params)
+        >>> model, params, tokenizer = load_pretrained(folder, dropout_rate=0.0)
+        >>> model.task, params["token_embed"]["embedding"].shape
+        ('causal_lm', (30, 8))
+    """
+    folder = _find_folder(source, revision)
+    hf_config = _read_json(folder / CONFIG_FILE)
+    if (folder / GENERATION_CONFIG_FILE).is_file():
+        hf_config["generation_config"] = _read_json(folder / GENERATION_CONFIG_FILE)
+    family = get_family(hf_config.get("model_type"))
+    model_type = hf_config["model_type"]
+    entries = safetensors_io.list_tensors(folder)
+    hf_config = _with_dtype(hf_config, entries)
+    task = _resolve_task(hf_config, task)
+    _check_fields(changes, family.config_class)
+    config = config_from_hf(hf_config, **changes)
+    model = build_model(config, _num_classes(hf_config, task, num_labels), task)
+    abstract_params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+    shapes = {path: leaf.shape for path, leaf in flatten_paths(abstract_params).items()}
+
+    matched, unused = match_tensors(entries, model_type, task, config, shapes,
+                                    new_classifier=num_labels is not None)
     shardings = dict.fromkeys(shapes) if mesh is None else (
-        flatten_paths(param_shardings(abstract, mesh)))
+        flatten_paths(param_shardings(abstract_params, mesh)))
     params: dict[str, Any] = dict.fromkeys(shapes)
-    for rule, entry in sorted(found.items(), key=lambda item: -item[1].size):
-        for path, value in zip(rule.ours, rule.to_ours(safetensors_io.read(entry), shapes)):
-            params[path] = _place(value, shardings[path])
+    for weight_map, entry in sorted(matched.items(), key=lambda item: -item[1].num_bytes):
+        tensor = safetensors_io.load_tensor(entry)
+        for path, value in zip(weight_map.paths, weight_map.to_params(tensor, shapes)):
+            params[path] = _to_device(value, shardings[path])
     new = [path for path, value in params.items() if value is None]
     if new:
         rng = jax.random.key(0) if rng is None else rng
-        params |= _fresh(model, rng, new, [shardings[path] for path in new])
+        params |= _init_some(model, rng, new, [shardings[path] for path in new])
     if new or unused:
         loaded = sorted(params.keys() - set(new))
         print(f"{source}: {LoadReport(loaded, new, unused)}", file=sys.stderr)
-    return Pretrained(model, unflatten_paths(params), tokenizer.load(folder, values))
+    return Pretrained(model, unflatten_paths(params), tokenizer.load(folder, hf_config))
 
 
-def match(
-    entries: dict[str, safetensors_io.Entry], model_type: str, task: str, config: Config,
+def match_tensors(
+    entries: dict[str, TensorEntry], model_type: str, task: str, config: Config,
     shapes: dict[str, tuple[int, ...]], *, new_classifier: bool = False,
-) -> tuple[dict[weight_maps.WeightMap, safetensors_io.Entry], list[str]]:
-    """Which tensor holds which parameters, and the names of tensors that hold none.
+) -> tuple[dict[WeightMap, TensorEntry], list[str]]:
+    """Assigns the tensors of a checkpoint to the parameters of a model.
+
+    Args:
+        entries: name -> entry of the tensors.
+        model_type: the model family.
+        task: the model's task.
+        config: the model's config.
+        shapes: path -> shape of the model's parameters.
+        new_classifier: whether a classifier of another shape is left unused instead of rejected.
+
+    Returns:
+        (weight map -> entry of its tensor, names of unused tensors).
 
     Raises:
-        ValueError: a parameter below the heads has no tensor, a tensor's shape or type is not what
-            the config asks for, or there are more layers than it has.
+        ValueError: a parameter outside the heads has no tensor, a tensor has another shape or type
+            than the config requires, or there are tensors of more layers than the config has.
     """
-    base = FAMILIES[model_type].base
-    named: dict[str, str] = {}
+    base_prefix = FAMILIES[model_type].base_prefix
+    names: dict[str, str] = {}  # canonical name -> name in the file
     for name in entries:
-        short = weight_maps.modern(name, base)
-        if short in named:
-            raise ValueError(f"the weights have both {named[short]!r} and {name!r}, which name the "
-                             "same tensor; remove one of them")
-        named[short] = name
-    found, used = {}, set()
-    for rule in weight_maps.rules(model_type, task, config, shapes):
-        short = rule.theirs.removeprefix("{base}")
-        present = [name for name in (short, *rule.aliases) if name in named]
+        canonical = weight_maps.canonical_name(name, base_prefix)
+        if canonical in names:
+            raise ValueError(f"the weights have both {names[canonical]!r} and {name!r}, which are "
+                             "names of the same tensor; remove one of them")
+        names[canonical] = name
+    matched, used = {}, set()
+    for weight_map in weight_maps.for_model(model_type, task, config, shapes):
+        present = [alias for alias in (_short_name(weight_map), *weight_map.aliases)
+                   if alias in names]
         used.update(present)
         if not present:
             continue
-        name = named[present[0]]
-        entry, shape = entries[name], rule.their_shape(shapes)
-        if entry.shape != shape and new_classifier and rule.ours[0].startswith("classifier/"):
+        name = names[present[0]]
+        entry, shape = entries[name], weight_map.hf_shape(shapes)
+        if (entry.shape != shape and new_classifier
+                and weight_map.paths[0].startswith("classifier/")):
             used.discard(present[0])
             continue
         if entry.shape != shape:
-            raise ValueError(f"{name} has shape {entry.shape}, but config.json asks for {shape}; "
-                             "the weights and config.json are not of one model")
+            raise ValueError(f"{name} has shape {entry.shape}, but config.json requires {shape}; "
+                             "the weights and config.json belong to different models")
         if entry.dtype.kind not in "fV":  # V: bfloat16
-            raise ValueError(f"{name} is of type {entry.dtype}; parameters are of a floating type")
-        found[rule] = entry
-    _check_positions(entries, named, config)
-    loaded = {path for rule in found for path in rule.ours}
-    lacking = [path for path in shapes
-               if path not in loaded and path.partition("/")[0] not in HEADS]
-    if lacking:
-        raise ValueError(f"the weights lack {len(lacking)} of {len(shapes)} parameters, such as "
-                         f"{lacking[0]}; config.json, which speaks of {config.num_layers} layers, "
-                         "and the weights are not of one model")
-    fixed = {p.theirs.removeprefix("{base}") for p in weight_maps.POSITIONS}
-    unused = sorted(named[short] for short in named.keys() - used
-                    if not weight_maps.BUFFERS.search(short)
-                    and not (short in fixed and config.positions != "learned"))
-    most = max(config.num_layers, getattr(config, "num_decoder_layers", None) or 0)
+            raise ValueError(f"{name} has dtype {entry.dtype}; parameters must have a "
+                             "floating-point dtype")
+        matched[weight_map] = entry
+    _check_position_tables(entries, names, config)
+    _check_complete(matched, config, shapes)
+    table_names = {_short_name(table) for table in weight_maps.POSITION_TABLES}
+    unused = sorted(names[canonical] for canonical in names.keys() - used
+                    if not weight_maps.IGNORED_BUFFERS.search(canonical)
+                    and not (canonical in table_names and config.positions != "learned"))
+    num_layers = max(config.num_layers, getattr(config, "num_decoder_layers", None) or 0)
     for name in unused:
-        if (weight_maps.layer_number(name) or 0) >= most:
-            raise ValueError(f"the weights have {name}, but config.json speaks of {most} layers; "
-                             "they are not of one model")
-    return found, unused
+        if (weight_maps.layer_index(name) or 0) >= num_layers:
+            raise ValueError(f"the weights contain {name}, but the model of config.json has "
+                             f"{num_layers} layers; they belong to different models")
+    return matched, unused
 
 
-def _check_positions(entries, named, config) -> None:
-    """A file may have the table that fixed positions are computed by; refuse one that is trained.
-    """
+def _short_name(weight_map: WeightMap | weight_maps.PositionTable) -> str:
+    return weight_map.hf_name.removeprefix("{base}")
+
+
+def _check_complete(matched: dict[WeightMap, TensorEntry], config: Config, shapes: dict) -> None:
+    """Rejects weights without the tensors of parameters outside the heads."""
+    loaded = {path for weight_map in matched for path in weight_map.paths}
+    missing_params = [path for path in shapes
+                      if path not in loaded and path.partition("/")[0] not in HEAD_MODULES]
+    if missing_params:
+        raise ValueError(f"the weights have no tensors for {len(missing_params)} of {len(shapes)} "
+                         f"parameters, such as {missing_params[0]}; the model of config.json has "
+                         f"{config.num_layers} layers; the weights and config.json belong to "
+                         "different models")
+
+
+def _check_position_tables(
+    entries: dict[str, TensorEntry], names: dict[str, str], config: Config
+) -> None:
+    """Rejects position tables that differ from the sinusoids that the model computes."""
     if config.positions == "learned":
         return
-    for position in weight_maps.POSITIONS:
-        name = named.get(position.theirs.removeprefix("{base}"))
+    for table in weight_maps.POSITION_TABLES:
+        name = names.get(_short_name(table))
         if name is None:
             continue
-        table, entry = weight_maps.position_table(config), entries[name]
-        if entry.shape != table.shape or not np.allclose(
-                safetensors_io.read(entry).astype(np.float32), table, atol=0.01):
-            raise ValueError(f"{name} of shape {entry.shape} does not hold the fixed sinusoids of "
-                             f"{config.max_length} positions; learned ones are not here")
+        expected, entry = weight_maps.sinusoidal_table(config), entries[name]
+        if entry.shape != expected.shape or not np.allclose(
+                safetensors_io.load_tensor(entry).astype(np.float32), expected, atol=0.01):
+            raise ValueError(f"unsupported learned positions {name} of shape {entry.shape}; "
+                             f"supported: the sinusoids of {config.max_length} positions")
 
 
-def _place(value: np.ndarray, sharding) -> jax.Array:
+def _to_device(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """The value in float32 on the first device, or sharded."""
     if value.dtype != np.float32 or not value.flags.c_contiguous:
-        copy = safetensors_io.empty(value.shape, np.float32)
+        copy = safetensors_io.aligned_empty(value.shape, np.float32)
         copy[...] = value
         value = copy
     if sharding is None:
-        return jax.device_put(value)  # on a CPU the array itself
+        return jax.device_put(value)  # on a CPU, without a copy
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def _fresh(model: Model, rng: jax.Array, paths: list[str], shardings: list) -> dict[str, jax.Array]:
-    """Initial values of some parameters alone: XLA leaves out what makes the others."""
+def _init_some(
+    model: Model, rng: jax.Array, paths: list[str], shardings: list
+) -> dict[str, jax.Array]:
+    """Initial values of some parameters; XLA eliminates the initialization of the others."""
 
     def init(rng):
         params = flatten_paths(init_params(model, rng))
         return {path: params[path] for path in paths}
 
-    out = None if shardings[0] is None else dict(zip(paths, shardings))
-    return jax.jit(init, out_shardings=out)(rng)
+    out_shardings = None if shardings[0] is None else dict(zip(paths, shardings))
+    return jax.jit(init, out_shardings=out_shardings)(rng)
 
 
-def _find(source: str | Path, revision: str | None) -> Path:
-    """The checkpoint's folder, fetched if it is not here."""
-    if str(source).startswith(PACKAGE):
-        return _in_package(str(source).removeprefix(PACKAGE))
+def _find_folder(source: str | Path, revision: str | None) -> Path:
+    """The folder of a checkpoint, which is downloaded if the source is an id on the hub."""
+    if str(source).startswith(PACKAGE_PREFIX):
+        return _find_in_package(str(source).removeprefix(PACKAGE_PREFIX))
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(f"{source} is a file; give the folder of a checkpoint, with {CONFIG}")
+        raise ValueError(f"{source} is a file; give the folder of a checkpoint, which contains "
+                         f"{CONFIG_FILE}")
     name = str(source)
     if isinstance(source, Path) or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{source} does not exist; give the folder of a checkpoint, or an "
@@ -224,74 +276,76 @@ def _find(source: str | Path, revision: str | None) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=list(NEEDED)))
+            name, revision=revision, allow_patterns=list(DOWNLOAD_PATTERNS)))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"{name} is no folder, and the hub did not give it "
+        raise FileNotFoundError(f"{name} is not a folder, and its download from the hub failed "
                                 f"({type(error).__name__}: {reason})") from None
 
 
-def _in_package(name: str) -> Path:
-    """The folder of weights that were installed like a package: NAME, or NAME/FOLDER."""
-    package, _, inside = name.partition("/")
+def _find_in_package(name: str) -> Path:
+    """The checkpoint folder inside an installed Python package, given as NAME or NAME/FOLDER."""
+    package, _, subfolder = name.partition("/")
     try:
-        found = importlib.resources.files(package)
+        root = Path(str(importlib.resources.files(package)))
     except (ModuleNotFoundError, TypeError, ValueError):
-        raise FileNotFoundError(f"{PACKAGE}{name}: there is no package {package!r}; install it, or "
-                                "give a folder") from None
-    folder = Path(str(found)) / inside
-    if not folder.resolve().is_relative_to(Path(str(found)).resolve()) or not folder.is_dir():
-        raise FileNotFoundError(f"{PACKAGE}{name}: the package {package} has no folder {inside!r}")
+        raise FileNotFoundError(f"{PACKAGE_PREFIX}{name}: the package {package!r} is not "
+                                "installed; install it, or give a folder") from None
+    folder = root / subfolder
+    if not folder.resolve().is_relative_to(root.resolve()) or not folder.is_dir():
+        raise FileNotFoundError(f"{PACKAGE_PREFIX}{name}: the package {package} has no folder "
+                                f"{subfolder!r}")
     return folder
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a checkpoint's folder has {CONFIG} and "
-                                f"{safetensors_io.WEIGHTS}")
+        raise FileNotFoundError(f"{path} does not exist; the folder of a checkpoint must contain "
+                                f"{CONFIG_FILE} and {WEIGHTS_FILE}")
     return storage.read_json(path)
 
 
-def _task(values: dict[str, Any], task: str | None) -> str:
-    model_type = values["model_type"]
+def _resolve_task(hf_config: dict[str, Any], task: str | None) -> str:
+    """The given task, or else that of the checkpoint."""
+    model_type = hf_config["model_type"]
     if task is not None:
-        return find_task(task, model_type)
-    named = values.get("architectures") or []
-    if not named:
-        return find_task("base", model_type)
+        return resolve_task(task, model_type)
+    architectures = hf_config.get("architectures") or []
+    if not architectures:
+        return resolve_task("base", model_type)
     try:
-        return find_task(named[0], model_type)
+        return resolve_task(architectures[0], model_type)
     except ValueError as error:
-        raise ValueError(f"{error} config.json names this architecture; give task=...") from None
+        raise ValueError(f"{error} The task comes from architectures in config.json; give "
+                         "task=... instead") from None
 
 
-def _num_classes(values: dict[str, Any], task: str, given: int | None) -> int:
-    if given is not None and task not in _CLASSIFIED:
-        raise ValueError(f"num_labels is {given}, but {task} has no labels; leave it out, or give "
-                         f"task={_CLASSIFIED[0]!r}")
-    if given is not None and (not isinstance(given, int) or given < 1):
-        raise ValueError(f"num_labels is {given!r}; it must be a whole number of at least 1")
-    if task in _CLASSIFIED:
-        return given or num_labels(values)
+def _num_classes(hf_config: dict[str, Any], task: str, num_labels: int | None) -> int:
+    if num_labels is not None and task not in _TASKS_WITH_LABELS:
+        raise ValueError(f"num_labels is {num_labels}, but the task {task} has no labels; omit "
+                         f"num_labels, or give task={_TASKS_WITH_LABELS[0]!r}")
+    if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 1):
+        raise ValueError(f"num_labels is {num_labels!r}; it must be an integer of at least 1")
+    if task in _TASKS_WITH_LABELS:
+        return num_labels or config_num_labels(hf_config)
     return {"multiple_choice": 1, "question_answering": 2}.get(task, 0)
 
 
-def _checked(changes: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(kind)}
+def _check_fields(changes: dict[str, Any], config_class: type[Config]) -> None:
+    known = {field.name for field in dataclasses.fields(config_class)}
     for name in changes:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or sorted(known)
-            raise ValueError(f"unknown option {name!r} of load_pretrained; fields of "
-                             f"{kind.__name__} near it are {', '.join(near)}")
-    return changes
+            raise ValueError(f"unknown option {name!r} of load_pretrained, which is no field of "
+                             f"{config_class.__name__}; {did_you_mean(name, sorted(known))}")
 
 
-def _with_dtype(values: dict[str, Any], entries: dict[str, safetensors_io.Entry]) -> dict[str, Any]:
-    """config.json, in which the type of the weights is that of the file: the way back casts to it.
-    """
-    kinds = {entry.dtype for entry in entries.values() if entry.dtype.kind in "fV"}
-    if not kinds:
-        raise ValueError("the weights have no tensor of a floating type; fetch them again")
-    dtype = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)  # the widest that we have
-    key = "torch_dtype" if "torch_dtype" in values else "dtype"
-    return values if values.get(key) == dtype.name else {**values, key: dtype.name}
+def _with_dtype(hf_config: dict[str, Any], entries: dict[str, TensorEntry]) -> dict[str, Any]:
+    """The fields of config.json with the dtype of the weights, to which `save_pretrained` casts."""
+    dtypes = {entry.dtype for entry in entries.values() if entry.dtype.kind in "fV"}
+    if not dtypes:
+        raise ValueError("the weights have no tensor with a floating-point dtype; download them "
+                         "again")
+    # Mixed dtypes are saved as float32, the widest dtype of parameters.
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
+    return hf_config if hf_config.get(key) == dtype.name else {**hf_config, key: dtype.name}

@@ -1,17 +1,23 @@
-"""LoRA in the format of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors.
+"""LoRA adapters in the format of Hugging Face PEFT.
 
-A module of theirs with `lora_A` [r, in] and `lora_B` [out, r] is one of our kernels with lora_a and
-lora_b. GPT's c_attn is query, key and value in one: read, each gets all of A and its third of B.
-Written, they share an A if theirs are equal, as after reading; otherwise A has the rows of all
-three, B is made of blocks, and the rank is their sum: the same function, and no rounding. Where one
-module has DoRA and another LoRA alone, that one gets the magnitudes that change nothing.
+An adapter is a folder with adapter_config.json and adapter_model.safetensors. A PEFT module with
+`lora_A` [r, in] and `lora_B` [out, r] corresponds to a kernel with the PEFT parameters lora_a and
+lora_b.
+
+The module c_attn of GPT holds the kernels of query, key and value. On loading, each of them gets
+all of A and its third of B. On saving, they share one A if their lora_a are equal, which they are
+after loading. Otherwise A has the rows of all three, B is block-diagonal and the rank is the sum of
+the three ranks, which gives the same function without rounding.
+
+If some modules have DoRA, the other modules are saved with the magnitudes for which DoRA equals
+LoRA.
 """
 
 import collections
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,355 +26,366 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
-from transformer_jax import storage
-from transformer_jax.finetuning.peft import PEFT_PARAM, column_norms, float_matrix, merge
+from transformer_jax.finetuning.peft import PEFT_PARAM, column_norms, float32_matrix, merge
 from transformer_jax.models import Model, init_params
-from transformer_jax.pretrained import safetensors_io, weight_maps
-from transformer_jax.pretrained.families import FAMILIES, write_config
+from transformer_jax.pretrained import peft_config, safetensors_io, weight_maps
+from transformer_jax.pretrained.config_conversion import config_to_hf
+from transformer_jax.pretrained.families import FAMILIES
+from transformer_jax.pretrained.weight_maps import WeightMap
 from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # of all tensor names in an adapter
+# Task -> task_type of PEFT.
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS",
                "token_classification": "TOKEN_CLS", "question_answering": "QUESTION_ANS",
                "base": "FEATURE_EXTRACTION", "encoder": "FEATURE_EXTRACTION"}
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern",
-         "alpha_pattern", "init_lora_weights"}
-# What the weights themselves say, or what only training or starting anew would need.
-_UNUSED = {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
-           "peft_version", "target_modules", "exclude_modules", "modules_to_save", "bias",
-           "fan_in_fan_out", "layers_to_transform", "layers_pattern", "megatron_config",
-           "megatron_core", "loftq_config", "eva_config", "runtime_config", "qalora_group_size",
-           "ensure_weight_tying"}
-_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
 
 
 class LoraModule(NamedTuple):
-    """The update of a module as they have it."""
+    """The LoRA update of a PEFT module.
 
-    a: np.ndarray  # [r, in]
-    b: np.ndarray  # [out, r]
+    Attributes:
+        lora_a: [r, in].
+        lora_b: [out, r].
+        scale: factor of the update.
+        magnitude: [out], the magnitude of DoRA; None without DoRA.
+    """
+
+    lora_a: np.ndarray
+    lora_b: np.ndarray
     scale: float
-    magnitude: np.ndarray | None  # [out]
+    magnitude: np.ndarray | None
 
 
-class _Names(NamedTuple):
+class _TensorNames(NamedTuple):
+    """Tensor names of a model.
+
+    Attributes:
+        model_type: the model family.
+        base: prefix of the names outside the head.
+        shapes: path -> shape of the parameters.
+        maps: tensor name without the prefix -> weight map.
+    """
+
     model_type: str
-    base: str  # in front of all names but the head's
+    base: str
     shapes: dict[str, tuple[int, ...]]
-    rules: dict[str, weight_maps.WeightMap]  # by their names, without the base's
+    maps: dict[str, WeightMap]
+
+    def module_and_kind(self, weight_map: WeightMap) -> tuple[str, str]:
+        """(module, "weight" or "bias") of a tensor."""
+        module, _, kind = weight_map.hf_name.replace("{base}", self.base).rpartition(".")
+        return module, kind
 
 
-def _names(model: Model) -> _Names:
-    model_type = write_config(model.config, model.task, model.num_classes)["model_type"]
+def _tensor_names(model: Model) -> _TensorNames:
+    model_type = config_to_hf(model.config, model.task, model.num_classes)["model_type"]
     family = FAMILIES[model_type]
-    abstract = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
-    shapes = {path: leaf.shape for path, leaf in flatten_paths(abstract).items()}
-    rules = {}
-    for rule in weight_maps.rules(model_type, model.task, model.config, shapes):
-        rules |= dict.fromkeys((rule.theirs.removeprefix("{base}"), *rule.aliases), rule)
-    return _Names(model_type, "" if family.heads[model.task] == "Model" else family.base, shapes,
-                  rules)
-
-
-def _full(rule: weight_maps.WeightMap, names: _Names) -> tuple[str, str]:
-    """(module, "weight" or "bias") of a tensor."""
-    module, _, kind = rule.theirs.replace("{base}", names.base).rpartition(".")
-    return module, kind
+    abstract_params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+    shapes = {path: leaf.shape for path, leaf in flatten_paths(abstract_params).items()}
+    maps = {}
+    for weight_map in weight_maps.for_model(model_type, model.task, model.config, shapes):
+        names = (weight_map.hf_name.removeprefix("{base}"), *weight_map.aliases)
+        maps |= dict.fromkeys(names, weight_map)
+    base = "" if family.class_suffixes[model.task] == "Model" else family.base_prefix
+    return _TensorNames(model_type, base, shapes, maps)
 
 
 def save_peft(
     folder: str | Path, model: Model, params: PyTree, base_model_name: str = "", *,
-    mask: PyTree | None = None, rslora: bool = False,
+    mask: PyTree | None = None, use_rslora: bool = False,
 ) -> None:
-    """Write the LoRA in `params` so that `peft.PeftModel.from_pretrained` loads it onto the
-    reference's model.
+    """Saves the LoRA parameters in `params` as a PEFT adapter.
 
-    The classifier, and what the reference has in one module with it, is written too, with its
-    own LoRA folded in.
+    `peft.PeftModel.from_pretrained` loads it onto the model in Transformers. The classifier, and
+    the modules that Transformers groups with it, are saved too, with their own LoRA merged.
 
     Args:
-        base_model_name: of the checkpoint, a folder or an id on the hub, for whoever loads it.
-        mask: what trained. Besides LoRA and the classifier these may be all biases (PEFT's bias
-            "all"), those of the layers with LoRA ("lora_only"), or any others in layers without
-            LoRA, such as norms, which are written whole ("modules_to_save").
-        rslora: write alpha for PEFT's use_rslora, s sqrt(r) in the place of s r.
+        folder: the folder, which is created if needed.
+        model: the model.
+        params: its parameters, including LoRA parameters.
+        base_model_name: folder or hub id of the base model's checkpoint, stored for the user of
+            the adapter.
+        mask: the trainable mask. Besides LoRA and the classifier, it may select all biases (PEFT's
+            bias="all"), the biases of layers with LoRA (bias="lora_only"), or parameters of layers
+            without LoRA, such as LayerNorms, whose modules are saved in full (modules_to_save).
+        use_rslora: whether alpha is stored for PEFT's use_rslora, that is as scale * sqrt(r)
+            instead of scale * r.
 
     Raises:
-        ValueError: no LoRA, other deltas besides it, or what trained has no place in the format.
+        ValueError: there are no LoRA parameters or there are PEFT parameters of another kind, or
+            the format cannot store a trainable parameter.
     """
-    names, leaves = _names(model), flatten_paths(params)
+    names, leaves = _tensor_names(model), flatten_paths(params)
     for path in leaves:
         if PEFT_PARAM.search(path) and "/lora_" not in path:
-            raise ValueError(f"{path} has no place in PEFT's LoRA; keep such deltas with "
-                             "finetune.store.save_delta")
+            raise ValueError(f"unsupported PEFT parameter {path}; supported: LoRA parameters; save "
+                             "others with finetuning.adapter_io.save_adapter")
     use_dora = any(path.endswith("/lora_magnitude") for path in leaves)
-    rules = list(dict.fromkeys(names.rules.values()))
-    placed = {path for rule in rules for path in rule.ours}
-    if lost := [path for path in names.shapes if path not in placed]:
-        raise ValueError(f"{lost[0]} has no place in a checkpoint of {names.model_type} for "
-                         f"{model.task}; build the model without it")
-    whole, head = _head(model, names)
-    # Where a module is written whole, it cannot have a LoRA of its own beside it.
-    folded = {path: leaves.pop(path) for path in list(leaves) if path.startswith(head)}
-    leaves |= flatten_paths(merge(unflatten_paths(folded)))
-    lows: dict[str, LoraModule] = {}
-    for rule in rules:
-        layers = [path.removesuffix("/kernel") for path in rule.ours]
-        if any(f"{layer}/lora_a" in leaves for layer in layers):
-            lows[_full(rule, names)[0]] = _joined(layers, leaves, names.shapes, use_dora)
-    if not lows:
-        raise ValueError(f"none of {len(leaves)} parameters is of LoRA; train a recipe lora:R, or "
-                         "write the whole model with save_pretrained")
-    values: dict[str, np.ndarray] = {}
-    for module, low in lows.items():
-        values |= {f"{module}.lora_A.weight": low.a, f"{module}.lora_B.weight": low.b}
-        if low.magnitude is not None:
-            values[f"{module}.lora_magnitude_vector"] = low.magnitude
-    others, bias = _besides(names, mask, head, set(lows))
-    whole |= others
-    for rule in rules:
-        module, kind = _full(rule, names)
-        owner = next((name for name in whole if f"{module}.".startswith(f"{name}.")), None)
-        if owner or (bias == "all" and kind == "bias") or (
-                bias == "lora_only" and kind == "bias" and module in lows):
-            at = f"{module}.base_layer" if module in lows else module
-            values[f"{at}.{kind}"] = rule.to_theirs([np.asarray(leaves[p]) for p in rule.ours])
-    rates = [float(leaf) for path, leaf in leaves.items() if path.endswith("/lora_dropout")]
-    known = {_full(rule, names)[0] for rule in rules}
+    maps = list(dict.fromkeys(names.maps.values()))
+    mapped = {path for weight_map in maps for path in weight_map.paths}
+    if unmapped := [path for path in names.shapes if path not in mapped]:
+        raise ValueError(f"unsupported parameter {unmapped[0]}: {names.model_type} checkpoints for "
+                         f"{model.task} have no tensor for it; build the model without it")
+    full_modules, head_prefixes = _head_modules(model, names)
+    # A module that is saved in full cannot have LoRA as well.
+    head = {path: leaves.pop(path) for path in list(leaves) if path.startswith(head_prefixes)}
+    leaves |= flatten_paths(merge(unflatten_paths(head)))
+    lora_modules = _lora_modules(names, leaves, use_dora)
+    if not lora_modules:
+        raise ValueError(f"none of {len(leaves)} parameters is a LoRA parameter; train with a spec "
+                         "such as lora:8, or save the model with save_pretrained")
+    tensors: dict[str, np.ndarray] = {}
+    for module, lora in lora_modules.items():
+        tensors |= {f"{module}.lora_A.weight": lora.lora_a, f"{module}.lora_B.weight": lora.lora_b}
+        if lora.magnitude is not None:
+            tensors[f"{module}.lora_magnitude_vector"] = lora.magnitude
+    other_modules, bias = _other_trainable(names, mask, head_prefixes, set(lora_modules))
+    full_modules |= other_modules
+    for weight_map in maps:
+        module, kind = names.module_and_kind(weight_map)
+        in_full_module = any(f"{module}.".startswith(f"{name}.") for name in full_modules)
+        if in_full_module or (bias == "all" and kind == "bias") or (
+                bias == "lora_only" and kind == "bias" and module in lora_modules):
+            owner = f"{module}.base_layer" if module in lora_modules else module
+            tensors[f"{owner}.{kind}"] = weight_map.to_hf(
+                [np.asarray(leaves[path]) for path in weight_map.paths])
+    dropout_rates = [float(leaf) for path, leaf in leaves.items() if path.endswith("/lora_dropout")]
+    ranks_and_scales = {m: (len(lora.lora_a), lora.scale) for m, lora in lora_modules.items()}
+    known_modules = {names.module_and_kind(weight_map)[0] for weight_map in maps}
     config = {
         "peft_type": "LORA", "task_type": _TASK_TYPES.get(model.task),
         "base_model_name_or_path": base_model_name or None, "revision": None,
-        "inference_mode": True, "init_lora_weights": True, **_strengths(lows, rslora),
-        "lora_dropout": max(rates, default=0.0), "use_rslora": rslora, "use_dora": use_dora,
-        "target_modules": _targets(set(lows), known), "modules_to_save": sorted(whole) or None,
-        "bias": bias, "fan_in_fan_out": names.model_type in ("gpt2", "openai-gpt"),
+        "inference_mode": True, "init_lora_weights": True,
+        **peft_config.rank_and_alpha_options(ranks_and_scales, use_rslora),
+        "lora_dropout": max(dropout_rates, default=0.0), "use_rslora": use_rslora,
+        "use_dora": use_dora,
+        "target_modules": peft_config.target_modules(set(lora_modules), known_modules),
+        "modules_to_save": sorted(full_modules) or None, "bias": bias,
+        "fan_in_fan_out": names.model_type in ("gpt2", "openai-gpt"),
     }
-    content = save({f"{_PREFIX}{name}": np.ascontiguousarray(value, np.float32)
-                    for name, value in values.items()}, {"format": "pt"})
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _save_files(Path(folder), tensors, config)
+
+
+def _save_files(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+    weights = save({f"{_PREFIX}{name}": np.ascontiguousarray(value, np.float32)
+                    for name, value in tensors.items()}, {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    for name, data in ((WEIGHTS, content), (CONFIG, text.encode())):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in ((WEIGHTS_FILE, weights), (CONFIG_FILE, text.encode())):
         partial = folder / f"{name}.partial"
         partial.write_bytes(data)
         partial.replace(folder / name)
 
 
-def _sides(layer: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(input sizes, output sizes) of a kernel."""
-    inputs = 2 if layer.endswith("attention/out") else 1
-    return shape[:inputs], shape[inputs:]
+def _split_shape(layer: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(input sizes, output sizes) of a layer's kernel."""
+    num_input_axes = 2 if layer.endswith("attention/out") else 1
+    return shape[:num_input_axes], shape[num_input_axes:]
 
 
-def _joined(layers: Sequence[str], leaves: dict, shapes: dict, use_dora: bool) -> LoraModule:
-    """The update of the module that these layers are in theirs."""
-    parts: list[tuple[np.ndarray, np.ndarray, float] | None] = []
+def _lora_modules(
+    names: _TensorNames, leaves: Mapping[str, Any], use_dora: bool
+) -> dict[str, LoraModule]:
+    """PEFT module -> LoRA, for the modules in which at least one layer has LoRA."""
+    modules = {}
+    for weight_map in dict.fromkeys(names.maps.values()):
+        layers = [path.removesuffix("/kernel") for path in weight_map.paths]
+        if any(f"{layer}/lora_a" in leaves for layer in layers):
+            module, _ = names.module_and_kind(weight_map)
+            modules[module] = _combine_layers(layers, leaves, names.shapes, use_dora)
+    return modules
+
+
+def _combine_layers(
+    layers: Sequence[str], leaves: Mapping[str, Any], shapes: dict[str, tuple[int, ...]],
+    use_dora: bool,
+) -> LoraModule:
+    """The LoRA of the PEFT module that holds the kernels of the given layers."""
+    updates: list[tuple[np.ndarray, np.ndarray, float] | None] = []
     for layer in layers:
         if f"{layer}/lora_a" not in leaves:
-            parts.append(None)
+            updates.append(None)
             continue
         a, b = (np.asarray(leaves[f"{layer}/lora_{x}"], np.float32) for x in "ab")
-        parts.append((a.reshape(-1, a.shape[-1]).T, b.reshape(len(b), -1).T,
-                      float(leaves[f"{layer}/lora_scale"])))
-    present = [part for part in parts if part is not None]
-    first, _, scale = present[0]
-    shared = all(np.array_equal(a, first) for a, _, _ in present)
-    joined = first if shared else np.concatenate([a for a, _, _ in present])
+        updates.append((a.reshape(-1, a.shape[-1]).T, b.reshape(len(b), -1).T,
+                        float(leaves[f"{layer}/lora_scale"])))
+    present = [update for update in updates if update is not None]
+    first_a, _, scale = present[0]
+    is_shared = all(np.array_equal(a, first_a) for a, _, _ in present)
+    lora_a = first_a if is_shared else np.concatenate([a for a, _, _ in present])
     blocks, column = [], 0
-    for layer, part in zip(layers, parts):
-        block = np.zeros((math.prod(_sides(layer, shapes[f"{layer}/kernel"])[1]), len(joined)),
-                         np.float32)
-        if part is not None:
-            a, b, own = part
-            block[:, column : column + len(a)] = b if own == scale else b * (own / scale)
-            column += 0 if shared else len(a)
+    for layer, update in zip(layers, updates):
+        _, outputs = _split_shape(layer, shapes[f"{layer}/kernel"])
+        block = np.zeros((math.prod(outputs), len(lora_a)), np.float32)
+        if update is not None:
+            a, b, layer_scale = update
+            block[:, column : column + len(a)] = (
+                b if layer_scale == scale else b * (layer_scale / scale))
+            column += 0 if is_shared else len(a)
         blocks.append(block)
     magnitude = None
     if use_dora:
         magnitude = np.concatenate([_magnitude(layer, leaves) for layer in layers])
-    return LoraModule(joined, np.concatenate(blocks), scale, magnitude)
+    return LoraModule(lora_a, np.concatenate(blocks), scale, magnitude)
 
 
-def _magnitude(layer: str, leaves: dict) -> np.ndarray:
-    """DoRA's m, or the norms that it divides by, with which it is LoRA."""
-    if (found := leaves.get(f"{layer}/lora_magnitude")) is None:
-        kernel = float_matrix(leaves, layer)
+def _magnitude(layer: str, leaves: Mapping[str, Any]) -> np.ndarray:
+    """DoRA magnitude of a layer; without DoRA, the norms for which DoRA equals LoRA."""
+    if (magnitude := leaves.get(f"{layer}/lora_magnitude")) is None:
+        kernel = float32_matrix(leaves, layer)
         if f"{layer}/lora_a" in leaves:
-            a, b, scale = (leaves[f"{layer}/lora_{part}"] for part in ("a", "b", "scale"))
+            a, b, scale = (leaves[f"{layer}/lora_{name}"] for name in ("a", "b", "scale"))
             kernel = kernel + scale * jnp.tensordot(a, b, axes=1)
-        found = column_norms(kernel, len(_sides(layer, kernel.shape)[0]))
-    return np.asarray(found, np.float32).reshape(-1)
+        magnitude = column_norms(kernel, len(_split_shape(layer, kernel.shape)[0]))
+    return np.asarray(magnitude, np.float32).reshape(-1)
 
 
-def _strengths(lows: dict[str, LoraModule], rslora: bool) -> dict[str, Any]:
-    """r and alpha of most modules, and patterns for the others."""
-    found = {}
-    for module, low in lows.items():
-        rank = len(low.a)
-        alpha = low.scale * (math.sqrt(rank) if rslora else rank)
-        near = round(alpha)
-        # A scale in float32 is off in the eighth digit.
-        found[module] = rank, near if math.isclose(alpha, near, rel_tol=1e-7) else alpha
-    (rank, alpha), _ = collections.Counter(found.values()).most_common(1)[0]
-    return {"r": rank, "lora_alpha": alpha,
-            "rank_pattern": {m: r for m, (r, _) in found.items() if r != rank},
-            "alpha_pattern": {m: a for m, (_, a) in found.items() if a != alpha}}
+def _head_modules(model: Model, names: _TensorNames) -> tuple[set[str], tuple[str, ...]]:
+    """(PEFT modules of the classifier, path prefixes of its parameters)."""
+    maps = []
+    if model.num_classes:
+        maps = weight_maps.HEAD_WEIGHT_MAPS[names.model_type].get(model.task, [])
+    prefixes = {path.rpartition("/")[0] + "/" for weight_map in maps for path in weight_map.paths}
+    return {weight_map.hf_name.partition(".")[0] for weight_map in maps}, tuple(sorted(prefixes))
 
 
-def _targets(chosen: set[str], known: set[str]) -> list[str]:
-    """The shortest ends of names that are those of the chosen modules alone."""
-    known = known | {"pooler.dense"}  # the reference's bare models have it, whoever uses them
-    found = set()
-    for module in chosen:
-        words = module.split(".")
-        ends = [".".join(words[i:]) for i in range(len(words) - 1, -1, -1)]
-        found.add(next((end for end in ends if all(
-            name in chosen for name in known if f".{name}".endswith(f".{end}"))), module))
-    return sorted(found)
-
-
-def _head(model: Model, names: _Names) -> tuple[set[str], tuple[str, ...]]:
-    """The modules of the classifier, and the beginnings of our paths in them."""
-    rules = weight_maps.HEADS[names.model_type].get(model.task, []) if model.num_classes else []
-    paths = {path.rpartition("/")[0] + "/" for rule in rules for path in rule.ours}
-    return {rule.theirs.partition(".")[0] for rule in rules}, tuple(sorted(paths))
-
-
-def _besides(
-    names: _Names, mask: PyTree | None, head: tuple[str, ...], lows: set[str]
+def _other_trainable(
+    names: _TensorNames, mask: PyTree | None, head_prefixes: tuple[str, ...],
+    lora_modules: set[str],
 ) -> tuple[set[str], str]:
-    """(modules below the head that are written whole, which biases are)."""
-    whole: set[str] = set()
-    trains = {} if mask is None else flatten_paths(mask)
-    left = {path for path, train in trains.items()
-            if train and not path.startswith(head) and "/lora_" not in path}
-    if not left:
-        return whole, "none"
-    placed = {path: _full(rule, names) for rule in names.rules.values() for path in rule.ours
-              if not path.startswith(head)}
-    biases = {path for path, (_, kind) in placed.items() if kind == "bias"}
-    if left == biases:
-        return whole, "all"
-    if left == {path for path in biases if placed[path][0] in lows}:
-        return whole, "lora_only"
-    for path in sorted(left):
-        module, _ = placed.get(path, (None, None))
-        # PEFT copies a module with all that is inside it, so nothing else may own a part of it.
-        nested = module is not None and any(
-            other.startswith(f"{module}.") for other, _ in placed.values())
-        if not module or nested or module in lows or path.startswith("token_embed/"):
-            raise ValueError(f"{path} trained beside LoRA, and PEFT's format has no place for it; "
-                             "merge the LoRA and use save_pretrained, or keep it with "
-                             "finetune.store.save_delta")
-        whole.add(module)
-    return whole, "none"
+    """(modules outside the head to save in full, PEFT's option bias) of a trainable mask."""
+    full_modules: set[str] = set()
+    is_trainable = {} if mask is None else flatten_paths(mask)
+    trainable = {path for path, selected in is_trainable.items()
+                 if selected and not path.startswith(head_prefixes) and "/lora_" not in path}
+    if not trainable:
+        return full_modules, "none"
+    owners = {path: names.module_and_kind(weight_map)
+              for weight_map in names.maps.values() for path in weight_map.paths
+              if not path.startswith(head_prefixes)}
+    biases = {path for path, (_, kind) in owners.items() if kind == "bias"}
+    if trainable == biases:
+        return full_modules, "all"
+    if trainable == {path for path in biases if owners[path][0] in lora_modules}:
+        return full_modules, "lora_only"
+    for path in sorted(trainable):
+        module, _ = owners.get(path, (None, None))
+        # PEFT copies a module with its submodules, so no other tensor may belong to a submodule.
+        has_submodules = module is not None and any(
+            other.startswith(f"{module}.") for other, _ in owners.values())
+        if (not module or has_submodules or module in lora_modules
+                or path.startswith("token_embed/")):
+            raise ValueError(f"unsupported trainable parameter {path}: PEFT's format cannot store "
+                             "it besides LoRA; merge LoRA (finetuning.peft.merge) and use "
+                             "save_pretrained, or save the adapter with "
+                             "finetuning.adapter_io.save_adapter")
+        full_modules.add(module)
+    return full_modules, "none"
 
 
 def load_peft(folder: str | Path, model: Model, params: PyTree) -> PyTree:
-    """`params` with the LoRA of an adapter that PEFT wrote, and with the modules and biases that it
-    holds whole in the place of theirs.
+    """Loads a LoRA adapter that PEFT saved.
+
+    Args:
+        folder: the folder of the adapter.
+        model: the base model.
+        params: its parameters, without LoRA.
+
+    Returns:
+        `params` with the adapter's LoRA parameters, in which modules and biases that the adapter
+        contains in full are replaced.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: another kind of adapter, an option that is not here, or tensors that are not
-            this model's; the message names it.
+        ValueError: the adapter is not LoRA or uses an unsupported option, or its tensors do not
+            belong to this model. The message names the option or tensor.
+
+    Example:
+
+        >>> import tempfile
+        >>> from transformer_jax import models
+        >>> from transformer_jax.finetuning import peft
+        >>> config = models.presets.get("gpt2", num_layers=1, d_model=8, num_heads=2, mlp_dim=32,
+        ...                             vocab_size=30, max_length=16)
+        >>> model = models.build_model(config, task="causal_lm")
+        >>> shapes = jax.eval_shape(lambda rng: models.init_params(model, rng), jax.random.key(0))
+        >>> base = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+        >>> params, mask = peft.add_and_mask(base, "lora:2:query", jax.random.key(1))
+        >>> folder = tempfile.mkdtemp()
+        >>> save_peft(folder, model, params, mask=mask)
+        >>> loaded = load_peft(folder, model, base)
+        >>> loaded["decoder"]["layer_0"]["self_attention"]["query"]["lora_a"].shape
+        (8, 2)
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG)
-    if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(f"{folder} has no {WEIGHTS}; save the adapter again with "
-                                "safe_serialization, the default")
-    names, leaves = _names(model), flatten_paths(params)
-    if twice := [path for path in leaves if "/lora_" in path]:
-        raise ValueError(f"the parameters have {twice[0]} already; merge it first, or give those "
-                         "of the plain base")
-    parts: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
-    base, made = FAMILIES[names.model_type].base, {}
-    for name, entry in safetensors_io.read_header(folder / WEIGHTS).items():
-        value = safetensors_io.read(entry).astype(np.float32)
+    config = peft_config.load_adapter_config(folder / CONFIG_FILE)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}; save the adapter again with "
+                                "safe_serialization=True, the default of PEFT")
+    names, leaves = _tensor_names(model), flatten_paths(params)
+    if existing := [path for path in leaves if "/lora_" in path]:
+        raise ValueError(f"params already contain LoRA parameters such as {existing[0]}; merge "
+                         "them first (finetuning.peft.merge), or give the params of the base model")
+    model_name = f"a {type(model).__name__} for {model.task}"
+    lora_tensors: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
+    base_prefix, loaded = FAMILIES[names.model_type].base_prefix, {}
+    for name, entry in safetensors_io.read_header(folder / WEIGHTS_FILE).items():
+        value = safetensors_io.load_tensor(entry).astype(np.float32)
         short = name.removeprefix(_PREFIX)
-        if found := re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?", short):
-            parts[found[1]][found[2]] = value
+        if match := re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?", short):
+            lora_tensors[match[1]][match[2]] = value
             continue
         plain = re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)", "", short)
-        rule = names.rules.get(plain.removeprefix(base))
-        if rule is None or value.shape != rule.their_shape(names.shapes):
-            wanted = None if rule is None else rule.their_shape(names.shapes)
-            raise ValueError(f"{folder}: {name} has shape {value.shape}, the model's {wanted}; "
-                             f"a {type(model).__name__} for {model.task} is not what it is for")
-        made |= zip(rule.ours, rule.to_ours(value, names.shapes))
-    for module, tensors_of in parts.items():
-        rule = names.rules.get(f"{module.removeprefix(base)}.weight")
-        if rule is None or not rule.ours[0].endswith("/kernel"):
-            raise ValueError(f"{folder}: LoRA of {module}, which is no linear layer of a "
-                             f"{type(model).__name__} for {model.task}")
-        made |= _split(module, rule, tensors_of, config, names.shapes)
-    return unflatten_paths(leaves | {path: jnp.asarray(value) for path, value in made.items()})
+        weight_map = names.maps.get(plain.removeprefix(base_prefix))
+        if weight_map is None:
+            raise ValueError(f"{folder}: {name} is no tensor of {model_name}; load the adapter "
+                             "onto the model that it was trained for")
+        if value.shape != (shape := weight_map.hf_shape(names.shapes)):
+            raise ValueError(f"{folder}: {name} has shape {value.shape}, but {model_name} has "
+                             f"shape {shape} there; load the adapter onto the model that it was "
+                             "trained for")
+        loaded |= zip(weight_map.paths, weight_map.to_params(value, names.shapes))
+    for module, tensors in lora_tensors.items():
+        weight_map = names.maps.get(f"{module.removeprefix(base_prefix)}.weight")
+        if weight_map is None or not weight_map.paths[0].endswith("/kernel"):
+            raise ValueError(f"{folder} has LoRA for {module}, which is no linear layer of "
+                             f"{model_name}; load the adapter onto the model that it was trained "
+                             "for")
+        loaded |= _split_layers(module, weight_map, tensors, config, names.shapes)
+    return unflatten_paths(leaves | {path: jnp.asarray(value) for path, value in loaded.items()})
 
 
-def _split(module: str, rule: weight_maps.WeightMap, found: dict, config: dict, shapes: dict) -> dict:
-    """A module's update as leaves of our layers."""
-    rank = _by_pattern(config["rank_pattern"], module, config["r"])
-    alpha = _by_pattern(config["alpha_pattern"], module, config["lora_alpha"])
-    theirs = rule.their_shape(shapes)
-    outputs, inputs = theirs if rule.transposed else theirs[::-1]
-    wanted = {"lora_A": (rank, inputs), "lora_B": (outputs, rank)} | (
-        {"lora_magnitude_vector": (outputs,)} if config["use_dora"] else {})
-    if (shape := {name: value.shape for name, value in found.items()}) != wanted:
-        raise ValueError(f"{module} has tensors of the shapes {shape}; {CONFIG} and the model ask "
-                         f"for {wanted}")
-    made, start = {}, 0
-    for path in rule.ours:
+def _split_layers(
+    module: str, weight_map: WeightMap, tensors: dict[str, np.ndarray], config: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+) -> dict[str, np.ndarray]:
+    """Path -> LoRA parameter of the layers whose kernels a PEFT module holds."""
+    rank = peft_config.module_option(config["rank_pattern"], module, config["r"])
+    alpha = peft_config.module_option(config["alpha_pattern"], module, config["lora_alpha"])
+    scale = np.float32(alpha / (math.sqrt(rank) if config["use_rslora"] else rank))
+    hf_shape = weight_map.hf_shape(shapes)
+    num_outputs, num_inputs = hf_shape if weight_map.is_transposed else hf_shape[::-1]
+    expected = {"lora_A": (rank, num_inputs), "lora_B": (num_outputs, rank)} | (
+        {"lora_magnitude_vector": (num_outputs,)} if config["use_dora"] else {})
+    if (found := {name: value.shape for name, value in tensors.items()}) != expected:
+        raise ValueError(f"the tensors of {module} have shapes {found}; {CONFIG_FILE} and the "
+                         f"model require {expected}")
+    params, start = {}, 0
+    for path in weight_map.paths:
         layer = path.removesuffix("/kernel")
-        ins, outs = _sides(layer, shapes[path])
-        rows = slice(start, start := start + math.prod(outs))
-        made |= {
-            f"{layer}/lora_a": found["lora_A"].T.reshape(*ins, rank),
-            f"{layer}/lora_b": found["lora_B"][rows].T.reshape(rank, *outs),
-            f"{layer}/lora_scale": np.float32(
-                alpha / (math.sqrt(rank) if config["use_rslora"] else rank)),
+        inputs, outputs = _split_shape(layer, shapes[path])
+        rows = slice(start, start := start + math.prod(outputs))
+        params |= {
+            f"{layer}/lora_a": tensors["lora_A"].T.reshape(*inputs, rank),
+            f"{layer}/lora_b": tensors["lora_B"][rows].T.reshape(rank, *outputs),
+            f"{layer}/lora_scale": scale,
         }
         if config["lora_dropout"]:
-            made[f"{layer}/lora_dropout"] = np.float32(config["lora_dropout"])
+            params[f"{layer}/lora_dropout"] = np.float32(config["lora_dropout"])
         if config["use_dora"]:
-            made[f"{layer}/lora_magnitude"] = found["lora_magnitude_vector"][rows].reshape(outs)
-    return made
-
-
-def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that the end of the module's name is, as PEFT reads them."""
-    return next((value for pattern, value in patterns.items()
-                 if re.match(rf"(.*\.)?({pattern})$", module)), default)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give the folder of a PEFT adapter")
-    config = storage.read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} has peft_type {config.get('peft_type')!r}; only 'LORA' is read "
-                         "here")
-    if (start := config.get("init_lora_weights", True)) not in _STARTS:
-        raise ValueError(f"{path} has init_lora_weights {start!r}, which changes the base's "
-                         "kernels; convert the adapter to plain LoRA first (PEFT's "
-                         "path_initial_model_for_weight_conversion)")
-    for name, value in config.items():
-        if name not in _READ | _UNUSED and value not in (None, False, 0, [], {}):
-            raise ValueError(f"{path} has {name} {value!r}, which is not here; train the adapter "
-                             "without it")
-    config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False,
-              "use_dora": False} | config
-    config |= {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    for pattern in (*config["rank_pattern"], *config["alpha_pattern"]):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{path}: {pattern!r} is no regular expression ({error})") from None
-    numbers = [config["r"], *config["rank_pattern"].values()]
-    if any(type(n) is not int or n < 1 for n in numbers) or not all(
-            isinstance(a, int | float) for a in (config["lora_alpha"],
-                                                 *config["alpha_pattern"].values())):
-        raise ValueError(f"{path}: r must be a whole number of at least 1 and lora_alpha a number")
-    return config
+            params[f"{layer}/lora_magnitude"] = (
+                tensors["lora_magnitude_vector"][rows].reshape(outputs))
+    return params

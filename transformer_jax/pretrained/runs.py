@@ -1,7 +1,7 @@
 """The folder of a training run: config.json, tokenizer/ and checkpoints/.
 
-The card in config.json says which model the parameters are of, what its labels are called, and how
-many of the last checkpoints to average.
+config.json is the run config: the config and the head of the model, the names of its labels, and
+the number of last checkpoints to average.
 """
 
 import json
@@ -16,12 +16,19 @@ from transformer_jax.train import checkpointing
 
 
 class LoadedRun(NamedTuple):
-    """What a finished run gives to the next: see `load_run`."""
+    """The model of a training run: the result of `load_run`.
+
+    Attributes:
+        model: the model.
+        params: its parameters.
+        tokenizer: its tokenizer.
+        label_names: names of the classes of a classifier, in the order of their ids.
+    """
 
     model: Model
     params: dict
     tokenizer: tokenizers.Tokenizer
-    label_names: list[str]  # of a classifier
+    label_names: list[str]
 
 
 def save_run_config(
@@ -29,47 +36,68 @@ def save_run_config(
     config: Config,
     tokenizer: tokenizers.Tokenizer,
     label_names: Sequence[str] = (),
-    average: int = 1,
+    num_averaged_checkpoints: int = 1,
     task: str | None = None,
     num_classes: int | None = None,
 ) -> None:
-    """config.json and the tokenizer's files, with their digests, which `tokenizers.load` holds
-    them to; parameters are in `<out>/checkpoints`.
+    """Saves config.json and the tokenizer of a training run.
 
-    `task` and `num_classes` are those of the model's head; None: classification by `label_names`,
-    or pre-training where there are none.
+    The tokenizer's files get a manifest of their checksums, which `tokenizers.load` verifies. The
+    parameters are not saved here; the training loop saves them in `<out>/checkpoints`.
+
+    Args:
+        out: the folder of the run.
+        config: the model's config.
+        tokenizer: the tokenizer.
+        label_names: names of the classes of a classifier.
+        num_averaged_checkpoints: number of last checkpoints whose average `load_run` returns.
+        task: the model's task; if None, classification if there are label names, otherwise the
+            pre-training task.
+        num_classes: classes of the model's head; if None, the number of label names.
+
+    Example:
+
+        >>> import tempfile
+        >>> from transformer_jax.models import presets
+        >>> folder = tempfile.mkdtemp()
+        >>> save_run_config(folder, presets.get("gpt2"), tokenizers.train_chars(["abc"]))
+        >>> is_run(folder)
+        True
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    card = {"model": config_to_dict(config), "label_names": list(label_names), "average": average,
-            "task": task, "num_classes": num_classes}
-    (out / "config.json").write_text(json.dumps(card, indent=2) + "\n")
+    run_config = {
+        "model": config_to_dict(config), "label_names": list(label_names),
+        "average": num_averaged_checkpoints, "task": task, "num_classes": num_classes}
+    (out / "config.json").write_text(json.dumps(run_config, indent=2) + "\n")
     tokenizer.save(out / "tokenizer")
     storage.write_manifest(out / "tokenizer")
 
 
 def is_run(folder: str | Path) -> bool:
-    """Whether `load_run` would read the folder."""
-    card = Path(folder) / "config.json"
-    # Whatever is wrong with the file is said by whoever reads it.
-    return card.is_file() and b'"label_names"' in card.read_bytes()
+    """Whether a folder is that of a training run, as opposed to a Hugging Face checkpoint."""
+    path = Path(folder) / "config.json"
+    # The file is not parsed, so that `load_run` reports invalid JSON.
+    return path.is_file() and b'"label_names"' in path.read_bytes()
 
 
 def load_run(folder: str | Path) -> LoadedRun:
-    """The model of a run's folder with its parameters and tokenizer.
+    """Loads the model, parameters and tokenizer of a training run.
 
     Raises:
-        FileNotFoundError: there is no finished run in the folder.
+        FileNotFoundError: the folder does not contain a finished run.
     """
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the --out folder of a finished run")
-    card = json.loads(path.read_text())
-    labels = card["label_names"]
-    width = card.get("num_classes")
-    model = build_model(config_from_dict(card["model"]), len(labels) if width is None else width,
-                        card.get("task") or ("classification" if labels else None))
-    params = checkpointing.average_params(folder / "checkpoints", card.get("average", 1))
-    params = tree.unstack_layers(params)  # of a run that scanned over its layers
-    return LoadedRun(model, params, tokenizers.load(folder / "tokenizer"), labels)
+    run_config = json.loads(path.read_text())
+    label_names = run_config["label_names"]
+    num_classes = run_config.get("num_classes")
+    model = build_model(
+        config_from_dict(run_config["model"]),
+        len(label_names) if num_classes is None else num_classes,
+        run_config.get("task") or ("classification" if label_names else None))
+    params = checkpointing.average_params(folder / "checkpoints", run_config.get("average", 1))
+    params = tree.unstack_layers(params)  # layers are stacked in runs that scan over them
+    return LoadedRun(model, params, tokenizers.load(folder / "tokenizer"), label_names)

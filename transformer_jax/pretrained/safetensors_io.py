@@ -1,11 +1,13 @@
-"""The safetensors format, one tensor at a time.
+"""Reading and writing safetensors files, one tensor at a time.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape
-and the place of its bytes), and the bytes (https://huggingface.co/docs/safetensors). A checkpoint
-is `model.safetensors`, or several files with an index of which one holds a name.
+A safetensors file has three parts (https://huggingface.co/docs/safetensors): the length of the
+header (8 bytes, little-endian); the header, a JSON object with dtype, shape and byte range of each
+tensor; and the bytes of the tensors. The weights of a checkpoint are `model.safetensors`, or
+several such files (shards) and an index that maps each tensor name to its shard.
 
-Tensors are read by plain reads of their own bytes, never by mapping the file: mapped pages count as
-memory in use, so that loading would seem, and on a full machine would be, twice as large.
+The bytes of a tensor are read with ordinary reads. The files are not memory-mapped, because mapped
+pages count as used memory: loading would appear to need twice the memory of the weights, and on a
+machine with little free memory it would need that much.
 """
 
 import json
@@ -19,216 +21,249 @@ import numpy as np
 
 from transformer_jax import storage
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-LONGEST_NAME = 200  # characters of a file's name; no system has longer ones
-LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
-# bfloat16 is no type of NumPy's own; ml_dtypes comes with JAX.
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_NAME_LENGTH = 200  # characters in the file name of a shard; no file system allows much more
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+# NumPy has no bfloat16; ml_dtypes, which JAX depends on, adds it.
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# What others keep weights in; reading them means unpickling, or another library.
-FOREIGN = {
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Weight files of other formats; loading them would need unpickling or another library.
+UNSUPPORTED_FORMATS = {
     "pytorch_model.bin": "pickled weights, which can run any code when they are opened",
     "pytorch_model.bin.index.json": "pickled weights, which can run any code when they are opened",
     "tf_model.h5": "TensorFlow weights",
     "flax_model.msgpack": "Flax weights in msgpack",
 }
+_CORRUPTED = "the file is corrupted or truncated; download it again"
 
 
-class Entry(NamedTuple):
-    """Where a tensor is, and what it is."""
+class TensorEntry(NamedTuple):
+    """Location, dtype and shape of a tensor in a safetensors file."""
 
     file: Path
-    start: int  # first byte in the file
+    start: int  # offset of the first byte in the file
     dtype: np.dtype
     shape: tuple[int, ...]
 
     @property
-    def size(self) -> int:
-        """Bytes."""
+    def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def open_weights(folder: str | Path) -> dict[str, Entry]:
-    """All tensors of a checkpoint's folder by name; only headers are read.
+def list_tensors(folder: str | Path) -> dict[str, TensorEntry]:
+    """Entries of all tensors in a checkpoint folder, by name. Reads only the headers.
 
     Raises:
-        FileNotFoundError: there are no weights, only those of other formats, or a shard is missing.
-        ValueError: a header, the index or the length of a file is not what the format wants.
+        FileNotFoundError: the folder has no weights or only weights in other formats, or a shard is
+            missing.
+        ValueError: a header, the index or the length of a file is invalid.
     """
     folder = Path(folder)
-    if (folder / WEIGHTS).is_file():
-        return read_header(folder / WEIGHTS)
-    if (folder / INDEX).is_file():
-        return _read_index(folder / INDEX)
-    for name, what in FOREIGN.items():
+    if (folder / WEIGHTS_FILE).is_file():
+        return read_header(folder / WEIGHTS_FILE)
+    if (folder / INDEX_FILE).is_file():
+        return _read_index(folder / INDEX_FILE)
+    for name, description in UNSUPPORTED_FORMATS.items():
         if (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} has only {name} ({what}); write {WEIGHTS} with the library that made "
-                "it: AutoModel.from_pretrained(folder).save_pretrained(folder)")
-    raise FileNotFoundError(f"{folder} has no weights; {WEIGHTS} or {INDEX} must be in it")
+                f"{folder} has only {name} ({description}); convert it to {WEIGHTS_FILE} with the "
+                "library that wrote it: "
+                "AutoModel.from_pretrained(folder).save_pretrained(folder)")
+    raise FileNotFoundError(f"{folder} has no weights; it must contain {WEIGHTS_FILE} or "
+                            f"{INDEX_FILE}")
 
 
-def read_header(path: str | Path) -> dict[str, Entry]:
-    """The tensors of one file.
+def read_header(path: str | Path) -> dict[str, TensorEntry]:
+    """Entries of all tensors in one safetensors file, by name.
 
     Raises:
-        ValueError: the file is cut off, or its header is damaged.
+        ValueError: the file is truncated, or its header is invalid.
     """
     path = Path(path)
-    total = path.stat().st_size
+    file_bytes = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if total < 8 or length > min(total - 8, LONGEST_HEADER):
-            raise ValueError(f"{path} is no safetensors file, or cut off: it has {total} bytes and "
-                             f"says that {length} of them are its header; fetch it again")
-        header = file.read(length)
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if file_bytes < 8 or header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"{path} is not a valid safetensors file: it has {file_bytes} bytes "
+                             f"and declares a header of {header_bytes} bytes; {_CORRUPTED}")
+        header = file.read(header_bytes)
     try:
         header = storage.parse_json(header)
         header.pop("__metadata__", None)
-        entries = {}
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            entries[name] = str(entry["dtype"]), tuple(entry["shape"]), start, end
+        fields = {}
+        for name, values in header.items():
+            start, end = values["data_offsets"]
+            fields[name] = str(values["dtype"]), tuple(values["shape"]), start, end
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} has a damaged header ({type(error).__name__}: {error}); fetch it "
-                         "again") from None
-    base = 8 + length
-    found = {name: _entry(path, name, base, total, *entry) for name, entry in entries.items()}
-    taken = 0
-    for name, entry in sorted(found.items(), key=lambda item: (item[1].start, item[1].size)):
-        if entry.start - base < taken:
-            raise ValueError(f"{path}: tensor {name!r} begins inside another one; fetch it again")
-        taken = entry.start - base + entry.size
-    return found
+        raise ValueError(f"{path} has an invalid header ({type(error).__name__}: {error}); "
+                         f"{_CORRUPTED}") from None
+    data_start = 8 + header_bytes
+    entries = {name: _checked_entry(path, name, data_start, file_bytes, *values)
+               for name, values in fields.items()}
+    previous_end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
+        if entry.start - data_start < previous_end:
+            raise ValueError(f"{path}: the bytes of tensor {name!r} overlap those of another "
+                             f"tensor; {_CORRUPTED}")
+        previous_end = entry.start - data_start + entry.num_bytes
+    return entries
 
 
-def _entry(path, name, base, total, dtype, shape, start, end) -> Entry:
+def _checked_entry(path, name, data_start, file_bytes, dtype, shape, start, end) -> TensorEntry:
+    """The entry for the fields of a header, after checking them."""
     if dtype not in DTYPES:
-        raise ValueError(f"{path}: tensor {name!r} is of type {dtype!r}; it must be one of "
+        raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!r}; it must be one of "
                          f"{', '.join(DTYPES)}")
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-        raise ValueError(f"{path}: tensor {name!r} has shape {shape} and bytes {start} to {end}; "
-                         "they must be whole numbers from 0; fetch it again")
-    entry = Entry(path, base + start, DTYPES[dtype], shape)
-    if end - start != entry.size:
-        raise ValueError(f"{path}: tensor {name!r} of shape {shape} and type {dtype} needs "
-                         f"{entry.size} bytes but has {end - start}; fetch it again")
-    if base + end > total:
-        raise ValueError(f"{path} is cut off: tensor {name!r} ends at byte {base + end} of "
-                         f"{total}; fetch it again")
+        raise ValueError(f"{path}: tensor {name!r} has shape {shape} and data_offsets "
+                         f"[{start}, {end}]; they must be integers of at least 0; {_CORRUPTED}")
+    entry = TensorEntry(path, data_start + start, DTYPES[dtype], shape)
+    if end - start != entry.num_bytes:
+        raise ValueError(f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} needs "
+                         f"{entry.num_bytes} bytes but has {end - start}; {_CORRUPTED}")
+    if data_start + end > file_bytes:
+        raise ValueError(f"{path}: tensor {name!r} ends at byte {data_start + end}, but the file "
+                         f"has {file_bytes} bytes; {_CORRUPTED}")
     return entry
 
 
-def _read_index(path: Path) -> dict[str, Entry]:
+def _read_index(path: Path) -> dict[str, TensorEntry]:
+    """Entries of all tensors in the shards that an index lists, by name."""
     try:
         shards = storage.read_json(path)["weight_map"]
         files = sorted(set(shards.values()))
-        outside = [name for name in files if Path(name).name != name or len(name) > LONGEST_NAME]
+        invalid = [name for name in files if Path(name).name != name or len(name) > MAX_NAME_LENGTH]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index of weights ({type(error).__name__}: {error}); fetch "
-                         "it again") from None
-    if outside:
-        raise ValueError(f"{path} names {outside[0][:200]!r}; shards must be files beside it")
+        raise ValueError(f"{path} is not a valid index of shards ({type(error).__name__}: "
+                         f"{error}); {_CORRUPTED}") from None
+    if invalid:
+        raise ValueError(f"{path} lists the shard {invalid[0][:200]!r}; shards must be files in "
+                         "the folder of the index")
     for name in files:
         if not (path.parent / name).is_file():
-            raise FileNotFoundError(f"{path} names {name}, which is not there; fetch it again")
-    found: dict[str, Entry] = {}
+            raise FileNotFoundError(f"{path} lists the shard {name}, which does not exist; "
+                                    "download it again")
+    entries: dict[str, TensorEntry] = {}
     for name in files:
-        found |= read_header(path.parent / name)
-    if missing := sorted(shards.keys() - found.keys()):
-        raise ValueError(f"{path} names tensor {missing[0]!r}, which is not in "
-                         f"{shards[missing[0]]}; fetch it again")
-    return found
+        entries |= read_header(path.parent / name)
+    if missing := sorted(shards.keys() - entries.keys()):
+        raise ValueError(f"{path} lists tensor {missing[0]!r}, which {shards[missing[0]]} does not "
+                         "contain; download both files again")
+    return entries
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that JAX can take over on a CPU instead of copying it: it begins at a multiple of 64.
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialized array whose memory starts at a multiple of 64 bytes.
+
+    On a CPU, JAX uses such an array in place instead of copying it.
+
+    Example:
+
+        >>> aligned_empty((3, 5), np.float32).ctypes.data % 64
+        0
     """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(num_bytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + num_bytes].view(dtype).reshape(shape)
 
 
-def read(entry: Entry) -> np.ndarray:
-    """The values of one tensor.
+def load_tensor(entry: TensorEntry) -> np.ndarray:
+    """Values of one tensor.
 
     Raises:
-        ValueError: the file has become shorter.
+        ValueError: the file is shorter than when its header was read.
     """
-    values = empty(entry.shape, entry.dtype)
+    values = aligned_empty(entry.shape, entry.dtype)
     with entry.file.open("rb", buffering=0) as file:
         file.seek(entry.start)
-        view = memoryview(values.reshape(-1).view(np.uint8))
-        while view and (count := file.readinto(view)):
-            view = view[count:]
-    if view:
-        raise ValueError(f"{entry.file} is cut off: {len(view)} bytes of a tensor of shape "
-                         f"{entry.shape} are missing; fetch it again")
+        unread = memoryview(values.reshape(-1).view(np.uint8))
+        while unread and (count := file.readinto(unread)):
+            unread = unread[count:]
+    if unread:
+        raise ValueError(f"{entry.file} is too short: {len(unread)} bytes of a tensor of shape "
+                         f"{entry.shape} are missing; {_CORRUPTED}")
     return values
 
 
 class TensorSpec(NamedTuple):
-    """A tensor to write."""
+    """Name, dtype and shape of a tensor to save."""
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
 
     @property
-    def size(self) -> int:
+    def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(folder: str | Path, plan: Sequence[TensorSpec], values: Iterable[np.ndarray],
-          shard_bytes: int) -> None:
-    """Tensors into `model.safetensors`, or into numbered files with an index where they are more
-    than `shard_bytes`. `values` come in the order of `plan`, and only one is held at a time."""
+def save_tensors(folder: str | Path, specs: Sequence[TensorSpec], values: Iterable[np.ndarray],
+                 shard_bytes: int) -> None:
+    """Saves tensors as `model.safetensors`, or as shards with an index if they are larger.
+
+    Args:
+        folder: existing folder. Weights of an earlier save in it are deleted.
+        specs: the tensors, in the order of the file.
+        values: their values in the same order; one of them is in memory at a time.
+        shard_bytes: largest size of a file, in bytes of tensors. A larger tensor gets a file of its
+            own.
+
+    Example:
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> spec = TensorSpec("bias", np.dtype("float32"), (2,))
+        >>> save_tensors(folder, [spec], [np.array([1.0, 2.0])], shard_bytes=10**9)
+        >>> load_tensor(list_tensors(folder)["bias"])
+        array([1., 2.], dtype=float32)
+    """
     folder = Path(folder)
     shards: list[list[TensorSpec]] = [[]]
-    for tensor in plan:
-        if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:
+    for spec in specs:
+        if shards[-1] and sum(s.num_bytes for s in shards[-1]) + spec.num_bytes > shard_bytes:
             shards.append([])
-        shards[-1].append(tensor)
-    names = [WEIGHTS] if len(shards) == 1 else [
+        shards[-1].append(spec)
+    names = [WEIGHTS_FILE] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    rest = iter(values)
+    remaining = iter(values)
     for name, shard in zip(names, shards):
-        _write_file(folder / name, shard, rest)
+        _save_file(folder / name, shard, remaining)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(t.size for t in plan)},
-                 "weight_map": {t.name: name for name, shard in zip(names, shards) for t in shard}}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    # Weights of an earlier save would be read in the place of these, or beside them.
-    stale = {*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX}
-    kept = {folder / name for name in names} | ({folder / INDEX} if len(shards) > 1 else set())
-    for path in stale - kept:
+        index = {"metadata": {"total_size": sum(s.num_bytes for s in specs)},
+                 "weight_map": {s.name: name for name, shard in zip(names, shards) for s in shard}}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    # Weights of an earlier save would be loaded instead of the new ones, or together with them.
+    found = {*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS_FILE, folder / INDEX_FILE}
+    saved = {folder / name for name in names} | (
+        {folder / INDEX_FILE} if len(shards) > 1 else set())
+    for path in found - saved:
         path.unlink(missing_ok=True)
 
 
-def _write_file(path: Path, plan: Sequence[TensorSpec], values: Iterator[np.ndarray]) -> None:
-    header: dict = {"__metadata__": {"format": "pt"}}  # the reference reads no file without it
+def _save_file(path: Path, specs: Sequence[TensorSpec], values: Iterator[np.ndarray]) -> None:
+    header: dict = {"__metadata__": {"format": "pt"}}  # Transformers requires it
     end = 0
-    for tensor in plan:
-        start, end = end, end + tensor.size
-        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape),
-                               "data_offsets": [start, end]}
+    for spec in specs:
+        start, end = end, end + spec.num_bytes
+        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape),
+                             "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    # Whoever is killed while writing leaves the old file whole.
+    # An interrupted save leaves an earlier file as it was.
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in plan:
-            array = np.asarray(next(values), tensor.dtype, order="C")
-            if array.shape != tensor.shape:
-                raise ValueError(f"tensor {tensor.name!r} has shape {array.shape}, not "
-                                 f"{tensor.shape}")
+        for spec in specs:
+            array = np.asarray(next(values), spec.dtype, order="C")
+            if array.shape != spec.shape:
+                raise ValueError(f"tensor {spec.name!r} has shape {array.shape}; its spec requires "
+                                 f"{spec.shape}")
             file.write(memoryview(array.reshape(-1).view(np.uint8)))
     partial.replace(path)

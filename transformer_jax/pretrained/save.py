@@ -1,4 +1,4 @@
-"""A model of ours becomes a checkpoint in the Hugging Face format again."""
+"""Saving of models as checkpoints in the Hugging Face format."""
 
 import json
 from collections.abc import Iterator
@@ -10,8 +10,11 @@ import numpy as np
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.models import Model, init_params
 from transformer_jax.pretrained import safetensors_io, weight_maps
-from transformer_jax.pretrained.families import FAMILIES, write_config
-from transformer_jax.pretrained.load import CONFIG, GENERATION
+from transformer_jax.pretrained.config_conversion import config_to_hf
+from transformer_jax.pretrained.families import FAMILIES
+from transformer_jax.pretrained.load import CONFIG_FILE, GENERATION_CONFIG_FILE
+from transformer_jax.pretrained.safetensors_io import TensorSpec
+from transformer_jax.pretrained.weight_maps import WeightMap
 from transformer_jax.tree import flatten_paths
 
 SHARD_BYTES = 5_000_000_000
@@ -26,69 +29,101 @@ def save_pretrained(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder that Transformers, and `load_pretrained`, can read.
+    """Saves a model as a folder that Transformers and `load_pretrained` can load.
 
-    Fields of config.json that this library does not know, generation_config.json and the type of
-    the weights are those of the checkpoint that the model came from (`Config.source`). Weights of
-    more than `shard_bytes` bytes are split.
+    If the model was loaded from a checkpoint, the checkpoint's generation_config.json, the dtype of
+    its weights, and the fields of its config.json that this library does not use are kept. They
+    are stored in `Config.source`.
+
+    Args:
+        path: the folder, which is created if needed.
+        model: the model.
+        params: its parameters, without PEFT parameters; see `finetuning.peft.merge`.
+        tokenizer: its tokenizer; None to save none.
+        shard_bytes: larger weights are split into files of at most this size.
 
     Raises:
-        ValueError: no family of checkpoints has such a model, or `params` are not the model's; the
-            message names the field or parameter.
+        ValueError: no model family of Transformers supports the model, or `params` do not belong to
+            the model. The message names the field or parameter.
+
+    Example:
+
+        >>> import os, tempfile
+        >>> from transformer_jax import models
+        >>> config = models.presets.get("gpt2", num_layers=1, d_model=8, num_heads=2, mlp_dim=32,
+        ...                             vocab_size=30, max_length=16)
+        >>> model = models.build_model(config, task="causal_lm")
+        >>> shapes = jax.eval_shape(lambda rng: models.init_params(model, rng), jax.random.key(0))
+        >>> params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+        >>> folder = tempfile.mkdtemp()
+        >>> save_pretrained(folder, model, params)
+        >>> sorted(os.listdir(folder))
+        ['config.json', 'model.safetensors']
     """
     config = model.config
     leaves = flatten_paths(params)
-    abstract = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
-    shapes = {name: leaf.shape for name, leaf in flatten_paths(abstract).items()}
-    for name in sorted(shapes.keys() | leaves.keys()):
-        ours, wanted = leaves.get(name), shapes.get(name)
-        if ours is None or wanted is None or np.shape(ours) != wanted:
-            raise ValueError(
-                f"params have {name} of shape {None if ours is None else np.shape(ours)}, but a "
-                f"{type(model).__name__} for {model.task} has {wanted}; give the params of this "
-                "model")
-    values = write_config(config, model.task, model.num_classes)
-    generation = values.pop("generation_config", None)
-    dtype = _DTYPES.get(values.get("torch_dtype") or values.setdefault("dtype", "float32"),
+    abstract_params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+    shapes = {name: leaf.shape for name, leaf in flatten_paths(abstract_params).items()}
+    _check_params(leaves, shapes, model)
+    hf_config = config_to_hf(config, model.task, model.num_classes)
+    generation_config = hf_config.pop("generation_config", None)
+    dtype = _DTYPES.get(hf_config.get("torch_dtype") or hf_config.setdefault("dtype", "float32"),
                         np.dtype(np.float32))
-    model_type = values["model_type"]
-    base = "" if FAMILIES[model_type].heads[model.task] == "Model" else FAMILIES[model_type].base
-    planned: dict[safetensors_io.TensorSpec, weight_maps.WeightMap | np.ndarray] = {}
+    model_type = hf_config["model_type"]
+    family = FAMILIES[model_type]
+    base = "" if family.class_suffixes[model.task] == "Model" else family.base_prefix
+    # Each tensor with its values, or with the weight map that computes them.
+    sources: dict[TensorSpec, WeightMap | np.ndarray] = {}
 
-    def plan(theirs: str, shape: tuple[int, ...], source) -> None:
-        name = theirs.replace("{base}", base)
-        planned[safetensors_io.TensorSpec(name, dtype, shape)] = source
+    def add(hf_name: str, shape: tuple[int, ...], source: WeightMap | np.ndarray) -> None:
+        sources[TensorSpec(hf_name.replace("{base}", base), dtype, shape)] = source
 
-    rules = list(weight_maps.rules(model_type, model.task, config, shapes))
-    for rule in rules:
-        plan(rule.theirs, rule.their_shape(shapes), rule)
-    if lost := sorted(shapes.keys() - {ours for rule in rules for ours in rule.ours}):
-        raise ValueError(f"{lost[0]} has no place in a checkpoint of {model_type} for "
-                         f"{model.task}; build the model without it")
-    if model.task in weight_maps.WRITES_POSITIONS.get(model_type, ()):
-        table = weight_maps.position_table(config)
-        for position in weight_maps.POSITIONS:
-            plan(position.theirs, table.shape, table)
+    maps = list(weight_maps.for_model(model_type, model.task, config, shapes))
+    for weight_map in maps:
+        add(weight_map.hf_name, weight_map.hf_shape(shapes), weight_map)
+    if unmapped := sorted(shapes.keys() - {path for m in maps for path in m.paths}):
+        raise ValueError(f"unsupported parameter {unmapped[0]}: {model_type} checkpoints for "
+                         f"{model.task} have no tensor for it; build the model without it")
+    if model.task in weight_maps.TASKS_WITH_POSITION_TABLES.get(model_type, ()):
+        table = weight_maps.sinusoidal_table(config)
+        for position_table in weight_maps.POSITION_TABLES:
+            add(position_table.hf_name, table.shape, table)
     if model.task == "seq2seq_lm" and "output/bias" not in shapes:
-        plan("final_logits_bias", (1, config.vocab_size), np.zeros((1, config.vocab_size)))
+        add("final_logits_bias", (1, config.vocab_size), np.zeros((1, config.vocab_size)))
 
-    def arrays() -> Iterator[np.ndarray]:
-        for tensor in order:
-            source = planned[tensor]
-            if isinstance(source, weight_maps.WeightMap):
-                source = source.to_theirs([np.asarray(leaves[name]) for name in source.ours])
+    def iter_values() -> Iterator[np.ndarray]:
+        for spec in specs:
+            source = sources[spec]
+            if isinstance(source, WeightMap):
+                source = source.to_hf([np.asarray(leaves[path]) for path in source.paths])
             yield source
 
-    order = sorted(planned)
+    specs = sorted(sources)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors_io.write(folder, order, arrays(), shard_bytes)
-    _write_json(folder / CONFIG, values)
-    if generation is not None:
-        _write_json(folder / GENERATION, generation)
+    safetensors_io.save_tensors(folder, specs, iter_values(), shard_bytes)
+    _save_json(folder / CONFIG_FILE, hf_config)
+    if generation_config is not None:
+        _save_json(folder / GENERATION_CONFIG_FILE, generation_config)
     if tokenizer is not None:
         tokenizer.save(folder)
 
 
-def _write_json(path: Path, values: dict) -> None:
+def _check_params(leaves: dict, shapes: dict[str, tuple[int, ...]], model: Model) -> None:
+    """Rejects parameters of another model."""
+    model_name = f"a {type(model).__name__} for {model.task}"
+    for name in sorted(shapes.keys() | leaves.keys()):
+        if name not in leaves:
+            problem = f"have no {name}, which {model_name} has"
+        elif name not in shapes:
+            problem = f"have {name}, which {model_name} does not have"
+        elif np.shape(leaves[name]) != shapes[name]:
+            problem = (f"have {name} of shape {np.shape(leaves[name])}, but that of {model_name} "
+                       f"has shape {shapes[name]}")
+        else:
+            continue
+        raise ValueError(f"params {problem}; give the params of this model")
+
+
+def _save_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
-"""A checkpoint's tokenizer: tokenizer.json, or a family's own vocabulary files.
+"""Tokenizers of checkpoints: tokenizer.json or the vocabulary files of a model family.
 
-`encode(text, add_special=True)` gives the ids that the checkpoint's model was trained on.
+`encode(text, add_special_tokens=True)` returns the token ids that the checkpoint's model was
+trained on.
 """
 
 import functools
@@ -17,29 +18,36 @@ from tokenizers import Tokenizer as Backend
 from transformer_jax import storage
 from transformer_jax.data import tokenizers
 from transformer_jax.data.tokenizers import Tokenizer
-from transformer_jax.pretrained import sentencepiece
+from transformer_jax.pretrained import sentencepiece_model
 
-CONFIG = "tokenizer_config.json"
-FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-         "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "source.spm", "target.spm",
-         "sentencepiece.bpe.model", "spiece.model")
-# mBART's languages (`FAIRSEQ_LANGUAGE_CODES` of the reference), after the pieces.
-LANGUAGES = (
+CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "source.spm", "target.spm",
+    "sentencepiece.bpe.model", "spiece.model")
+# Language tokens of mBART, whose ids follow those of the pieces (`FAIRSEQ_LANGUAGE_CODES` in
+# Transformers).
+MBART_LANGUAGES = (
     "ar_AR", "cs_CZ", "de_DE", "en_XX", "es_XX", "et_EE", "fi_FI", "fr_XX", "gu_IN", "hi_IN",
     "it_IT", "ja_XX", "kk_KZ", "ko_KR", "lt_LT", "lv_LV", "my_MM", "ne_NP", "nl_XX", "ro_RO",
     "ru_RU", "si_LK", "tr_TR", "vi_VN", "zh_CN",
 )
-_UNDERLINE = "▁"  # how SentencePiece writes a space
+_SPACE_MARK = "▁"  # stands for a space in the pieces of SentencePiece
+_MARIAN_SPECIAL_TOKENS = ("</s>", "<unk>", "<pad>")
 
 
 @dataclass(frozen=True, eq=False)
 class PretrainedTokenizer(Tokenizer):
-    """A tokenizer that is saved with the files it came with."""
+    """A tokenizer that keeps the checkpoint files it was loaded from.
+
+    Attributes:
+        files: file name -> content, without tokenizer.json.
+    """
 
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.json and the source's other files as they were."""
+        """Saves tokenizer.json and unchanged copies of the checkpoint's other tokenizer files."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))
@@ -49,32 +57,50 @@ class PretrainedTokenizer(Tokenizer):
 
 @dataclass(frozen=True, eq=False)
 class MarianTokenizer(PretrainedTokenizer):
-    """Marian's: SentencePiece cuts the source's texts, vocab.json numbers the pieces of both
-    languages. A text may begin with the language to write, as in ">>fr<< Good morning"."""
+    """The tokenizer of a Marian translation model.
+
+    Each language has a SentencePiece model that splits texts into pieces; vocab.json maps the
+    pieces of both languages to ids. A source text may start with the code of the target language,
+    as in ">>fr<< Good morning".
+
+    Attributes:
+        vocab: piece -> id, for both languages.
+        target: backend for texts in the target language; `backend` is for the source language.
+    """
 
     vocab: dict[str, int] = field(default_factory=dict, repr=False)
-    target: Backend | None = field(default=None, repr=False)  # cuts texts of the other language
+    target: Backend | None = field(default=None, repr=False)
 
     def encode_batch(
-        self, texts: Sequence[str], add_special: bool = False, target: bool = False
+        self, texts: Sequence[str], add_special_tokens: bool = False, target: bool = False
     ) -> list[list[int]]:
-        """Ids of each text; those of translations with `target`."""
-        unknown = self.vocab["<unk>"]
+        """Token ids of each text.
+
+        Args:
+            texts: the texts, all in the same language.
+            add_special_tokens: whether to append "</s>".
+            target: whether the texts are in the target language.
+
+        Raises:
+            ValueError: a text is not a string of valid Unicode.
+        """
+        unk_id = self.vocab["<unk>"]
         backend = self.target if target else self.backend
         for i, text in enumerate(texts):
             tokenizers.check_text(text, i)
-        cut = [_language_code(text) for text in texts]
-        rows = backend.encode_batch([text for _, text in cut], add_special_tokens=False)
-        end = [self.vocab["</s>"]] if add_special else []
-        return [[self.vocab.get(token, unknown) for token in ([code] if code else []) + row.tokens]
-                + end for (code, _), row in zip(cut, rows)]
+        pairs = [_split_language_code(text) for text in texts]
+        encodings = backend.encode_batch([text for _, text in pairs], add_special_tokens=False)
+        suffix = [self.vocab["</s>"]] if add_special_tokens else []
+        return [
+            [self.vocab.get(token, unk_id) for token in ([code] if code else []) + encoding.tokens]
+            + suffix for (code, _), encoding in zip(pairs, encodings)]
 
-    def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
-        """The text of ids, of either language."""
-        special = {self.vocab[token] for token in ("</s>", "<pad>", "<unk>")}
-        tokens = [self._tokens.get(i, "") for i in self._inside(ids)
-                  if not (skip_special and i in special)]
-        return "".join(tokens).replace(_UNDERLINE, " ").strip()
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
+        """The text of token ids, in either language."""
+        special_ids = {self.vocab[token] for token in _MARIAN_SPECIAL_TOKENS}
+        tokens = [self._tokens.get(i, "") for i in self._check_ids(ids)
+                  if not (skip_special_tokens and i in special_ids)]
+        return "".join(tokens).replace(_SPACE_MARK, " ").strip()
 
     @property
     def vocab_size(self) -> int:
@@ -89,129 +115,160 @@ class MarianTokenizer(PretrainedTokenizer):
 
     @functools.cached_property
     def is_word_start(self) -> np.ndarray:
-        """bool [V]: whether a token begins a word."""
+        """bool [V]: whether a token starts a word."""
         starts = np.zeros(self.vocab_size, bool)
         for token, i in self.vocab.items():
-            starts[i] = token.startswith((_UNDERLINE, "</s>", "<pad>", "<unk>"))
+            starts[i] = token.startswith((_SPACE_MARK, *_MARIAN_SPECIAL_TOKENS))
         return starts
 
     def save(self, directory: str | Path) -> None:
-        """Writes the source's files as they were."""
+        """Saves unchanged copies of the checkpoint's tokenizer files."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (directory / name).write_bytes(content)
 
 
-_PROBE = "a \U0010fffd"  # a vocabulary without a token for what is unknown fails on it
+# Encoding this text fails if a vocabulary has no unknown token, since it holds a rare character.
+_PROBE_TEXT = "a \U0010fffd"
 
 
-def _language_code(text: str) -> tuple[str, str]:
-    """">>fr<< Good morning" -> ">>fr<<", " Good morning"."""
+def _split_language_code(text: str) -> tuple[str, str]:
+    """(language code or "", remaining text): ">>fr<< Good" -> (">>fr<<", " Good")."""
     end = text.find("<<")
     return (text[: end + 2], text[end + 2 :]) if text.startswith(">>") and end > 0 else ("", text)
 
 
-def load(folder: Path, values: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer in a checkpoint's folder, None where there is none.
+def load(folder: Path, hf_config: dict[str, Any]) -> Tokenizer | None:
+    """Loads the tokenizer of a checkpoint folder; None if the folder has no supported tokenizer.
 
     Args:
-        values: the fields of config.json; the family decides how a vocabulary is used.
+        folder: the folder.
+        hf_config: the fields of config.json; the model family determines how vocabulary files are
+            interpreted.
 
     Raises:
-        ValueError: a file cannot be read as what its name says.
+        ValueError: a file is invalid, or requires an unsupported option.
+
+    Example:
+
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello"]
+        >>> _ = (folder / "vocab.txt").write_text("\\n".join(vocab))
+        >>> load(folder, {"model_type": "bert"}).encode("Hello", add_special_tokens=True)
+        [2, 5, 3]
     """
-    present = {name: folder / name for name in FILES if (folder / name).is_file()}
-    config = storage.read_json(present[CONFIG]) if CONFIG in present else {}
-    family = values.get("model_type", "")
-    for names, make in _MAKERS.items():
+    present = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    has_config = CONFIG_FILE in present
+    tokenizer_config = storage.read_json(present[CONFIG_FILE]) if has_config else {}
+    model_type = hf_config.get("model_type", "")
+    for names, load_files in _LOADERS.items():
         if not all(name in present for name in names):
             continue
         paths = [present[name] for name in names]
         try:
-            made = make(*paths, family=family, config=config, stated=CONFIG in present)
-            if isinstance(made, Backend):
-                made.encode(_PROBE)
+            loaded = load_files(*paths, model_type=model_type, tokenizer_config=tokenizer_config,
+                                has_config=has_config)
+            if isinstance(loaded, Backend):
+                loaded.encode(_PROBE_TEXT)
         except BaseException as error:
-            # The library raises bare Exception, and where it panics something that is none.
+            # The `tokenizers` library raises Exception itself, and after a panic an exception that
+            # is not an Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise ValueError(f"{paths[0]} cannot be read as a tokenizer ({error}); fetch it "
-                             "again") from None
+            raise ValueError(f"{paths[0]} cannot be loaded as a tokenizer ({error}); if the file "
+                             "is corrupted or truncated, download it again") from None
         files = {name: path.read_bytes() for name, path in present.items()
                  if name != "tokenizer.json"}
-        if isinstance(made, Backend):
+        if isinstance(loaded, Backend):
             if "tokenizer.json" not in present and "added_tokens.json" in present:
-                _add(made, storage.read_json(present["added_tokens.json"]))
-            return PretrainedTokenizer(made, files)
-        source, target, vocab = made
+                _add_tokens(loaded, storage.read_json(present["added_tokens.json"]))
+            return PretrainedTokenizer(loaded, files)
+        source, target, vocab = loaded
         return MarianTokenizer(source, files, vocab, target)
     if "spiece.model" in present:
-        print(f"{present['spiece.model']} is not read here: the tokenizer is None; a "
-              "tokenizer.json beside it would be", file=sys.stderr)
+        print(f"unsupported tokenizer file {present['spiece.model']}: the tokenizer is None; "
+              "supported: tokenizer.json in the same folder", file=sys.stderr)
     return None
 
 
-def _add(backend: Backend, added: dict[str, int]) -> None:
-    """Tokens that were added after training, in the order of their ids."""
+def _add_tokens(backend: Backend, added: dict[str, int]) -> None:
+    """Adds the tokens of added_tokens.json (token -> id), in the order of their ids."""
     for token, i in sorted(added.items(), key=lambda item: item[1]):
         backend.add_tokens([AddedToken(token, normalized=False)])
         if backend.token_to_id(token) != i:
-            raise ValueError(f"added_tokens.json gives {token!r} the id {i}, but the vocabulary's "
-                             f"next is {backend.token_to_id(token)}; fetch it again")
+            raise ValueError(f"added_tokens.json gives {token!r} the id {i}, but the next id of "
+                             f"the vocabulary is {backend.token_to_id(token)}; download the "
+                             "tokenizer again")
 
 
-def _from_json(path: Path, *, family: str, config: dict, stated: bool) -> Backend:
-    """tokenizer.json, where tokenizer_config.json may say otherwise."""
+# Loaders -----------------------------------------------------------------------------------------
+#
+# Each takes the paths of its files and
+#     model_type: the model family, from config.json;
+#     tokenizer_config: the fields of tokenizer_config.json, empty if there is no such file;
+#     has_config: whether there is one.
+
+
+def _load_json(
+    path: Path, *, model_type: str, tokenizer_config: dict, has_config: bool
+) -> Backend:
+    """tokenizer.json; the options of tokenizer_config.json take precedence."""
     backend = tokenizers.load(path).backend
     normalizer = backend.normalizer
     if isinstance(normalizer, normalizers.BertNormalizer):
         backend.normalizer = normalizers.BertNormalizer(
             clean_text=normalizer.clean_text,
-            handle_chinese_chars=config.get("tokenize_chinese_chars",
-                                            normalizer.handle_chinese_chars),
-            strip_accents=config.get("strip_accents", normalizer.strip_accents),
-            lowercase=config.get("do_lower_case", normalizer.lowercase))
-    before = backend.pre_tokenizer
-    if isinstance(before, pre_tokenizers.ByteLevel) and "add_prefix_space" in config:
-        before.add_prefix_space = bool(config["add_prefix_space"])
-        backend.pre_tokenizer = before
+            handle_chinese_chars=tokenizer_config.get("tokenize_chinese_chars",
+                                                      normalizer.handle_chinese_chars),
+            strip_accents=tokenizer_config.get("strip_accents", normalizer.strip_accents),
+            lowercase=tokenizer_config.get("do_lower_case", normalizer.lowercase))
+    pre_tokenizer = backend.pre_tokenizer
+    if (isinstance(pre_tokenizer, pre_tokenizers.ByteLevel)
+            and "add_prefix_space" in tokenizer_config):
+        pre_tokenizer.add_prefix_space = bool(tokenizer_config["add_prefix_space"])
+        backend.pre_tokenizer = pre_tokenizer
     return backend
 
 
-def _wordpiece(path: Path, *, family: str, config: dict, stated: bool) -> Backend:
+def _load_wordpiece(
+    path: Path, *, model_type: str, tokenizer_config: dict, has_config: bool
+) -> Backend:
     """vocab.txt of BERT and DistilBERT."""
     backend = tokenizers.load(path).backend
-    if stated:
-        lowercase = config.get("do_lower_case", True)
+    if has_config:
         backend.normalizer = normalizers.BertNormalizer(
-            handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-            strip_accents=config.get("strip_accents"), lowercase=lowercase)
+            handle_chinese_chars=tokenizer_config.get("tokenize_chinese_chars", True),
+            strip_accents=tokenizer_config.get("strip_accents"),
+            lowercase=tokenizer_config.get("do_lower_case", True))
     return backend
 
 
-def _bpe(vocab: Path, merges: Path, *, family: str, config: dict, stated: bool) -> Backend:
-    """vocab.json and merges.txt: byte-level, or the first GPT's."""
-    named = config.get("tokenizer_class") or family
-    if named.lower().startswith("openai"):
-        return _gpt1(vocab, merges)
+def _load_bpe(
+    vocab: Path, merges: Path, *, model_type: str, tokenizer_config: dict, has_config: bool
+) -> Backend:
+    """vocab.json and merges.txt: byte-level BPE, or the BPE of the first GPT."""
+    tokenizer_class = (tokenizer_config.get("tokenizer_class") or model_type).lower()
+    if tokenizer_class.startswith("openai"):
+        return _load_gpt1(vocab, merges)
+    add_prefix_space = bool(tokenizer_config.get("add_prefix_space"))
     backend = tokenizers.load(vocab).backend
-    if config.get("add_prefix_space"):
+    if add_prefix_space:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    known = backend.get_vocab()
-    if named.lower().startswith(("roberta", "bart")) or family in ("roberta", "bart"):
-        # "<mask>" takes the space in front of it, as in pre-training.
+    ids = backend.get_vocab()
+    if tokenizer_class.startswith(("roberta", "bart")) or model_type in ("roberta", "bart"):
+        # "<mask>" includes the space before it, as in pre-training.
         backend.add_special_tokens([
             AddedToken(token, lstrip=token == "<mask>", normalized=False)
-            for token in tokenizers.SEQ2SEQ_SPECIALS if token in known])
+            for token in tokenizers.SEQ2SEQ_SPECIAL_TOKENS if token in ids])
         backend.post_processor = processors.RobertaProcessing(
-            ("</s>", known["</s>"]), ("<s>", known["<s>"]),
-            add_prefix_space=bool(config.get("add_prefix_space")))
+            ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), add_prefix_space=add_prefix_space)
     return backend
 
 
-def _gpt1(vocab: Path, merges: Path) -> Backend:
-    """The first GPT: BERT's words in lower case, in pieces of which the last carries "</w>"."""
+def _load_gpt1(vocab: Path, merges: Path) -> Backend:
+    """BPE of the first GPT: lowercase words as BERT splits them, with "</w>" at their end."""
     backend = Backend(models.BPE.from_file(
         str(vocab), str(merges), unk_token="<unk>", end_of_word_suffix="</w>"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -222,50 +279,60 @@ def _gpt1(vocab: Path, merges: Path) -> Backend:
     return backend
 
 
-def _marian(source: Path, target: Path, vocab: Path, *, family: str, config: dict, stated: bool):
-    """Cutters of both languages, and the vocabulary they share."""
-    if config.get("separate_vocabs"):
-        raise ValueError("separate_vocabs is true; only one vocabulary for both languages is here")
+def _load_marian(
+    source: Path, target: Path, vocab: Path, *, model_type: str, tokenizer_config: dict,
+    has_config: bool,
+) -> tuple[Backend, Backend, dict[str, int]]:
+    """(backend of the source language, backend of the target language, piece -> id)."""
+    if tokenizer_config.get("separate_vocabs"):
+        raise ValueError("unsupported separate_vocabs True; supported: False, one vocabulary for "
+                         "both languages")
     ids = storage.read_json(vocab)
-    if missing := [token for token in ("</s>", "<unk>", "<pad>") if token not in ids]:
-        raise ValueError(f"{vocab.name} lacks {missing[0]!r}")
-    cutters = [sentencepiece.backend(sentencepiece.read(path)) for path in (source, target)]
-    for cutter in cutters:
-        cutter.add_special_tokens(["</s>", "<unk>", "<pad>"])
-    return *cutters, ids
+    if missing := [token for token in _MARIAN_SPECIAL_TOKENS if token not in ids]:
+        raise ValueError(f"{vocab.name} has no token {missing[0]!r}")
+    backends = [sentencepiece_model.make_backend(sentencepiece_model.load_model(path))
+                for path in (source, target)]
+    for backend in backends:
+        backend.add_special_tokens(list(_MARIAN_SPECIAL_TOKENS))
+    return *backends, ids
 
 
-def _fairseq(path: Path, *, family: str, config: dict, stated: bool) -> Backend:
-    """sentencepiece.bpe.model of XLM-RoBERTa, CamemBERT and mBART, which number the pieces behind
-    special tokens of their own."""
-    model = sentencepiece.read(path)
-    if family == "camembert":
-        first = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED"]
-        pieces = [*((token, 0.0) for token in first), *model.pieces[1:]]
+def _load_fairseq(
+    path: Path, *, model_type: str, tokenizer_config: dict, has_config: bool
+) -> Backend:
+    """sentencepiece.bpe.model of XLM-RoBERTa, CamemBERT and mBART.
+
+    As in fairseq, the ids of the pieces follow those of the family's own special tokens.
+    """
+    model = sentencepiece_model.load_model(path)
+    if model_type == "camembert":
+        special_tokens = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED"]
+        pieces = [*((token, 0.0) for token in special_tokens), *model.pieces[1:]]
         pieces[4] = ("<unk>NOTUSED", -100.0)
     else:
-        first = ["<s>", "<pad>", "</s>", "<unk>"]
-        pieces = [*((token, 0.0) for token in first), *model.pieces[3:]]
-    languages = LANGUAGES if family == "mbart" else ()
+        special_tokens = ["<s>", "<pad>", "</s>", "<unk>"]
+        pieces = [*((token, 0.0) for token in special_tokens), *model.pieces[3:]]
+    languages = MBART_LANGUAGES if model_type == "mbart" else ()
     pieces += [(token, 0.0) for token in (*languages, "<mask>")]
-    backend = sentencepiece.backend(model, pieces, unknown=3)
+    backend = sentencepiece_model.make_backend(model, pieces, unk_id=3)
     backend.add_special_tokens([
         *("<s>", "<pad>", "</s>", "<unk>", *languages),
         AddedToken("<mask>", lstrip=True, normalized=False)])
-    language = config.get("src_lang") or "en_XX"
-    frame = f"$A </s> {language}" if family == "mbart" else "<s> $A </s>"
-    ends = [token for token in frame.split() if token != "$A"]
+    language = tokenizer_config.get("src_lang") or "en_XX"
+    template = f"$A </s> {language}" if model_type == "mbart" else "<s> $A </s>"
+    template_tokens = [token for token in template.split() if token != "$A"]
     backend.post_processor = processors.TemplateProcessing(
-        single=frame, special_tokens=[(token, backend.token_to_id(token)) for token in ends])
+        single=template,
+        special_tokens=[(token, backend.token_to_id(token)) for token in template_tokens])
     return backend
 
 
-# The first of which all files are there counts.
-_MAKERS: dict[tuple[str, ...], Callable] = {
-    ("source.spm", "target.spm", "vocab.json"): _marian,
-    ("tokenizer.json",): _from_json,
-    ("vocab.json", "merges.txt"): _bpe,
-    ("encoder.json", "vocab.bpe"): _bpe,
-    ("vocab.txt",): _wordpiece,
-    ("sentencepiece.bpe.model",): _fairseq,
+# Files -> their loader. The first entry of which all files are present is used.
+_LOADERS: dict[tuple[str, ...], Callable] = {
+    ("source.spm", "target.spm", "vocab.json"): _load_marian,
+    ("tokenizer.json",): _load_json,
+    ("vocab.json", "merges.txt"): _load_bpe,
+    ("encoder.json", "vocab.bpe"): _load_bpe,
+    ("vocab.txt",): _load_wordpiece,
+    ("sentencepiece.bpe.model",): _load_fairseq,
 }

@@ -1,115 +1,141 @@
-"""Our parameter paths and the names of the same tensors in checkpoints: one table for both ways.
+"""Names of tensors in Hugging Face checkpoints and the parameter paths they correspond to.
 
-A rule reads: this tensor of theirs holds these parameters of ours, one or several joined. "{i}" is
-the number of a layer; "{base}" is what the reference writes in front of all names but those of the
-head, such as "bert.", and nothing where there is no head. PyTorch's `Linear` keeps its kernel as
-[out, in], GPT's `Conv1D` as [in, out], and neither knows of heads: our kernels are [D, N, H] into
-heads and [N, H, D] out of them.
+A `WeightMap` maps one tensor to one or several parameters. The same tables serve loading and
+saving. In tensor names, "{base}" is the prefix of the base model, such as "bert."; it is empty in
+checkpoints without a head. In names and paths, "{i}" is the index of a layer.
+
+PyTorch's `Linear` stores its weight as [out, in] and GPT's `Conv1D` as [in, out], both without head
+axes. Kernels of this library are [D, N, H] for query, key and value, and [N, H, D] for the
+attention output.
 """
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from transformer_jax.models import Config
-from transformer_jax.nn.positions import sinusoidal
+from transformer_jax.nn.positions import sinusoidal_positions
 
 
 class WeightMap(NamedTuple):
-    """`theirs` holds `ours`, flattened to matrices or vectors and joined along the last axis."""
+    """The correspondence between a checkpoint tensor and parameters.
 
-    theirs: str
-    ours: tuple[str, ...]
-    transposed: bool = False  # theirs is [out, in]
-    row: bool = False  # theirs is [1, n], ours [n]
-    aliases: tuple[str, ...] = ()  # other names of the same tensor; one of them is enough
+    The tensor holds the parameters as matrices or vectors, concatenated along the last axis.
 
-    def their_shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-        """The shape of theirs, from those of ours."""
-        flat = [_flat(path, shapes[path]) for path in self.ours]
+    Attributes:
+        hf_name: name of the tensor.
+        paths: paths of the parameters.
+        is_transposed: whether the tensor is stored as [out, in].
+        is_row: whether the tensor of a vector parameter has the shape [1, size].
+        aliases: other names of the tensor; one of all these names is enough.
+
+    Example:
+
+        >>> weight_map = WeightMap("fc.weight", ("mlp/wi/kernel",), is_transposed=True)
+        >>> weight_map.hf_shape({"mlp/wi/kernel": (8, 32)})
+        (32, 8)
+    """
+
+    hf_name: str
+    paths: tuple[str, ...]
+    is_transposed: bool = False
+    is_row: bool = False
+    aliases: tuple[str, ...] = ()
+
+    def hf_shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Shape of the tensor, given the shapes of the parameters by path."""
+        flat = [_flat_shape(path, shapes[path]) for path in self.paths]
         shape = (*flat[0][:-1], sum(s[-1] for s in flat))
-        return shape[::-1] if self.transposed else (1, *shape) if self.row else shape
+        return shape[::-1] if self.is_transposed else (1, *shape) if self.is_row else shape
 
-    def to_ours(self, value: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> list[np.ndarray]:
-        """Our parameters, which may be views of `value`."""
-        value = value.T if self.transposed else value[0] if self.row else value
-        ends = np.cumsum([_flat(path, shapes[path])[-1] for path in self.ours])[:-1]
-        parts = np.split(value, ends, axis=-1)
-        return [part.reshape(shapes[path]) for path, part in zip(self.ours, parts)]
+    def to_params(self, tensor: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> list[np.ndarray]:
+        """Parameters in the order of `paths`, which may be views of `tensor`."""
+        matrix = tensor.T if self.is_transposed else tensor[0] if self.is_row else tensor
+        ends = np.cumsum([_flat_shape(path, shapes[path])[-1] for path in self.paths])[:-1]
+        return [part.reshape(shapes[path])
+                for path, part in zip(self.paths, np.split(matrix, ends, axis=-1))]
 
-    def to_theirs(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        """The inverse of `to_ours`."""
-        flat = [value.reshape(_flat(path, value.shape)) for path, value in zip(self.ours, values)]
-        joined = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=-1)
-        return joined.T if self.transposed else joined[None] if self.row else joined
+    def to_hf(self, params: Sequence[np.ndarray]) -> np.ndarray:
+        """The tensor for parameters in the order of `paths`; the inverse of `to_params`."""
+        flat = [param.reshape(_flat_shape(path, param.shape))
+                for path, param in zip(self.paths, params)]
+        matrix = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=-1)
+        return matrix.T if self.is_transposed else matrix[None] if self.is_row else matrix
 
 
-def _flat(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The matrix or vector that a parameter is: axes of heads become one."""
+def _flat_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a parameter as a matrix or vector, with its head axes merged."""
     if path.endswith("/embedding"):
         return shape
     if path.endswith("/kernel"):
-        inputs = 2 if "attention/out/" in path else 1
-        return (math.prod(shape[:inputs]), math.prod(shape[inputs:]))
+        num_input_axes = 2 if "attention/out/" in path else 1
+        return (math.prod(shape[:num_input_axes]), math.prod(shape[num_input_axes:]))
     return (math.prod(shape),)
 
 
-class Sinusoids(NamedTuple):
-    """A table of fixed positions, which their files may have and our parameters do not."""
+class PositionTable(NamedTuple):
+    """A tensor of sinusoidal positions, which checkpoints may contain and the model computes."""
 
-    theirs: str
-
-
-def _norm(ours: str, theirs: str) -> list[WeightMap]:
-    return [WeightMap(f"{theirs}.weight", (f"{ours}/scale",)),
-            WeightMap(f"{theirs}.bias", (f"{ours}/bias",))]
+    hf_name: str
 
 
-def _linear(ours: str | Sequence[str], theirs: str, transposed: bool = True) -> list[WeightMap]:
-    paths = (ours,) if isinstance(ours, str) else ours
+def _norm(path: str, hf_name: str) -> list[WeightMap]:
+    return [WeightMap(f"{hf_name}.weight", (f"{path}/scale",)),
+            WeightMap(f"{hf_name}.bias", (f"{path}/bias",))]
+
+
+def _linear(
+    path: str | Sequence[str], hf_name: str, is_transposed: bool = True
+) -> list[WeightMap]:
+    paths = (path,) if isinstance(path, str) else path
     return [
-        WeightMap(f"{theirs}.weight", tuple(f"{path}/kernel" for path in paths), transposed),
-        WeightMap(f"{theirs}.bias", tuple(f"{path}/bias" for path in paths)),
+        WeightMap(f"{hf_name}.weight", tuple(f"{path}/kernel" for path in paths), is_transposed),
+        WeightMap(f"{hf_name}.bias", tuple(f"{path}/bias" for path in paths)),
     ]
 
 
-def _embed(ours: str, theirs: str, aliases: Sequence[str] = ()) -> WeightMap:
-    return WeightMap(f"{theirs}.weight", (f"{ours}/embedding",), aliases=tuple(aliases))
+def _embedding(path: str, hf_name: str, aliases: Sequence[str] = ()) -> WeightMap:
+    return WeightMap(f"{hf_name}.weight", (f"{path}/embedding",), aliases=tuple(aliases))
 
 
-def _gpt(tokens: str, positions: str) -> list[WeightMap]:
+def _gpt(token_embed: str, position_embed: str) -> list[WeightMap]:
+    """A GPT decoder, given the tensor names of its embeddings."""
     layer, block = "decoder/layer_{i}", "{base}h.{i}"
     attention = f"{layer}/self_attention"
-    joined = [f"{attention}/{name}" for name in ("query", "key", "value")]
+    qkv = [f"{attention}/{name}" for name in ("query", "key", "value")]
     return [
-        _embed("token_embed", f"{{base}}{tokens}", ["lm_head.weight"]),
-        _embed("position_embed", f"{{base}}{positions}"),
-        *_linear(joined, f"{block}.attn.c_attn", transposed=False),
-        *_linear(f"{attention}/out", f"{block}.attn.c_proj", transposed=False),
+        _embedding("token_embed", f"{{base}}{token_embed}", ["lm_head.weight"]),
+        _embedding("position_embed", f"{{base}}{position_embed}"),
+        *_linear(qkv, f"{block}.attn.c_attn", is_transposed=False),
+        *_linear(f"{attention}/out", f"{block}.attn.c_proj", is_transposed=False),
         *_norm(f"{layer}/attention_norm", f"{block}.ln_1"),
-        *_linear(f"{layer}/mlp/wi", f"{block}.mlp.c_fc", transposed=False),
-        *_linear(f"{layer}/mlp/wo", f"{block}.mlp.c_proj", transposed=False),
+        *_linear(f"{layer}/mlp/wi", f"{block}.mlp.c_fc", is_transposed=False),
+        *_linear(f"{layer}/mlp/wo", f"{block}.mlp.c_proj", is_transposed=False),
         *_norm(f"{layer}/mlp_norm", f"{block}.ln_2"),
     ]
 
 
-def _encoder(layers: str, names: dict[str, str], decoder: str) -> list[WeightMap]:
-    """An encoder that reads both ways; `names` are those of a layer's parts, `decoder` that of the
-    output layer, the same tensor as the token embedding's."""
-    layer = "encoder/layer_{i}"
-    rules = [
-        _embed("token_embed", "{base}embeddings.word_embeddings", [f"{decoder}.weight"]),
-        _embed("position_embed", "{base}embeddings.position_embeddings"),
-        _embed("segment_embed", "{base}embeddings.token_type_embeddings"),
+def _encoder(hf_layers: str, hf_names: dict[str, str], hf_decoder: str) -> list[WeightMap]:
+    """A BERT encoder.
+
+    Args:
+        hf_layers: tensor name prefix of the layers.
+        hf_names: path of a module within a layer -> its tensor name within a layer.
+        hf_decoder: tensor name of the output layer, which is tied to the token embedding.
+    """
+    maps = [
+        _embedding("token_embed", "{base}embeddings.word_embeddings", [f"{hf_decoder}.weight"]),
+        _embedding("position_embed", "{base}embeddings.position_embeddings"),
+        _embedding("segment_embed", "{base}embeddings.token_type_embeddings"),
         *_norm("embed_norm", "{base}embeddings.LayerNorm"),
     ]
-    for ours, theirs in names.items():
-        make = _norm if ours.endswith("norm") else _linear
-        rules += make(f"{layer}/{ours}", f"{{base}}{layers}.{{i}}.{theirs}")
-    return rules
+    for path, hf_name in hf_names.items():
+        make_maps = _norm if path.endswith("norm") else _linear
+        maps += make_maps(f"encoder/layer_{{i}}/{path}", f"{{base}}{hf_layers}.{{i}}.{hf_name}")
+    return maps
 
 
 _BERT = [
@@ -124,8 +150,9 @@ _BERT = [
     }, "cls.predictions.decoder"),
     *_linear("pooler", "{base}pooler.dense"),
 ]
-_ROBERTA = [rule._replace(aliases=("lm_head.decoder.weight",)) if rule.aliases else rule
-            for rule in _BERT]
+_ROBERTA = [
+    weight_map._replace(aliases=("lm_head.decoder.weight",)) if weight_map.aliases else weight_map
+    for weight_map in _BERT]
 _DISTILBERT = _encoder("transformer.layer", {
     "self_attention/query": "attention.q_lin", "self_attention/key": "attention.k_lin",
     "self_attention/value": "attention.v_lin", "self_attention/out": "attention.out_lin",
@@ -134,39 +161,43 @@ _DISTILBERT = _encoder("transformer.layer", {
 }, "vocab_projector")
 
 
-def _bart(*extra: WeightMap) -> list[WeightMap]:
-    rules = [_embed("token_embed", "{base}shared", [
+def _encoder_decoder(*extra: WeightMap) -> list[WeightMap]:
+    """An encoder-decoder; `extra` are the parts that only some families have."""
+    maps = [_embedding("token_embed", "{base}shared", [
         "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"])]
+    attentions = {"self_attention": "self_attn", "cross_attention": "encoder_attn"}
+    projections = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
     for stack in ("encoder", "decoder"):
         layer, block = f"{stack}/layer_{{i}}", f"{{base}}{stack}.layers.{{i}}"
-        looks = {"self_attention": "self_attn", "cross_attention": "encoder_attn"}
-        for ours, theirs in looks.items():
-            parts = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
-            for part, name in parts.items():
-                rules += _linear(f"{layer}/{ours}/{part}", f"{block}.{theirs}.{name}")
-        rules += [
+        for attention, hf_attention in attentions.items():
+            for projection, hf_projection in projections.items():
+                maps += _linear(f"{layer}/{attention}/{projection}",
+                                f"{block}.{hf_attention}.{hf_projection}")
+        maps += [
             *_norm(f"{layer}/attention_norm", f"{block}.self_attn_layer_norm"),
             *_norm(f"{layer}/cross_attention_norm", f"{block}.encoder_attn_layer_norm"),
             *_linear(f"{layer}/mlp/wi", f"{block}.fc1"),
             *_linear(f"{layer}/mlp/wo", f"{block}.fc2"),
             *_norm(f"{layer}/mlp_norm", f"{block}.final_layer_norm"),
         ]
-    return [*rules, WeightMap("final_logits_bias", ("output/bias",), row=True), *extra]
+    return [*maps, WeightMap("final_logits_bias", ("output/bias",), is_row=True), *extra]
 
 
-def _sides(ours: str, theirs: str, make) -> list[WeightMap]:
-    return [rule for side in ("encoder", "decoder")
-            for rule in make(ours.format(side), f"{{base}}{side}.{theirs}")]
+def _both_stacks(path: str, hf_name: str, make_maps: Callable) -> list[WeightMap]:
+    """The maps of a module in encoder and decoder; "{}" in `path` is the name of the stack."""
+    return [weight_map for stack in ("encoder", "decoder")
+            for weight_map in make_maps(path.format(stack), f"{{base}}{stack}.{hf_name}")]
 
 
-_BART = _bart(
-    *_sides("{}_position_embed", "embed_positions", lambda o, t: [_embed(o, t)]),
-    *_sides("{}_embed_norm", "layernorm_embedding", _norm),
+_BART = _encoder_decoder(
+    *_both_stacks("{}_position_embed", "embed_positions",
+                  lambda path, hf_name: [_embedding(path, hf_name)]),
+    *_both_stacks("{}_embed_norm", "layernorm_embedding", _norm),
 )
-_FINAL_NORMS = _sides("{}/final_norm", "layer_norm", _norm)
+_FINAL_NORMS = _both_stacks("{}/final_norm", "layer_norm", _norm)
 
-# Names of all parts but the head's, by the family's `model_type`.
-BODIES: dict[str, list[WeightMap]] = {
+# `model_type` of a family -> the weight maps of its models without a head.
+BASE_WEIGHT_MAPS: dict[str, list[WeightMap]] = {
     "gpt2": [*_gpt("wte", "wpe"), *_norm("decoder/final_norm", "{base}ln_f")],
     "openai-gpt": _gpt("tokens_embed", "positions_embed"),
     "bert": _BERT,
@@ -176,106 +207,135 @@ BODIES: dict[str, list[WeightMap]] = {
     "distilbert": _DISTILBERT,
     "bart": _BART,
     "mbart": [*_BART, *_FINAL_NORMS],
-    "marian": _bart(),
-    "pegasus": _bart(*_FINAL_NORMS),
+    "marian": _encoder_decoder(),
+    "pegasus": _encoder_decoder(*_FINAL_NORMS),
 }
-# The output layer where it is a matrix of its own.
-_UNTIED = {"gpt2": _embed("lm_head", "lm_head"), "openai-gpt": _embed("lm_head", "lm_head"),
-           "distilbert": _embed("lm_head", "vocab_projector")}
-_QA = _linear("classifier", "qa_outputs")
+# The output layer where it is not tied to the token embedding.
+_UNTIED_OUTPUT = {
+    "gpt2": _embedding("lm_head", "lm_head"), "openai-gpt": _embedding("lm_head", "lm_head"),
+    "distilbert": _embedding("lm_head", "vocab_projector")}
+_QUESTION_ANSWERING = _linear("classifier", "qa_outputs")
 _CLASSIFIER = _linear("classifier", "classifier")
-_BERT_WORDS = [
+_BERT_MLM = [
     *_linear("mlm_head/dense", "cls.predictions.transform.dense"),
     *_norm("mlm_head/norm", "cls.predictions.transform.LayerNorm"),
     WeightMap("cls.predictions.bias", ("mlm_head/output/bias",),
-         aliases=("cls.predictions.decoder.bias",)),
+              aliases=("cls.predictions.decoder.bias",)),
 ]
-_BERT_NEXT = _linear("nsp_head", "cls.seq_relationship")
-_ROBERTA_WORDS = [
+_BERT_NSP = _linear("nsp_head", "cls.seq_relationship")
+_ROBERTA_MLM = [
     *_linear("mlm_head/dense", "lm_head.dense"),
     *_norm("mlm_head/norm", "lm_head.layer_norm"),
     WeightMap("lm_head.bias", ("mlm_head/output/bias",), aliases=("lm_head.decoder.bias",)),
 ]
-_DISTILBERT_WORDS = [
+_DISTILBERT_MLM = [
     *_linear("mlm_head/dense", "vocab_transform"),
     *_norm("mlm_head/norm", "vocab_layer_norm"),
     WeightMap("vocab_projector.bias", ("mlm_head/output/bias",)),
 ]
 _ENCODER_HEADS = {"classification": _CLASSIFIER, "token_classification": _CLASSIFIER,
-                  "multiple_choice": _CLASSIFIER, "question_answering": _QA}
-_SCORE = [WeightMap("score.weight", ("classifier/kernel",), transposed=True)]
-_GPT_HEADS = {"classification": _SCORE, "token_classification": _CLASSIFIER,
-              "question_answering": _QA}
-_DISTILBERT_POOLED = [*_linear("pooler", "pre_classifier"), *_CLASSIFIER]
+                  "multiple_choice": _CLASSIFIER, "question_answering": _QUESTION_ANSWERING}
+_GPT_CLASSIFIER = [WeightMap("score.weight", ("classifier/kernel",), is_transposed=True)]
+_GPT_HEADS = {"classification": _GPT_CLASSIFIER, "token_classification": _CLASSIFIER,
+              "question_answering": _QUESTION_ANSWERING}
+_DISTILBERT_CLASSIFIER = [*_linear("pooler", "pre_classifier"), *_CLASSIFIER]
 _ROBERTA_HEADS = {
-    **_ENCODER_HEADS, "masked_lm": _ROBERTA_WORDS,
+    **_ENCODER_HEADS, "masked_lm": _ROBERTA_MLM,
     "classification": [*_linear("pooler", "classifier.dense"),
                        *_linear("classifier", "classifier.out_proj")],
 }
 _BART_HEADS = {
     "classification": [*_linear("pooler", "classification_head.dense"),
                        *_linear("classifier", "classification_head.out_proj")],
-    "question_answering": _QA,
+    "question_answering": _QUESTION_ANSWERING,
 }
-HEADS: dict[str, dict[str, list[WeightMap]]] = {
+# `model_type` of a family -> task -> the weight maps of the head.
+HEAD_WEIGHT_MAPS: dict[str, dict[str, list[WeightMap]]] = {
     "gpt2": _GPT_HEADS,
     "openai-gpt": _GPT_HEADS,
-    "bert": {**_ENCODER_HEADS, "masked_lm": _BERT_WORDS, "next_sentence": _BERT_NEXT,
-             "pretraining": [*_BERT_WORDS, *_BERT_NEXT]},
+    "bert": {**_ENCODER_HEADS, "masked_lm": _BERT_MLM, "next_sentence": _BERT_NSP,
+             "pretraining": [*_BERT_MLM, *_BERT_NSP]},
     "roberta": _ROBERTA_HEADS,
     "xlm-roberta": _ROBERTA_HEADS,
     "camembert": _ROBERTA_HEADS,
-    "distilbert": {**_ENCODER_HEADS, "masked_lm": _DISTILBERT_WORDS,
-                   "classification": _DISTILBERT_POOLED, "multiple_choice": _DISTILBERT_POOLED},
+    "distilbert": {**_ENCODER_HEADS, "masked_lm": _DISTILBERT_MLM,
+                   "classification": _DISTILBERT_CLASSIFIER,
+                   "multiple_choice": _DISTILBERT_CLASSIFIER},
     "bart": _BART_HEADS,
     "mbart": _BART_HEADS,
     "marian": {},
     "pegasus": {},
 }
-# Fixed positions: the reference writes those of PEGASUS always, those of Marian without a head.
-POSITIONS = [Sinusoids(f"{{base}}{side}.embed_positions.weight") for side in ("encoder", "decoder")]
-WRITES_POSITIONS = {"marian": ("base",), "pegasus": ("base", "seq2seq_lm")}
+POSITION_TABLES = [
+    PositionTable(f"{{base}}{stack}.embed_positions.weight") for stack in ("encoder", "decoder")]
+# `model_type` -> tasks for which Transformers saves the position tables.
+TASKS_WITH_POSITION_TABLES = {"marian": ("base",), "pegasus": ("base", "seq2seq_lm")}
 
-# Buffers that old versions of the reference wrote; nothing is lost with them.
-BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|attn\.(masked_)?bias)$")
-_OLD_NAMES = re.compile(r"(LayerNorm|layer_norm)\.(gamma|beta)$")
-_LAYER = re.compile(r"(?:^|\.)(?:h|layer|layers)\.(\d+)\.")
-
-
-def modern(name: str, base: str) -> str:
-    """A tensor's name as the tables have it, without `base`: BERT's first checkpoints call a norm's
-    weight gamma and its bias beta."""
-    name = _OLD_NAMES.sub(
-        lambda m: f"{m[1]}.{'weight' if m[2] == 'gamma' else 'bias'}", name)
-    return name.removeprefix(base)
+# Buffers that old versions of Transformers saved; they hold no parameters.
+IGNORED_BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|attn\.(masked_)?bias)$")
+_OLD_NORM_NAMES = re.compile(r"(LayerNorm|layer_norm)\.(gamma|beta)$")
+_LAYER_INDEX = re.compile(r"(?:^|\.)(?:h|layer|layers)\.(\d+)\.")
 
 
-def layer_number(name: str) -> int | None:
-    """Which layer a tensor is of."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
+def canonical_name(name: str, base_prefix: str) -> str:
+    """A tensor name as in the tables, without the prefix of the base model.
 
+    The first checkpoints of BERT name the weight of a LayerNorm "gamma" and its bias "beta".
 
-def rules(family: str, task: str, config: Config, shapes) -> Iterator[WeightMap]:
-    """The rules of the parameters in `shapes` (by path), a rule for each layer, "{base}" left open.
+    Example:
+
+        >>> canonical_name("bert.embeddings.LayerNorm.gamma", "bert.")
+        'embeddings.LayerNorm.weight'
     """
-    layers = {"encoder": config.num_layers,
-              "decoder": getattr(config, "num_decoder_layers", None) or config.num_layers}
-    body = BODIES[family]
+    name = _OLD_NORM_NAMES.sub(
+        lambda m: f"{m[1]}.{'weight' if m[2] == 'gamma' else 'bias'}", name)
+    return name.removeprefix(base_prefix)
+
+
+def layer_index(name: str) -> int | None:
+    """Index of the layer that a tensor belongs to; None for tensors outside the layers."""
+    match = _LAYER_INDEX.search(name)
+    return int(match[1]) if match else None
+
+
+def for_model(
+    model_type: str, task: str, config: Config, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[WeightMap]:
+    """Weight maps of a model, one per layer for tensors of layers.
+
+    Args:
+        model_type: the family.
+        task: the task, which determines the head.
+        config: the model's config.
+        shapes: path -> shape of the model's parameters. Maps of other parameters are skipped.
+
+    Yields:
+        Weight maps whose tensor names still contain "{base}".
+    """
+    num_layers = {
+        "encoder": config.num_layers,
+        "decoder": getattr(config, "num_decoder_layers", None) or config.num_layers}
+    base_maps = BASE_WEIGHT_MAPS[model_type]
     if not config.tie_embeddings:
-        body = [*(rule._replace(aliases=()) if rule.ours[0].startswith("token_embed") else rule
-                  for rule in body), _UNTIED[family]]
-    head = HEADS[family].get(task, [])
-    on_top = {rule.ours for rule in head}  # RoBERTa's classifier has a pooler of its own
-    for rule in [*(rule for rule in body if rule.ours not in on_top), *head]:
-        stack = rule.ours[0].partition("/")[0]
-        for i in range(layers[stack] if "{i}" in rule.theirs else 1):
-            one = rule._replace(theirs=rule.theirs.replace("{i}", str(i)),
-                                ours=tuple(path.replace("{i}", str(i)) for path in rule.ours))
-            if one.ours[0] in shapes:
-                yield one
+        base_maps = [
+            *(weight_map._replace(aliases=())
+              if weight_map.paths[0].startswith("token_embed") else weight_map
+              for weight_map in base_maps),
+            _UNTIED_OUTPUT[model_type]]
+    head_maps = HEAD_WEIGHT_MAPS[model_type].get(task, [])
+    # RoBERTa's classifier has its own pooler in the place of the base model's.
+    replaced = {weight_map.paths for weight_map in head_maps}
+    for weight_map in [*(m for m in base_maps if m.paths not in replaced), *head_maps]:
+        stack = weight_map.paths[0].partition("/")[0]
+        for i in range(num_layers[stack] if "{i}" in weight_map.hf_name else 1):
+            layer_map = weight_map._replace(
+                hf_name=weight_map.hf_name.replace("{i}", str(i)),
+                paths=tuple(path.replace("{i}", str(i)) for path in weight_map.paths))
+            if layer_map.paths[0] in shapes:
+                yield layer_map
 
 
-def position_table(config: Config) -> np.ndarray:
-    """What a tensor of fixed positions holds: float32 [max_length, D]."""
-    return sinusoidal(config.max_length, config.d_model, interleave=False).astype(np.float32)
+def sinusoidal_table(config: Config) -> np.ndarray:
+    """Content of a tensor of sinusoidal positions: float32 [max_length, D]."""
+    return sinusoidal_positions(
+        config.max_length, config.d_model, interleave=False).astype(np.float32)

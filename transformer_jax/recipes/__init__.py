@@ -1,5 +1,28 @@
-"""End-to-end jobs: a config dataclass and a function each."""
+"""End-to-end jobs: pre-training, fine-tuning, sweeps and sequence to sequence.
+
+Each job is a frozen dataclass of settings and a function; `finetune` also takes its options as
+keyword arguments.
+"""
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submodules=[])
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "base_model", "config", "corpus", "denoising", "encoding", "finetuning", "finetuning_run",
+        "inputs", "prediction", "pretraining", "question_encoder", "quickstart", "retention",
+        "run_dir", "seq2seq_encoder", "sequence_to_sequence", "sweep", "task_encoder",
+        "text_encoder", "word_encoder",
+    ],
+    submod_attrs={
+        "config": ["DatasetConfig", "FinetuneOptimizerConfig", "MeshConfig", "OptimizerConfig",
+                   "TrainingConfig"],
+        "denoising": ["DenoiseConfig", "denoise"],
+        "finetuning": ["FinetuneConfig", "FinetuneResult", "finetune", "finetune_config"],
+        "prediction": ["evaluate", "predict"],
+        "pretraining": ["PretrainConfig", "pretrain", "pretrain_config"],
+        "quickstart": ["QuickstartConfig"],
+        "sequence_to_sequence": ["TranslateConfig", "train_translation"],
+        "sweep": ["SweepConfig"],
+    },
+)

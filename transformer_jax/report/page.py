@@ -185,7 +185,7 @@ def _model(found: LoadedRun, text: str) -> list[str]:
             hidden = list(row)
             hidden[len(row) // 2] = tokenizer.mask_id
             best = fill_mask(model, params, hidden, mask_id=tokenizer.mask_id)
-            parts.append(f"<pre>{html.escape(tokenizer.decode(hidden, skip_special=False))}\n"
+            parts.append(f"<pre>{html.escape(tokenizer.decode(hidden, skip_special_tokens=False))}\n"
                          f"{html.escape(str(best))}</pre>")
         out = apply({"params": params}, np.array([row]))
         looks = {"self-attention": (out.attention, row, None)}
@@ -202,7 +202,7 @@ def _model(found: LoadedRun, text: str) -> list[str]:
     for name, (weights, tokens, sources) in looks.items():
         layers = sorted({0, len(weights) - 1})
         maps = {f"layer {i}, mean over heads": np.asarray(weights[i])[0].mean(0) for i in layers}
-        words, others = ([tokenizer.decode([i], skip_special=False) or "·" for i in row]
+        words, others = ([tokenizer.decode([i], skip_special_tokens=False) or "·" for i in row]
                          if row is not None else None for row in (tokens, sources))
         parts.append(_drawn(lambda path, a=(maps, words, others), name=name: plots.attention(
             path, *a, title=name), f"attention: {name}"))

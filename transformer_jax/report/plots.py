@@ -261,7 +261,7 @@ def plans(path: str | Path, found: Mapping[str, Mapping[str, float]], *, limit: 
           title: str) -> Path:
     """Settings side by side, a row each: GiB of memory by kind under the device's limit, and the
     milliseconds of a step by what it needs. `{setting: {"state", "temporary" (GiB),
-    "arithmetic", "memory", "network" (ms)}}`."""
+    "compute", "hbm", "interconnect" (ms)}}`."""
     figure = new_figure(12, 1.6 + 0.5 * len(found))
     left, right = figure.subplots(1, 2, sharey=True)
     rows, start = np.arange(len(found)), np.zeros(len(found))
@@ -270,7 +270,7 @@ def plans(path: str | Path, found: Mapping[str, Mapping[str, float]], *, limit: 
         left.barh(rows, sizes, left=start, label=kind, height=0.6)
         start = start + sizes
     left.axvline(limit, color="black", linestyle="--", linewidth=1, label="the device has")
-    for k, kind in enumerate(("arithmetic", "memory", "network")):
+    for k, kind in enumerate(("compute", "hbm", "interconnect")):
         right.barh(rows + 0.2 * (k - 1), [row[kind] for row in found.values()], label=kind,
                    height=0.2)
     left.set_yticks(rows, list(found))

@@ -1,12 +1,13 @@
-"""The training step, optimizers, the training loop and checkpoints."""
+"""Train steps, optimizers, the training loop and checkpoints."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "anomalies", "checkpoint_dirs", "checkpointing", "compiled_step", "lock", "loop",
-        "optimizers", "preemption", "profiling", "progress", "step", "step_timer", "transforms",
+        "anomalies", "checkpoint_dirs", "checkpoint_items", "checkpointing", "compiled_step",
+        "lock", "loop", "optimizers", "preemption", "profiling", "progress", "step", "step_timer",
+        "transforms",
     ],
     submod_attrs={
         "loop": ["fit"],

@@ -1,17 +1,19 @@
-"""What to do about a step whose loss is not a number, or far above what it was.
+"""Detection and handling of anomalous training steps: non-finite losses and loss spikes.
 
-A step is bad if its loss or gradient is not finite, or if its loss is more than `spike` standard
-deviations above the mean of the last `window` good ones. Its batch is written beside the
-checkpoints, and the policy says what follows:
+A step is anomalous if its loss or gradient norm is not finite, or if its loss is a spike: more than
+`AnomalyPolicy.spike` standard deviations above the mean of the last `AnomalyPolicy.window` normal
+losses. The batch of an anomalous step is saved in the checkpoint directory, and the policy selects
+one of these actions:
 
-  stop       the run ends, with nothing saved since the last good checkpoint
-  skip       the step changes nothing but the count of steps (so it is decided on the device)
-  roll back  the last checkpoint comes back, and training goes on with the batches that follow the
-             bad one (Chowdhery et al. 2022, "PaLM", section 5.1)
-  record     it is only written down
+    stop      raise an error, without saving another checkpoint
+    skip      discard the update and increment only the step counter; decided on the device
+    rollback  restore the last checkpoint and continue with the batches after the anomalous one
+              (Chowdhery et al. 2022, "PaLM", section 5.1)
+    record    only log the step and save its batch
 
-What counts as a spike at step n depends on the losses up to step n - 2 alone, because the device
-never waits for the host; so a run that resumes judges as one that was never stopped.
+The spike threshold of step n depends only on the losses up to step n - 2, because the loss of step
+n - 1 is still being computed when step n is dispatched to the devices. A resumed run therefore
+makes the same decisions as an uninterrupted one.
 """
 
 import collections
@@ -28,40 +30,58 @@ import numpy as np
 from transformer_jax.tree import PyTree, flatten_paths
 
 ACTIONS = ("stop", "skip", "rollback", "record")
-MIN_HISTORY = 10  # losses before anything counts as a spike
+MIN_HISTORY = 10  # number of normal losses that a spike threshold needs
 
 
 class AnomalyPolicy(NamedTuple):
-    """See the top of this file."""
+    """The actions taken on non-finite losses and on loss spikes.
 
-    not_finite: str = "stop"  # one of `ACTIONS` but record
-    on_spike: str = "record"  # one of `ACTIONS`
-    spike: float | None = None  # standard deviations; None: nothing is a spike
-    window: int = 100
-    patience: int = 5  # more bad steps in a row, or more times rolled back: stop
+    Example:
+        >>> AnomalyPolicy(not_finite="skip", spike=6.0, on_spike="rollback").check()
+        >>> AnomalyPolicy(on_spike="ignore").check()
+        Traceback (most recent call last):
+        ValueError: on_spike is 'ignore'; choose from stop, skip, rollback, record
+    """
+
+    not_finite: str = "stop"  # action on a non-finite loss or gradient: stop, skip or rollback
+    on_spike: str = "record"  # action on a loss spike: stop, skip, rollback or record
+    spike: float | None = None  # threshold in standard deviations; None disables spike detection
+    window: int = 100  # number of normal losses in the mean and the standard deviation
+    patience: int = 5  # stop after more consecutive anomalous steps, or more rollbacks, than this
 
     def check(self) -> None:
-        """Raises a ValueError that names what is out of range."""
+        """Validates the fields.
+
+        Raises:
+            ValueError: a field is out of range.
+        """
         for name, allowed in (("not_finite", ACTIONS[:3]), ("on_spike", ACTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from "
                                  f"{', '.join(allowed)}")
         if self.spike is not None and not 0 < self.spike < math.inf:
-            raise ValueError(f"spike is {self.spike}; give standard deviations above 0")
+            raise ValueError(f"spike is {self.spike}; it must be a finite number of standard "
+                             "deviations above 0")
         if self.window < MIN_HISTORY or self.patience < 1:
-            raise ValueError(f"window is {self.window} and patience {self.patience}; give at least "
-                             f"{MIN_HISTORY} and 1")
+            raise ValueError(f"window is {self.window} and patience is {self.patience}; they must "
+                             f"be at least {MIN_HISTORY} and 1")
 
     @property
     def skips(self) -> bool:
+        """Whether some anomalies are handled by skipping the update, on the device."""
         return self.not_finite == "skip" or (self.spike is not None and self.on_spike == "skip")
 
 
-STOP = AnomalyPolicy()
+DEFAULT_POLICY = AnomalyPolicy()
 
 
 class BadStepError(FloatingPointError):
-    """The run stopped at a bad step. Has `step` and `batch`."""
+    """Training stopped at an anomalous step.
+
+    Attributes:
+        step: the number of the step, counted from 1.
+        batch: the batch of the step; None if a rollback failed because no checkpoint was saved yet.
+    """
 
     def __init__(self, message: str, step: int, batch: PyTree):
         super().__init__(message)
@@ -69,103 +89,143 @@ class BadStepError(FloatingPointError):
 
 
 class NonFiniteLossError(BadStepError):
-    """The loss or the gradient is infinite or not a number."""
+    """The loss or the gradient norm is infinite or NaN."""
 
 
-class SpikingLossError(BadStepError):
-    """The loss is far above what it was."""
+class LossSpikeError(BadStepError):
+    """The loss is above the spike threshold."""
 
 
 class Anomaly(NamedTuple):
-    """What is wrong with a step, and what to do about it."""
+    """An anomalous step and the action to take."""
 
-    what: str
+    message: str
     action: str  # one of `ACTIONS`
-    error: type[BadStepError]
+    error_type: type[BadStepError]
 
 
 def skip_bad_updates(train_step: Callable, policy: AnomalyPolicy) -> Callable:
-    """`guarded(state, batch, rng, limit)`: the step, or where `policy` skips it, only its count.
+    """Wraps a train step so that it discards the updates that `policy` skips.
 
-    `limit` is the greatest loss that is no spike. The metric "skipped" is 1 or 0.
+    The counterpart of `optax.apply_if_finite` for a whole state and for loss spikes. A skipped step
+    increments only `state.step`.
+
+    Args:
+        train_step: a function from `train.step.make_train_step`.
+        policy: which anomalies are skipped.
+
+    Returns:
+        `guarded_step(state, batch, rng, spike_threshold) -> (state, metrics)`, where a loss above
+        `spike_threshold` is a spike. The added metric "skipped" is 1 or 0.
     """
 
-    def guarded(state, batch, rng, limit):
-        after, metrics = train_step(state, batch, rng)
-        good = jnp.bool_(True)
+    def guarded_step(state, batch, rng, spike_threshold):
+        new_state, metrics = train_step(state, batch, rng)
+        is_good = jnp.bool_(True)
         if policy.not_finite == "skip":
-            good &= jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            is_good &= jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         if policy.spike is not None and policy.on_spike == "skip":
-            good &= ~(metrics["loss"] > limit)
-        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
-        return kept._replace(step=after.step), metrics | {"skipped": 1 - good.astype(jnp.float32)}
+            is_good &= ~(metrics["loss"] > spike_threshold)
+        kept = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), new_state, state)
+        return (kept._replace(step=new_state.step),
+                metrics | {"skipped": 1 - is_good.astype(jnp.float32)})
 
-    return guarded
+    return guarded_step
 
 
 class AnomalyDetector:
-    """The losses so far, and what they say of a step. JSON by `get_state`."""
+    """Detects anomalous steps from the losses so far, and selects the action of the policy.
+
+    Its state is JSON (`get_state`, `set_state`), so that checkpoints can store it.
+
+    Example:
+        >>> detector = AnomalyDetector(AnomalyPolicy(spike=3.0))
+        >>> for step in range(1, 13):
+        ...     anomaly = detector.update(step, {"loss": 2.0 + 0.1 * (step % 2)})
+        >>> detector.update(13, {"loss": 9.0}).action
+        'record'
+    """
 
     def __init__(self, policy: AnomalyPolicy):
         policy.check()
         self.policy = policy
-        self._good: collections.deque = collections.deque(maxlen=policy.window + 2)
-        self._in_a_row = self._rolled_back = 0
+        # (step, loss) of normal steps. Two more than the window, because the threshold of step n
+        # leaves out the losses after step n - 2.
+        self._normal_losses: collections.deque = collections.deque(maxlen=policy.window + 2)
+        self._num_consecutive = self._num_rollbacks = 0
 
-    def limit(self, step: int) -> float:
-        """The greatest loss that is no spike at this step."""
-        losses = [loss for n, loss in self._good if n <= step - 2][-self.policy.window:]
+    def spike_threshold(self, step: int) -> float:
+        """The loss above which `step` is a spike; infinity with fewer than `MIN_HISTORY` losses."""
+        losses = [loss for n, loss in self._normal_losses if n <= step - 2][-self.policy.window:]
         if self.policy.spike is None or len(losses) < MIN_HISTORY:
             return math.inf
         return statistics.fmean(losses) + self.policy.spike * statistics.pstdev(losses)
 
-    def judge(self, step: int, metrics: dict[str, float]) -> Anomaly | None:
-        """What is wrong with a step, which is also remembered; None if it is good."""
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
-        limit = self.limit(step)
-        if not bad and not metrics["loss"] > limit:
-            self._good.append((step, metrics["loss"]))
-            self._in_a_row = 0
+    def update(self, step: int, metrics: dict[str, float]) -> Anomaly | None:
+        """Adds the metrics of a step, and returns the anomaly or None if the step is normal.
+
+        Args:
+            step: the number of the step, counted from 1.
+            metrics: "loss" and, where known, "grad_norm".
+        """
+        non_finite = [name for name in ("loss", "grad_norm")
+                      if not math.isfinite(metrics.get(name, 0.0))]
+        threshold = self.spike_threshold(step)
+        if not non_finite and not metrics["loss"] > threshold:
+            self._normal_losses.append((step, metrics["loss"]))
+            self._num_consecutive = 0
             return None
-        self._in_a_row += 1
-        if bad:
-            found = Anomaly(f"{bad[0]} is {metrics[bad[0]]} at step {step}", self.policy.not_finite,
-                        NonFiniteLossError)
+        self._num_consecutive += 1
+        if non_finite:
+            name = non_finite[0]
+            anomaly = Anomaly(f"{name} is {metrics[name]} at step {step}", self.policy.not_finite,
+                              NonFiniteLossError)
         else:
-            found = Anomaly(f"loss is {metrics['loss']:.4g} at step {step}, above {limit:.4g}, which "
-                        f"is {self.policy.spike:g} deviations over the mean of the last "
-                        f"{self.policy.window}", self.policy.on_spike, SpikingLossError)
-        if found.action == "rollback":
-            self._rolled_back += 1
-        if (found.action != "record"
-                and max(self._in_a_row, self._rolled_back) > self.policy.patience):
-            found = found._replace(action="stop", what=(
-                f"{found.what} (bad step {self._in_a_row} in a row; {self._rolled_back} times "
-                "rolled back)"))
-        return found
+            anomaly = Anomaly(
+                f"loss is {metrics['loss']:.4g} at step {step}, above the spike threshold "
+                f"{threshold:.4g} ({self.policy.spike:g} standard deviations above the mean of the "
+                f"last {self.policy.window} losses)", self.policy.on_spike, LossSpikeError)
+        if anomaly.action == "rollback":
+            self._num_rollbacks += 1
+        if (anomaly.action != "record"
+                and max(self._num_consecutive, self._num_rollbacks) > self.policy.patience):
+            anomaly = anomaly._replace(action="stop", message=(
+                f"{anomaly.message} ({self._num_consecutive} consecutive anomalous steps and "
+                f"{self._num_rollbacks} rollbacks, with patience {self.policy.patience})"))
+        return anomaly
 
-    def forget(self, after: int) -> None:
-        """The losses of steps that are to be done again."""
-        kept = [pair for pair in self._good if pair[0] <= after]
-        self._good.clear()
-        self._good.extend(kept)
+    def rewind(self, step: int) -> None:
+        """Drops the losses after `step`, which a rollback will compute again."""
+        kept = [pair for pair in self._normal_losses if pair[0] <= step]
+        self._normal_losses.clear()
+        self._normal_losses.extend(kept)
 
+    # The keys are part of the checkpoint format.
     def get_state(self) -> dict[str, Any]:
-        return {"good": [list(pair) for pair in self._good], "in_a_row": self._in_a_row,
-                "rolled_back": self._rolled_back}
+        """The state as JSON values."""
+        return {"good": [list(pair) for pair in self._normal_losses],
+                "in_a_row": self._num_consecutive, "rolled_back": self._num_rollbacks}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._good.clear()
-        self._good.extend((int(n), float(loss)) for n, loss in state["good"])
-        self._in_a_row, self._rolled_back = state["in_a_row"], state["rolled_back"]
+        """Restores a state from `get_state`."""
+        self._normal_losses.clear()
+        self._normal_losses.extend((int(n), float(loss)) for n, loss in state["good"])
+        self._num_consecutive, self._num_rollbacks = state["in_a_row"], state["rolled_back"]
 
 
-def write_batch(folder: str | Path | None, step: int, batch: PyTree, kind: str = "bad") -> str:
-    """Writes a batch, this process's rows of it; says where it is."""
+def save_batch(folder: str | Path | None, step: int, batch: PyTree, kind: str = "bad") -> str:
+    """Saves this process's rows of a batch as `<kind>_batch_step<step>.npz`.
+
+    Args:
+        folder: the checkpoint directory; None saves nothing.
+
+    Returns:
+        A phrase for messages that states where the batch is.
+    """
     if folder is None:
         return f"it was batch {step} of the run"
     host = f"_host{jax.process_index()}" if jax.process_count() > 1 else ""
     file = Path(folder) / f"{kind}_batch_step{step}{host}.npz"
     file.parent.mkdir(parents=True, exist_ok=True)
     np.savez(file, **{path: np.asarray(x) for path, x in flatten_paths(batch).items()})
-    return f"its batch is in {file}"
+    return f"the batch is saved in {file}"

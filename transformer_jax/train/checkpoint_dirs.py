@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which steps are in it, and which of them are whole."""
+"""The checkpoint directory of a run: which steps are saved, complete and not corrupted."""
 
 import shutil
 import sys
@@ -14,12 +14,16 @@ from transformer_jax import storage
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be saved. Earlier checkpoints are unchanged."""
 
 
-def steps(root: Path) -> list[int]:
-    """The complete steps: those that Orbax has renamed and whose files are listed. Where none is
-    listed, those that Orbax has: the process died in between."""
+def saved_steps(root: Path) -> list[int]:
+    """Returns the steps with a complete checkpoint in `root`, in ascending order.
+
+    A checkpoint is complete if Orbax has completed it and its manifest is written. If no checkpoint
+    has a manifest, because the process was killed before it wrote the first one, all checkpoints
+    that Orbax has completed are returned.
+    """
     if not root.is_dir():
         return []
     found = sorted(int(path.name) for path in root.iterdir()
@@ -28,76 +32,99 @@ def steps(root: Path) -> list[int]:
 
 
 def quarantine_incomplete(directory: str | Path, after: int = -1) -> None:
-    """Renames the folders of steps after `after`, damaged or incomplete ones, so that these steps
-    can be saved again, and deletes what saves that were cut off have left."""
+    """Renames corrupted and incomplete checkpoints, and deletes temporary files of aborted saves.
+
+    Every checkpoint of a step later than `after`, the step that training resumes from, is renamed
+    to "<step>.damaged", so that the step can be saved again.
+    """
     root = Path(directory)
     for path in list(root.iterdir()) if root.is_dir() else ():
         if path.name.isdecimal() and int(path.name) > after:
-            aside, more = path.with_name(f"{path.name}.damaged"), 1
-            while aside.exists():
-                aside, more = path.with_name(f"{path.name}.damaged-{more}"), more + 1
-            path.rename(aside)
+            new_path, suffix = path.with_name(f"{path.name}.damaged"), 1
+            while new_path.exists():
+                new_path = path.with_name(f"{path.name}.damaged-{suffix}")
+                suffix += 1
+            path.rename(new_path)
         elif ".orbax-checkpoint-tmp" in path.name:
             shutil.rmtree(path)
 
 
-def latest_complete_step(directory: str | Path, step: int | None) -> Path:
-    """As `find`, of steps that are not damaged. The first process looks, for all."""
+def verified_checkpoint_path(directory: str | Path, step: int | None) -> Path:
+    """Returns the path of a checkpoint whose files match their manifest.
+
+    With several processes, the first one verifies the files and broadcasts the step.
+
+    Args:
+        directory: the checkpoint directory.
+        step: a step; None selects the latest step that is not corrupted. Corrupted later steps are
+            reported on standard error.
+
+    Raises:
+        FileNotFoundError: the directory, or a checkpoint of that step, does not exist.
+        ValueError: the checkpoint, or every checkpoint, is corrupted.
+    """
     path = checkpoint_path(directory, step)
     if jax.process_count() == 1:
-        return path.with_name(str(_whole(path, step)))
-    # Imported here: it brings in much that a single process never needs.
+        return path.with_name(str(_verified_step(path, step)))
+    # Imported here, because it imports much that a single process does not need.
     from jax.experimental import multihost_utils
 
     error, number = None, -1
     if jax.process_index() == 0:
         try:
-            number = _whole(path, step)
+            number = _verified_step(path, step)
         except ValueError as found:
             error = found
     number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
     if number < 0:
-        raise error or ValueError(f"{path.parent} is damaged; the first process says where")
+        raise error or ValueError(f"{path.parent} has no checkpoint that can be restored; see the "
+                                  "error of process 0")
     return path.with_name(str(number))
 
 
-def _whole(path: Path, step: int | None) -> int:
-    for number in reversed(steps(path.parent)) if step is None else (step,):
+def _verified_step(path: Path, step: int | None) -> int:
+    """Returns `step`, by default the latest step, after verifying its files."""
+    for number in reversed(saved_steps(path.parent)) if step is None else (step,):
         folder = path.with_name(str(number))
-        if not storage.has_manifest(folder):  # not even listed, nor is any other
+        if not storage.has_manifest(folder):  # no checkpoint has one: see `saved_steps`
             return number
         if (problem := storage.verify_manifest(folder)) is None:
             return number
-        message = f"checkpoint {folder} is damaged: {problem}"
+        message = f"checkpoint {folder} is corrupted: {problem}"
         if step is not None:
             raise ValueError(f"{message}; choose another step")
-        print(f"{message}; looking at the step before it", file=sys.stderr, flush=True)
-    raise ValueError(f"every checkpoint in {path.parent} is damaged, first {message}; restore them "
-                     "from a copy, or start again in another folder")
+        print(f"{message}; trying the previous step", file=sys.stderr, flush=True)
+    raise ValueError(f"every checkpoint in {path.parent} is corrupted; the first one: {message}; "
+                     "restore the files from a backup, or train in another directory")
 
 
 def check_disk_space(root: Path, step: int, arrays: Iterable[Any]) -> None:
-    """Raises SaveError if the disk has less room than the arrays take."""
-    there = next(folder for folder in (root, *root.parents) if folder.exists())
-    needed, free = sum(x.nbytes for x in arrays), shutil.disk_usage(there).free
+    """Raises `SaveError` if the file system of `root` has less free space than the arrays need."""
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    needed, free = sum(x.nbytes for x in arrays), shutil.disk_usage(existing).free
     if free < needed:
         raise SaveError(
             f"step {step} needs {needed / 2**20:,.0f} MiB in {root}, which has "
-            f"{free / 2**20:,.0f} MiB left; make room, keep fewer checkpoints (keep), or choose "
-            "another folder")
+            f"{free / 2**20:,.0f} MiB free; delete files, keep fewer checkpoints (keep), or choose "
+            "another directory")
 
 
 def checkpoint_path(directory: str | Path, step: int | None) -> Path:
+    """Returns the path of the checkpoint of `step`, by default of the latest step.
+
+    Raises:
+        FileNotFoundError: the directory, or a checkpoint of that step, does not exist.
+    """
     root = Path(directory).absolute()
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"there is no checkpoint directory {root}; check the path, or train and save there"
-        )
-    saved = steps(root)
+        raise FileNotFoundError(f"the checkpoint directory {root} does not exist; check the path, "
+                                "or save a checkpoint there first")
+    saved = saved_steps(root)
     if not saved:
-        raise FileNotFoundError(f"{root} holds no checkpoint; check the path, or save one there")
+        raise FileNotFoundError(f"{root} contains no checkpoint; check the path, or save a "
+                                "checkpoint there first")
     if step is not None and step not in saved:
         raise FileNotFoundError(
-            f"{root} has no step {step}; it has {', '.join(map(str, saved))}: choose one of them"
+            f"{root} has no checkpoint of step {step}; choose one of {', '.join(map(str, saved))}"
         )
     return root / str(saved[-1] if step is None else step)

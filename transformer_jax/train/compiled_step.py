@@ -1,4 +1,4 @@
-"""The training step, compiled for each shape of batch, and refused where memory cannot hold it."""
+"""A train step that is compiled once per batch shape and checked against the free memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,42 +15,64 @@ GIB = 2**30
 
 
 class CompiledStep:
-    """`step(state, batch, rng, ...)`, its first argument donated.
+    """Compiles `train_step(state, batch, rng, ...)`, with the state donated.
 
-    On a mesh the state stays where it is, or XLA might move it at each step.
+    Each new batch shape is compiled at its first call. On a mesh, the returned state has the
+    shardings of `state`; without this constraint XLA could choose others at each step.
+
+    Args:
+        train_step: returns (state, metrics).
+        state: the initial state, for its shardings.
+        mesh: the device mesh; None if the state is on one device.
 
     Raises:
-      ValueError: when a shape is compiled: the step needs more memory than is free.
+        ValueError: when a shape is compiled: the step needs more memory than is free.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def train_step(state, batch, rng):
+        ...     return state + batch["x"].sum(), {"loss": jnp.float32(0.0)}
+        >>> step = CompiledStep(train_step, jnp.float32(0.0), mesh=None)
+        >>> state, metrics = step(jnp.float32(0.0), {"x": jnp.ones(3)}, None)
+        >>> float(state)
+        3.0
     """
 
     def __init__(self, train_step: Callable, state: PyTree, mesh: Mesh | None):
-        where = {}
+        options = {}
         if mesh is not None:
-            places = jax.tree.map(lambda x: x.sharding, state)
-            where = {"out_shardings": (places, NamedSharding(mesh, P()))}
-        self._step = jax.jit(train_step, donate_argnums=0, **where)
+            shardings = jax.tree.map(lambda x: x.sharding, state)
+            options = {"out_shardings": (shardings, NamedSharding(mesh, P()))}
+        self._step = jax.jit(train_step, donate_argnums=0, **options)
         self._compiled: dict[Any, Callable] = {}
 
-    def __call__(self, state: PyTree, batch: PyTree, *more) -> tuple[PyTree, dict[str, jax.Array]]:
+    def __call__(self, state: PyTree, batch: PyTree, *args) -> tuple[PyTree, dict[str, jax.Array]]:
+        """Runs one step, and compiles it first if the shape of the batch is new."""
         leaves, structure = jax.tree.flatten(batch)
         key = (structure, tuple((x.shape, x.dtype) for x in leaves))
         if key not in self._compiled:
-            compiled = self._step.lower(state, batch, *more).compile()
+            compiled = self._step.lower(state, batch, *args).compile()
             distributed.malloc_trim()
             check_memory(compiled.memory_analysis(), profiling.free_memory())
             self._compiled[key] = compiled
-        return self._compiled[key](state, batch, *more)
+        return self._compiled[key](state, batch, *args)
 
 
-def check_memory(program: Any, free: int | None) -> None:
-    """`program` is of `compiled.memory_analysis()`; what is given to it is in memory already."""
-    if program is None or free is None:
+def check_memory(analysis: Any, free: int | None) -> None:
+    """Raises ValueError if a compiled step needs more memory than is free.
+
+    Args:
+        analysis: from `compiled.memory_analysis()`, or None if the backend does not provide one.
+            Its arguments are not counted, because they are in memory already.
+        free: free memory in bytes, or None if unknown.
+    """
+    if analysis is None or free is None:
         return
-    new = program.temp_size_in_bytes + max(
-        program.output_size_in_bytes - program.alias_size_in_bytes, 0)
-    if new > free:
+    needed = analysis.temp_size_in_bytes + max(
+        analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
+    if needed > free:
         raise ValueError(
-            f"a step needs {new / GIB:.2f} GiB beside the "
-            f"{program.argument_size_in_bytes / GIB:.2f} of parameters, optimizer state and batch, "
-            f"and {free / GIB:.2f} are free; use a smaller batch_size or more microbatches "
-            "(accumulate), remat full, a dtype of 16 bits, or more devices (mesh.fsdp)")
+            f"a step needs {needed / GIB:.2f} GiB in addition to the "
+            f"{analysis.argument_size_in_bytes / GIB:.2f} GiB of parameters, optimizer state and "
+            f"batch, and {free / GIB:.2f} GiB are free; use a smaller batch_size, more "
+            "microbatches (accumulate), remat full, a 16-bit dtype, or more devices (mesh.fsdp)")

@@ -1,4 +1,4 @@
-"""One run a folder: two that write the same checkpoints would ruin both."""
+"""Exclusive access to a checkpoint directory, so that two runs cannot overwrite each other."""
 
 import contextlib
 import os
@@ -8,23 +8,29 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not a Unix: nobody is kept out
+except ImportError:  # not a Unix system: directories are not locked
     fcntl = None
 
-NAME = "lock"
+LOCK_FILE = "lock"
 
 
 @contextlib.contextmanager
-def hold(directory: str | Path, active: bool = True) -> Iterator[None]:
-    """Holds the folder's lock, which the system frees however the process ends.
+def directory_lock(directory: str | Path, active: bool = True) -> Iterator[None]:
+    """Holds an exclusive lock on a directory, which is created if necessary.
+
+    The operating system releases the lock when the process ends, however it ends.
+
+    Args:
+        directory: the directory to lock, by a file lock on its file "lock".
+        active: False does nothing.
 
     Raises:
-        RuntimeError: another process holds it; it is named.
+        RuntimeError: another process holds the lock.
     """
     if not active or fcntl is None:
         yield
         return
-    path = Path(directory) / NAME
+    path = Path(directory) / LOCK_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
@@ -32,8 +38,8 @@ def hold(directory: str | Path, active: bool = True) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise RuntimeError(
-                f"{directory} belongs to a run that is going on: {file.read().strip()}; wait for "
-                "it, stop it, or choose another folder") from None
+                f"{directory} is in use by another run ({file.read().strip()}); wait until it "
+                "ends, stop it, or choose another directory") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()

@@ -1,7 +1,7 @@
-"""The training loop: batches in, a trained state and its history out.
+"""The training loop: runs a train step on batches, and logs, evaluates and saves checkpoints.
 
-Everything mathematical is in the step (`train.step`); this file only feeds it, watches it and
-saves it. Devices never wait for the host: the numbers of a step are read while the next one runs.
+The mathematics is in the train step (`train.step`). The loop never makes the devices wait for the
+host: the metrics of a step are read while the next step runs.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from transformer_jax import sharding
 from transformer_jax.train import (
     anomalies,
     checkpoint_dirs,
+    checkpoint_items,
     checkpointing,
     lock,
     preemption,
@@ -33,9 +34,9 @@ Row = dict[str, float]
 
 
 class Batches(Protocol):
-    """An endless iterator of batches that knows where it stands, such as Grain's.
+    """A checkpointable, endless iterator of batches, such as Grain's.
 
-    The state has to be JSON. It is needed for checkpoints only.
+    The state consists of JSON values. `get_state` and `set_state` are needed for checkpoints only.
     """
 
     def __next__(self) -> PyTree: ...
@@ -43,10 +44,10 @@ class Batches(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
-class _Dispatched(NamedTuple):
-    """A step that was sent to the devices and whose numbers nobody has read."""
+class InFlightStep(NamedTuple):
+    """A step that was dispatched to the devices, and whose metrics are not read yet."""
 
-    step: int  # counted from 1: the number of updates when it is done
+    step: int  # counted from 1: the number of updates after this step
     batch: PyTree
     metrics: dict[str, jax.Array]
 
@@ -65,7 +66,7 @@ def fit(
     save_every: int = 0,
     keep: int | None = 3,
     keep_best: tuple[str, str] | None = None,
-    policy: anomalies.AnomalyPolicy = anomalies.STOP,
+    anomaly_policy: anomalies.AnomalyPolicy = anomalies.DEFAULT_POLICY,
     replay_step: int | None = None,
     log_every: int = 10,
     writer: Any = None,
@@ -76,124 +77,137 @@ def fit(
     allow_config_mismatch: bool = False,
     profile: tuple[str | Path, int] | None = None,
 ) -> tuple[TrainState, list[Row]]:
-    """Trains until the state has seen `num_steps` updates, and resumes where a run was cut off.
+    """Trains until the state has received `num_steps` updates, and resumes interrupted runs.
 
-    If `checkpoint_dir` holds a checkpoint, the state, the key and the position in the data come
-    from the last one that is whole, and the run goes on bit for bit as if it had never stopped.
-    With a `checkpoint_dir`, SIGTERM and, of a process that is alone, SIGINT save what there is and
-    leave (`train.preemption`); and no other run may use it meanwhile.
+    If `checkpoint_dir` contains a checkpoint, the state, the random key and the position in the
+    data are restored from the last one that is not corrupted, and the result equals that of an
+    uninterrupted run bit for bit. During the run, `checkpoint_dir` is locked against other runs,
+    and SIGTERM (in a single process also SIGINT) saves a checkpoint and stops (`train.preemption`).
 
     Args:
-      state: from `train.step.init_state`. It is donated: use the returned state from then on.
-      train_step: from `train.step.make_train_step`, not jitted; it is jitted here, once.
-      batches: an iterator of batches of NumPy arrays. With several hosts, each yields its own rows.
-      rng: the key of the whole run, None for no randomness. The step folds its number in.
-      num_steps: updates in total, those before a resumption included.
-      mesh: places parameters by `sharding.RULES` and cuts batches over the mesh.
-      eval_fn: `eval_fn(params) -> {name: number}`, called every `eval_every` updates and at the
-        end (0: at the end only). Its numbers appear as "eval_<name>".
-      checkpoint_dir: where to save, every `save_every` updates and at the end (0: at the end only).
-      keep: how many of the last checkpoints stay, None for all; averaging wants several.
-      keep_best: a number of `eval_fn` and "min" or "max": the best checkpoint by it stays too
-        (`checkpoint.best_step`). A step that is saved between two evaluations has the last's.
-      policy: what to do about losses that are not finite, or spike.
-      replay_step: do this step again, from the last checkpoint before it and the same batches: the
-        history is its row, `checkpoint_dir` has its batch, and is otherwise left as it is.
-      log_every: a row of history every so many updates, and for the last.
-      writer: a `tensorboardX.SummaryWriter`, or anything with `add_scalar(tag, value, step)`.
-      on_log: called with every row.
-      quiet: no progress line.
-      tokens_per_batch: of all hosts, for tokens per second; by default the size of the batch's
-        "tokens", if it has them.
-      metadata: what makes the run what it is; saved with every checkpoint, for
-        `checkpoint.load_metadata`.
-      profile: (folder, steps): a trace of so many steps, from the third of this call on, for
-        TensorBoard or Perfetto; operations have the names of the modules that they are of.
-      allow_config_mismatch: resume although `metadata`, if given, is not what was saved.
+        state: from `train.step.init_state`. It is donated: use the returned state afterwards.
+        train_step: from `train.step.make_train_step`, not jitted; it is jitted here, once.
+        batches: an iterator of batches of NumPy arrays; with several hosts, each yields its rows.
+        rng: the random key of the run; None for no randomness. Each step folds in its number.
+        num_steps: total number of updates, including those before a resumption.
+        mesh: shards the parameters by `sharding.RULES` and the batches over the mesh.
+        eval_fn: `eval_fn(params) -> {name: number}`, called every `eval_every` updates and at the
+            end (0: at the end only). Its metrics are logged as "eval_<name>".
+        checkpoint_dir: the directory to save checkpoints in, every `save_every` updates and at the
+            end (0: at the end only).
+        keep: number of most recent checkpoints to keep; None keeps all. Averaging needs several.
+        keep_best: a metric of `eval_fn` and "min" or "max": the best checkpoint by this metric is
+            kept too (`checkpointing.best_step`). A checkpoint saved between two evaluations has
+            the metrics of the earlier one.
+        anomaly_policy: what to do about non-finite losses and loss spikes.
+        replay_step: run only this step again, from the last checkpoint before it and on the same
+            batches. The history has only its row, its batch is saved in `checkpoint_dir`, and the
+            checkpoints are not changed.
+        log_every: interval of rows of the history, in updates. The last update has a row too.
+        writer: a `tensorboardX.SummaryWriter`, or an object with `add_scalar(tag, value, step)`.
+        on_log: called with each row of the history.
+        quiet: True displays no progress.
+        tokens_per_batch: number of tokens of all hosts, for tokens per second; by default the size
+            of the entry "tokens" of the batch, if it has one.
+        metadata: the config that determines the result, as JSON values; saved with each checkpoint
+            (`checkpointing.load_metadata`) and compared when the run resumes.
+        allow_config_mismatch: resume even if `metadata` differs from the saved metadata.
+        profile: (folder, number of steps): write a profiler trace of these steps, starting with the
+            third of this call, for TensorBoard or Perfetto. Operations are named after their
+            modules.
 
     Returns:
-      The state after `num_steps` updates, and the history of this call: rows of "step", the step's
-      metrics ("loss", "grad_norm", ...), "seconds" since the call, "compilations" since then (of
-      evaluation too), and, averaged since the last row without compilation, evaluation and saving,
-      "seconds_per_step", "data_wait_fraction" (of a step, in which devices may have waited for a batch, at
-      most) and, where known, "tokens_per_second". Rows of evaluation have "step", "seconds" and the
-      "eval_" numbers.
+        The state after `num_steps` updates, and the history of this call. Training rows have
+        "step", the metrics of the step ("loss", "grad_norm", ...), "seconds" and "compilations"
+        since the start of the call, and averages over the updates since the last row, without the
+        time of compilation, evaluation and saving: "seconds_per_step", "data_wait_fraction" (at
+        most this fraction of a step, the devices waited for a batch) and, if the number of tokens
+        is known, "tokens_per_second". Evaluation rows have "step", "seconds" and "eval_" metrics.
 
     Raises:
-      Interrupted: the run was asked to end, and is saved; a SystemExit.
-      NonFiniteLossError: names the step; nothing is saved over the last good checkpoint, and the
-        batch is written beside it.
-      SpikingLossError: likewise, where `policy` says so.
-      ValueError: a count or `policy` is out of range, the batches end early or cannot say where
-        they are, or the checkpoint does not fit the state or was saved with other `metadata`; or a
-        step needs more memory than there is.
-      SaveError: a checkpoint could not be written; raised at the step after.
-      RuntimeError: another run holds `checkpoint_dir`.
+        Preempted: a signal was received and a checkpoint is saved; a SystemExit.
+        NonFiniteLossError: a loss or gradient is not finite. The batch is saved in
+            `checkpoint_dir`, and no checkpoint was saved after this step.
+        LossSpikeError: the same for a loss spike, if `anomaly_policy` stops on spikes.
+        ValueError: a number or `anomaly_policy` is out of range; the batches end early or have no
+            `get_state`; the checkpoint does not match the state or was saved with other
+            `metadata`; or a step needs more memory than is free.
+        SaveError: a checkpoint could not be saved; raised at the following step.
+        RuntimeError: another run uses `checkpoint_dir`.
+
+    Example:
+        >>> import itertools, jax.numpy as jnp, optax
+        >>> from transformer_jax.train.step import init_state, make_train_step
+        >>> def loss_fn(params, batch, rng):
+        ...     return ((params["w"] - batch["x"]) ** 2).sum(), batch["x"].size, {}
+        >>> optimizer = optax.sgd(0.1)
+        >>> state, history = fit(
+        ...     init_state({"w": jnp.zeros(())}, optimizer), make_train_step(loss_fn, optimizer),
+        ...     itertools.repeat({"x": np.ones(8)}), rng=None, num_steps=20, quiet=True)
+        >>> int(state.step), [row["step"] for row in history]
+        (20, [10, 20])
     """
-    for name, value, least in (
-        ("num_steps", num_steps, 0),
-        ("eval_every", eval_every, 0),
-        ("save_every", save_every, 0),
-        ("log_every", log_every, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} is {value}; give at least {least}")
-    watch = anomalies.AnomalyDetector(policy)
-    wants_folder = [name for name, wanted in (
+    for name, value, minimum in (("num_steps", num_steps, 0), ("eval_every", eval_every, 0),
+                                 ("save_every", save_every, 0), ("log_every", log_every, 1)):
+        if value < minimum:
+            raise ValueError(f"{name} is {value}; it must be at least {minimum}")
+    detector = anomalies.AnomalyDetector(anomaly_policy)
+    needs_checkpoints = [name for name, is_used in (
         ("replay_step", replay_step is not None),
-        ("the policy to roll back", "rollback" in (policy.not_finite, policy.on_spike))) if wanted]
-    if wants_folder and checkpoint_dir is None:
-        raise ValueError(f"{wants_folder[0]} needs a checkpoint_dir")
+        ("the rollback action of anomaly_policy",
+         "rollback" in (anomaly_policy.not_finite, anomaly_policy.on_spike))) if is_used]
+    if needs_checkpoints and checkpoint_dir is None:
+        raise ValueError(f"{needs_checkpoints[0]} needs checkpoints; pass a checkpoint_dir")
     if replay_step is not None and not 0 < replay_step <= num_steps:
-        raise ValueError(f"replay_step is {replay_step}, outside 1 to {num_steps} steps")
+        raise ValueError(f"replay_step is {replay_step}; it must be from 1 to {num_steps}")
     if replay_step is not None:
         num_steps, log_every, quiet, eval_fn, save_every = replay_step, replay_step, True, None, 0
     if checkpoint_dir is not None and not hasattr(batches, "get_state"):
         raise ValueError(
-            f"batches is a {type(batches).__name__} without get_state, so a checkpoint could not "
-            "resume; pass a Grain iterator, or checkpoint_dir=None"
-        )
+            f"batches is a {type(batches).__name__} without get_state, so a run could not resume "
+            "from a checkpoint; pass a Grain iterator, or checkpoint_dir=None")
 
-    saves_here = checkpoint_dir is not None and replay_step is None
-    with lock.hold(checkpoint_dir or "", saves_here and jax.process_index() == 0):
-        began = time.perf_counter()
+    saves_checkpoints = checkpoint_dir is not None and replay_step is None
+    with lock.directory_lock(checkpoint_dir or "",
+                             saves_checkpoints and jax.process_index() == 0):
+        start_time = time.perf_counter()
         state = _place(state, mesh)
         if checkpoint_dir is not None:
-            state, rng = _resume(state, rng, batches, watch, checkpoint_dir, metadata,
+            state, rng = _resume(state, rng, batches, detector, checkpoint_dir, metadata,
                                  allow_config_mismatch, replay_step)
         start = int(state.step)
         if start > num_steps:
-            raise ValueError(
-                f"the state has seen {start} updates, more than num_steps = {num_steps}; train for "
-                "longer, or choose another checkpoint_dir"
-            )
+            raise ValueError(f"the state has received {start} updates, more than num_steps = "
+                             f"{num_steps}; increase num_steps, or choose another checkpoint_dir")
         if start and not quiet:
             print(f"starting at step {start} of {num_steps}", flush=True)
 
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+        abstract_state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=getattr(x, "sharding", None)), state)
         step_fn = CompiledStep(
-            anomalies.skip_bad_updates(train_step, policy) if policy.skips else train_step, state, mesh)
-        shares = sharding.process_data_shard(mesh).count
+            anomalies.skip_bad_updates(train_step, anomaly_policy) if anomaly_policy.skips
+            else train_step, state, mesh)
+        num_data_shards = sharding.process_data_shard(mesh).count
         history: list[Row] = []
-        saving: checkpointing.PendingSave | None = None
-        clock = StepTimer()
-        waiting: _Dispatched | None = None
-        evaluated: Row = {}
+        pending_save: checkpointing.PendingSave | None = None
+        timer = StepTimer()
+        in_flight: InFlightStep | None = None
+        eval_metrics: Row = {}
 
         with (
             contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
             progress(num_steps, start, quiet or jax.process_index() > 0) as report,
-            preemption.catch_signals(saves_here) as asked,
+            preemption.catch_signals(saves_checkpoints) as should_stop,
             profiling.CompilationCounter() as compilations,
-            contextlib.ExitStack() as tracing,
+            contextlib.ExitStack() as trace,
         ):
 
             def log(row: Row, kind: str) -> None:
-                row = {**row, "seconds": time.perf_counter() - began}
+                row = {**row, "seconds": time.perf_counter() - start_time}
                 history.append(row)
-                left = clock.mean * (num_steps - row["step"]) if clock.mean else None
-                report(int(row["step"]), row, left)
+                seconds_left = (timer.mean_seconds * (num_steps - row["step"])
+                                if timer.mean_seconds else None)
+                report(int(row["step"]), row, seconds_left)
                 if writer is not None:
                     for name, value in row.items():
                         if name not in ("step", "seconds"):
@@ -202,159 +216,165 @@ def fit(
                 if on_log is not None:
                     on_log(row)
 
-            def read(sent: _Dispatched) -> bool:
-                """Waits for a step, judges its numbers, and logs them if it is their turn. Whether
-                the run has to go back to its last checkpoint."""
-                metrics = {name: float(x) for name, x in jax.device_get(sent.metrics).items()}
-                clock.tick()
-                if (found := watch.judge(sent.step, metrics)) is not None:
-                    _act(found, sent, checkpoint_dir)
-                if sent.step == replay_step:
-                    print(anomalies.write_batch(checkpoint_dir, replay_step, sent.batch, "replayed"))
-                if not found and sent.step % log_every and sent.step != num_steps:
+            def finish_step(done: InFlightStep) -> bool:
+                """Waits for the metrics of a step, checks them, and logs them if a row is due.
+
+                Returns whether to roll back to the last checkpoint.
+                """
+                metrics = {name: float(x) for name, x in jax.device_get(done.metrics).items()}
+                timer.step_done()
+                if (anomaly := detector.update(done.step, metrics)) is not None:
+                    handle_bad_step(anomaly, done, checkpoint_dir)
+                if done.step == replay_step:
+                    print(anomalies.save_batch(checkpoint_dir, replay_step, done.batch, "replayed"))
+                if not anomaly and done.step % log_every and done.step != num_steps:
                     return False
-                row = {"step": sent.step, "loss": metrics.pop("loss"), **metrics}
+                row = {"step": done.step, "loss": metrics.pop("loss"), **metrics}
                 row["compilations"] = compilations.count
-                if lap := clock.lap():
-                    seconds, row["data_wait_fraction"] = lap
+                if interval := timer.end_interval():
+                    seconds, row["data_wait_fraction"] = interval
                     row["seconds_per_step"] = seconds
-                    if tokens := tokens_per_batch or _count_tokens(sent.batch) * shares:
+                    if tokens := tokens_per_batch or _count_tokens(done.batch) * num_data_shards:
                         row["tokens_per_second"] = tokens / seconds
                 log(row, "train")
-                return found is not None and found.action == "rollback"
+                return anomaly is not None and anomaly.action == "rollback"
 
-            step, go_back = start, False
+            step, roll_back = start, False
             try:
                 while step < num_steps:
                     step += 1
-                    fetching = time.perf_counter()
-                    batch = _next(batches, step, num_steps)
+                    fetch_start = time.perf_counter()
+                    batch = _next_batch(batches, step, num_steps)
                     placed = batch if mesh is None else sharding.shard_batch(batch, mesh)
-                    # No step under way, or the last one done: devices had nothing to do meanwhile.
-                    if (clock.runs if waiting is None else waiting.metrics["loss"].is_ready()):
-                        clock.waited += time.perf_counter() - fetching
+                    # No step is in flight, or the last one is done: the devices were idle.
+                    if (timer.is_running if in_flight is None
+                            else in_flight.metrics["loss"].is_ready()):
+                        timer.data_wait_seconds += time.perf_counter() - fetch_start
                     if profile is not None and step == min(start + 3, num_steps):
                         jax.profiler.start_trace(profile[0])
-                        tracing.callback(jax.profiler.stop_trace)
-                    limit = (np.float32(watch.limit(step)),) if policy.skips else ()
-                    state, metrics = step_fn(state, placed, rng, *limit)
+                        trace.callback(jax.profiler.stop_trace)
+                    threshold = ((np.float32(detector.spike_threshold(step)),)
+                                 if anomaly_policy.skips else ())
+                    state, metrics = step_fn(state, placed, rng, *threshold)
                     if profile is not None and step == start + 2 + profile[1]:
                         jax.block_until_ready(metrics)
-                        tracing.close()
-                        clock.restart()
-                    if waiting is not None:
-                        go_back = read(waiting)
-                    if saving is not None:
-                        saving.check()
-                    waiting = _Dispatched(step, batch, metrics)
-                    last = step == num_steps
-                    leaves = None if last else asked(step)
-                    evaluates = (eval_fn is not None and not leaves
-                                 and _due(step, eval_every, last))
-                    saves = saves_here and _due(step, save_every, last or bool(leaves))
-                    if not go_back and (evaluates or saves or last):
-                        go_back = read(waiting)
-                        waiting = None
-                    if go_back:
-                        if saving is not None:
-                            saving.result()
-                        state = _place(_last_good(checkpoint_dir, like, waiting), mesh)
-                        step, waiting, go_back = int(state.step), None, False
-                        watch.forget(step)
+                        trace.close()
+                        timer.skip_elapsed()
+                    if in_flight is not None:
+                        roll_back = finish_step(in_flight)
+                    if pending_save is not None:
+                        pending_save.check()
+                    in_flight = InFlightStep(step, batch, metrics)
+                    is_last = step == num_steps
+                    preempted_by = None if is_last else should_stop(step)
+                    should_eval = (eval_fn is not None and not preempted_by
+                                   and _is_due(step, eval_every, is_last))
+                    should_save = saves_checkpoints and _is_due(step, save_every,
+                                                                is_last or bool(preempted_by))
+                    if not roll_back and (should_eval or should_save or is_last):
+                        roll_back = finish_step(in_flight)
+                        in_flight = None
+                    if roll_back:
+                        if pending_save is not None:
+                            pending_save.result()
+                        state = _place(_restore_last(checkpoint_dir, abstract_state, in_flight),
+                                       mesh)
+                        step, in_flight, roll_back = int(state.step), None, False
+                        detector.rewind(step)
                         log({"step": step, "rolled_back": 1.0}, "train")
-                        clock.restart()
+                        timer.skip_elapsed()
                         continue
-                    if not (evaluates or saves or last):
+                    if not (should_eval or should_save or is_last):
                         continue
-                    if evaluates:
-                        evaluated = {name: float(x) for name, x in eval_fn(state.params).items()}
-                        log({"step": step, **{f"eval_{name}": x
-                                              for name, x in evaluated.items()}}, "eval")
-                    if saves:
-                        if saving is not None:
-                            saving.result()
-                        saving = checkpointing.save(
-                            checkpoint_dir,
-                            step,
-                            state,
-                            rng=rng,
-                            data_state={"batches": batches.get_state(),
-                                        "health": watch.get_state()},
-                            metadata=metadata,
-                            keep=keep,
-                            metrics=evaluated,
-                            keep_best=keep_best,
-                            wait=False,
-                        )
-                    if leaves:
-                        saving.result()
-                        print(f"{leaves} at step {step} of {num_steps}: saved in "
-                              f"{checkpoint_dir}; the same command goes on from there",
+                    if should_eval:
+                        eval_metrics = {k: float(x) for k, x in eval_fn(state.params).items()}
+                        log({"step": step, **{f"eval_{k}": x for k, x in eval_metrics.items()}},
+                            "eval")
+                    if should_save:
+                        if pending_save is not None:
+                            pending_save.result()
+                        pending_save = checkpointing.save(
+                            checkpoint_dir, step, state, rng=rng, metadata=metadata, keep=keep,
+                            data_state={"batches": batches.get_state(),  # keys: stored format
+                                        "health": detector.get_state()},
+                            metrics=eval_metrics, keep_best=keep_best, wait=False)
+                    if preempted_by:
+                        pending_save.result()
+                        print(f"{preempted_by} at step {step} of {num_steps}: saved a checkpoint "
+                              f"in {checkpoint_dir}; run the same command again to resume",
                               flush=True)
-                        raise preemption.Preempted(leaves, step)
-                    clock.restart()
+                        raise preemption.Preempted(preempted_by, step)
+                    timer.skip_elapsed()
             finally:
-                if saving is not None:
-                    saving.result()
+                if pending_save is not None:
+                    pending_save.result()
         return state, history
 
 
-def _resume(state: TrainState, rng, batches, watch, checkpoint_dir, metadata,
+def _resume(state: TrainState, rng, batches, detector, checkpoint_dir, metadata,
             allow_config_mismatch: bool, replay_step: int | None):
-    """(state, key) of the last whole checkpoint, if there is one, with the batches and the watch
-    moved to its place; and a folder in which every later step can be saved. To replay_step a step, of
-    the last before it, and the folder as it is."""
+    """Restores the last usable checkpoint, if any, and prepares the directory for saving.
+
+    Sets the position of `batches` and the state of `detector`. For `replay_step`, the checkpoint is
+    the last one before that step and the directory is not changed. Returns (state, rng).
+    """
     step = None
     if replay_step is not None:
-        step = max((n for n in checkpoint_dirs.steps(Path(checkpoint_dir)) if n < replay_step), default=None)
-    if step is not None or (replay_step is None and checkpointing.latest_step(checkpoint_dir) is not None):
+        step = max((n for n in checkpoint_dirs.saved_steps(Path(checkpoint_dir))
+                    if n < replay_step), default=None)
+    if step is not None or (replay_step is None
+                            and checkpointing.latest_step(checkpoint_dir) is not None):
         found = checkpointing.restore(checkpoint_dir, state, step)
         if not (allow_config_mismatch or metadata is None or found.metadata is None):
-            _check_same(found.metadata, checkpointing.as_json(metadata, "metadata"), checkpoint_dir)
+            _check_metadata(found.metadata, checkpoint_items.to_json(metadata, "metadata"),
+                            checkpoint_dir)
         state, rng = found.state, found.rng
         batches.set_state(found.data_state["batches"])
-        watch.set_state(found.data_state["health"])
+        detector.set_state(found.data_state["health"])
     if jax.process_index() == 0 and replay_step is None:
         checkpoint_dirs.quarantine_incomplete(checkpoint_dir, after=int(state.step))
     return state, rng
 
 
-def _last_good(checkpoint_dir, like: TrainState, sent: _Dispatched | None) -> TrainState:
-    """What a run goes back to."""
+def _restore_last(checkpoint_dir, abstract_state: TrainState,
+                  in_flight: InFlightStep | None) -> TrainState:
+    """Restores the state of the last checkpoint, for a rollback."""
     if checkpointing.latest_step(checkpoint_dir) is None:
         raise anomalies.BadStepError(
-            f"there is nothing to go back to: no step is saved in {checkpoint_dir} yet; save more "
-            "often (save_every), or skip bad steps", sent.step if sent else 0, None)
-    return checkpointing.restore(checkpoint_dir, like).state
+            f"cannot roll back, because {checkpoint_dir} contains no checkpoint yet; save more "
+            "often (save_every), or skip bad steps", in_flight.step if in_flight else 0, None)
+    return checkpointing.restore(checkpoint_dir, abstract_state).state
 
 
-def _act(bad: anomalies.Anomaly, sent: _Dispatched, checkpoint_dir: str | Path | None) -> None:
-    """Writes the batch of a bad step, and ends the run or says what is done about it."""
-    where = anomalies.write_batch(checkpoint_dir, sent.step, sent.batch)
-    if bad.action == "stop":
-        raise bad.error(f"{bad.what}; {where}; nothing was saved since. Lower the learning rate, "
-                        "or look at the batch", sent.step, sent.batch)
-    print(f"{bad.what}: {bad.action}; {where}", flush=True)
+def handle_bad_step(anomaly: anomalies.Anomaly, bad_step: InFlightStep,
+                    checkpoint_dir: str | Path | None) -> None:
+    """Saves the batch of an anomalous step, then raises its error or prints the action taken."""
+    location = anomalies.save_batch(checkpoint_dir, bad_step.step, bad_step.batch)
+    if anomaly.action == "stop":
+        raise anomaly.error_type(
+            f"{anomaly.message}; {location}; no checkpoint was saved after this step. Lower the "
+            "learning rate, or inspect the batch", bad_step.step, bad_step.batch)
+    print(f"{anomaly.message}: {anomaly.action}; {location}", flush=True)
 
 
-def _check_same(saved: Any, ours: Any, checkpoint_dir: str | Path) -> None:
-    """Another model, data or rate would make another run of it."""
-    then, now = (flatten_paths({"": x}) for x in (saved, ours))
+def _check_metadata(saved: Any, current: Any, checkpoint_dir: str | Path) -> None:
+    """Raises ValueError if a run would resume with another model, data set or setting."""
+    then, now = (flatten_paths({"": x}) for x in (saved, current))
     changed = [name for name in sorted(then.keys() | now.keys())
                if then.get(name) != now.get(name)]
     if changed:
-        told = "; ".join(f"{name.lstrip('/')} was {then.get(name)} and is {now.get(name)}"
-                         for name in changed[:5])
+        changes = "; ".join(f"{name.lstrip('/')} was {then.get(name)} and is {now.get(name)}"
+                            for name in changed[:5])
         more = f" (and {len(changed) - 5} more)" if len(changed) > 5 else ""
-        raise ValueError(f"the run in {checkpoint_dir} was another: {told}{more}; give the same "
-                         "settings, another folder, or allow_config_mismatch")
+        raise ValueError(f"the run in {checkpoint_dir} has another config: {changes}{more}; use "
+                         "the same settings, another checkpoint_dir, or allow_config_mismatch")
 
 
 def _place(state: TrainState, mesh: Mesh | None) -> TrainState:
-    """The state where its steps will leave it, lest the second step compile anew.
+    """Places the state as the train step returns it, so that the second step does not recompile.
 
-    Without a mesh, leaves that came from a checkpoint are committed to their device and new ones
-    are not, while everything that a step returns is, if anything that it took was.
+    Without a mesh, arrays from a checkpoint are committed to their device and new arrays are not,
+    but all outputs of a step are committed if one of its inputs is.
     """
     if mesh is not None:
         return jax.device_put(state, sharding.param_shardings(state, mesh))
@@ -363,18 +383,16 @@ def _place(state: TrainState, mesh: Mesh | None) -> TrainState:
     return jax.device_put(state, *devices) if len(devices) == 1 else state
 
 
-def _due(step: int, every: int, last: bool) -> bool:
-    return last or (every > 0 and step % every == 0)
+def _is_due(step: int, every: int, is_last: bool) -> bool:
+    return is_last or (every > 0 and step % every == 0)
 
 
-def _next(batches: Batches, step: int, num_steps: int) -> PyTree:
+def _next_batch(batches: Batches, step: int, num_steps: int) -> PyTree:
     try:
         return next(batches)
     except StopIteration:
-        raise ValueError(
-            f"the batches ended after step {step - 1} of {num_steps}; repeat the data, or train "
-            f"for {step - 1} steps"
-        ) from None
+        raise ValueError(f"the batches ended after step {step - 1} of {num_steps}; repeat the "
+                         f"data, or reduce num_steps to {step - 1}") from None
 
 
 def _count_tokens(batch: PyTree) -> int:

@@ -1,6 +1,5 @@
-"""Learning-rate schedules and AdamW with weight decay only where it belongs."""
+"""Learning-rate schedules, and AdamW with weight decay on matrices only."""
 
-import difflib
 import math
 from collections.abc import Callable
 
@@ -8,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from transformer_jax.errors import did_you_mean
 from transformer_jax.train import transforms
 from transformer_jax.train.transforms import clip_by_global_norm
 from transformer_jax.tree import PyTree, first_match, map_paths
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
-# What a schedule does after warm-up, as a function of (step, warm-up steps, last step):
-# `decay` is 1 at the end of warm-up, and the schedule runs from peak_lr (decay 1) to end (decay 0).
+# name -> function of (step, number of warm-up steps, last step) that is the schedule after warm-up,
+# scaled to [0, 1]: 1 stands for peak_lr and 0 for end_lr.
 DECAYS: dict[str, Callable[[jax.Array, int, int], jax.Array]] = {
     "constant": lambda step, warmup, last: jnp.ones_like(step),
     "linear": lambda step, warmup, last: 1 - _progress(step, warmup, last),
@@ -25,68 +25,90 @@ DECAYS: dict[str, Callable[[jax.Array, int, int], jax.Array]] = {
 
 
 def _progress(step: jax.Array, warmup: int, last: int) -> jax.Array:
-    """0 at the end of warm-up, 1 from `last` on."""
+    """The fraction of the steps after warm-up that are done, from 0 to 1."""
     return jnp.clip((step - warmup) / (last - warmup), 0.0, 1.0)
 
 
 def make_schedule(
     name: str, peak_lr: float, num_steps: int, warmup_steps: int = 0, end_lr: float = 0.0
 ) -> Schedule:
-    """A learning rate by step: a linear warm-up to `peak_lr`, then a decay from the table `DECAYS`.
+    """Makes a learning-rate schedule: a linear warm-up to `peak_lr`, then a decay to `end_lr`.
 
-    Step counts from 0, as Optax counts; the n-th update, n = step + 1, has the rate
+    As in Optax, `step` counts from 0. The n-th update, n = step + 1, has the learning rate
 
-      warm-up (n <= warmup_steps)   peak_lr n / warmup_steps
-      constant                      peak_lr
-      linear, cosine                from peak_lr at step warmup_steps to `end` at step num_steps
-      inverse_sqrt                  end_lr + (peak_lr - end) sqrt(warmup_steps / n)
+        warm-up (n <= warmup_steps)   peak_lr n / warmup_steps
+        constant                      peak_lr
+        linear                        end_lr + (peak_lr - end_lr) (1 - p)
+        cosine                        end_lr + (peak_lr - end_lr) (1 + cos(pi p)) / 2
+        inverse_sqrt                  end_lr + (peak_lr - end_lr) sqrt(warmup_steps / n)
 
-    so the first update already moves, and without warm-up step 0 has exactly the peak_lr.
-    inverse_sqrt with end 0 is the schedule of Vaswani et al. 2017, section 5.3, where
-    peak_lr = (d_model warmup_steps)^-0.5. constant has no use for `end`.
+    where p = (step - warmup_steps) / (num_steps - warmup_steps), at most 1. The first update
+    therefore has a learning rate above 0, and without warm-up it has exactly `peak_lr`.
+
+    "inverse_sqrt" with `end_lr` 0 is the schedule of Vaswani et al. 2017, section 5.3, where
+    peak_lr = (d_model warmup_steps)^-0.5.
+
+    Args:
+        name: "constant", "linear", "cosine" or "inverse_sqrt".
+        peak_lr: the learning rate at the end of the warm-up.
+        num_steps: the total number of updates.
+        warmup_steps: the number of updates with a linearly increasing learning rate.
+        end_lr: the learning rate from step `num_steps` on; for "inverse_sqrt", the limit. Not used
+            by "constant".
 
     Raises:
-      ValueError: an unknown name, num_steps below 1, warmup_steps outside 0 ... num_steps - 1, or
-        not 0 <= end <= peak_lr.
+        ValueError: `name` is unknown, `num_steps` is below 1, `warmup_steps` is not in
+            [0, num_steps - 1], or `end_lr` is not in [0, peak_lr].
+
+    Example:
+        >>> schedule = make_schedule("linear", peak_lr=1.0, num_steps=10, warmup_steps=2)
+        >>> [float(schedule(step)) for step in (0, 1, 2, 6, 10)]
+        [0.5, 1.0, 1.0, 0.5, 0.0]
     """
     if name not in DECAYS:
-        near = difflib.get_close_matches(name, DECAYS, n=1)
-        raise ValueError(
-            f"unknown schedule {name!r}{f', did you mean {near[0]!r}?' if near else ';'} "
-            f"choose from {', '.join(DECAYS)}"
-        )
+        raise ValueError(f"unknown schedule {name!r}; {did_you_mean(name, DECAYS)}")
     if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; train for at least 1 step")
+        raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
     if not 0 <= warmup_steps < num_steps:
         raise ValueError(
-            f"warmup_steps is {warmup_steps}, outside 0 to {num_steps - 1}; "
-            f"warm up for less than the {num_steps} steps of the run"
+            f"warmup_steps is {warmup_steps}; it must be from 0 to {num_steps - 1}, less than the "
+            f"{num_steps} steps of the run"
         )
-    if not 0 <= end <= peak_lr:
-        raise ValueError(f"end_lr is {end_lr}, outside 0 to the peak_lr {peak_lr}; choose it in between")
+    if not 0 <= end_lr <= peak_lr:
+        raise ValueError(f"end_lr is {end_lr}; it must be from 0 to peak_lr = {peak_lr}")
     decay = DECAYS[name]
 
     def schedule(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        after = end_lr + (peak_lr - end) * decay(step, warmup_steps, num_steps)
-        warming = peak_lr * (step + 1) / max(warmup_steps, 1)
-        return jnp.where(step < warmup_steps, warming, after)
+        decayed_lr = end_lr + (peak_lr - end_lr) * decay(step, warmup_steps, num_steps)
+        warmup_lr = peak_lr * (step + 1) / max(warmup_steps, 1)
+        return jnp.where(step < warmup_steps, warmup_lr, decayed_lr)
 
     return schedule
 
 
 DECAY_RULES = ((r"(^|/)(kernel|embedding)$", True), (r"", False))
-"""Which parameters weight decay pulls to zero: matrices. Biases and norm scales it never touches
-(they set offsets and units, and shrinking them is no simplicity). Decided by name and not by rank:
-a kernel keeps its head axes, and stacked layers give every leaf one more.
+"""Which parameters have weight decay: matrices (kernels and embeddings).
 
-Of deltas, the kernels of adapters decay, as Houlsby et al. 2019 train them, by BERT's optimizer.
-IA3's factors and DoRA's magnitudes are scales. LoRA's factors, prefixes and prompts do not decay
-either, though LoRA's released code decays its factors: rank and length bound them already."""
+Biases and norm scales have none: they set offsets and units, and shrinking them does not make a
+model simpler. The rules use names and not ranks, because a kernel has head axes and stacked layers
+add an axis to every parameter.
+
+Of the PEFT parameters, only the kernels of bottleneck adapters decay, as in Houlsby et al. 2019,
+who train them with BERT's optimizer. IA3's factors and DoRA's magnitudes are scales. LoRA's
+factors, prefixes and prompts do not decay either, because their rank or length already limits them
+(LoRA's released code does decay its factors)."""
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True where weight decay applies, by `DECAY_RULES`. Gaps (None) stay gaps."""
+    """Returns the mask of the parameters with weight decay, by `DECAY_RULES`.
+
+    None, the placeholder of a frozen parameter, stays None.
+
+    Example:
+        >>> decay_mask({"classifier": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
+        {'classifier': {'bias': False, 'kernel': True}}
+    """
     return map_paths(lambda path, leaf: first_match(DECAY_RULES, path), params)
 
 
@@ -100,50 +122,64 @@ def make_optimizer(
     clip_norm: float | None = 1.0,
     layer_decay: float | None = None,
     head_lr_multiplier: float = 1.0,
-    head: str = transforms.HEAD,
+    head_pattern: str = transforms.HEAD_PARAMS,
     unfreeze_every: int | None = None,
     l2_sp: float | None = None,
-    new: str = transforms.NEW,
+    new_pattern: str = transforms.NEW_PARAMS,
     ema: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) behind clipping by the global norm; BERT's defaults.
+    """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm, with BERT's defaults.
 
-    Everything here sees only the tree that it is given. `make_train_step` gives it what trains, so
-    the norm that is clipped is the norm of what trains, and only that has moments. What fine-tuning
-    adds is in `train.transforms`.
+    The optimizer sees only the tree that it is given, and `make_train_step` gives it the trainable
+    parameters. The clipped norm is therefore the norm of the trainable gradients, and only the
+    trainable parameters have moments. The options from `layer_decay` on are for fine-tuning; each
+    is documented in `train.transforms`.
 
     Args:
-      schedule: from `make_schedule`, or a constant rate.
-      weight_decay: decoupled, multiplied by the learning rate, where `decay_mask` is true.
-      clip_norm: gradients with a larger global norm are scaled down to it; None never clips.
-      layer_decay: each layer's rate is this times the rate of the layer above it.
-      head_lr_multiplier: factor of the rate of what has the regular expression `head` in its path, the
-        classifier by default.
-      unfreeze_every: release a layer every so many updates, from the top down. The schedule and
-        `ema` run on meanwhile.
-      l2_sp: strength of a decay toward the parameters at `init`, of biases too; what has the
-        regular expression `new` in its path, classifier and deltas by default, keeps
-        `weight_decay`.
-      ema: decay of an average of what trains, below 1, for `finetuning.ema_params`.
+        schedule: from `make_schedule`, or a constant learning rate.
+        weight_decay: decoupled weight decay, multiplied by the learning rate, on the parameters
+            that `decay_mask` selects.
+        b1: decay rate of the first moment.
+        b2: decay rate of the second moment.
+        eps: added to the denominator of Adam's update.
+        clip_norm: gradients with a larger global norm are scaled down to it; None does not clip.
+        layer_decay: ratio of the learning rates of a layer and the layer above it, in (0, 1].
+        head_lr_multiplier: factor of the learning rate of the parameters whose path matches
+            `head_pattern`.
+        head_pattern: a regular expression; by default the classifier.
+        unfreeze_every: gradual unfreezing of one more layer, from the top down, every so many
+            updates. The schedule and `ema` also count the updates before a layer is unfrozen.
+        l2_sp: strength of the decay toward the parameters at `init`, biases included; parameters
+            whose path matches `new_pattern` have `weight_decay` instead.
+        new_pattern: a regular expression; by default the classifier and the PEFT parameters.
+        ema: decay of an exponential moving average of the trainable parameters, in (0, 1); see
+            `transforms.get_ema_params`.
 
     Raises:
-      ValueError: a value out of range.
+        ValueError: a value is out of range.
+
+    Example:
+        >>> optimizer = make_optimizer(make_schedule("cosine", 1e-3, num_steps=100))
+        >>> opt_state = optimizer.init({"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)})
+        >>> jax.tree.map(jnp.shape, optax.tree.get(opt_state, "mu"))
+        {'bias': (3,), 'kernel': (2, 3)}
     """
-    for name, value, fits, limit in (
+    for name, value, is_valid, allowed in (
         ("layer_decay", layer_decay, lambda x: 0 < x <= 1, "above 0 and at most 1"),
         ("head_lr_multiplier", head_lr_multiplier, lambda x: 0 < x < math.inf, "above 0"),
         ("l2_sp", l2_sp, lambda x: 0 < x < math.inf, "above 0"),
         ("ema", ema, lambda x: 0 < x < 1, "above 0 and below 1"),
     ):
-        if value is not None and not fits(value):
-            raise ValueError(f"{name} is {value}; it must be {limit}")
+        if value is not None and not is_valid(value):
+            raise ValueError(f"{name} is {value}; it must be {allowed}")
     if unfreeze_every is not None and unfreeze_every < 1:
-        raise ValueError(f"unfreeze_every is {unfreeze_every}; release a layer every step at most")
+        raise ValueError(f"unfreeze_every is {unfreeze_every}; it must be at least 1 step")
     moments = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     decay = (optax.add_decayed_weights(weight_decay, decay_mask) if l2_sp is None
-             else transforms.l2_sp(l2_sp, weight_decay, decay_mask, new))
+             else transforms.l2_sp(l2_sp, weight_decay, decay_mask, new_pattern))
     if unfreeze_every is not None:
-        chain = [transforms.gradual_unfreezing(optax.chain(moments, decay), unfreeze_every, clip_norm),
+        chain = [transforms.gradual_unfreezing(
+                     optax.chain(moments, decay), unfreeze_every, clip_norm),
                  optax.scale_by_learning_rate(schedule)]
     elif l2_sp is not None:
         chain = [moments, decay, optax.scale_by_learning_rate(schedule)]
@@ -154,7 +190,8 @@ def make_optimizer(
         chain = [clip_by_global_norm(clip_norm), *chain]
     if layer_decay is not None or head_lr_multiplier != 1.0:
         chain.append(transforms.scale_by_path(
-            lambda tree: transforms.layerwise_lr_multipliers(tree, layer_decay, head_lr_multiplier, head)))
+            lambda tree: transforms.layerwise_lr_multipliers(
+                tree, layer_decay, head_lr_multiplier, head_pattern)))
     if ema is not None:
         chain.append(transforms.params_ema(ema))
     return chain[0] if len(chain) == 1 else optax.chain(*chain)

@@ -1,4 +1,4 @@
-"""Leaving when asked to: SIGTERM and SIGINT end a run after the step at hand, once it is saved."""
+"""Graceful preemption: on SIGTERM or SIGINT, a run finishes its step, saves it and exits."""
 
 import contextlib
 import signal
@@ -7,12 +7,19 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command, later, goes on
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: running the same command later resumes the run
 
 
 class Preempted(SystemExit):
-    """A run was asked to end, and has saved itself at `step`. Uncaught, it ends the process with
-    `EXIT_STATUS`, which tells a scheduler from a failure."""
+    """A run received a signal, saved a checkpoint and stopped.
+
+    Uncaught, it ends the process with `EXIT_STATUS`, so that a scheduler can tell a preemption from
+    a failure.
+
+    Attributes:
+        signal_name: "SIGTERM" or "SIGINT".
+        step: the step that was saved.
+    """
 
     def __init__(self, signal_name: str, step: int):
         super().__init__(EXIT_STATUS)
@@ -21,37 +28,47 @@ class Preempted(SystemExit):
 
 @contextlib.contextmanager
 def catch_signals(active: bool = True) -> Iterator[Callable[[int], str | None]]:
-    """Yields `asked(step)`: the name of the signal that asked the run to end, or None.
+    """Yields `should_stop(step)`: the name of the signal that was received, or None.
 
-    A second signal acts as it would have without this. With several processes, of which a scheduler
-    may tell one before the other, JAX's coordinator makes them all agree on a step; it listens to
-    SIGTERM alone. Outside the main thread, where Python takes no signals, nobody is ever asked.
+    A second signal has its usual effect, because the previous handlers are restored after the
+    first. A scheduler may signal only some of several processes, so there JAX's coordination
+    service makes all processes stop at the same step; it handles SIGTERM only. In a thread other
+    than the main thread, where Python cannot handle signals, `should_stop` always returns None.
+
+    Args:
+        active: False leaves the signal handlers unchanged.
+
+    Example:
+        >>> with catch_signals() as should_stop:
+        ...     for step in range(1, 4):
+        ...         if should_stop(step):
+        ...             raise Preempted(should_stop(step), step)
     """
     if not active or (jax.process_count() == 1
                       and threading.current_thread() is not threading.main_thread()):
         yield lambda step: None
         return
     if jax.process_count() > 1:
-        # Imported here: it brings in much that a single process never needs.
+        # Imported here, because it imports much that a single process does not need.
         from jax.experimental import multihost_utils
 
         yield lambda step: (
             "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None)
         return
-    heard: list[str] = []
-    before = {}
+    received: list[str] = []
+    previous_handlers = {}
 
-    def restore() -> None:
-        for number, handler in before.items():
+    def restore_handlers() -> None:
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
-    def hear(number, frame) -> None:
-        heard.append(signal.Signals(number).name)
-        restore()
+    def handle(number, frame) -> None:
+        received.append(signal.Signals(number).name)
+        restore_handlers()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, hear)
+        previous_handlers[number] = signal.signal(number, handle)
     try:
-        yield lambda step: heard[0] if heard else None
+        yield lambda step: received[0] if received else None
     finally:
-        restore()
+        restore_handlers()

@@ -1,34 +1,44 @@
-"""The number of XLA compilations of a run, and the memory of its devices."""
+"""Counts of XLA compilations, and the memory of the devices."""
 
 import jax
 from jax import monitoring
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class CompilationCounter:
-    """Counts what XLA compiles, or loads from the persistent cache, from when it is made. Shapes
-    that change compile anew and in silence; this is how a run notices.
+    """Counts XLA compilations, and programs loaded from the persistent compilation cache.
 
-        compilations = Compilations()
-        ...
-        print(compilations.count, compilations.seconds)
+    A change of array shapes compiles a program again without a message; this counter detects it.
+    Counting starts when the counter is created, and ends with `close` or the `with` block.
+
+    Attributes:
+        count: the number of compilations so far.
+        seconds: the total time they took.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> double, x = jax.jit(lambda x: 2 * x), jnp.ones(3)
+        >>> with CompilationCounter() as compilations:
+        ...     _ = double(x), double(x)
+        >>> compilations.count
+        1
     """
 
     def __init__(self) -> None:
         self.count, self.seconds = 0, 0.0
-        monitoring.register_event_duration_secs_listener(self._hear)
+        monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _hear(self, event: str, seconds: float, **_) -> None:
-        if event == _COMPILED:
+    def _on_event(self, event: str, seconds: float, **_) -> None:
+        if event == _COMPILE_EVENT:
             self.count += 1
             self.seconds += seconds
 
     def close(self) -> None:
-        """Stop counting."""
-        monitoring.unregister_event_duration_listener(self._hear)
+        """Stops counting."""
+        monitoring.unregister_event_duration_listener(self._on_event)
 
-    def __enter__(self) -> "Compilations":
+    def __enter__(self) -> "CompilationCounter":
         return self
 
     def __exit__(self, *_) -> None:
@@ -36,8 +46,10 @@ class CompilationCounter:
 
 
 def peak_memory() -> int | None:
-    """Bytes at the most so far: of the first device where it says, of this process on a CPU; None
-    where nobody says."""
+    """Peak memory use in bytes: of the first device, or of this process if the device is a CPU.
+
+    None where the platform does not report it.
+    """
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -50,7 +62,7 @@ def peak_memory() -> int | None:
 
 
 def memory_limit() -> int:
-    """Bytes that the first device lets JAX have; on a CPU, its share of those that are free."""
+    """Bytes that JAX may allocate on the first device; on a CPU, its share of the free memory."""
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -58,7 +70,10 @@ def memory_limit() -> int:
 
 
 def free_memory() -> int | None:
-    """Bytes that the first local device can still give out; None where nobody says."""
+    """Free memory of the first local device in bytes; None where the platform does not report it.
+
+    CPU devices of one host share its free memory equally.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

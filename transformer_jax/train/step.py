@@ -1,14 +1,14 @@
-"""The training step, a pure function: (state, batch, rng) -> (state, metrics).
+"""The train step, a pure function `(state, batch, rng) -> (state, metrics)`.
 
-A loss is `loss_fn(params, batch, rng) -> (sum, weight, metrics)`. `sum` and `weight` are scalars,
-or dicts with one entry per term of the loss; the loss is
+A loss function is `loss_fn(params, batch, rng) -> (sum, weight, metrics)`. `sum` and `weight` are
+scalars, or dicts with one entry per term of the loss. The loss is
 
-    L = sum over terms k of  (total sum_k) / (total weight_k),   0 for a term of weight 0
+    L = sum over the terms k of  (total sum_k) / (total weight_k),   0 for a term of weight 0
 
-with totals over microbatches, devices and hosts. Dividing once, by the total, is what makes
-microbatches, `jax.pmap` and sharding agree exactly with one large batch even if the weights are
-uneven: the mean of means is another number. `metrics` holds (sum, weight) pairs, reduced alike.
-Weights never depend on the parameters.
+where a total is taken over microbatches, devices and hosts. Dividing once, by the total weight,
+makes microbatches, `jax.pmap` and sharding agree with one large batch even if the weights are
+unequal; a mean of the microbatches' means would be a different number. `metrics` is a dict of (sum,
+weight) pairs that are reduced in the same way. Weights must not depend on the parameters.
 """
 
 import contextlib
@@ -27,77 +27,87 @@ LossFn = Callable[[PyTree, PyTree, Any], tuple[Any, Any, dict[str, tuple[Any, An
 
 
 class TrainState(NamedTuple):
-    """All that a step changes."""
+    """Everything that a train step changes."""
 
     step: jax.Array  # int32[], the number of updates so far
     params: PyTree
-    opt_state: PyTree  # of what trains only
+    opt_state: PyTree  # of the trainable parameters only
 
 
 def init_state(
     params: PyTree, optimizer: optax.GradientTransformation, trainable: PyTree | None = None
 ) -> TrainState:
-    """The state before the first update.
+    """Returns the state before the first update.
 
-    It is pure, so that a whole state can be born sharded or be described without memory:
-
-        make = lambda key: init_state(init_params(key), optimizer)
-        state = sharding.init_sharded(make, key, mesh)
-        abstract = jax.eval_shape(make, key)
+    This function is pure, so a state can be initialized directly with its shardings
+    (`sharding.init_sharded`), or as abstract arrays without memory (`jax.eval_shape`).
 
     Args:
-      params: nested dict of arrays. They are copied: a jitted step may then donate the state
-        without deleting the caller's parameters.
-      trainable: a mask of booleans over `params` (None: everything trains). What does not train
-        gets no optimizer state.
+        params: nested dicts of arrays. They are copied, so that a jitted step may donate the state
+            without deleting the caller's parameters.
+        optimizer: an Optax transformation, for example from `optimizers.make_optimizer`.
+        trainable: a boolean mask with the structure of `params`; None trains all parameters. Frozen
+            parameters have no optimizer state.
+
+    Example:
+        >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+        >>> mask = {"kernel": False, "bias": True}
+        >>> state = init_state(params, optax.sgd(0.1, momentum=0.9), mask)
+        >>> [x.shape for x in jax.tree.leaves(state.opt_state)]
+        [(3,)]
     """
     params = jax.tree.map(jnp.copy, params)
-    ours = params if trainable is None else tree.partition(params, trainable)[0]
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(ours))
+    trainable_params = params if trainable is None else tree.partition(params, trainable)[0]
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable_params))
 
 
-def _terms(value: Any) -> dict[str, Any]:
-    """A loss of one term as a dict, like a loss of several."""
+def _as_terms(value: Any) -> dict[str, Any]:
+    """Returns the dict of terms of a loss; a scalar is a single term with the key ""."""
     return value if isinstance(value, dict) else {"": value}
 
 
-def _mean(total: Any, weight: Any) -> Any:
-    """total / weight, and 0 where the weight is 0, without a NaN in value or gradient."""
+def _safe_divide(total: Any, weight: Any) -> Any:
+    """total / weight, or 0 if the weight is 0; value and gradient are never NaN."""
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0.0)
 
 
-def _measure(loss_fn: LossFn, params: PyTree, batch: PyTree, rng: Any) -> tuple[dict, dict, dict]:
-    """`loss_fn` with its terms as dicts and every number a float array, whatever it returned."""
+def loss_and_metrics(
+    loss_fn: LossFn, params: PyTree, batch: PyTree, rng: Any
+) -> tuple[dict, dict, dict]:
+    """Calls `loss_fn`, and returns (sums, weights, metrics) as dicts of float arrays."""
     sums, weights, metrics = loss_fn(params, batch, rng)
-    totals = (_terms(sums), _terms(weights), metrics)
+    totals = (_as_terms(sums), _as_terms(weights), metrics)
     return jax.tree.map(lambda x: jnp.asarray(x, float), totals)
 
 
-def _microbatches(batch: PyTree, parts: int) -> PyTree:
-    """[B, ...] as [parts, B / parts, ...], row i in part i % parts.
+def _split_microbatches(batch: PyTree, num_microbatches: int) -> PyTree:
+    """Reshapes [B, ...] to [num_microbatches, B / num_microbatches, ...].
 
-    Dealing rows out in turn keeps a sharded batch where it is: every device has a share of every
-    part. Cutting it into consecutive blocks would move rows between devices.
+    A strided split: row i is in microbatch i % num_microbatches. Each device then holds the same
+    number of rows of every microbatch of a sharded batch. Consecutive blocks of rows would have to
+    be moved between devices.
     """
 
-    def deal(path: str, rows: jax.Array) -> jax.Array:
-        if rows.shape[0] % parts:
+    def split(path: str, rows: jax.Array) -> jax.Array:
+        if rows.shape[0] % num_microbatches:
             raise ValueError(
                 f"batch entry {path!r} has {rows.shape[0]} rows, not a multiple of accumulate = "
-                f"{parts}; change one of them"
+                f"{num_microbatches}; change the batch size or accumulate"
             )
-        return jnp.reshape(rows, (-1, parts, *rows.shape[1:])).swapaxes(0, 1)
+        return jnp.reshape(rows, (-1, num_microbatches, *rows.shape[1:])).swapaxes(0, 1)
 
-    return tree.map_paths(deal, batch)
+    return tree.map_paths(split, batch)
 
 
-def _means(sums: dict, weights: dict, metrics: dict, mean: Callable = _mean) -> dict[str, Any]:
-    """The totals as numbers to report: "loss", "<term>_loss" when several, and every metric."""
-    terms = {name: mean(sums[name], weights[name]) for name in sums}
-    report = {name: mean(total, weight) for name, (total, weight) in metrics.items()}
+def _divide_totals(
+    sums: dict, weights: dict, metrics: dict, divide: Callable = _safe_divide
+) -> dict[str, Any]:
+    """Returns "loss", "<term>_loss" if there are several terms, and each metric, from totals."""
+    terms = {name: divide(sums[name], weights[name]) for name in sums}
+    result = {name: divide(total, weight) for name, (total, weight) in metrics.items()}
     if len(terms) > 1:
-        report |= {f"{name}_loss": value for name, value in terms.items()}
-    return report | {"loss": sum(terms.values())}
+        result |= {f"{name}_loss": value for name, value in terms.items()}
+    return result | {"loss": sum(terms.values())}
 
 
 def make_train_step(
@@ -107,78 +117,104 @@ def make_train_step(
     accumulate: int = 1,
     axis_name: str | None = None,
 ) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """The step for a loss: differentiate what trains, update it, count.
+    """Makes a train step that computes the gradient of a loss and updates the parameters.
 
-    The step is pure and not jitted. `jax.jit` it, with the batch sharded over a mesh or not; or
-    give `axis_name` and use it under `jax.pmap` or `jax.shard_map`, each device with its own rows.
+    The step is pure and not jitted. Use it under `jax.jit`, with the batch sharded over a mesh or
+    not; or pass `axis_name` and use it under `jax.pmap` or `jax.shard_map`, with different rows of
+    the batch on each device.
 
-    Only the trainable subtree is differentiated, so frozen leaves come back bit for bit, have no
-    optimizer state, cost no weight gradient and are out of every norm.
+    Only the trainable subtree is differentiated. Frozen parameters are therefore returned
+    unchanged bit for bit, have no optimizer state, cost no weight gradient and are not part of any
+    norm.
 
-    Randomness is `fold_in(rng, state.step)`, then the device's index under `axis_name`, then the
-    microbatch's index: pass the same rng at every step. None means no dropout.
+    The random key of a step is `fold_in(rng, state.step)`. With `axis_name` the device's index, and
+    with `accumulate` above 1 the microbatch's index, are folded in as well. Pass the same `rng` at
+    every step.
 
     Args:
-      loss_fn: see the top of this file.
-      optimizer: sees only what trains (gradients, parameters and state), with None in the gaps.
-      trainable: a mask of booleans over the parameters; None trains everything.
-      accumulate: split the batch into this many microbatches, one after another, which need memory
-        for one only. The gradients' buffer is as large as what trains.
-      axis_name: the mapped axis over which totals are summed.
+        loss_fn: `loss_fn(params, batch, rng) -> (sum, weight, metrics)`; see the module docstring.
+        optimizer: receives only the trainable gradients, parameters and state, with None in place
+            of frozen parameters.
+        trainable: a boolean mask with the structure of the parameters; None trains all of them.
+        accumulate: number of microbatches that a batch is split into. They are processed one after
+            another, so only one needs memory at a time. The gradient buffer has the size of the
+            trainable parameters.
+        axis_name: the mapped axis over which totals are summed.
 
     Returns:
-      `train_step(state, batch, rng) -> (state, metrics)`. The metrics are divided totals: "loss",
-      "grad_norm" (of what trains, before clipping), "<term>_loss" for each term when the loss has
-      several, and each metric of `loss_fn`; all for the parameters before the update.
+        `train_step(state, batch, rng) -> (state, metrics)`, where `rng` None disables dropout. The
+        metrics are those of the parameters before the update: "loss", "grad_norm" (of the trainable
+        parameters, before clipping), "<term>_loss" for each term if the loss has several, and each
+        metric of `loss_fn`.
 
     Raises:
-      ValueError: `accumulate` is below 1, nothing trains, or (when the step is traced) the rows of
-        a batch are not a multiple of `accumulate`.
+        ValueError: `accumulate` is below 1, `trainable` selects no parameter, or (when the step is
+            traced) the number of rows of a batch is not a multiple of `accumulate`.
+
+    Example:
+        >>> def loss_fn(params, batch, rng):
+        ...     errors = (batch["x"] @ params["kernel"] - batch["y"]) ** 2
+        ...     return errors.sum(), errors.size, {}
+        >>> optimizer = optax.adam(1e-3)
+        >>> train_step = jax.jit(make_train_step(loss_fn, optimizer))
+        >>> state = init_state({"kernel": jnp.zeros((3, 1))}, optimizer)
+        >>> state, metrics = train_step(state, {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 1))}, None)
+        >>> int(state.step), float(metrics["loss"])
+        (1, 1.0)
     """
     if accumulate < 1:
-        raise ValueError(f"accumulate is {accumulate}; use at least 1 microbatch")
+        raise ValueError(f"accumulate is {accumulate}; it must be at least 1 microbatch")
     if trainable is not None and not any(jax.tree.leaves(trainable)):
-        raise ValueError("the mask `trainable` selects nothing; choose at least one parameter")
+        raise ValueError("the mask `trainable` selects no parameter; select at least one")
 
-    def total(values: PyTree) -> PyTree:
+    def sum_over_devices(values: PyTree) -> PyTree:
         return values if axis_name is None else jax.lax.psum(values, axis_name)
 
-    def local(values: PyTree) -> PyTree:
-        """Marks values as differing by device, so that their gradients are not yet summed."""
+    def to_varying(values: PyTree) -> PyTree:
+        """Marks values as varying over devices, so that their gradients are not summed yet."""
         return values if axis_name is None else jax.lax.pcast(values, axis_name, to="varying")
 
-    def gradients(ours: PyTree, rest: PyTree, batch: PyTree, rng: Any, weights: dict | None):
-        """(d L / d ours, (sums, weights, metrics)) of these rows, not yet summed over devices.
+    def compute_grads(
+        trainable_params: PyTree, frozen_params: PyTree, batch: PyTree, rng: Any,
+        weights: dict | None,
+    ):
+        """Returns (grads, (sums, weights, metrics)) of these rows, not summed over devices.
 
-        `weights` are the totals to divide by, or None where these rows are the device's all.
+        `weights` are the total weights to divide by; None if these are all rows of the device.
         """
 
-        def objective(ours: PyTree) -> tuple[jax.Array, tuple]:
-            sums, own, metrics = _measure(loss_fn, tree.combine(ours, rest), batch, rng)
-            divisor = jax.lax.stop_gradient(total(own)) if weights is None else weights
-            return sum(_mean(sums[name], divisor[name]) for name in sums), (sums, own, metrics)
+        def objective(trainable_params: PyTree) -> tuple[jax.Array, tuple]:
+            params = tree.combine(trainable_params, frozen_params)
+            sums, batch_weights, metrics = loss_and_metrics(loss_fn, params, batch, rng)
+            divisor = (jax.lax.stop_gradient(sum_over_devices(batch_weights)) if weights is None
+                       else weights)
+            loss = sum(_safe_divide(sums[name], divisor[name]) for name in sums)
+            return loss, (sums, batch_weights, metrics)
 
-        return jax.grad(objective, has_aux=True)(ours)
+        return jax.grad(objective, has_aux=True)(trainable_params)
 
-    def accumulated(ours: PyTree, rest: PyTree, batch: PyTree, rng: Any):
-        """The same, summed over microbatches.
+    def accumulate_grads(trainable_params: PyTree, frozen_params: PyTree, batch: PyTree, rng: Any):
+        """Like `compute_grads`, summed over microbatches.
 
-        The weights have to be known before any gradient is. One call on all rows gives them; its
-        sums are not used, so XLA drops that forward pass and keeps the counting.
+        The total weights must be known before the first gradient, so `loss_fn` is called once on
+        all rows. Its sums are not used, so XLA removes that forward pass and keeps only the
+        computation of the weights.
         """
-        weights = total(_measure(loss_fn, tree.combine(ours, rest), batch, rng)[1])
-        micro = _microbatches(batch, accumulate)
+        params = tree.combine(trainable_params, frozen_params)
+        weights = sum_over_devices(loss_and_metrics(loss_fn, params, batch, rng)[1])
+        microbatches = _split_microbatches(batch, accumulate)
 
-        def add(so_far: PyTree, item: tuple[jax.Array, PyTree]) -> tuple[PyTree, None]:
+        def add(total: PyTree, item: tuple[jax.Array, PyTree]) -> tuple[PyTree, None]:
             index, rows = item
             key = None if rng is None else jax.random.fold_in(rng, index)
-            found = gradients(ours, rest, rows, key, weights)
-            return jax.tree.map(jnp.add, so_far, found), None
+            result = compute_grads(trainable_params, frozen_params, rows, key, weights)
+            return jax.tree.map(jnp.add, total, result), None
 
-        first = jax.tree.map(lambda rows: rows[0], micro)
-        shapes = jax.eval_shape(gradients, ours, rest, first, rng, weights)
-        zeros = local(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
-        return jax.lax.scan(add, zeros, (jnp.arange(accumulate), micro))[0]
+        first = jax.tree.map(lambda rows: rows[0], microbatches)
+        shapes = jax.eval_shape(
+            compute_grads, trainable_params, frozen_params, first, rng, weights)
+        zeros = to_varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+        return jax.lax.scan(add, zeros, (jnp.arange(accumulate), microbatches))[0]
 
     def train_step(state: TrainState, batch: PyTree, rng: Any):
         if rng is not None:
@@ -186,27 +222,32 @@ def make_train_step(
             if axis_name is not None:
                 rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
         mask = jax.tree.map(lambda _: True, state.params) if trainable is None else trainable
-        ours, rest = tree.partition(state.params, mask)
+        trainable_params, frozen_params = tree.partition(state.params, mask)
         if accumulate == 1:
-            found = gradients(local(ours), rest, batch, rng, None)
+            result = compute_grads(to_varying(trainable_params), frozen_params, batch, rng, None)
         else:
-            found = accumulated(local(ours), rest, batch, rng)
-        grads, (sums, weights, metrics) = total(found)
-        updates, opt_state = optimizer.update(grads, state.opt_state, ours)
-        params = tree.combine(optax.apply_updates(ours, updates), rest)
-        report = _means(sums, weights, metrics) | {"grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state), report
+            result = accumulate_grads(to_varying(trainable_params), frozen_params, batch, rng)
+        grads, (sums, weights, metrics) = sum_over_devices(result)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trainable_params)
+        params = tree.combine(optax.apply_updates(trainable_params, updates), frozen_params)
+        metrics = _divide_totals(sums, weights, metrics) | {"grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[PyTree, PyTree], tuple[dict, dict, dict]]:
-    """`eval_step(params, batch) -> (sums, weights, metrics)`: the totals of one batch, no dropout.
+    """Makes a function that computes the totals of one batch, without dropout.
 
-    Each is a dict (a loss of one term has the key ""), metrics of (sum, weight) pairs. They are not
-    divided: add them over all batches first, as `evaluate` does.
+    Args:
+        loss_fn: as in `make_train_step`.
+
+    Returns:
+        `eval_step(params, batch) -> (sums, weights, metrics)`. `sums` and `weights` have one entry
+        per term of the loss (the key "" if there is a single term), and `metrics` has (sum, weight)
+        pairs. They are not divided: add them over all batches first, as `evaluate` does.
     """
-    return lambda params, batch: _measure(loss_fn, params, batch, None)
+    return lambda params, batch: loss_and_metrics(loss_fn, params, batch, None)
 
 
 def evaluate(
@@ -215,30 +256,48 @@ def evaluate(
     batches: Iterable[PyTree],
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
-    """The loss and metrics over all batches, divided once: keys as in `make_train_step`.
+    """Computes the loss and the metrics over all batches.
 
-    Totals are summed in float64 on the host, so neither the batch size nor padding rows (of weight
-    zero) change the result. `eval_step` is jitted here, and compiled once for all calls with it.
+    Totals are summed in float64 on the host and divided once, so neither the batch size nor padding
+    rows (of weight 0) change the result.
+
+    Args:
+        eval_step: from `make_eval_step`. It is jitted here, and compiled once for all calls with
+            the same function.
+        params: the parameters.
+        batches: at least one batch.
+        mesh: shards the batches over the mesh.
+
+    Returns:
+        "loss", "<term>_loss" for each term if the loss has several, and each metric of the loss
+        function.
 
     Raises:
-      ValueError: there are no batches.
+        ValueError: there are no batches.
+
+    Example:
+        >>> def loss_fn(params, batch, rng):
+        ...     return (params["scale"] * batch["x"]).sum(), batch["x"].size, {}
+        >>> batches = [{"x": jnp.ones(3)}, {"x": 3 * jnp.ones(1)}]
+        >>> evaluate(make_eval_step(loss_fn), {"scale": jnp.float32(2.0)}, batches)
+        {'loss': 3.0}
     """
     compiled = jax.jit(eval_step)
     totals: PyTree = None
     pending: PyTree = None  # computed while the host prepares the next batch
 
-    def add(found: PyTree) -> PyTree:
-        found = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(found))
-        return found if totals is None else jax.tree.map(np.add, totals, found)
+    def add(result: PyTree) -> PyTree:
+        result = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(result))
+        return result if totals is None else jax.tree.map(np.add, totals, result)
 
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         for batch in batches:
-            found = compiled(params, batch if mesh is None else sharding.shard_batch(batch, mesh))
+            result = compiled(params, batch if mesh is None else sharding.shard_batch(batch, mesh))
             if pending is not None:
                 totals = add(pending)
-            pending = found
+            pending = result
     if pending is None:
-        raise ValueError("there are 0 batches to evaluate; give at least one")
-    return _means(
-        *add(pending), mean=lambda total, weight: float(total / weight) if weight else 0.0
+        raise ValueError("there are no batches to evaluate; pass at least one")
+    return _divide_totals(
+        *add(pending), divide=lambda total, weight: float(total / weight) if weight else 0.0
     )

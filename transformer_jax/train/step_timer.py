@@ -1,39 +1,62 @@
-"""How long steps take."""
+"""Time per train step, and the fraction of it spent waiting for data."""
 
 import time
 
 
 class StepTimer:
-    """Seconds per step, without the step that compiles and without evaluating and saving."""
+    """Measures the mean time per step, without compilation, evaluation and saving.
+
+    The first step is not measured, because it includes compilation.
+
+    Attributes:
+        mean_seconds: seconds per step over the last completed interval.
+        data_wait_seconds: seconds in the current interval in which devices waited for a batch;
+            added by the caller.
+
+    Example:
+        >>> timer = StepTimer()
+        >>> timer.step_done()  # the step that compiles
+        >>> timer.end_interval() is None
+        True
+        >>> timer.step_done()
+        >>> seconds_per_step, data_wait_fraction = timer.end_interval()
+        >>> data_wait_fraction
+        0.0
+    """
 
     def __init__(self) -> None:
-        self.mean = 0.0  # of the last lap
-        self.waited = 0.0  # in this lap
-        self._seconds, self._steps = 0.0, 0
-        self._since: float | None = None  # None: the first step is compiling
+        self.mean_seconds = 0.0
+        self.data_wait_seconds = 0.0
+        self._total_seconds, self._num_steps = 0.0, 0
+        self._last_time: float | None = None  # None until the first step is done
 
     @property
-    def runs(self) -> bool:
-        """Whether the first step is over."""
-        return self._since is not None
+    def is_running(self) -> bool:
+        """Whether the first step is done."""
+        return self._last_time is not None
 
-    def tick(self) -> None:
-        """A step is done."""
+    def step_done(self) -> None:
+        """Records the end of a step."""
         now = time.perf_counter()
-        if self._since is not None:
-            self._seconds += now - self._since
-            self._steps += 1
-        self._since = now
+        if self._last_time is not None:
+            self._total_seconds += now - self._last_time
+            self._num_steps += 1
+        self._last_time = now
 
-    def restart(self) -> None:
-        """Leaves out what happened since the last tick."""
-        self._since = time.perf_counter()
+    def skip_elapsed(self) -> None:
+        """Leaves out the time since the last step, such as that of an evaluation."""
+        self._last_time = time.perf_counter()
 
-    def lap(self) -> tuple[float, float] | None:
-        """The mean since the last lap, and the share of it in which devices waited for the host, at
-        most; None if no step was measured."""
-        if not self._steps:
+    def end_interval(self) -> tuple[float, float] | None:
+        """Ends the current interval and starts the next one.
+
+        Returns:
+            (seconds per step, upper bound of the fraction of that time in which devices waited for
+            a batch), or None if no step was measured.
+        """
+        if not self._num_steps:
             return None
-        self.mean, share = self._seconds / self._steps, min(self.waited / self._seconds, 1.0)
-        self._seconds, self._steps, self.waited = 0.0, 0, 0.0
-        return self.mean, share
+        self.mean_seconds = self._total_seconds / self._num_steps
+        data_wait_fraction = min(self.data_wait_seconds / self._total_seconds, 1.0)
+        self._total_seconds, self._num_steps, self.data_wait_seconds = 0.0, 0, 0.0
+        return self.mean_seconds, data_wait_fraction

@@ -1,9 +1,9 @@
-"""A corpus that needs no download: the documentation in every Python installation.
+"""python_docs: a text corpus that needs no download, the documentation in a Python installation.
 
-A TFDS builder, registered by importing this package: `tfds.builder("python_docs/documents")`, or
-shorter `python_docs.load("documents", "train")`.
+It is a TFDS builder, registered when this package is imported: `tfds.builder(
+"python_docs/documents")`, or in short `python_docs.load("documents", "train")`.
 """
 
-from transformer_jax.data.python_docs.builder import CONFIGS, SPLITS, PythonDocs, load, prepare
+from transformer_jax.data.python_docs.builder import CONFIGS, SPLITS, PythonDocs, build, load
 
-__all__ = ["CONFIGS", "SPLITS", "PythonDocs", "load", "prepare"]
+__all__ = ["CONFIGS", "SPLITS", "PythonDocs", "build", "load"]

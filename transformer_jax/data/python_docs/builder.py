@@ -1,4 +1,4 @@
-"""The TFDS builder, and `load`, which prepares it on first use."""
+"""The TFDS builder of python_docs, and `load`, which builds the dataset on first use."""
 
 import contextlib
 import hashlib
@@ -13,60 +13,61 @@ from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
-from transformer_jax.data.mapped_dataset import MappedDataset, from_builder
+from transformer_jax.data.mapped_dataset import MappedDataset, from_tfds_builder
 from transformer_jax.data.python_docs import examples
 
 SPLITS = examples.SPLITS
 
 
-class Content(NamedTuple):
-    """What a config holds: a description, features, and the examples by split."""
+class ConfigSpec(NamedTuple):
+    """A config of the dataset: its description, its features, and its examples by split."""
 
     description: str
     features: Callable[[], dict]
     examples: Callable[[], dict[str, list[dict]]]
 
 
-def _texts(*names: str) -> Callable[[], dict]:
+def _text_features(*names: str) -> Callable[[], dict]:
     return lambda: {name: tfds.features.Text() for name in names}
 
 
 CONFIGS = {
-    "documents": Content(
-        "A module's docstrings, or a topic of the language reference: one sentence a line, a blank "
-        "line between paragraphs.",
-        _texts("name", "text"),
+    "documents": ConfigSpec(
+        "A module's docstrings, or a topic of the language reference: one sentence per line, a "
+        "blank line between paragraphs.",
+        _text_features("name", "text"),
         examples.documents,
     ),
-    "topics": Content(
-        "A docstring and the part of the standard library that it comes from. Its validation and "
-        "test texts may stand, without labels, in the train split of documents: pre-training may "
-        "see the text of a task, as is usual in transfer learning, never its answers.",
+    "topics": ConfigSpec(
+        "A docstring and the part of the standard library that it comes from. The texts of its "
+        "validation and test splits may also occur in the train split of `documents`, without "
+        "their labels: as is usual in transfer learning, pre-training may see the text of a task "
+        "but never its labels.",
         lambda: {
             "text": tfds.features.Text(),
             "label": tfds.features.ClassLabel(names=list(examples.TOPICS)),
         },
         examples.topics,
     ),
-    "summaries": Content(
-        "A docstring without its first sentence, and that sentence, which sums it up.",
-        _texts("body", "summary"),
+    "summaries": ConfigSpec(
+        "A docstring without its first sentence, and that sentence as its summary.",
+        _text_features("body", "summary"),
         examples.summaries,
     ),
 }
 
 
 class PythonDocs(tfds.core.GeneratorBasedBuilder):
-    """Documentation of the Python that runs: docstrings and pydoc's topics.
+    """Documentation of the running Python: docstrings of the standard library and pydoc's topics.
 
-    Nothing is downloaded. The text differs a little between Python versions; the split of a
-    document or text does not.
+    Nothing is downloaded. The text differs slightly between Python versions; the split that a
+    document or text belongs to does not.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [  # noqa: RUF012  (the name is TFDS's)
-        tfds.core.BuilderConfig(name=name, description=content.description)
-        for name, content in CONFIGS.items()
+    BUILDER_CONFIGS = [  # noqa: RUF012  (TFDS requires this name)
+        tfds.core.BuilderConfig(name=name, description=config.description)
+        for name, config in CONFIGS.items()
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -80,41 +81,48 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         del dl_manager
-        by_split = CONFIGS[self.builder_config.name].examples()
-        return {split: self._generate_examples(found) for split, found in by_split.items()}
+        splits = CONFIGS[self.builder_config.name].examples()
+        return {split: self._generate_examples(rows) for split, rows in splits.items()}
 
-    def _generate_examples(self, found: list[dict]) -> Iterator[tuple[int, dict]]:
-        yield from enumerate(found)
+    def _generate_examples(self, rows: list[dict]) -> Iterator[tuple[int, dict]]:
+        yield from enumerate(rows)
 
 
 def load(config: str, split: str, data_dir: str | Path | None = None) -> MappedDataset:
-    """A split of a config, prepared on first use (some seconds): random access to examples.
+    """Loads a split of a config with random access; the first use builds the dataset in seconds.
 
     Args:
-        config: "documents" {"name", "text"}, "topics" {"text", "label"} with `label_names`, or
-            "summaries" {"body", "summary"}.
+        config: "documents" with the features "name" and "text", "topics" with "text" and "label",
+            or "summaries" with "body" and "summary".
         split: "train", "validation" or "test".
-        data_dir: see `prepare`.
+        data_dir: folder of the built dataset; see `build`.
 
     Raises:
         ValueError: unknown config or split.
-        FileNotFoundError: this Python has no documentation.
+        FileNotFoundError: this Python installation has no documentation.
     """
     for what, word, known in (("config", config, CONFIGS), ("split", split, SPLITS)):
         if word not in known:
             raise ValueError(f"unknown {what} {word!r} of python_docs; "
                              f"choose one of {', '.join(known)}")
-    folder = prepare(data_dir)
-    return from_builder(PythonDocs(config=config, data_dir=folder), split)
+    folder = build(data_dir)
+    return from_tfds_builder(PythonDocs(config=config, data_dir=folder), split)
 
 
-def prepare(data_dir: str | Path | None = None) -> Path:
-    """The folder with all configs for this Python, made if it is not there.
+def build(data_dir: str | Path | None = None) -> Path:
+    """Builds all configs for the running Python unless they exist; returns their folder.
 
-    It lies in `data_dir`, by default $TRANSFORMER_JAX_CACHE or ~/.cache/transformer_jax, and its
-    name tells the versions of Python, of the data set and of the code that makes it. It is written
-    elsewhere and renamed, so other processes see all of it or nothing; when two are at it, the
-    first to finish wins.
+    The name of the folder contains the versions of Python, of the dataset and of the code that
+    generates the examples. The dataset is written to a temporary folder, which is then renamed, so
+    other processes never see an incomplete dataset. If two processes build it at the same time, the
+    result of the first to finish is used.
+
+    Args:
+        data_dir: where the folder is created; $TRANSFORMER_JAX_CACHE or ~/.cache/transformer_jax if
+            None.
+
+    Raises:
+        FileNotFoundError: this Python installation has no documentation.
     """
     default = os.environ.get("TRANSFORMER_JAX_CACHE") or Path("~/.cache/transformer_jax")
     cache = Path(data_dir or default).expanduser()
@@ -123,25 +131,25 @@ def prepare(data_dir: str | Path | None = None) -> Path:
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".python_docs-", dir=cache))
+    temporary = Path(tempfile.mkdtemp(prefix=".python_docs-", dir=cache))
     try:
         for config in CONFIGS:
             with _silence():
-                PythonDocs(config=config, data_dir=building,
+                PythonDocs(config=config, data_dir=temporary,
                            file_format="array_record").download_and_prepare()
-        building.chmod(0o755)  # mkdtemp lets nobody else in
+        temporary.chmod(0o755)  # mkdtemp makes a folder that only its owner can read
         try:
-            building.rename(folder)
+            temporary.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
 def _code_version() -> str:
-    """Changes with the code that makes the examples, so that no stale cache is read."""
+    """Returns a digest of this package's code, so that a dataset of older code is not reused."""
     digest = hashlib.sha1()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -150,6 +158,6 @@ def _code_version() -> str:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """TFDS prints and draws bars; a few seconds are not worth that."""
+    """Suppresses the progress bars and messages of TFDS, which a build of seconds does not need."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

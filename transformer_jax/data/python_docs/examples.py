@@ -1,4 +1,4 @@
-"""What the three configs hold, as plain Python: examples by split, made from the raw text."""
+"""The examples of each config of python_docs by split, made from the extracted docstrings."""
 
 import functools
 import hashlib
@@ -8,13 +8,13 @@ from transformer_jax.data.python_docs import extract, prose
 
 SPLITS = ("train", "validation", "test")
 
-# Share of (validation, test); the rest trains. Few documents are held out, for the corpus is small;
-# many topics are, so that accuracies can be told apart.
+# Shares of (validation, test); the rest is the train split. Few documents are held out because the
+# corpus is small; many topics and summaries are, so that differences in accuracy are measurable.
 DOCUMENT_SHARES = (0.05, 0.05)
 EXAMPLE_SHARES = (0.15, 0.25)
 
-# The classes of `topics`: packages and modules of the standard library. All of them are in every
-# Python from 3.11 on, with at least 80 examples each.
+# Class of `topics` -> its packages and modules of the standard library. All of them exist in every
+# Python since 3.11, with at least 80 examples per class.
 TOPICS = {
     "asyncio": ("asyncio",),
     "concurrency": ("concurrent", "multiprocessing", "queue", "sched", "subprocess", "threading"),
@@ -29,7 +29,7 @@ TOPICS = {
     "web": ("http", "urllib", "webbrowser", "wsgiref", "xmlrpc"),
     "xml": ("html", "plistlib", "xml"),
 }
-MAX_PER_TOPIC = 300  # so that no class is so common that guessing it does well
+MAX_PER_TOPIC = 300  # keeps the accuracy of the majority class low
 MIN_TEXT_WORDS = 5
 MIN_BODY_WORDS = 20
 MIN_SUMMARY_WORDS = 3
@@ -37,95 +37,110 @@ MIN_DOCUMENT_WORDS = 20
 MIN_DOCSTRINGS = 500  # a complete installation has over 7,000
 
 
-class Text(NamedTuple):
-    """One cleaned docstring: paragraphs of sentences, and the module it stands in."""
+class CleanDocstring(NamedTuple):
+    """A docstring as paragraphs of sentences, and the module that contains it."""
 
     module: str
     paragraphs: list[list[str]]
 
 
-def split_of(key: str, shares: tuple[float, float]) -> str:
-    """The split of an example: a hash of its key, the same in every Python and every run."""
-    place = int(hashlib.sha1(key.encode()).hexdigest()[:8], 16) / 16**8
+def assign_split(key: str, shares: tuple[float, float]) -> str:
+    """Returns the split of an example by a hash of its key, the same in every Python and every run.
+
+    Args:
+        key: what identifies the example.
+        shares: shares of the validation and the test split.
+
+    Example:
+        >>> [assign_split(name, (0.25, 0.25)) for name in ("logging", "topics/if", "abc")]
+        ['test', 'validation', 'train']
+    """
+    position = int(hashlib.sha1(key.encode()).hexdigest()[:8], 16) / 16**8  # uniform in [0, 1)
     validation, test = shares
-    return "validation" if place < validation else "test" if place < validation + test else "train"
+    if position < validation:
+        return "validation"
+    return "test" if position < validation + test else "train"
 
 
 @functools.cache
-def _cleaned() -> list[Text]:
-    found = [Text(d.module, prose.paragraphs(d.text)) for d in extract.docstrings()]
-    if len(found) < MIN_DOCSTRINGS:
+def _clean_docstrings() -> list[CleanDocstring]:
+    docstrings = [CleanDocstring(d.module, prose.paragraphs(d.text)) for d in extract.docstrings()]
+    if len(docstrings) < MIN_DOCSTRINGS:
         raise FileNotFoundError(
-            f"this Python has {len(found)} docstrings in the source files of its standard library, "
-            f"python_docs needs {MIN_DOCSTRINGS}; use a Python that was installed with its .py "
-            "files, or train on text files"
+            f"this Python has {len(docstrings)} docstrings in the source files of its standard "
+            f"library; python_docs needs {MIN_DOCSTRINGS}. Use a Python that was installed with "
+            "its .py files, or train on text files"
         )
-    return found
+    return docstrings
 
 
 def documents() -> dict[str, list[dict]]:
-    """{"name", "text"}: a module's docstrings in order, or one of pydoc's topics.
+    """Returns the examples of `documents`: {"name", "text"} of a module or of a topic of pydoc.
 
-    The split goes by the name. A paragraph that stands in several documents is kept in the first
-    only, so none is in two splits.
+    The text of a module is all its docstrings in order. The name determines the split. A paragraph
+    that occurs in several documents is kept only in the first, so no paragraph is in two splits.
     """
-    found: dict[str, list[list[str]]] = {}
-    for text in _cleaned():
-        found.setdefault(text.module, []).extend(text.paragraphs)
+    by_name: dict[str, list[list[str]]] = {}
+    for docstring in _clean_docstrings():
+        by_name.setdefault(docstring.module, []).extend(docstring.paragraphs)
     for name, text in extract.topics().items():
-        found[f"topics/{name}"] = prose.paragraphs(text)
+        by_name[f"topics/{name}"] = prose.paragraphs(text)
     seen: set[str] = set()
     splits: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    for name, paragraphs in sorted(found.items()):
-        new = []
+    for name, paragraphs in sorted(by_name.items()):
+        unseen = []
         for paragraph in paragraphs:
             key = " ".join(paragraph).lower()
             if key not in seen:
                 seen.add(key)
-                new.append(paragraph)
-        text = prose.sentence_lines(new)
+                unseen.append(paragraph)
+        text = prose.sentence_lines(unseen)
         if len(text.split()) >= MIN_DOCUMENT_WORDS:
-            splits[split_of(name, DOCUMENT_SHARES)].append({"name": name, "text": text})
+            splits[assign_split(name, DOCUMENT_SHARES)].append({"name": name, "text": text})
     return splits
 
 
 def topics() -> dict[str, list[dict]]:
-    """{"text", "label"}: a docstring and the topic of its module.
+    """Returns the examples of `topics`: {"text", "label"} of a docstring and its module's topic.
 
-    The split goes by the text. A text of two topics is left out, for it has no right answer.
+    The text determines the split. A text that occurs under two topics is left out, because its
+    label is ambiguous.
     """
     topic_of = {package: topic for topic, packages in TOPICS.items() for package in packages}
-    labels: dict[str, set[str]] = {}
-    spelling: dict[str, str] = {}
-    for text in _cleaned():
-        topic = topic_of.get(text.module.split(".")[0])
-        running = prose.running_text(text.paragraphs)
-        if topic and len(running.split()) >= MIN_TEXT_WORDS:
-            key = " ".join(running.lower().split())
+    labels: dict[str, set[str]] = {}  # lower-case text -> its topics
+    original: dict[str, str] = {}  # lower-case text -> the text as first found
+    for docstring in _clean_docstrings():
+        topic = topic_of.get(docstring.module.split(".")[0])
+        text = prose.running_text(docstring.paragraphs)
+        if topic and len(text.split()) >= MIN_TEXT_WORDS:
+            key = " ".join(text.lower().split())
             labels.setdefault(key, set()).add(topic)
-            spelling.setdefault(key, running)
+            original.setdefault(key, text)
     count = dict.fromkeys(TOPICS, 0)
     splits: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    # Which ones stay of a large class is decided by hash, too, and unlike the split's.
+    # A hash order decides which texts of a large class are kept. The prefix makes it independent of
+    # the hash that decides the split.
     for key in sorted(labels, key=lambda key: hashlib.sha1(b"order" + key.encode()).digest()):
         topic, *others = labels[key]
         if not others and count[topic] < MAX_PER_TOPIC:
             count[topic] += 1
-            splits[split_of(key, EXAMPLE_SHARES)].append({"text": spelling[key], "label": topic})
+            splits[assign_split(key, EXAMPLE_SHARES)].append(
+                {"text": original[key], "label": topic})
     return splits
 
 
 def summaries() -> dict[str, list[dict]]:
-    """{"body", "summary"}: a docstring's first sentence (PEP 257) and the rest of it.
+    """Returns the examples of `summaries`: {"body", "summary"}.
 
-    The split goes by the body.
+    The summary is a docstring's first sentence (PEP 257), the body the rest. The body determines
+    the split.
     """
     seen: set[str] = set()
     splits: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    for text in _cleaned():
-        if not text.paragraphs:
+    for docstring in _clean_docstrings():
+        if not docstring.paragraphs:
             continue
-        (summary, *first), *others = text.paragraphs
+        (summary, *first), *others = docstring.paragraphs
         body = prose.running_text([p for p in (first, *others) if p])
         key = body.lower()
         long_enough = (len(body.split()) >= MIN_BODY_WORDS
@@ -133,5 +148,5 @@ def summaries() -> dict[str, list[dict]]:
         if long_enough and key not in seen:
             seen.add(key)
             example = {"body": body, "summary": summary}
-            splits[split_of(key, EXAMPLE_SHARES)].append(example)
+            splits[assign_split(key, EXAMPLE_SHARES)].append(example)
     return splits

@@ -1,4 +1,4 @@
-"""From a docstring to sentences: markup, code and tables go, the words stay."""
+"""English sentences from docstrings in reStructuredText: removes markup, code and tables."""
 
 import re
 from collections.abc import Iterator
@@ -19,37 +19,45 @@ _FIELD = re.compile(r"^\s*[\w*.]+(?:\s*\([^)]*\))?\s*(?::|--|–)\s+\S")  # name
 
 
 def paragraphs(text: str) -> list[list[str]]:
-    """The prose of a docstring or a text file in reStructuredText: paragraphs of sentences."""
-    found = ([s for s in sentences(_plain(unit)) if is_prose(s)] for unit in _units(text))
-    return [unit for unit in found if unit]
+    r"""Returns the prose of a docstring or of a text in reStructuredText: paragraphs of sentences.
+
+    List items count as paragraphs. Doctests, literal blocks, tables and signatures are left out.
+
+    Example:
+        >>> paragraphs("Join ``a`` and *b*. It is fast.\n\n>>> join(1, 2)\n3\n")
+        [['Join a and b.', 'It is fast.']]
+    """
+    blocks = ([s for s in sentences(_strip_markup(block)) if is_prose(s)]
+              for block in _blocks(text))
+    return [block for block in blocks if block]
 
 
-def _units(text: str) -> Iterator[str]:
-    """Paragraphs and list items as single lines, without doctests, literal blocks, signatures."""
-    literal_under = None  # indentation of the paragraph whose "::" opened a literal block
-    for block in re.split(r"\n\s*\n", text.expandtabs()):
-        lines = [line.rstrip() for line in block.split("\n") if line.strip()]
+def _blocks(text: str) -> Iterator[str]:
+    """Yields paragraphs and list items, each on one line, without code and signatures."""
+    literal_indent = None  # indent of a paragraph that ends with "::"; its literal block is deeper
+    for chunk in re.split(r"\n\s*\n", text.expandtabs()):
+        lines = [line.rstrip() for line in chunk.split("\n") if line.strip()]
         if not lines:
             continue
         indent = _indent(lines[0])
-        if literal_under is not None and indent > literal_under:
+        if literal_indent is not None and indent > literal_indent:
             continue
-        literal_under = indent if lines[-1].endswith("::") else None
-        unit: list[str] = []
+        literal_indent = indent if lines[-1].endswith("::") else None
+        block: list[str] = []
         for line in lines:
             if line.lstrip().startswith((">>>", "...", "$ ", "% ")):
-                break  # its output goes on to the end of the block
+                break  # the rest of the chunk is code and its output
             if _RULE.match(line) or _DIRECTIVE.match(line) or _SIGNATURE.match(line):
-                starts, line = True, ""
+                starts_block, line = True, ""
             else:
-                starts = bool(_ITEM.match(line) or _FIELD.match(line))
-            if starts and unit:
-                yield " ".join(unit)
-                unit = []
+                starts_block = bool(_ITEM.match(line) or _FIELD.match(line))
+            if starts_block and block:
+                yield " ".join(block)
+                block = []
             if line:
-                unit.append(_ITEM.sub("", line).strip())
-        if unit:
-            yield " ".join(unit)
+                block.append(_ITEM.sub("", line).strip())
+        if block:
+            yield " ".join(block)
 
 
 def _indent(line: str) -> int:
@@ -70,69 +78,84 @@ _MARKUP = (
 )
 
 
-def _plain(unit: str) -> str:
+def _strip_markup(block: str) -> str:
     for pattern, replacement in _MARKUP:
-        unit = pattern.sub(replacement, unit)
-    return unit.strip()
+        block = pattern.sub(replacement, block)
+    return block.strip()
 
 
 # Sentences ----------------------------------------------------------------------------------------
 
-# Written with a full stop that does not end a sentence, though a capital may follow.
+# Abbreviations whose period does not end a sentence even before a capital letter.
 _ABBREVIATION = re.compile(
     r"e\.g|i\.e|cf|vs|dr|mrs?|ms|prof|st|nos?|figs?|secs?|ch|vol|pp?|eq|approx|esp|resp|incl|viz|al"
     r"|inc|ltd|jr|sr|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec",
     re.IGNORECASE,
 )
-# A full stop with its closing quotes or brackets, white space, and what may open a sentence.
+# A sentence-final mark with closing quotes or brackets, white space, and a possible start of the
+# next sentence.
 _END = re.compile(r"[.!?]+[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9_]|[\"'(\[]*[a-z_]\w*(?:\.\w+)*\()")
 
 
 def sentences(paragraph: str) -> list[str]:
-    """Splits a paragraph of one line into sentences.
+    """Splits a paragraph on one line into sentences.
 
-    A sentence ends at a full stop, question or exclamation mark before white space and a capital,
-    a digit, or a call such as `f()`; not behind an abbreviation, an initial or a list's number,
-    nor inside names such as `os.path`.
+    A sentence ends at a period, question mark or exclamation mark that is followed by white space
+    and a capital letter, a digit, or a call such as `f()`. It does not end after an abbreviation,
+    an initial or the number of a list item, nor inside names such as `os.path`.
+
+    Example:
+        >>> sentences("Return x, e.g. Foo. See os.path. f() is called.")
+        ['Return x, e.g. Foo.', 'See os.path.', 'f() is called.']
     """
     found, begin = [], 0
     for end in _END.finditer(paragraph):
-        if not _goes_on(paragraph[begin : end.start()], paragraph[end.start()]):
+        if not _is_abbreviation(paragraph[begin : end.start()], paragraph[end.start()]):
             found.append(paragraph[begin : end.end()].strip())
             begin = end.end()
     return [s for s in (*found, paragraph[begin:].strip()) if s]
 
 
-def _goes_on(before: str, mark: str) -> bool:
+def _is_abbreviation(before: str, mark: str) -> bool:
+    """Returns whether a mark belongs to an abbreviation, an initial or the number of a list item.
+
+    Args:
+        before: the sentence up to the mark.
+        mark: the mark.
+    """
     if mark != ".":
         return False
     word = before.rsplit(None, 1)[-1] if before.split() else ""
     word = word.lstrip("\"'([{-")
-    initial = len(word) == 1 and word.isupper()
-    number = word.isdigit() and len(before.split()) == 1
-    return bool(_ABBREVIATION.fullmatch(word)) or initial or number
+    is_initial = len(word) == 1 and word.isupper()
+    is_item_number = word.isdigit() and len(before.split()) == 1
+    return bool(_ABBREVIATION.fullmatch(word)) or is_initial or is_item_number
 
 
 # Words --------------------------------------------------------------------------------------------
 
 _WORD = re.compile(r"^[\"'(\[]*[A-Za-z][A-Za-z]*(?:['/-][A-Za-z]+)*[\"')\]]*[.,;:!?]*[\"')]*$")
-MAX_WORDS = 150  # longer "sentences" are lists or tables that escaped
+MAX_WORDS = 150  # longer "sentences" are lists or tables that were not recognized
 
 
 def is_prose(sentence: str) -> bool:
-    """At least three words, most of them English rather than code, begun by a letter or quote."""
+    """Returns whether a sentence has at least three words, most of them English and not code.
+
+    Example:
+        >>> is_prose("Return the number of items."), is_prose("x = f(y) + 1")
+        (True, False)
+    """
     tokens = sentence.split()
-    words = sum(bool(_WORD.match(token)) for token in tokens)
-    return 3 <= len(tokens) <= MAX_WORDS and words >= max(2, 0.65 * len(tokens))
+    num_words = sum(bool(_WORD.match(token)) for token in tokens)
+    return 3 <= len(tokens) <= MAX_WORDS and num_words >= max(2, 0.65 * len(tokens))
 
 
 def running_text(prose: list[list[str]]) -> str:
-    """Sentences of a paragraph on one line, one paragraph a line."""
+    """Joins paragraphs of sentences into text with one paragraph per line."""
     return "\n".join(" ".join(paragraph) for paragraph in prose)
 
 
 def sentence_lines(prose: list[list[str]]) -> str:
-    """One sentence a line, a blank line between paragraphs."""
+    """Joins paragraphs of sentences into text with one sentence per line and a blank line between
+    paragraphs."""
     return "\n\n".join("\n".join(paragraph) for paragraph in prose)
-
-

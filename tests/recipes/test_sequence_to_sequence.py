@@ -1,0 +1,42 @@
+"""A few steps of every translation config."""
+
+import dataclasses
+import json
+
+import configs
+import numpy as np
+import pytest
+from small_configs import TINY
+
+from transformer_jax.recipes.prediction import predict
+from transformer_jax.recipes.sequence_to_sequence import TranslateConfig, train_translation
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+@pytest.mark.parametrize("name", configs.load(TranslateConfig))
+def test_a_few_steps_of_every_config(name, tmp_path):
+    for split, count in (("train", 60), ("val", 5)):
+        rows = [[WORDS[(i * k) % 10] for k in range(1, 3 + i % 6)] for i in range(count)]
+        (tmp_path / f"{split}.de").write_text("\n".join(" ".join(row) for row in rows))
+        (tmp_path / f"{split}.en").write_text("\n".join(" ".join(row[::-1]) for row in rows))
+    config = configs.load(TranslateConfig)[name][1]
+    model = config.model.replace(**TINY | {"vocab_size": 300})
+    config = dataclasses.replace(
+        config, data=str(tmp_path), source="de", target="en", out=tmp_path / "run", model=model,
+        num_steps=4, save_every=2, num_averaged_checkpoints=2, eval_every=2, log_every=1,
+        length_buckets=(16,), tokens_per_batch=128, max_new_tokens=8, num_beams=2,
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=1))
+    results = train_translation(config)["metrics"]
+    assert 0 <= results["bleu"] <= 100 and "tok:13a" in results["signature"]
+    assert np.isfinite(results["held_out"]["nll"])
+    lines = (tmp_path / "run" / "translations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["source"] for line in lines] == (
+        tmp_path / "val.de").read_text().splitlines()
+    for figure in ("cross_attention.png", "loss.png"):
+        assert (tmp_path / "run" / figure).stat().st_size > 5000
+    # A finished run is not trained again.
+    again = train_translation(config)["metrics"]
+    assert again["history"] == [] and again["bleu"] == results["bleu"]
+    (translation,) = predict(tmp_path / "run", "one two three", num_beams=1)
+    assert isinstance(translation["text"], str)

@@ -1,0 +1,106 @@
+"""Commands that analyze a run: `report`, on its results, and `plan`, before it is started."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from transformer_jax.cli.inputs import optional
+
+
+def report(
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    /,
+    text: Annotated[str | None, optional("STR")] = None,
+    out: Annotated[Path | None, optional("PATH")] = None,
+) -> None:
+    """Writes a run's results as one HTML page: scores, curves, samples and attention maps.
+
+        transformer-jax report runs/bert
+
+    A run that is not finished is reported as far as it is.
+
+    Args:
+        run: folder of a run.
+        text: input of the model for the sample and the attention maps.
+        out: the page; report.html in the folder of the run if not given.
+    """
+    from transformer_jax.report import page
+
+    print(page.write_report(run, out, **({} if text is None else {"text": text})))
+
+
+Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSizes:
+    """Sizes to try of each mesh axis; -1 uses the devices that the other axes leave."""
+
+    data: Sizes = (-1,)
+    fsdp: Sizes = (1,)
+    sequence: Sizes = (1,)
+    tensor: Sizes = (1,)
+
+
+def plan(
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")],
+    /,
+    topology: str = "v5e:4x4",
+    mesh: MeshSizes = MeshSizes(),
+    batch_size: Annotated[Sizes, tyro.conf.arg(help_behavior_hint="")] = (),
+    length: Annotated[int | None, optional("INT")] = None,
+    remat: Annotated[tuple[Literal["none", "dots", "full"], ...],
+                     tyro.conf.arg(metavar="{none,dots,full} ...")] = ("none",),
+    accumulate: Sizes = (1,),
+    attention_impl: Literal["auto", "splash", "cudnn", "xla"] = "auto",
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    attention_dropout_rate: float = 0.0,
+    out: Annotated[Path | None, optional("PATH")] = None,
+) -> None:
+    """Plans a training step ahead of time: its memory and speed on a TPU slice.
+
+        transformer-jax plan gpt2_xl --topology v5e:16x16 --mesh.data 16 --mesh.fsdp 16
+
+    The devices need not be present. Several values of a flag are all tried, in all combinations.
+
+    Args:
+        preset: such as gpt2_xl, bert_large or bart_large.
+        topology: chip and shape of the slice, such as v5e:16x16, v5p:4x4x4 or v6e:16x16; or local,
+            for the present devices, whose speed is measured.
+        mesh: sizes of the mesh axes; -1 uses the devices that the other axes leave.
+        batch_size: sequences of the global batch; 4 per batch shard and microbatch by default.
+        length: tokens of a sequence; the model's max_length if not given.
+        remat: activations that the backward pass recomputes.
+        accumulate: numbers of microbatches.
+        attention_impl: implementation of attention; auto chooses by platform.
+        dtype: of the computation.
+        attention_dropout_rate: splash attention supports only 0.
+        out: folder for plan.json and plan.png.
+    """
+    from transformer_jax.models import presets
+    from transformer_jax.planner import chips, plan_config, table
+    from transformer_jax.planner import plan as plan_module
+    from transformer_jax.report import plots
+
+    base = presets.get(preset, dtype=dtype, attention_impl=attention_impl, dropout_rate=0.0,
+                       attention_dropout_rate=attention_dropout_rate)
+    devices = chips.get_devices(topology)
+    chip = chips.get_chip(topology, dtype)
+    configs = plan_config.enumerate_configs(
+        base, len(devices), meshes=dataclasses.asdict(mesh), batch_sizes=batch_size,
+        length=length, remat=remat, accumulate=accumulate)
+    plans = []
+    for config in configs:
+        plans.append(plan_module.compile_plan(config, devices, chip))
+        print(f"{config}: compiled in {plans[-1].compile_seconds:.0f} s", flush=True)
+    title = f"{preset} on {topology}"
+    table.print_plans(plans, f"{title}, {len(devices)} devices")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        values = [plan_module.plan_to_dict(one) for one in plans]
+        (out / "plan.json").write_text(json.dumps(values, indent=2))
+        plots.plans(out / "plan.png", table.bar_chart_data(plans),
+                    limit=chip.memory_bytes / 2**30, title=title)

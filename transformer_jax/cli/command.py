@@ -1,0 +1,162 @@
+"""Commands as functions: flags from their parameters, and user errors as one line.
+
+Only the standard library and tyro are imported here, so that `--help` and wrong arguments are
+answered at once.
+"""
+
+import contextlib
+import functools
+import inspect
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tyro
+
+from transformer_jax.errors import is_user_error
+
+PROGRAM = "transformer-jax"
+USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130  # 128 + SIGINT, as in shells
+
+
+class UsageError(ValueError):
+    """Command-line arguments that cannot be parsed."""
+
+
+def run_command(
+    function: Callable[..., Any], *arguments: Any, parse: Callable[[], Any] | None = None
+) -> int:
+    """Calls a function and returns the exit status of the process.
+
+    An error of the user's input is printed as one line on standard error, with status 2; other
+    exceptions are bugs and are raised.
+
+    Args:
+        function: the command.
+        arguments: its arguments.
+        parse: parses the command line, such as `lambda: tyro.cli(Config)`; its result is then the
+            only argument of the function.
+
+    Example:
+        >>> run_command(print, "done")
+        done
+        0
+    """
+    try:
+        if parse is not None:
+            with _one_line_usage_errors():
+                arguments = (parse(),)
+        function(*arguments)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED_STATUS
+    except BrokenPipeError:  # the reader of standard output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if not is_user_error(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR_STATUS
+    return 0
+
+
+def call_with_arguments(function: Callable[..., Any], arguments: Sequence[str]) -> None:
+    """Calls a function with the parameters that command-line arguments give.
+
+    The arguments are parsed before the call. Those that are not parameters of the function are an
+    error, unless it has a parameter `flags`, which gets them. `--help-all` is passed to `flags` as
+    `--help`.
+
+    Args:
+        function: its name is that of the command; its docstring describes the parameters.
+        arguments: the arguments of the command.
+
+    Raises:
+        UsageError: an argument is unknown, missing, or of the wrong type.
+    """
+    prog = f"{PROGRAM} {function.__name__}"
+    target, arguments = _bind(function), list(arguments)
+    if {"-h", "--help", "--help-all"} & set(arguments):
+        # tyro would print it with other line breaks.
+        print(inspect.getdoc(function).partition("\n\nArgs:")[0] + "\n")
+    if "flags" not in inspect.signature(function).parameters:
+        arguments = ["--help" if a == "--help-all" else a for a in arguments]
+        args, kwargs = parse_arguments(target, arguments, prog=prog)
+    else:
+        (args, kwargs), flags = parse_arguments(
+            target, [a for a in arguments if a != "--help-all"], prog=prog,
+            return_unknown_args=True)
+        kwargs["flags"] = (*flags, *["--help"] * ("--help-all" in arguments))
+    function(*args, **kwargs)
+
+
+def parse_arguments(target: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> Any:
+    """Returns `tyro.cli(target, args=arguments)`, whose errors become one line.
+
+    Args:
+        target: a dataclass, or a function that is called.
+        arguments: the arguments.
+        prog: name of the program in messages.
+        options: of `tyro.cli`.
+
+    Raises:
+        UsageError: an argument is unknown, missing, or of the wrong type.
+    """
+    with _one_line_usage_errors():
+        return tyro.cli(target, args=list(arguments), prog=prog, description="", **options)
+
+
+def _bind(function: Callable[..., Any]) -> Callable[..., tuple[tuple, dict]]:
+    """Returns a function of the same parameters that returns its arguments."""
+
+    @functools.wraps(function)
+    def bound(*args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        return args, kwargs
+
+    # tyro would keep the line breaks in the descriptions of parameters.
+    bound.__doc__ = re.sub(r"\n {8,}", " ", inspect.getdoc(function))
+    bound.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    del bound.__wrapped__  # whose docstring tyro would use
+    return bound
+
+
+@contextlib.contextmanager
+def _one_line_usage_errors() -> Iterator[None]:
+    """Raises tyro's errors as `UsageError`; tyro prints them in a box and exits with status 2."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except SystemExit as stop:
+        if stop.code == USER_ERROR_STATUS:
+            raise UsageError(_to_one_line(printed.getvalue())) from None
+        raise
+    sys.stderr.write(printed.getvalue())  # warnings
+
+
+def _to_one_line(box: str) -> str:
+    """Returns the message in a box of tyro, without the descriptions of flags.
+
+    Example:
+        >>> _to_one_line("╭─ Value ─╮\\n│ a is    │\\n│ bad.    │\\n│ ─────── │\\n│ More    │")
+        'a is bad'
+    """
+    box = re.sub(r"\x1b\[[0-9;]*m", "", box)  # colors
+    lines = [line.strip("│").removeprefix(" ").rstrip() for line in box.splitlines()
+             if not line.startswith(("╭", "╰"))]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if line.startswith("──"):
+            sections.append([])
+        elif not line.startswith(" " * 8):  # the description of a flag
+            sections[-1].append(line.strip())
+    message = " ".join(sections[0]).rstrip(".")
+    if suggestion := next((s for s in sections if s and s[0].startswith("Perhaps")), None):
+        names = [line.split()[0].rstrip(",") for line in suggestion if line.startswith("-")]
+        message += f"; did you mean {' or '.join(dict.fromkeys(names))}?"
+    return message

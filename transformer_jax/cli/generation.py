@@ -1,0 +1,257 @@
+"""Commands that generate text: `generate`, `fill`, `translate` and `summarize`."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from transformer_jax.cli.inputs import (
+    ModelArgument,
+    TextArguments,
+    check_family,
+    load_model,
+    optional,
+    read_texts,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from transformer_jax.models import Config
+
+
+def generate(
+    model: ModelArgument,
+    texts: TextArguments = (),
+    /,
+    max_new_tokens: int = 60,
+    temperature: Annotated[float | None, optional("FLOAT")] = None,
+    top_k: Annotated[int | None, optional("INT")] = None,
+    top_p: Annotated[float | None, optional("FLOAT")] = None,
+    num_beams: int = 1,
+    no_repeat_ngram_size: int = 0,
+    weights: Literal["float32", "bfloat16", "int8"] = "float32",
+    seed: int = 0,
+) -> None:
+    """Continues texts with GPT, printed token by token.
+
+        transformer-jax generate gpt2 "Once upon a time" --temperature 0.8 --top-p 0.95
+
+    Args:
+        model: folder of a run, checkpoint, or id on the Hugging Face Hub.
+        texts: prompts; the lines of standard input if there are none.
+        max_new_tokens: maximum number of generated tokens; an end-of-text token, or the model's
+            last position, ends a text earlier.
+        temperature: sample with the logits divided by it; without temperature, top_k or top_p, the
+            most probable token is taken.
+        top_k: sample among the k most probable tokens.
+        top_p: sample among the most probable tokens with total probability p.
+        num_beams: beams of a beam search, whose text is printed at its end; 1 for none.
+        no_repeat_ngram_size: no n-gram of this size is generated twice; 0 for no limit.
+        weights: dtype of the parameters in memory; int8 is faster on a CPU, with small differences.
+        seed: of sampling.
+    """
+    import jax
+
+    from transformer_jax.finetuning import quantize
+    from transformer_jax.generation import generate as generate_tokens
+
+    found = load_model(model, "causal_lm")
+    check_family(found.model, "GPT")
+    tokenizer, max_length = found.tokenizer, found.model.config.max_length
+    all_frozen = jax.tree.map(lambda x: False, found.params)
+    params = quantize.quantize_frozen(found.params, all_frozen, weights)[0]
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options: dict[str, Any] = {name: x for name, x in sampling.items() if x is not None}
+    if options:
+        options |= {"do_sample": True, "rng": jax.random.key(seed)}
+    eos = found.model.config.eos_token_id
+    eos = tokenizer.eos_id if eos is None else eos
+    eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    for prompt in read_texts(texts):
+        ids = tokenizer.encode(prompt)
+        print(prompt, end="", flush=True)
+        printer = TextPrinter(tokenizer.decode, set(eos_ids))
+        [row] = generate_tokens(
+            found.model, params, [ids],
+            max_new_tokens=min(max_new_tokens, max(max_length - len(ids), 1)),
+            eos_token_id=eos_ids, num_beams=num_beams,
+            streamer=None if num_beams > 1 else printer,
+            no_repeat_ngram_size=no_repeat_ngram_size, **options)
+        if num_beams > 1:
+            printer.ids = [int(i) for i in row[len(ids) :]]
+        printer.finish()
+
+
+class TextPrinter:
+    """Prints a text while it is generated: a `streamer` of `generation.generate` for one row.
+
+    Args:
+        decode: converts token ids to text.
+        eos_ids: end-of-text tokens, which are not printed.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], eos_ids: set[int]):
+        self.decode, self.eos_ids = decode, eos_ids
+        self.ids: list[int] = []
+        self.printed = ""
+
+    def __call__(self, tokens: "np.ndarray") -> None:
+        """Prints the next token; `tokens` is `[1]`."""
+        if int(tokens[0]) in self.eos_ids:
+            return
+        self.ids.append(int(tokens[0]))
+        text = self.decode(self.ids)
+        # The last bytes may be an incomplete character.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        print(text[len(self.printed) :], end="", flush=True)
+        self.printed = text
+
+    def finish(self) -> None:
+        """Prints the rest of the text and a line break."""
+        self._print(self.decode(self.ids))
+        print(flush=True)
+
+
+def fill(model: ModelArgument, texts: TextArguments = (), /, top_k: int = 5) -> None:
+    """Fills masks with BERT: prints the most probable words and their probabilities.
+
+        transformer-jax fill runs/bert "I ate an [MASK] today."
+
+    Args:
+        model: folder of a run, checkpoint, or id on the Hugging Face Hub.
+        texts: each with the mask token of the model, such as [MASK] or <mask>; the lines of
+            standard input if there are none.
+        top_k: number of words for each mask.
+    """
+    from transformer_jax.generation import fill_mask
+    from transformer_jax.objectives.input_format import pack_bert_input
+
+    found = load_model(model, "masked_lm")
+    check_family(found.model, "BERT")
+    tokenizer = found.tokenizer
+    if tokenizer.mask_id is None:
+        raise ValueError(f"the vocabulary of {model} has no mask token; use a model that was "
+                         "pre-trained by masked language modeling")
+    for text in read_texts(texts):
+        ids = tokenizer.encode(text)
+        row = pack_bert_input(
+            ids, length=len(ids) + 2, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id)
+        print(text)
+        for mask in fill_mask(found.model, found.params, row["tokens"],
+                              mask_id=tokenizer.mask_id, top_k=top_k):
+            words = [tokenizer.decode([int(i)]).strip() for i in mask.token_ids]
+            print("  " + ", ".join(f"{w} {p:.3f}" for w, p in zip(words, mask.probabilities)))
+
+
+def translate(
+    model: ModelArgument,
+    texts: TextArguments = (),
+    /,
+    num_beams: Annotated[int | None, optional("INT")] = None,
+    length_penalty: Annotated[float | None, optional("FLOAT")] = None,
+    max_new_tokens: Annotated[int | None, optional("INT")] = None,
+    no_repeat_ngram_size: Annotated[int | None, optional("INT")] = None,
+) -> None:
+    """Translates texts with an encoder-decoder, one a line.
+
+        transformer-jax translate runs/multi30k_de_en "Zwei Hunde spielen im Schnee."
+
+    Options that are not given are those of the checkpoint; if it has none: 5 beams, a length
+    penalty of 0.6 and at most 128 tokens.
+
+    Args:
+        model: folder of a run, checkpoint, or id on the Hugging Face Hub.
+        texts: source texts; the lines of standard input if there are none.
+        num_beams: beams of the beam search; 1 for greedy decoding.
+        length_penalty: exponent of the length that scores are divided by; larger values favor long
+            texts.
+        max_new_tokens: maximum number of generated tokens.
+        no_repeat_ngram_size: no n-gram of this size is generated twice; 0 for no limit.
+    """
+    given = {"num_beams": num_beams, "length_penalty": length_penalty,
+             "max_new_tokens": max_new_tokens, "no_repeat_ngram_size": no_repeat_ngram_size}
+    defaults = {"num_beams": 5, "length_penalty": 0.6, "max_length": 129}
+    for line in _generate_targets(model, read_texts(texts), given, defaults):
+        print(line, flush=True)
+
+
+def summarize(
+    model: ModelArgument,
+    texts: TextArguments = (),
+    /,
+    num_beams: Annotated[int | None, optional("INT")] = None,
+    length_penalty: Annotated[float | None, optional("FLOAT")] = None,
+    max_new_tokens: Annotated[int | None, optional("INT")] = None,
+    min_new_tokens: Annotated[int | None, optional("INT")] = None,
+    no_repeat_ngram_size: Annotated[int | None, optional("INT")] = None,
+) -> None:
+    """Summarizes texts with an encoder-decoder.
+
+        transformer-jax summarize facebook/bart-large-cnn < article.txt
+
+    Options that are not given are those of the checkpoint; if it has none: 4 beams, a length
+    penalty of 2, at most 142 tokens, and no trigram twice.
+
+    Args:
+        model: folder of a run, checkpoint, or id on the Hugging Face Hub.
+        texts: texts to summarize; all of standard input, as one text, if there are none.
+        num_beams: beams of the beam search; 1 for greedy decoding.
+        length_penalty: exponent of the length that scores are divided by; larger values favor long
+            texts.
+        max_new_tokens: maximum number of generated tokens.
+        min_new_tokens: minimum number of generated tokens.
+        no_repeat_ngram_size: no n-gram of this size is generated twice; 0 for no limit.
+    """
+    given = {"num_beams": num_beams, "length_penalty": length_penalty,
+             "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens,
+             "no_repeat_ngram_size": no_repeat_ngram_size}
+    defaults = {"num_beams": 4, "length_penalty": 2.0, "max_length": 143,
+                "no_repeat_ngram_size": 3}
+    for line in _generate_targets(model, read_texts(texts, single=True), given, defaults):
+        print(line, flush=True)
+
+
+def _generate_targets(
+    source: str, texts: Sequence[str], given: dict[str, Any], defaults: dict[str, Any], *,
+    batch_size: int = 16,
+) -> Iterator[str]:
+    """Yields the target of each text. Longer sources than the model's positions are truncated, with
+    a message on standard error."""
+    from transformer_jax.generation import generate as generate_tokens
+
+    model, params, tokenizer, _ = load_model(source, "seq2seq_lm")
+    check_family(model, "Transformer")
+    max_length = model.config.max_length
+    options = target_options(model.config, given, defaults)
+    for start in range(0, len(texts), batch_size):
+        rows = tokenizer.encode_batch(texts[start : start + batch_size], add_special_tokens=True)
+        for i, row in enumerate(rows):
+            if len(row) > max_length:
+                print(f"text {start + i + 1} has {len(row)} tokens and is truncated to the "
+                      f"model's {max_length} positions", file=sys.stderr)
+                rows[i] = [*row[: max_length - 1], row[-1]]
+        for ids in generate_tokens(model, params, rows, **options):
+            yield tokenizer.decode(ids).strip()
+
+
+def target_options(
+    config: "Config", given: dict[str, Any], defaults: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the options of `generation.generate` for one target text of each source.
+
+    Args:
+        config: the model's config, which holds the options of its checkpoint.
+        given: options that replace those of the checkpoint, where they are not None.
+        defaults: options that neither `given` nor the checkpoint has.
+    """
+    from transformer_jax.generation.defaults import drop_unused_options, generation_options
+
+    given = {name: value for name, value in given.items() if value is not None}
+    single_text = {"do_sample": False, "num_return_sequences": 1}
+    options = drop_unused_options(defaults | generation_options(config) | given | single_text)
+    limits = {"max_new_tokens": config.max_length - 1, "max_length": config.max_length}
+    return options | {
+        name: min(options[name], limit) for name, limit in limits.items() if name in options}

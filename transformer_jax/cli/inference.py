@@ -1,0 +1,147 @@
+"""Commands that apply fine-tuned models: `evaluate`, `predict` and `classify`."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from transformer_jax.cli.inputs import ModelArgument, TextArguments, optional, read_texts
+
+
+def evaluate(
+    model: ModelArgument,
+    /,
+    data: Annotated[str | None, optional("STR")] = None,
+    validation: Annotated[str | None, optional("STR")] = None,
+    columns: Annotated[dict[str, str] | None, optional("COLUMN NAME ...")] = None,
+    header: Annotated[tuple[str, ...] | None, optional("NAME ...")] = None,
+    label_names: Annotated[dict[str, str] | None, optional("VALUE NAME ...")] = None,
+    like: Annotated[str | None, optional("STR")] = None,
+    metric: Annotated[str | None, optional("STR")] = None,
+    limit: Annotated[int | None, optional("INT")] = None,
+    max_length: Annotated[int | None, optional("INT")] = None,
+    num_beams: Annotated[int | None, optional("INT")] = None,
+    num_rows: Annotated[int | None, optional("INT")] = None,
+    out: Annotated[Path | None, optional("PATH")] = None,
+) -> None:
+    """Evaluates a fine-tuned model on labeled data, or a pre-trained one on plain text.
+
+        transformer-jax evaluate runs/topics --data test.tsv --columns text sentence label label
+
+    Args:
+        model: folder of a run, checkpoint, or id on the Hugging Face Hub.
+        data: python_docs/topics, tfds:NAME, hf:NAME, a .tsv, .csv or .jsonl file, or a folder. For
+            a pre-trained model: a text file or folder, or python_docs/documents; without --data, a
+            pre-trained run is evaluated on the rows that it held out.
+        validation: name of the split to evaluate on.
+        columns: columns of the data: text, text_b, label, choices, words, question, context, ...
+        header: column names of files without a header line.
+        label_names: value in the data and name of its class, for each class.
+        like: known data set, such as hf:snli, whose columns the data has.
+        metric: main metric: accuracy, f1, macro_f1 or matthews; rouge or bleu.
+        limit: greatest number of examples, drawn at random.
+        max_length: greatest number of tokens of a row; that of training if not given.
+        num_beams: beams of the beam search that generates target texts.
+        num_rows: number of rows that a pre-trained model is evaluated on; 256 if not given.
+        out: file for all metrics, as JSON.
+    """
+    from transformer_jax.recipes import evaluate as evaluate_model
+    from transformer_jax.recipes.run_dir import to_json
+
+    options = {
+        "validation": validation, "columns": columns, "header": header,
+        "label_names": label_names, "like": like, "metric": metric, "limit": limit,
+        "max_length": max_length, "num_beams": num_beams, "num_rows": num_rows}
+    _setup()
+    metrics = to_json(evaluate_model(
+        model, data, **{name: x for name, x in options.items() if x is not None}))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(metrics, indent=2) + "\n")
+    for name, value in metrics.items():
+        if isinstance(value, int | float | str):
+            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def predict(
+    model: ModelArgument,
+    texts: TextArguments = (),
+    /,
+    data: Annotated[str | None, optional("FILE")] = None,
+    columns: Annotated[dict[str, str] | None, optional("COLUMN NAME ...")] = None,
+    max_length: Annotated[int | None, optional("INT")] = None,
+    num_beams: Annotated[int | None, optional("INT")] = None,
+    out: Annotated[Path | None, optional("PATH")] = None,
+) -> None:
+    """Predicts labels, scores, tags, answers or target texts: one JSON object for each input.
+
+        transformer-jax predict runs/sst2 "A gripping film." "Two hours that I will not get back."
+
+    Args:
+        model: folder of a fine-tuned run, checkpoint with a task head, or id on the Hugging Face
+            Hub.
+        texts: inputs, as text; a tab separates the two texts of a pair, or question and context.
+            The lines of standard input if there are none.
+        data: .tsv, .csv, .jsonl or .txt file of inputs, instead of texts.
+        columns: columns of the file: text, text_b, choices, words, question, context or source.
+        max_length: greatest number of tokens of a row; that of training if not given.
+        num_beams: beams of the beam search that generates target texts.
+        out: .jsonl file for the predictions, which are printed if it is not given.
+    """
+    from transformer_jax.recipes import predict as predict_inputs
+    from transformer_jax.recipes.encoding import write_predictions
+    from transformer_jax.recipes.run_dir import to_json
+
+    if data is not None and texts:
+        raise ValueError("--data and texts are both given; give one of them")
+    inputs = [_split_pair(text) for text in read_texts(texts)] if data is None else Path(data)
+    options = {"columns": columns, "max_length": max_length, "num_beams": num_beams}
+    _setup()
+    predictions = to_json(predict_inputs(
+        model, inputs, **{name: x for name, x in options.items() if x is not None}))
+    if out is not None:
+        write_predictions(out, predictions)
+        print(f"{out}: {len(predictions)} predictions")
+        return
+    for prediction in predictions:
+        print(json.dumps(prediction, ensure_ascii=False))
+
+
+def classify(model: ModelArgument, texts: TextArguments = (), /, top_k: int = 5) -> None:
+    """Classifies texts: prints the most probable classes and their probabilities.
+
+        transformer-jax classify runs/topics "Parse an XML document."
+
+    Args:
+        model: folder of a fine-tuned run, checkpoint with a classifier, or id on the Hugging Face
+            Hub.
+        texts: texts to classify, with a tab between the two texts of a pair; the lines of standard
+            input if there are none.
+        top_k: number of classes for each text.
+    """
+    from transformer_jax.recipes.prediction import load_task_model
+    from transformer_jax.recipes.prediction import predict as predict_inputs
+
+    found = load_task_model(model)
+    if found.task is None or found.task.task_type != "classification":
+        raise ValueError(f"{model} has no classifier; fine-tune it first (transformer-jax "
+                         "finetune), or use transformer-jax predict for other tasks")
+    lines = read_texts(texts)
+    for line, prediction in zip(lines, predict_inputs(found, [_split_pair(x) for x in lines])):
+        best = sorted(prediction["probabilities"].items(), key=lambda item: -item[1])[:top_k]
+        print(f"{line}\n  " + ", ".join(f"{name} {p:.3f}" for name, p in best))
+
+
+def _split_pair(text: str) -> str | tuple[str, str]:
+    """Splits a text at its first tab, if it has one."""
+    first, tab, second = text.partition("\t")
+    return (first, second) if tab else text
+
+
+def _setup() -> None:
+    """Sets up the process, with its messages on standard error."""
+    from transformer_jax.recipes.run_dir import setup
+
+    with contextlib.redirect_stdout(sys.stderr):
+        setup()

@@ -1,0 +1,128 @@
+"""Commands that train models: `pretrain` and `finetune`.
+
+The common flags are parameters of the functions. All other flags are the fields of the recipe's
+config, which are parsed from the parameter `flags`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from transformer_jax.cli.inputs import optional
+
+Flags = tyro.conf.Suppress[tuple[str, ...]]
+
+
+def pretrain(
+    preset: Annotated[str, tyro.conf.Positional,
+                      tyro.conf.arg(metavar="PRESET", help_behavior_hint="(required)")] = "",
+    /,
+    data: str = "python_docs/documents",
+    out: Annotated[Path | None, optional("PATH", "runs/PRESET")] = None,
+    objective: Annotated[Literal["causal_lm", "mlm_nsp", "denoising"] | None,
+                         optional("{causal_lm,mlm_nsp,denoising}", "by family")] = None,
+    tokenizer: Annotated[str | None, optional("STR", "by family")] = None,
+    num_steps: int = 10_000,
+    batch_size: int = 32,
+    max_length: Annotated[int | None, optional("INT", "of the model")] = None,
+    seed: int = 0,
+    flags: Flags = (),
+) -> None:
+    """Pre-trains GPT, BERT, BART or the Transformer on plain text.
+
+        transformer-jax pretrain bert_tiny --data corpus.txt --out runs/bert --num-steps 1000
+
+    The same command resumes an interrupted run. --help-all lists all flags: fields of the model
+    (--model.num-layers), optimizer (--optimizer.peak-lr) and mesh (--mesh.fsdp), and more.
+
+    Args:
+        preset: gpt1, gpt2, gpt2_medium, gpt2_large, gpt2_xl, bert_tiny, bert_mini, bert_small,
+            bert_medium, bert_base, bert_large, bart_base, bart_large, transformer_base or
+            transformer_big.
+        data: python_docs/documents, tfds:NAME, hf:NAME, or a text file or folder.
+        out: folder of the run.
+        objective: pre-training objective.
+        tokenizer: bpe, wordpiece or chars, trained on the text; or the folder of a saved tokenizer.
+        num_steps: number of updates.
+        batch_size: rows of a step, over all devices.
+        max_length: tokens of a row.
+        seed: of initialization, data order, masking and dropout.
+        flags: further flags.
+    """
+    if not preset and "--help" not in flags:
+        from transformer_jax.models.presets import PRESETS
+
+        raise ValueError(f"PRESET is missing; choose one of {', '.join(PRESETS)}")
+    from transformer_jax.cli.flags import parse_pretrain_flags
+    from transformer_jax.recipes import pretrain as run_pretraining
+    from transformer_jax.recipes.run_dir import setup
+
+    config = parse_pretrain_flags(preset or "gpt2", _given(
+        data=data, out=out, objective=objective, tokenizer=tokenizer, num_steps=num_steps,
+        batch_size=batch_size, max_length=max_length, seed=seed), flags)
+    setup()
+    run_pretraining(config)
+
+
+def finetune(
+    pretrained: Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")] = "",
+    data: str = "python_docs/topics",
+    validation: Annotated[str | None, optional("STR")] = None,
+    columns: Annotated[dict[str, str] | None, optional("COLUMN NAME ...")] = None,
+    trainable: Annotated[str, tyro.conf.arg(aliases=("--train",))] = "full",
+    epochs: Annotated[float | None, optional("FLOAT")] = None,
+    num_steps: int = 100,
+    batch_size: int = 16,
+    max_length: int = 64,
+    peak_lr: Annotated[float, tyro.conf.arg(name="optimizer.peak-lr")] = 1e-3,
+    seed: int = 0,
+    out: Annotated[Path | None,
+                   tyro.conf.arg(metavar="PATH", help_behavior_hint="(required)")] = None,
+    flags: Flags = (),
+) -> None:
+    """Fine-tunes a copy of a pre-trained model on labeled data and evaluates it.
+
+        transformer-jax finetune --pretrained runs/gpt --data train.tsv --validation dev.tsv
+            --columns text sentence label label --trainable lora:8 --epochs 3 --out runs/topics
+
+    The task type is inferred from the columns: classification, regression, multiple_choice,
+    token_classification, question_answering or seq2seq. --help-all lists all flags.
+
+    Args:
+        pretrained: folder of a run, checkpoint, or id on the Hugging Face Hub.
+        data: python_docs/topics, tfds:NAME, hf:NAME, a .tsv, .csv or .jsonl file, or a folder.
+        validation: file, or name of the split, to evaluate on.
+        columns: columns of the data: text, text_b, label, choices, words, question, context, ...
+        trainable: full, head, last_k:LAYERS, bitfit, lora:RANK, dora:RANK, ia3, adapter:WIDTH,
+            prefix:LENGTH, ..., joined by "+".
+        epochs: passes over the examples, which replace --num-steps.
+        num_steps: number of updates.
+        batch_size: rows of a step, over all devices.
+        max_length: greatest number of tokens of a row.
+        peak_lr: learning rate at the end of warm-up.
+        seed: of new parameters, data order and dropout.
+        out: folder of the run.
+        flags: further flags.
+    """
+    if "--help" not in flags:
+        for name, value in {"--pretrained": pretrained, "--out": out}.items():
+            if not value:
+                raise ValueError(f"{name} is missing; give it as in `transformer-jax finetune "
+                                 "--help`")
+    from transformer_jax.cli.flags import parse_finetune_flags
+    from transformer_jax.recipes import finetune as run_finetuning
+    from transformer_jax.recipes.run_dir import setup
+
+    config = parse_finetune_flags(pretrained, _given(
+        data=data, validation=validation, columns=columns, trainable=trainable, epochs=epochs,
+        num_steps=num_steps, batch_size=batch_size, max_length=max_length, peak_lr=peak_lr,
+        seed=seed, out=out), flags)
+    setup()
+    run_finetuning(config)
+
+
+def _given(**options: Any) -> Mapping[str, Any]:
+    """Returns the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,39 @@
+"""Evaluation metrics, in NumPy.
+
+Metrics of classes, scores, entities and calibration are fractions or correlations of at most 1.
+Metrics of texts (BLEU, ROUGE, SQuAD) are percentages from 0 to 100, as their official scripts
+print them.
+
+| module           | metrics                                                                    |
+|------------------|----------------------------------------------------------------------------|
+| `classification` | confusion matrix, accuracy, F1, macro F1, Matthews correlation, calibration |
+| `statistics`     | Pearson and Spearman correlation; mean and standard deviation over seeds   |
+| `entities`       | F1, precision and recall of named entities                                 |
+| `squad`          | F1 and exact match of answers, no-answer thresholds                        |
+| `text`           | perplexity, BLEU, ROUGE                                                    |
+| `by_name`        | `evaluate_predictions`: the usual set of numbers for a metric's name       |
+
+Every function is available from this package.
+
+Example:
+    >>> from transformer_jax import metrics
+    >>> metrics.evaluate_predictions("accuracy", [0, 1, 1, 1], [0, 1, 1, 0])["accuracy"]
+    0.75
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["by_name", "classification", "entities", "squad", "statistics", "text"],
+    submod_attrs={
+        "by_name": ["CLASSIFICATION_METRICS", "OTHER_METRICS", "classification_scores",
+                    "evaluate_predictions"],
+        "classification": ["accuracy", "calibration", "confusion_matrix", "f1", "macro_f1",
+                           "matthews"],
+        "entities": ["entity_f1"],
+        "squad": ["normalize_answer", "squad_best_thresholds", "squad_scores"],
+        "statistics": ["MeanStd", "mean_std", "pearson", "regression_scores", "spearman"],
+        "text": ["BLEU", "bleu", "perplexity", "require_library", "rouge"],
+    },
+)

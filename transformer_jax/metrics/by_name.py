@@ -1,0 +1,86 @@
+"""The numbers that are reported for each metric, selected by its name."""
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from transformer_jax.metrics.classification import (
+    accuracy,
+    confusion_matrix,
+    f1,
+    macro_f1,
+    matthews,
+)
+from transformer_jax.metrics.entities import entity_f1
+from transformer_jax.metrics.squad import squad_scores
+from transformer_jax.metrics.statistics import regression_scores
+
+CLASSIFICATION_METRICS: dict[str, dict[str, Callable]] = {
+    "accuracy": {"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews},
+    "matthews": {"matthews": matthews, "accuracy": accuracy, "macro_f1": macro_f1},
+    "macro_f1": {"macro_f1": macro_f1, "accuracy": accuracy, "matthews": matthews},
+    "f1": {"f1": f1, "accuracy": accuracy, "matthews": matthews},
+}
+"""Functions of a confusion matrix that are reported for each metric, the metric itself first."""
+
+
+def classification_scores(metric: str, confusion: Int[np.ndarray, "C C"]) -> dict[str, float]:
+    """The numbers that are reported for a classification metric, the metric itself first.
+
+    Args:
+        metric: a key of `CLASSIFICATION_METRICS`.
+        confusion: a `confusion_matrix`.
+
+    Raises:
+        ValueError: unknown metric, or "f1" with a single class.
+    """
+    _check_metric(metric, CLASSIFICATION_METRICS)
+    if metric == "f1" and len(confusion) < 2:
+        raise ValueError(f"f1 is computed for class 1, but the number of classes is "
+                         f"{len(confusion)}; use accuracy")
+    return {name: fn(confusion) for name, fn in CLASSIFICATION_METRICS[metric].items()}
+
+
+OTHER_METRICS: dict[str, Callable[[Sequence, Sequence], dict[str, float]]] = {
+    "pearson_spearman": regression_scores,
+    "squad": squad_scores,
+    "entity_f1": lambda predictions, labels: entity_f1(labels, predictions),
+}
+"""`fn(predictions, labels)` of each metric that is not a function of a confusion matrix."""
+
+
+def evaluate_predictions(
+    metric: str, predictions: Sequence, labels: Sequence, num_classes: int | None = None
+) -> dict[str, float]:
+    """The numbers that are reported for a metric, the metric itself first.
+
+    Args:
+        metric: a key of `CLASSIFICATION_METRICS`, for class ids; "pearson_spearman", for scores;
+            "squad", for answers, with lists of gold answers as labels; or "entity_f1", for the BIO
+            tags of texts.
+        predictions: the prediction for each example.
+        labels: the label of each example.
+        num_classes: number of classes. None uses the highest class that occurs, and at least 2.
+
+    Raises:
+        ValueError: unknown metric, or the predictions do not match the labels.
+
+    Example:
+        >>> evaluate_predictions("f1", [1, 1, 0, 0], [1, 0, 0, 0])["accuracy"]
+        0.75
+    """
+    _check_metric(metric, [*CLASSIFICATION_METRICS, *OTHER_METRICS])
+    if metric in OTHER_METRICS:
+        return OTHER_METRICS[metric](predictions, labels)
+    if num_classes is None:
+        num_classes = 1 + max(int(np.max(x, initial=1)) for x in (predictions, labels))
+    return classification_scores(metric, confusion_matrix(labels, predictions, num_classes))
+
+
+def _check_metric(metric: str, known: Iterable[str]) -> None:
+    if metric not in known:
+        similar = difflib.get_close_matches(metric, known, n=1)
+        hint = f", did you mean {similar[0]!r}?" if similar else ";"
+        raise ValueError(f"unknown metric {metric!r}{hint} choose from {', '.join(known)}")

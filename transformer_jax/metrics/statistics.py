@@ -1,0 +1,74 @@
+"""Correlations of predicted scores, and the mean and standard deviation over seeds."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from transformer_jax.metrics.classification import check_same_length
+
+
+def pearson(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
+    """Pearson correlation coefficient cov(a, b) / (std(a) std(b)); nan if an array is constant.
+
+    Example:
+        >>> round(pearson(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])), 6)
+        1.0
+    """
+    check_same_length(a, b)
+    # Constant arrays are detected by their range: rounding errors can give them a variance.
+    if not len(a) or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    a, b = (np.asarray(x, np.float64) - np.mean(x, dtype=np.float64) for x in (a, b))
+    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+
+
+def spearman(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
+    """Spearman rank correlation: `pearson` of the ranks; equal values have their mean rank."""
+    return pearson(_ranks(a), _ranks(b))
+
+
+def _ranks(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """Ranks from 1; equal values have the mean of their ranks."""
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last_rank = np.cumsum(counts)
+    return (last_rank - (counts - 1) / 2)[group]
+
+
+def regression_scores(
+    predictions: Float[np.ndarray, "n"], labels: Float[np.ndarray, "n"]
+) -> dict[str, float]:
+    """Pearson and Spearman correlation, their mean, which GLUE reports for STS-B, and the mean
+    squared error "mse"."""
+    scores = {"pearson": pearson(predictions, labels), "spearman": spearman(predictions, labels)}
+    return {"pearson_spearman": sum(scores.values()) / 2, **scores,
+            "mse": float(np.mean(np.square(np.asarray(predictions) - np.asarray(labels))))}
+
+
+class MeanStd(NamedTuple):
+    """Mean and standard deviation of one metric over `n` seeds.
+
+    `std` is the sample standard deviation (divided by n - 1), nan for one seed.
+    """
+
+    mean: float
+    std: float
+    n: int
+
+
+def mean_std(values: Sequence[float]) -> MeanStd:
+    """Mean and sample standard deviation of a metric over seeds.
+
+    Raises:
+        ValueError: there are no values.
+
+    Example:
+        >>> mean_std([1.0, 2.0, 3.0])
+        MeanStd(mean=2.0, std=1.0, n=3)
+    """
+    if not len(values):
+        raise ValueError("there are 0 values; a mean needs at least 1")
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return MeanStd(float(np.mean(values)), std, len(values))

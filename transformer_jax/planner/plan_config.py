@@ -1,0 +1,90 @@
+"""What to plan: a model, the mesh and batch of its training step; and enumeration of choices."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformer_jax import sharding
+from transformer_jax.models.config import Config
+
+
+class PlanConfig(NamedTuple):
+    """A model and the way its training step is run.
+
+    Attributes:
+        model: the model's config.
+        mesh: size of each axis of `sharding.make_mesh`.
+        batch_size: sequences in the global batch.
+        length: tokens in a sequence; for encoder-decoders, in source and target each.
+        accumulate: microbatches into which the batch is split.
+
+    Example:
+
+        >>> from transformer_jax.models import presets
+        >>> print(PlanConfig(presets.get("gpt2"), {"data": 2, "fsdp": 4}, 32, 1024))
+        data 2 x fsdp 4, batch size 32, remat none
+    """
+
+    model: Config
+    mesh: dict[str, int]
+    batch_size: int
+    length: int
+    accumulate: int = 1
+
+    def __str__(self) -> str:
+        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.items() if size != 1)
+        microbatches = f", {self.accumulate} microbatches" if self.accumulate > 1 else ""
+        return (f"{axes or 'one device'}, batch size {self.batch_size}, remat {self.model.remat}"
+                f"{microbatches}")
+
+
+def enumerate_configs(
+    model: Config,
+    num_devices: int,
+    *,
+    meshes: dict[str, Sequence[int]],
+    batch_sizes: Sequence[int] = (),
+    length: int | None = None,
+    remat: Sequence[str] = ("none",),
+    accumulate: Sequence[int] = (1,),
+) -> list[PlanConfig]:
+    """All combinations of the given choices whose mesh has `num_devices` devices.
+
+    Args:
+        model: the model's config.
+        num_devices: devices of the target.
+        meshes: mesh axis -> sizes to try; -1 in one axis stands for the remaining devices.
+        batch_sizes: global batch sizes; if empty, four sequences per batch shard and microbatch.
+        length: tokens in a sequence; the model's max_length if None.
+        remat: rematerialization policies; see `Config.remat`.
+        accumulate: numbers of microbatches.
+
+    Raises:
+        ValueError: no mesh has `num_devices` devices.
+
+    Example:
+
+        >>> from transformer_jax.models import presets
+        >>> configs = enumerate_configs(
+        ...     presets.get("gpt2"), 8, meshes={"data": (-1,), "fsdp": (1, 4)}, batch_sizes=(64,))
+        >>> [config.mesh for config in configs]
+        [{'data': 8, 'fsdp': 1}, {'data': 2, 'fsdp': 4}]
+    """
+    configs = []
+    for sizes in itertools.product(*meshes.values()):
+        known = math.prod(size for size in sizes if size != -1)
+        sizes = [num_devices // known if size == -1 else size for size in sizes]
+        mesh = dict(zip(meshes, sizes))
+        if math.prod(sizes) != num_devices:
+            continue
+        num_shards = math.prod(mesh.get(axis, 1) for axis in sharding.BATCH_AXES)
+        for policy, steps in itertools.product(remat, accumulate):
+            configs += [
+                PlanConfig(model.replace(remat=policy), mesh, batch_size,
+                           length or model.max_length, steps)
+                for batch_size in batch_sizes or (4 * num_shards * steps,)]
+    if not configs:
+        raise ValueError(f"no mesh of {meshes} has {num_devices} devices; the product of the sizes "
+                         "must be the number of devices")
+    return configs

@@ -1,0 +1,95 @@
+"""The pre-trained model of a fine-tuning run: its parameters, and the head of the new task."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from transformer_jax import tree
+from transformer_jax.data.datasets import LabeledDataset
+from transformer_jax.data.tokenizers import Tokenizer
+from transformer_jax.models import Model, build_model, init_params
+from transformer_jax.objectives import classification
+from transformer_jax.pretrained import load_pretrained
+from transformer_jax.pretrained.runs import LoadedRun, is_run, load_run
+from transformer_jax.recipes.task_encoder import TaskInfo
+
+Source = str | Path | tuple[Model, dict, Tokenizer] | LoadedRun
+"""A run's folder, a checkpoint (a folder in the Hugging Face format, an id on the Hugging Face Hub,
+or "package:NAME/FOLDER"), or a loaded (model, params, tokenizer)."""
+
+
+def load_base(
+    source: Source, *, dropout_rate: float | None = None, pooling: str | None = None
+) -> LoadedRun:
+    """Loads a model with its pre-trained heads, its parameters and its tokenizer.
+
+    Args:
+        source: a run's folder, a checkpoint or a loaded model.
+        dropout_rate: replaces the model's own rate, that of attention weights too.
+        pooling: replaces what BERT's classifier reads: "first", the pooled first token, or "mean",
+            the mean over all tokens.
+
+    Raises:
+        FileNotFoundError: the source does not exist.
+        ValueError: it has no tokenizer, or `pooling` is unknown.
+    """
+    changes: dict[str, Any] = {} if dropout_rate is None else {
+        "dropout_rate": dropout_rate, "attention_dropout_rate": dropout_rate}
+    changes |= {} if pooling is None else {"pooling": pooling}
+    if isinstance(source, tuple) or is_run(source):
+        base = LoadedRun(*source[:3], []) if isinstance(source, tuple) else load_run(source)
+        return base._replace(model=_replace_config(base.model, changes)) if changes else base
+    model, params, tokenizer = load_pretrained(source, **changes)
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer; add its tokenizer.json or vocabulary files")
+    return LoadedRun(model, params, tokenizer, [])
+
+
+def _replace_config(model: Model, changes: dict[str, Any]) -> Model:
+    return type(model)(model.config.replace(**changes), model.num_classes, model.task)
+
+
+def add_task_head(base: LoadedRun, dataset: LabeledDataset) -> tuple[Model, dict]:
+    """Returns the base model with the head that a dataset needs, and the pre-trained parameters.
+
+    A pre-trained classifier is kept if it has the same shape; any other is left out, to be
+    initialized anew.
+    """
+    task_type = dataset.task_type
+    head = None if task_type == "seq2seq" else classification.TASK_TYPES[task_type].task
+    model = build_model(base.model.config, TaskInfo.of(dataset).num_outputs, head)
+    shapes = tree.flatten_paths(_initial_shapes(model))
+    params = {path: leaf for path, leaf in tree.flatten_paths(base.params).items()
+              if not path.startswith("classifier/")
+              or (path in shapes and shapes[path].shape == leaf.shape)}
+    return model, tree.unflatten_paths(params)
+
+
+def load_report(model: Model, pretrained: dict) -> tree.LoadReport:
+    """Returns which parameters of `model` are pre-trained, which are new, and which are unused."""
+    wanted, found = (set(tree.flatten_paths(x)) for x in (_initial_shapes(model), pretrained))
+    return tree.LoadReport(sorted(wanted & found), sorted(wanted - found), sorted(found - wanted))
+
+
+def include_new_modules(model: Model, pretrained: dict, trainable: str) -> str:
+    """Returns the trainable spec, extended by the modules that the checkpoint does not have.
+
+    A RoBERTa or DistilBERT without a head has no pooler, and a randomly initialized one must not
+    stay frozen.
+    """
+    new = {path.partition("/")[0] for path in load_report(model, pretrained).new} - {"classifier"}
+    return "+".join([trainable, *(f"regex:^{name}/" for name in sorted(new))])
+
+
+def initial_params(model: Model, pretrained: dict) -> dict:
+    """Returns the parameters that fine-tuning starts from, before PEFT parameters are added.
+
+    They are the base that `finetuning.adapter_io` identifies an adapter's model by.
+    """
+    return tree.restore_partial(init_params(model, jax.random.key(0)), pretrained)[0]
+
+
+def _initial_shapes(model: Model) -> dict:
+    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))

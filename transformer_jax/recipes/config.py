@@ -1,0 +1,264 @@
+"""Settings that several recipes share: device mesh, optimizer, labeled dataset and training."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import optax
+from jax.sharding import Mesh
+
+from transformer_jax import sharding
+from transformer_jax.data import datasets
+from transformer_jax.recipes.task_encoder import InputConfig
+from transformer_jax.train import anomalies, optimizers
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Number of devices along each mesh axis (`transformer_jax.sharding`).
+
+    Attributes:
+        data: replicas of the parameters, among which the batch is split; -1 uses all devices that
+            the other axes leave.
+        fsdp: devices that share one copy of the parameters and split the batch too.
+        sequence: devices that split the tokens of a row.
+        tensor: devices that split heads, MLP and vocabulary.
+
+    Example:
+        >>> dict(MeshConfig(data=1).make().shape)
+        {'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 1}
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    def make(self) -> Mesh:
+        """Returns the mesh of the devices of all processes."""
+        return sharding.make_mesh(self.data, self.fsdp, self.sequence, self.tensor)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a learning-rate schedule (`train.optimizers`).
+
+    Attributes:
+        schedule: "constant", "linear", "cosine" or "inverse_sqrt": the decay after warm-up.
+        peak_lr: learning rate at the end of warm-up.
+        end_lr: learning rate at the last step.
+        warmup_steps: steps of linear warm-up; fewer than the steps of the run.
+        weight_decay: decoupled weight decay, of matrices only.
+        b2: decay rate of the second moment.
+        eps: added to the denominator of the update.
+        clip_norm: largest global norm of the gradients; None does not clip.
+
+    Example:
+        >>> optimizer = OptimizerConfig(peak_lr=1e-3, warmup_steps=10).make(num_steps=100)
+        >>> opt_state = optimizer.init({"kernel": np.ones((2, 3), np.float32)})
+    """
+
+    schedule: str = "cosine"
+    peak_lr: float = 1e-3
+    end_lr: float = 0.0
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    b2: float = 0.999
+    eps: float = 1e-6
+    clip_norm: float | None = 1.0
+
+    def make(self, num_steps: int) -> optax.GradientTransformation:
+        """Returns the optimizer of a run of `num_steps` updates."""
+        return self._make(num_steps, self.warmup_steps)
+
+    def _make(self, num_steps: int, warmup_steps: int, **options: Any):
+        schedule = optimizers.make_schedule(
+            self.schedule, self.peak_lr, num_steps, warmup_steps, self.end_lr)
+        return optimizers.make_optimizer(
+            schedule, weight_decay=self.weight_decay, b2=self.b2, eps=self.eps,
+            clip_norm=self.clip_norm, **options)
+
+
+@dataclass(frozen=True)
+class FinetuneOptimizerConfig(OptimizerConfig):
+    """AdamW with the options of fine-tuning (`train.transforms`).
+
+    Attributes:
+        warmup_fraction: fraction of the steps that is warm-up; None uses `warmup_steps` instead.
+        layer_decay: ratio of the learning rate of each layer to that of the layer above it.
+        head_lr_multiplier: factor of the learning rate of the classifier.
+        unfreeze_every: gradual unfreezing: number of updates after which the next layer, from the
+            top down, is trained too.
+        l2_sp: strength of weight decay toward the pre-trained parameters, which replaces decay
+            toward zero.
+        ema: decay of an exponential moving average of the trainable parameters, which is evaluated
+            and returned instead of their last values.
+    """
+
+    schedule: str = "linear"
+    warmup_fraction: float | None = 0.1
+    layer_decay: float | None = None
+    head_lr_multiplier: float = 1.0
+    unfreeze_every: int | None = None
+    l2_sp: float | None = None
+    ema: float | None = None
+
+    def make(self, num_steps: int) -> optax.GradientTransformation:
+        """Returns the optimizer of a run of `num_steps` updates."""
+        warmup_steps = (self.warmup_steps if self.warmup_fraction is None
+                        else int(self.warmup_fraction * num_steps))
+        return self._make(
+            num_steps, warmup_steps, layer_decay=self.layer_decay,
+            head_lr_multiplier=self.head_lr_multiplier, unfreeze_every=self.unfreeze_every,
+            l2_sp=self.l2_sp, ema=self.ema)
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """A labeled dataset, as `data.datasets.load_dataset` takes it.
+
+    Attributes:
+        data: "tfds:NAME", "hf:NAME", "python_docs/topics", a .tsv, .csv or .jsonl file, or a folder
+            with one file for each split.
+        validation: file, or name of the split, to evaluate on.
+        task_type: "classification", "regression", "multiple_choice", "token_classification",
+            "question_answering" or "seq2seq"; inferred from the columns if None.
+        columns: field of the example -> column of the data, such as `{"text": "sentence"}`. Several
+            columns joined by "+" are concatenated for a text, or are the choices of a multiple
+            choice.
+        header: column names of files without a header line.
+        validation_header: column names of the validation file, if they differ.
+        label_names: label in the data -> name of its class, in the order of the classes; where the
+            data does not name its classes.
+        validation_label_names: the same for the validation file, if its labels differ.
+        like: known dataset ("hf:snli") whose columns this one has.
+        metric: main metric: accuracy, f1, macro_f1 or matthews of classes; rouge or bleu of texts.
+        label_range: least and greatest label of a regression; those of the training split if None.
+        allow_empty_classes: accept a class without training examples.
+        validation_folds: evaluate on the rows whose column "fold" has one of these values.
+        validation_fraction: evaluate on this fraction of the training split, drawn at random.
+        limit: largest number of rows of each split, drawn at random.
+        on_bad_rows: "drop" or "error" for empty texts, empty labels and misplaced answers.
+    """
+
+    data: str = "python_docs/topics"
+    validation: str | None = None
+    task_type: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    header: tuple[str, ...] = ()
+    validation_header: tuple[str, ...] = ()
+    label_names: dict[str, str] = field(default_factory=dict)
+    validation_label_names: dict[str, str] = field(default_factory=dict)
+    like: str | None = None
+    metric: str | None = None
+    label_range: tuple[float, float] | None = None
+    allow_empty_classes: bool = False
+    validation_folds: tuple[int, ...] = ()
+    validation_fraction: float | None = None
+    limit: int | None = None
+    on_bad_rows: str | None = None
+
+    def load(self, data: Any = None, validation: Any = None) -> datasets.LabeledDataset:
+        """Returns the training and validation examples, in memory.
+
+        Args:
+            data: replaces the field `data`: anything that `load_dataset` accepts, such as a list of
+                dicts, a pandas DataFrame, or a `datasets.Dataset` or `DatasetDict`.
+            validation: likewise for the field `validation`.
+
+        Raises:
+            FileNotFoundError: a path does not exist, or there is no dataset of this name.
+            ValueError: the data is not a valid labeled dataset; the message names the column, row
+                or option.
+
+        Example:
+            >>> rows = [{"text": "good", "label": "yes"}, {"text": "bad", "label": "no"}]
+            >>> DatasetConfig().load(rows, rows).label_names
+            ('no', 'yes')
+        """
+        names = ("task_type", "header", "validation_header", "label_names",
+                 "validation_label_names", "like", "metric", "label_range", "validation_fraction",
+                 "limit", "on_bad_rows")
+        options: dict[str, Any] = {name: getattr(self, name) or None for name in names}
+        options["columns"] = {
+            name: tuple(column.split("+")) if isinstance(column, str) and "+" in column else column
+            for name, column in self.columns.items()} or None
+        if self.validation_folds:
+            options["validation_filter"] = {"fold": self.validation_folds}
+        holds_out = bool(self.validation_folds or self.validation_fraction)
+        data = self.data if data is None else data
+        validation = self.validation if validation is None else validation
+        if validation is None and not holds_out and isinstance(data, str) and (
+                data.startswith("python_docs/")):
+            validation = "test"
+        return datasets.load_dataset(
+            data, validation=validation, allow_empty_classes=self.allow_empty_classes, **options)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is fine-tuned, independent of the data.
+
+    Runs with equal settings and equal trainable spec share compiled steps.
+
+    Attributes:
+        max_length: greatest number of tokens of a row; batches of shorter texts are padded to less.
+        batch_size: rows of a step, over all devices.
+        num_steps: number of updates.
+        epochs: number of passes over the examples, which replaces `num_steps`.
+        min_steps: least number of updates where `epochs` is given.
+        optimizer: AdamW and its learning-rate schedule.
+        frozen_dtype: "float32", "bfloat16" or "int8": storage of frozen kernels and embeddings.
+        cache_features: compute the body once, without dropout, where only the head is trained.
+        aux_lm_loss_weight: weight of the language-model loss that is added to the task's (GPT).
+        gpt_special_tokens: add start, delimiter and extract tokens, as the GPT paper does.
+        both_orders: encode each pair of texts in both orders (GPT).
+        stride: distance in tokens between the starts of windows over a long context.
+        max_question_length: greatest number of tokens of a question; longer ones are truncated.
+        target_length: greatest number of tokens of a target text.
+        num_beams: beams of the beam search that generates target texts.
+        save_every: updates between checkpoints; 0 saves at the end only.
+        allow_config_mismatch: resume from a checkpoint that was saved with other settings or data.
+        anomaly_policy: action on losses that are not finite, or spike (`train.anomalies`).
+    """
+
+    max_length: int = 64
+    batch_size: int = 16
+    num_steps: int = 100
+    epochs: float | None = None
+    min_steps: int = 1
+    optimizer: FinetuneOptimizerConfig = field(
+        default_factory=lambda: FinetuneOptimizerConfig(peak_lr=1e-3, b2=0.99))
+    frozen_dtype: str = "float32"
+    cache_features: bool = True
+    aux_lm_loss_weight: float = 0.0
+    gpt_special_tokens: bool = False
+    both_orders: bool = False
+    stride: int = 128
+    max_question_length: int = 64
+    target_length: int = 64
+    num_beams: int = 4
+    save_every: int = 0
+    allow_config_mismatch: bool = False
+    anomaly_policy: anomalies.AnomalyPolicy = anomalies.DEFAULT_POLICY
+
+    def input_config(self) -> InputConfig:
+        """Returns the settings that decide how an example becomes a row of token ids."""
+        return InputConfig(
+            max_length=self.max_length, gpt_special_tokens=self.gpt_special_tokens,
+            both_orders=self.both_orders, stride=self.stride,
+            max_question_length=self.max_question_length, target_length=self.target_length,
+            num_beams=self.num_beams)
+
+    def with_num_steps(self, num_examples: int) -> "TrainingConfig":
+        """Returns a copy in which `epochs` over `num_examples` is expressed as `num_steps`.
+
+        Example:
+            >>> TrainingConfig(epochs=2, batch_size=4).with_num_steps(10).num_steps
+            5
+        """
+        if self.epochs is None:
+            return self
+        num_steps = math.ceil(self.epochs * num_examples / self.batch_size)
+        return dataclasses.replace(self, epochs=None, num_steps=max(num_steps, self.min_steps))

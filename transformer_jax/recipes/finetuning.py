@@ -1,0 +1,306 @@
+"""Fine-tuning of a pre-trained model on a labeled dataset.
+
+    from transformer_jax.recipes import finetune
+
+    result = finetune("google-bert/bert-base-uncased", "hf:glue/sst2", trainable="lora:8", epochs=3)
+    result.predict(["A gripping film.", "Two hours that I will not get back."])
+    result.export("sst2")        # a checkpoint in the Hugging Face format
+
+`trainable` selects the trainable parameters (`finetuning.select`): full, head, last_k:2, bitfit,
+lora:8, adapter:64, ..., joined by "+".
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from transformer_jax import sharding
+from transformer_jax.data.datasets import subsample_balanced
+from transformer_jax.data.tokenizers import Tokenizer
+from transformer_jax.errors import did_you_mean
+from transformer_jax.finetuning import adapter_io, peft, quantize
+from transformer_jax.models import Model
+from transformer_jax.pretrained import save_pretrained
+from transformer_jax.pretrained.runs import save_run_config
+from transformer_jax.recipes import prediction, run_dir
+from transformer_jax.recipes.base_model import Source, add_task_head, initial_params, load_base
+from transformer_jax.recipes.config import (
+    DatasetConfig,
+    FinetuneOptimizerConfig,
+    MeshConfig,
+    TrainingConfig,
+)
+from transformer_jax.recipes.encoding import write_predictions
+from transformer_jax.recipes.finetuning_run import (
+    FinetunedParams,
+    encode_for_training,
+    finetune_params,
+)
+from transformer_jax.recipes.retention import make_retention_eval
+from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo
+from transformer_jax.report import plots
+
+__all__ = ["FinetuneConfig", "FinetuneResult", "FinetunedParams", "encode_for_training", "finetune",
+           "finetune_config", "finetune_params"]
+
+ADAPTER_DIR = "adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Settings of a fine-tuning run.
+
+    Attributes:
+        pretrained: folder of a pre-training run, or a checkpoint in the Hugging Face format: a
+            folder, an id on the Hugging Face Hub, or "package:NAME/FOLDER" of an installed package.
+        out: folder of the run; None writes no files and no checkpoints.
+        dataset: the labeled data.
+        training: how to train.
+        trainable: trainable spec: which parameters are trained.
+        from_scratch: train from new parameters instead of a copy of the pre-trained ones.
+        labels_per_class: number of training examples of each class; None for all.
+        examples: number of training examples, as balanced as the classes allow; None for all.
+        dropout_rate: replaces the model's own rate.
+        pooling: replaces what BERT's classifier reads: "first", the pooled first token, or "mean",
+            the mean over all tokens, with which sentence encoders are trained.
+        retention_data: text on which the pre-training loss of a checkpoint is measured before and
+            after (`retention`); a run of this library is measured on its own held-out rows. None
+            measures nothing.
+        mesh: devices.
+        seed: of the choice of examples, new parameters, data order and dropout.
+    """
+
+    pretrained: str
+    out: Path | None = None
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    trainable: str = "full"
+    from_scratch: bool = False
+    labels_per_class: int | None = None
+    examples: int | None = None
+    dropout_rate: float | None = None
+    pooling: str | None = None
+    retention_data: str | None = "python_docs/documents"
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A fine-tuned model and its scores.
+
+    Attributes:
+        model: the model with the head of the task.
+        params: fine-tuned parameters, PEFT parameters included.
+        mask: True at trainable parameters.
+        tokenizer: the model's tokenizer.
+        task: task type, label names and metric.
+        input_config: how a text becomes a row of token ids.
+        metrics: scores on the validation examples, the main metric first, figures of the run
+            (`finetuning_run.FinetunedParams`), and the pre-training loss "held_out_before" and
+            "held_out_after" where it was measured.
+        predictions: one dict for each validation example, as in `predictions.jsonl`.
+        history: rows of the training loop: step, loss, learning rate, ...; empty for a run that was
+            complete before.
+    """
+
+    model: Model
+    params: dict
+    mask: dict
+    tokenizer: Tokenizer
+    task: TaskInfo
+    input_config: InputConfig
+    metrics: dict[str, Any]
+    predictions: list[dict]
+    history: list[dict]
+
+    @property
+    def task_type(self) -> str:
+        return self.task.task_type
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.task.label_names
+
+    def predict(self, inputs: Any, **options: Any) -> list[dict]:
+        """Returns one prediction for each input; see `prediction.predict`."""
+        return prediction.predict(self, inputs, **options)
+
+    def export(self, path: str | Path) -> None:
+        """Saves a checkpoint in the Hugging Face format, with merged PEFT parameters.
+
+        Raises:
+            ValueError: PEFT parameters that cannot be merged, such as adapters and prefixes; save
+                them with `finetuning.adapter_io.save_adapter`.
+        """
+        model, params = peft.fold_tokens(self.model, quantize.dequantize(self.params))
+        save_pretrained(path, model, peft.merge(params), self.tokenizer)
+
+
+def finetune(
+    pretrained: FinetuneConfig | Source, data: Any = None, *, trainable: str = "full",
+    validation: Any = None, out: str | Path | None = None, **options: Any,
+) -> FinetuneResult:
+    """Fine-tunes a copy of a pre-trained model on labeled data and evaluates it.
+
+    With `out` the folder gets checkpoints, from which the same call resumes, predictions, figures,
+    results, and the trained parameters alone as an adapter; without it no files are written.
+
+    Args:
+        pretrained: a run's folder, a checkpoint (a folder, an id on the Hugging Face Hub, or
+            "package:NAME/FOLDER"), or a loaded (model, params, tokenizer). Or a `FinetuneConfig`
+            with all settings; then nothing else is given.
+        data: a list of dicts, a pandas DataFrame, a `datasets.Dataset` or `DatasetDict`, a file or
+            folder, a name such as "hf:glue/sst2", or a `LabeledDataset`.
+        trainable: trainable spec, such as "full", "head", "last_k:2" or "lora:8+bitfit".
+        validation: examples to evaluate on: the same kinds, or the name of a split. Of data in
+            memory, a tenth is held out if this is None.
+        out: folder of the run.
+        options: fields of `FinetuneConfig`, `DatasetConfig`, `TrainingConfig` and
+            `FinetuneOptimizerConfig`, such as epochs=3, peak_lr=1e-4, max_length=128,
+            columns={"text": "sentence"}. The pre-training loss is measured only if `retention_data`
+            is given.
+
+    Raises:
+        ValueError: an unknown option, or model, data and settings that do not fit together.
+        FileNotFoundError: the model or the data does not exist.
+    """
+    if isinstance(pretrained, FinetuneConfig):
+        if data is not None or validation is not None or out is not None or options or (
+                trainable != "full"):
+            raise ValueError("finetune was given a FinetuneConfig and other settings; change the "
+                             "config with dataclasses.replace instead")
+        return _finetune(pretrained, pretrained.pretrained, None, None)
+    if data is None:
+        raise ValueError("data is None; give the labeled examples, or the name of a dataset")
+    config = finetune_config(
+        pretrained if isinstance(pretrained, (str, Path)) else type(pretrained[0]).__name__,
+        trainable=trainable, out=out,
+        **({"data": str(data)} if isinstance(data, (str, Path)) else {}),
+        **({"validation": str(validation)} if isinstance(validation, (str, Path)) else {}),
+        **({"retention_data": None} | options))
+    return _finetune(config, pretrained, *(
+        None if isinstance(x, (str, Path)) else x for x in (data, validation)))
+
+
+def finetune_config(
+    pretrained: str | Path, *, out: str | Path | None = None, **options: Any
+) -> FinetuneConfig:
+    """Returns a `FinetuneConfig` from flat options.
+
+    Args:
+        pretrained: a run's folder or a checkpoint.
+        out: folder of the run.
+        options: fields of `FinetuneConfig`, `DatasetConfig`, `TrainingConfig` and
+            `FinetuneOptimizerConfig`, by name.
+
+    Raises:
+        ValueError: an unknown option; the message suggests known ones.
+
+    Example:
+        >>> config = finetune_config("gpt2", data="reviews.csv", trainable="lora:8", peak_lr=1e-4)
+        >>> config.dataset.data, config.trainable, config.training.optimizer.peak_lr
+        ('reviews.csv', 'lora:8', 0.0001)
+    """
+    nested = {"dataset", "training", "optimizer"}
+    groups: list[tuple[type, dict]] = [
+        (kind, {}) for kind in (DatasetConfig, FinetuneOptimizerConfig, TrainingConfig,
+                                FinetuneConfig)]
+    known = {f.name: values for kind, values in groups for f in dataclasses.fields(kind)}
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"unknown option {name!r} of fine-tuning; "
+                             f"{did_you_mean(name, known.keys() - nested)}")
+        known[name][name] = value
+    dataset, optimizer, training, config = (values for _, values in groups)
+    base = config.pop("training", None) or TrainingConfig()
+    optimizer = dataclasses.replace(training.pop("optimizer", base.optimizer), **optimizer)
+    return FinetuneConfig(
+        pretrained=str(pretrained), out=None if out is None else Path(out),
+        dataset=dataclasses.replace(config.pop("dataset", None) or DatasetConfig(), **dataset),
+        training=dataclasses.replace(base, optimizer=optimizer, **training), **config)
+
+
+def _finetune(
+    config: FinetuneConfig, source: Source, data: Any, validation: Any
+) -> FinetuneResult:
+    """Runs `config`; `data` and `validation` replace its dataset where they are not None."""
+    began = time.perf_counter()
+    mesh = config.mesh.make()
+    base = load_base(source, dropout_rate=config.dropout_rate, pooling=config.pooling)
+    base = base._replace(params=jax.device_put(
+        base.params, sharding.param_shardings(base.params, mesh)))
+    dataset = config.dataset.load(data, validation)
+    if config.labels_per_class is not None or config.examples is not None:
+        dataset = dataset._replace(train=subsample_balanced(
+            dataset.train, config.labels_per_class, config.seed, total=config.examples))
+    model, pretrained = add_task_head(base, dataset)
+    encoded = encode_for_training(dataset, model, base.tokenizer, config.training)
+    # Made before training, so that a missing text is an error at once.
+    retention = (None if config.from_scratch or config.retention_data is None
+                 else make_retention_eval(source, base, config.retention_data))
+    before = None if retention is None else retention.loss()
+    found = finetune_params(
+        encoded, None if config.from_scratch else pretrained, config.trainable, config.training,
+        config.seed, mesh=mesh,
+        checkpoint_dir=None if config.out is None else config.out / "checkpoints")
+    metrics = dict(found.metrics)
+    if retention is not None:
+        metrics |= {"held_out_objective": retention.objective, "held_out_before": before,
+                    "held_out_after": retention.loss(found.params)}
+    result = FinetuneResult(
+        model, found.params, found.mask, base.tokenizer, encoded.encoder.task,
+        encoded.encoder.config, metrics, found.predictions, found.history)
+    if config.out is not None:
+        _save(config, result, None if config.from_scratch else initial_params(model, pretrained))
+    _print_metrics(metrics)
+    if config.out is not None:
+        _save_figures(config, result)
+        run_dir.write_results(
+            config.out, config, metrics | {"history": result.history, "dropped": dataset.dropped},
+            time.perf_counter() - began)
+    return result
+
+
+def _save(config: FinetuneConfig, result: FinetuneResult, base_params: dict | None) -> None:
+    """Writes config.json, the predictions, and the adapter of `base_params`, if there are any."""
+    out, model = config.out, result.model
+    save_run_config(out, model.config, result.tokenizer, result.label_names, task=model.task,
+                    num_classes=model.num_classes)
+    prediction.save_task(out, result.task, result.input_config)
+    write_predictions(out / "predictions.jsonl", result.predictions)
+    if base_params is not None:
+        adapter_io.save_adapter(
+            out / ADAPTER_DIR, result.params, result.mask, base_params, spec=config.trainable,
+            label_names=result.label_names, task=result.task_type, pretrained=config.pretrained)
+
+
+def _print_metrics(metrics: Mapping[str, Any]) -> None:
+    if "held_out_after" in metrics:
+        print(f"held-out pre-training loss ({metrics['held_out_objective']}) "
+              f"{metrics['held_out_before']:.3f} before, {metrics['held_out_after']:.3f} after "
+              "fine-tuning")
+    hidden = ("seconds", "seconds_per_step", "share_trained", "held_out_before", "held_out_after")
+    shown = [f"{name} {value:.3f}" for name, value in metrics.items()
+             if isinstance(value, float) and name not in hidden]
+    print(f"{', '.join(shown)}; {100 * metrics['share_trained']:.2f} % of the parameters trained",
+          flush=True)
+
+
+def _save_figures(config: FinetuneConfig, result: FinetuneResult) -> None:
+    """Draws the loss curve, and of classes the confusion matrix and the calibration."""
+    out, metrics = config.out, result.metrics
+    if result.history:
+        points = [(h["step"], h["loss"]) for h in result.history if "loss" in h]
+        plots.curves(out / "loss.png", {"training": tuple(zip(*points))},
+                     title=f"Fine-tuning by {config.trainable}")
+    if "confusion" in metrics and result.label_names:
+        title = f"{config.dataset.data}, {config.trainable}"
+        plots.confusion(out / "confusion.png", metrics["confusion"], result.label_names,
+                        title=title)
+        plots.calibration(out / "calibration.png", metrics["calibration"], title=title)

@@ -1,0 +1,206 @@
+"""One fine-tuning run: initial parameters, compiled step, training loop and evaluation.
+
+`finetuning.finetune` also loads the model and the data and writes files; `sweep` and `quickstart`
+call `finetune_params` many times, and runs of equal arguments share their compiled steps.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from transformer_jax import tree
+from transformer_jax.data.datasets import LabeledDataset
+from transformer_jax.data.tokenizers import Tokenizer
+from transformer_jax.finetuning import feature_cache, peft, quantize, select
+from transformer_jax.models import GPT, Model, config_to_dict, init_params
+from transformer_jax.objectives import causal_lm, classification, seq2seq
+from transformer_jax.recipes import run_dir
+from transformer_jax.recipes.base_model import include_new_modules, load_report
+from transformer_jax.recipes.config import TrainingConfig
+from transformer_jax.recipes.encoding import (
+    EncodedDataset,
+    cache_features,
+    encode_dataset,
+    feature_batches,
+)
+from transformer_jax.recipes.text_encoder import TASK_TYPES as TEXT_TASK_TYPES
+from transformer_jax.train import loop, step, transforms
+
+NUM_SPECIAL_TOKENS = 3  # GPT's start, delimiter and extract tokens
+
+
+class FinetunedParams(NamedTuple):
+    """The result of one fine-tuning run.
+
+    Attributes:
+        params: fine-tuned parameters, PEFT parameters included.
+        mask: True at trainable parameters.
+        metrics: scores on the validation examples, the main metric first, and figures of the run:
+            "labels" (number of training examples), "steps", "trained" and "share_trained" (number
+            and fraction of trainable parameters), "cut" and "cut_validation" (truncated rows),
+            "seconds", "seconds_per_step".
+        predictions: one line of the prediction file for each validation example.
+        history: rows of the training loop.
+    """
+
+    params: dict
+    mask: dict
+    metrics: dict[str, Any]
+    predictions: list[dict]
+    history: list[dict]
+
+
+class FinetuneStep(NamedTuple):
+    """The mask, the optimizer and the train step of a fine-tuning run."""
+
+    mask: dict
+    optimizer: Any
+    train_step: Callable
+
+
+def encode_for_training(
+    dataset: LabeledDataset, model: Model, tokenizer: Tokenizer, training: TrainingConfig
+) -> EncodedDataset:
+    """Tokenizes a labeled dataset for a fine-tuning run.
+
+    Raises:
+        ValueError: the model or the settings do not fit the data; see also
+            `encoding.encode_dataset`.
+    """
+    if training.max_length > model.config.max_length:
+        raise ValueError(f"max_length is {training.max_length}, and the model has "
+                         f"{model.config.max_length} positions; lower max_length")
+    if training.aux_lm_loss_weight and not (
+            isinstance(model, GPT) and dataset.task_type in TEXT_TASK_TYPES):
+        raise ValueError(
+            f"aux_lm_loss_weight is for GPT on {', '.join(TEXT_TASK_TYPES)}, and this is a "
+            f"{type(model).__name__} on {dataset.task_type}; leave it out")
+    return encode_dataset(dataset, model, tokenizer, training.input_config())
+
+
+def init_finetune_params(
+    model: Model, trainable: str, training: TrainingConfig, rng: jax.Array,
+    pretrained: dict | None = None,
+) -> dict:
+    """Returns the parameters before the first step.
+
+    They are initial parameters, replaced by pre-trained ones where there are any, with the PEFT
+    parameters of the trainable spec, and frozen parameters in `training.frozen_dtype`.
+    """
+    rngs = jax.random.split(rng, 3)
+    params = init_params(model, rngs[0])
+    if pretrained is not None:
+        params = tree.restore_partial(params, pretrained)[0]
+    if training.gpt_special_tokens:
+        params = peft.add_tokens(params, NUM_SPECIAL_TOKENS, rngs[1])
+    params, mask = peft.add_and_mask(params, trainable, rngs[2])
+    return quantize.quantize_frozen(params, mask, training.frozen_dtype)[0]
+
+
+_jitted_init = functools.partial(
+    jax.jit, static_argnames=("model", "trainable", "training"))(init_finetune_params)
+
+
+@functools.cache
+def make_finetune_step(
+    model: Model, trainable: str, training: TrainingConfig, task_type: str, cached_features: bool
+) -> FinetuneStep:
+    """Returns the mask, optimizer and train step of a trainable spec.
+
+    Equal arguments return the same object, so that its step is compiled once.
+
+    Args:
+        cached_features: the batches hold the body's features instead of tokens.
+    """
+    init = functools.partial(init_finetune_params, model, trainable, training)
+    mask = select.trainable_mask(jax.eval_shape(init, jax.random.key(0)), trainable)
+    optimizer = training.optimizer.make(training.num_steps)
+    apply = feature_cache.make_features_apply(model.apply) if cached_features else model.apply
+    options = ({"aux_lm_loss_weight": training.aux_lm_loss_weight}
+               if training.aux_lm_loss_weight else {})
+    loss_fn = functools.partial(task_loss(model, task_type), apply, **options)
+    return FinetuneStep(mask, optimizer, step.make_train_step(loss_fn, optimizer, mask))
+
+
+def task_loss(model: Model, task_type: str) -> Callable:
+    """Returns the loss function of a task type for a model."""
+    if task_type == "seq2seq":
+        return causal_lm.loss if isinstance(model, GPT) else seq2seq.loss
+    return classification.TASK_TYPES[task_type].loss
+
+
+def finetune_params(
+    data: EncodedDataset, pretrained: dict | None, trainable: str, training: TrainingConfig,
+    seed: int = 0, *, quiet: bool = False, checkpoint_dir: Path | None = None,
+    mesh: Mesh | None = None,
+) -> FinetunedParams:
+    """Trains the parameters that the spec selects and evaluates them on all validation examples.
+
+    Args:
+        data: the encoded dataset, of a model with the head of its task.
+        pretrained: pre-trained parameters, which are copied; None trains from scratch.
+        trainable: trainable spec, such as "lora:8" (`finetuning.select`).
+        training: settings of the run.
+        seed: of new parameters, data order and dropout.
+        quiet: print neither progress nor the table of trainable parameters.
+        checkpoint_dir: folder for checkpoints, from which the same run is resumed; None saves none.
+        mesh: devices; None trains on the default device.
+
+    Raises:
+        ValueError: a setting is out of range, or the checkpoints are of another run.
+    """
+    model, task_type = data.encoder.model, data.dataset.task_type
+    training = training.with_num_steps(len(data.train))
+    if pretrained is not None:
+        trainable = include_new_modules(model, pretrained, trainable)
+    params = _jitted_init(model, trainable, training, jax.random.key(seed), pretrained)
+    total_count = tree.count(params)
+    mask = select.trainable_mask(params, trainable)
+    cached = (training.cache_features and feature_cache.is_head_only(mask)
+              and task_type in TEXT_TASK_TYPES and not training.aux_lm_loss_weight)
+    finetune_step = make_finetune_step(model, trainable, training, task_type, cached)
+    truncated = [sum(n > training.max_length for n in data.encoder.lengths(items))
+                 for items in (data.train, data.validation)]
+    if not quiet:
+        report = "new parameters" if pretrained is None else load_report(model, pretrained)
+        print(report, select.describe(params, mask), sep="\n", flush=True)
+        if any(truncated):
+            print(f"{truncated[0]} of {len(data.train)} training rows and {truncated[1]} of "
+                  f"{len(data.validation)} validation rows have more than {training.max_length} "
+                  "tokens and are truncated", flush=True)
+    began = time.perf_counter()
+    metadata = None if checkpoint_dir is None else run_dir.resumable_metadata(checkpoint_dir, {
+        "model": config_to_dict(model.config), "recipe": trainable, "seed": seed,
+        **run_dir.run_metadata(training, data.train, params)})
+    batches = (
+        feature_batches(cache_features(params, data), training.batch_size, seed, mesh)
+        if cached else data.encoder.batches(
+            data.train, batch_size=training.batch_size, seed=seed, num_steps=training.num_steps,
+            mesh=mesh))
+    state, history = loop.fit(
+        step.init_state(params, finetune_step.optimizer, finetune_step.mask),
+        finetune_step.train_step, batches.loader(), rng=jax.random.key(seed + 1),
+        num_steps=training.num_steps, quiet=quiet, log_every=max(training.num_steps // 10, 1),
+        checkpoint_dir=checkpoint_dir, mesh=mesh, save_every=training.save_every, keep=2,
+        metadata=metadata, allow_config_mismatch=training.allow_config_mismatch,
+        anomaly_policy=training.anomaly_policy)
+    params = state.params
+    if (average := transforms.get_ema_params(state.opt_state)) is not None:
+        params = tree.combine(average, tree.partition(params, finetune_step.mask)[1])
+    seconds = time.perf_counter() - began
+    scores, lines = data.evaluate(params)
+    step_times = [h["seconds_per_step"] for h in history if "seconds_per_step" in h]
+    trained = tree.count(tree.partition(params, finetune_step.mask)[0])
+    return FinetunedParams(params, finetune_step.mask, {
+        **scores, "labels": len(data.dataset.train), "steps": training.num_steps,
+        "trained": trained, "share_trained": trained / total_count, "cut": truncated[0],
+        "cut_validation": truncated[1],
+        "seconds_per_step": float(np.median(step_times)) if step_times else None,
+        "seconds": seconds,
+    }, lines, history)

@@ -1,0 +1,284 @@
+"""Predictions and scores of fine-tuned models, and the loss of pre-trained ones.
+
+    from transformer_jax.recipes import evaluate, predict
+
+    predict("runs/sst2", ["A gripping film."])       # [{"label": "positive", "score": 0.98, ...}]
+    evaluate("runs/sst2", "reviews.csv")             # {"accuracy": 0.89, ...}
+    evaluate("runs/gpt")                             # {"objective": "causal_lm", "loss": 4.38, ...}
+
+`generation.generate` continues texts, and `generation.fill_mask` fills masks.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformer_jax import metrics
+from transformer_jax.data import sources
+from transformer_jax.data.datasets import LabeledDataset
+from transformer_jax.data.tokenizers import Tokenizer
+from transformer_jax.errors import did_you_mean
+from transformer_jax.models import Model, Transformer
+from transformer_jax.pretrained.runs import LoadedRun, is_run, load_run
+from transformer_jax.recipes import run_dir
+from transformer_jax.recipes.base_model import load_base
+from transformer_jax.recipes.config import DatasetConfig
+from transformer_jax.recipes.encoding import make_encoder
+from transformer_jax.recipes.inputs import to_examples
+from transformer_jax.recipes.retention import RetentionEval, make_retention_eval, make_text_eval
+from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo
+
+MAX_TARGET_LENGTH = 128  # tokens of a target text, for models that do not record it
+
+
+class TaskModel(NamedTuple):
+    """A model and all that its predictions need.
+
+    Attributes:
+        model: the model.
+        params: its parameters.
+        tokenizer: its tokenizer.
+        task: the task of its head; None for a pre-trained model.
+        input_config: how an input becomes a row of token ids.
+    """
+
+    model: Model
+    params: dict
+    tokenizer: Tokenizer
+    task: TaskInfo | None
+    input_config: InputConfig
+
+
+def predict(
+    source: Any, inputs: Any, *, columns: Mapping[str, str] | None = None, **options: Any
+) -> list[dict]:
+    """Returns the predictions of a model with a task head, one dict for each input.
+
+    | task type            | input                  | prediction                          |
+    |----------------------|------------------------|-------------------------------------|
+    | classification       | text, or (text, text)  | label, score, probabilities         |
+    | regression           | text, or (text, text)  | score                               |
+    | multiple_choice      | (text, choices)        | label, choice, score, probabilities |
+    | token_classification | text, or list of words | words, labels, scores               |
+    | question_answering   | (question, context)    | answer, start, stop, score          |
+    | seq2seq              | text                   | text                                |
+
+    A score is the probability of the label or answer; of a regression, it is a predicted label.
+
+    Args:
+        source: the folder of a fine-tuned run, a checkpoint with a task head, a loaded (model,
+            params, tokenizer), or a `FinetuneResult`.
+        inputs: one input or a list of inputs, as in the table, or dicts with the columns text,
+            text_b, choices, words, question, context or source; a pandas DataFrame or a
+            `datasets.Dataset` of these columns; or the path of a .tsv, .csv, .jsonl or .txt file
+            (one text a line). A tuple is one input.
+        columns: field of the example -> column of the inputs, such as `{"text": "sentence"}`.
+        options: fields of `InputConfig` that replace those of training, such as max_length=256 or
+            num_beams=1.
+
+    Raises:
+        ValueError: the model has no task head, an input does not fit the task, or an option is
+            unknown.
+        FileNotFoundError: the source does not exist.
+    """
+    _check_options(options, InputConfig._fields)
+    found = load_task_model(source)
+    if found.task is None:
+        raise ValueError(f"the {type(found.model).__name__} has no task head; fine-tune it first, "
+                         "or use generation.generate or generation.fill_mask")
+    examples = to_examples(found.task, inputs, columns or {})
+    num_choices = max(len(e.get("choices", ())) for e in examples)
+    encoder = make_encoder(found.task._replace(num_choices=num_choices), found.model,
+                           found.tokenizer, found.input_config._replace(**options))
+    items = encoder.encode(examples)
+    predictions = encoder.predictions(examples, items, encoder.predict(found.params, items))
+    return [({"id": e["id"]} if "id" in e else {}) | prediction
+            for e, prediction in zip(examples, predictions)]
+
+
+def evaluate(source: Any, data: Any = None, **options: Any) -> dict[str, Any]:
+    """Returns the scores of a fine-tuned model, or the loss of a pre-trained one.
+
+    Args:
+        source: as in `predict`, or a pre-trained run or checkpoint.
+        data: labeled examples, as `finetuning.finetune` takes them; of several splits, the
+            validation split is used. For a pre-trained model: a text file or folder, the name of a
+            text dataset, or a list of texts; None evaluates a run on the rows that it held out.
+        options: fields of `DatasetConfig` and `InputConfig`, such as columns={"text": "sentence"}
+            or max_length=256. For a pre-trained model: num_rows, the number of rows (256).
+
+    Returns:
+        The scores, the main metric first. Of a pre-trained model: "objective", "loss" in nats, the
+        metrics of the objective, and "perplexity" of causal_lm.
+
+    Raises:
+        ValueError: the data does not fit the model, or an option is unknown.
+        FileNotFoundError: the source or the data does not exist.
+    """
+    found = load_task_model(source)
+    if found.task is None:
+        _check_options(options, ("num_rows",))
+        return _evaluate_objective(_text_eval(source, found, data, options.get("num_rows", 256)))
+    if data is None:
+        raise ValueError(f"data is None; give labeled examples of {found.task.task_type}")
+    dataset_fields = {f.name for f in dataclasses.fields(DatasetConfig)} - {"data"}
+    _check_options(options, dataset_fields | set(InputConfig._fields))
+    groups = [{name: x for name, x in options.items() if name in names}
+              for names in (dataset_fields, InputConfig._fields)]
+    dataset = _load_labeled(found.task, data, groups[0])
+    examples = _with_labels_of(found.task, dataset)
+    task = found.task._replace(
+        metric=dataset.metric, num_choices=max(len(e.get("choices", ())) for e in examples))
+    encoder = make_encoder(
+        task, found.model, found.tokenizer, found.input_config._replace(**groups[1]))
+    items = encoder.encode(examples)
+    return encoder.report(examples, items, encoder.predict(found.params, items))[0]
+
+
+def _check_options(options: Mapping[str, Any], known: Iterable[str]) -> None:
+    for name in options:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}; {did_you_mean(name, sorted(known))}")
+
+
+# The model ----------------------------------------------------------------------------------------
+
+
+def load_task_model(source: Any) -> TaskModel:
+    """Loads a model and the description of its task.
+
+    Args:
+        source: as in `predict`.
+
+    Raises:
+        FileNotFoundError: the source does not exist.
+        ValueError: it has no tokenizer.
+    """
+    if hasattr(source, "task") and hasattr(source, "input_config"):  # TaskModel, FinetuneResult
+        return TaskModel(source.model, source.params, source.tokenizer, source.task,
+                         source.input_config)
+    if isinstance(source, (str, Path)) and is_run(source):
+        return _load_run(Path(source))
+    base = load_base(source)
+    return TaskModel(*base[:3], _task_of_head(base), _default_input_config(base))
+
+
+def save_task(out: Path, task: TaskInfo, input_config: InputConfig) -> None:
+    """Adds the description of a task to the config.json of a run."""
+    run_dir.add_to_run_config(
+        out, task_type=task.task_type, metric=task.metric, label_range=task.label_range,
+        has_unanswerable=task.has_unanswerable, input=input_config._asdict())
+
+
+def _load_run(folder: Path) -> TaskModel:
+    run = load_run(folder)
+    values = json.loads((folder / run_dir.CONFIG).read_text())
+    if "task_type" in values:
+        label_range = values["label_range"]
+        task = TaskInfo(values["task_type"], tuple(run.label_names), values["metric"],
+                        None if label_range is None else tuple(label_range),
+                        has_unanswerable=values["has_unanswerable"])
+        return TaskModel(*run[:3], task, InputConfig(**values["input"]))
+    # Older runs record their settings in results.json only.
+    results = run_dir.load_results(folder)["config"] if (
+        folder / run_dir.RESULTS).is_file() else {}
+    if "objective" in values | results:
+        return TaskModel(*run[:3], None, _default_input_config(run))
+    task = _task_of_head(run)
+    label_range = results.get("dataset", {}).get("label_range")
+    if task is not None and label_range is not None:
+        task = task._replace(label_range=tuple(label_range))
+    training = {name: x for name, x in results.get("training", {}).items()
+                if name in InputConfig._fields}
+    return TaskModel(*run[:3], task, _default_input_config(run)._replace(**training))
+
+
+def _task_of_head(base: LoadedRun) -> TaskInfo | None:
+    """Returns the task of a model's head; None for a head of pre-training."""
+    model = base.model
+    if isinstance(model, Transformer) and model.task == "seq2seq_lm":
+        return TaskInfo("seq2seq", metric="rouge")
+    if not model.num_classes:
+        return None
+    source = json.loads(model.config.source or "{}")
+    task_type = model.task
+    if task_type == "classification" and (
+            model.num_classes == 1 or source.get("problem_type") == "regression"):
+        return TaskInfo("regression", label_range=(0.0, 1.0))  # the model's own units
+    if task_type not in ("classification", "token_classification"):
+        return TaskInfo(task_type)
+    names = source.get("id2label", {})
+    label_names = base.label_names or [
+        names.get(str(i), str(i)) for i in range(model.num_classes)]
+    return TaskInfo(task_type, tuple(label_names))
+
+
+def _default_input_config(base: LoadedRun) -> InputConfig:
+    max_length = base.model.config.max_length
+    return InputConfig(
+        max_length, gpt_special_tokens="extra" in base.params.get("token_embed", {}),
+        target_length=min(MAX_TARGET_LENGTH, max_length))
+
+
+# The data -----------------------------------------------------------------------------------------
+
+
+def _load_labeled(task: TaskInfo, data: Any, options: dict[str, Any]) -> LabeledDataset:
+    """Loads labeled data, of which the validation split is to be evaluated."""
+    if isinstance(data, LabeledDataset):
+        return data
+    defaults: dict[str, Any] = {"task_type": task.task_type, "allow_empty_classes": True}
+    if task.metric:
+        defaults["metric"] = task.metric
+    is_name = isinstance(data, (str, Path)) and not sources.is_local(str(data))
+    if task.label_names and not is_name and not hasattr(data, "features"):
+        defaults["label_names"] = task.label_names
+    config = DatasetConfig(**{**defaults, **options})
+    if isinstance(data, (str, Path)):
+        config = dataclasses.replace(config, data=str(data))
+        if Path(data).is_file() and config.validation is None:
+            config = dataclasses.replace(config, validation=str(data))
+        return config.load()
+    return config.load(data, None if isinstance(data, Mapping) else data)
+
+
+def _with_labels_of(task: TaskInfo, dataset: LabeledDataset) -> list[dict]:
+    """Returns the validation examples with labels numbered as the model numbers its classes."""
+    if dataset.task_type != task.task_type:
+        raise ValueError(f"the data is of {dataset.task_type}, and the model of {task.task_type}")
+    names = tuple(dataset.label_names)
+    examples = [dataset.validation[i] for i in range(len(dataset.validation))]
+    if names == task.label_names or not task.label_names:
+        return examples
+    if unknown := [name for name in names if name not in task.label_names]:
+        raise ValueError(f"the data has the label {unknown[0]!r}, and the model only "
+                         f"{', '.join(task.label_names)}; map it with label_names")
+    index = [task.label_names.index(name) for name in names]
+    key = "tags" if task.task_type == "token_classification" else "label"
+    return [{**e, key: [index[t] for t in e[key]] if key == "tags" else index[e[key]]}
+            for e in examples]
+
+
+# Pre-trained models -------------------------------------------------------------------------------
+
+
+def _text_eval(source: Any, found: TaskModel, data: Any, num_rows: int) -> RetentionEval:
+    base = LoadedRun(found.model, found.params, found.tokenizer, [])
+    if data is not None:
+        if not isinstance(data, (str, Path)):
+            data = [{"text": text} if isinstance(text, str) else text for text in data]
+        return make_text_eval(base, data, num_rows)
+    if not (isinstance(source, (str, Path)) and is_run(source)):
+        raise ValueError("data is None; give a text file, the name of a text dataset, or a list "
+                         "of texts to evaluate the pre-training objective on")
+    return make_retention_eval(source, base, num_rows=num_rows)
+
+
+def _evaluate_objective(evaluation: RetentionEval) -> dict[str, Any]:
+    measured = evaluation.metrics()
+    found = {"objective": evaluation.objective, **measured}
+    if evaluation.objective == "causal_lm":
+        found["perplexity"] = metrics.perplexity(measured["loss"])
+    return found

@@ -1,0 +1,78 @@
+"""Encoder of extractive question answering: spans of a context, read in overlapping windows."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from transformer_jax import metrics
+from transformer_jax.objectives import classification, question_answering
+from transformer_jax.recipes.task_encoder import (
+    InputConfig,
+    Outputs,
+    TaskEncoder,
+    TaskInfo,
+    example_id,
+    special_tokens,
+)
+
+
+class QuestionEncoder(TaskEncoder):
+    """Encodes each question with every window over its context as one row.
+
+    Raises:
+        ValueError: GPT has no delimiter token between question and context.
+    """
+
+    def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
+        super().__init__(task, model, tokenizer, config)
+        if self.is_causal and not config.gpt_special_tokens:
+            raise ValueError("GPT needs a delimiter token between question and context; set "
+                             "gpt_special_tokens (start, delimiter and extract, as in its paper)")
+        self._special_tokens = special_tokens(model, config)
+        self._make_windows = functools.partial(
+            question_answering.make_windows, tokenizer=tokenizer, length=config.max_length,
+            stride=config.stride, max_question_length=config.max_question_length)
+
+    def encode(self, examples: Sequence[dict], split: str = "validation") -> list:
+        if split != "training":
+            # The answers are needed for scoring only, not in the windows.
+            return self._make_windows([{**e, "answers": []} for e in examples])
+        windows = self._make_windows(examples, strict=False)
+        if dropped := len(examples) - len({window.example_index for window in windows}):
+            print(f"{dropped} of {len(examples)} training questions are left out: no token has a "
+                  "character of their answer", flush=True)
+        return windows
+
+    def lengths(self, items: Sequence) -> list[int]:
+        return [3 + len(w.question_ids) + len(w.context_ids) for w in items]
+
+    def make_row(self, item: Any, length: int) -> dict[str, np.ndarray]:
+        row = classification.make_input_packer(
+            self.model, self.tokenizer, length, self._special_tokens)
+        return question_answering.prepare(item, pack_input=row, causal=self.is_causal)
+
+    def _answers(self, examples, items, outputs: Outputs) -> list[question_answering.Answer]:
+        return question_answering.decode_answers(
+            examples, items, outputs, allow_no_answer=self.task.has_unanswerable)
+
+    def predictions(self, examples, items, outputs) -> list[dict]:
+        return [{"answer": a.text, "start": a.start_char, "stop": a.end_char,
+                 "score": float(a.probability)} for a in self._answers(examples, items, outputs)]
+
+    def report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
+        answers = self._answers(examples, items, outputs)
+        gold = [[g["text"] for g in e["answers"]] for e in examples]
+        scores = metrics.squad_scores([a.text for a in answers], gold)
+        if self.task.has_unanswerable:
+            # The best span of each question, also of those that the model leaves unanswered.
+            spans = [next((b for b in a.candidates if b[2]), None) for a in answers]
+            margins = [a.no_answer_score - (b[3] if b else -np.inf)
+                       for a, b in zip(answers, spans)]
+            scores |= metrics.squad_best_thresholds(
+                [b[0] if b else "" for b in spans], margins, gold)
+        lines = [{"id": example_id(e, i), "prediction": a.text, "start": a.start_char,
+                  "stop": a.end_char, "score": a.score, "no_answer": a.no_answer_score,
+                  "best": a.candidates[:5]} for i, (e, a) in enumerate(zip(examples, answers))]
+        return {"f1": scores["f1"], "exact_match": scores["exact_match"], **scores}, lines

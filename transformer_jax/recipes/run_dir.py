@@ -1,0 +1,243 @@
+"""The folder of a run: its results, the identity of its checkpoints, and set-up of the process.
+
+A run writes `results.json` (config, versions, device, metrics), `config.json` and `tokenizer/`
+(`pretrained.runs`), `checkpoints/`, `events/` for TensorBoard, and figures.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from transformer_jax import distributed
+from transformer_jax.models import config_to_dict
+from transformer_jax.models.build import RENAMED_FIELDS
+from transformer_jax.models.config import Config
+from transformer_jax.train import checkpointing
+
+CONFIG, RESULTS = "config.json", "results.json"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets",
+            "tokenizers", "numpy")
+
+OLD_NAMES = {
+    "aux_lm_loss_weight": "lm_weight", "head_lr_multiplier": "head_rate", "end_lr": "end",
+    "peak_lr": "peak", "warmup_fraction": "warmup_share",
+    "validation_folds": "held_out", "validation_fraction": "validation_share",
+    "task_type": "kind", "on_bad_rows": "on_bad",
+    "dataset": "data", "training": "settings", "trainable": "train",
+    "retention_data": "remember", "max_length": "length", "frozen_dtype": "frozen",
+    "gpt_special_tokens": "new_tokens", "max_question_length": "max_question",
+    "allow_config_mismatch": "accept_changes", "anomaly_policy": "policy",
+    "document_separator": "unit", "tokenized_cache_dir": "prepared",
+    "whole_word_masking": "whole_words", "profile_steps": "profile", "replay_step": "replay",
+    "validation_split": "held_out_split", "num_averaged_checkpoints": "average",
+    "length_buckets": "buckets",
+    **{new: old for old, new in RENAMED_FIELDS.items()},
+}
+"""Name of a setting -> its name in the files of older runs."""
+OLD_VALUES = {"document_separator": {"blank_line": "document"}}
+"""Name of a setting -> its value -> that value in the files of older runs."""
+
+NOT_IDENTITY = {
+    "out", "data", "tokenizer", "mesh", "eval_every", "eval_batches", "eval_pairs", "save_every",
+    "log_every", "profile_steps", "retention_data", "pretrained", "quiet", "tokenized_cache_dir",
+    "allow_config_mismatch", "anomaly_policy", "replay_step"}
+"""Settings that may differ when a run is resumed: paths, evaluation, logging and devices. Data is
+identified by its content instead of its path."""
+
+
+def setup() -> None:
+    """Sets up the process of a script: memory allocator, other processes, compilation cache.
+
+    It prints the devices. Call it before JAX creates the first array.
+    """
+    if distributed.platform_is_cpu():
+        distributed.configure_malloc()
+    distributed.initialize()
+    devices = jax.devices()
+    if not jax.config.jax_compilation_cache_dir:
+        folder = distributed.compilation_cache_dir(devices[0].device_kind)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    print(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
+          f"{jax.process_count()} process(es), jax {jax.__version__}", flush=True)
+
+
+# config.json and results.json ---------------------------------------------------------------------
+
+
+def add_to_run_config(out: Path, **values: Any) -> None:
+    """Adds values to the config.json of a run (`pretrained.runs.save_run_config`)."""
+    path = out / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
+
+
+def to_json(value: Any) -> Any:
+    """Converts a value to JSON types.
+
+    Dataclasses and NamedTuples become dicts, arrays lists, paths strings; the config of a model
+    keeps its family; NaN and infinity become None, because JSON has neither.
+
+    Example:
+        >>> to_json({"loss": np.float32(0.5), "path": Path("a"), "bad": math.nan})
+        {'loss': 0.5, 'path': 'a', 'bad': None}
+    """
+    if isinstance(value, Config):
+        return config_to_dict(value)
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if hasattr(value, "_asdict"):  # a NamedTuple
+        return to_json(value._asdict())
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+        return to_json(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_results(out: Path, config: Any, metrics: dict, seconds: float) -> dict[str, Any]:
+    """Writes `<out>/results.json` and returns its content: config, versions, device and metrics."""
+    results = {
+        "config": to_json(config),
+        "versions": {"python": platform.python_version(),
+                     **{name: version(name) for name in PACKAGES}},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(seconds, 1),
+        "metrics": to_json(metrics),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def load_results(out: str | Path) -> dict[str, Any]:
+    """Returns the content of `<out>/results.json`; settings of older runs get their present names.
+
+    Raises:
+        FileNotFoundError: the folder has no results of a finished run.
+    """
+    path = Path(out) / RESULTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the --out folder of a finished "
+                                "pre-training or fine-tuning run")
+    results = json.loads(path.read_text())
+    return results | {"config": with_present_names(results["config"])}
+
+
+# Identity -----------------------------------------------------------------------------------------
+
+
+def run_metadata(config: Any, rows: Any, *more: Any) -> dict[str, Any]:
+    """Returns the identity of a run, which is saved with its checkpoints.
+
+    A run is resumed only from a checkpoint of the same identity. It holds the settings that the
+    result depends on (all but `NOT_IDENTITY`) and fingerprints.
+
+    Args:
+        config: the settings of the run, a dataclass.
+        rows: the training rows.
+        more: further values that the result depends on, such as the parameters of the pre-trained
+            model.
+    """
+    def identity(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: identity(x) for name, x in value.items() if name not in NOT_IDENTITY}
+
+    return {"settings": identity(to_json(config)), "data": fingerprint(rows),
+            **{f"with_{i}": fingerprint(x) for i, x in enumerate(more)}}
+
+
+def fingerprint(rows: Any) -> str:
+    """Hash (SHA-256, 16 hexadecimal digits) of a corpus, of rows, or of any tree of arrays.
+
+    Of long arrays only 64 evenly spaced blocks are hashed.
+
+    Example:
+        >>> fingerprint([1, 2]) == fingerprint([1, 2]), fingerprint([1, 2]) == fingerprint([2, 1])
+        (True, False)
+    """
+    digest = hashlib.sha256()
+    rows = getattr(rows, "corpus", rows)
+    for leaf in jax.tree.leaves(vars(rows) if dataclasses.is_dataclass(rows) else rows):
+        if not hasattr(leaf, "dtype"):
+            digest.update(repr(leaf).encode())
+            continue
+        # A corpus in a token cache is not an array; its slices are.
+        flat = np.asarray(leaf).reshape(-1) if hasattr(leaf, "shape") else leaf
+        digest.update(f"{flat.dtype}{len(flat)}".encode())
+        block = max(len(flat) // 64, 2**18)
+        for start in range(0, len(flat), block):
+            digest.update(np.ascontiguousarray(flat[start : start + 2**18]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+# Runs of older versions ---------------------------------------------------------------------------
+
+
+def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of an older run under their present names.
+
+    Example:
+        >>> with_present_names({"length": 64, "optimizer": {"peak": 0.1}, "unit": "document"})
+        {'max_length': 64, 'optimizer': {'peak_lr': 0.1}, 'document_separator': 'blank_line'}
+    """
+    present = {old: new for new, old in OLD_NAMES.items()}
+    found = {}
+    for old, value in config.items():
+        # "data" is the old name of "dataset" in fine-tuning; in pre-training it is a string.
+        name = old if old == "data" and not isinstance(value, Mapping) else present.get(old, old)
+        values = {old: new for new, old in OLD_VALUES.get(name, {}).items()}
+        found[name] = (with_present_names(value) if isinstance(value, Mapping)
+                       else values.get(value, value) if isinstance(value, str) else value)
+    return found
+
+
+def with_old_names(settings: Any, saved: Any = None) -> Any:
+    """Returns settings under the names of older runs.
+
+    Args:
+        settings: settings in JSON types.
+        saved: the settings of an older run; if given, only names that it has are replaced.
+
+    Example:
+        >>> with_old_names({"max_length": 32, "seed": 1}, saved={"length": 64, "seed": 0})
+        {'length': 32, 'seed': 1}
+    """
+    if isinstance(settings, list):
+        return [with_old_names(x) for x in settings] if saved is None else settings
+    if not isinstance(settings, Mapping) or not isinstance(saved, Mapping | None):
+        return settings
+    found = {}
+    for name, value in settings.items():
+        old = OLD_NAMES.get(name, name)
+        if saved is None or (name not in saved and old in saved):
+            if isinstance(value, str):
+                value = OLD_VALUES.get(name, {}).get(value, value)
+            name = old
+        found[name] = with_old_names(value, None if saved is None else saved.get(name, ""))
+    return found
+
+
+def resumable_metadata(checkpoint_dir: str | Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns `metadata` as `train.loop.fit` has to be given it to resume in `checkpoint_dir`.
+
+    Checkpoints of older versions name settings differently; `fit` compares metadata by name and
+    value, so the names are those of the last checkpoint there.
+    """
+    if checkpointing.latest_step(checkpoint_dir) is None:
+        return metadata
+    return with_old_names(metadata, checkpointing.load_metadata(checkpoint_dir) or {})

@@ -1,0 +1,282 @@
+"""Comparison of trainable specs on one labeled dataset, for numbers of examples and seeds.
+
+A cell is one fine-tuning run: a spec with a number of examples and a seed. It is written to
+`cells.jsonl` when it is done, and the same call continues with the missing ones. Runs that differ
+in the seed alone share their compiled steps.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from transformer_jax import metrics
+from transformer_jax.data.datasets import LabeledDataset, subsample_balanced
+from transformer_jax.recipes import run_dir
+from transformer_jax.recipes.base_model import add_task_head, load_base
+from transformer_jax.recipes.config import DatasetConfig, TrainingConfig
+from transformer_jax.recipes.encoding import EncodedDataset, write_predictions
+from transformer_jax.recipes.finetuning_run import encode_for_training, finetune_params
+from transformer_jax.recipes.retention import RetentionEval, make_retention_eval
+from transformer_jax.report import plots
+
+SCRATCH = "scratch"
+"""Trainable spec of `SweepConfig` that trains all parameters of a new model of the same size."""
+CELL_METRICS = (
+    "rouge", "rouge1", "rouge2", "bleu", "accuracy", "macro_f1", "matthews", "f1", "exact_match",
+    "pearson_spearman", "pearson", "spearman", "precision", "recall", "labels", "steps", "trained",
+    "share_trained", "cut", "cut_validation", "seconds", "seconds_per_step")
+"""Metrics of a run that its line in `cells.jsonl` keeps."""
+AVERAGED = ("score", "exact_match", "f1", "accuracy", "matthews", "spearman", "ece",
+            "held_out_after", "seconds", "seconds_per_step")
+"""Metrics whose mean and standard deviation over seeds are in `results.json`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Settings of a comparison of trainable specs.
+
+    Attributes:
+        pretrained: folder of a pre-training run, or a checkpoint in the Hugging Face format.
+        out: folder of the sweep.
+        dataset: the labeled data.
+        training: how to train.
+        dropout_rate: replaces the model's own rate.
+        pooling: replaces what BERT's classifier reads: "first" or "mean".
+        retention_data: text on which the pre-training loss of a checkpoint is measured.
+        trainable: trainable specs; "scratch" trains a new model of the same size.
+        peak_lrs: peak learning rate of each spec; empty for that of `training`.
+        epochs: number of passes over the examples of each spec; empty for that of `training`.
+        aux_lm_loss_weights: weight of GPT's language-model loss of each spec; empty for that of
+            `training`.
+        examples: numbers of training examples, as balanced as the classes allow; empty for all.
+        seeds: number of runs of each spec: with other examples, new parameters, order and dropout.
+        quiet: print no progress.
+    """
+
+    pretrained: str
+    out: Path
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    dropout_rate: float | None = None
+    pooling: str | None = None
+    retention_data: str = "python_docs/documents"
+    trainable: tuple[str, ...] = ("full", "lora:8", "bitfit", "last_k:2", "head")
+    peak_lrs: tuple[float, ...] = ()
+    epochs: tuple[float, ...] = ()
+    aux_lm_loss_weights: tuple[float, ...] = ()
+    examples: tuple[int, ...] = ()
+    seeds: int = 3
+    quiet: bool = False
+
+    def __post_init__(self):
+        for name in ("peak_lrs", "epochs", "aux_lm_loss_weights"):
+            values = getattr(self, name)
+            if values and len(values) != len(self.trainable):
+                raise ValueError(f"there are {len(values)} {name} for {len(self.trainable)} "
+                                 "trainable specs; give one for each")
+
+    @property
+    def variants(self) -> dict[str, tuple[str, TrainingConfig]]:
+        """Name of each row of the table -> its trainable spec and training settings."""
+        variants = {}
+        for k, spec in enumerate(self.trainable):
+            name, training = spec, self.training
+            if self.peak_lrs:
+                optimizer = dataclasses.replace(training.optimizer, peak_lr=self.peak_lrs[k])
+                training = dataclasses.replace(training, optimizer=optimizer)
+            if self.epochs:
+                training = dataclasses.replace(training, epochs=self.epochs[k])
+            if self.aux_lm_loss_weights:
+                weight = self.aux_lm_loss_weights[k]
+                name = f"{spec}, LM loss x {weight:g}"
+                training = dataclasses.replace(training, aux_lm_loss_weight=weight)
+            variants[name] = ("full" if spec == SCRATCH else spec, training)
+        return variants
+
+
+def sweep(config: SweepConfig) -> dict[str, Any]:
+    """Runs all cells that are not done yet, and writes the table and the figures.
+
+    `config.out` gets `cells.jsonl`, predictions and figures of the first seed, and `results.json`
+    with means and standard deviations over seeds, and the pre-training loss after each run.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        FileNotFoundError: the model or the data does not exist.
+        ValueError: model, data and settings do not fit together.
+    """
+    began = time.perf_counter()
+    console = Console(width=120)
+    base = load_base(config.pretrained, dropout_rate=config.dropout_rate, pooling=config.pooling)
+    dataset = config.dataset.load()
+    model, pretrained = add_task_head(base, dataset)
+    retention = make_retention_eval(config.pretrained, base, config.retention_data)
+    before = retention.loss()
+    console.print(f"{len(dataset.train):,} examples, {len(dataset.validation):,} to evaluate on; "
+                  f"left out: {dataset.dropped}; held-out pre-training loss "
+                  f"({retention.objective}) {before:.3f}")
+
+    def encode(num_examples: int | None, seed: int) -> EncodedDataset:
+        chosen = subsample_balanced(dataset.train, None, seed, total=num_examples)
+        return encode_for_training(
+            dataset._replace(train=chosen), model, base.tokenizer, config.training)
+
+    for num_examples in config.examples or (None,):
+        cached_encode = functools.cache(functools.partial(encode, num_examples))
+        # The loop over seeds is the inner one, so that the steps of a variant are compiled once.
+        for name in config.variants:
+            for seed in range(config.seeds):
+                cell = _cell_key(config, name, num_examples, seed)
+                if any(done.items() >= cell.items() for done in _load_cells(config)):
+                    continue
+                done = _run_cell(config, cell, cached_encode(seed), pretrained, retention)
+                console.print(f"{name}, {done['labels']:,} examples, seed {seed}: "
+                              f"{dataset.metric} {done['score']:.4f}, {done['seconds']:.0f} s, "
+                              f"pre-training loss {done['held_out_after']:.3f}", highlight=False)
+    rows = summarize(config, _load_cells(config))
+    console.print(make_table(config, rows, dataset.metric, before))
+    _save_figures(config, rows, dataset)
+    return run_dir.write_results(
+        config.out, config, {
+            "cells": rows, "held_out_objective": retention.objective, "held_out_before": before,
+            "metric": dataset.metric, "dropped": dataset.dropped}, time.perf_counter() - began)
+
+
+# Cells --------------------------------------------------------------------------------------------
+
+
+def _run_cell(config: SweepConfig, cell: dict, data: EncodedDataset, pretrained: dict,
+              retention: RetentionEval) -> dict[str, Any]:
+    """Runs one cell, appends its line to `cells.jsonl` and returns it."""
+    spec, training = config.variants[cell["recipe"]]
+    from_scratch = cell["recipe"].startswith(SCRATCH)
+    found = finetune_params(data, None if from_scratch else pretrained, spec, training,
+                            cell["seed"], quiet=config.quiet)
+    m, dataset = found.metrics, data.dataset
+    if cell["seed"] == 0:
+        name = re.sub(r"[^\w.]+", "_", f"{cell['recipe']} {m['labels']}")
+        write_predictions(config.out / "predictions" / f"{name}.jsonl", found.predictions)
+        if "confusion" in m and dataset.label_names:
+            title = f"{_dataset_name(config)}, {cell['recipe']}"
+            plots.confusion(config.out / f"confusion_{name}.png", m["confusion"],
+                            dataset.label_names, title=title)
+            plots.calibration(config.out / f"calibration_{name}.png", m["calibration"],
+                              title=title)
+    line = run_dir.to_json(cell | {name: m[name] for name in CELL_METRICS if name in m} | {
+        "score": m[dataset.metric if dataset.metric in m else "f1"],
+        "ece": m["calibration"]["ece"] if "calibration" in m else None,
+        "held_out_after": retention.loss(found.params)})
+    config.out.mkdir(parents=True, exist_ok=True)
+    path = config.out / "cells.jsonl"
+    if path.is_file() and not (text := path.read_text()).endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1])  # drops a line that was interrupted
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    return line
+
+
+def _cell_key(config: SweepConfig, name: str, num_examples: int | None, seed: int) -> dict:
+    """Returns what identifies a cell, also among those of other settings in the same folder."""
+    settings = [config.pretrained, config.dataset, config.variants[name], config.dropout_rate,
+                config.pooling, config.retention_data]
+    # Under the old names, so that sweeps of older versions can be completed.
+    text = json.dumps(run_dir.with_old_names(run_dir.to_json(settings)), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return {"recipe": name, "examples": num_examples, "seed": seed, "config": digest[:16]}
+
+
+def _load_cells(config: SweepConfig) -> list[dict]:
+    """Returns all complete lines of `cells.jsonl`; the last one may have been interrupted."""
+    path = config.out / "cells.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+# Results ------------------------------------------------------------------------------------------
+
+
+def summarize(config: SweepConfig, cells: Sequence[dict]) -> list[dict]:
+    """Returns a row for each variant and number of examples: means and standard deviations."""
+    rows = []
+    for num_examples in config.examples or (None,):
+        for name in config.variants:
+            keys = [_cell_key(config, name, num_examples, seed) for seed in range(config.seeds)]
+            # The first of each, because two processes may have shared the folder.
+            found = [next(x for x in cells if x.items() >= key.items()) for key in keys]
+            row = {"recipe": name, "labels": found[0]["labels"], "seeds": len(found),
+                   "trained": found[0]["trained"], "share_trained": found[0]["share_trained"],
+                   "scores": [x["score"] for x in found]}
+            for metric in AVERAGED:
+                values = [x[metric] for x in found if x.get(metric) is not None]
+                if values:
+                    row[metric], row[f"{metric}_std"], _ = metrics.mean_std(values)
+            rows.append(row)
+    return rows
+
+
+def _percent_scale(metric: str) -> int:
+    """Returns the factor from a metric to percent: some are fractions, others percentages."""
+    return 1 if metric in ("squad", "rouge", "bleu") else 100
+
+
+def make_table(config: SweepConfig, rows: Sequence[dict], metric: str, before: float) -> Table:
+    """Returns the table of a sweep for the terminal.
+
+    Args:
+        rows: from `summarize`.
+        metric: the main metric.
+        before: the pre-training loss before fine-tuning.
+    """
+    table = Table(title=f"{config.dataset.data}: {metric} over {config.seeds} seeds; held-out "
+                        f"pre-training loss before {before:.3f}")
+    for heading in ("examples", "trainable", metric, "trained %", "ms/step", "seconds",
+                    "pre-training loss after"):
+        table.add_column(heading, justify="left" if heading == "trainable" else "right")
+    scale = _percent_scale(metric)
+    for row in rows:
+        std = f" ± {scale * row['score_std']:.1f}" if row["seeds"] > 1 else ""
+        table.add_row(
+            f"{row['labels']:,}", row["recipe"], f"{scale * row['score']:.1f}{std}",
+            f"{100 * row['share_trained']:.3f}", f"{1000 * row.get('seconds_per_step', 0):.0f}",
+            f"{row['seconds']:.0f}", f"{row['held_out_after']:.3f}")
+    return table
+
+
+def _dataset_name(config: SweepConfig) -> str:
+    return config.dataset.data.rstrip("/").rpartition("/")[2]
+
+
+def _save_figures(config: SweepConfig, rows: Sequence[dict], dataset: LabeledDataset) -> None:
+    """Draws scores by number of examples, or of one number, by fraction of trained parameters."""
+    name, metric = _dataset_name(config), dataset.metric
+    scale = _percent_scale(metric)
+    if len(config.examples) > 1:
+        # The figure multiplies by 100 itself.
+        lines = {variant: tuple(zip(*[
+            (r["labels"], scale / 100 * r["score"], scale / 100 * r["score_std"])
+            for r in rows if r["recipe"] == variant])) for variant in config.variants}
+        chance = None
+        if metric == "accuracy" and dataset.task_type != "token_classification":
+            labels = [e["label"] for e in dataset.validation]
+            chance = float(max(np.bincount(labels)) / len(labels))
+        plots.label_efficiency(
+            config.out / "label_efficiency.png", {name: lines}, chance=chance,
+            title=f"Label efficiency ({config.seeds} seeds)", ylabel=f"{metric} (%)")
+        return
+    plots.trainable_specs(
+        config.out / "recipes.png",
+        {r["recipe"]: (r["share_trained"], scale * r["score"], scale * r["score_std"])
+         for r in rows}, title=f"{name}, {config.seeds} seeds", ylabel=f"{metric} (%)")

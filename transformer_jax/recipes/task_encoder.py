@@ -1,0 +1,192 @@
+"""What the encoders of all task types share: settings, batches and predictions.
+
+An encoder turns labeled examples into rows of token ids for one model, and the model's outputs into
+predictions and scores. There is one for whole texts (`text_encoder`), one for words
+(`word_encoder`), one for questions (`question_encoder`) and one for target texts
+(`seq2seq_encoder`); `encoding.make_encoder` chooses.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from transformer_jax import sharding
+from transformer_jax.data.datasets import LabeledDataset
+from transformer_jax.data.length_buckets import LengthBucketedBatches, choose_buckets
+from transformer_jax.data.tokenizers import Tokenizer
+from transformer_jax.models import GPT, Model
+from transformer_jax.objectives import classification
+
+Outputs = dict[str, np.ndarray]  # of a model, by name: arrays [n, ...]
+PREDICT_BATCH_SIZE = 64
+
+
+class InputConfig(NamedTuple):
+    """How an example becomes a row of token ids.
+
+    Attributes:
+        max_length: tokens of a row; longer texts are truncated, or read in windows.
+        gpt_special_tokens: start, delimiter and extract tokens around the texts (GPT).
+        both_orders: each pair of texts in both orders (GPT).
+        stride: distance in tokens between the starts of windows over a long context.
+        max_question_length: greatest number of tokens of a question.
+        target_length: greatest number of tokens of a target text.
+        num_beams: beams of the beam search that generates target texts.
+    """
+
+    max_length: int
+    gpt_special_tokens: bool = False
+    both_orders: bool = False
+    stride: int = 128
+    max_question_length: int = 64
+    target_length: int = 64
+    num_beams: int = 4
+
+
+class TaskInfo(NamedTuple):
+    """What a model predicts.
+
+    Attributes:
+        task_type: "classification", "regression", "multiple_choice", "token_classification",
+            "question_answering" or "seq2seq".
+        label_names: names of the classes or tags, in order; empty for the other task types.
+        metric: the main metric.
+        label_range: least and greatest label of a regression.
+        num_choices: choices of each multiple-choice example.
+        has_unanswerable: whether some questions have no answer in their context.
+    """
+
+    task_type: str
+    label_names: tuple[str, ...] = ()
+    metric: str = ""
+    label_range: tuple[float, float] | None = None
+    num_choices: int = 0
+    has_unanswerable: bool = False
+
+    @classmethod
+    def of(cls, dataset: LabeledDataset) -> "TaskInfo":
+        """Returns the task of a labeled dataset."""
+        answering = dataset.task_type == "question_answering"
+        return cls(
+            dataset.task_type, tuple(dataset.label_names), dataset.metric, dataset.label_range,
+            num_choices=max((len(e.get("choices", ())) for e in dataset.train), default=0),
+            has_unanswerable=answering and any(not e["answers"] for e in dataset.train))
+
+    @property
+    def num_outputs(self) -> int:
+        """Width of the task head: number of classes, 2 for spans, 1 for scores, 0 for texts."""
+        fixed = {"regression": 1, "multiple_choice": 1, "question_answering": 2, "seq2seq": 0}
+        return fixed.get(self.task_type, len(self.label_names))
+
+
+class TaskEncoder:
+    """Encodes the examples of one task for one model, and decodes the model's outputs.
+
+    Args:
+        task: the task.
+        model: the model, with the head of the task.
+        tokenizer: the model's tokenizer.
+        config: how examples become rows.
+    """
+
+    def __init__(self, task: TaskInfo, model: Model, tokenizer: Tokenizer, config: InputConfig):
+        self.task, self.model, self.tokenizer, self.config = task, model, tokenizer, config
+        self.is_causal = isinstance(model, GPT)
+
+    def encode(self, examples: Sequence[dict], split: str = "validation") -> list:
+        """Returns the items of labeled examples: what becomes a row each. Texts are tokenized once.
+
+        An item is an example, or one window over a long context.
+        """
+        raise NotImplementedError
+
+    def lengths(self, items: Sequence) -> list[int]:
+        """Returns the number of tokens of each item's row, special tokens included."""
+        raise NotImplementedError
+
+    def make_row(self, item: Any, length: int) -> dict[str, np.ndarray]:
+        """Returns the arrays of one row, padded or truncated to `length` tokens."""
+        raise NotImplementedError
+
+    def predictions(
+        self, examples: Sequence[dict], items: Sequence, outputs: Outputs
+    ) -> list[dict]:
+        """Returns one dict for each example: the prediction and its score or probabilities."""
+        raise NotImplementedError
+
+    def report(
+        self, examples: Sequence[dict], items: Sequence, outputs: Outputs
+    ) -> tuple[dict[str, Any], list[dict]]:
+        """Returns the scores, the main metric first, and one line of the prediction file for each
+        example."""
+        raise NotImplementedError
+
+    def predict(self, params: dict, items: Sequence) -> Outputs:
+        """Returns the model's outputs for all items, in their order."""
+        batches = self.batches(items, batch_size=PREDICT_BATCH_SIZE).evaluation_batches()
+        return predict_batches(self.model, params, self.task.task_type, batches)
+
+    def batches(
+        self, items: Sequence, *, batch_size: int, seed: int = 0, num_steps: int | None = None,
+        mesh: Mesh | None = None,
+    ) -> LengthBucketedBatches:
+        """Returns batches of rows of similar lengths.
+
+        Each bucket of lengths is compiled once, so there is at most one for every 64 steps; and to
+        read the items once, which compiles faster without a backward pass, one for every 4 batches.
+        """
+        lengths, shard = self.lengths(items), sharding.process_data_shard(mesh)
+        num_buckets = len(items) // batch_size // 4 if num_steps is None else num_steps // 64
+        buckets = choose_buckets(lengths, self.config.max_length, min(max(num_buckets, 1), 8))
+        return LengthBucketedBatches(
+            items, lengths, self.make_row, buckets=buckets, batch_size=batch_size, seed=seed,
+            process_index=shard.index, process_count=shard.count)
+
+
+def special_tokens(model: Model, config: InputConfig) -> classification.SpecialTokens | None:
+    """Returns the ids of GPT's added start, delimiter and extract tokens; None without them."""
+    if not (isinstance(model, GPT) and config.gpt_special_tokens):
+        return None
+    return classification.SpecialTokens.append_to_vocab(model.config.vocab_size)
+
+
+def example_id(example: dict, index: int) -> Any:
+    """Returns the example's "id", or its index in the data."""
+    return example.get("id", index)
+
+
+@functools.cache
+def _jitted_predict(model: Model, task_type: str) -> Callable:
+    predict = classification.TASK_TYPES[task_type].predict
+    return jax.jit(functools.partial(predict, model.apply))
+
+
+def predict_batches(
+    model: Model, params: dict, task_type: str, batches: Sequence[dict]
+) -> Outputs:
+    """Returns the outputs for all rows of the batches, in the order of their "index".
+
+    Rows with a negative index only fill up a batch. Outputs of different lengths are padded with
+    zeros.
+    """
+    rows: dict[int, dict] = {}
+    for batch in batches:
+        index = np.asarray(batch["index"])
+        outputs = jax.device_get(_jitted_predict(model, task_type)(
+            params, {name: x for name, x in batch.items() if name != "index"}))
+        for k in np.flatnonzero(index >= 0):
+            rows[int(index[k])] = {name: np.asarray(x)[k] for name, x in outputs.items()}
+    ordered = [rows[i] for i in range(len(rows))]
+    return {name: _pad_and_stack([row[name] for row in ordered]) for name in ordered[0]}
+
+
+def _pad_and_stack(values: list[np.ndarray]) -> np.ndarray:
+    shape = np.max([v.shape for v in values], axis=0) if values[0].ndim else ()
+    out = np.zeros((len(values), *np.asarray(shape, int)), values[0].dtype)
+    for i, value in enumerate(values):
+        out[(i, *map(slice, value.shape))] = value
+    return out
