@@ -11,15 +11,21 @@
 # %% [markdown]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/transformer-jax/transformer_jax/blob/main/colab/bert_tpu.ipynb)
 #
-# # Pre-train BERT from scratch on a TPU, over a mesh
+# # Pre-train BERT from scratch on several devices
 #
-# Both of BERT's objectives, masked words and next sentence, from nothing, on the documentation of
-# Python that comes with the package. The batch is cut over all chips and large parameters with their
-# optimizer state over some of them; the step is the same one that runs on one CPU. With no
-# accelerator, eight pretended devices on the CPU show the same thing, smaller and slower.
+# You will
+#
+# 1. arrange the chips of a TPU in a mesh, over which batches and parameters are sharded,
+# 2. look at a training row of BERT's two objectives: masked language modeling and next-sentence
+#    prediction,
+# 3. pre-train a small BERT on the documentation of Python, which comes with the package,
+# 4. fill in masked words with it.
+#
+# The code is the same on one device and on many. Without an accelerator, the CPU is split into eight
+# devices and the model is smaller, as in the output below.
 
 # %%
-# What is needed, where it is missing; and the devices that are here.
+# Install the package if it is missing, and print the available devices.
 import importlib.util
 
 if importlib.util.find_spec("transformer_jax") is None:
@@ -35,136 +41,128 @@ if not any(d.platform != "cpu" for d in jax.devices()):
     jax.config.update("jax_num_cpu_devices", 8)
 
 from transformer_jax import distributed
-from transformer_jax.data import packing
 
 distributed.print_devices("tpu");
 
 # %%
-import functools
 import os
+from pathlib import Path
 
 import numpy as np
 from IPython.display import Image, Markdown
 
-from transformer_jax import sharding
-from transformer_jax.data import batching, sources, tokenizers
-from transformer_jax.generation import fill_mask
-from transformer_jax.models import BERT, init_params, presets
-from transformer_jax.objectives import mlm_nsp
+from transformer_jax import data, fill_mask, presets, pretrain, sharding
 from transformer_jax.objectives.input_format import pack_bert_input
-from transformer_jax.report import plots
-from transformer_jax.train import loop, optimizers, step
-from transformer_jax.tree import count
+from transformer_jax.pretrained.runs import load_run
+from transformer_jax.recipes import MeshConfig, OptimizerConfig, corpus, pretrain_config
 
-SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"
+SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # a few steps, for the tests
 ON_CPU = jax.devices()[0].platform == "cpu"
-SHAPE = {"num_layers": 2, "d_model": 128, "num_heads": 4, "mlp_dim": 512} if ON_CPU else {
-    "num_layers": 4, "d_model": 512, "num_heads": 8, "mlp_dim": 2048, "dtype": "bfloat16"}
-STEPS, BATCH, LENGTH = (2, 8, 24) if SMALLEST else (2400, 32, 48) if ON_CPU else (2000, 256, 128)
+if ON_CPU:
+    size = {"num_layers": 2, "d_model": 128, "num_heads": 4, "mlp_dim": 512}
+    NUM_STEPS, BATCH_SIZE, MAX_LENGTH, PEAK_LR = 1200, 32, 48, 3e-3
+else:
+    size = {"num_layers": 4, "d_model": 512, "num_heads": 8, "mlp_dim": 2048, "dtype": "bfloat16"}
+    NUM_STEPS, BATCH_SIZE, MAX_LENGTH, PEAK_LR = 2000, 256, 128, 1e-3
 if SMALLEST:
-    SHAPE |= {"d_model": 32, "mlp_dim": 32}
+    size |= {"d_model": 32, "mlp_dim": 32}
+    NUM_STEPS, BATCH_SIZE, MAX_LENGTH = 2, 8, 24
 
 # %% [markdown]
-# ## The mesh
+# ## 1. The mesh
 #
-# `data` cuts the batch; `fsdp` cuts the batch and every large parameter; the axes multiply to the
-# number of devices.
+# A mesh arranges the devices along named axes. Along `data`, each device gets its rows of the batch
+# and a copy of the parameters. Along `fsdp` (fully sharded data parallelism), the parameters and
+# their optimizer state are split too. -1 stands for all remaining devices.
 
 # %%
-mesh = sharding.make_mesh(data=-1, fsdp=min(2, jax.device_count()))
+mesh_config = MeshConfig(data=-1, fsdp=min(2, jax.device_count()))
+mesh = mesh_config.make()
 print(dict(mesh.shape))
 
 # %% [markdown]
-# ## The text, and what a row of it is
+# ## 2. The settings of the run
 #
-# Two runs of sentences, the second one the true continuation in half of the rows. Some tokens are
-# hidden, anew in each epoch: their places and what stood there are what is to predict.
+# `pretrain_config` starts from the defaults of the paper, and any field can be changed. A model as
+# small as this one learns faster with more masked words (30 %), normalization before each sublayer,
+# and sinusoidal positions.
 
 # %%
-train, held_out = (sources.load_source("python_docs/documents", split)
-                   for split in ("train", "validation"))
-tokenizer = tokenizers.train_wordpiece([train[i]["text"] for i in range(len(train))],
-                                       vocab_size=2048)
-t = tokenizer
-
-
-def pairs_and_rows(source):
-    pairs = mlm_nsp.SentencePairs(packing.tokenize_corpus(source, t), LENGTH - 3)
-    return pairs, functools.partial(
-        mlm_nsp.prepare, pairs=pairs, length=LENGTH, mask_rate=0.3, max_predictions=round(0.3 * LENGTH),
-        vocab_size=t.vocab_size, cls_id=t.cls_id, sep_id=t.sep_id, mask_id=t.mask_id,
-        pad_id=t.pad_id, min_random_id=t.mask_id + 1)
-
-
-pairs, prepare = pairs_and_rows(train)
-row = prepare(pairs[5], np.random.default_rng(0))
-print(t.decode(row["tokens"][row["padding_mask"]], skip_special_tokens=False))
-print("B is", "another document's" if row["nsp_labels"] else "what follows A")
+config = pretrain_config(
+    "bert_tiny",
+    model=presets.bert_tiny(
+        **size, vocab_size=2048, max_length=MAX_LENGTH, dropout_rate=0.0,
+        attention_dropout_rate=0.0, init_std=0.05, norm_first=True, norm_epsilon=1e-6,
+        positions="sinusoidal"),
+    data="python_docs/documents", out=Path("runs/bert"), mask_rate=0.3, mesh=mesh_config,
+    num_steps=NUM_STEPS, batch_size=BATCH_SIZE, max_length=MAX_LENGTH, eval_batches=8,
+    eval_every=max(NUM_STEPS // 4, 1), log_every=max(NUM_STEPS // 20, 1),
+    optimizer=OptimizerConfig(peak_lr=PEAK_LR, warmup_steps=NUM_STEPS // 20, b2=0.99))
 
 # %% [markdown]
-# ## Parameters are born where they live
+# ## 3. Pre-training
+#
+# Parameters are created sharded, and batches are sharded as they arrive.
 
 # %%
-model = BERT(presets.bert_tiny(**SHAPE, vocab_size=t.vocab_size, max_length=LENGTH,
-                               dropout_rate=0.0, attention_dropout_rate=0.0, init_std=0.05,
-                               norm_first=True, norm_epsilon=1e-6, positions="sinusoidal"))
-params = sharding.init_sharded(functools.partial(init_params, model), jax.random.key(0), mesh)
-kernel = params["encoder"]["layer_0"]["mlp"]["wi"]["kernel"]
-print(f"{count(params):,} parameters; mlp/wi/kernel {kernel.shape} is cut by {kernel.sharding.spec}")
+results = pretrain(config)
+Image("runs/bert/loss.png")
+
+# %% [markdown]
+# ## 4. A training row
+#
+# Two spans of sentences; the second one follows the first in half of the rows, and is from another
+# document in the others. Masked tokens are drawn anew in each epoch.
+
+# %%
+model, params, tokenizer, _ = load_run("runs/bert")
+rows = corpus.make_objective_rows(config, data.load_source(config.data, "validation"), tokenizer)
+batch = rows.evaluation_batches(batch_size=3, max_batches=1)[0]
+relation = ["B follows A", "B is from another document"]
+for tokens, padding_mask, label in zip(batch["tokens"], batch["padding_mask"], batch["nsp_labels"]):
+    print(f"[{relation[label]}] {tokenizer.decode(tokens[padding_mask], skip_special_tokens=False)}\n")
+
+# %% [markdown]
+# ## 5. Sharded parameters
+#
+# The figure shows which devices hold which rows of one kernel.
+
+# %%
+sharded = jax.device_put(params, sharding.param_shardings(params, mesh))
+kernel = sharded["encoder"]["layer_0"]["mlp"]["wi"]["kernel"]
+print(f"mlp/wi/kernel {kernel.shape} is sharded by {kernel.sharding.spec}")
 jax.debug.visualize_array_sharding(kernel)
 
 # %% [markdown]
-# ## Training
+# ## 6. Fill in masked words
+#
+# `fill_mask` returns the most probable tokens in the place of each `[MASK]`.
 
 # %%
-loss = functools.partial(mlm_nsp.loss, model.apply)
-optimizer = optimizers.make_optimizer(
-    optimizers.make_schedule("cosine", 3e-3 if ON_CPU else 1e-3, STEPS, warmup_steps=STEPS // 20),
-    b2=0.99)
-tests, prepare_tests = pairs_and_rows(held_out)
-test_batches = list(batching.make_loader(tests, BATCH, transform=prepare_tests, shuffle=False,
-                                         num_epochs=1))[: 1 if SMALLEST else 8]
-judge = step.make_eval_step(loss)
-
-
-def held_out_loss(params):
-    return step.evaluate(judge, params, test_batches, mesh)
-
-
-before = held_out_loss(params)
-state, history = loop.fit(
-    step.init_state(params, optimizer), step.make_train_step(loss, optimizer),
-    batching.make_loader(pairs, BATCH, transform=prepare), rng=jax.random.key(1), num_steps=STEPS,
-    mesh=mesh, eval_fn=held_out_loss, eval_every=max(STEPS // 4, 1), log_every=max(STEPS // 40, 1))
-after = held_out_loss(state.params)
-speed = [h["tokens_per_second"] for h in history if "tokens_per_second" in h]
-print(f"{np.median(speed) if speed else float('nan'):,.0f} tokens a second on "
-      f"{jax.device_count()} devices")
-
-# %%
-curves = {name: tuple(zip(*[(h["step"], h[key]) for h in history if key in h]))
-          for name, key in (("training", "loss"), ("held-out", "eval_loss"))}
-Image(plots.curves("loss.png", curves, title="Masked words and next sentence"))
+for sentence in ("Return the number of [MASK] in the list.",
+                 "If the file does not [MASK], an error is raised.",
+                 "This [MASK] returns a string."):
+    ids = tokenizer.encode(sentence)
+    row = pack_bert_input(
+        ids, length=len(ids) + 2, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id)
+    [mask] = fill_mask(model, params, row["tokens"], mask_id=tokenizer.mask_id)
+    guesses = ", ".join(f"{tokenizer.decode([token_id])} {probability:.2f}"
+                        for token_id, probability in zip(mask.token_ids, mask.probabilities))
+    print(f"{sentence}\n    {guesses}")
 
 # %% [markdown]
-# ## Words in the place of masks, and the whole in numbers
+# ## Results
 #
-# Masked words come first. Next sentences take a model of this size far longer, and stay near chance
-# (one in two) in a run as short as this.
+# Masked words are learned first. Next-sentence prediction takes a model of this size much longer:
+# after a run as short as this, its accuracy is near chance (0.5).
 
 # %%
-params = jax.device_get(state.params)
-for sentence in ("Return the number of [MASK] in the list.", "If the file does not [MASK], an "
-                 "error is raised.", "This [MASK] returns a string."):
-    ids = t.encode(sentence)
-    tokens = pack_bert_input(ids, length=len(ids) + 2, cls_id=t.cls_id, sep_id=t.sep_id)["tokens"]
-    best = fill_mask(model, params, tokens, mask_id=t.mask_id)[0]
-    guesses = ", ".join(f"{t.decode([i])} {p:.2f}"
-                        for i, p in zip(best.token_ids, best.probabilities))
-    print(f"{sentence}\n   {guesses}")
-
-# %%
-table = ["| on held-out text | before | after |", "|---|---|---|"]
-for name in ("mlm_loss", "mlm_accuracy", "nsp_loss", "nsp_accuracy"):
-    table.append(f"| {name} | {before[name]:.3f} | {after[name]:.3f} |")
-Markdown("\n".join(table))
+before, after = results["metrics"]["held_out_before"], results["metrics"]["held_out"]
+speeds = [row["tokens_per_second"] for row in results["metrics"]["history"]
+          if "tokens_per_second" in row]
+names = {"mlm_loss": "loss of masked words (nats)", "mlm_accuracy": "accuracy of masked words",
+         "nsp_loss": "loss of next sentences (nats)", "nsp_accuracy": "accuracy of next sentences"}
+Markdown("\n".join([
+    "| on held-out text | before | after |", "|---|---|---|",
+    *(f"| {title} | {before[name]:.3f} | {after[name]:.3f} |" for name, title in names.items()),
+    f"| tokens per second on {jax.device_count()} devices | | {np.median(speeds or [np.nan]):,.0f} |"]))

@@ -11,120 +11,147 @@
 # %% [markdown]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/transformer-jax/transformer_jax/blob/main/colab/gpt2_lora.ipynb)
 #
-# # GPT-2: generation, and a LoRA that changes its voice
+# # GPT-2: text generation, and a LoRA adapter
 #
-# A published GPT-2 goes on with texts: greedy, drawn, by beams, word by word as it comes. Then a LoRA,
-# a few percent of the parameters or less, teaches it the prose of Python's documentation. Base and
-# delta stay apart: the same base still speaks as before.
+# You will
 #
-# The output kept here was made without a network: it is of a GPT of 2.6 million parameters that had
-# read novels for ten minutes on one CPU core, in GPT-2's format, in the place of GPT-2.
+# 1. generate text with a published GPT-2: greedy decoding, sampling, beam search, and token by token,
+# 2. fine-tune it with LoRA to complete prompts: given a topic of Python's standard library, write a
+#    docstring,
+# 3. compare the base model with the fine-tuned one, on generated text and on perplexity,
+# 4. save the adapter, which is a small file beside an unchanged base model.
+#
+# `MODEL` is the name of any GPT-2 on the Hugging Face Hub, or a folder. The output below was made
+# offline, with a stand-in for GPT-2: a GPT with 2.6 million parameters in GPT-2's format, pre-trained
+# on novels for a few minutes on a CPU.
 
 # %%
-# What is needed, where it is missing; and the devices that are here.
+# Install the package if it is missing, and print the available devices.
 import importlib.util
 
 if importlib.util.find_spec("transformer_jax") is None:
-    # %pip install -q "transformer_jax @ git+https://github.com/transformer-jax/transformer_jax"
+    # %pip install -q "transformer_jax[scores] @ git+https://github.com/transformer-jax/transformer_jax"
     pass
 
 from transformer_jax import distributed
-from transformer_jax.data import packing
 
 distributed.print_devices("gpu");
 
 # %%
-import functools
 import os
-import time
+from pathlib import Path
 
 import jax
 from IPython.display import Image, Markdown
 
-from transformer_jax import load_pretrained
-from transformer_jax.data import batching, sources
-from transformer_jax.finetuning import adapter_io, peft, select
-from transformer_jax.generation import generate
-from transformer_jax.objectives import causal_lm
-from transformer_jax.report import plots
-from transformer_jax.train import loop, optimizers, step
-from transformer_jax.tree import count
+from transformer_jax import data, evaluate, finetune, generate, load_pretrained
+from transformer_jax.finetuning import peft
 
-SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"
+SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # a few steps, for the tests
 MODEL = os.environ.get("MODEL", "openai-community/gpt2")
-TEXT = os.environ.get("TEXT", "python_docs/documents")  # what the LoRA learns
 PROMPT = os.environ.get("PROMPT", "The Transformer is")
-STEPS, LENGTH, BATCH, NEW = (2, 16, 2, 4) if SMALLEST else (150, 64, 8, 40)
+EXAMPLES, STEPS, NEW_TOKENS = (16, 2, 4) if SMALLEST else (2000, 150, 40)
 
-model, base, tokenizer = load_pretrained(MODEL)
-print(f"{MODEL}: {count(base):,} parameters, {model.config.num_layers} layers of "
-      f"{model.config.d_model}, {model.config.max_length} positions")
+model, base_params, tokenizer = load_pretrained(MODEL)
+print(f"{MODEL}: {model.config.num_layers} layers of width {model.config.d_model}, "
+      f"{model.config.max_length} positions")
 
 # %% [markdown]
-# ## Four ways to go on
+# ## 1. Decoding methods
+#
+# `generate` has the options of Hugging Face Transformers. Greedy decoding and beam search tend to
+# repeat themselves; sampling from the most probable tokens (`top_p`), or forbidding repeated
+# trigrams, avoids it.
 
 # %%
 prompt = [tokenizer.encode(PROMPT)]
-end = {"max_new_tokens": NEW, "eos_token_id": tokenizer.eos_id}
-ways = {
+common = {"max_new_tokens": NEW_TOKENS, "eos_token_id": tokenizer.eos_id}
+methods = {
     "greedy": {},
-    "drawn, top-p 0.9": {"do_sample": True, "top_p": 0.9, "rng": jax.random.key(0)},
-    "4 beams": {"num_beams": 4},
-    "greedy, no 3 words twice": {"no_repeat_ngram_size": 3},
+    "greedy, no repeated trigrams": {"no_repeat_ngram_size": 3},
+    "sampling, top-p 0.9": {"do_sample": True, "top_p": 0.9, "rng": jax.random.key(0)},
+    "beam search, 4 beams": {"num_beams": 4},
 }
-for name, options in list(ways.items())[: 1 if SMALLEST else None]:
-    began = time.perf_counter()
-    text = tokenizer.decode(generate(model, base, prompt, **end, **options)[0])
-    print(f"[{name}, {time.perf_counter() - began:.1f} s with compilation] {text}\n")
+for name, options in list(methods.items())[: 1 if SMALLEST else None]:
+    [ids] = generate(model, base_params, prompt, **common, **options)
+    print(f"[{name}] {tokenizer.decode(ids)}\n")
 
 # %% [markdown]
-# As it comes: `streamer` is called with each word when it is there.
+# `streamer` is a function that is called with each new token as soon as it is generated.
 
 # %%
-generate(model, base, prompt, **end, do_sample=True, temperature=0.8, rng=jax.random.key(1),
-         streamer=lambda ids: print(tokenizer.decode(ids[:1]), end="", flush=True));
+generate(model, base_params, prompt, **common, do_sample=True, temperature=0.8,
+         rng=jax.random.key(1),
+         streamer=lambda ids: print(tokenizer.decode(ids), end="", flush=True));
 
 # %% [markdown]
-# ## A LoRA
+# ## 2. Prompts and completions
+#
+# The training data is a list of dicts with a `source` (the prompt) and a `target` (the completion).
+# The loss is computed on the completion only. Replace the list with your own.
 
 # %%
-train, held_out = ((sources.load_source(TEXT, split) for split in ("train", "validation"))
-                   if not sources.is_local(TEXT) else
-                   (lambda texts: (texts[:-len(texts) // 10], texts[-len(texts) // 10:]))(
-                       sources.load_text_files(TEXT)))
-rows = [packing.PackedTokens(packing.tokenize_corpus(source, tokenizer, eos_id=tokenizer.eos_id),
-                              LENGTH) for source in (train, held_out)]
-params, mask = peft.add_and_mask(base, "lora:8:all", jax.random.key(2))
-print(select.describe(params, mask))
-loss = functools.partial(causal_lm.loss, model.apply)
-judge = step.make_eval_step(loss)
-tests = [batch for i, batch in enumerate(batching.make_loader(
-    rows[1], BATCH, shuffle=False, num_epochs=1)) if i < (1 if SMALLEST else 24)]
-before = step.evaluate(judge, base, tests)["loss"]
-
-# %%
-optimizer = optimizers.make_optimizer(
-    optimizers.make_schedule("linear", 2e-3, STEPS, warmup_steps=STEPS // 10), weight_decay=0.0)
-state, history = loop.fit(
-    step.init_state(params, optimizer, mask),
-    step.make_train_step(loss, optimizer, trainable=mask),
-    batching.make_loader(rows[0], BATCH), rng=jax.random.key(3), num_steps=STEPS,
-    log_every=max(STEPS // 20, 1))
-after = step.evaluate(judge, state.params, tests)["loss"]
-curve = {"training": ([h["step"] for h in history], [h["loss"] for h in history])}
-Image(plots.curves("lora.png", curve, title=f"Held-out loss {before:.3f} before, {after:.3f} after"))
+topics = data.load_dataset("python_docs/topics", validation="test")
+pairs, held_out = ([{"source": topics.label_names[e["label"]], "target": e["text"]} for e in split]
+                   for split in (topics.train, topics.validation))
+for pair in pairs[:3]:
+    print(pair)
 
 # %% [markdown]
-# ## Two voices, one base
+# ## 3. Fine-tuning with LoRA
+#
+# `lora:8:all` adds a trainable update of rank 8 to the kernel of every linear layer. After training,
+# `finetune` generates completions for the validation examples and scores them by ROUGE, which is low
+# here by nature: many docstrings fit a topic.
 
 # %%
-voices = {"base": base, "with the LoRA": peft.merge(state.params)}
-table = ["| | goes on with |", "|---|---|"]
-for name, p in voices.items():
-    text = tokenizer.decode(generate(model, p, prompt, **end, do_sample=True, temperature=0.7,
-                                     top_p=0.9, rng=jax.random.key(4))[0])
-    table.append(f"| {name} | {text!r} |")
-adapter_io.save_adapter("delta", state.params, mask, base, spec="lora:8:all")
-size = sum(f.stat().st_size for f in os.scandir("delta")) / 1e6
-table.append(f"| on disk | {size:.1f} MB beside {count(base) * 4 / 1e6:.0f} |")
-Markdown("\n".join(table))
+result = finetune(
+    (model, base_params, tokenizer), pairs, validation=held_out[: 4 if SMALLEST else 32],
+    task_type="seq2seq", trainable="lora:8:all", examples=EXAMPLES, num_steps=STEPS, peak_lr=2e-3,
+    max_length=48 if SMALLEST else 96, target_length=8 if SMALLEST else 64, num_beams=1,
+    out="runs/lora")
+Image("runs/lora/loss.png")
+
+# %% [markdown]
+# ## 4. Base model and fine-tuned model
+#
+# The base parameters were not changed. `peft.merge` adds the LoRA updates to the kernels, for
+# generation at full speed.
+
+# %%
+merged = peft.merge(result.params)
+prompt = [[*tokenizer.encode("email"), tokenizer.eos_id]]
+for name, params in {"base model": base_params, "fine-tuned": merged}.items():
+    [ids] = generate(model, params, prompt, **common, do_sample=True, temperature=0.7, top_p=0.9,
+                     rng=jax.random.key(4))
+    print(f"[{name}] {tokenizer.decode(ids[len(prompt[0]):])}\n")
+
+# %% [markdown]
+# `predict` takes prompts and returns completions; here by beam search.
+
+# %%
+sources = list(topics.label_names[:4])
+for source, prediction in zip(sources, result.predict(sources, num_beams=4)):
+    print(f"{source}: {prediction['text']}")
+
+# %% [markdown]
+# ## Results
+#
+# `evaluate` of a language model returns its loss and perplexity on any text: here on docstrings that
+# were not used for training.
+
+# %%
+texts = [pair["target"] for pair in held_out]
+num_rows = 32 if SMALLEST else 128
+before, after = (evaluate((model, params, tokenizer), texts, num_rows=num_rows)
+                 for params in (base_params, merged))
+adapter_bytes = sum(f.stat().st_size for f in Path("runs/lora/adapter").rglob("*") if f.is_file())
+base_bytes = sum(x.nbytes for x in jax.tree.leaves(base_params))
+Markdown(f"""
+| | base model | with LoRA |
+|---|---|---|
+| loss on held-out docstrings (nats) | {before["loss"]:.3f} | {after["loss"]:.3f} |
+| perplexity | {before["perplexity"]:.1f} | {after["perplexity"]:.1f} |
+| trained parameters | | {result.metrics["trained"]:,} ({100 * result.metrics["share_trained"]:.2f} %) |
+| size | {base_bytes / 1e6:.1f} MB | {adapter_bytes / 1e6:.1f} MB more |
+""")

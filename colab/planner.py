@@ -11,16 +11,22 @@
 # %% [markdown]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/transformer-jax/transformer_jax/blob/main/colab/planner.ipynb)
 #
-# # The planner: ask a TPU slice before you rent it
+# # The planner: memory and speed of a training step on a TPU slice, without a TPU
 #
-# `python -m transformer_jax plan` compiles the real training step with the real TPU compiler, with no
-# TPU present, and says what one chip would hold, compute and send. This notebook does the same in
-# Python: a few ways to train GPT-2 on sixteen chips of v5e, which fit, and which would be fastest.
+# The TPU compiler runs on any Linux machine. The planner compiles the training step for a TPU slice
+# ahead of time, and reads from the compiled program how much memory it needs, how many floating-point
+# operations it executes, and how many bytes it moves. You will
 #
-# Compiling for the slice takes minutes. The output kept here is of one CPU core; no TPU was there.
+# 1. choose a slice, a mesh and a model (GPT-2 on 16 chips of TPU v5e),
+# 2. compile its training step with and without rematerialization,
+# 3. compare memory with the capacity of a chip, and estimate the step time with a roofline model,
+# 4. list what the chips send each other.
+#
+# `transformer-jax plan` does the same in a terminal. Each step takes one to two minutes to compile;
+# the output below is of a CPU.
 
 # %%
-# What is needed, where it is missing; and the devices that are here.
+# Install the package if it is missing, and print the available devices.
 import importlib.util
 
 if importlib.util.find_spec("transformer_jax") is None:
@@ -29,91 +35,96 @@ if importlib.util.find_spec("transformer_jax") is None:
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # the plan is of chips that are not here
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["JAX_PLATFORMS"] = "cpu"  # the TPU is compiled for, not used
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not look for a TPU in this machine
 
 from transformer_jax import distributed
 
 distributed.print_devices();
 
 # %%
-import importlib.util
-
 from IPython.display import Image, Markdown
 
-from transformer_jax.models import presets
+from transformer_jax import presets
 from transformer_jax.planner import chips, plan, plan_config, table
 from transformer_jax.report import plots
 
-SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"
+SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # a small model, for the tests
 TOPOLOGY = os.environ.get("TOPOLOGY", "v5e:4x4")
 if importlib.util.find_spec("libtpu") is None:
-    print("!! No TPU compiler here (pip install 'transformer_jax[tpu]'): planning for this machine")
+    print("The TPU compiler is not installed (pip install 'transformer_jax[tpu]'); planning for this "
+          "machine instead")
     TOPOLOGY = chips.LOCAL
 
 # %% [markdown]
-# ## What is planned
+# ## 1. The slice, the mesh and the model
 #
-# A mesh of data 4 x fsdp 4, with and without `remat`, which computes activations again on the way
-# back instead of keeping them. A row is 1,024 tokens. Other meshes, batches and models go in the same
-# way; each setting takes a minute or two to compile.
+# `v5e:4x4` is a slice of TPU v5e with 4 x 4 chips. The mesh has 4 devices along `fsdp`, which split
+# the parameters, and the remaining 4 along `data`. `remat="full"` recomputes activations in the
+# backward pass instead of storing them. A batch has 8 sequences of 1,024 tokens a chip.
+# `enumerate_configs` returns all combinations of the values that it is given.
 
 # %%
-base = presets.gpt2(num_layers=2, d_model=64, num_heads=2, mlp_dim=128, vocab_size=512,
-                    max_length=64) if SMALLEST else presets.gpt2(dtype="bfloat16")
-base = base.replace(dropout_rate=0.0, attention_dropout_rate=0.0)
+if SMALLEST:
+    model_config = presets.gpt2(num_layers=2, d_model=64, num_heads=2, mlp_dim=128, vocab_size=512,
+                                max_length=64)
+else:
+    model_config = presets.gpt2(dtype="bfloat16")
+model_config = model_config.replace(dropout_rate=0.0, attention_dropout_rate=0.0)
 devices = chips.get_devices(TOPOLOGY)
-chip = chips.get_chip(TOPOLOGY, base.dtype)
-fsdp = (1,) if len(devices) == 1 else (4,)
-settings = plan_config.enumerate_configs(
-    base, len(devices), meshes={"data": (-1,), "fsdp": fsdp, "sequence": (1,), "tensor": (1,)},
-    batch_sizes=(8 * len(devices),), length=min(1024, base.max_length),
-    remat=("none",) if SMALLEST else ("none", "full"), accumulate=(1,))
-print(f"{len(devices)} x {devices[0].device_kind}: {chip.flops_per_second / 1e12:.3g} TFLOP/s, "
-      f"{chip.memory_bytes / 2**30:.0f} GiB, {chip.memory_bandwidth / 1e9:.0f} GB/s each")
+chip = chips.get_chip(TOPOLOGY, model_config.dtype)
+configs = plan_config.enumerate_configs(
+    model_config, len(devices), meshes={"data": (-1,), "fsdp": (min(4, len(devices)),)},
+    batch_sizes=(8 * len(devices),), remat=("none",) if SMALLEST else ("none", "full"))
+print(f"{len(devices)} x {devices[0].device_kind}, each with {chip.flops_per_second / 1e12:.3g} "
+      f"TFLOP/s, {chip.memory_bytes / 2**30:.0f} GiB, {chip.memory_bandwidth / 1e9:.0f} GB/s")
+
+# %% [markdown]
+# ## 2. Compile
 
 # %%
 plans = []
-for setting in settings:
-    plans.append(plan.compile_plan(setting, devices, chip))
-    print(f"{setting}: compiled in {plans[-1].compile_seconds:.0f} s, "
-          f"{plans[-1].peak_bytes / 2**30:.1f} GiB a chip")
+for config in configs:
+    plans.append(plan.compile_plan(config, devices, chip))
+    print(f"{config}: compiled in {plans[-1].compile_seconds:.0f} s")
 
 # %% [markdown]
-# ## What came of it
+# ## 3. Memory and step time
 #
-# Three times of a step: for arithmetic, for memory as if nothing stayed on the chip between two
-# operations, and for the network. MFU is the share of the chip's peak that the model's own products
-# can reach if all three overlap.
+# Left: memory of one chip, split into state (parameters and optimizer state) and temporary memory
+# (activations and gradients). Right: the time of a step by resource, as if only that resource took
+# time: arithmetic (compute), memory traffic (HBM), and communication between chips (interconnect).
+# The memory traffic is an upper bound, as if no intermediate result stayed on the chip.
 
 # %%
 Image(plots.plans("plan.png", table.bar_chart_data(plans), limit=chip.memory_bytes / 2**30,
-                 title=f"GPT-2 on {TOPOLOGY}"))
+                  title=f"GPT-2 on {TOPOLOGY}"))
 
 # %% [markdown]
-# ## What it sends
+# ## 4. Communication
 #
-# Collectives of one step, by kind. `fsdp` gathers each kernel just before it is used and scatters
-# its gradient after; `data` only adds gradients up.
+# What one chip sends in one step, by kind of collective. `fsdp` gathers each kernel just before it is
+# used (all-gather) and scatters its gradient (reduce-scatter); `data` sums gradients (all-reduce).
 
 # %%
-for one in plans:
-    sent = {kind: f"{size / 2**20:,.0f} MiB" for kind, size in one.collective_bytes.items()}
-    print(f"{one.config}: {sent or 'nothing'}")
-fitting = [one for one in plans if one.fits]
-if fitting:
-    best = min(fitting, key=lambda one: one.step_seconds / one.config.batch_size)
-    print(f"\nThe best that fits: {best.config}, {best.tokens_per_day / 1e6:,.0f} million tokens a "
-          "day if all overlaps")
+for p in plans:
+    sent = ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in p.collective_bytes.items())
+    print(f"{p.config}: {sent or 'nothing'}")
 
 # %% [markdown]
-# ## Side by side
+# ## Results
+#
+# MFU (model FLOPs utilization) is the fraction of the chip's peak that the model's own matrix
+# products reach if computation, memory traffic and communication overlap fully.
 
 # %%
-table = ["| setting | GiB a chip | fits | arithmetic, memory, network (ms) | MFU, at most | "
-         "million tokens a day |", "|---|---|---|---|---|---|"]
-for one in plans:
-    times = ", ".join(f"{1e3 * one.roofline_seconds[kind]:.0f}" for kind in one.roofline_seconds)
-    table.append(f"| {one.config} | {one.peak_bytes / 2**30:.1f} | {'yes' if one.fits else 'no'} |"
-                 f" {times} | {one.mfu:.2f} | {one.tokens_per_day / 1e6:,.0f} |")
-Markdown("\n".join(table))
+rows = []
+for p in plans:
+    milliseconds = " | ".join(f"{1000 * seconds:.0f}" for seconds in p.roofline_seconds.values())
+    rows.append(f"| {p.config} | {p.peak_bytes / 2**30:.1f} | {'yes' if p.fits else 'no'} | "
+                f"{milliseconds} | {p.mfu:.2f} | {p.tokens_per_day / 1e9:,.3g} |")
+best = plan.best_plan(plans)
+Markdown("\n".join([
+    "| config | GiB of a chip | fits | compute (ms) | HBM (ms) | interconnect (ms) | MFU, at most | "
+    "billion tokens a day |", "|---|---|---|---|---|---|---|---|", *rows,
+    "", f"Best config that fits: {best.config if best else 'none'}"]))

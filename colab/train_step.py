@@ -11,16 +11,23 @@
 # %% [markdown]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/transformer-jax/transformer_jax/blob/main/colab/train_step.ipynb)
 #
-# # One pure training step under jit, pmap and shard_map
+# # One pure training step under `jit`, `pmap`, `shard_map` and `vmap`
 #
-# For your own research code: the library's training step is a pure function of
-# `(state, batch, rng)`, not jitted and not tied to any device. The same function runs under `jax.jit`
-# on one device, under `jit` with a mesh that cuts batch and parameters, under `jax.pmap` and under
-# `jax.shard_map`; under `vmap`, it trains several models at once. We run them all on the same data and
-# see that they agree.
+# For your own research code: a training step of this library is a pure function
+# `(state, batch, rng) -> (state, metrics)`. It is not jitted and not tied to any device. You will run
+# the same step
+#
+# 1. under `jax.jit` on one device,
+# 2. under `jax.jit` with batch and parameters sharded over a mesh,
+# 3. under `jax.pmap`,
+# 4. under `jax.shard_map`,
+# 5. with microbatches, and with a mask of trainable parameters,
+# 6. under `jax.vmap`, which trains several models at once,
+#
+# and check that the losses agree.
 
 # %%
-# What is needed, where it is missing; and the devices that are here.
+# Install the package if it is missing, and print the available devices.
 import importlib.util
 
 if importlib.util.find_spec("transformer_jax") is None:
@@ -30,7 +37,7 @@ if importlib.util.find_spec("transformer_jax") is None:
 import jax
 
 if not any(d.platform != "cpu" for d in jax.devices()):
-    # No accelerator: let the CPU stand for eight devices.
+    # Without an accelerator, the CPU is split into eight devices.
     import jax.extend.backend
 
     jax.extend.backend.clear_backends()
@@ -40,6 +47,13 @@ from transformer_jax import distributed
 
 distributed.print_devices();
 
+# %% [markdown]
+# ## Model, loss, optimizer, data
+#
+# Parameters are a nested dict. A loss takes `(params, batch, rng)` and returns
+# `(sum, weight, metrics)`: the step divides the sum by the weight only after adding up both over all
+# devices and microbatches, so the mean is exact even if they have different numbers of tokens.
+
 # %%
 import functools
 import os
@@ -48,144 +62,162 @@ import numpy as np
 from IPython.display import Image, Markdown
 from jax.sharding import PartitionSpec as P
 
-from transformer_jax import sharding
-from transformer_jax.models import GPT, init_params, presets
+from transformer_jax import (
+    GPT,
+    init_params,
+    make_train_step,
+    presets,
+    sharding,
+    trainable_mask,
+)
 from transformer_jax.objectives import causal_lm
 from transformer_jax.report import plots
-from transformer_jax.train import optimizers, step
+from transformer_jax.train import init_state, make_optimizer
 
-SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # for tests
-model = GPT(presets.gpt2(num_layers=1 if SMALLEST else 2, d_model=64, num_heads=4, mlp_dim=256, vocab_size=512,
-                         max_length=32, dropout_rate=0.0, attention_dropout_rate=0.0))
-loss = functools.partial(causal_lm.loss, model.apply)
-optimizer = optimizers.make_optimizer(1e-3)
-rng = np.random.default_rng(0)
-text = np.cumsum(rng.integers(0, 3, (5, 16, 33)), axis=-1) % 512  # rows that can be learnt
+SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # one layer, for the tests
+model = GPT(presets.gpt2(
+    num_layers=1 if SMALLEST else 2, d_model=64, num_heads=4, mlp_dim=256, vocab_size=512,
+    max_length=32, dropout_rate=0.0, attention_dropout_rate=0.0))
+loss_fn = functools.partial(causal_lm.loss, model.apply)
+optimizer = make_optimizer(1e-3)
+
+# Five batches of 16 sequences: each token is the previous one plus 0, 1 or 2.
+steps = np.random.default_rng(0).integers(0, 3, (5, 16, 33))
 batches = [{"tokens": t[:, :-1].astype(np.int32), "targets": t[:, 1:].astype(np.int32),
-            "weights": np.ones((16, 32), np.float32)} for t in text]
-found = {}
+            "weights": np.ones((16, 32), np.float32)} for t in np.cumsum(steps, axis=-1) % 512]
+all_losses = {}  # way to run the step -> its five losses
 
 
-def fresh():
-    return step.init_state(init_params(model, jax.random.key(0)), optimizer)
+def new_state():
+    return init_state(init_params(model, jax.random.key(0)), optimizer)
 
 
 # %% [markdown]
-# ## 1. `jit`, one device
+# ## 1. `jit` on one device
+#
+# `donate_argnums=0` lets XLA reuse the memory of the old state.
 
 # %%
-train_step = jax.jit(step.make_train_step(loss, optimizer), donate_argnums=0)
-state, losses = fresh(), []
+train_step = jax.jit(make_train_step(loss_fn, optimizer), donate_argnums=0)
+state, losses = new_state(), []
 for batch in batches:
     state, metrics = train_step(state, batch, None)
     losses.append(float(metrics["loss"]))
-found["jit"] = losses
-print(losses)
+all_losses["jit"] = losses
+print([round(x, 4) for x in losses])
 
 # %% [markdown]
-# ## 2. `jit` and a mesh
+# ## 2. `jit` with a mesh
 #
-# Nothing of the step changes. Where arrays are cut says everything: parameters by the rules of
-# `sharding.RULES`, the batch over its rows. XLA puts the collectives in.
+# The step does not change; only the arrays are sharded. Parameters are sharded by `sharding.RULES`,
+# batches by rows, and XLA inserts the collectives. `init_sharded` creates each parameter on the
+# devices that hold it. The figure shows which devices hold which rows of one kernel.
 
 # %%
-half = max(jax.device_count() // 2, 1)
-mesh = sharding.make_mesh(data=-1, fsdp=half)
-print(mesh)
+fsdp = max(jax.device_count() // 2, 1)
+mesh = sharding.make_mesh(data=-1, fsdp=fsdp)
 with jax.set_mesh(mesh):
     params = sharding.init_sharded(functools.partial(init_params, model), jax.random.key(0), mesh)
-    state, losses = step.init_state(params, optimizer), []
+    state, losses = init_state(params, optimizer), []
     for batch in batches:
         state, metrics = train_step(state, sharding.shard_batch(batch, mesh), None)
         losses.append(float(metrics["loss"]))
-found[f"jit, data {jax.device_count() // half} x fsdp {half}"] = losses
+all_losses[f"jit, data {jax.device_count() // fsdp} x fsdp {fsdp}"] = losses
 kernel = state.params["decoder"]["layer_0"]["mlp"]["wi"]["kernel"]
-print("mlp/wi/kernel:", kernel.shape, kernel.sharding.spec)
+print(f"mlp/wi/kernel {kernel.shape} is sharded by {kernel.sharding.spec}")
 jax.debug.visualize_array_sharding(kernel)
 
 # %% [markdown]
 # ## 3. `pmap`
 #
-# Each device has a copy of everything and its own rows. `axis_name` makes the step add up sums,
-# weights and gradients over devices before it divides, so unequal weights are no trouble.
+# Each device has a copy of the state and its own rows of the batch. `axis_name` makes the step sum
+# losses, weights and gradients over the devices.
 
 # %%
-n = jax.local_device_count()
-mapped = jax.pmap(step.make_train_step(loss, optimizer, axis_name="devices"), "devices",
-                  in_axes=(0, 0, None))
-state = jax.tree.map(lambda x: np.stack([x] * n), fresh())
+num_devices = jax.local_device_count()
+pmapped_step = jax.pmap(make_train_step(loss_fn, optimizer, axis_name="devices"), "devices",
+                        in_axes=(0, 0, None))
+state = jax.tree.map(lambda x: np.stack([x] * num_devices), new_state())
 losses = []
 for batch in batches:
-    rows = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
-    state, metrics = mapped(state, rows, None)
+    rows = jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch)
+    state, metrics = pmapped_step(state, rows, None)
     losses.append(float(metrics["loss"][0]))
-found[f"pmap, {n} devices"] = losses
+all_losses[f"pmap, {num_devices} devices"] = losses
 
 # %% [markdown]
 # ## 4. `shard_map`
 #
-# The same function again, by hand: the state is copied, the batch is cut.
+# The same function with manual sharding: the state is replicated, the batch is split.
 
 # %%
-flat = jax.make_mesh((n,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
-manual = jax.jit(jax.shard_map(
-    lambda state, batch: step.make_train_step(loss, optimizer, axis_name="devices")(
-        state, batch, None),
-    mesh=flat, in_specs=(P(), P("devices")), out_specs=P()))
-state, losses = fresh(), []
+flat_mesh = jax.make_mesh((num_devices,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+step_per_device = make_train_step(loss_fn, optimizer, axis_name="devices")
+sharded_step = jax.jit(jax.shard_map(
+    lambda state, batch: step_per_device(state, batch, None),
+    mesh=flat_mesh, in_specs=(P(), P("devices")), out_specs=P()))
+state, losses = new_state(), []
 for batch in batches:
-    state, metrics = manual(state, batch)
+    state, metrics = sharded_step(state, batch)
     losses.append(float(metrics["loss"]))
-found[f"shard_map, {n} devices"] = losses
+all_losses[f"shard_map, {num_devices} devices"] = losses
 
 # %% [markdown]
-# ## 5. Microbatches, and only what a mask says
+# ## 5. Microbatches, and a mask of trainable parameters
 #
-# `accumulate=4` needs the memory of a quarter of the batch. A mask of booleans trains some of the
-# parameters; the others come back bit for bit.
+# `accumulate=4` accumulates the gradients of four microbatches, so that activations need a quarter
+# of the memory.
 
 # %%
-small = jax.jit(step.make_train_step(loss, optimizer, accumulate=4))
-state, losses = fresh(), []
+accumulating_step = jax.jit(make_train_step(loss_fn, optimizer, accumulate=4))
+state, losses = new_state(), []
 for batch in batches:
-    state, metrics = small(state, batch, None)
+    state, metrics = accumulating_step(state, batch, None)
     losses.append(float(metrics["loss"]))
-found["jit, 4 microbatches"] = losses
+all_losses["jit, 4 microbatches"] = losses
 
-from transformer_jax.finetuning import select
+# %% [markdown]
+# `trainable_mask` turns a spec into a tree of booleans. Here only the biases are trained (BitFit);
+# all other parameters are the same bits after the step, and have no optimizer state.
 
+# %%
 params = init_params(model, jax.random.key(0))
-mask = select.trainable_mask(params, "bitfit")
-some = jax.jit(step.make_train_step(loss, optimizer, trainable=mask))
-state, _ = some(step.init_state(params, optimizer, mask), batches[0], None)
-kept = jax.tree.map(lambda m, a, b: m or bool((a == b).all()), mask, params, state.params)
-print("everything but the biases is unchanged:", all(jax.tree.leaves(kept)))
+mask = trainable_mask(params, "bitfit")
+bitfit_step = jax.jit(make_train_step(loss_fn, optimizer, trainable=mask))
+state, _ = bitfit_step(init_state(params, optimizer, mask), batches[0], None)
+unchanged = jax.tree.map(
+    lambda is_trainable, before, after: is_trainable or bool((before == after).all()),
+    mask, params, state.params)
+print("all frozen parameters are unchanged:", all(jax.tree.leaves(unchanged)))
 
 # %% [markdown]
 # ## 6. `vmap`: four seeds at once
+#
+# A stack of states is trained by one program.
 
 # %%
-seeds = jax.vmap(lambda seed: init_params(model, jax.random.key(seed)))(np.arange(4))
-states = jax.vmap(lambda p: step.init_state(p, optimizer))(seeds)
-many = jax.jit(jax.vmap(step.make_train_step(loss, optimizer), in_axes=(0, None, None)))
+params = jax.vmap(lambda seed: init_params(model, jax.random.key(seed)))(np.arange(4))
+states = jax.vmap(lambda p: init_state(p, optimizer))(params)
+vmapped_step = jax.jit(jax.vmap(make_train_step(loss_fn, optimizer), in_axes=(0, None, None)))
 for batch in batches:
-    states, metrics = many(states, batch, None)
-print("losses of four seeds after five steps:", np.round(metrics["loss"], 4))
+    states, metrics = vmapped_step(states, batch, None)
+print("losses of four seeds in the fifth step:", np.round(metrics["loss"], 4))
 
 # %% [markdown]
-# ## They agree
+# ## Results
 #
-# Five curves, one upon the other; how far they are from the first is in the table.
+# The five curves coincide. The table has their losses, and the largest relative difference from
+# `jit` on one device, which is rounding error of float32.
 
 # %%
-lines = {how: (range(1, 6), losses) for how, losses in found.items()}
-Image(plots.curves("agreement.png", lines, title="Five ways to run one step"))
+curves = {name: (range(1, 6), losses) for name, losses in all_losses.items()}
+Image(plots.curves("agreement.png", curves, title="Five ways to run one training step"))
 
 # %%
-reference = np.array(found["jit"])
-table = ["| how | losses of five steps | farthest from jit |", "|---|---|---|"]
-for how, losses in found.items():
-    off = np.abs(np.array(losses) / reference - 1).max()
-    table.append(f"| {how} | {', '.join(f'{x:.5f}' for x in losses)} | {off:.1e} |")
-    assert off < 1e-4, how
-Markdown("\n".join(table))
+rows = []
+for name, losses in all_losses.items():
+    difference = np.abs(np.array(losses) / np.array(all_losses["jit"]) - 1).max()
+    assert difference < 1e-4, name
+    rows.append(f"| {name} | {', '.join(f'{x:.5f}' for x in losses)} | {difference:.1e} |")
+Markdown("\n".join(["| step | losses of five steps | largest relative difference |",
+                    "|---|---|---|", *rows]))

@@ -38,7 +38,7 @@ REPLACED = {
     r"\bkeep_freed_memory\b|\bgive_back_freed_memory\b": "configure_malloc, malloc_trim",
     r"\bin turns?\b|\bmoods?\b": "interleaved",
     # Fine-tuning.
-    r"(?<![a-z])deltas?(?![a-z])": "PEFT parameters, adapter",
+    r"(?<![a-z\"])deltas?(?![a-z])": "PEFT parameters, adapter",
     r"\bshrink\b|\bfewer bytes\b": "quantize",
     r"\bwhat trains\b|\bwhat is trained\b": "trainable parameters",
     r"\blm[_-]weight\b": "aux_lm_loss_weight",

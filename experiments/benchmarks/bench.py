@@ -295,9 +295,11 @@ def main(config: BenchConfig) -> list[dict[str, Any]]:
         command = [sys.executable, __file__, "--in-process", "--cases", name]
         command += [f"--{field.replace('_', '-')}={getattr(config, field)}"
                     for field in ("rounds", "dtype", "dropout_rate", "weights")]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        results.append(json.loads(output.splitlines()[-1]))
-        print(output, end="", flush=True)
+        completed = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if completed.returncode:
+            sys.exit(completed.returncode)  # the process has printed its error
+        results.append(json.loads(completed.stdout.splitlines()[-1]))
+        print(completed.stdout, end="", flush=True)
     return results
 
 

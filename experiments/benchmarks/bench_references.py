@@ -1,19 +1,22 @@
-"""Training steps and decoding here against other libraries, in turn, on one machine.
+"""Benchmarks of training and decoding here and in other libraries, interleaved on one machine.
 
     python -m venv torch && torch/bin/pip install torch==2.13.0 "transformers==5.*"
     python -m venv flax && flax/bin/pip install transformers==4.57.6 jax==0.10.2 flax optax
     python -m venv keras && keras/bin/pip install keras keras-hub jax
-    python experiments/bench_references.py --torch torch/bin/python --flax flax/bin/python \
-        --keras keras/bin/python --nanogpt nanoGPT/model.py
-    python experiments/bench_references.py --device cuda --dtypes bfloat16 \
+    python experiments/benchmarks/bench_references.py --torch torch/bin/python \
+        --flax flax/bin/python --keras keras/bin/python --nanogpt nanoGPT/model.py
+    python experiments/benchmarks/bench_references.py --device cuda --dtypes bfloat16 \
         --torch torch/bin/python --nanogpt nanoGPT/model.py --cases gpt2_32x1024 gpt2_decode_8 \
         --libraries hf_torch_bfloat16 nanogpt_compiled_bfloat16
 
-Each library runs in its own environment (those not given are left out) and each case in processes
-of its own, all on the same sizes with random weights, float32: Transformers on PyTorch, its Flax
-models of version 4, KerasHub on JAX, nanoGPT as it is and compiled. A further worker multiplies two
-large matrices, in the same rounds: the rate that "of the peak" is a share of. A ratio is
-the median over rounds of a round's medians. Two CPU cores take half an hour for all cases.
+The libraries are Transformers on PyTorch, the Flax models of Transformers 4, KerasHub on JAX, and
+nanoGPT, eager and compiled. Each runs in its own Python environment (libraries without one are left
+out), and each case in processes of its own. All have the same sizes, random weights and float32,
+unless their name ends in bfloat16.
+
+Two more workers measure the machine in the same rounds: a product of two large matrices, whose rate
+is the peak of the column "of peak", and a read of a large array, for "of bandwidth". A ratio is the
+median over rounds of the ratio of median times. All cases take half an hour on two CPU cores.
 """
 
 import json
@@ -23,7 +26,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import bench
 import interleave
@@ -32,7 +35,7 @@ from transformer_jax.planner import plan, throughput
 from transformer_jax.train import profiling
 
 WORKER = "--worker"
-LIBRARIES = {  # name -> which environment; kinds of model; work
+LIBRARIES = {
     "hf_torch": ("torch", ("gpt", "bert", "bart"), ("train", "decode")),
     "hf_torch_bfloat16": ("torch", ("gpt", "bert", "bart"), ("train", "decode")),
     "nanogpt": ("torch", ("gpt",), ("train",)),
@@ -41,21 +44,32 @@ LIBRARIES = {  # name -> which environment; kinds of model; work
     "hf_flax": ("flax", ("gpt", "bert", "bart"), ("train", "decode")),
     "kerashub": ("keras", ("gpt", "bert"), ("train", "decode")),
 }
-KINDS = {"gpt2": "gpt", "bert_base": "bert", "bart_base": "bart"}  # of presets
+"""Function in `references` -> its environment, its model families, and its kinds of work."""
+FAMILIES = {"gpt2": "gpt", "bert_base": "bert", "bart_base": "bart"}
+"""Model preset -> model family."""
 CASES = ("gpt2", "bert_base", "bart_base", "char_gpt_4x128", "char_gpt_6x384", "gpt2_decode_1",
          "gpt2_decode_8")
+MACHINE_WORKERS = ("matmul", "read")
 
 
 @dataclass(frozen=True)
-class Against:
-    """Attributes:
-    torch, flax, keras: interpreters of environments with these libraries.
-    nanogpt: the file model.py of its repository; it needs `torch`.
-    cases: of `bench.CASES`.
-    dtypes: ours, a worker each.
-    libraries: leave out the others.
-    device: of PyTorch; "cuda" beside a GPU that JAX finds.
-    round_seconds: a turn lasts as long at the least, and two pieces of work.
+class ReferencesConfig:
+    """Settings of the comparison.
+
+    Attributes:
+        torch: Python interpreter of an environment with PyTorch and Transformers.
+        flax: interpreter of an environment with Transformers 4, Flax and Optax.
+        keras: interpreter of an environment with Keras and KerasHub.
+        nanogpt: the file model.py of nanoGPT's repository; it runs in the environment `torch`.
+        out: folder for results.json and table.md.
+        cases: names in `bench.CASES`.
+        dtypes: dtypes of this library, each measured by its own worker. The others are compared
+            with the first.
+        libraries: names in `LIBRARIES`.
+        device: device of PyTorch; "cuda" on a machine with a GPU that JAX uses too.
+        dropout_rate: rate of dropout in training.
+        rounds: number of rounds.
+        round_seconds: minimum duration of a worker's round; it has at least two calls.
     """
 
     torch: Path | None = None
@@ -73,130 +87,162 @@ class Against:
 
 
 class Result(NamedTuple):
-    """One worker on one case."""
+    """The measurements of one worker on one case.
+
+    Attributes:
+        case: name of the case.
+        worker: name of the library; "here, DTYPE" for this one.
+        seconds: median time of a training step, or of decoding a batch.
+        ratio: time of this library divided by that of the worker.
+        tokens_per_second: tokens of the case divided by `seconds`.
+        of_peak: model FLOPs per second, as a fraction of the rate of a matrix product.
+        of_bandwidth: for decoding, the rate at which parameters are read, as a fraction of the
+            memory bandwidth.
+        first_seconds: duration of the first call, with compilation.
+        peak_mib: peak memory in MiB.
+    """
 
     case: str
     worker: str
-    seconds: float  # median of a piece of work
-    ratio: float  # of our time to its
+    seconds: float
+    ratio: float
     tokens_per_second: float
-    of_peak: float | None  # share of the rate of a matrix product
-    of_reading: float | None  # decoding: of the rate at which memory is read
-    first_seconds: float  # of the first call, with compilation
+    of_peak: float | None
+    of_bandwidth: float | None
+    first_seconds: float
     peak_mib: int
 
 
-def shape_of(name: str, c: Against) -> dict:
-    """What a worker of any library has to know of a case."""
+def reference_case(name: str, config: ReferencesConfig) -> dict[str, Any]:
+    """Returns the sizes and settings of a case, as the workers in `references` take them."""
     case = bench.CASES[name]
-    config = bench.config_of(case, bench.Bench(dropout_rate=c.dropout_rate))
-    rows = plan.abstract_batch(plan.PlanConfig(config, {}, case.rows, case.length))
-    masked = rows["masked_positions"].shape[1] if "masked_positions" in rows else 0
-    return {"kind": KINDS[case.preset], "work": case.work, "rows": case.rows,
-            "length": case.length, "target": case.target, "masked": masked,
-            "layers": config.num_layers, "heads": config.num_heads, "width": config.d_model,
-            "mlp": config.mlp_dim, "vocab_size": config.vocab_size,
-            "max_length": config.max_length, "dropout_rate": c.dropout_rate,
-            "round_seconds": c.round_seconds, "device": c.device,
-            "times": 10 if c.device == "cuda" and case.work == "train" else 1}
+    model = bench.make_model_config(case, bench.BenchConfig(dropout_rate=config.dropout_rate))
+    batch = plan.abstract_batch(plan.PlanConfig(model, {}, case.batch_size, case.length))
+    is_gpu_training = config.device == "cuda" and case.work == "train"
+    return {
+        "family": FAMILIES[case.preset], "work": case.work, "batch_size": case.batch_size,
+        "length": case.length, "target_length": case.target_length,
+        "num_masked": batch["masked_positions"].shape[1] if "masked_positions" in batch else 0,
+        "num_layers": model.num_layers, "num_heads": model.num_heads, "d_model": model.d_model,
+        "mlp_dim": model.mlp_dim, "vocab_size": model.vocab_size, "max_length": model.max_length,
+        "dropout_rate": config.dropout_rate, "round_seconds": config.round_seconds,
+        "device": config.device, "steps_per_call": 10 if is_gpu_training else 1}
 
 
-def commands(name: str, c: Against) -> dict[str, list[str]]:
-    """The workers of a case."""
-    shape = shape_of(name, c)
-    pythons = {"torch": c.torch, "flax": c.flax, "keras": c.keras}
+def worker_commands(name: str, config: ReferencesConfig) -> dict[str, list[str]]:
+    """Returns the command lines of all workers of a case."""
+    case = reference_case(name, config)
+    interpreters = {"torch": config.torch, "flax": config.flax, "keras": config.keras}
     references = str(Path(__file__).with_name("references.py"))
-    found = {}
-    for library, (environment, kinds, works) in LIBRARIES.items():
-        python = pythons[environment]
-        if (library in c.libraries and python and shape["kind"] in kinds
-                and shape["work"] in works and (c.nanogpt or "nanogpt" not in library)):
-            found[library] = [str(python), references, library, json.dumps(shape)]
-    for dtype in c.dtypes:
-        found[f"here, {dtype}"] = [sys.executable, __file__, WORKER, name, json.dumps(
-            {"dtype": dtype, "dropout_rate": c.dropout_rate, "round_seconds": c.round_seconds})]
-    machine = json.dumps({"dtype": c.dtypes[0]})
-    return found | {work: [sys.executable, __file__, WORKER, work, machine]
-                    for work in ("matmul", "read")}
+    commands = {}
+    for library, (environment, families, works) in LIBRARIES.items():
+        python = interpreters[environment]
+        if (library in config.libraries and python and case["family"] in families
+                and case["work"] in works and (config.nanogpt or "nanogpt" not in library)):
+            commands[library] = [str(python), references, library, json.dumps(case)]
+    for dtype in config.dtypes:
+        options = {"dtype": dtype, "dropout_rate": config.dropout_rate,
+                   "round_seconds": config.round_seconds}
+        commands[f"here, {dtype}"] = [
+            sys.executable, __file__, WORKER, name, json.dumps(options)]
+    options = {"dtype": config.dtypes[0]}
+    return commands | {work: [sys.executable, __file__, WORKER, work, json.dumps(options)]
+                       for work in MACHINE_WORKERS}
 
 
-def worker(name: str, settings: str) -> None:
-    """Ours, or the machine's own rates."""
+def run_worker(name: str, options_json: str) -> None:
+    """Runs a worker of this library, or one that measures the machine.
+
+    Args:
+        name: a case, or a name in `MACHINE_WORKERS`.
+        options_json: its options, as `worker_commands` gives them.
+    """
     from transformer_jax import distributed
 
     if distributed.platform_is_cpu():
         distributed.configure_malloc()
-    # On a GPU JAX would take most of the memory; others are on it.
+    # JAX would reserve most of the GPU's memory, which is shared with the other workers.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    c = json.loads(settings)
-    if name in ("matmul", "read"):
-        work, amount = (throughput.matmul_benchmark(c["dtype"]) if name == "matmul"
+    options = json.loads(options_json)
+    if name in MACHINE_WORKERS:
+        work, amount = (throughput.matmul_benchmark(options["dtype"]) if name == "matmul"
                         else throughput.memory_read_benchmark())
-        interleave.serve(work, seconds=1.0, amount=amount)
+        interleave.serve(work, min_seconds=1.0, amount=amount)
         return
-    job = bench.make_job(bench.CASES[name], bench.Bench(dtype=c["dtype"],
-                                                        dropout_rate=c["dropout_rate"]))
-    interleave.serve(job.run, seconds=c["round_seconds"], pieces=job.times, tokens=job.tokens,
-                flops=job.flops, bytes_read=job.bytes_read, peak_lr=profiling.peak_memory)
+    workload = bench.make_workload(bench.CASES[name], bench.BenchConfig(
+        dtype=options["dtype"], dropout_rate=options["dropout_rate"]))
+    interleave.serve(
+        workload.run, min_seconds=options["round_seconds"], units_per_call=workload.units,
+        peak_bytes=profiling.peak_memory, tokens=workload.tokens, flops=workload.flops,
+        bytes_read=workload.bytes_read)
 
 
-def compare(name: str, c: Against) -> list[Result]:
-    """Every library on one case; ours first, the others by their time."""
-    found = interleave.run_interleaved(commands(name, c), c.rounds)
-    rates = {work: found[work].facts["amount"] / found.pop(work).median
-             for work in ("matmul", "read")}
-    ours = found[f"here, {c.dtypes[0]}"]
-    facts = ours.facts
-    results = []
-    for worker_name, side in found.items():
-        share = facts["flops"] / side.median / rates["matmul"]
-        reads = facts["bytes_read"] / side.median / rates["read"]
-        results.append(Result(
-            name, worker_name, side.median, statistics.median(interleave.ratios(ours, side)),
-            facts["tokens"] / side.median, share or None, reads or None,
-            side.facts["first_seconds"], round(side.peak_bytes / 2**20)))
+def compare(name: str, config: ReferencesConfig) -> list[Result]:
+    """Measures all libraries on one case: this one first, the others by their time."""
+    timings = interleave.run_interleaved(worker_commands(name, config), config.rounds)
+    rates = {work: timings[work].info["amount"] / timings.pop(work).median
+             for work in MACHINE_WORKERS}
+    here = timings[f"here, {config.dtypes[0]}"]
+    results = [
+        Result(
+            case=name, worker=worker, seconds=found.median,
+            ratio=statistics.median(interleave.ratios(here, found)),
+            tokens_per_second=here.info["tokens"] / found.median,
+            of_peak=here.info["flops"] / found.median / rates["matmul"] or None,
+            of_bandwidth=here.info["bytes_read"] / found.median / rates["read"] or None,
+            first_seconds=found.info["first_seconds"],
+            peak_mib=round(found.peak_bytes / 2**20))
+        for worker, found in timings.items()]
     return sorted(results, key=lambda r: (not r.worker.startswith("here"), r.seconds))
 
 
-def table(results: list[Result]) -> str:
-    """Markdown."""
-    lines = ["| case | library | ms | here to it | tokens/s | of the peak | of reading | first s "
-             "| peak MiB |", "|---" * 9 + "|"]
+def to_markdown(results: list[Result]) -> str:
+    """Returns a Markdown table of results."""
 
-    def share(x: float | None) -> str:
+    def fraction(x: float | None) -> str:
         return f"{x:.2f}" if x else ""
 
+    lines = ["| case | library | ms | time here / there | tokens/s | of peak | of bandwidth "
+             "| first call, s | peak MiB |", "|---" * 9 + "|"]
     return "\n".join(lines + [
         f"| {r.case} | {r.worker} | {1000 * r.seconds:.1f} | {r.ratio:.2f} | "
-        f"{r.tokens_per_second:,.0f} | {share(r.of_peak)} | {share(r.of_reading)} | "
+        f"{r.tokens_per_second:,.0f} | {fraction(r.of_peak)} | {fraction(r.of_bandwidth)} | "
         f"{r.first_seconds:.1f} | {r.peak_mib:,} |" for r in results])
 
 
-def main(c: Against) -> dict:
-    """The command."""
-    import common
+def main(config: ReferencesConfig) -> dict[str, Any]:
+    """Compares the libraries on all cases, and returns the content of results.json.
 
-    known = CASES + tuple(bench.LARGE)
-    unknown = [name for name in c.cases if name not in known]
-    if unknown:
-        raise ValueError(f"no case {', '.join(unknown)}; compared are {', '.join(known)}")
-    if c.nanogpt:
-        os.environ["NANOGPT"] = str(c.nanogpt.resolve())
+    Raises:
+        ValueError: an unknown case.
+        OSError: a worker does not start, or ends early.
+    """
+    from transformer_jax.errors import did_you_mean
+    from transformer_jax.recipes.run_dir import write_results
+
+    known = CASES + tuple(bench.LARGE_CASES)
+    for name in config.cases:
+        if name not in known:
+            raise ValueError(f"unknown case {name!r}; {did_you_mean(name, known)}")
+    if config.nanogpt:
+        os.environ["NANOGPT"] = str(config.nanogpt.resolve())
     began, results = time.perf_counter(), []
-    for name in c.cases:
-        found = compare(name, c)
-        print(table(found), flush=True)
+    for name in config.cases:
+        found = compare(name, config)
+        print(to_markdown(found), flush=True)
         results += found
-    c.out.mkdir(parents=True, exist_ok=True)
-    (c.out / "table.md").write_text(table(results) + "\n")
-    return common.write_results(c.out, c, {"results": [r._asdict() for r in results]},
-                                time.perf_counter() - began)
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "table.md").write_text(to_markdown(results) + "\n")
+    return write_results(config.out, config, {"results": [r._asdict() for r in results]},
+                         time.perf_counter() - began)
 
 
 if __name__ == "__main__":
     if WORKER in sys.argv:
-        worker(*sys.argv[2:])
+        run_worker(*sys.argv[2:])
     else:
         import tyro
 
-        main(tyro.cli(Against, description=__doc__))
+        from transformer_jax.cli.command import run_command
+
+        sys.exit(run_command(main, parse=lambda: tyro.cli(ReferencesConfig, description=__doc__)))

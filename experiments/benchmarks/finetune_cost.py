@@ -1,22 +1,24 @@
-"""What each recipe costs: compiled FLOPs, optimizer state, memory and time of a training step.
+"""Cost of a training step for each trainable spec: FLOPs, optimizer state, memory and time.
 
-    python experiments/finetune_cost.py --out runs/cost
+    python experiments/benchmarks/finetune_cost.py --out runs/cost
 
-A BERT of BERT-base's shape with random weights classifies 8 rows of 128 tokens, float32, dropout
-0.1, AdamW. Steps are timed in turn, a few of each recipe a round, so that a busy machine is busy
-for all; medians over rounds. Then an epoch of `head` on features computed once is timed against one
-that computes them anew. Hardware: 2 CPU cores need 8 GB and about ten minutes. `results.json` and a
-picture.
+A model of BERT-base's shape with random parameters classifies 8 rows of 128 tokens, in float32,
+with dropout 0.1 and AdamW. The specs are timed in interleaved rounds, so that a change in the speed
+of the machine affects all of them, and medians over rounds are reported. Then an epoch of `head` on
+cached features is compared with one that computes the features in every step.
+
+Hardware: two CPU cores with 8 GB take about ten minutes. `--out` gets results.json and a figure.
 """
 
 import functools
 import gc
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import common
 import jax
 import numpy as np
 import tyro
@@ -24,167 +26,196 @@ from rich.console import Console
 from rich.table import Table
 
 from transformer_jax import tree
+from transformer_jax.cli.command import run_command
 from transformer_jax.finetuning import feature_cache, peft, select
 from transformer_jax.models import BERT, BERTConfig, init_params, presets
 from transformer_jax.objectives import classification
+from transformer_jax.recipes.run_dir import setup, write_results
 from transformer_jax.report import plots
 from transformer_jax.train import optimizers, step
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Attributes:
-    recipes: what is compared, to the first.
-    rounds, per_round: how often each recipe has its turn, and steps of a turn.
-    epoch_batches: of the epoch with cached features; 0 leaves it out.
+class CostConfig:
+    """Settings of the benchmark.
+
+    Attributes:
+        out: folder for the results.
+        model: config of the model.
+        trainable: trainable specs; ratios are relative to the first.
+        batch_size: rows of a batch.
+        length: tokens of a row.
+        rounds: number of timed rounds.
+        steps_per_round: steps of each spec in a round.
+        epoch_batches: batches of the epoch on cached features; 0 leaves that comparison out.
     """
 
     out: Path = Path("runs/cost")
     model: tyro.conf.AvoidSubcommands[BERTConfig] = field(default_factory=presets.bert_base)
-    recipes: tuple[str, ...] = ("full", "head", "last_k:2", "lora:8", "bitfit", "adapter:64",
-                                "prefix:16", "ia3")
+    trainable: tuple[str, ...] = ("full", "head", "last_k:2", "lora:8", "bitfit", "adapter:64",
+                                  "prefix:16", "ia3")
     batch_size: int = 8
     length: int = 128
     rounds: int = 5
-    per_round: int = 2
+    steps_per_round: int = 2
     epoch_batches: int = 8
 
 
-class Recipe(NamedTuple):
-    step: Any  # compiled
+class CompiledSpec(NamedTuple):
+    """The compiled train step of a trainable spec.
+
+    Attributes:
+        train_step: the compiled step.
+        state: the state before the first step.
+        costs: the compiler's figures; a row of the table.
+    """
+
+    train_step: Any
     state: step.TrainState
-    figures: dict
+    costs: dict[str, Any]
 
 
-def rows(c: Cost, count: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random texts of full length."""
+def random_batch(config: CostConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Returns a batch of random texts without padding, with random labels."""
     rng = np.random.default_rng(seed)
-    shape = (count, c.length)
-    return {"tokens": rng.integers(5, c.model.vocab_size, shape).astype(np.int32),
+    shape = (config.batch_size, config.length)
+    return {"tokens": rng.integers(5, config.model.vocab_size, shape).astype(np.int32),
             "segment_ids": np.zeros(shape, np.int32), "padding_mask": np.ones(shape, bool),
-            "labels": rng.integers(0, 2, count).astype(np.int32),
-            "weights": np.ones(count, np.float32)}
+            "labels": rng.integers(0, 2, config.batch_size).astype(np.int32),
+            "weights": np.ones(config.batch_size, np.float32)}
 
 
-def prepare(c: Cost, model: BERT, recipe: str, loss_fn) -> Recipe:
-    """The compiled step of a recipe with what the compiler says of it."""
+def compile_spec(config: CostConfig, model: BERT, spec: str, loss_fn: Callable) -> CompiledSpec:
+    """Compiles the train step of a trainable spec."""
     optimizer = optimizers.make_optimizer(1e-4)
 
-    def params_of(key):
-        return peft.add_peft_params(init_params(model, key), recipe, key)
+    def init(rng):
+        return peft.add_peft_params(init_params(model, rng), spec, rng)
 
-    mask = select.trainable_mask(jax.eval_shape(params_of, jax.random.key(0)), recipe)
-    state = jax.jit(lambda key: step.init_state(params_of(key), optimizer, mask))(
-        jax.random.key(0))
+    mask = select.trainable_mask(jax.eval_shape(init, jax.random.key(0)), spec)
+    state = jax.jit(lambda rng: step.init_state(init(rng), optimizer, mask))(jax.random.key(0))
     began = time.perf_counter()
     compiled = jax.jit(step.make_train_step(loss_fn, optimizer, mask), donate_argnums=0).lower(
-        state, rows(c, c.batch_size), jax.random.key(1)).compile()
+        state, random_batch(config), jax.random.key(1)).compile()
+    compile_seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    return Recipe(compiled, state, {
-        "recipe": recipe, "trained": tree.count(tree.partition(state.params, mask)[0]),
-        "share_trained": tree.count(tree.partition(state.params, mask)[0]) / tree.count(state.params),
+    num_trainable = tree.count(tree.partition(state.params, mask)[0])
+    return CompiledSpec(compiled, state, {
+        "spec": spec, "trained": num_trainable,
+        "share_trained": num_trainable / tree.count(state.params),
         "flops": compiled.cost_analysis()["flops"],
         "optimizer_bytes": sum(x.nbytes for x in jax.tree.leaves(state.opt_state)),
         "temporary_bytes": memory.temp_size_in_bytes if memory else None,
-        "compile_seconds": time.perf_counter() - began})
+        "compile_seconds": compile_seconds})
 
 
-def interleaved(c: Cost, found: list[Recipe]) -> list[list[float]]:
-    """Seconds a step of each recipe, by round."""
-    batch, rng = jax.device_put(rows(c, c.batch_size)), jax.random.key(1)
-    times: list[list[float]] = [[] for _ in found]
-    states = [r.state for r in found]
-    for turn in range(c.rounds + 1):
-        for k, recipe in enumerate(found):
+def time_interleaved(config: CostConfig, specs: list[CompiledSpec]) -> list[list[float]]:
+    """Returns the seconds per step of each spec, by round."""
+    batch, rng = jax.device_put(random_batch(config)), jax.random.key(1)
+    times: list[list[float]] = [[] for _ in specs]
+    states = [spec.state for spec in specs]
+    for i in range(config.rounds + 1):
+        for k, spec in enumerate(specs):
             began = time.perf_counter()
-            for _ in range(c.per_round):
-                states[k], metrics = recipe.step(states[k], batch, rng)
+            for _ in range(config.steps_per_round):
+                states[k], metrics = spec.train_step(states[k], batch, rng)
             jax.block_until_ready((states[k], metrics))
-            if turn:  # the first is for warmth
-                times[k].append((time.perf_counter() - began) / c.per_round)
+            if i:  # the first round warms up
+                times[k].append((time.perf_counter() - began) / config.steps_per_round)
     return times
 
 
-def cached_features(c: Cost, model: BERT) -> dict[str, float]:
-    """Seconds of an epoch of `head` that computes the body, that does it once and for all, and of
-    an epoch after that."""
+def time_cached_features(config: CostConfig, model: BERT) -> dict[str, float]:
+    """Times an epoch of `head` with and without cached features, in seconds.
+
+    Returns:
+        "recomputed": the epoch without a cache; "computing_features": the computation of the
+        features; "cached": the epoch on cached features; "ratio": recomputed / cached.
+    """
     optimizer = optimizers.make_optimizer(1e-4)
     params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
     mask = select.trainable_mask(params, "head")
-    batches = [rows(c, c.batch_size, seed) for seed in range(c.epoch_batches)]
+    batches = [random_batch(config, seed) for seed in range(config.epoch_batches)]
 
-    def epoch(apply, batches) -> float:
+    def time_epoch(apply, batches) -> float:
         loss_fn = functools.partial(classification.classification_loss, apply)
-        run = jax.jit(step.make_train_step(loss_fn, optimizer, mask), donate_argnums=0)
+        train_step = jax.jit(step.make_train_step(loss_fn, optimizer, mask), donate_argnums=0)
         state = step.init_state(params, optimizer, mask)
-        state, _ = run(state, batches[0], jax.random.key(1))  # compiles
+        state, _ = train_step(state, batches[0], jax.random.key(1))  # compiles
         jax.block_until_ready(state)
         began = time.perf_counter()
         for batch in batches:
-            state, _ = run(state, batch, jax.random.key(1))
+            state, _ = train_step(state, batch, jax.random.key(1))
         jax.block_until_ready(state)
         return time.perf_counter() - began
 
-    recomputed = epoch(model.apply, batches)
+    recomputed = time_epoch(model.apply, batches)
     began = time.perf_counter()
-    found = feature_cache.compute_features(model, params, batches)
-    once = time.perf_counter() - began
-    small = [{name: np.stack([row[name] for row in found[k : k + c.batch_size]])
-              for name in found[0]} for k in range(0, len(found), c.batch_size)]
-    cached = epoch(feature_cache.make_features_apply(model.apply), small)
-    return {"recomputed": recomputed, "computing_features": once, "cached": cached,
+    rows = feature_cache.compute_features(model, params, batches)
+    computing_features = time.perf_counter() - began
+    feature_batches = [
+        {name: np.stack([row[name] for row in rows[i : i + config.batch_size]])
+         for name in rows[0]} for i in range(0, len(rows), config.batch_size)]
+    cached = time_epoch(feature_cache.make_features_apply(model.apply), feature_batches)
+    return {"recomputed": recomputed, "computing_features": computing_features, "cached": cached,
             "ratio": recomputed / cached}
 
 
-def main(c: Cost) -> dict:
-    """The command: compile all, time them in turn, and write the table."""
+def main(config: CostConfig) -> dict[str, Any]:
+    """Compiles and times all specs, and returns the content of results.json."""
     began = time.perf_counter()
     console = Console(width=110)
-    model = BERT(c.model, num_classes=2, task="classification")
+    model = BERT(config.model, num_classes=2, task="classification")
     loss_fn = functools.partial(classification.classification_loss, model.apply)
-    found = []
-    for recipe in c.recipes:
-        found.append(prepare(c, model, recipe, loss_fn))
-        console.print(f"{recipe}: compiled in {found[-1].figures['compile_seconds']:.0f} s")
-    times = interleaved(c, found)
-    figures = [r.figures for r in found]
-    first = figures[0]
-    for k, row in enumerate(figures):
-        row["seconds_per_step"] = float(np.median(times[k]))
-        row["time_ratio"] = float(np.median(np.array(times[k]) / np.array(times[0])))
+    specs = []
+    for spec in config.trainable:
+        specs.append(compile_spec(config, model, spec, loss_fn))
+        console.print(f"{spec}: compiled in {specs[-1].costs['compile_seconds']:.0f} s")
+    times = time_interleaved(config, specs)
+    rows = [spec.costs for spec in specs]
+    first = rows[0]
+    for row, seconds in zip(rows, times):
+        row["seconds_per_step"] = float(np.median(seconds))
+        row["time_ratio"] = float(np.median(np.array(seconds) / np.array(times[0])))
         row["flops_ratio"] = row["flops"] / first["flops"]
-    del found
+    del specs  # frees the states
     gc.collect()
-    metrics = {"recipes": figures}
-    if c.epoch_batches:
-        metrics["cached_features"] = cached_features(c, model)
-    console.print(table(c, figures))
-    if c.epoch_batches:
-        console.print("an epoch of head: {recomputed:.2f} s computing the body, {cached:.3f} s on "
-                      "cached features: {ratio:.0f} times faster".format(
-                          **metrics["cached_features"]))
-    plots.costs(c.out / "cost.png", {
-        row["recipe"]: {"FLOPs": row["flops_ratio"], "time": row["time_ratio"],
-                        "optimizer state": row["optimizer_bytes"] / first["optimizer_bytes"]}
-        for row in figures}, title=f"A training step, relative to {c.recipes[0]}")
-    return common.write_results(c.out, c, metrics, time.perf_counter() - began)
+    metrics: dict[str, Any] = {"specs": rows}
+    if config.epoch_batches:
+        metrics["cached_features"] = time_cached_features(config, model)
+    console.print(make_table(config, rows))
+    if config.epoch_batches:
+        console.print(
+            "an epoch of head: {recomputed:.2f} s without cached features, {cached:.3f} s with "
+            "them: {ratio:.0f} times as fast".format(**metrics["cached_features"]))
+    plots.costs(config.out / "cost.png", {
+        row["spec"]: {"FLOPs": row["flops_ratio"], "time": row["time_ratio"],
+                      "optimizer state": row["optimizer_bytes"] / first["optimizer_bytes"]}
+        for row in rows}, title=f"Cost of a training step, relative to {config.trainable[0]}")
+    return write_results(config.out, config, metrics, time.perf_counter() - began)
 
 
-def table(c: Cost, figures: list[dict]) -> Table:
-    shown = Table(title=f"One step of {c.batch_size} x {c.length} tokens; ratios to {c.recipes[0]}")
-    for heading in ("recipe", "trained", "%", "GFLOP", "ratio", "ms", "ratio", "optimizer MB",
+def make_table(config: CostConfig, rows: list[dict[str, Any]]) -> Table:
+    """Returns the table of costs, one row for each spec."""
+    table = Table(title=f"A training step of {config.batch_size} x {config.length} tokens; ratios "
+                        f"are relative to {config.trainable[0]}")
+    for heading in ("spec", "trainable", "%", "GFLOP", "ratio", "ms", "ratio", "optimizer MB",
                     "temporary MB"):
-        shown.add_column(heading, justify="left" if heading == "recipe" else "right")
-    for row in figures:
-        shown.add_row(
-            row["recipe"], f"{row['trained']:,}", f"{100 * row['share_trained']:.3f}",
+        table.add_column(heading, justify="left" if heading == "spec" else "right")
+    for row in rows:
+        table.add_row(
+            row["spec"], f"{row['trained']:,}", f"{100 * row['share_trained']:.3f}",
             f"{row['flops'] / 1e9:.1f}", f"{row['flops_ratio']:.3f}",
             f"{1000 * row['seconds_per_step']:.0f}", f"{row['time_ratio']:.2f}",
             f"{row['optimizer_bytes'] / 1e6:.2f}", f"{(row['temporary_bytes'] or 0) / 1e6:.0f}")
-    return shown
+    return table
+
+
+def command(config: CostConfig) -> None:
+    """Sets up the process, then runs the benchmark."""
+    setup()
+    main(config)
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Cost, description=__doc__)
-    common.start()
-    main(config)
+    sys.exit(run_command(command, parse=lambda: tyro.cli(CostConfig, description=__doc__)))

@@ -1,12 +1,13 @@
-"""A LoRA step here against one of PEFT on PyTorch: the same shapes, in turn, on one machine.
+"""A LoRA training step here and in PEFT on PyTorch, interleaved on one machine.
 
     python -m venv reference && reference/bin/pip install torch==2.13.0 "transformers==5.*" peft
-    python experiments/finetune_peft.py --reference-python reference/bin/python
+    python experiments/benchmarks/finetune_peft.py --reference-python reference/bin/python
 
-BERT-base's shape with random weights, classification of 8 rows of 128 tokens, float32, LoRA of rank
-8 on query and value, dropout 0.1, AdamW. Two processes each prepare and warm up; then they take
-turns, the other stopped (SIGSTOP), and tell their seconds and peak memory. Medians over rounds.
-Hardware: 2 CPU cores and 4 GB of memory take about two minutes; Linux, for the peak.
+Both sides have the shape of BERT-base with random parameters, and classify 8 rows of 128 tokens, in
+float32, with LoRA of rank 8 on query and value, dropout 0.1 and AdamW. Each runs in a process of
+its own, and the two are timed in interleaved rounds; medians over rounds are reported.
+
+Hardware: Linux; two CPU cores with 4 GB take about two minutes.
 """
 
 import json
@@ -14,8 +15,10 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import interleave
 
@@ -23,31 +26,43 @@ WORKER = "--worker"
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Attributes:
-    reference_python: the interpreter of an environment with torch, transformers and peft.
-    recipe: full, which trains everything on both sides, or lora:R.
-    rounds, per_round: turns of each side, and steps of a turn.
-    threads: of torch; JAX takes every core.
-    keep_freed_memory: ours by `distributed.configure_malloc`, as the other scripts run: fewer page faults
-        for a higher peak, because a step's one large buffer may not fit where the last one was.
+class ComparisonConfig:
+    """Settings of the comparison.
+
+    Attributes:
+        reference_python: Python interpreter of an environment with torch, transformers and peft.
+        out: folder for results.json.
+        trainable: trainable spec: "lora:R", or "full", which trains all parameters on both sides.
+        num_layers: layers of the model.
+        d_model: width of the model, a multiple of 64, the width of a head.
+        batch_size: rows of a batch.
+        length: tokens of a row.
+        rounds: number of rounds.
+        steps_per_round: steps of each side in a round.
+        threads: threads of PyTorch; JAX uses all cores.
+        configure_malloc: run this library with `distributed.configure_malloc`, as its scripts do.
+            Steps then have fewer page faults, but the peak memory is higher, because the one large
+            buffer of a step may not fit into the region that the last step freed.
     """
 
     reference_python: Path
     out: Path = Path("runs/peft")
-    recipe: str = "lora:8"
-    layers: int = 12
-    width: int = 768
+    trainable: str = "lora:8"
+    num_layers: int = 12
+    d_model: int = 768
     batch_size: int = 8
     length: int = 128
     rounds: int = 7
-    per_round: int = 2
+    steps_per_round: int = 2
     threads: int = 2
-    keep_freed_memory: bool = False
+    configure_malloc: bool = False
 
 
-def ours(c: dict):
-    """(a function that trains one step, until it is done; number of parameters that train)."""
+def make_jax_step(options: dict[str, Any]) -> tuple[Callable[[], None], int]:
+    """Returns a training step of this library, and the number of trainable parameters.
+
+    The step returns when it is done.
+    """
     import functools
 
     import jax
@@ -59,130 +74,138 @@ def ours(c: dict):
     from transformer_jax.objectives import classification
     from transformer_jax.train import optimizers, step
 
-    if c["keep_freed_memory"]:  # before the first array
+    if options["configure_malloc"]:  # before the first array is created
         distributed.configure_malloc()
-    config = presets.bert_base(num_layers=c["layers"], d_model=c["width"],
-                               num_heads=c["width"] // 64, mlp_dim=4 * c["width"])
+    d_model, spec = options["d_model"], options["trainable"]
+    config = presets.bert_base(num_layers=options["num_layers"], d_model=d_model,
+                               num_heads=d_model // 64, mlp_dim=4 * d_model)
     model = BERT(config, num_classes=2, task="classification")
     optimizer = optimizers.make_optimizer(1e-4)
 
-    def params_of(key):
-        return peft.add_peft_params(init_params(model, key), c["recipe"], key)
+    def init(rng):
+        return peft.add_peft_params(init_params(model, rng), spec, rng)
 
-    mask = select.trainable_mask(jax.eval_shape(params_of, jax.random.key(0)), c["recipe"])
-    state = jax.jit(lambda key: step.init_state(params_of(key), optimizer, mask))(
-        jax.random.key(0))
-    trained = tree.count(tree.partition(state.params, mask)[0])
+    mask = select.trainable_mask(jax.eval_shape(init, jax.random.key(0)), spec)
+    state = jax.jit(lambda rng: step.init_state(init(rng), optimizer, mask))(jax.random.key(0))
+    num_trainable = tree.count(tree.partition(state.params, mask)[0])
     loss_fn = functools.partial(classification.classification_loss, model.apply)
-    run = jax.jit(step.make_train_step(loss_fn, optimizer, mask), donate_argnums=0)
-    tokens, labels = batch(c, config.vocab_size)
-    rows = jax.device_put({
+    train_step = jax.jit(step.make_train_step(loss_fn, optimizer, mask), donate_argnums=0)
+    tokens, labels = random_batch(options, config.vocab_size)
+    batch = jax.device_put({
         "tokens": tokens, "labels": labels, "segment_ids": np.zeros_like(tokens),
         "padding_mask": np.ones(tokens.shape, bool),
         "weights": np.ones(len(tokens), np.float32)})
     rng = jax.random.key(2)
 
-    def one_step():
+    def run_step():
         nonlocal state
-        state, metrics = run(state, rows, rng)
+        state, metrics = train_step(state, batch, rng)
         jax.block_until_ready((state, metrics))
 
-    return one_step, trained
+    return run_step, num_trainable
 
 
-def theirs(c: dict):
-    """The same by PEFT."""
+def make_torch_step(options: dict[str, Any]) -> tuple[Callable[[], None], int]:
+    """Returns the same training step in PEFT on PyTorch, and the number of trainable parameters."""
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    torch.set_num_threads(c["threads"])
+    torch.set_num_threads(options["threads"])
+    d_model, spec = options["d_model"], options["trainable"]
     config = transformers.BertConfig(
-        num_hidden_layers=c["layers"], hidden_size=c["width"],
-        num_attention_heads=c["width"] // 64, intermediate_size=4 * c["width"], num_labels=2)
+        num_hidden_layers=options["num_layers"], hidden_size=d_model,
+        num_attention_heads=d_model // 64, intermediate_size=4 * d_model, num_labels=2)
     model = transformers.BertForSequenceClassification(config)
-    if c["recipe"] != "full":
-        rank = int(c["recipe"].removeprefix("lora:"))
+    if spec != "full":
+        rank = int(spec.removeprefix("lora:"))
         model = get_peft_model(model, LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], task_type="SEQ_CLS"))
     model.train()
-    trains = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trains, lr=1e-4, weight_decay=0.01, fused=True)
-    tokens, labels = (torch.from_numpy(x).long() for x in batch(c, config.vocab_size))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.01, fused=True)
+    tokens, labels = (torch.from_numpy(x).long() for x in random_batch(options, config.vocab_size))
     mask = torch.ones_like(tokens)
 
-    def one_step():
+    def run_step():
         loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trains, 1.0)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return one_step, sum(p.numel() for p in trains)
+    return run_step, sum(p.numel() for p in trainable)
 
 
-def batch(c: dict, vocab_size: int):
+def random_batch(options: dict[str, Any], vocab_size: int):
+    """Returns random tokens `[B, T]` and labels `[B]`."""
     import numpy as np
 
     rng = np.random.default_rng(0)
-    tokens = rng.integers(5, vocab_size, (c["batch_size"], c["length"])).astype(np.int32)
-    return tokens, rng.integers(0, 2, c["batch_size"]).astype(np.int32)
+    shape = (options["batch_size"], options["length"])
+    tokens = rng.integers(5, vocab_size, shape).astype(np.int32)
+    return tokens, rng.integers(0, 2, options["batch_size"]).astype(np.int32)
 
 
-def worker(side: str, settings: str) -> None:
-    """One side, in a process of its own."""
-    c = json.loads(settings)
-    one_step, trained = {"ours": ours, "theirs": theirs}[side](c)
-    interleave.serve(one_step, c["per_round"], trained=trained)
+WORKERS = {"transformer_jax": make_jax_step, "peft": make_torch_step}
 
 
-def compare(c: Comparison) -> dict[str, interleave.Timings]:
-    """The turns of each side.
+def run_worker(name: str, options_json: str) -> None:
+    """Runs one side, in a process of its own."""
+    options = json.loads(options_json)
+    run_step, num_trainable = WORKERS[name](options)
+    interleave.serve(run_step, min_calls=options["steps_per_round"], trained=num_trainable)
+
+
+def compare(config: ComparisonConfig) -> dict[str, interleave.Timings]:
+    """Returns the timings of both sides.
 
     Raises:
-        ValueError: a recipe that the other side has no counterpart of.
-        RuntimeError: a side does not start, or ends early.
+        ValueError: a trainable spec that is not compared.
+        OSError: a worker does not start, or ends early.
     """
-    if not re.fullmatch(r"full|lora:[1-9]\d*", c.recipe):
-        raise ValueError(f"recipe {c.recipe!r} is not compared; choose full, or a LoRA such as "
-                         "lora:8")
-    settings = json.dumps({"layers": c.layers, "width": c.width, "recipe": c.recipe,
-                           "batch_size": c.batch_size, "length": c.length,
-                           "per_round": c.per_round, "threads": c.threads,
-                           "keep_freed_memory": c.keep_freed_memory})
-    pythons = {"ours": sys.executable, "theirs": str(c.reference_python)}
+    if not re.fullmatch(r"full|lora:[1-9]\d*", config.trainable):
+        raise ValueError(f"unsupported trainable spec {config.trainable!r} for this comparison; "
+                         "supported: full, and LoRA such as lora:8")
+    names = ("num_layers", "d_model", "trainable", "batch_size", "length", "steps_per_round",
+             "threads", "configure_malloc")
+    options = json.dumps({name: getattr(config, name) for name in names})
+    interpreters = {"transformer_jax": sys.executable, "peft": str(config.reference_python)}
     return interleave.run_interleaved(
-        {side: [python, __file__, WORKER, side, settings] for side, python in pythons.items()},
-        c.rounds)
+        {name: [python, __file__, WORKER, name, options] for name, python in interpreters.items()},
+        config.rounds)
 
 
-def main(c: Comparison) -> dict:
-    """The command."""
-    import common
+def main(config: ComparisonConfig) -> dict[str, Any]:
+    """Runs the comparison, prints it, and returns the content of results.json."""
+    from transformer_jax.recipes.run_dir import write_results
 
     began = time.perf_counter()
-    sides = compare(c)
-    ratios = interleave.ratios(sides["ours"], sides["theirs"])
+    timings = compare(config)
+    here, reference = (timings[name] for name in WORKERS)
+    ratios = interleave.ratios(here, reference)
     metrics = {
-        **{side: {"trained": found.facts["trained"], "seconds_per_step": found.median,
+        **{name: {"trained": found.info["trained"], "seconds_per_step": found.median,
                   "seconds": found.seconds, "peak_bytes": found.peak_bytes}
-           for side, found in sides.items()},
+           for name, found in timings.items()},
         "time_ratio": statistics.median(ratios), "time_ratios": ratios,
-        "memory_ratio": sides["ours"].peak_bytes / sides["theirs"].peak_bytes,
+        "memory_ratio": here.peak_bytes / reference.peak_bytes,
     }
-    for side in sides:
-        print(f"{side}: {1000 * metrics[side]['seconds_per_step']:.0f} ms a step, peak "
-              f"{metrics[side]['peak_bytes'] / 2**20:.0f} MiB")
-    print(f"{c.recipe}: {metrics['time_ratio']:.2f} of PEFT's time (rounds: "
-          + ", ".join(f"{r:.2f}" for r in ratios) + f"), {metrics['memory_ratio']:.2f} of its "
-          "memory")
-    return common.write_results(c.out, c, metrics, time.perf_counter() - began)
+    for name, found in timings.items():
+        print(f"{name}: {1000 * found.median:.0f} ms per step, peak memory "
+              f"{found.peak_bytes / 2**20:.0f} MiB")
+    print(f"{config.trainable}: {metrics['time_ratio']:.2f} of PEFT's time (by round: "
+          + ", ".join(f"{ratio:.2f}" for ratio in ratios)
+          + f"), {metrics['memory_ratio']:.2f} of its memory")
+    return write_results(config.out, config, metrics, time.perf_counter() - began)
 
 
 if __name__ == "__main__":
     if WORKER in sys.argv:
-        worker(*sys.argv[2:])
+        run_worker(*sys.argv[2:])
     else:
         import tyro
 
-        main(tyro.cli(Comparison, description=__doc__))
+        from transformer_jax.cli.command import run_command
+
+        sys.exit(run_command(main, parse=lambda: tyro.cli(ComparisonConfig, description=__doc__)))

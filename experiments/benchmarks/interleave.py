@@ -98,7 +98,7 @@ def run_interleaved(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[
         Name of a worker -> its timings.
 
     Raises:
-        RuntimeError: a worker does not start, or ends early.
+        OSError: a worker does not start, or ends early.
     """
     workers: dict[str, subprocess.Popen] = {}
     timings: dict[str, Timings] = {}
@@ -153,7 +153,7 @@ def _receive(name: str, process: subprocess.Popen) -> dict:
     for line in process.stdout:
         if line.startswith(_PREFIX):
             return json.loads(line.removeprefix(_PREFIX))
-    raise RuntimeError(
+    raise ChildProcessError(
         f"the worker {name!r} ended with status {process.wait()}; its error is printed above. "
         f"{process.args[0]} must be a Python interpreter with the packages that the worker needs")
 

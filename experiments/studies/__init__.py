@@ -1,30 +1,34 @@
-"""What the notes claim, each claim an experiment: `python experiments/study.py NAME`.
+"""Studies: claims about transformers and transfer learning, each tested by an experiment.
 
-A module here has a docstring that says what is claimed, the command, hardware, time and what came
-of it; a frozen dataclass of settings; `config()`, `large()` and `smallest()`, which are settings
-for two CPU cores, for an accelerator, and for a test; and `run(settings)`, which returns what
-`results.json` keeps and writes the picture.
+    python experiments/study.py NAME
+
+A study is a module with a docstring that states the claims, the command, the hardware, the time and
+the results; a frozen dataclass of settings; the functions `default()`, `large()` and `smallest()`,
+which return settings for a CPU core, for an accelerator and for a smoke test; and `run(config)`,
+which saves the figures and returns the metrics for `results.json`.
 """
 
 import importlib
 import pkgutil
+from types import ModuleType
+from typing import Any
 
-SIZES = {"": "config", "-large": "large", "-smallest": "smallest"}
+SIZES = {"": "default", "-large": "large", "-smallest": "smallest"}
+"""Suffix of a study's name -> the function that returns its settings."""
+
+
+def _modules() -> dict[str, ModuleType]:
+    modules = {m.name: importlib.import_module(f"{__name__}.{m.name}")
+               for m in pkgutil.iter_modules(__path__)}
+    return {name: module for name, module in modules.items() if hasattr(module, "run")}
 
 
 def names() -> list[str]:
-    """Of all studies."""
-    modules = {m.name: importlib.import_module(f"{__name__}.{m.name}")
-               for m in pkgutil.iter_modules(__path__)}
-    return [name for name, module in modules.items() if hasattr(module, "run")]
+    """Returns the names of all studies."""
+    return list(_modules())
 
 
-def load() -> dict[str, tuple[str, object]]:
-    """Name and size -> (first line of the docstring, settings), as tyro's
-    `overridable_config_cli` takes them."""
-    found = {}
-    for name in names():
-        module = importlib.import_module(f"{__name__}.{name}")
-        for size, function in SIZES.items():
-            found[name + size] = (module.__doc__.splitlines()[0], getattr(module, function)())
-    return found
+def load() -> dict[str, tuple[str, Any]]:
+    """Returns name and size -> (summary, settings), for tyro's `overridable_config_cli`."""
+    return {name + suffix: (module.__doc__.splitlines()[0], getattr(module, function)())
+            for name, module in _modules().items() for suffix, function in SIZES.items()}

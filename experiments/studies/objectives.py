@@ -1,92 +1,107 @@
-"""What the objectives teach: next word, masked words, next sentence, denoising, side by side.
+"""Pre-training objectives compared: next word, masked words, next sentence, and denoising.
 
     python experiments/study.py objectives
 
-Claims: each objective teaches what it asks for. Masked words and next words teach what texts are
-about; next-sentence prediction teaches how sentences go together (Devlin et al. 2018, section 5.1),
-with segment embeddings to tell them apart; a wider context k predicts better; and the language
-model's loss beside the task's helps fine-tuning (Radford et al. 2018, section 5).
+Claims: each objective teaches what it predicts. Masked words and next words teach what texts are
+about. Next-sentence prediction teaches how sentences relate (Devlin et al. 2018, section 5.1), and
+segment embeddings tell the two sentences apart. A wider attention window predicts better. The
+auxiliary language-model loss helps fine-tuning (Radford et al. 2018, section 5).
 
-Small models of equal size see as many tokens of Python's documentation, and are then fine-tuned,
-all parameters, on two tasks from it: the part of the library that a docstring is about, and whether
-one sentence follows another.
+Small models of equal size are pre-trained on the same number of tokens of the documentation of
+Python. Then all their parameters are fine-tuned on two tasks from it: which part of the library a
+docstring documents, and whether one sentence follows another.
 
-One core of an AMD EPYC: 27 minutes. It holds in part. Topics, three seeds: from scratch 58.9 ± 0.2
-%, next word 69.2 ± 1.0, denoising 72.9 ± 0.9; masked words 49.8 ± 2.6, with next sentence 52.5 ±
-0.4, without segments 52.0 ± 1.0: after 800 steps these have learnt less than labels alone teach a
-GPT. Next sentence alone is not learnt (0.693 nats, chance), and no system learns whether B follows
-A. A narrow context hardly costs next-word loss here (4.314 nats for k = 2 in each layer, 4.324 for
-8, 4.310 for all), but what is read at the last token then sees the last words alone: topics 15.5
-and 44.2 %. The auxiliary loss: 70.1 ± 1.5 %, no difference.
+Hardware and time: one core of an AMD EPYC, 27 minutes.
+
+Result: the claims hold in part. Topics, three seeds: from scratch 58.9 ± 0.2 %, next word 69.2 ±
+1.0, denoising 72.9 ± 0.9; masked words 49.8 ± 2.6, with next sentence 52.5 ± 0.4, without segments
+52.0 ± 1.0: after 800 steps these are worse than a GPT from scratch. Next sentence alone is not
+learned (0.693 nats, chance), and no model learns whether B follows A. A narrow attention window
+hardly raises the next-word loss here (4.314 nats for a window of 2 tokens in each layer, 4.324 for
+8, 4.310 for all), but the classifier on the last token then depends on the last words alone: topics
+15.5 and 44.2 %. The auxiliary loss: 70.1 ± 1.5 %, no difference.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from studies import systems
-from studies.pictures import Bars, show
+from studies import small_models
+from studies.figures import Bars, save_panels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objectives:
-    """Attributes:
-        kinds: of `systems.KINDS`.
-        aux_lm_loss_weight: of the language model's loss beside the task's, for the first GPT.
+    """Settings of the study.
+
+    Attributes:
+        out: folder for the figure and the results.
+        methods: names in `small_models.METHODS`. The first is trained from scratch, too.
+        aux_lm_loss_weight: weight of the auxiliary loss, if the first is GPT; 0 leaves it out.
+        protocol: size, pre-training and fine-tuning of all models.
     """
 
     out: Path = Path("runs/objectives")
-    kinds: tuple[str, ...] = tuple(systems.KINDS)
+    methods: tuple[str, ...] = tuple(small_models.METHODS)
     aux_lm_loss_weight: float = 0.5
-    shape: systems.Shape = field(default_factory=systems.Shape)
+    protocol: small_models.ProtocolConfig = field(default_factory=small_models.ProtocolConfig)
 
 
-def config() -> Objectives:
+def default() -> Objectives:
     return Objectives()
 
 
 def large() -> Objectives:
-    return Objectives(shape=systems.LARGE)
+    return Objectives(protocol=small_models.LARGE)
 
 
 def smallest() -> Objectives:
-    return Objectives(shape=systems.SMALLEST, kinds=("BERT, sentences only",))
+    return Objectives(protocol=small_models.SMALLEST, methods=("BERT, next sentence only",))
 
 
-def run(c: Objectives) -> dict:
-    s = c.shape
-    tasks = {"topics": (systems.topics(s), s.labels), "pairs": (systems.pairs(s), s.pairs)}
-    rows = []
+def run(config: Objectives) -> dict[str, Any]:
+    protocol = config.protocol
+    tasks = {"topics": (small_models.load_topics(protocol), protocol.labels),
+             "pairs": (small_models.make_sentence_pairs(protocol), protocol.pairs)}
+    rows: list[dict[str, Any]] = []
 
-    def add(name: str, system: systems.System, **options) -> None:
-        row = {"system": name, "held_out": None if options else system.held_out}
-        for task, (data, total) in tasks.items():
-            row[task] = systems.ask(s, system, data, total, **options)
+    def add_row(name: str, model: small_models.PretrainedModel, **options: Any) -> None:
+        row: dict[str, Any] = {"system": name, "held_out": None if options else model.held_out}
+        for task, (dataset, num_examples) in tasks.items():
+            row[task] = small_models.finetune_accuracies(
+                protocol, model, dataset, num_examples, **options)
         rows.append(row)
-        print("  " + ", ".join(f"{task} {np.mean(row[task]):.1f} ± {np.std(row[task]):.1f} %"
-                               for task in tasks), flush=True)
+        print(f"  {name}: " + ", ".join(
+            f"{task} {np.mean(row[task]):.1f} ± {np.std(row[task]):.1f} %" for task in tasks),
+            flush=True)
 
-    for i, kind in enumerate(c.kinds):
-        system = systems.pretrain(s, kind)
-        add(kind, system)
+    for i, name in enumerate(config.methods):
+        model = small_models.pretrain(protocol, name)
+        add_row(name, model)
         if i == 0:
-            print(f"{kind}, from scratch", flush=True)
-            add("from scratch", system, scratch=True)
-            if kind == "GPT" and c.aux_lm_loss_weight:
-                print(f"{kind}, with the auxiliary loss", flush=True)
-                add(f"{kind}, LM loss x {c.aux_lm_loss_weight:g}", system, aux_lm_loss_weight=c.aux_lm_loss_weight)
-    chance = {task: systems.chance(data) for task, (data, _) in tasks.items()}
-    picture(c, rows, chance)
+            add_row("from scratch", model, from_scratch=True)
+            if name == "GPT" and config.aux_lm_loss_weight:
+                add_row(f"{name}, LM loss x {config.aux_lm_loss_weight:g}", model,
+                        aux_lm_loss_weight=config.aux_lm_loss_weight)
+    chance = {task: small_models.majority_baseline(dataset)
+              for task, (dataset, _) in tasks.items()}
+    save_figure(config, rows, chance)
     return {"systems": rows, "chance": chance}
 
 
-def picture(c: Objectives, rows: list[dict], chance: dict[str, float]) -> None:
-    s, groups = c.shape, [row["system"] for row in rows]
-    show(c.out / "objectives.png", {
-        title: Bars({"accuracy": [np.mean(row[task]) for row in rows]}, groups,
+def save_figure(
+    config: Objectives, rows: list[dict[str, Any]], chance: dict[str, float]
+) -> None:
+    protocol = config.protocol
+    titles = {"topics": f"Topic of a docstring ({protocol.labels} labels)",
+              "pairs": f"B follows A ({protocol.pairs} pairs)"}
+    names = [row["system"] for row in rows]
+    save_panels(config.out / "objectives.png", {
+        title: Bars({"accuracy": [np.mean(row[task]) for row in rows]}, names,
                     {"accuracy": [np.std(row[task]) for row in rows]},
                     [chance[task]] * len(rows))
-        for task, title in (("topics", f"What it is about ({s.labels} labels)"),
-                            ("pairs", f"Does B follow A? ({s.pairs} pairs)"))},
-        title=f"After {s.num_steps} steps of pre-training by each objective, {s.seeds} seeds")
+        for task, title in titles.items()},
+        title=f"Fine-tuning after {protocol.num_steps} steps of pre-training by each objective, "
+              f"{protocol.seeds} seeds")

@@ -1,4 +1,4 @@
-"""Every kind of case on a tiny model."""
+"""Every kind of benchmark case, on a tiny model."""
 
 import bench
 import pytest
@@ -8,21 +8,22 @@ TINY = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 32, "vocab_si
 CASES = {
     "gpt": bench.Case("gpt2", 2, 16, changes=TINY),
     "bert": bench.Case("bert_tiny", 2, 16, changes=TINY),
-    "bart": bench.Case("bart_base", 2, 16, target=8, changes=TINY),
-    "decode": bench.Case("gpt2", 2, 8, "decode", 4, TINY),
-    "write": bench.Case("bart_base", 1, 8, "decode", 4, TINY | {"decoder_start_token_id": 2}),
+    "bart": bench.Case("bart_base", 2, 16, target_length=8, changes=TINY),
+    "gpt_decode": bench.Case("gpt2", 2, 8, "decode", 4, TINY),
+    "bart_decode": bench.Case("bart_base", 1, 8, "decode", 4, TINY | {"decoder_start_token_id": 2}),
     "lora": bench.Case("bert_tiny", 2, 16, "lora:2", changes=TINY),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_line(monkeypatch, name):
+def test_measurements_of_a_case(monkeypatch, name):
     monkeypatch.setattr(bench, "CASES", CASES)
-    monkeypatch.setattr(bench.measure, "matmul_rate", lambda dtype: 1e9)
-    monkeypatch.setattr(bench.measure, "read_rate", lambda: 1e9)
-    line = bench.time_case(name, bench.Bench(rounds=2, dropout_rate=0.1))
+    monkeypatch.setattr(bench.throughput, "matmul_flops_per_second", lambda dtype: 1e9)
+    monkeypatch.setattr(bench.throughput, "memory_bandwidth", lambda: 1e9)
+    line = bench.time_case(name, bench.BenchConfig(rounds=2, dropout_rate=0.1))
     case = CASES[name]
-    tokens = case.rows * (case.target if case.work == "decode" else case.length + case.target)
+    tokens = case.batch_size * (case.target_length if case.work == "decode"
+                                else case.length + case.target_length)
     assert line["tokens_per_second"] == pytest.approx(tokens / line["median_seconds"], rel=0.01)
     assert line["compilations_after_second"] == 0
     assert line["compile_seconds"] > 0
@@ -30,6 +31,6 @@ def test_a_line(monkeypatch, name):
     assert ("read_share" in line) == (case.work == "decode")
 
 
-def test_an_unknown_case():
-    with pytest.raises(ValueError, match="no case gpt9; there are gpt2, bert_base"):
-        bench.main(bench.Bench(cases=("gpt9",)))
+def test_unknown_case_is_an_error():
+    with pytest.raises(ValueError, match="unknown case 'gpt9'; did you mean gpt2"):
+        bench.main(bench.BenchConfig(cases=("gpt9",)))

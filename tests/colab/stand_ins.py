@@ -1,4 +1,4 @@
-"""What notebooks fetch by name, in small: checkpoints in the published format and data in files."""
+"""Small stand-ins for what notebooks download: checkpoints and datasets."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ WORDS = ("a", "fine", "film", "with", "good", "story", "and", "bad", "music", "n
 SHAPE = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 64, "max_length": 64}
 
 
-def sentence(i: int, count: int = 8) -> str:
+def make_sentence(i: int, count: int = 8) -> str:
     return " ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(1, count + 1)) + "."
 
 
-TEXTS = [sentence(i) for i in range(40)]
+TEXTS = [make_sentence(i) for i in range(40)]
 
 
 def _save(folder: Path, config, tokenizer, task: str | None = None) -> str:
@@ -37,13 +37,13 @@ def gpt2(folder: Path) -> str:
 
 
 def marian_config(tokenizer, **shape) -> TransformerConfig:
-    """A Transformer of the form that Marian's checkpoints have."""
-    end = tokenizer.sep_id
+    """Returns a config with the architecture of Marian's checkpoints."""
+    eos_id = tokenizer.sep_id
     return TransformerConfig(
         **shape, vocab_size=tokenizer.vocab_size, positions="sinusoidal_halves",
         scale_embedding=True, output_bias=True, initializer="normal", activation="swish",
-        pad_token_id=tokenizer.pad_id, eos_token_id=end, decoder_start_token_id=tokenizer.pad_id,
-        forced_eos_token_id=end)
+        pad_token_id=tokenizer.pad_id, eos_token_id=eos_id, decoder_start_token_id=tokenizer.pad_id,
+        forced_eos_token_id=eos_id)
 
 
 def marian(folder: Path) -> str:
@@ -79,7 +79,6 @@ def captions(folder: Path) -> str:
     return str(folder)
 
 
-# What each notebook is given instead of the names in it.
 STAND_INS = {
     "sentiment": {"MODEL": bert, "DATA": reviews},
     "question_answering": {"MODEL": bert, "DATA": questions},
@@ -87,3 +86,4 @@ STAND_INS = {
     "gpt2_lora": {"MODEL": gpt2},
     "planner": {"TOPOLOGY": lambda folder: "local"},
 }
+"""Name of a notebook -> environment variable -> function that creates its value in a folder."""

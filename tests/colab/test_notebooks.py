@@ -1,4 +1,4 @@
-"""Every notebook runs from a clean kernel at its smallest, and is what its text form says."""
+"""Notebooks: each runs in a clean kernel with its smallest settings and matches its source."""
 
 import importlib.util
 from pathlib import Path
@@ -10,48 +10,55 @@ nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
 
-COLAB = Path(__file__).parents[2] / "colab"
+COLAB_DIR = Path(__file__).parents[2] / "colab"
 
 
-def _build():
-    spec = importlib.util.spec_from_file_location("build_notebooks", COLAB / "build.py")
+def _load_build_script():
+    spec = importlib.util.spec_from_file_location("build_notebooks", COLAB_DIR / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-build = _build()
+build = _load_build_script()
 
 
-def test_there_are_eight():
-    assert len(build.names()) == 8
+def test_there_are_eight_notebooks():
+    assert len(build.notebook_names()) == 8
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # of Jupyter's own
-@pytest.mark.parametrize("name", build.names())
-def test_it_runs(name, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("default")  # Jupyter has warnings of its own
+@pytest.mark.parametrize("name", build.notebook_names())
+def test_notebook_runs_with_smallest_settings(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRANSFORMER_JAX_NOTEBOOK", "smallest")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     for variable, make in STAND_INS.get(name, {}).items():
         monkeypatch.setenv(variable, make(tmp_path / variable.lower()))
-    done = build.run(name, timeout=240)
-    shown = [o for cell in done.cells if cell.cell_type == "code" for o in cell.outputs]
-    assert not [o for o in shown if o.output_type == "error"]
-    assert any("image/png" in o.get("data", {}) for o in shown)  # something is drawn
-    said = "".join(o.text for o in shown if o.output_type == "stream")
-    asks = 'print_devices("' in (COLAB / f"{name}.py").read_text()
-    assert ("!!  NO " in said) == asks  # this is a CPU, and that is said where it matters
+    notebook = build.execute(name, timeout=240)
+    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error"]
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+    printed = "".join(o.text for o in outputs if o.output_type == "stream")
+    wants_accelerator = 'print_devices("' in (COLAB_DIR / f"{name}.py").read_text()
+    assert ("!!  NO " in printed) == wants_accelerator  # the tests run on a CPU
 
 
-@pytest.mark.parametrize("name", build.names())
-def test_what_is_kept_is_a_run_of_the_text(name):
-    kept = nbformat.read(COLAB / f"{name}.ipynb", as_version=4)
-    text = build.read(name)
-    assert [c.source for c in kept.cells] == [c.source for c in text.cells]
-    code = [c for c in kept.cells if c.cell_type == "code"]
-    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
-    outputs = [o for c in code for o in c.outputs]
+@pytest.mark.parametrize("name", build.notebook_names())
+def test_saved_notebook_is_a_run_of_its_source(name):
+    saved = nbformat.read(COLAB_DIR / f"{name}.ipynb", as_version=4)
+    source = build.load_source(name)
+    assert [c.source for c in saved.cells] == [c.source for c in source.cells]
+    code_cells = [c for c in saved.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code_cells] == list(range(1, len(code_cells) + 1))
+    outputs = [o for c in code_cells for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 1
-    assert f"/colab/{name}.ipynb" in kept.cells[0].source  # its badge opens itself
+    assert f"/colab/{name}.ipynb" in saved.cells[0].source  # the badge opens this notebook
+
+
+@pytest.mark.parametrize("name", build.notebook_names())
+def test_saved_notebook_has_no_local_paths(name):
+    lines = (COLAB_DIR / f"{name}.ipynb").read_text().splitlines()
+    text = "\n".join(line for line in lines if '"image/png"' not in line)
+    assert not [folder for folder in ("/tmp/", "/home/", "/root/", "/work/") if folder in text]

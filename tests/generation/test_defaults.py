@@ -8,7 +8,7 @@ from pretrained.files import golden, write
 from small_models import BART
 
 from transformer_jax import load_pretrained
-from transformer_jax.cli.main import main
+from transformer_jax.cli.generation import target_options
 from transformer_jax.generation import generate, generation_options
 
 # generation_config.json of a well-known summarizer, and the options that it sets.
@@ -47,17 +47,17 @@ def test_a_model_without_a_checkpoint_has_no_options():
 
 def test_command_line_options_override_those_of_the_checkpoint():
     config = BART.replace(max_length=100, source=json.dumps({"generation_config": SUMMARIZER}))
-    usual = {"num_beams": 5, "length_penalty": 0.6, "max_length": 129}
-    one = {"do_sample": False, "num_return_sequences": 1}
-    assert main.writing_options(config, {"num_beams": None}, usual) == SUMMARIZER_OPTIONS | one | {
-        "max_length": 100}  # the number of positions
+    defaults = {"num_beams": 5, "length_penalty": 0.6, "max_length": 129}
+    single_text = {"do_sample": False, "num_return_sequences": 1}
+    found = target_options(config, {"num_beams": None}, defaults)
+    assert found == SUMMARIZER_OPTIONS | single_text | {"max_length": 100}  # number of positions
     given = {"num_beams": 2, "max_new_tokens": 300, "min_new_tokens": 0}
-    assert main.writing_options(config, given, usual) == one | {
+    assert target_options(config, given, defaults) == single_text | {
         "num_beams": 2, "max_new_tokens": 99, "min_new_tokens": 0, "early_stopping": True,
         "length_penalty": 2.0, "no_repeat_ngram_size": 3}
-    greedy = main.writing_options(config, {"num_beams": 1}, usual)
+    greedy = target_options(config, {"num_beams": 1}, defaults)
     assert "length_penalty" not in greedy and "early_stopping" not in greedy
-    assert main.writing_options(BART, {}, usual) == usual | one | {"max_length": 32}
+    assert target_options(BART, {}, defaults) == defaults | single_text | {"max_length": 32}
 
 
 def test_generate_accepts_the_options(tmp_path):

@@ -323,6 +323,6 @@ def apply_adapter(base: PyTree, adapter: SavedAdapter | PyTree) -> PyTree:
     params = flatten_paths(adapter.params if isinstance(adapter, SavedAdapter) else adapter)
     leaves = flatten_paths(base)
     replaced = {f"{path}{end}" for path in params for end in _INT8_SUFFIXES}
-    base_params = {path: leaf for path, leaf in leaves.items()
-                   if path not in replaced and path not in peft_param_paths(leaves)}
+    replaced |= peft_param_paths(leaves)
+    base_params = {path: leaf for path, leaf in leaves.items() if path not in replaced}
     return unflatten_paths(base_params | params)

@@ -33,14 +33,12 @@ def transpose_kernels_for_decoding(
         Parameters for `generate`.
 
     Example:
-        >>> import jax
-        >>> from transformer_jax.models import GPT, GPTConfig, init_params
+        >>> from transformer_jax.models import GPT, GPTConfig
         >>> model = GPT(GPTConfig(vocab_size=11, max_length=8, num_layers=1, d_model=4,
         ...                       num_heads=2, mlp_dim=12))
-        >>> params = init_params(model, jax.random.key(0))
-        >>> fast = transpose_kernels_for_decoding(model, params)
-        >>> jax.tree.map(jax.numpy.shape, fast["decoder"]["layer_0"]["mlp"]["wi"])
-        {'bias': (12,), 'kernel_t': (12, 4)}
+        >>> params = {"wi": {"kernel": jnp.ones((4, 12)), "bias": jnp.zeros(12)}}
+        >>> jax.tree.map(jnp.shape, transpose_kernels_for_decoding(model, params))
+        {'wi': {'bias': (12,), 'kernel_t': (12, 4)}}
     """
     return transpose_kernels(params, model.config.compute_dtype, donate)
 

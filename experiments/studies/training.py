@@ -1,0 +1,116 @@
+"""Corpora and short training runs, shared by the studies."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from transformer_jax.data.tokenizers import Tokenizer
+from transformer_jax.recipes.config import OptimizerConfig
+from transformer_jax.recipes.corpus import (
+    ObjectiveRows,
+    load_texts,
+    make_objective_rows,
+    train_tokenizer,
+    with_vocabulary,
+)
+from transformer_jax.recipes.pretraining import PretrainConfig
+from transformer_jax.train import loop, step
+from transformer_jax.tree import PyTree
+
+Curve = tuple[Sequence[int], Sequence[float]]
+"""Steps and values."""
+
+
+class Corpus(NamedTuple):
+    """A text as rows of a pre-training objective.
+
+    Attributes:
+        config: the settings, with the vocabulary size of the tokenizer.
+        tokenizer: the tokenizer of the text.
+        train: rows to train on.
+        held_out: rows to evaluate on.
+    """
+
+    config: PretrainConfig
+    tokenizer: Tokenizer
+    train: ObjectiveRows
+    held_out: ObjectiveRows
+
+
+def load_corpus(config: PretrainConfig, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Loads and tokenizes the text of a pre-training config.
+
+    Args:
+        config: the settings.
+        tokenizer: replaces the tokenizer that `config` describes.
+    """
+    train, held_out = load_texts(config)
+    tokenizer = tokenizer or train_tokenizer(config, train)
+    config = dataclasses.replace(config, model=with_vocabulary(config.model, tokenizer))
+    return Corpus(config, tokenizer, *(make_objective_rows(config, texts, tokenizer)
+                                       for texts in (train, held_out)))
+
+
+class TrainingResult(NamedTuple):
+    """Trained parameters, and the rows of the training loop."""
+
+    params: PyTree
+    history: list[dict]
+
+    def curve(self, name: str = "loss") -> Curve:
+        """Returns the steps and values of a number in the history.
+
+        Example:
+            >>> TrainingResult({}, [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]).curve()
+            ((1, 2), (2.5, 2.0))
+        """
+        points = [(row["step"], row[name]) for row in self.history if name in row]
+        return tuple(zip(*points))
+
+
+def train(
+    name: str, loss_fn: Callable, params: PyTree, batches: Iterator, num_steps: int,
+    optimizer: OptimizerConfig, *, mask: PyTree | None = None, seed: int = 0,
+    num_log_rows: int = 50,
+) -> TrainingResult:
+    """Trains parameters and prints one line about it.
+
+    Args:
+        name: name of the run, for that line.
+        loss_fn: loss function, as `train.step.make_train_step` takes it.
+        params: initial parameters.
+        batches: iterator of batches.
+        num_steps: number of updates.
+        optimizer: the optimizer and its learning-rate schedule.
+        mask: True at trainable parameters; None trains all.
+        seed: of dropout.
+        num_log_rows: number of rows of the history.
+    """
+    began = time.perf_counter()
+    transformation = optimizer.make(num_steps)
+    state, history = loop.fit(
+        step.init_state(params, transformation, mask),
+        step.make_train_step(loss_fn, transformation, mask), batches, rng=jax.random.key(seed),
+        num_steps=num_steps, log_every=max(num_steps // num_log_rows, 1), quiet=True)
+    print(f"{name}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}, "
+          f"{time.perf_counter() - began:.0f} s", flush=True)
+    return TrainingResult(state.params, history)
+
+
+def random_windows(
+    tokens: np.ndarray, length: int, batch_size: int, seed: int
+) -> Iterator[np.ndarray]:
+    """Yields batches `[B, length]` of windows at random positions of a token stream, endlessly.
+
+    Example:
+        >>> next(random_windows(np.arange(100), length=8, batch_size=2, seed=0)).shape
+        (2, 8)
+    """
+    rng = np.random.default_rng(seed)
+    while True:
+        starts = rng.integers(len(tokens) - length + 1, size=batch_size)
+        yield tokens[starts[:, None] + np.arange(length)].astype(np.int32)
