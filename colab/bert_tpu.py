@@ -60,7 +60,7 @@ SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # a few ste
 ON_CPU = jax.devices()[0].platform == "cpu"
 if ON_CPU:
     size = {"num_layers": 2, "d_model": 128, "num_heads": 4, "mlp_dim": 512}
-    NUM_STEPS, BATCH_SIZE, MAX_LENGTH, PEAK_LR = 1200, 32, 48, 3e-3
+    NUM_STEPS, BATCH_SIZE, MAX_LENGTH, PEAK_LR = 800, 32, 48, 3e-3
 else:
     size = {"num_layers": 4, "d_model": 512, "num_heads": 8, "mlp_dim": 2048, "dtype": "bfloat16"}
     NUM_STEPS, BATCH_SIZE, MAX_LENGTH, PEAK_LR = 2000, 256, 128, 1e-3

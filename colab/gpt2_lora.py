@@ -22,7 +22,7 @@
 # 4. save the adapter, which is a small file beside an unchanged base model.
 #
 # `MODEL` is the name of any GPT-2 on the Hugging Face Hub, or a folder. The output below was made
-# offline, with a stand-in for GPT-2: a GPT with 2.6 million parameters in GPT-2's format, pre-trained
+# offline, with a stand-in for GPT-2: a GPT with 2.1 million parameters in GPT-2's format, pre-trained
 # on novels for a few minutes on a CPU.
 
 # %%

@@ -61,7 +61,8 @@ model_config = presets.gpt2(
     dropout_rate=0.0, attention_dropout_rate=0.0, init_std=0.05)
 pretrain(pretrain_config(
     "gpt2", model=model_config, data="python_docs/documents", out=Path("runs/gpt"), num_steps=STEPS,
-    optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=STEPS // 20, b2=0.99)))
+    optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=STEPS // 20, b2=0.99),
+    log_every=20, eval_every=100))
 Image("runs/gpt/loss.png")
 
 # %% [markdown]

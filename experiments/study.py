@@ -1,32 +1,40 @@
-"""Runs one study: a claim about transformers or transfer learning, tested by an experiment.
+"""Runs a study: a claim about transformers or transfer learning, tested by an experiment.
 
     python experiments/study.py grokking
     python experiments/study.py grokking-large --out runs/grokking_large
     python experiments/study.py grokking --help
 
-`experiments/README.md` shows the results; the studies are in `experiments/studies`. NAME-large is
-for accelerators, NAME-smallest checks that the study runs.
+The studies are in `experiments/studies`, their results in `experiments/README.md`. NAME-large is
+for accelerators, and NAME-smallest is a smoke test.
 """
 
 import sys
 import time
+from typing import Any
 
 import studies
 import tyro
 
-from transformer_jax.recipes import run_dir
+from transformer_jax.cli.command import run_command
+from transformer_jax.recipes.run_dir import setup, write_results
 
 
-def main(config) -> dict:
-    """Runs the study; its figures and `results.json` are in its folder."""
+def main(config: Any) -> dict[str, Any]:
+    """Runs the study of a config; `config.out` gets the figures and results.json."""
     began = time.perf_counter()
-    metrics = sys.modules[type(config).__module__].run(config)
-    results = run_dir.write_results(config.out, config, metrics, time.perf_counter() - began)
+    study = sys.modules[type(config).__module__]
+    metrics = study.run(config)
+    results = write_results(config.out, config, metrics, time.perf_counter() - began)
     print(f"{results['seconds']:.0f} s; figures and results.json are in {config.out}", flush=True)
     return results
 
 
-if __name__ == "__main__":
-    config = tyro.extras.overridable_config_cli(studies.load(), description=__doc__)
-    run_dir.setup()
+def command(config: Any) -> None:
+    """Sets up the process, then runs the study."""
+    setup()
     main(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, parse=lambda: tyro.extras.overridable_config_cli(
+        studies.load(), description=__doc__)))

@@ -144,7 +144,7 @@ def test_shard_batch_splits_rows_over_both_axes():
     placed = sharding.shard_batch(batch, sharding.make_mesh(2, 4))["tokens"]
     np.testing.assert_array_equal(placed, batch["tokens"])
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
-    with pytest.raises(ValueError, match="'tokens' has 12 rows, which 8 devices cannot share"):
+    with pytest.raises(ValueError, match="'tokens' has 12 rows, which cannot be split equally"):
         sharding.shard_batch({"tokens": np.zeros((12, 3))}, sharding.make_mesh(2, 4))
 
 

@@ -1,8 +1,8 @@
 """Device meshes, and the sharding of parameters, batches and activations over them.
 
-A mesh has four axes, each a trade-off between memory and communication:
+A mesh has four axes, each with a different trade-off between memory and communication:
 
-    data      replicates the parameters and splits the batch: the least communication
+    data      replicates the parameters and splits the batch; needs the least communication
     fsdp      splits the batch, and every large parameter with its optimizer state (fully sharded
               data parallelism: Rajbhandari et al. 2020, "ZeRO", section 5). XLA all-gathers a
               kernel just before it is used, and reduce-scatters its gradient afterwards
@@ -51,8 +51,9 @@ RULES: tuple[tuple[str, P], ...] = (
 A spec names, for each dimension, the mesh axis that splits it. "fsdp" always splits D (d_model),
 the one dimension that every large parameter has and that is nearly always divisible by the number
 of devices (a vocabulary of 50,257 is not). "tensor" splits the dimension that a sublayer processes
-in parallel: the heads, mlp_dim or the vocabulary. Expressions are searched, so they also match the
-optimizer state: Adam's "0/mu/decoder/layer_0/mlp/wi/kernel" has the sharding of its kernel.
+in parallel: the heads, mlp_dim or the vocabulary. Expressions are matched by `re.search`, so they
+also match the optimizer state: Adam's first moment "0/mu/decoder/layer_0/mlp/wi/kernel" has the
+sharding of the parameter "decoder/layer_0/mlp/wi/kernel".
 
 Specs are aligned with the *last* dimensions, so the leading axis of stacked layers is not split. A
 mesh axis that does not exist or does not divide the dimension is dropped: the array is replicated
@@ -70,9 +71,10 @@ def make_mesh(
 ) -> Mesh:
     """Makes a device mesh with the axes `MESH_AXES`.
 
-    Several TPU slices, or hosts of GPUs, have a fast network inside and a slow one between them.
-    Their devices are arranged so that only "data", the axis with the least communication, spans
-    slices; GPUs are meshed even if that is impossible.
+    The network inside a TPU slice or a GPU host is fast, and the network between them is slow.
+    Devices are therefore arranged so that only "data", the axis with the least communication, spans
+    slices or hosts. If that is impossible, a ValueError is raised for TPUs, and GPUs are arranged
+    without regard to hosts.
 
     Args:
         data: size of the data axis. One of the four sizes may be -1: it is set so that all devices
@@ -135,7 +137,8 @@ def spec_axis_names(entry: Any) -> tuple[str, ...]:
 def _fit_spec(spec: Sequence[Any], shape: Sequence[int], axis_sizes: dict[str, int]) -> P:
     """Aligns a spec with the last dimensions of a shape.
 
-    Axes that do not exist, have size 1 or do not divide the dimension are dropped.
+    Axes that do not exist, have size 1 or do not divide the dimension are dropped. A shape with
+    fewer dimensions than the spec is replicated.
     """
     if len(spec) > len(shape):
         return P()
@@ -150,7 +153,7 @@ def _fit_spec(spec: Sequence[Any], shape: Sequence[int], axis_sizes: dict[str, i
 
 
 def param_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Returns the sharding of every leaf by `RULES`.
+    """Returns the sharding of every leaf, as determined by `RULES`.
 
     Args:
         tree: parameters, an optimizer state or a whole train state; real or abstract arrays
@@ -189,13 +192,13 @@ class DataShard(NamedTuple):
 
 
 def process_data_shard(mesh: Mesh | None = None) -> DataShard:
-    """Returns the data shard of this process; without a mesh, that of the whole batch.
+    """Returns the data shard of this process; without a mesh, the whole batch.
 
     Processes whose devices hold the same rows, because "sequence" or "tensor" spans them, have the
     same data shard.
 
     Raises:
-        ValueError: the rows of two processes overlap partially.
+        ValueError: the rows of two processes overlap, but are not the same.
 
     Example:
         >>> process_data_shard(make_mesh())  # in a single process
@@ -212,16 +215,17 @@ def _data_shard(owners: np.ndarray, batch_axes: Sequence[int], process: int) -> 
     """Returns the data shard of a process.
 
     Args:
-        owners: the process of each device of the mesh.
+        owners: the process index of each device, in the shape of the mesh.
         batch_axes: the dimensions of `owners` over which a batch is split.
         process: the index of the process.
     """
+    # blocks[i]: the processes whose devices hold batch shard i.
     blocks = np.moveaxis(owners, batch_axes, range(len(batch_axes)))
     blocks = blocks.reshape(int(np.prod(blocks.shape[: len(batch_axes)])), -1)
     shards = {tuple(np.flatnonzero((blocks == p).any(1)).tolist()) for p in np.unique(owners)}
     if sum(map(len, shards)) != len(blocks):
         raise ValueError(
-            f"the devices of different processes hold overlapping rows of a batch (blocks "
+            f"the devices of different processes hold overlapping rows of a batch (batch shards "
             f"{sorted(shards)} of {len(blocks)}); choose mesh sizes such that data * fsdp, or "
             "sequence * tensor, is a multiple of the number of devices per process"
         )
@@ -254,8 +258,9 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
         total = len(rows) * num_data_shards
         if total % num_parts:
             raise ValueError(
-                f"batch entry {path!r} has {total} rows, which {num_parts} devices cannot share "
-                f"equally; use a batch size that is a multiple of {num_parts}"
+                f"batch entry {path!r} has {total} rows, which cannot be split equally into the "
+                f"{num_parts} batch shards of the mesh (data * fsdp); use a batch size that is a "
+                f"multiple of {num_parts}"
             )
         shape = (total, *rows.shape[1:])
         return jax.make_array_from_process_local_data(sharding, rows, shape)
@@ -266,8 +271,8 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """Constrains the sharding of an array on the mesh set by `jax.set_mesh`.
 
-    Without such a mesh, and inside `jax.pmap` and `jax.shard_map`, where arrays are local already,
-    `x` is returned unchanged. Models therefore also run without a mesh.
+    If no mesh is set, and inside `jax.pmap` and `jax.shard_map`, where arrays are local already,
+    `x` is returned unchanged. Models can therefore be used without a mesh.
 
     Args:
         x: an array.
@@ -305,14 +310,14 @@ def axis_size(name: str) -> int:
 def varying_axes(x: Any) -> frozenset[str]:
     """Returns the axes of an enclosing `jax.shard_map` over which the values of `x` vary.
 
-    Empty with `check_vma=False`, where JAX does not track them.
+    The result is empty with `check_vma=False`, because JAX does not track varying axes then.
     """
     axis_type = getattr(getattr(x, "aval", None), "manual_axis_type", None)
     return frozenset(getattr(axis_type, "varying", ()))
 
 
 def _auto_axis_sizes() -> dict[str, int]:
-    """Returns the sizes of the Auto axes of the current mesh; XLA chooses shardings over these."""
+    """Returns the sizes of the axes of the current mesh that have type Auto."""
     mesh = jax.sharding.get_abstract_mesh()
     return {name: size
             for name, size, axis_type in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)

@@ -4,9 +4,9 @@ Parameters are nested dicts of arrays. The *path* of a leaf is its keys joined b
 "encoder/layer_0/mlp/wi/kernel". Sharding, freezing, weight decay and conversion select leaves by
 regular expressions on their paths (`first_match`).
 
-Every pytree has paths, not only nested dicts: fields of a named tuple go by name and elements of a
-sequence by index, so Adam's first moment of that kernel has the path
-"0/mu/encoder/layer_0/mlp/wi/kernel".
+Every pytree has paths, not only nested dicts. The key of a field of a named tuple is its name, and
+the key of an element of a sequence is its index. For example, Adam's first moment of that kernel
+has the path "0/mu/encoder/layer_0/mlp/wi/kernel".
 """
 
 import re
@@ -94,7 +94,7 @@ def first_match(rules: Sequence[tuple[str, T]], path: str, default: Any = _REQUI
     Args:
         rules: (regular expression, value) pairs.
         path: the path of a leaf.
-        default: the value if no rule matches; without it, that is an error.
+        default: the value to return if no rule matches; by default, an error is raised.
 
     Raises:
         ValueError: no rule matches and there is no default.
@@ -125,9 +125,9 @@ def map_paths(fn: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
 def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
     """Splits a tree into (selected, rest): the leaves where a mask is true, and the others.
 
-    Both trees have the dicts of `tree`, with None in place of the other tree's leaves. None is an
-    empty subtree in JAX, so `jax.grad` does not differentiate it and an optimizer has no state for
-    it.
+    Both trees have the nested dicts of `tree`, with None in place of the leaves that belong to the
+    other tree. None is an empty subtree in JAX: `jax.grad` does not differentiate it, and an
+    optimizer has no state for it.
 
     Args:
         tree: a pytree.
@@ -199,8 +199,8 @@ def restore_partial(target: PyTree, source: PyTree) -> tuple[PyTree, LoadReport]
     """Replaces the leaves of `target` by those of `source` with the same path.
 
     Args:
-        target: initialized parameters. The replaced leaves keep their dtypes and, if they are JAX
-            arrays, their shardings.
+        target: initialized parameters. The new values are converted to the dtypes of the leaves
+            that they replace and, if these are JAX arrays, are placed with their shardings.
         source: loaded parameters.
 
     Returns:
@@ -253,8 +253,9 @@ def restore_partial(target: PyTree, source: PyTree) -> tuple[PyTree, LoadReport]
 def stack_layers(tree: PyTree) -> PyTree:
     """Stacks the subtrees layer_0 ... layer_{n-1} into one subtree "layers" with a leading axis n.
 
-    `jax.lax.scan` over layers needs this form. Parameters are stored, frozen and converted in the
-    form with one subtree per layer. Siblings of the layers are unchanged.
+    Layers are stacked at any depth of the tree; all other subtrees are unchanged. `jax.lax.scan`
+    over layers needs the stacked form, which the checkpoints of such a run contain. Fine-tuning and
+    conversion need the form with one subtree per layer (`unstack_layers`).
 
     Raises:
         ValueError: the layers are not numbered from 0 without a gap, or differ in structure or

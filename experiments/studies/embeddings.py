@@ -1,202 +1,276 @@
-"""Embeddings: what the spaces of tokens, positions and segments look like, before and after.
+"""Embeddings: geometry of token, position, segment and text embeddings, before and after training.
 
     python experiments/study.py embeddings
 
-Claims: pre-training puts words of a kind together; learned positions find the order of the row by
-themselves; segments are two directions that tell sentences apart; and fine-tuning moves whole
-texts, so that those with the same label become neighbours.
+Claims: pre-training puts words of the same kind close together; learned position embeddings reflect
+the order of the positions; the two segment embeddings point in directions that tell the sentences
+apart; fine-tuning moves texts so that those with the same label become neighbors.
 
-A small GPT with learned positions is pre-trained on Python's documentation, then fine-tuned to tell
-which of twelve parts of the library a docstring is about; segments are those of a BERT.
+A small GPT with learned positions is pre-trained on the documentation of Python, then fine-tuned to
+classify which of twelve parts of the library a docstring documents. The segment embeddings are
+those of a BERT.
 
-One core of an AMD EPYC, shared with other work: 10 minutes. It holds. Of 38 words of four kinds 18
-% have one of their own kind nearest before pre-training and 92 % after it: near "file" are then
-files, url, string, path; near "0" 1, 4, 3, 10. The cosine of learned positions falls from 0.42 for
-neighbours to 0 at 30 places apart. The two segments point apart (cosine -0.54), and are longer than
-the mean token (1.4 against 0.8). The nearest of 384 texts has the same label of twelve in 30 %
-before fine-tuning and in 67 % after it (accuracy 74.7 %).
+Hardware and time: one core of an AMD EPYC, shared with other work, 10 minutes.
+
+Result: the claims hold. Of 38 words of four kinds 18 % have a nearest neighbor of their own kind
+before pre-training, and 92 % after it: the nearest words of "file" are then files, url, string,
+path; those of "0" are 1, 4, 3, 10. The cosine of learned positions falls from 0.42 for neighbors to
+0 at a distance of 30. The two segment embeddings point apart (cosine -0.54), and are longer than
+the mean token embedding (norm 1.4 against 0.8). The nearest of 384 texts has the same label, of
+twelve, in 30 % before fine-tuning and in 67 % after it (accuracy 74.7 %).
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from studies import systems
-from studies.pictures import Image, Line, Lines, Points, show
-from transformer_jax.data import subsample_balanced
+from studies import small_models
+from studies.figures import Image, Line, Lines, Points, save_panels
+from transformer_jax.data import LabeledDataset, subsample_balanced
+from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.finetuning import peft
-from transformer_jax.models import init_params
+from transformer_jax.models import Model, init_params
 from transformer_jax.objectives import causal_lm
+from transformer_jax.pretrained.runs import LoadedRun
 from transformer_jax.recipes.base_model import add_task_head
 from transformer_jax.recipes.config import FinetuneOptimizerConfig, TrainingConfig
+from transformer_jax.recipes.encoding import EncodedDataset
 from transformer_jax.recipes.finetuning_run import (
     NUM_SPECIAL_TOKENS,
     encode_for_training,
     finetune_params,
 )
 
-WORDS = {
+WORD_GROUPS = {
     "types": ["integer", "string", "list", "tuple", "dictionary", "bytes", "float", "boolean",
               "sequence", "set"],
     "verbs": ["return", "returns", "raise", "raises", "create", "read", "write", "open", "close",
               "call"],
     "numbers": ["one", "two", "three", "0", "1", "2", "3", "4"],
-    "small words": ["the", "a", "an", "this", "of", "in", "to", "from", "with", "for"],
+    "function words": ["the", "a", "an", "this", "of", "in", "to", "from", "with", "for"],
 }
-SHOWN_TOPICS = 4
+NUM_TOPICS_SHOWN = 4
+GPT_WITH_LEARNED_POSITIONS = small_models.Method(
+    "causal_lm", causal_lm.loss, {"positions": "learned"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """Attributes:
-        asked: words whose nearest neighbours are told.
-        labels: annotated texts to fine-tune on; texts: others, to look at.
+    """Settings of the study.
+
+    Attributes:
+        out: folder for the figure and the results.
+        query_words: words whose nearest neighbors are printed.
+        labels: number of labeled texts for fine-tuning.
+        texts: number of other labeled texts, whose features are compared.
+        finetune_steps: steps of fine-tuning.
+        protocol: size and pre-training of both models.
     """
 
     out: Path = Path("runs/embeddings")
-    asked: tuple[str, ...] = ("file", "returns", "string", "error", "0", "the")
+    query_words: tuple[str, ...] = ("file", "returns", "string", "error", "0", "the")
     labels: int = 1536
     texts: int = 384
     finetune_steps: int = 300
-    shape: systems.Shape = field(default_factory=lambda: systems.Shape(num_steps=800))
+    protocol: small_models.ProtocolConfig = field(
+        default_factory=lambda: small_models.ProtocolConfig(num_steps=800))
 
 
-def config() -> Embeddings:
+def default() -> Embeddings:
     return Embeddings()
 
 
 def large() -> Embeddings:
-    return Embeddings(shape=systems.LARGE, finetune_steps=1000)
+    return Embeddings(protocol=small_models.LARGE, finetune_steps=1000)
 
 
 def smallest() -> Embeddings:
-    return Embeddings(asked=("the",), labels=24, texts=24, finetune_steps=2,
-                      shape=systems.SMALLEST)
+    return Embeddings(query_words=("the",), labels=24, texts=24, finetune_steps=2,
+                      protocol=small_models.SMALLEST)
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
+# Geometry -----------------------------------------------------------------------------------------
+
+
+def normalize_rows(rows: np.ndarray) -> np.ndarray:
+    """Scales each row to norm 1."""
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-9)
 
 
-def plane(rows: np.ndarray) -> np.ndarray:
-    """The first two principal components [n, 2]."""
-    centred = rows - rows.mean(0)
-    return centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+def principal_components(rows: np.ndarray) -> np.ndarray:
+    """Returns the first two principal components [n, 2]."""
+    centered = rows - rows.mean(0)
+    return centered @ np.linalg.svd(centered, full_matrices=False)[2][:2].T
 
 
-def neighbours(table: np.ndarray, tokenizer, words, count: int = 6) -> dict[str, list[str]]:
-    """The nearest tokens of each word by cosine, of those that are words."""
-    names = [tokenizer.backend.id_to_token(i) or "" for i in range(len(table))]
-    rows = unit(table - table.mean(0))
-    whole = np.array([name.isalnum() for name in names])
-    found = {}
-    for word in words:
-        if (i := tokenizer.backend.token_to_id(word)) is not None:
-            near = np.argsort(-np.where(whole, rows @ rows[i], -np.inf))
-            found[word] = [names[j] for j in near if j != i][:count]
-    return found
-
-
-def word_groups(table: np.ndarray, tokenizer) -> dict[str, tuple[np.ndarray, list[str]]]:
-    """The words of each group that are one token, in the plane of all of them."""
-    ids = {group: [(w, tokenizer.backend.token_to_id(w)) for w in words]
-           for group, words in WORDS.items()}
-    ids = {group: [(w, i) for w, i in words if i is not None] for group, words in ids.items()}
-    points = iter(plane(unit(table[[i for words in ids.values() for _, i in words]])))
-    return {group: (np.array([next(points) for _ in words]), [w for w, _ in words])
-            for group, words in ids.items() if words}
-
-
-def same_group(table: np.ndarray, tokenizer) -> float:
-    """Of the words of the groups, how many have one of their own group nearest, of all of them."""
-    found = [(tokenizer.backend.token_to_id(w), k) for k, words in enumerate(WORDS.values())
-             for w in words if tokenizer.backend.token_to_id(w) is not None]
-    ids, groups = map(np.array, zip(*found))
-    return purity(table[ids] - table.mean(0), groups)
-
-
-def purity(rows: np.ndarray, labels: np.ndarray) -> float:
-    """The share of rows whose nearest other row has the same label."""
-    cosine = unit(rows) @ unit(rows).T
+def nearest_neighbor_accuracy(rows: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the fraction of rows whose nearest other row, by cosine, has the same label."""
+    cosine = normalize_rows(rows) @ normalize_rows(rows).T
     np.fill_diagonal(cosine, -np.inf)
     return float((labels[cosine.argmax(1)] == labels).mean())
 
 
-def features(model, params, encoded) -> np.ndarray:
-    """What the classifier sees of each text, [n, D]."""
+# Words --------------------------------------------------------------------------------------------
+
+
+def nearest_words(
+    table: np.ndarray, tokenizer: Tokenizer, queries: Sequence[str], count: int = 6
+) -> dict[str, list[str]]:
+    """Returns the nearest tokens of each query word by cosine, among tokens that are words.
+
+    Queries that are not a single token are left out.
+    """
+    names = [tokenizer.backend.id_to_token(i) or "" for i in range(len(table))]
+    rows = normalize_rows(table - table.mean(0))
+    is_word = np.array([name.isalnum() for name in names])
+    neighbors = {}
+    for query in queries:
+        if (i := tokenizer.backend.token_to_id(query)) is not None:
+            order = np.argsort(-np.where(is_word, rows @ rows[i], -np.inf))
+            neighbors[query] = [names[j] for j in order if j != i][:count]
+    return neighbors
+
+
+def group_ids(tokenizer: Tokenizer) -> dict[str, dict[str, int]]:
+    """Returns group -> word -> token id, for the words of `WORD_GROUPS` that are a single token."""
+    token_to_id = tokenizer.backend.token_to_id
+    return {group: {word: i for word in group_words if (i := token_to_id(word)) is not None}
+            for group, group_words in WORD_GROUPS.items()}
+
+
+def project_groups(
+    table: np.ndarray, tokenizer: Tokenizer
+) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """Returns group -> (points [n, 2], words), on the principal components of all groups."""
+    groups = {group: ids for group, ids in group_ids(tokenizer).items() if ids}
+    all_ids = [i for ids in groups.values() for i in ids.values()]
+    points = iter(principal_components(normalize_rows(table[all_ids])))
+    return {group: (np.array([next(points) for _ in ids]), list(ids))
+            for group, ids in groups.items()}
+
+
+def same_group_accuracy(table: np.ndarray, tokenizer: Tokenizer) -> float:
+    """Returns the fraction of words in `WORD_GROUPS` whose nearest word there is of their group."""
+    pairs = [(i, k) for k, group in enumerate(group_ids(tokenizer).values())
+             for i in group.values()]
+    ids, groups = map(np.array, zip(*pairs))
+    return nearest_neighbor_accuracy(table[ids] - table.mean(0), groups)
+
+
+# Texts --------------------------------------------------------------------------------------------
+
+
+class TextFeatures(NamedTuple):
+    """Features of texts.
+
+    Attributes:
+        features: "pre-trained" and "fine-tuned" -> features [n, D], which the classifier gets.
+        labels: class ids [n].
+        accuracy: accuracy of the fine-tuned model.
+    """
+
+    features: dict[str, np.ndarray]
+    labels: np.ndarray
+    accuracy: float
+
+
+def compute_features(model: Model, params: dict, encoded: EncodedDataset) -> np.ndarray:
+    """Returns the features [n, D] of the validation texts."""
     items = encoded.validation
-    rows = encoded.encoder.batches(items, batch_size=64).evaluation_batches()
-    run = jax.jit(lambda p, batch: model.apply(
-        {"params": p}, batch["tokens"], padding_mask=batch["padding_mask"], method="features"))
-    found = {}
-    for batch in rows:
-        numbers = np.asarray(batch["index"])
-        vectors = np.asarray(run(params, batch))
-        found |= {int(n): v for n, v in zip(numbers, vectors) if n >= 0}
-    return np.stack([found[i] for i in range(len(items))])
+    batches = encoded.encoder.batches(items, batch_size=64).evaluation_batches()
+    apply = jax.jit(lambda params, batch: model.apply(
+        {"params": params}, batch["tokens"], padding_mask=batch["padding_mask"],
+        method="features"))
+    by_index = {}
+    for batch in batches:
+        features = np.asarray(apply(params, batch))
+        by_index |= {int(i): x for i, x in zip(np.asarray(batch["index"]), features) if i >= 0}
+    return np.stack([by_index[i] for i in range(len(items))])
 
 
-def run(c: Embeddings) -> dict:
-    s = c.shape
-    kind = systems.Kind("causal_lm", causal_lm.loss, {"positions": "learned"})
-    system = systems.pretrain(s, "GPT with learned positions", kind)
-    model, params, tokenizer, _ = system.base
-    fresh = init_params(model, jax.random.key(s.seed))
-    tables = {"before": np.asarray(fresh["token_embed"]["embedding"]),
-              "after": np.asarray(params["token_embed"]["embedding"])}
-    near = {when: neighbours(table, tokenizer, c.asked) for when, table in tables.items()}
-    for word in near["after"]:
-        print(f"{word}: {', '.join(near['before'][word])}  ->  {', '.join(near['after'][word])}",
-              flush=True)
-    together = {when: same_group(table, tokenizer) for when, table in tables.items()}
-    positions = np.asarray(params["position_embed"]["embedding"])[: s.length]
-    bert = systems.pretrain(s, "BERT").base.params
-    segments = np.asarray(bert["segment_embed"]["embedding"])
-    cosine = unit(positions) @ unit(positions).T
-    steps_apart = [float(np.diagonal(cosine, k).mean()) for k in range(s.length // 2)]
-
-    data = systems.topics(dataclasses.replace(s, test_examples=c.texts))
+def features_before_and_after(
+    config: Embeddings, base: LoadedRun, dataset: LabeledDataset
+) -> TextFeatures:
+    """Fine-tunes the model; returns the features of the validation texts before and after."""
+    protocol = config.protocol
     training = TrainingConfig(
-        max_length=s.length, batch_size=16, num_steps=c.finetune_steps, gpt_special_tokens=True,
-        optimizer=FinetuneOptimizerConfig(peak_lr=s.finetune_peak_lr, b2=0.99))
-    classifier, pretrained = add_task_head(system.base, data)
-    drawn = data._replace(train=subsample_balanced(data.train, None, s.seed, total=c.labels))
-    encoded = encode_for_training(drawn, classifier, tokenizer, training)
-    outcome = finetune_params(encoded, pretrained, "full", training, s.seed, quiet=True)
-    labels = np.array([e["label"] for e in data.validation])
-    new = peft.add_tokens(params, NUM_SPECIAL_TOKENS, jax.random.key(s.seed))  # as fine-tuning begins
-    vectors = {"pre-trained": features(model, new, encoded),
-               "fine-tuned": features(classifier, outcome.params, encoded)}
-    pure = {when: purity(x - x.mean(0), labels) for when, x in vectors.items()}
-    print(f"a text's nearest neighbour has its label: {pure}", flush=True)
+        max_length=protocol.length, batch_size=16, num_steps=config.finetune_steps,
+        gpt_special_tokens=True,
+        optimizer=FinetuneOptimizerConfig(peak_lr=protocol.finetune_peak_lr, b2=0.99))
+    classifier, pretrained = add_task_head(base, dataset)
+    train = subsample_balanced(dataset.train, None, protocol.seed, total=config.labels)
+    encoded = encode_for_training(
+        dataset._replace(train=train), classifier, base.tokenizer, training)
+    result = finetune_params(encoded, pretrained, "full", training, protocol.seed, quiet=True)
+    # Fine-tuning starts by adding special tokens.
+    params = peft.add_tokens(base.params, NUM_SPECIAL_TOKENS, jax.random.key(protocol.seed))
+    return TextFeatures(
+        {"pre-trained": compute_features(base.model, params, encoded),
+         "fine-tuned": compute_features(classifier, result.params, encoded)},
+        np.array([example["label"] for example in dataset.validation]),
+        result.metrics["accuracy"])
 
-    common_topics = np.argsort(-np.bincount(labels))[:SHOWN_TOPICS]
-    few = np.isin(labels, common_topics)
 
-    def topics(when: str) -> Points:
-        points = plane(unit(vectors[when][few] - vectors[when].mean(0)))
-        return Points({data.label_names[t]: (points[labels[few] == t], [""] * few.sum())
-                       for t in common_topics})
-
-    show(c.out / "embeddings.png", {
-        "Words before pre-training": Points(word_groups(tables["before"], tokenizer)),
-        "Words after it": Points(word_groups(tables["after"], tokenizer)),
-        "Positions after it: cosine": Image(cosine, "position", "position"),
-        f"Texts, pre-trained ({100 * pure['pre-trained']:.0f} % beside their label)":
-            topics("pre-trained"),
-        f"Texts, fine-tuned ({100 * pure['fine-tuned']:.0f} %)": topics("fine-tuned"),
-        "How alike positions are": Lines({"learned": Line(range(len(steps_apart)), steps_apart)},
-                                         xlabel="places apart", ylabel="mean cosine"),
-    }, title="Spaces of a small GPT (two principal components)")
+def run(config: Embeddings) -> dict[str, Any]:
+    protocol = config.protocol
+    pretrained = small_models.pretrain(
+        protocol, "GPT with learned positions", GPT_WITH_LEARNED_POSITIONS)
+    base = pretrained.base
+    initial = init_params(base.model, jax.random.key(protocol.seed))
+    tables = {"before": np.asarray(initial["token_embed"]["embedding"]),
+              "after": np.asarray(base.params["token_embed"]["embedding"])}
+    neighbors = {time: nearest_words(table, base.tokenizer, config.query_words)
+                 for time, table in tables.items()}
+    for word, words in neighbors["after"].items():
+        print(f"{word}: {', '.join(neighbors['before'][word])}  ->  {', '.join(words)}",
+              flush=True)
+    positions = normalize_rows(
+        np.asarray(base.params["position_embed"]["embedding"])[: protocol.length])
+    cosine = positions @ positions.T
+    cosine_by_distance = [float(np.diagonal(cosine, distance).mean())
+                          for distance in range(protocol.length // 2)]
+    bert = small_models.pretrain(protocol, "BERT").base.params
+    segments = np.asarray(bert["segment_embed"]["embedding"])
+    dataset = small_models.load_topics(
+        dataclasses.replace(protocol, test_examples=config.texts))
+    texts = features_before_and_after(config, base, dataset)
+    same_label = {name: nearest_neighbor_accuracy(x - x.mean(0), texts.labels)
+                  for name, x in texts.features.items()}
+    print(f"fraction of texts whose nearest neighbor has the same label: {same_label}", flush=True)
+    save_panels(config.out / "embeddings.png", {
+        "Words before pre-training": Points(project_groups(tables["before"], base.tokenizer)),
+        "Words after pre-training": Points(project_groups(tables["after"], base.tokenizer)),
+        "Cosine of learned positions": Image(cosine, "position", "position"),
+        **{f"Texts, {name} ({100 * same_label[name]:.0f} % same-label neighbors)":
+           topic_panel(texts, dataset.label_names, name) for name in texts.features},
+        "Similarity of positions": Lines(
+            {"learned": Line(range(len(cosine_by_distance)), cosine_by_distance)},
+            xlabel="distance", ylabel="mean cosine"),
+    }, title="Embeddings of a small GPT (two principal components)")
+    norms = np.linalg.norm(segments, axis=-1)
     return {
-        "neighbours": near, "same_group_nearest": together, "same_label_nearest": pure,
-        "accuracy": outcome.metrics["accuracy"], "position_cosine_by_distance": steps_apart,
-        "segments": {"cosine": float(unit(segments)[0] @ unit(segments)[1]),
-                     "norms": jnp.linalg.norm(segments, axis=-1),
+        "neighbors": neighbors,
+        "same_group_nearest": {time: same_group_accuracy(table, base.tokenizer)
+                               for time, table in tables.items()},
+        "same_label_nearest": same_label, "accuracy": texts.accuracy,
+        "position_cosine_by_distance": cosine_by_distance,
+        "segments": {"cosine": float(segments[0] @ segments[1] / (norms[0] * norms[1])),
+                     "norms": norms,
                      "mean_token_norm": float(np.linalg.norm(
                          bert["token_embed"]["embedding"], axis=-1).mean())},
-        "held_out": system.held_out}
+        "held_out": pretrained.held_out}
+
+
+def topic_panel(texts: TextFeatures, label_names: Sequence[str], name: str) -> Points:
+    """Returns a panel of the texts of the most frequent topics, on their principal components."""
+    topics = np.argsort(-np.bincount(texts.labels))[:NUM_TOPICS_SHOWN]
+    is_shown = np.isin(texts.labels, topics)
+    features, labels = texts.features[name], texts.labels[is_shown]
+    points = principal_components(normalize_rows(features[is_shown] - features.mean(0)))
+    return Points({label_names[topic]: (points[labels == topic], [""] * len(labels))
+                   for topic in topics})

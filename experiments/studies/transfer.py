@@ -1,42 +1,47 @@
-"""Transfer: fewer labels for the same accuracy, the more so the nearer the text of pre-training.
+"""Transfer: pre-training reduces the labeled examples needed, especially if its text is similar.
 
     python experiments/study.py transfer --data path/to/data
 
-Claims: what is learnt from plain text carries over, so that fine-tuning needs fewer annotated
-examples than learning from scratch; and it carries further the nearer the source is to the target.
+Claims: knowledge from plain text transfers, so that fine-tuning needs fewer labeled examples than
+training from scratch; and it transfers better if the pre-training text is similar to that of the
+task.
 
-Small GPTs learn the next word of a million characters of each of five sources: film reviews,
-novels, an encyclopedia, plays, and documentation. Each is fine-tuned on the sentiment of film
-reviews (SST-2), on the logic between two sentences (SNLI) and on which part of a library a
-docstring is about (topics), beside a model from scratch. The rate of fine-tuning is searched for
-both, on training examples that are left out otherwise.
+Small GPTs are pre-trained on a million characters of each of five sources: film reviews, novels, an
+encyclopedia, plays, and documentation. Each is fine-tuned on the sentiment of film reviews (SST-2),
+on inference between two sentences (SNLI), and on which part of a library a docstring documents
+(topics), beside a model from scratch. The peak learning rate of fine-tuning is searched for both,
+on training examples that are used for nothing else.
 
 `--data` is a folder with `movie_reviews/movie_reviews.jsonl.gz`, `wikitext-2/train.txt.gz`,
 `gutenberg/sentences.train.txt.gz`, `tinyshakespeare/input.txt`, `sst2` and `snli`.
 
-One core of an AMD EPYC: 55 minutes. It holds for topics, the one target with a source of its own
-kind: with 128, 512 and 1,536 labels documentation 44.4 ± 2.5, 61.4 ± 0.5, 71.9 ± 0.6 %, from
-scratch 35.7 ± 0.6, 53.5 ± 2.8, 70.7 ± 1.3; the far sources do harm: 22.3 to 26.1, 36.8 to 43.9,
-63.2 to 66.7 (323 docstrings that no source has, commonest class 22.3 %). It does not for the
-others: SST-2, 128, 512 and 2,048 labels, from scratch 54.5, 61.4, 69.3 %, the sources 51.0 to 55.6,
-59.3 to 60.8, 65.6 to 68.3, film reviews amid them; SNLI with 2,048: 45.8 ± 1.2 and 43.6 to 47.7.
-Held-out loss after 1,500 steps is 4.7 to 5.0 nats. Rates of 3e-3 are at the end of what was
-searched. What pre-training is worth when there is more of it: `sweep.py sst2_few`.
+Hardware and time: one core of an AMD EPYC, 55 minutes.
+
+Result: the claims hold for topics, the only task with a source of the same kind: with 128, 512 and
+1,536 labels documentation 44.4 ± 2.5, 61.4 ± 0.5 and 71.9 ± 0.6 %, from scratch 35.7 ± 0.6, 53.5 ±
+2.8 and 70.7 ± 1.3; pre-training on the far sources is worse than training from scratch: 22.3 to
+26.1, 36.8 to 43.9 and 63.2 to 66.7 (323 docstrings that are in no source; majority class 22.3 %).
+They do not hold for the others. SST-2 with 128, 512 and 2,048 labels: from scratch 54.5, 61.4 and
+69.3 %, the sources 51.0 to 55.6, 59.3 to 60.8 and 65.6 to 68.3, with film reviews among them. SNLI
+with 2,048: 45.8 ± 1.2 and 43.6 to 47.7. The held-out loss after 1,500 steps is 4.7 to 5.0 nats.
+Some of the chosen learning rates, 3e-3, are the highest of the search. `sweep.py sst2_few` measures
+the gain from more pre-training.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import configs.snli
 import configs.sst2_few
 import jax
 import numpy as np
 
-from studies import small, systems
-from studies.pictures import Line, Lines, show
+from studies import small_models, training
+from studies.figures import Line, Lines, save_panels
 from transformer_jax.data import (
     LabeledDataset,
     packing,
@@ -64,20 +69,36 @@ SOURCES = {
     "plays": "tinyshakespeare/input.txt",
     "documentation": "python_docs/documents",
 }
-SCRATCH = "from scratch"
-HELD_OUT = 0.05  # of a source
+TASK_CONFIGS = {"SST-2": configs.sst2_few, "SNLI": configs.snli}
+FROM_SCRATCH = "from scratch"
+HELD_OUT_FRACTION = 0.05  # of a source
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """Attributes:
-        data: the folder with the sources and the annotated sets.
-        sources: what to pre-train on.
-        characters: of each source.
-        num_steps: of pre-training.
-        examples: annotated ones to fine-tune on; test_examples: at most so many to be scored on.
-        epochs, min_steps: of fine-tuning; peak_lrs: its rates, of which the one that does best on
-            `tuning_examples` of training, for a seed of its own, is taken.
+    """Settings of the study.
+
+    Attributes:
+        data: folder of the sources and the labeled datasets.
+        out: folder for the figure and the results.
+        sources: names in `SOURCES`.
+        targets: tasks: "SST-2", "SNLI" and "topics".
+        characters: number of characters of each source.
+        vocab_size: size of the vocabulary, shared by all sources.
+        num_layers: layers of the models.
+        d_model: width of the models.
+        length: tokens of a row, in pre-training and fine-tuning.
+        batch_size: rows of a step in pre-training.
+        num_steps: steps of pre-training.
+        peak_lr: peak learning rate of pre-training.
+        examples: numbers of labeled examples for fine-tuning.
+        test_examples: largest number of test examples of a task.
+        epochs: epochs of fine-tuning.
+        min_steps: least number of steps of fine-tuning.
+        peak_lrs: peak learning rates of fine-tuning, of which the best is chosen.
+        tuning_examples: number of training examples that are held out for this choice.
+        seeds: number of fine-tuning runs.
+        seed: of pre-training and of the splits.
     """
 
     data: Path = Path("data")
@@ -102,7 +123,7 @@ class Transfer:
     seed: int = 0
 
 
-def config() -> Transfer:
+def default() -> Transfer:
     return Transfer()
 
 
@@ -119,138 +140,194 @@ def smallest() -> Transfer:
                     min_steps=2, seeds=1)
 
 
-def load_source(c: Transfer, name: str) -> str:
-    """The first `characters` of a source, in lower case as the targets are."""
-    spec = SOURCES[name]
-    if spec.startswith("python_docs/"):
-        found = sources.load_source(spec, "train")
-    elif not (path := c.data / spec).exists():
-        raise FileNotFoundError(f"{path} does not exist; --data names the folder with the sources, "
-                                "see the top of studies/transfer.py; --sources chooses others")
+# Data ---------------------------------------------------------------------------------------------
+
+
+def load_text(config: Transfer, name: str) -> str:
+    """Returns the first characters of a source, in lower case, as the tasks are.
+
+    Raises:
+        FileNotFoundError: the source is not in `config.data`.
+    """
+    path = SOURCES[name]
+    if path.startswith("python_docs/"):
+        source = sources.load_source(path, "train")
+    elif not (config.data / path).exists():
+        raise FileNotFoundError(
+            f"{config.data / path} does not exist; --data must be the folder of the sources "
+            "(see the docstring of studies/transfer.py), or choose others with --sources")
+    elif ".jsonl" in path:
+        source = sources.load_table(config.data / path)
     else:
-        found = sources.load_table(path) if ".jsonl" in spec else sources.load_text_files(path)
-    texts, have = [], 0
-    for i in range(len(found)):
-        texts.append(found[i]["text"].lower())
-        have += len(texts[-1])
-        if have >= c.characters:
+        source = sources.load_text_files(config.data / path)
+    texts, num_characters = [], 0
+    for i in range(len(source)):
+        texts.append(source[i]["text"].lower())
+        num_characters += len(texts[-1])
+        if num_characters >= config.characters:
             break
-    return "\n".join(texts)[: c.characters]
+    return "\n".join(texts)[: config.characters]
 
 
-def unseen(examples: list[dict], texts: list[str]) -> list[dict]:
-    """Those whose beginning no source has: what was read in pre-training is no test. A few words
-    may well stand in both."""
+def remove_seen(examples: Sequence[dict], texts: Sequence[str]) -> list[dict]:
+    """Returns the examples whose text does not begin like a passage of the pre-training texts.
+
+    The first 60 characters are compared. Texts of fewer than 20 characters are kept, because a few
+    words may be in both by chance.
+    """
     texts = [" ".join(text.split()) for text in texts]
-    begins = [" ".join(e["text"].split())[:60] for e in examples]
-    return [e for e, begin in zip(examples, begins)
-            if len(begin) < 20 or not any(begin in text for text in texts)]
+    beginnings = [" ".join(example["text"].split())[:60] for example in examples]
+    return [example for example, beginning in zip(examples, beginnings)
+            if len(beginning) < 20 or not any(beginning in text for text in texts)]
 
 
-def load_target(c: Transfer, name: str, texts: list[str]) -> tuple[LabeledDataset, LabeledDataset]:
-    """(the target, the same with its validation from training examples, to choose a rate by)."""
-    if name == "topics":
-        data = DatasetConfig()
-    else:
-        data = {"SST-2": configs.sst2_few, "SNLI": configs.snli}[name].config().dataset
-        data = dataclasses.replace(data, data=str(c.data / data.data))
-    found = data.load()
-    lower = [[{key: value.lower() if isinstance(value, str) else value
-               for key, value in found_in[i].items()} for i in range(len(found_in))]
-             for found_in in (found.train, found.validation)]
-    train, tests = ([split[i] for i in np.random.default_rng(c.seed).permutation(len(split))]
-                    for split in lower)
-    tests = unseen(tests[: c.test_examples], texts)
-    target = found._replace(train=train[c.tuning_examples:], validation=tests)
-    return target, target._replace(validation=train[: c.tuning_examples])
+class Task(NamedTuple):
+    """A labeled dataset, and the same with held-out training examples as its validation split.
+
+    The second serves to choose the learning rate.
+    """
+
+    dataset: LabeledDataset
+    tuning: LabeledDataset
 
 
-def batches(c: Transfer, tokens: np.ndarray, seed: int) -> Iterator[dict]:
-    """Next words, at random places of the stream."""
-    weights = np.ones((c.batch_size, c.length), np.float32)
-    for window in small.windows(tokens, c.length + 1, c.batch_size, seed):
-        yield {"tokens": window[:, :-1], "targets": window[:, 1:], "weights": weights}
+def load_task(config: Transfer, name: str, texts: Sequence[str]) -> Task:
+    """Returns a task in lower case, without test examples that are in the pre-training texts."""
+    dataset_config = DatasetConfig()
+    if name != "topics":
+        dataset_config = TASK_CONFIGS[name].config().dataset
+        dataset_config = dataclasses.replace(
+            dataset_config, data=str(config.data / dataset_config.data))
+    dataset = dataset_config.load()
+
+    def shuffle(split: Sequence[dict]) -> list[dict]:
+        order = np.random.default_rng(config.seed).permutation(len(split))
+        return [{key: value.lower() if isinstance(value, str) else value
+                 for key, value in split[i].items()} for i in order]
+
+    train, test = shuffle(dataset.train), shuffle(dataset.validation)
+    held_out, train = train[: config.tuning_examples], train[config.tuning_examples:]
+    test = remove_seen(test[: config.test_examples], texts)
+    dataset = dataset._replace(train=train, validation=test)
+    return Task(dataset, dataset._replace(validation=held_out))
 
 
-def pretrain(c: Transfer, name: str, text: str, tokenizer) -> tuple[GPT, dict, float]:
-    """(model, parameters, loss on the end of the source, in nats a token)."""
-    tokens = packing.tokenize_corpus([{"text": text}], tokenizer, one_sentence_per_line=False).tokens
-    cut = int(len(tokens) * (1 - HELD_OUT))
+# Training -----------------------------------------------------------------------------------------
+
+
+def pretraining_batches(config: Transfer, tokens: np.ndarray, seed: int) -> Iterator[dict]:
+    """Yields batches of next-token prediction, at random positions of the stream."""
+    weights = np.ones((config.batch_size, config.length), np.float32)
+    for windows in training.random_windows(tokens, config.length + 1, config.batch_size, seed):
+        yield {"tokens": windows[:, :-1], "targets": windows[:, 1:], "weights": weights}
+
+
+def pretrain(
+    config: Transfer, name: str, text: str, tokenizer: tokenizers.Tokenizer
+) -> tuple[LoadedRun, float]:
+    """Pre-trains a GPT; returns it and its loss on the end of the source, in nats a token."""
+    tokens = packing.tokenize_corpus(
+        [{"text": text}], tokenizer, one_sentence_per_line=False).tokens
+    cut = int(len(tokens) * (1 - HELD_OUT_FRACTION))
     model = GPT(presets.gpt2(
-        num_layers=c.num_layers, d_model=c.d_model, num_heads=4, mlp_dim=4 * c.d_model,
-        vocab_size=tokenizer.vocab_size, max_length=2 * c.length, dropout_rate=0.1,
-        attention_dropout_rate=0.0, init_std=0.05, positions="sinusoidal"))
-    loss = functools.partial(causal_lm.loss, model.apply)
-    trained = small.train(
-        name, loss, init_params(model, jax.random.key(c.seed)), batches(c, tokens[:cut], c.seed),
-        c.num_steps, OptimizerConfig(peak_lr=c.peak_lr, warmup_steps=c.num_steps // 20, b2=0.99),
-        seed=c.seed)
-    endless = batches(c, tokens[cut:], c.seed + 1)
-    held_out = step.evaluate(step.make_eval_step(loss), trained.params,
-                             [next(endless) for _ in range(16)])
-    return model, trained.params, held_out["loss"]
+        num_layers=config.num_layers, d_model=config.d_model, num_heads=4,
+        mlp_dim=4 * config.d_model, vocab_size=tokenizer.vocab_size, max_length=2 * config.length,
+        dropout_rate=0.1, attention_dropout_rate=0.0, init_std=0.05, positions="sinusoidal"))
+    loss_fn = functools.partial(causal_lm.loss, model.apply)
+    result = training.train(
+        name, loss_fn, init_params(model, jax.random.key(config.seed)),
+        pretraining_batches(config, tokens[:cut], config.seed), config.num_steps,
+        OptimizerConfig(peak_lr=config.peak_lr, warmup_steps=config.num_steps // 20, b2=0.99),
+        seed=config.seed)
+    held_out = pretraining_batches(config, tokens[cut:], config.seed + 1)
+    metrics = step.evaluate(step.make_eval_step(loss_fn), result.params,
+                            [next(held_out) for _ in range(16)])
+    return LoadedRun(model, result.params, tokenizer, []), metrics["loss"]
 
 
-def score(c: Transfer, base: LoadedRun, data: LabeledDataset, examples: int, peak: float,
-          seed: int, scratch: bool) -> float:
-    """Accuracy in percent after fine-tuning."""
-    training = TrainingConfig(
-        max_length=c.length, batch_size=16, epochs=c.epochs, min_steps=c.min_steps,
-        gpt_special_tokens=True, optimizer=FinetuneOptimizerConfig(peak_lr=peak, b2=0.99))
-    model, pretrained = add_task_head(base, data)
-    drawn = data._replace(train=subsample_balanced(data.train, None, seed, total=examples))
-    encoded = encode_for_training(drawn, model, base.tokenizer, training)
-    found = finetune_params(
-        encoded, None if scratch else pretrained, "full", training, seed, quiet=True)
-    return 100 * found.metrics["accuracy"]
+def finetune_accuracy(
+    config: Transfer, base: LoadedRun, dataset: LabeledDataset, num_examples: int, peak_lr: float,
+    seed: int, from_scratch: bool,
+) -> float:
+    """Returns the accuracy, in percent, after fine-tuning all parameters on some examples."""
+    training_config = TrainingConfig(
+        max_length=config.length, batch_size=16, epochs=config.epochs, min_steps=config.min_steps,
+        gpt_special_tokens=True, optimizer=FinetuneOptimizerConfig(peak_lr=peak_lr, b2=0.99))
+    model, pretrained = add_task_head(base, dataset)
+    train = subsample_balanced(dataset.train, None, seed, total=num_examples)
+    encoded = encode_for_training(
+        dataset._replace(train=train), model, base.tokenizer, training_config)
+    result = finetune_params(encoded, None if from_scratch else pretrained, "full",
+                             training_config, seed, quiet=True)
+    return 100 * result.metrics["accuracy"]
 
 
-def best_peak(c: Transfer, base: LoadedRun, tuning: LabeledDataset, examples: int,
-              scratch: bool) -> float:
-    """The rate that does best on examples that nobody trains on, for a seed of its own."""
-    tried = {peak: score(c, base, tuning, examples, peak, c.seeds, scratch) for peak in c.peak_lrs}
-    return max(tried, key=tried.get)
+def choose_peak_lr(config: Transfer, base: LoadedRun, tuning: LabeledDataset, num_examples: int,
+                   from_scratch: bool) -> float:
+    """Returns the learning rate with the best accuracy on the held-out training examples.
+
+    The seed differs from those of the reported runs.
+    """
+    accuracies = {
+        peak_lr: finetune_accuracy(
+            config, base, tuning, num_examples, peak_lr, config.seeds, from_scratch)
+        for peak_lr in config.peak_lrs}
+    return max(accuracies, key=accuracies.get)
 
 
-def run(c: Transfer) -> dict:
-    texts = {name: load_source(c, name) for name in c.sources}
-    targets = {name: load_target(c, name, list(texts.values())) for name in c.targets}
-    tokenizer = tokenizers.train_wordpiece(list(texts.values()), vocab_size=c.vocab_size)
-    bases, losses = {}, {}
+def run(config: Transfer) -> dict[str, Any]:
+    texts = {name: load_text(config, name) for name in config.sources}
+    tasks = {name: load_task(config, name, list(texts.values())) for name in config.targets}
+    tokenizer = tokenizers.train_wordpiece(list(texts.values()), vocab_size=config.vocab_size)
+    models, losses = {}, {}
     for name, text in texts.items():
-        model, params, losses[name] = pretrain(c, name, text, tokenizer)
-        bases[name] = LoadedRun(model, params, tokenizer, [])
-    starts = {**bases, SCRATCH: next(iter(bases.values()))}
+        models[name], losses[name] = pretrain(config, name, text, tokenizer)
+    models[FROM_SCRATCH] = models[config.sources[0]]  # its parameters are not used
     rows = []
-    for target, (data, tuning) in targets.items():
-        for examples in sorted({min(n, len(data.train)) for n in c.examples}):
-            # The first source's rate serves all sources.
-            peak_lrs = {scratch: best_peak(c, bases[c.sources[0]], tuning, examples, scratch)
-                     for scratch in (False, True)}
-            for start, base in starts.items():
-                scratch = start == SCRATCH
-                scores = [score(c, base, data, examples, peak_lrs[scratch], seed, scratch)
-                          for seed in range(c.seeds)]
-                rows.append({"target": target, "examples": examples, "source": start,
-                             "peak": peak_lrs[scratch], "accuracy": scores})
-                print(f"{target}, {examples:,} examples, {start}: {np.mean(scores):.1f} ± "
-                      f"{np.std(scores):.1f} %, rate {peak_lrs[scratch]:g}", flush=True)
-    tests = {name: len(data.validation) for name, (data, _) in targets.items()}
-    chance = {name: systems.chance(data) for name, (data, _) in targets.items()}
-    picture(c, rows, starts)
-    return {"rows": rows, "held_out": losses, "chance": chance, "tests": tests}
+    for name, task in tasks.items():
+        for num_examples in sorted({min(n, len(task.dataset.train)) for n in config.examples}):
+            rows += compare_sources(config, name, task, num_examples, models)
+    save_figure(config, rows)
+    return {"rows": rows, "held_out": losses,
+            "chance": {name: small_models.majority_baseline(task.dataset)
+                       for name, task in tasks.items()},
+            "tests": {name: len(task.dataset.validation) for name, task in tasks.items()}}
 
 
-def picture(c: Transfer, rows: list[dict], starts: dict) -> None:
-    def line(target: str, k: int, start: str) -> Line:
-        mine = [r for r in rows if (r["target"], r["source"]) == (target, start)]
-        found = [r["accuracy"] for r in mine]
-        return Line([r["examples"] for r in mine], np.mean(found, 1), np.std(found, 1),
-                    points=True, color="black" if start == SCRATCH else f"C{k}",
-                    dashed=start == SCRATCH)
+def compare_sources(config: Transfer, name: str, task: Task, num_examples: int,
+                    models: dict[str, LoadedRun]) -> list[dict[str, Any]]:
+    """Fine-tunes all models on a number of examples; returns the accuracies by source."""
+    # The learning rate that is chosen with the first source serves all sources.
+    first = models[config.sources[0]]
+    peak_lrs = {from_scratch: choose_peak_lr(config, first, task.tuning, num_examples, from_scratch)
+                for from_scratch in (False, True)}
+    rows = []
+    for source, base in models.items():
+        from_scratch = source == FROM_SCRATCH
+        peak_lr = peak_lrs[from_scratch]
+        accuracies = [
+            finetune_accuracy(config, base, task.dataset, num_examples, peak_lr, seed, from_scratch)
+            for seed in range(config.seeds)]
+        rows.append({"target": name, "examples": num_examples, "source": source,
+                     "peak_lr": peak_lr, "accuracy": accuracies})
+        print(f"{name}, {num_examples:,} examples, {source}: {np.mean(accuracies):.1f} ± "
+              f"{np.std(accuracies):.1f} %, peak learning rate {peak_lr:g}", flush=True)
+    return rows
 
-    show(c.out / "transfer.png", {
-        target: Lines({start: line(target, k, start) for k, start in enumerate(starts)},
-                      xlabel="labelled examples", ylabel="accuracy (%)", xscale="log")
-        for target in c.targets},
-        title=f"Pre-trained on {c.characters:,} characters of …; {c.seeds} seeds")
+
+def save_figure(config: Transfer, rows: Sequence[dict[str, Any]]) -> None:
+    def line(target: str, source: str, color: str) -> Line:
+        found = [row for row in rows if (row["target"], row["source"]) == (target, source)]
+        accuracies = [row["accuracy"] for row in found]
+        return Line([row["examples"] for row in found], np.mean(accuracies, 1),
+                    np.std(accuracies, 1), markers=True, color=color,
+                    dashed=source == FROM_SCRATCH)
+
+    colors = {source: f"C{k}" for k, source in enumerate(config.sources)}
+    colors[FROM_SCRATCH] = "black"
+    save_panels(config.out / "transfer.png", {
+        target: Lines({source: line(target, source, color) for source, color in colors.items()},
+                      xlabel="labeled examples", ylabel="accuracy (%)", xscale="log")
+        for target in config.targets},
+        title=f"Pre-training on {config.characters:,} characters of each source; "
+              f"{config.seeds} seeds")

@@ -171,7 +171,7 @@ GOOD = [["a", "x"], ["b", "y"]]
      r"line 2: no column 'lable'; did you mean 'label'; it has"),
     (GOOD, {"columns": {"texd": "sentence"}},
      r"columns has the unknown field 'texd'; did you mean 'text'\? The fields of classification"),
-    (GOOD, {"task_type": "seq2seq"}, "no column for source, target of seq2seq; name it by columns"),
+    (GOOD, {"task_type": "seq2seq"}, "no column for source, target of seq2seq; set it in columns"),
     (GOOD, {"task_type": "sorting"}, "unknown task_type 'sorting'; choose one of classification"),
     (GOOD, {"on_bad_rows": "skip"}, "unknown on_bad_rows 'skip'; choose one of error, drop"),
     (GOOD, {"task_type": "regression"}, "line 2: label 'x' is not a number"),
@@ -216,7 +216,7 @@ def test_errors_in_the_validation_split(folder):
     (folder / "my_train.tsv").unlink()
     with pytest.raises(FileNotFoundError, match="no table with the word train"):
         load_dataset(folder)
-    with pytest.raises(FileNotFoundError, match=r"unknown dataset .*supported: also tfds:NAME"):
+    with pytest.raises(FileNotFoundError, match=r"unknown dataset .*also supported: tfds:NAME"):
         load_dataset(folder / "none")
 
 

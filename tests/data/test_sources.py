@@ -232,7 +232,7 @@ def test_unknown_names_list_similar_ones(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="unknown dataset 'python_docs/document'; did you "
                                                 "mean python_docs/documents"):
         sources.load_source("python_docs/document", "train")
-    with pytest.raises(FileNotFoundError, match="supported: also tfds:NAME, hf:NAME, and the path"):
+    with pytest.raises(FileNotFoundError, match="also supported: tfds:NAME, hf:NAME, and the path"):
         sources.load_source("no.txt", "train")
 
 

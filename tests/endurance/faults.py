@@ -1,14 +1,15 @@
-"""Damage checkpoints, disks and writers in every way we know, and look what a run makes of it.
+"""Reliability trial: checkpoints with corrupted files, and saves that fail.
 
     python tests/endurance/faults.py --trials 200
 
-Each trial copies a folder of three saved steps and damages one of them, mostly the last: a file is
-truncated, emptied, lengthened, exchanged with another, deleted, or one bit of it flipped; a whole
-item, the list of digests or the mark of completion is taken away; bytes are put into the list. Then
-the run is restored. What comes back must be, bit for bit, what was saved at the step that it says
-it is, or there must be an error of ours; anything else is a silent corruption. Saves are made to
-fail as well: by a full disk, a folder that cannot be written, a writer that dies. Hardware: one CPU
-core takes a minute.
+Each trial copies a folder of three checkpoints and corrupts one of them, mostly the last: a file is
+truncated, emptied, extended, replaced by another, deleted or zeroed, or one of its bits is flipped;
+or an item, the manifest or Orbax's completion marker is deleted. Then the run is restored. The
+result must be, bit for bit, what was saved at the step that it claims to be, or a documented error;
+anything else is a silent corruption.
+
+Saves also fail: because the disk is full, the folder cannot be written, or the writer fails.
+Hardware: one CPU core takes a minute.
 """
 
 import argparse
@@ -21,9 +22,10 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,166 +36,188 @@ from transformer_jax import storage
 from transformer_jax.train import checkpoint_dirs, checkpointing, step
 
 STEPS = (10, 20, 30)
+COMPLETION_MARKER = "_CHECKPOINT_METADATA"
 
 
 def state_at(number: int) -> step.TrainState:
-    """A state that says which step it is of."""
+    """Returns a state whose values depend on its step number."""
     params = {"a": jnp.arange(3000.0).reshape(60, 50) + number, "b": {"c": jnp.full(7, number)}}
     return step.init_state(params, optax.adam(1e-3))._replace(step=jnp.int32(number))
 
 
-def files(folder: Path) -> list[Path]:
+def save(root: Path, number: int, **options: Any) -> checkpointing.PendingSave:
+    return checkpointing.save(root, number, state_at(number), data_state={"at": number},
+                              metadata={"run": "this"}, **options)
+
+
+# Corrupted checkpoints ----------------------------------------------------------------------------
+
+
+def list_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-# What happens to a file: (bytes, other bytes, a source of chance) -> bytes, or None for its loss.
+def flip_bit(content: bytes, other: bytes, rng: random.Random) -> bytes:
+    position = rng.randrange(8 * len(content))
+    changed = bytearray(content)
+    changed[position // 8] ^= 1 << position % 8
+    return bytes(changed)
+
+
+# Kind of fault -> function of (content, content of another file, rng) that returns the new content,
+# or None to delete the file.
 FILE_FAULTS = {
-    "truncated": lambda old, other, rng: old[: rng.randrange(len(old))] if old else b"x",
-    "emptied": lambda old, other, rng: b"",
-    "lengthened": lambda old, other, rng: old + rng.randbytes(rng.randint(1, 20)),
-    "exchanged": lambda old, other, rng: other,
-    "deleted": lambda old, other, rng: None,
-    "zeroed": lambda old, other, rng: bytes(len(old)),
+    "bit flipped": flip_bit,
+    "truncated": lambda content, other, rng: (
+        content[: rng.randrange(len(content))] if content else b"x"),
+    "emptied": lambda content, other, rng: b"",
+    "extended": lambda content, other, rng: content + rng.randbytes(rng.randint(1, 20)),
+    "replaced": lambda content, other, rng: other,
+    "deleted": lambda content, other, rng: None,
+    "zeroed": lambda content, other, rng: bytes(len(content)),
 }
 
 
-def flip(old: bytes, other: bytes, rng: random.Random) -> bytes:
-    """One bit the other way."""
-    place = rng.randrange(8 * len(old))
-    new = bytearray(old)
-    new[place // 8] ^= 1 << place % 8
-    return bytes(new)
-
-
-def damage(folder: Path, rng: random.Random) -> str:
-    """One fault in a step's folder; says which."""
-    kind = rng.choice(["bit", "bit", "bit", *FILE_FAULTS, "item", "list", "mark"])
-    if kind == "item":
+def corrupt(folder: Path, rng: random.Random) -> str:
+    """Applies one random fault to the folder of a checkpoint; returns the kind of fault."""
+    kind = rng.choice(["bit flipped", "bit flipped", *FILE_FAULTS, "item deleted",
+                       "manifest deleted", "marker deleted"])
+    if kind == "item deleted":
         shutil.rmtree(rng.choice([path for path in folder.iterdir() if path.is_dir()]))
         return kind
-    if kind in ("list", "mark"):
-        (folder / (storage.MANIFEST if kind == "list" else "_CHECKPOINT_METADATA")).unlink()
+    if kind in ("manifest deleted", "marker deleted"):
+        name = storage.MANIFEST if kind == "manifest deleted" else COMPLETION_MARKER
+        (folder / name).unlink()
         return kind
-    path = rng.choice([path for path in files(folder) if path.stat().st_size])
-    old, other = path.read_bytes(), rng.choice(files(folder)).read_bytes()
-    new = flip(old, other, rng) if kind == "bit" else FILE_FAULTS[kind](old, other, rng)
-    if new == old:
+    path = rng.choice([path for path in list_files(folder) if path.stat().st_size])
+    content, other = path.read_bytes(), rng.choice(list_files(folder)).read_bytes()
+    changed = FILE_FAULTS[kind](content, other, rng)
+    if changed == content:
         return "none"
-    path.unlink() if new is None else path.write_bytes(new)
+    path.unlink() if changed is None else path.write_bytes(changed)
     return kind
 
 
-def restored(root: Path) -> str:
-    """What becomes of a run in this folder: the step it goes on from, or "refused".
+def restore_outcome(root: Path) -> str:
+    """Restores the run in a folder and saves its next checkpoint.
+
+    Returns:
+        "step N", the step from which the run resumes, or "refused".
 
     Raises:
         AssertionError: a silent corruption.
     """
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
         try:
             found = checkpointing.restore(root, state_at(0))
         except (ValueError, FileNotFoundError) as error:
             assert "\n" not in str(error), error
             return "refused"
     number = int(found.state.step)
-    expected = state_at(number)
-    for ours, theirs in zip(jax.tree.leaves(found.state), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(ours, theirs, err_msg=f"silent corruption at step {number}")
+    restored, expected = jax.tree.leaves(found.state), jax.tree.leaves(state_at(number))
+    for leaf, expected_leaf in zip(restored, expected, strict=True):
+        np.testing.assert_array_equal(
+            leaf, expected_leaf, err_msg=f"silent corruption at step {number}")
     assert found.data_state == {"at": number} and found.metadata == {"run": "this"}
-    assert number == STEPS[-1] or "is corrupted" in said.getvalue() or number in STEPS
+    assert number == STEPS[-1] or "is corrupted" in stderr.getvalue() or number in STEPS
     checkpoint_dirs.quarantine_incomplete(root, after=number)
-    checkpointing.save(root, number + 10, state_at(number + 10))  # the run goes on
+    checkpointing.save(root, number + 10, state_at(number + 10))
     assert checkpointing.latest_step(root) == number + 10
     return f"step {number}"
 
 
-def loads(trials: int, seed: int) -> dict[str, dict[str, int]]:
-    """kind of fault -> what became of it -> how often."""
+def corrupted_checkpoints(trials: int, seed: int) -> dict[str, dict[str, int]]:
+    """Returns kind of fault -> outcome of the restoration -> number of trials."""
     rng, counts = random.Random(seed), collections.defaultdict(collections.Counter)
-    with tempfile.TemporaryDirectory() as place:
-        whole = Path(place) / "whole"
+    with tempfile.TemporaryDirectory() as folder:
+        original = Path(folder) / "original"
         for number in STEPS:
-            checkpointing.save(whole, number, state_at(number), data_state={"at": number},
-                            metadata={"run": "this"})
+            save(original, number)
         for trial in range(trials):
-            root = Path(place) / f"trial{trial}"
-            shutil.copytree(whole, root)
-            kind = damage(root / str(rng.choice((*STEPS, STEPS[-1], STEPS[-1]))), rng)
-            counts[kind][restored(root)] += 1
+            root = Path(folder) / f"trial{trial}"
+            shutil.copytree(original, root)
+            kind = corrupt(root / str(rng.choice((*STEPS, STEPS[-1], STEPS[-1]))), rng)
+            counts[kind][restore_outcome(root)] += 1
             shutil.rmtree(root)
-    return {kind: dict(sorted(found.items())) for kind, found in sorted(counts.items())}
+    return {kind: dict(sorted(outcomes.items())) for kind, outcomes in sorted(counts.items())}
+
+
+# Failing saves ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def full_disk():
-    """No file may grow beyond a few bytes, in any thread: what a full disk does to a writer."""
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def small_file_limit() -> Iterator[None]:
+    """Limits files to 2,000 bytes in all threads, so that writers fail as on a full disk."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @contextlib.contextmanager
-def replaced(owner, name, value):
-    before = getattr(owner, name)
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replaces an attribute."""
+    original = getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        setattr(owner, name, original)
 
 
-def dies(*args, **kwargs):
+def raise_io_error(*args, **kwargs):
     raise OSError(5, "Input/output error")
 
 
-def no_room(path):
+def almost_full_disk_usage(path):
     return shutil._ntuple_diskusage(10**9, 10**9, 10)
 
 
 SAVE_FAULTS = {
-    "disk full": full_disk,
-    "no room": lambda: replaced(shutil, "disk_usage", no_room),
-    "rename fails": lambda: replaced(os, "rename", dies),
-    "digests fail": lambda: replaced(storage, "write", dies),
-    "writer dies": lambda: replaced(storage, "digest_of", dies),
+    "file too large": small_file_limit,
+    "disk full": lambda: replaced(shutil, "disk_usage", almost_full_disk_usage),
+    "rename fails": lambda: replaced(os, "rename", raise_io_error),
+    "manifest fails": lambda: replaced(storage, "write_manifest", raise_io_error),
+    "checksum fails": lambda: replaced(storage, "sha256", raise_io_error),
 }
 
 
-def saves() -> dict[str, str]:
-    """Fault -> the message. After each the step before is there, and the next save works."""
-    said = {}
+def failing_saves() -> dict[str, str]:
+    """Returns fault -> error message of the save.
+
+    After each fault the previous checkpoint can be restored, and the next save succeeds.
+    """
+    messages = {}
     for name, fault in SAVE_FAULTS.items():
-        with tempfile.TemporaryDirectory() as place:
-            root = Path(place) / "run"
-            checkpointing.save(root, 10, state_at(10), data_state={"at": 10},
-                            metadata={"run": "this"})
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder) / "run"
+            save(root, 10)
             try:
                 with fault():
-                    checkpointing.save(root, 20, state_at(20), wait=False).result()
+                    save(root, 20, wait=False).result()
             except checkpointing.SaveError as error:
-                said[name] = str(error)
-            assert name in said, f"{name}: no error"
-            assert restored(root) == "step 10", name
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "file"
+                messages[name] = str(error)
+            assert name in messages, f"{name}: the save did not fail"
+            assert restore_outcome(root) == "step 10", name
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "file"
         file.write_text("not a folder")
         try:
-            checkpointing.save(file / "run", 1, state_at(1))
+            save(file / "run", 1)
         except checkpointing.SaveError as error:
-            said["no folder"] = str(error)
-    return said
+            messages["not a folder"] = str(error)
+    return messages
 
 
-def main(trials: int, seed: int = 0) -> dict:
-    """Both."""
-    found = {"loads": loads(trials, seed), "saves": saves()}
-    print(json.dumps(found, indent=1), flush=True)
-    return found
+def main(trials: int, seed: int = 0) -> dict[str, Any]:
+    """Runs both trials and prints their results as JSON."""
+    results = {"loads": corrupted_checkpoints(trials, seed), "saves": failing_saves()}
+    print(json.dumps(results, indent=1), flush=True)
+    return results
 
 
 if __name__ == "__main__":
@@ -201,5 +225,4 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    main(*vars(parser.parse_args()).values())
-    sys.exit(0)
+    main(**vars(parser.parse_args()))

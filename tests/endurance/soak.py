@@ -1,13 +1,15 @@
-"""Ten thousand steps of a character GPT with evaluation and checkpoints: does anything grow?
+"""Reliability trial: memory and step time of 10,000 steps with evaluation and checkpoints.
 
     python tests/endurance/soak.py
 
-Memory is looked at with every row of history: what is resident, and what of it the allocator has
-given out. After the first fifth, which warms up, the median of the last fifth may be at most 2 %
-above that of the second, the median step at most 10 % slower, and nothing compiles. What is given
-out tells a leak; what is resident also steps up, once, when two steps first happen to overlap at
-their widest. Four layers of 128, context 64, batch 12, as in nanoGPT's CPU setting.
-Hardware: 2 CPU cores take eight minutes.
+The model is a character GPT of four layers of width 128, with context 64 and batch 12, as in
+nanoGPT's CPU setting. Resident memory, and the memory that the C library's allocator has in use,
+are recorded with every row of the history. The first fifth of the rows is warm-up. Between the
+second fifth and the last, the median memory may grow by at most 2 % and the median step time by at
+most 10 %, and nothing may be compiled.
+
+Memory in use reveals a leak. Resident memory also increases once when two steps first overlap at
+their peaks. Hardware: two CPU cores take eight minutes.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,15 +33,15 @@ from transformer_jax.train import loop, optimizers, step
 KEYS = ("resident", "in_use", "seconds_per_step")
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory now."""
+def resident_memory() -> int:
+    """Returns the resident memory of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return 1024 * int(line.split()[1])
-    raise OSError("/proc/self/status has no VmRSS; this needs Linux")
+    raise OSError("/proc/self/status has no VmRSS; run this trial on Linux")
 
 
-class _Malloc(ctypes.Structure):
+class _MallInfo2(ctypes.Structure):
     """glibc's `struct mallinfo2`."""
 
     _fields_ = tuple((name, ctypes.c_size_t) for name in (
@@ -46,63 +49,79 @@ class _Malloc(ctypes.Structure):
         "fordblks", "keepcost"))
 
 
-def in_use() -> int:
-    """Bytes that the C library's allocator has given out (glibc 2.33 or newer)."""
+def memory_in_use() -> int:
+    """Returns the bytes that the C library's allocator has in use (glibc 2.33 or newer)."""
     mallinfo2 = ctypes.CDLL("libc.so.6").mallinfo2
-    mallinfo2.restype = _Malloc
-    found = mallinfo2()
-    return found.uordblks + found.hblkhd
+    mallinfo2.restype = _MallInfo2
+    info = mallinfo2()
+    return info.uordblks + info.hblkhd
 
 
-def run(steps: int, every: int, folder: Path, **sizes) -> list[dict]:
-    """Rows of history with "resident" and "in_use"."""
+def run(num_steps: int, log_every: int, folder: Path, **sizes: Any) -> list[dict[str, Any]]:
+    """Trains, and returns the rows of the history with "resident" and "in_use" bytes.
+
+    Args:
+        num_steps: number of updates.
+        log_every: updates between rows.
+        folder: folder for checkpoints.
+        sizes: replaced fields of the model config.
+    """
     documents = sources.load_source("python_docs/documents", "train")
     texts = [documents[i] for i in range(400)]
     tokenizer = tokenizers.train_chars([example["text"] for example in texts])
     corpus = packing.tokenize_corpus(texts, tokenizer, eos_id=None, one_sentence_per_line=False)
-    shape = {"num_layers": 4, "d_model": 128, "num_heads": 4, "mlp_dim": 512, "max_length": 64,
-             "vocab_size": tokenizer.vocab_size, "dropout_rate": 0.1} | sizes
-    model = build_model(presets.gpt2(**shape))
+    model = build_model(presets.gpt2(**{
+        "num_layers": 4, "d_model": 128, "num_heads": 4, "mlp_dim": 512, "max_length": 64,
+        "vocab_size": tokenizer.vocab_size, "dropout_rate": 0.1} | sizes))
     rows = packing.PackedTokens(corpus, 64)
     held_out = [rows.take(range(12)), rows.take(range(12, 24))]
-    loss = functools.partial(causal_lm.loss, model.apply)
-    optimizer = optimizers.make_optimizer(optimizers.make_schedule("cosine", 1e-3, steps, 10))
-    eval_step, seen = step.make_eval_step(loss), []
+    loss_fn = functools.partial(causal_lm.loss, model.apply)
+    optimizer = optimizers.make_optimizer(
+        optimizers.make_schedule("cosine", 1e-3, num_steps, 10))
+    eval_step, history = step.make_eval_step(loss_fn), []
 
-    def look(row):
+    def record_memory(row):
         if "seconds_per_step" in row:
-            seen.append(row | {"resident": resident(), "in_use": in_use()})
+            history.append(row | {"resident": resident_memory(), "in_use": memory_in_use()})
 
     loop.fit(
         step.init_state(init_params(model, jax.random.key(0)), optimizer),
-        step.make_train_step(loss, optimizer), batching.make_loader(rows, 12),
-        rng=jax.random.key(1), num_steps=steps, log_every=every, quiet=True, on_log=look,
-        eval_fn=lambda params: step.evaluate(eval_step, params, held_out), eval_every=5 * every,
-        checkpoint_dir=folder, save_every=10 * every)
-    return seen
+        step.make_train_step(loss_fn, optimizer), batching.make_loader(rows, 12),
+        rng=jax.random.key(1), num_steps=num_steps, log_every=log_every, quiet=True,
+        on_log=record_memory,
+        eval_fn=lambda params: step.evaluate(eval_step, params, held_out),
+        eval_every=5 * log_every, checkpoint_dir=folder, save_every=10 * log_every)
+    return history
 
 
-def summary(rows: list[dict]) -> dict:
-    """Of the second fifth of the rows and the last."""
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the growth of memory and step time from the second fifth of the rows to the last."""
     fifth = len(rows) // 5
-    parts = {"second": rows[fifth : 2 * fifth], "last": rows[-fifth:]}
-    found = {name: {key: statistics.median(row[key] for row in part)
-                    for key in KEYS} for name, part in parts.items()}
-    growth = {key: found["last"][key] / found["second"][key] - 1 for key in KEYS}
-    compiled = rows[-1]["compilations"] - rows[fifth]["compilations"]
-    return {"steps": int(rows[-1]["step"]), "resident_mib": found["last"]["resident"] / 2**20,
+    second, last = (
+        {key: statistics.median(row[key] for row in part) for key in KEYS}
+        for part in (rows[fifth : 2 * fifth], rows[-fifth:]))
+    growth = {key: last[key] / second[key] - 1 for key in KEYS}
+    return {"steps": int(rows[-1]["step"]), "resident_mib": last["resident"] / 2**20,
             "resident_growth": growth["resident"], "in_use_growth": growth["in_use"],
             "time_growth": growth["seconds_per_step"],
             "resident_mib_over_time": [round(row["resident"] / 2**20)
                                        for row in rows[:: max(len(rows) // 20, 1)]],
-            "compilations": compiled, "loss": float(np.mean([r["loss"] for r in rows[-fifth:]]))}
+            "compilations": rows[-1]["compilations"] - rows[fifth]["compilations"],
+            "loss": float(np.mean([row["loss"] for row in rows[-fifth:]]))}
+
+
+def main(num_steps: int) -> dict[str, Any]:
+    """Runs the trial and prints its results as JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = summarize(run(num_steps, max(num_steps // 200, 1), Path(folder)))
+    print(json.dumps(results), flush=True)
+    return results
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
+    arguments = parser.parse_args()
     distributed.configure_malloc()
-    with tempfile.TemporaryDirectory() as place:
-        steps = parser.parse_args().steps
-        print(json.dumps(summary(run(steps, max(steps // 200, 1), Path(place)))), flush=True)
+    main(arguments.steps)

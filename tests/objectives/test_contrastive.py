@@ -6,15 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transformer_jax.models import BERT
 from transformer_jax.objectives import contrastive
 
 
 def test_loss_of_known_embeddings():
-    """The second texts of rows with weight 0 are no negatives."""
+    """The second texts of rows with weight 0 are not negatives."""
     embeddings = np.array([[[1, 0], [1, 0]], [[0, 2], [3, 3]], [[1, 0], [0, 1]]], np.float32)
 
     def apply(variables, tokens, *, method, padding_mask, **options):
-        assert method == "hidden"
+        assert method == "encode" and hasattr(BERT, method)
         return SimpleNamespace(hidden=jnp.asarray(embeddings.reshape(6, 1, 2)))
 
     batch = {"tokens": np.zeros((3, 2, 1), np.int32), "padding_mask": np.ones((3, 2, 1), bool),

@@ -3,9 +3,12 @@
 import functools
 
 import configs
+import jax
 import pytest
 from small_configs import shrink
 
+from transformer_jax.models import build_model, init_params
+from transformer_jax.pretrained.runs import load_run
 from transformer_jax.recipes.pretraining import PretrainConfig, pretrain
 
 
@@ -31,3 +34,12 @@ def pretrained(tmp_path_factory, sentences):
         return folder / name
 
     return run
+
+
+@pytest.fixture(scope="session")
+def exportable(pretrained):
+    """A loaded (model, params, tokenizer) of a family that the Hugging Face format has."""
+    run = load_run(pretrained("bert_python_docs"))
+    config = run.model.config.replace(norm_first=False, positions="learned", norm_epsilon=1e-12)
+    model = build_model(config)
+    return model, init_params(model, jax.random.key(0)), run.tokenizer

@@ -112,8 +112,8 @@ def test_training_questions_whose_answer_has_no_token_are_left_out(pretrained, c
     encoded = encode_for_training(dataset, model, base.tokenizer, TrainingConfig(
         max_length=24, max_question_length=8, num_steps=2))
     assert "1 of 2 training questions are left out" in capsys.readouterr().out
-    assert {w.example for w in encoded.train} == {1}
-    assert {w.example for w in encoded.validation} == {0, 1}  # all are answered and counted
+    assert {w.example_index for w in encoded.train} == {1}
+    assert {w.example_index for w in encoded.validation} == {0, 1}  # all are answered and counted
 
 
 def test_questions_without_an_answer(pretrained):

@@ -58,7 +58,8 @@ def test_a_finished_fine_tuning_run_is_not_repeated(folder):
     result = finetune(FinetuneConfig(
         pretrained="bert_run", out=Path("finetuned_head"), trainable="head", **TASK))
     assert result.history == []
-    saved = [json.loads(x) for x in (FILES / "finetuned_head" / "predictions.jsonl").open()]
+    lines = (FILES / "finetuned_head" / "predictions.jsonl").read_text().splitlines()
+    saved = list(map(json.loads, lines))
     assert [x["prediction"] for x in result.predictions] == [x["prediction"] for x in saved]
 
 

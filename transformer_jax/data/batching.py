@@ -1,8 +1,8 @@
 """Batches of fixed shape from a random-access source: shuffled, sharded and prefetched with Grain.
 
 Host code in NumPy: it uses no device, so background threads can prepare batches during a training
-step. Loaders read their source by index, so the state of a loader is one number, and a run that is
-resumed from it continues exactly.
+step. Loaders read their source by index. The state of a loader is therefore one number, and a run
+that is resumed with this state receives the batches of an uninterrupted run.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +20,8 @@ Transform = Callable[[Any, np.random.Generator], Mapping[str, Any]]
 class Loader(Iterator[Batch]):
     """Iterator over batches whose position can be saved and restored.
 
-    `get_state` returns the position as a small dict that JSON can hold; `set_state` moves the
-    iterator to such a position.
+    `get_state` returns the position as a small dict of JSON values; `set_state` moves the iterator
+    to such a position.
 
     Args:
         batches: the batches, with random access.
@@ -35,7 +35,7 @@ class Loader(Iterator[Batch]):
         self._iterator = iter(batches.to_iter_dataset(options))
 
     def __len__(self) -> int:
-        """Total number of batches; practically infinite without `num_epochs`."""
+        """Total number of batches; practically infinite if `num_epochs` is None."""
         return len(self._batches)
 
     def __next__(self) -> Batch:
@@ -68,16 +68,16 @@ def make_loader(
     once, in a new order. A batch may contain the end of one epoch and the start of the next.
 
     Args:
-        source: sequence of dicts of arrays, or of inputs of `transform`. If the source has a method
-            `take(indices) -> batch` and there is no transform, that method makes whole batches
-            (see `PackedTokens.take`).
+        source: sequence of examples: dicts of arrays, or inputs of `transform`. If the source has a
+            method `take(indices) -> batch` and `transform` is None, batches are made by this method
+            instead of row by row (see `PackedTokens.take`).
         batch_size: global batch size, over all processes.
-        transform: `transform(example, rng) -> dict` makes one row of the batch. The generator
-            depends on the seed and on the example's number in the run, so random choices differ
-            between epochs.
+        transform: `transform(example, rng) -> dict` makes one row of the batch. The generator `rng`
+            depends on the seed and on the position of the example in the run, so random choices
+            differ between epochs.
         seed: seed of the shuffling and of the transform's generators.
         shuffle: whether to shuffle each epoch.
-        num_epochs: number of epochs, or None to repeat without end.
+        num_epochs: number of epochs, or None to repeat indefinitely.
         drop_remainder: whether to drop the last batch of the last epoch if it is incomplete. If
             False, the batch is padded with rows of zeros, whose loss weight is 0: for evaluation
             with `num_epochs=1`.
@@ -92,8 +92,9 @@ def make_loader(
         The loader; see `Loader`.
 
     Raises:
-        ValueError: the source is empty or smaller than one batch, or `batch_size` is not a multiple
-            of `process_count`.
+        ValueError: the source is empty, its examples do not fill a batch and `drop_remainder` is
+            True, `batch_size` is not a multiple of `process_count`, or `process_index` is out of
+            range.
 
     Example:
         >>> source = [{"x": np.int32(i)} for i in range(6)]

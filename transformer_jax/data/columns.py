@@ -19,14 +19,14 @@ USUAL_COLUMNS = {
     "source": ("source", "document", "dialogue", "article"),
     "target": ("target", "summary", "highlights"),
 }
-"""Field of an example -> the usual names of its column, of which the first one in the data is used.
-The column of any other field has the name of the field."""
+"""Field of an example -> the usual names of its column; the first one that the data has is used.
+For all other fields, the name of the column is the name of the field."""
 
 
 def resolve_columns(
     train: Split, task_type: str | None, columns: Columns | None, known: KnownDataset | None
 ) -> tuple[str, dict[str, str | tuple[str, ...]]]:
-    """Returns the task type, and the column of each field that the data has.
+    """Returns the task type, and the column of each field for which the data has a column.
 
     Args:
         train: the training split.
@@ -67,7 +67,7 @@ def resolve_columns(
         required = required - {"answers"} | {"answer", "start"}
     if missing := sorted(required - column_of.keys()):
         raise ValueError(f"{train.describe(0)}: no column for {', '.join(missing)} of {task_type}; "
-                         f"name it by columns, among {', '.join(map(repr, row))}")
+                         f"set it in columns; the data has {', '.join(map(repr, row))}")
     return task_type, {field: c for field, c in column_of.items() if field in allowed}
 
 
@@ -99,11 +99,11 @@ def make_encoders(
         task_type: the task type.
         columns: column of each field.
         splits: the training and the validation split.
-        names: declared label names, as of `labels.encoder_from_names`; None to use the class names
-            of the data, or the labels in the training split.
-        validation_names: the same for the validation split; the same object if it has the same
-            labels.
-        label_range: least and greatest label of a regression; None for any.
+        names: label names, as in `labels.encoder_from_names`. None uses the class names of the
+            data, or else the labels in the training split.
+        validation_names: the same for the validation split. Pass the object `names` itself if both
+            splits have the same labels.
+        label_range: lowest and highest label of a regression; None allows any.
 
     Raises:
         ValueError: the training split has a single class, the validation split has a class that is
@@ -112,8 +112,8 @@ def make_encoders(
     if task_type == "regression":
         low, high = label_range or (-np.inf, np.inf)
         if not low < high:
-            raise ValueError(f"label_range is {label_range}; give the least label before the "
-                             "greatest")
+            raise ValueError(f"label_range is {label_range}; give the lowest label before the "
+                             "highest")
         return [labels.score_encoder(low, high)] * 2
     if task_type in ("question_answering", "seq2seq"):
         return [labels.encode_choice] * 2  # not called: these task types have no labels

@@ -1,4 +1,4 @@
-"""Labeled datasets, loaded by name, from files or from memory, as examples in a common form.
+"""Loading of labeled datasets by name, from files or from memory, as examples in a common form.
 
 The fields of an example depend on the task type, not on the columns of the data:
 
@@ -6,8 +6,8 @@ The fields of an example depend on the task type, not on the columns of the data
     regression            {"text", "label": float}, and "text_b" for a pair of texts
     multiple_choice       {"text", "choices": [str, ...], "label": int}; the text may be ""
     token_classification  {"words": [str, ...], "tags": [int, ...]}
-    question_answering    {"question", "context", "answers": [{"text", "start"}, ...]}, without
-                          answers if the context has none; "start" is a character index
+    question_answering    {"question", "context", "answers": [{"text", "start"}, ...]}; "answers" is
+                          empty if the context has no answer; "start" is a character index
     seq2seq               {"source", "target"}
 
 Examples also have an "id" if the data has one.
@@ -43,7 +43,8 @@ class LabeledDataset(NamedTuple):
             types.
         metric: main metric: accuracy, f1, macro_f1, matthews, pearson_spearman, squad, rouge or
             bleu.
-        label_range: least and greatest label of a regression, declared or of the training split.
+        label_range: lowest and highest label of a regression, as declared or else in the training
+            split; None for other task types.
         dropped: split -> reason -> number of rows that were left out.
     """
 
@@ -82,7 +83,7 @@ def load_dataset(
     """Loads the training and validation split of a labeled dataset.
 
     The arguments override the description of a known dataset (`known_datasets.KNOWN`). For other
-    data, they declare what cannot be inferred from the column names.
+    data, give the arguments that cannot be inferred from the column names.
 
     Args:
         data: one of
@@ -90,39 +91,42 @@ def load_dataset(
             - "tfds:NAME", "hf:NAME", "hf:FOLDER" for a folder of `save_to_disk`, or
               "python_docs/topics";
             - a .tsv, .csv, .jsonl or tab-separated .txt file, or .gz of one;
-            - a folder with such a file whose name has the word train in it, and one with
-              validation, valid, val, dev, trial or test;
+            - a folder with such a file that has the word train in its name, and such a file that
+              has the word validation, valid, val, dev, trial or test in its name;
             - a sequence of dicts, a pandas DataFrame or a `datasets.Dataset`;
-            - a dict of such splits, or a `datasets.DatasetDict`, with the keys "train" and, for the
-              validation split, one of the words above;
-            - a `LabeledDataset`, which is returned as it is.
+            - a dict of such sequences, or a `datasets.DatasetDict`, with the key "train" and, for
+              the validation split, one of the words above as key;
+            - a `LabeledDataset`, which is returned unchanged.
         task_type: a key of `known_datasets.METRICS`. If None, it is inferred from the columns. A
             dataset whose labels are numbers is a regression if one of them is not an integer, else
             a classification.
-        columns: field of the example -> column of the data, `{"text": "sentence"}`. A dot selects
-            an item of a dict. Several columns in a tuple are joined by spaces, or are the choices.
+        columns: field of the example -> column of the data, as `{"text": "sentence"}`. A dot in the
+            name of a column selects an item of a dict. A tuple names several columns, whose texts
+            are joined by spaces; for the field "choices", each column is one choice.
         validation: the validation split: another file, the name of a split, or data in memory as
-            above. If `data` is in memory without a validation split, a tenth of its rows is held
-            out, at least one, and a line that says so is printed.
-        validation_filter: column -> values, `{"fold": [0]}`: the training rows with one of these
-            values in every column become the validation split.
-        validation_fraction: fraction of the training rows that is drawn at random as the
-            validation split.
+            above. If `data` is in memory without a validation split, 10 % of its rows, at least
+            one, are held out for validation, and their number is printed.
+        validation_filter: column -> values, as `{"fold": [0]}`: the training rows whose value in
+            each of these columns is one of the given values become the validation split.
+        validation_fraction: fraction of the training rows, in (0, 1), that is drawn at random as
+            the validation split.
         header: column names of .tsv and .csv files without a header line.
         validation_header: the same for the validation file, if its columns differ.
         label_names: names of the classes in the order of their ids; or label in the data -> name
-            of its class, `{"1": "neutral", ...}`. By default, the class names of the data if it has
-            them, else the sorted labels of the training split. If the names are declared here or
-            by the data, rows with the label -1 or "-", which mean "no label", are left out.
+            of its class, as `{"1": "neutral", ...}`. By default, the class names of the data if it
+            has them, else the sorted labels of the training split. If the data has class names or
+            `label_names` is given, rows with the label -1 or "-" count as unlabeled and are left
+            out.
         validation_label_names: the same for the validation split, if its labels differ.
-        label_range: least and greatest label of a regression.
-        metric: one of the task type's `known_datasets.METRICS`. The default for tags is F1 of
-            entities if the tags are in a scheme such as BIO, else accuracy.
-        limit: largest number of rows of each split; the rows are drawn at random.
+        label_range: lowest and highest label of a regression.
+        metric: a metric of the task type in `known_datasets.METRICS`. The default for token
+            classification is the F1 of entities if the tags are in a scheme such as BIO, else
+            accuracy.
+        limit: maximum number of rows of each split; the rows are drawn at random.
         seed: seed of all random draws of rows.
         on_bad_rows: what to do with rows that have an empty text, an empty label, or an answer that
-            is not at its position in the context: "error", or "drop" to leave them out and count
-            them. The default is "drop" for known datasets and "error" for others.
+            is not at its position in the context: "error" raises an error, and "drop" leaves them
+            out and counts them. The default is "drop" for known datasets and "error" for others.
         allow_empty_classes: whether a class may have no training example.
         like: name of a known dataset whose description applies to this data, such as "hf:snli" for
             a local copy of it.
@@ -130,11 +134,14 @@ def load_dataset(
         data_dir: folder of TFDS's data; see `sources.load_tfds`.
         download: whether TFDS may download the dataset.
 
+    Returns:
+        The dataset, whose rows have all been converted to examples and checked.
+
     Raises:
         FileNotFoundError: a path does not exist, or there is no dataset of this name.
         ValueError: there is no validation split, a column is missing, a row is invalid (the message
             has the line of the file or the index of the row), a label does not occur in the
-            training split, a class has no example, or the metric is not one of the task type.
+            training split, a class has no example, or the metric does not belong to the task type.
 
     Example:
         >>> rows = [{"sentence": "good", "label": "pos"}, {"sentence": "bad", "label": "neg"}]
@@ -158,9 +165,9 @@ def load_dataset(
                                    ("on_bad_rows", on_bad_rows, ("error", "drop"))):
         if value is not None and value not in allowed:
             raise ValueError(f"unknown {option} {value!r}; choose one of {', '.join(allowed)}")
-    has_name = not in_memory.is_in_memory(data) and not sources.is_local(data)
+    is_named = not in_memory.is_in_memory(data) and not sources.is_local(data)
     known = known_datasets.get(like) if like else (
-        known_datasets.find(str(data)) if has_name else None)
+        known_datasets.find(str(data)) if is_named else None)
     holds_out = validation_filter is not None or validation_fraction is not None
     splits = _load_splits(data, validation, known, holds_out, header, validation_header,
                           config=config, data_dir=data_dir, download=download)
@@ -226,12 +233,13 @@ def _as_splits(data: Any) -> Any:
 
 def _load_splits(
     data: Any, validation: Any, known: KnownDataset | None, holds_out: bool,
-    header: Sequence[str] | None, validation_header: Sequence[str] | None, **library: Any,
+    header: Sequence[str] | None, validation_header: Sequence[str] | None, **options: Any,
 ) -> list[Split]:
     """Returns the training split and the validation split.
 
-    Returns the training split alone if validation rows are to be held out from it: because
-    `holds_out` is set, or because `data` is in memory and there is no validation split.
+    Returns only the training split if validation rows must be held out from it: if `holds_out` is
+    True, or if `data` is in memory and has no validation split. `options` are those of
+    `splits.load_library_split`.
     """
     validation_in_memory = validation is not None and in_memory.is_in_memory(validation)
     train_only = holds_out or validation_in_memory
@@ -250,7 +258,7 @@ def _load_splits(
                                        header, validation_header or header)
     else:
         load = functools.partial(splits_lib.load_library_split, str(data), known,
-                                 train_only=train_only, **library)
+                                 train_only=train_only, **options)
         name = validation or (known.validation_split if known else "validation")
         splits = [load(split=split) for split in ("train", *([] if train_only else [str(name)]))]
     if validation_in_memory:
@@ -287,7 +295,7 @@ def _choose_metric(
 
 
 def _is_entity_tag(tag: str) -> bool:
-    """Returns whether a tag is of a scheme for entities such as BIO, unlike a part of speech."""
+    """Returns whether a tag belongs to an entity scheme such as BIO; part-of-speech tags do not."""
     return tag in ("O", "B", "I") or re.match(r"[BILUSE]-.", tag) is not None
 
 
@@ -340,15 +348,16 @@ def subsample_balanced(
 ) -> Sequence[Example]:
     """Draws examples at random: the same number from every class, or a total number.
 
-    A total is divided equally among the classes as far as each has enough examples; with the same
-    seed, a smaller total gives a prefix of a larger one. Examples without class ids, such as those
-    of a regression, count as one class. Without either number, all examples are returned.
+    With `total`, the classes have equal numbers of examples, as far as each has enough. With the
+    same seed, the examples for a smaller total are the first of those for a larger total. Examples
+    without class ids, such as those of a regression, count as one class. If neither number is
+    given, all examples are returned.
 
     Args:
         examples: the examples.
-        per_class: number of examples of every class.
+        per_class: number of examples to draw from every class.
         seed: seed of the draw.
-        total: number of examples over all classes.
+        total: number of examples to draw over all classes.
 
     Raises:
         ValueError: there are too few examples, or both numbers are given.
@@ -374,6 +383,7 @@ def subsample_balanced(
         if not 0 < total <= len(examples):
             raise ValueError(f"{total} examples were requested, but there are {len(examples)}; "
                              f"total must be from 1 to {len(examples)}")
+        # Round i has the i-th example of every class that has one.
         rounds = ((round_, k, example) for k, drawn in enumerate(by_class.values())
                   for round_, example in enumerate(drawn))
         return [example for *_, example in sorted(rounds, key=lambda r: r[:2])[:total]]

@@ -1,4 +1,4 @@
-"""Known labeled datasets: the task type, columns, labels and metric of datasets with a name."""
+"""Known labeled datasets: the task type, columns, labels and metric of datasets, by their names."""
 
 import difflib
 import re
@@ -26,9 +26,9 @@ class KnownDataset(NamedTuple):
         task_type: a key of `METRICS`.
         columns: column of each field of an example.
         validation_split: name of the split to evaluate on, which must have labels.
-        metric: main metric; the first of the task type if empty.
-        label_names: names of the classes in order; those of the data if empty.
-        label_range: least and greatest label of a regression.
+        metric: main metric; if empty, the first metric of the task type in `METRICS`.
+        label_names: names of the classes in order; if empty, the class names of the data.
+        label_range: lowest and highest label of a regression.
         hub: location on the Hugging Face Hub.
     """
 
@@ -58,28 +58,30 @@ SENTIMENT = ("negative", "positive")
 PARAPHRASE = ("different_meaning", "paraphrase")
 
 
-def _texts(text: str | tuple[str, ...], text_b: str | None = None, **fields: Any) -> KnownDataset:
-    """Describes a classification with the labels in the column "label"; `fields` override that."""
+def _classification(
+    text: str | tuple[str, ...], text_b: str | None = None, **fields: Any
+) -> KnownDataset:
+    """Describes a classification whose label column is "label"; `fields` override any field."""
     columns = {"text": text, **({"text_b": text_b} if text_b else {}),
                **fields.pop("columns", {"label": "label"})}
     return KnownDataset(**{"task_type": "classification", "columns": columns, **fields})
 
 
 def _glue(text: str, text_b: str | None = None, **fields: Any) -> KnownDataset:
-    return _texts(text, text_b, columns={"label": "label", "id": "idx"}, **fields)
+    return _classification(text, text_b, columns={"label": "label", "id": "idx"}, **fields)
 
 
-def _squad() -> KnownDataset:
+def _question_answering() -> KnownDataset:
     return KnownDataset("question_answering", {
         "id": "id", "question": "question", "context": "context", "answers": "answers"})
 
 
-def _pairs(source: str, target: str, **fields: Any) -> KnownDataset:
+def _seq2seq(source: str, target: str, **fields: Any) -> KnownDataset:
     columns = {"source": source, "target": target, **fields.pop("columns", {})}
     return KnownDataset("seq2seq", columns, **fields)
 
 
-def _choices(
+def _multiple_choice(
     text: str | tuple[str, ...], choices: str | tuple[str, ...], label: str = "label",
     **columns: str,
 ) -> KnownDataset:
@@ -106,25 +108,26 @@ ANSWERS = tuple(f"answer{i}" for i in range(4))
 
 TFDS = {
     **{f"glue/{name}": known for name, known in GLUE.items()},
-    "snli": _texts("premise", "hypothesis", label_names=NLI),
-    "multi_nli": _texts("premise", "hypothesis", validation_split="validation_matched",
+    "snli": _classification("premise", "hypothesis", label_names=NLI),
+    "multi_nli": _classification("premise", "hypothesis", validation_split="validation_matched",
                         label_names=NLI),
-    "imdb_reviews": _texts("text", validation_split="test", label_names=SENTIMENT),
-    "yelp_polarity_reviews": _texts("text", validation_split="test", label_names=SENTIMENT),
-    "ag_news_subset": _texts(("title", "description"), validation_split="test",
-                             label_names=("World", "Sports", "Business", "Sci/Tech")),
-    "paws_wiki": _texts("sentence1", "sentence2", label_names=PARAPHRASE),
-    "squad": _squad(),
-    "squad/v2.0": _squad(),
-    "hellaswag": _choices("context", "endings"),
-    "cosmos_qa": _choices(("context", "question"), ANSWERS, id="id"),
-    "piqa": _choices("goal", ("sol1", "sol2"), id="id"),
-    "openbookqa": _choices("question.stem", tuple(f"question.choice_{x}" for x in "ABCD"),
+    "imdb_reviews": _classification("text", validation_split="test", label_names=SENTIMENT),
+    "yelp_polarity_reviews": _classification("text", validation_split="test",
+                                             label_names=SENTIMENT),
+    "ag_news_subset": _classification(("title", "description"), validation_split="test",
+                                      label_names=("World", "Sports", "Business", "Sci/Tech")),
+    "paws_wiki": _classification("sentence1", "sentence2", label_names=PARAPHRASE),
+    "squad": _question_answering(),
+    "squad/v2.0": _question_answering(),
+    "hellaswag": _multiple_choice("context", "endings"),
+    "cosmos_qa": _multiple_choice(("context", "question"), ANSWERS, id="id"),
+    "piqa": _multiple_choice("goal", ("sol1", "sol2"), id="id"),
+    "openbookqa": _multiple_choice("question.stem", tuple(f"question.choice_{x}" for x in "ABCD"),
                            "answerKey"),
     "conll2003": KnownDataset("token_classification", {"words": "tokens", "tags": "ner"}),
-    "cnn_dailymail": _pairs("article", "highlights", columns={"id": "id"}),
-    "xsum": _pairs("document", "summary"),
-    "samsum": _pairs("dialogue", "summary", columns={"id": "id"}),
+    "cnn_dailymail": _seq2seq("article", "highlights", columns={"id": "id"}),
+    "xsum": _seq2seq("document", "summary"),
+    "samsum": _seq2seq("dialogue", "summary", columns={"id": "id"}),
 }
 
 # Hugging Face ------------------------------------------------------------------------------------
@@ -142,20 +145,20 @@ HF = {
     "yelp_polarity": _hub("fancyzhx/yelp_polarity", None, TFDS["yelp_polarity_reviews"]),
     "ag_news": _hub("fancyzhx/ag_news", None,
                     TFDS["ag_news_subset"]._replace(columns={"text": "text", "label": "label"})),
-    "paws": _hub("google-research-datasets/paws", "labeled_final", _texts(
+    "paws": _hub("google-research-datasets/paws", "labeled_final", _classification(
         "sentence1", "sentence2", columns={"label": "label", "id": "id"}, label_names=PARAPHRASE)),
-    "boolq": _hub("google/boolq", None, _texts(
+    "boolq": _hub("google/boolq", None, _classification(
         "question", "passage", columns={"label": "answer"}, label_names=("false", "true"))),
-    "squad": _hub("rajpurkar/squad", None, _squad()),
-    "squad_v2": _hub("rajpurkar/squad_v2", None, _squad()),
-    "hellaswag": _hub("Rowan/hellaswag", None, _choices("ctx", "endings")),
-    "swag": _hub("allenai/swag", "regular", _choices(
+    "squad": _hub("rajpurkar/squad", None, _question_answering()),
+    "squad_v2": _hub("rajpurkar/squad_v2", None, _question_answering()),
+    "hellaswag": _hub("Rowan/hellaswag", None, _multiple_choice("ctx", "endings")),
+    "swag": _hub("allenai/swag", "regular", _multiple_choice(
         "startphrase", tuple(f"ending{i}" for i in range(4)))),
-    "commonsense_qa": _hub("tau/commonsense_qa", None, _choices(
+    "commonsense_qa": _hub("tau/commonsense_qa", None, _multiple_choice(
         "question", "choices.text", "answerKey", id="id")),
-    "race/high": _hub("ehovy/race", "high", _choices(
+    "race/high": _hub("ehovy/race", "high", _multiple_choice(
         ("article", "question"), "options", "answer")),
-    "race/middle": _hub("ehovy/race", "middle", _choices(
+    "race/middle": _hub("ehovy/race", "middle", _multiple_choice(
         ("article", "question"), "options", "answer")),
     # The main revision has a loading script, which `datasets` no longer runs; the Hub keeps a copy
     # converted to Parquet.
@@ -165,7 +168,7 @@ HF = {
     "wikiann/en": _hub("unimelb-nlp/wikiann", "en", KnownDataset(
         "token_classification", {"words": "tokens", "tags": "ner_tags"})),
     "cnn_dailymail": _hub("abisee/cnn_dailymail", "3.0.0", TFDS["cnn_dailymail"]),
-    "xsum": _hub("EdinburghNLP/xsum", None, _pairs("document", "summary", columns={"id": "id"})),
+    "xsum": _hub("EdinburghNLP/xsum", None, _seq2seq("document", "summary", columns={"id": "id"})),
     "samsum": _hub("knkarthick/samsum", None, TFDS["samsum"]),
     "dialogsum": _hub("knkarthick/dialogsum", None, TFDS["samsum"]),
 }
@@ -175,8 +178,8 @@ HF = {
 KNOWN = {
     **{f"tfds:{name}": known for name, known in TFDS.items()},
     **{f"hf:{name}": known for name, known in HF.items()},
-    "python_docs/topics": _texts("text"),
-    "python_docs/summaries": _pairs("body", "summary"),
+    "python_docs/topics": _classification("text"),
+    "python_docs/summaries": _seq2seq("body", "summary"),
 }
 """Name as `load_dataset` accepts it -> description."""
 
@@ -184,8 +187,8 @@ KNOWN = {
 def find(spec: str) -> KnownDataset | None:
     """Returns the description of "tfds:NAME", "hf:NAME" or "python_docs/CONFIG", or None.
 
-    A TFDS config without a description of its own has that of its dataset. A name on the Hub may
-    include its owner. For translation datasets, such as "tfds:wmt14_translate/de-en", the first
+    A TFDS config without its own description has the description of its dataset. A name on the Hub
+    may include its owner. For translation datasets, such as "tfds:wmt14_translate/de-en", the first
     language is the source and the second the target.
 
     Example:
@@ -197,12 +200,12 @@ def find(spec: str) -> KnownDataset | None:
         name = name.partition(":")[0]  # without the version
         if pair := re.fullmatch(r"wmt\w+_translate/(\w\w)-(\w\w)|ted_hrlr_translate/"
                                 r"(\w+)_to_(\w+)", name):
-            return _pairs(*filter(None, pair.groups()), metric="bleu")
+            return _seq2seq(*filter(None, pair.groups()), metric="bleu")
         return TFDS.get(name) or TFDS.get(name.partition("/")[0])
     if prefix == "hf":
         if pair := re.fullmatch(r"(?:wmt/)?(wmt\d\d)/(\w\w)-(\w\w)", name):
             year, source, target = pair.groups()
-            return _hub(f"wmt/{year}", f"{source}-{target}", _pairs(
+            return _hub(f"wmt/{year}", f"{source}-{target}", _seq2seq(
                 f"translation.{source}", f"translation.{target}", metric="bleu"))
         for short_name, known in HF.items():
             config = short_name.partition("/")[2]
@@ -216,7 +219,7 @@ def get(spec: str) -> KnownDataset:
     """Returns the description of a dataset as `find` does.
 
     Raises:
-        ValueError: the dataset is unknown; the message has similar names.
+        ValueError: the dataset is unknown; the message lists similar names.
     """
     known = find(spec)
     if known is None:

@@ -1,4 +1,4 @@
-"""Labels as they occur in data, encoded as class ids or scores."""
+"""Encoding of labels, as they occur in the data, as class ids, scores or choice indices."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 EncodeLabel = Callable[[Any], float]
-"""Function that encodes the label of a row: as a class id, a score, or the number of a choice."""
+"""Function that encodes the label of a row as a class id, a score, or the index of a choice."""
 
 
 class DroppableRowError(ValueError):
-    """An error in a row that may be left out of a dataset instead.
+    """An invalid row that a caller may drop instead of failing.
 
     Attributes:
-        reason: category of the error, by which dropped rows are counted.
+        reason: category of the error. Dropped rows are counted by reason.
     """
 
     def __init__(self, reason: str, message: str):
@@ -23,7 +23,8 @@ class DroppableRowError(ValueError):
 
 
 NO_LABEL = "no label"
-"""Reason of a row without a label: annotators did not agree, or the labels are not published."""
+"""`DroppableRowError.reason` of a row without a label, because annotators did not agree or because
+the labels are not published."""
 
 
 def to_python(value: Any) -> Any:
@@ -32,9 +33,9 @@ def to_python(value: Any) -> Any:
 
 
 def label_text(value: Any) -> str:
-    """Returns a label as text, by which labels are compared.
+    """Returns the canonical text of a label, which is used to compare labels.
 
-    1, 1.0 and "1" are the same label; a missing value (None, NaN) is "".
+    The text of 1, 1.0 and "1" is the same; that of a missing value (None, NaN) is "".
 
     Example:
         >>> label_text(1.0), label_text(" 1 "), label_text(True), label_text(None)
@@ -58,13 +59,13 @@ def is_integer(text: str) -> bool:
 
 
 class LabelEncoder(NamedTuple):
-    """Function from the labels in the data to class ids.
+    """Callable that maps the labels in the data to class ids.
 
     Attributes:
         names: names of the classes, in the order of their ids.
         class_ids: text of a label in the data -> class id.
-        is_declared: whether the classes were declared. If not, they were inferred from the labels
-            in the data.
+        is_declared: whether the classes were declared by the user or the dataset. If not, they were
+            inferred from the labels in the data.
     """
 
     names: tuple[str, ...]
@@ -75,7 +76,8 @@ class LabelEncoder(NamedTuple):
         """Returns the class id of a label.
 
         Raises:
-            DroppableRowError: the label is empty, or is -1 or "-" (no label) with declared classes.
+            DroppableRowError: the label is empty; or the classes are declared and the label is -1
+                or "-", which mean that the row has no label.
             ValueError: no class has this label.
         """
         label = label_text(value)
@@ -99,11 +101,12 @@ def encoder_from_names(
         names: names of the classes, in the order of their ids; or label in the data -> name of its
             class, `{"1": "neutral", ...}`.
         class_names: class names of the dataset, if its labels are integers with class names.
-            `names` then rename these classes, in the same order or by their names.
+            `names` then renames these classes: a sequence in the same order, or a mapping whose
+            keys are the class names.
 
     Raises:
-        ValueError: there are fewer than two classes, two have the same name, or their number
-            differs from that of the dataset.
+        ValueError: `names` is a sequence of fewer than two names, or of names that are not all
+            different, or its length is not the number of classes of the dataset.
 
     Example:
         >>> encode = encoder_from_names({"1": "negative", "2": "positive"})
@@ -131,9 +134,9 @@ def encoder_from_names(
 
 
 def encoder_from_values(values: Iterable[Any]) -> LabelEncoder:
-    """Returns the encoder of the labels that occur in the data, sorted.
+    """Returns an encoder whose classes are the labels that occur in the data.
 
-    Labels are sorted as numbers if all of them are integers, else as text.
+    The labels are sorted as numbers if all of them are integers, else as text.
 
     Example:
         >>> encoder_from_values(["pos", "neg", "pos"]).names
@@ -148,7 +151,7 @@ def encoder_from_values(values: Iterable[Any]) -> LabelEncoder:
 
 
 def are_scores(values: Iterable[Any]) -> bool:
-    """Returns whether labels are those of a regression: all are numbers, and not all integers.
+    """Returns whether labels are scores: all of them are numbers, and not all are integers.
 
     Empty labels are ignored.
     """
@@ -160,10 +163,10 @@ def are_scores(values: Iterable[Any]) -> bool:
 
 
 def score_encoder(low: float, high: float) -> EncodeLabel:
-    """Returns the encoder of the labels of a regression.
+    """Returns a function that converts the label of a regression to a float.
 
-    The encoder raises DroppableRowError if the label is empty, and ValueError if it is no number
-    from `low` to `high`.
+    The function raises DroppableRowError if the label is empty, and ValueError if it is not a
+    number from `low` to `high`.
     """
     def encode(value: Any) -> float:
         label = label_text(value)
@@ -187,7 +190,7 @@ def encode_choice(value: Any) -> int:
     """Returns the index of a choice: 0 for the labels 0, "0" and "A".
 
     Raises:
-        DroppableRowError: there is no label.
+        DroppableRowError: the label is empty or -1.
         ValueError: the label is neither a number nor a capital letter.
     """
     label = label_text(value)

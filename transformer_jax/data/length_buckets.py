@@ -2,9 +2,9 @@
 
 The run is an endless sequence of epochs, each in a new random order, and is divided into groups of
 consecutive batches. The examples of a group are sorted by length and divided into batches, and each
-batch is padded to the smallest bucket (row length) that fits its longest example. There are as many
-batch shapes, and compilations of the training step, as buckets. Every batch is full, and every
-example occurs once per epoch, however small the dataset.
+batch is padded to the smallest bucket (row length) that fits its longest example. The training step
+is compiled once per bucket. Every batch is full, and every example occurs once per epoch, even if
+the dataset is small.
 """
 
 import functools
@@ -44,10 +44,11 @@ def choose_buckets(lengths: Sequence[int], max_length: int, max_buckets: int) ->
     rounded = np.minimum(-8 * (-np.asarray(lengths) // 8), max_length)
     edges, count = np.unique(rounded, return_counts=True)
     cumulative = np.concatenate([[0], np.cumsum(count)])
-    # cost[i]: padded tokens of all rows up to edges[i], with the buckets best[i].
+    # cost[i]: number of tokens, padding included, of all rows of length up to edges[i] if they are
+    # padded to the buckets best[i], of which the last is edges[i].
     cost, best = edges * cumulative[1:], [[int(edge)] for edge in edges]
     for _ in range(min(max_buckets, len(edges)) - 1):
-        # candidates[i][j]: the same if edges[j] is the bucket before edges[i].
+        # candidates[i][j]: the cost if edges[j] is the last bucket before edges[i].
         candidates = [[cost[j] + edges[i] * (cumulative[i + 1] - cumulative[j + 1])
                        for j in range(i)] for i in range(len(edges))]
         previous = [int(np.argmin(row)) if row and min(row) < cost[i] else None
@@ -59,7 +60,7 @@ def choose_buckets(lengths: Sequence[int], max_length: int, max_buckets: int) ->
 
 
 class LengthBucketedBatches:
-    """Random access to the batches of an endless run, each padded to the length of one bucket.
+    """Random access to an endless sequence of batches, each padded to the length of one bucket.
 
     Args:
         examples: the examples; any objects.
@@ -69,8 +70,8 @@ class LengthBucketedBatches:
         buckets: row lengths in ascending order; longer rows are truncated to the last one.
         batch_size: global batch size, over all processes.
         seed: seed of the order of the examples and batches.
-        group_size: number of batches that are sorted by length together. It is reduced to a quarter
-            of an epoch, and to 1 if there is only one bucket.
+        group_size: number of batches in a group, whose examples are sorted by length together. It
+            is reduced to a quarter of an epoch, and to 1 if there is only one bucket.
         process_index: index of this process, which receives its slice of every batch.
         process_count: number of processes.
 
@@ -117,7 +118,8 @@ class LengthBucketedBatches:
         quarter_epoch = len(examples) // batch_size // 4
         self.group_size = 1 if len(buckets) == 1 else max(min(group_size, quarter_epoch), 1)
         self._process_slice = functools.partial(process_slice, process_index, process_count)
-        self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # the last group that was planned
+        # Number and batches of the group that was planned last.
+        self._plan: tuple[int, list[np.ndarray]] = (-1, [])
 
     def __len__(self) -> int:
         """Practically infinite."""
@@ -136,10 +138,11 @@ class LengthBucketedBatches:
     def _plan_group(self, group: int) -> list[np.ndarray]:
         """Returns the batches of a group, each as an array of example indices."""
         size = self.group_size * self.batch_size
-        epochs, places = np.divmod(np.arange(group * size, (group + 1) * size), len(self.examples))
+        epochs, positions = np.divmod(
+            np.arange(group * size, (group + 1) * size), len(self.examples))
         indices = np.concatenate([
             np.random.default_rng((self.seed, int(epoch))).permutation(len(self.examples))[
-                places[epochs == epoch]]
+                positions[epochs == epoch]]
             for epoch in np.unique(epochs)])
         indices = indices[np.argsort(self.lengths[indices], kind="stable")]
         batches = indices.reshape(self.group_size, self.batch_size)
@@ -155,8 +158,11 @@ class LengthBucketedBatches:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def loader(self, prefetch: int = 2) -> Loader:
-        """Returns an iterator over the batches that prepares `prefetch` batches ahead in a thread;
-        its state is one number."""
+        """Returns a loader of the batches, whose state is one number.
+
+        Args:
+            prefetch: number of batches that a background thread prepares ahead; 0 for no thread.
+        """
         return Loader(grain.MapDataset.source(self), prefetch)
 
     def evaluation_batches(self, batch_size: int | None = None) -> list[Batch]:
@@ -166,7 +172,7 @@ class LengthBucketedBatches:
         with rows of zeros, whose loss weight is 0 and whose "index" is -1.
 
         Args:
-            batch_size: global batch size; that of the run if None.
+            batch_size: global batch size; `self.batch_size` if None.
         """
         size = batch_size or self.batch_size
         order = np.argsort(self.lengths, kind="stable")

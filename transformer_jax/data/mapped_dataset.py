@@ -1,4 +1,4 @@
-"""Random-access datasets of a library whose examples are converted to plain Python when read."""
+"""Random access to TFDS and Hugging Face datasets, with examples as dicts of Python values."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class MappedDataset:
-    """A sequence that applies a function to each example when it is read.
+    """A sequence that applies a function to an example each time it is accessed.
 
     Args:
         rows: the examples, with random access.
@@ -16,8 +16,8 @@ class MappedDataset:
 
     Attributes:
         class_names: feature -> names of its classes, for all features with class names.
-        label_names: class names of the feature "label" if it has any; else those of the only
-            feature with class names; None if no feature, or several other ones, have them.
+        label_names: class names of the feature "label"; if it has none, those of the only feature
+            that has class names; None if there is no such feature or more than one.
 
     Example:
         >>> dataset = MappedDataset([0, 1], lambda row: {"label": row}, {"label": ["no", "yes"]})
@@ -50,7 +50,7 @@ class MappedDataset:
 
 
 def from_tfds_builder(builder: Any, split: str) -> MappedDataset:
-    """Returns a split of a prepared TFDS builder, with str in place of bytes.
+    """Returns a split of a prepared TFDS builder, with bytes decoded to str.
 
     Raises:
         ValueError: the dataset is prepared in a file format without random access.
@@ -74,7 +74,7 @@ def from_hf_dataset(dataset: Any) -> MappedDataset:
     """
     classes = {}
     for key, feature in dataset.features.items():
-        item = getattr(feature, "feature", feature)  # of a list feature, the feature of its items
+        item = getattr(feature, "feature", feature)  # a list feature has the feature of its items
         if getattr(item, "names", None):
             classes[key] = item.names
     return MappedDataset(dataset, dict, classes)

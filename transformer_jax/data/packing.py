@@ -1,4 +1,4 @@
-"""Tokenized corpora, and packing them without padding into rows for causal language modeling."""
+"""Tokenized corpora, and packing them into rows without padding for causal language modeling."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from jaxtyping import Int
 
 from transformer_jax.data.tokenizers import Tokenizer
 
-Batch = dict[str, np.ndarray]  # as in `batching`, which would import Grain
+Batch = dict[str, np.ndarray]  # equal to `batching.Batch`, whose import would import Grain
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A tokenized corpus: the tokens of all documents, concatenated, and where each part begins.
+    """A tokenized corpus: the concatenated tokens of all documents, and the offsets of its parts.
 
     Attributes:
         tokens: [num_tokens], uint16 if the vocabulary size allows it, else int32.
         document_starts: int64 [num_documents + 1], the offset of each document's first token; the
             last entry is num_tokens.
-        sentence_starts: int64 [num_sentences + 1], the same for sentences; it contains every
-            document start.
+        sentence_starts: int64 [num_sentences + 1], the offset of each sentence's first token; the
+            last entry is num_tokens. A document start is also a sentence start.
     """
 
     tokens: np.ndarray
@@ -32,7 +32,7 @@ class Corpus:
 
 
 def split_sentences(text: str) -> list[str]:
-    r"""Splits a document into sentences: one per line, with blank lines between paragraphs.
+    r"""Splits a document that has one sentence per line and blank lines between paragraphs.
 
     Each sentence but the first begins with the white space that separates it from the previous one:
     a space, or a newline for a new paragraph. The concatenated sentences are therefore running
@@ -65,13 +65,13 @@ def tokenize_corpus(
 
     Args:
         source: sequence of examples.
-        tokenizer: the tokenizer; it adds no special tokens of its own.
+        tokenizer: the tokenizer; it is called without `add_special_tokens`.
         text_key: key of the text in an example.
         eos_id: id that is appended to the last sentence of every document; None for no such token.
         one_sentence_per_line: whether each line is a sentence and blank lines separate paragraphs
             (see `split_sentences`). If False, the text is tokenized exactly as it is, and each
             document counts as one sentence.
-        documents_per_call: number of documents that are tokenized in one call of the tokenizer.
+        documents_per_call: number of documents that are passed to the tokenizer at a time.
 
     Raises:
         ValueError: no example contains a token, or an example has no `text_key`.
@@ -85,8 +85,8 @@ def tokenize_corpus(
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     suffix = [] if eos_id is None else [eos_id]
-    arrays, lengths = [], []  # of the sentences
-    first_sentences = [0]  # of the documents, as indices of sentences
+    arrays, lengths = [], []  # tokens and number of tokens of each sentence
+    first_sentences = [0]  # index of the first sentence of each document
     for begin in range(0, len(source), documents_per_call):
         texts = []
         for i in range(begin, min(begin + documents_per_call, len(source))):
@@ -114,9 +114,9 @@ def tokenize_corpus(
 class PackedTokens:
     """The tokens of a corpus as rows of equal length, without gaps, for causal language modeling.
 
-    Row i has tokens [i T, (i + 1) T) of the corpus as inputs and the token after each as its
-    target. Every token except the first of its document is therefore a target exactly once. A row
-    is a dict of
+    The inputs of row i are the tokens [i T, (i + 1) T) of the corpus, and the target of each input
+    is the next token. Every token except the first of its document is therefore a target with
+    weight 1 exactly once. A row is a dict of
 
         tokens, targets: int32 [T]
         positions: int32 [T], counted from 0 at each document's first token in the row
@@ -157,9 +157,9 @@ class PackedTokens:
         return {name: rows[0] for name, rows in self.take([i % len(self)]).items()}
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Returns several rows as one batch [B, T], much faster than one row at a time.
+        """Returns several rows as one batch [B, T], which is much faster than one row at a time.
 
-        A row whose index is past the last row consists of padding.
+        An index past the last row gives a row of padding.
         """
         tokens, starts = self.corpus.tokens, self.corpus.document_starts
         offsets = np.asarray(indices, np.int64)[:, None] * self.length + np.arange(self.length + 1)

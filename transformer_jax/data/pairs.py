@@ -1,8 +1,8 @@
-"""Source and target texts for sequence-to-sequence training, and batches of them by token count.
+"""Loading of source and target texts for sequence-to-sequence training, and batching by tokens.
 
 The training step is compiled once per batch shape, so pairs are grouped into a few length buckets,
-and all rows of a batch are padded to its bucket. Whatever its bucket, a batch contains about the
-same number of tokens.
+and all rows of a batch are padded to the length of its bucket. Batches of longer rows have fewer
+rows, so that all batches contain about the same number of tokens.
 """
 
 import functools
@@ -62,13 +62,13 @@ def load_pairs(spec: str | Path, split: str, source: str, target: str) -> list[E
         spec: one of
 
             - "tfds:NAME" or "hf:NAME";
-            - a .jsonl, .tsv or .csv file (or .gz of one), whose name alone decides the split;
-            - a folder with such a file named after the split, as train.jsonl;
+            - a .jsonl, .tsv or .csv file (or .gz of one), which is loaded for any `split`;
+            - a folder with such a file named after the split, such as train.jsonl;
             - a folder with two line-aligned files per split, as train.de and train.en (or .gz).
         split: name of the split.
-        source: column of the source texts, or suffix of their file: "de" in
-            "tfds:wmt14_translate/de-en", "article" in "tfds:cnn_dailymail". The columns of a
-            Hugging Face dataset may be inside its column "translation".
+        source: column of the source texts, or suffix of their file, such as "de" for
+            "tfds:wmt14_translate/de-en" and "article" for "tfds:cnn_dailymail". If the dataset has
+            a column "translation" of dicts, the columns are keys of these dicts.
         target: the same for the target texts.
 
     Raises:
@@ -115,21 +115,22 @@ def _select_sides(example: Mapping[str, Any], source: str, target: str) -> Examp
 
 
 class TokenBudgetBatches:
-    """Random access to the batches of an endless run over pairs, each in the shape of one bucket.
+    """Random access to an endless sequence of batches of pairs, each padded to one bucket length.
 
     In every epoch the pairs of each bucket are shuffled and divided into batches, and the batches
     of all buckets are shuffled together. Pairs that do not fill a batch are left out of the epoch.
 
     Args:
-        pairs: dicts of token ids, "source" and "target".
+        pairs: dicts with the token ids "source" and "target".
         make_row: `make_row(pair, source_length=, target_length=)` returns a dict of arrays; for
             example `objectives.seq2seq.prepare` with the ids of the special tokens filled in.
         buckets: lengths of both sides in ascending order, special tokens included; longer pairs are
             truncated to the last one.
-        tokens_per_batch: the largest number of rows times length in a global batch.
+        tokens_per_batch: the maximum of the number of rows times the bucket length, for a global
+            batch.
         seed: seed of the order of pairs and batches.
-        batch_size_multiple: the number of rows of every batch is a multiple of this: the number of
-            devices over all processes.
+        batch_size_multiple: the number of rows of every global batch is a multiple of this, which
+            should be the number of devices of all processes.
         num_special_tokens: number of special tokens that `make_row` adds to a text.
         process_index: index of this process, which receives its slice of every batch.
         process_count: number of processes.
@@ -182,12 +183,13 @@ class TokenBudgetBatches:
         self.bucket_of = np.minimum(np.searchsorted(buckets, lengths), len(buckets) - 1)
         self.num_truncated = int(np.sum(np.asarray(lengths) > buckets[-1]))
         counts = np.bincount(self.bucket_of, minlength=len(buckets))
-        # A bucket with fewer pairs than a batch gets smaller batches; else it would never be used.
+        # A bucket with fewer pairs than one batch gets smaller batches. Otherwise its pairs would
+        # never be used.
         self.batch_sizes = [min(size, max(count // multiple * multiple, multiple))
                             for size, count in zip(self.batch_sizes, counts)]
         self.batches_per_epoch = int(sum(c // n for c, n in zip(counts, self.batch_sizes)))
         self._process_slice = functools.partial(process_slice, process_index, process_count)
-        self._plan: tuple[int, list] = (-1, [])  # the last epoch that was planned
+        self._plan: tuple[int, list] = (-1, [])  # number and batches of the epoch planned last
 
     def __len__(self) -> int:
         """Practically infinite."""
@@ -218,8 +220,10 @@ class TokenBudgetBatches:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def loader(self, prefetch: int = 2) -> Loader:
-        """Returns an iterator over the batches that prepares `prefetch` batches ahead in a thread;
-        its state is one number.
+        """Returns a loader of the batches, whose state is one number.
+
+        Args:
+            prefetch: number of batches that a background thread prepares ahead; 0 for no thread.
 
         Raises:
             ValueError: no bucket contains enough pairs for a batch.

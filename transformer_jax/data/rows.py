@@ -1,4 +1,4 @@
-"""Conversion of one row of a labeled dataset, whatever its columns, to an example."""
+"""Conversion of a row of a labeled dataset, with any column names, to an example."""
 
 import difflib
 import json
@@ -23,8 +23,8 @@ REQUIRED_FIELDS = {
     "question_answering": ("question", "context", "answers"),
     "seq2seq": ("source", "target"),
 }
-"""Task type -> the fields that need a column. For question answering, the columns "answer" and
-"start" may take the place of "answers"."""
+"""Task type -> the fields that need a column. For question answering, the fields "answer" and
+"start" may be given instead of "answers"."""
 OPTIONAL_FIELDS = {
     "classification": ("text_b",),
     "regression": ("text_b",),
@@ -45,7 +45,7 @@ def to_example(
     Args:
         task_type: a key of `REQUIRED_FIELDS`.
         row: the row.
-        columns: column of each field of the task type, and of "id" if the dataset has one.
+        columns: column of each field of the task type, and of "id" if the dataset has ids.
         encode_label: function that encodes a label, tag or choice.
 
     Raises:
@@ -87,17 +87,22 @@ def get_value(row: Example, column: str) -> Any:
 
 
 def get_text(row: Example, column: str | Sequence[str], *, may_be_empty: bool = False) -> str:
-    """Returns the text of a column, or the texts of several columns joined by spaces."""
+    """Returns the text of a column, or the texts of several columns joined by spaces.
+
+    Raises:
+        DroppableRowError: the text is empty, and `may_be_empty` is False.
+        ValueError: there is no such column.
+    """
     parts = [get_value(row, name) for name in ([column] if isinstance(column, str) else column)]
     text = " ".join(str(part) for part in parts if part is not None and str(part).strip())
     if not text and not may_be_empty:
         raise DroppableRowError("empty text", f"the text in column {column!r} is empty; add text, "
-                                              "or leave such rows out by on_bad_rows='drop'")
+                                              "or drop such rows with on_bad_rows='drop'")
     return text
 
 
 def _get_list(row: Example, column: str | Sequence[str]) -> list:
-    """Returns the list in a column, the words of the text in a column, or several columns."""
+    """Returns the list in a column, the words of its text, or the values of several columns."""
     if not isinstance(column, str):
         return [get_value(row, name) for name in column]
     value = get_value(row, column)
@@ -135,7 +140,7 @@ def _multiple_choice(row: Example, columns: Columns, encode_label: EncodeLabel) 
 
 
 def _get_choices(row: Example, column: str | Sequence[str]) -> list[str]:
-    """Returns the choices: a list or a JSON list in one column, or several columns."""
+    """Returns the choices: a list or a JSON list in one column, or the texts of several columns."""
     choices = get_value(row, column) if isinstance(column, str) else None
     if isinstance(choices, str):
         try:
@@ -172,7 +177,7 @@ def _question_answering(row: Example, columns: Columns, encode_label: EncodeLabe
         if start < 0 or not expected or found != expected:
             raise DroppableRowError("answer not in its context", (
                 f"the answer {expected!r} is not at character {start} of the context, which has "
-                f"{found!r} there; fix its start, or leave such rows out by on_bad_rows='drop'"))
+                f"{found!r} there; fix its start, or drop such rows with on_bad_rows='drop'"))
     return {"question": get_text(row, columns["question"]), "context": context, "answers": answers}
 
 
@@ -184,7 +189,7 @@ def _get_answers(row: Example, columns: Columns) -> list[dict]:
         return [{"text": answer, "start": _get_start(get_value(row, columns["start"]))}]
     answers = get_value(row, columns["answers"]) or []
     try:
-        if isinstance(answers, Mapping):  # a list of texts and a list of starts
+        if isinstance(answers, Mapping):  # a dict of two lists, the texts and their starts
             starts = answers["answer_start" if "answer_start" in answers else "start"]
             pairs = list(zip(to_python(answers["text"]), to_python(starts), strict=True))
         else:

@@ -1,8 +1,8 @@
-"""Data sources: sequences of dicts read from files, TFDS, the Hugging Face Hub, or by name.
+"""Data sources: sequences of dicts, loaded from files, TFDS or the Hugging Face Hub.
 
 A source has `len(source)` and `source[i]`. Text is always str. Labels of a dataset with class names
-are integers, and `source.label_names` has the names. Nothing here imports TensorFlow: TFDS reads
-array_record files without it.
+are integers, and `source.label_names` has the names. This module does not import TensorFlow: TFDS
+reads array_record files without it.
 """
 
 import csv
@@ -42,11 +42,11 @@ def load_text_files(path: str | Path, *, document_separator: str = "blank_line")
 
     Args:
         path: the file or folder.
-        document_separator: what separates documents, of which each becomes one example:
+        document_separator: how a file is split into documents, each of which becomes one example:
 
-            - "blank_line": blank lines; each line of a document is a sentence.
-            - "newline": line ends; blank lines are left out.
-            - "file": nothing; a whole file is one document, with its text unchanged.
+            - "blank_line": at blank lines; each line of a document is a sentence.
+            - "newline": at line ends; blank lines are left out.
+            - "file": not at all; a file is one document, and its text is unchanged.
 
     Raises:
         FileNotFoundError: the path does not exist, or the folder has no text file.
@@ -76,12 +76,13 @@ def _find_text_files(path: Path) -> list[Path]:
         return [path]
     files = sorted(f for pattern in ("*.txt", "*.txt.gz") for f in path.rglob(pattern))
     if not files:
-        raise FileNotFoundError(f"{path} has no .txt or .txt.gz file; give a folder with some")
+        raise FileNotFoundError(f"{path} has no .txt or .txt.gz file; give a folder with one")
     return files
 
 
 def load_text(file: Path) -> str:
-    """Loads the text of a UTF-8 file or .gz file; line ends stay as they are."""
+    """Loads the text of a UTF-8 file or .gz file, with unchanged line ends; raises ValueError if
+    the file is invalid or has no text."""
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -125,12 +126,12 @@ def load_table(
     r"""Loads the rows of a .tsv, .csv or .jsonl file (or .gz of one) as dicts.
 
     The first line of a .tsv or .csv file has the column names. Quotes are ordinary characters in
-    .tsv files and quote fields in .csv files. Values are str, in .jsonl files JSON values. A .txt
-    file is read as .tsv.
+    .tsv files and quote fields in .csv files. Values are str, or JSON values in .jsonl files. A
+    .txt file is read like a .tsv file.
 
     Args:
         path: the file.
-        columns: columns to keep, all if None; a mapping also renames them, `{"text": "sentence"}`.
+        columns: columns to keep, all if None; a mapping `{new name: column}` also renames them.
         header: column names of a .tsv or .csv file without a header line.
 
     Raises:
@@ -160,7 +161,7 @@ def load_table(
 def load_numbered_rows(
     path: str | Path, *, header: Sequence[str] | None = None
 ) -> list[tuple[int, Example]]:
-    """Loads rows as `load_table` does, each with the number of its (last) line in the file."""
+    """Loads rows as `load_table` does, each with the number of its last line in the file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a .tsv, .csv or .jsonl file")
@@ -225,7 +226,7 @@ def _parse_jsonl(text: str, path: Path) -> Iterator[tuple[int, Example]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is not JSON: {error.msg} at column "
                              f"{error.colno}; put one JSON object on each line") from None
-        except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's
+        except (ValueError, RecursionError) as error:  # number too long, or nesting too deep
             raise ValueError(f"{path} line {number} cannot be read ({str(error)[:100]}); put one "
                              "plain JSON object on each line") from None
         if not isinstance(row, dict):
@@ -246,7 +247,7 @@ def load_tfds(
     labels are integers.
 
     Args:
-        name: name of the dataset, as "glue/sst2".
+        name: name of the dataset, such as "glue/sst2".
         split: name of the split; TFDS slices such as "train[:10%]" work.
         data_dir: folder of TFDS's data; TFDS's default if None.
         download: whether to download and prepare the dataset first if necessary.
@@ -260,7 +261,7 @@ def load_tfds(
     where = "" if data_dir is None else f" in {data_dir}"
     options: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
     try:
-        # The file format is chosen when a dataset is prepared; afterwards TFDS finds it out.
+        # The file format is chosen when a dataset is prepared. Later, TFDS detects it.
         if download:
             options["file_format"] = "array_record"
         builder = _tfds_builder(name, **options)
@@ -299,9 +300,9 @@ def load_hf(
 ) -> MappedDataset:
     """Loads a split of a Hugging Face dataset: a name on the Hub, or a local folder.
 
-    A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk` is loaded by
-    `datasets.load_from_disk`; anything else goes to `datasets.load_dataset`, with `config` and
-    `options`.
+    A folder of `DatasetDict.save_to_disk`, or of `Dataset.save_to_disk`, which has no splits, is
+    loaded by `datasets.load_from_disk`. Anything else is loaded by `datasets.load_dataset`, with
+    `config` and `options`.
 
     Raises:
         ImportError: the `datasets` library is not installed.
@@ -335,7 +336,7 @@ def _python_docs_loaders(split: str) -> dict[str, Callable[[], Source]]:
 
 
 def is_local(spec: str | Path) -> bool:
-    """Returns whether `load_source` reads `spec` as a path: it exists and is no dataset's name."""
+    """Returns whether `load_source` loads `spec` as a path: it exists and is not a dataset name."""
     spec = str(spec)
     return (not spec.startswith(LIBRARY_PREFIXES) and spec not in _python_docs_loaders("")
             and Path(spec).exists())
@@ -345,9 +346,9 @@ def load_source(spec: str | Path, split: str) -> Source:
     """Loads a split of a dataset by name or path.
 
     Args:
-        spec: "tfds:NAME", "hf:NAME", "python_docs/CONFIG", or a path. In a folder, a file named
-            after the split is read (train.txt, train.tsv, ...). Any other path is the split
-            "train": .tsv, .csv and .jsonl files are tables, all other files text documents.
+        spec: "tfds:NAME", "hf:NAME", "python_docs/CONFIG", or a path. If a folder has a file named
+            after the split (train.txt, train.tsv, ...), that file is loaded. Any other path is the
+            split "train": .tsv, .csv and .jsonl files are tables, and all others are text files.
         split: name of the split.
 
     Raises:
@@ -372,7 +373,7 @@ def load_source(spec: str | Path, split: str) -> Source:
         return loaders[spec]()
     path = Path(spec)
     if not path.exists():
-        raise FileNotFoundError(_unknown("dataset", spec, loaders) + " (supported: also tfds:NAME, "
+        raise FileNotFoundError(_unknown("dataset", spec, loaders) + " (also supported: tfds:NAME, "
                                 "hf:NAME, and the path of an existing .txt, .tsv, .csv or .jsonl "
                                 "file or of a folder of them)")
     if path.is_dir():
@@ -392,7 +393,7 @@ def _load_path(path: Path) -> list[Example]:
 
 
 def _unknown(what: str, word: str, known: Iterable[Any]) -> str:
-    """Returns the message for an unknown name, with the nearest known names."""
+    """Returns the error message for an unknown name, with the most similar known names."""
     known = sorted(map(str, known))
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     return f"unknown {what} {word!r}; " + (

@@ -18,8 +18,8 @@ class Split(NamedTuple):
 
     Attributes:
         rows: the rows, with random access.
-        describe: `describe(i)` says in an error message where row i comes from.
-        class_names: column -> names of its classes, for the columns of integers with class names.
+        describe: `describe(i)` returns the origin of row i, for error messages.
+        class_names: column -> names of its classes, for columns of integer class ids with names.
     """
 
     rows: Sequence[Example]
@@ -49,11 +49,11 @@ def column_values(split: Split, column: str) -> list:
 
 TRAIN_WORDS = ("train", "training")
 VALIDATION_WORDS = ("validation", "valid", "val", "dev", "trial", "test")
-"""Words in the names of files and splits, in the order in which they are looked for."""
+"""Words in the names of validation files and splits, in the order in which they are searched."""
 
 
 def names_with(word: str, names: Sequence[str]) -> list[str]:
-    """Returns the names that contain a word between characters that are no letters."""
+    """Returns the names that contain a word, delimited by characters other than letters."""
     return [name for name in names if word in re.split(r"[^a-z]+", name.lower())]
 
 
@@ -68,7 +68,8 @@ def load_files(
 
     Args:
         path: a table, or a folder of tables.
-        validation: the validation file, also relative to the folder; None to choose it by name.
+        validation: the validation file, whose path may be relative to the folder; None to search
+            the folder for a file with one of `VALIDATION_WORDS` in its name.
         train_only: whether to load the training split alone.
         header: column names of files without a header line.
         validation_header: the same for the validation file.
@@ -87,15 +88,15 @@ def load_files(
     if train_only:
         return [load_file(train, header)]
     if validation is None:
-        test = _find_file(path, VALIDATION_WORDS) if path.is_dir() else None
+        validation_file = _find_file(path, VALIDATION_WORDS) if path.is_dir() else None
     else:
         in_folder = path.is_dir() and (path / validation).is_file()
-        test = path / validation if in_folder else Path(validation)
-    if test is None:
+        validation_file = path / validation if in_folder else Path(validation)
+    if validation_file is None:
         raise ValueError(f"{path} has no validation split; give a file as validation, the rows to "
                          "use as validation_filter, or their fraction as validation_fraction, "
                          "such as 0.1")
-    return [load_file(train, header), load_file(test, validation_header)]
+    return [load_file(train, header), load_file(validation_file, validation_header)]
 
 
 def load_file(path: Path, header: Sequence[str] | None) -> Split:
@@ -110,7 +111,13 @@ def _tables(folder: Path) -> list[Path]:
 
 
 def _find_file(folder: Path, search_words: Sequence[str]) -> Path | None:
-    """Returns the table of a folder with the first of these words that is in the name of any."""
+    """Returns the table in a folder with one of these words in its name, or None.
+
+    The words are searched in order, and the first one that occurs in a name is used.
+
+    Raises:
+        ValueError: several names contain this word.
+    """
     for word in search_words:
         names = names_with(word, [file.name for file in _tables(folder)])
         if len(names) > 1:
@@ -137,11 +144,11 @@ def load_library_split(
         data_dir: folder of TFDS's data.
         download: whether TFDS may download and prepare the dataset.
         split: name of the split.
-        train_only: whether no other split is needed, so that a folder of a single
-            `datasets.Dataset` will do.
+        train_only: whether only the training split is needed. If False, a folder that contains a
+            single `datasets.Dataset` without splits is an error.
 
     Raises:
-        ValueError: unknown dataset or split.
+        ValueError: unknown dataset or split, or a folder without splits.
     """
     prefix, _, name = spec.partition(":")
     if prefix == "tfds":
@@ -174,7 +181,8 @@ def hold_out(
         train: all rows.
         validation_filter: column -> values: the rows with one of these values in every column
             are the validation rows.
-        fraction: without `validation_filter`, the fraction of rows to draw.
+        fraction: fraction of the rows, in (0, 1), that is drawn at random as validation rows. Not
+            used if `validation_filter` is given.
         seed: seed of the draw.
 
     Raises:

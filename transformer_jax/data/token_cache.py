@@ -1,15 +1,15 @@
 """Tokenized corpora on disk: written in shards, verified by checksum, and read on demand.
 
 A cache folder contains numbered shards, each with the tokens of a fixed number of documents, and an
-index, prepared.json, which is written last. The files of a shard are
+index file prepared.json, which is written last. The files of a shard are
 
     part-00000.array_record    its tokens, in records of `TOKENS_PER_RECORD`
     part-00000.npz             the offsets at which documents and sentences begin
     part-00000.json            checksums of these files and of the texts, and the options; written
                                last
 
-A tokenization that was interrupted continues after the last complete shard: shards that are intact
-and belong to the same texts and options are not tokenized again.
+If tokenization is interrupted, the next call reuses the complete shards: shards that match their
+checksums and were made from the same texts and options are not tokenized again.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ def tokenize_to_cache(
         eos_id: id that is appended to every document; see `packing.tokenize_corpus`.
         one_sentence_per_line: whether each line is a sentence; see `packing.tokenize_corpus`.
         documents_per_shard: number of documents in a shard.
-        quiet: whether to print no progress.
+        quiet: whether to disable the progress messages.
 
     Returns:
         The corpus. Its tokens stay on disk and are read on demand.
@@ -79,8 +79,8 @@ def tokenize_to_cache(
         changed = [name for name in options if saved.get(name) != options[name]]
         if changed:
             key = changed[0]
-            name = {"sentences": "one_sentence_per_line", "documents": "documents_per_shard"}.get(
-                key, key)
+            name = {"sentences": "one_sentence_per_line", "documents": "documents_per_shard",
+                    "examples": "number of examples"}.get(key, key)
             raise ValueError(f"the cache in {folder} was made with another {name} "
                              f"({saved.get(key)}, not {options[key]}); give another folder, or "
                              "delete this one")
@@ -108,7 +108,7 @@ def load_token_cache(folder: str | Path, tokenizer: Tokenizer | None = None) -> 
 
     Args:
         folder: the cache folder.
-        tokenizer: the tokenizer that the cache must have been made with; None for any.
+        tokenizer: the tokenizer with which the cache must have been made; None accepts any.
 
     Raises:
         FileNotFoundError: the folder has no complete cache.
@@ -143,10 +143,10 @@ def load_token_cache(folder: str | Path, tokenizer: Tokenizer | None = None) -> 
 class CachedTokens:
     """The tokens of a cache as a one-dimensional array that is read from disk on demand.
 
-    It is indexed by slices and integer arrays.
+    Supports indexing by slices and by integer arrays.
 
     Args:
-        files: (offset of the first token, array_record file) of each shard.
+        files: (offset of the first token, path of the array_record file) of each shard.
         length: total number of tokens.
         dtype: dtype of the tokens.
     """
@@ -168,8 +168,8 @@ class CachedTokens:
             index = np.arange(*index.indices(self._length))
         positions = np.asarray(index)
         shard = np.searchsorted(self._offsets, positions, side="right") - 1
-        record, place = np.divmod(positions - self._offsets[shard], TOKENS_PER_RECORD)
-        # Each record is read once; `block_of` is the index of each token's record in `blocks`.
+        record, offset_in_record = np.divmod(positions - self._offsets[shard], TOKENS_PER_RECORD)
+        # Each record is read once, into a row of `blocks`; `block_of` is the row of each token.
         keys, block_of = np.unique(shard * 2**32 + record, return_inverse=True)
         blocks = np.zeros((len(keys), TOKENS_PER_RECORD), self.dtype)
         for number in np.unique(keys >> 32):
@@ -178,7 +178,7 @@ class CachedTokens:
             for block, data in zip(in_shard, records):
                 tokens = np.frombuffer(data, self.dtype)
                 blocks[block, : len(tokens)] = tokens
-        return blocks[block_of.reshape(positions.shape), place]
+        return blocks[block_of.reshape(positions.shape), offset_in_record]
 
     def _reader(self, shard: int):
         if shard not in self._readers:
@@ -193,7 +193,7 @@ def _save_shard(
     stem: Path, texts: Sequence[Mapping], tokenizer: Tokenizer, options: Mapping[str, Any],
     digest: str,
 ) -> dict[str, Any]:
-    """Tokenizes and saves a shard; returns its metadata, which is saved last."""
+    """Tokenizes and saves a shard, and returns its metadata. The metadata file is written last."""
     try:
         corpus = tokenize_corpus(texts, tokenizer, text_key=options["text_key"],
                                  eos_id=options["eos_id"],

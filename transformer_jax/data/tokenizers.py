@@ -1,8 +1,8 @@
-"""Tokenizers: text to token ids and back, based on the `tokenizers` library.
+"""Tokenizers, which convert text to token ids and back, based on the `tokenizers` library.
 
 Four kinds can be trained: byte-level BPE (GPT-2, section 2.2), WordPiece (BERT, section 3),
-characters, and Unigram (Kudo 2018). Training is deterministic, so that the same texts give the same
-files, except for Unigram. Trained or loaded, every kind is a `Tokenizer`.
+characters, and Unigram (Kudo 2018). Except for Unigram, training is deterministic: the same texts
+give the same files. All functions that train or load a tokenizer return a `Tokenizer`.
 """
 
 import functools
@@ -64,7 +64,7 @@ class Tokenizer:
         Args:
             text: the text.
             add_special_tokens: whether to add the special tokens that this kind of tokenizer puts
-                around a text, as [CLS] ... [SEP].
+                around a text, such as [CLS] and [SEP].
 
         Raises:
             ValueError: the text is not a string of valid Unicode.
@@ -85,7 +85,10 @@ class Tokenizer:
         return [row.ids for row in rows]
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
-        """Decodes token ids to text; for BPE and characters, exactly the text that was encoded.
+        """Decodes token ids to text.
+
+        Byte-level BPE restores the encoded text exactly. A character tokenizer does so unless the
+        text contains unknown characters, which are dropped with `skip_special_tokens`.
 
         Raises:
             ValueError: an id is outside the vocabulary.
@@ -140,10 +143,10 @@ class Tokenizer:
     def is_word_start(self) -> np.ndarray:
         """Whether each token of the vocabulary starts a word, bool [V], for whole-word masking.
 
-        In WordPiece these are the tokens without "##". In other tokenizers they are the special
-        tokens and those that begin with white space (a space is "Ġ" in byte-level BPE). There, the
-        first word of a text has no such token, so the caller must treat the first token of a text
-        as the start of a word.
+        In WordPiece, tokens without "##" start a word. In other tokenizers, special tokens and
+        tokens that begin with white space do (a space is "Ġ" in byte-level BPE). Since the first
+        word of a text does not begin with white space, the caller of the latter must treat the
+        first token of a text as the start of a word.
         """
         tokens = [self.backend.id_to_token(i) or "" for i in range(self.vocab_size)]
         special = {t.content for t in self.backend.get_added_tokens_decoder().values()}
@@ -202,9 +205,9 @@ def train_bpe(
 
     Args:
         texts: the training texts.
-        vocab_size: the largest vocabulary size; small corpora may have too few pairs to merge to
-            reach it. The special tokens have the first ids, followed by the 256 bytes and the
-            merges.
+        vocab_size: the maximum vocabulary size. The vocabulary is smaller if a small corpus has too
+            few pairs to merge. The special tokens have the first ids, followed by the 256 bytes and
+            the merges.
         special_tokens: "<|endoftext|>", or `SEQ2SEQ_SPECIAL_TOKENS` for an encoder-decoder.
 
     Raises:
@@ -229,11 +232,11 @@ def train_unigram(
 ) -> Tokenizer:
     """Trains a Unigram tokenizer (Kudo 2018, "Subword Regularization", section 3.2).
 
-    As in SentencePiece, a space is represented by "▁", and a run of spaces becomes one.
+    As in SentencePiece, a space is represented by "▁", and consecutive spaces become one.
 
     Args:
         texts: the training texts.
-        vocab_size: the largest vocabulary size; the special tokens have the first ids.
+        vocab_size: the maximum vocabulary size; the special tokens have the first ids.
         special_tokens: the special tokens, which must include "<unk>".
 
     Raises:
@@ -262,10 +265,10 @@ def train_wordpiece(
 
     Args:
         texts: the training texts.
-        vocab_size: the largest vocabulary size.
+        vocab_size: the maximum vocabulary size.
         lowercase: whether to convert text to lower case and strip accents.
-        max_alphabet: the largest number of distinct characters, the most frequent ones; other
-            characters are encoded as [UNK]. Characters take at most half of the vocabulary.
+        max_alphabet: the maximum number of distinct characters. The most frequent ones are used,
+            for at most half of the vocabulary; others are encoded as [UNK].
 
     Raises:
         ValueError: `vocab_size` is too small for special tokens and letters, or there is no text.
@@ -341,8 +344,8 @@ def load(path: str | Path) -> Tokenizer:
     """Loads a tokenizer from a folder, or from one of its files.
 
     The first of these that exists is used: tokenizer.json; vocab.json with merges.txt, or
-    encoder.json with vocab.bpe (byte-level BPE); vocab.txt (WordPiece, lower-cased if no entry has
-    a capital letter).
+    encoder.json with vocab.bpe (byte-level BPE); vocab.txt (WordPiece, which converts text to lower
+    case if no entry has a capital letter).
 
     Raises:
         FileNotFoundError: none of these files exists.

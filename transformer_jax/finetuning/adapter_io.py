@@ -34,7 +34,8 @@ _FIELDS = {"format": int, "recipe": str, "task": str, "label_names": list, "base
            "frozen": str, "version": str, "weights": str, "sha256": str, "leaves": dict,
            "metadata": dict}
 _DTYPES = ("float32", "bfloat16", "float16")
-_INT8_SUFFIXES = ("_int8", "_scale")  # of the two leaves that replace a weight quantized to int8
+# Suffixes of the two leaves that replace a weight when it is quantized to int8.
+_INT8_SUFFIXES = ("_int8", "_scale")
 
 
 class SavedAdapter(NamedTuple):
@@ -91,8 +92,8 @@ def save_adapter(
         folder: destination.
         params: parameters after training; frozen weights may be quantized.
         mask: True at trainable parameters.
-        base: parameters that training started from, with or without PEFT parameters; not quantized
-            if only the trained copy was quantized.
+        base: parameters that training started from, with or without PEFT parameters. If they were
+            quantized only for training, give the parameters before quantization.
         spec: trainable spec.
         label_names: names of the classes.
         task: name of the task.
@@ -116,8 +117,9 @@ def save_adapter(
     """
     leaves, is_trainable, base_leaves = (flatten_paths(tree) for tree in (params, mask, base))
     if leaves.keys() != is_trainable.keys():
-        odd = min(leaves.keys() ^ is_trainable.keys())
-        raise ValueError(f"only one of mask and params has {odd}; give the mask of these params")
+        unmatched = min(leaves.keys() ^ is_trainable.keys())
+        raise ValueError(
+            f"only one of mask and params has {unmatched}; give the mask of these params")
     selected = sorted(
         peft_param_paths(leaves) | {path for path, value in is_trainable.items() if value})
     if quantized := [path for path in selected if path.endswith("_int8")]:
@@ -126,8 +128,8 @@ def save_adapter(
     for path in leaves.keys() - set(selected):
         _check_frozen(path, leaves[path], base_leaves)
     saved = {path: np.asarray(leaves[path]) for path in selected}
-    if odd := [path for path, value in saved.items() if value.dtype.name not in _DTYPES]:
-        raise ValueError(f"unsupported dtype {saved[odd[0]].dtype} of {odd[0]}; supported: "
+    if invalid := [path for path, value in saved.items() if value.dtype.name not in _DTYPES]:
+        raise ValueError(f"unsupported dtype {saved[invalid[0]].dtype} of {invalid[0]}; supported: "
                          f"{', '.join(_DTYPES)}, so convert it to one of them")
     # Some NumPy readers of safetensors do not support bfloat16; float32 represents it exactly.
     weights = save({path: value if value.dtype.kind == "f" else value.astype(np.float32)
@@ -171,7 +173,7 @@ def _frozen_dtype(leaves: Leaves) -> str:
 def _check_frozen(path: str, leaf: Any, base: Leaves) -> None:
     """Checks that a frozen parameter equals the base's."""
     original = next(
-        (path.removesuffix(end) for end in _INT8_SUFFIXES if path.endswith(end)), path)
+        (path.removesuffix(suffix) for suffix in _INT8_SUFFIXES if path.endswith(suffix)), path)
     if path not in base and original in base:
         return  # quantized to int8: its values cannot be compared
     if path not in base:
@@ -190,6 +192,9 @@ def load_adapter(folder: str | Path, base: PyTree) -> SavedAdapter:
     Args:
         folder: folder that `save_adapter` wrote.
         base: parameters of the base model.
+
+    Returns:
+        The trained parameters and the manifest.
 
     Raises:
         FileNotFoundError: there is no adapter, or its weights are missing.
@@ -247,10 +252,10 @@ def _load_manifest(path: Path) -> dict[str, Any]:
 
 def _check_leaves(file: Path, found: dict, expected: dict, base: Leaves) -> None:
     """Checks that the parameters in a file are those of the manifest and fit the base."""
-    if odd := sorted(found.keys() ^ expected.keys()):
-        place = ("in the file but not in the manifest" if odd[0] in found
+    if unmatched := sorted(found.keys() ^ expected.keys()):
+        place = ("in the file but not in the manifest" if unmatched[0] in found
                  else "in the manifest but not in the file")
-        raise ValueError(f"{file}: {odd[0]!r} is {place}; copy the folder again")
+        raise ValueError(f"{file}: {unmatched[0]!r} is {place}; copy the folder again")
     merged = base | found
     peft_paths = peft_param_paths(merged)
     for path, value in found.items():
@@ -322,7 +327,7 @@ def apply_adapter(base: PyTree, adapter: SavedAdapter | PyTree) -> PyTree:
     """
     params = flatten_paths(adapter.params if isinstance(adapter, SavedAdapter) else adapter)
     leaves = flatten_paths(base)
-    replaced = {f"{path}{end}" for path in params for end in _INT8_SUFFIXES}
+    replaced = {f"{path}{suffix}" for path in params for suffix in _INT8_SUFFIXES}
     replaced |= peft_param_paths(leaves)
     base_params = {path: leaf for path, leaf in leaves.items() if path not in replaced}
     return unflatten_paths(base_params | params)

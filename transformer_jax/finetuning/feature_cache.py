@@ -1,7 +1,7 @@
 """Cached features of a frozen model, for training the classification head only.
 
-If the head is all that is trained, the features that the frozen model computes for an example are
-the same in every epoch. They can be computed once:
+If only the head is trained, the features that the frozen model computes for an example are the same
+in every epoch. They can be computed once:
 
     if is_head_only(mask):
         rows = compute_features(model, params, batches)  # one forward pass over the data
@@ -78,9 +78,10 @@ def _features(model: Model, params: PyTree, inputs: dict[str, jax.Array]) -> jax
 
 
 def make_features_apply(apply: Callable) -> Callable:
-    """Returns a replacement of a model's `apply` for batches whose "tokens" are cached features.
+    """Returns a replacement for a model's `apply`, for batches whose "tokens" are cached features.
 
-    It computes only the classification head, and accepts only the method "classification_logits".
+    It computes only the classification head. It accepts only the method "classification_logits",
+    and raises a ValueError for others.
 
     Args:
         apply: the `apply` method of the model.

@@ -37,21 +37,21 @@ def stack_adapters(adapters: Sequence[SavedAdapter | PyTree], base: PyTree) -> S
     """Stacks adapters of several tasks for `apply_per_row`.
 
     The adapters may have different structures; stacking does not change their outputs. LoRA ranks,
-    adapter widths and numbers of classes are padded with zeros. A missing LoRA or bottleneck
-    adapter becomes zeros, a missing IA3 becomes ones, and a base parameter that only other adapters
-    trained is taken from the base. DoRA becomes LoRA and a scale of the outputs. LoRA dropout is
-    removed.
+    adapter widths and numbers of classes are padded with zeros. Where only some of the adapters
+    have a LoRA or bottleneck adapter, the others get zeros; for IA3 they get ones; for a trained
+    parameter of the base, they get the value of the base. DoRA is converted to LoRA and a scale of
+    the outputs. LoRA dropout is removed.
 
     Args:
         adapters: adapters of the same base. The id of an adapter is its index. An element may also
-            be all parameters of a fine-tuned model, of which only those that differ from the base
-            are stacked.
+            be the complete parameters of a fine-tuned model; parameters that no model has changed
+            are not stacked.
         base: parameters of the base model.
 
     Raises:
         ValueError: there are no adapters, none differs from the base, or they cannot be stacked:
-            prefixes or prompts that some do not have or whose lengths differ, or an adapter without
-            a classifier among others with one.
+            only some of them have prefixes, a prompt or a classifier, or the lengths of prefixes or
+            prompts differ.
     """
     if not adapters:
         raise ValueError("there are 0 adapters; give at least one")
@@ -102,8 +102,8 @@ def _leaf_or_neutral(path: str, i: int, models: Sequence[Leaves]) -> Array:
         return jnp.zeros_like(other)
     if "/ia3_" in path:
         return jnp.ones_like(other)
-    raise ValueError(f"adapter {i} has no {path}, which another adapter has and for which no value "
-                     "is without effect; use separate batches for such adapters")
+    raise ValueError(f"adapter {i} has no {path}, but another adapter has, and it has no neutral "
+                     "value; use separate batches for such adapters")
 
 
 def _replace_dora(leaves: Leaves) -> Leaves:
@@ -148,9 +148,9 @@ def apply_per_row(
 ) -> Any:
     """Applies a model to a batch, each row with its own adapter.
 
-    The base is not copied: all rows share one matmul with its kernels, and only the adapters'
-    parameters are gathered for each row (a fully trained kernel too). For inference, without
-    dropout; use it under `jit`.
+    The base is not copied: all rows share one matmul with its kernels, and only the parameters of
+    the adapters are gathered for each row. (A kernel of the base that some adapter trained is also
+    a parameter of the adapters.) For inference, without dropout; use it under `jit`.
 
     Args:
         apply: `apply` of a model with the largest number of classes of the adapters.

@@ -16,9 +16,9 @@ rslora and dora. Examples:
 
     lora:8    lora:16:query,key,value,out    lora:8:all,alpha=16,dropout=0.05,dora
 
-The added parameters are initialized so that the model's outputs do not change, except that prefixes
-and prompts take part in attention and change them at once. `merge` merges LoRA, DoRA and IA3 into
-the kernels.
+The added parameters are initialized so that the model's outputs do not change. The exceptions are
+prefixes and prompts: tokens attend to them as soon as they are added. `merge` merges LoRA, DoRA and
+IA3 into the kernels.
 """
 
 import math
@@ -109,8 +109,8 @@ def _init_prefix(argument: str, leaves: Leaves, rng: jax.Array) -> Leaves:
 
 
 def _init_prompt(argument: str, leaves: Leaves, rng: jax.Array) -> Leaves:
-    """Initializes the prompt with embeddings of random tokens, which is better than with noise
-    (Lester et al. 2021, section 3.2)."""
+    """Initializes the prompt with embeddings of random tokens, which are better than noise (Lester
+    et al. 2021, section 3.2)."""
     length = parse_size("prompt", argument)
     table = float32_matrix(leaves, "token_embed", "embedding")
     ids = jax.random.choice(rng, table.shape[0], (length,))
@@ -332,7 +332,7 @@ def fold_tokens(model: Model, params: PyTree) -> tuple[Model, PyTree]:
 
 
 def fold_prompt(model: GPT, params: PyTree) -> PyTree:
-    """Converts the prompt of a GPT to equivalent prefixes, with which it can decode with a cache.
+    """Converts the prompt of a GPT to equivalent prefixes, which decoding with a cache supports.
 
     The conversion is exact: the prompt does not attend to the tokens after it, so its keys and
     values in each layer are constant.
@@ -352,7 +352,7 @@ def fold_prompt(model: GPT, params: PyTree) -> PyTree:
         raise ValueError(f"the model is a {type(model).__name__}, in which the prompt attends to "
                          "the tokens; only the prompt of a GPT can be folded into prefixes")
     if "prompt" not in leaves:
-        raise ValueError("the parameters have no prompt to fold")
+        raise ValueError("the parameters have no prompt to fold; use them unchanged")
     if any(path.endswith("prefix_key") for path in leaves):
         raise ValueError("the parameters have both prefixes and a prompt; train only one of them")
     cache = model.apply({"params": params}, GPT.init_cache(model.config, 1, len(leaves["prompt"])),

@@ -13,10 +13,11 @@ class LoRA:
     Attributes:
         rank: R, the number of columns of A and of rows of B.
         targets: names of the linear layers that are updated.
-        alpha: s is alpha / R (Hu et al. 2021, "LoRA", section 4.1). By default 2 R.
+        alpha: the numerator of s = alpha / R (Hu et al. 2021, "LoRA", section 4.1); 2 R if None.
         dropout: dropout rate on the input of A.
-        rslora: s is alpha / sqrt(R) (Kalajdzievski 2023, "rsLoRA", theorem 3.2).
-        dora: train magnitude and direction separately (Liu et al. 2024, "DoRA", section 4).
+        rslora: whether s is alpha / sqrt(R) instead (Kalajdzievski 2023, "rsLoRA", theorem 3.2).
+        dora: whether magnitude and direction are trained separately (Liu et al. 2024, "DoRA",
+            section 4).
 
     Example:
         >>> LoRA(rank=8).scale

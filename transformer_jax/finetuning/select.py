@@ -110,8 +110,8 @@ class SpecTerm(NamedTuple):
     """Definition of one kind of term in a trainable spec.
 
     Attributes:
-        patterns: regular expressions that are searched in the paths, of which the first must match
-            something; or a function (argument of the term, paths) -> such expressions.
+        patterns: regular expressions that are searched in the paths; or a function (argument of the
+            term, paths) that returns them. The first must match at least one path.
         example: the term with an argument; empty if it takes none.
         adds_params: whether the term trains parameters that `peft.add_peft_params` adds.
         trains_new_params: whether the term also trains newly initialized parameters.
@@ -261,8 +261,8 @@ def trainable_mask(params: PyTree, spec: str) -> PyTree:
 def describe(params: PyTree, mask: PyTree) -> str:
     """Returns a table of the trainable parameters, by top-level group and in total.
 
-    Its columns are the number of trainable and of all leaves, of trainable parameters, of all
-    parameters, and the share of trainable ones.
+    Its columns are: trainable leaves / all leaves, the number of trainable parameters, the number
+    of all parameters, and the percentage of parameters that are trainable.
 
     Example:
         >>> import numpy as np

@@ -81,7 +81,7 @@ def generate(
     Lengths are padded to powers of two. One program is compiled for each combination of padded
     lengths, number of rows, `do_sample`, `num_beams`, `num_return_sequences` (when sampling),
     `no_repeat_ngram_size`, `num_assistant_tokens`, and number of end-of-sequence tokens in a beam
-    search; other options do not recompile.
+    search; changing other options does not recompile.
 
     Args:
         model: GPT or an encoder-decoder.
@@ -108,10 +108,10 @@ def generate(
             those of an encoder-decoder's source do not. 0 for no limit.
         bad_words_ids: token sequences that are not generated.
         suppress_tokens: tokens that are not generated.
-        begin_suppress_tokens: tokens that are not generated first.
-        early_stopping: when a beam search stops: True, once there are `num_beams` finished
-            sequences; False, when the best running sequence at its current length does not score
-            higher than these; "never", when it can no longer score higher at any length.
+        begin_suppress_tokens: tokens that are not generated as the first new token.
+        early_stopping: when a beam search stops. True: once there are `num_beams` finished
+            sequences. False: when the best running sequence, scored at its current length, is not
+            better than the finished ones. "never": when it cannot become better at any length.
         length_penalty: scores of finished sequences are divided by length ** length_penalty.
         forced_bos_token_id: first token after the decoder start token (encoder-decoders only).
         forced_eos_token_id: last token of a sequence of maximum length.
@@ -127,10 +127,10 @@ def generate(
         rng: key for sampling.
 
     Returns:
-        int32 array on the host, with `num_return_sequences` rows for each row of `input_ids` and
-        as wide as the longest sequence. GPT: the prompts, padded on the left to T (the width of an
-        array is kept), then the new tokens, from column T in every row. Encoder-decoders: the
-        decoder's tokens, start token first.
+        int32 array on the host, with `num_return_sequences` rows for each row of `input_ids`,
+        padded to the longest sequence. GPT: the prompts, padded on the left to T columns (the width
+        of `input_ids` if it is an array, else the longest prompt), then the new tokens.
+        Encoder-decoders: the decoder's tokens, start token first.
 
     Raises:
         ValueError: a row is empty, an id is outside the vocabulary, there are more tokens than the

@@ -1,11 +1,12 @@
-"""Beam search, with the bookkeeping of Hugging Face Transformers 5.
+"""Beam search that gives the same results as Hugging Face Transformers 5.
 
-The results equal those of `GenerationMixin._beam_search`. At each step, the C best continuations of
-the K running sequences of a row are the candidates. Candidates that end are added to the finished
-sequences if they are among the first K; a finished sequence is scored by its log-probability over
-length ** length_penalty (Wu et al. 2016, "Google's Neural Machine Translation System", section 7,
-without the constant 5). The K best of the other candidates are the next running sequences. C is
-large enough for K of them to remain if every end-of-sequence token is a candidate.
+The algorithm is that of `GenerationMixin._beam_search`. At each step, the candidates are the C best
+continuations of the K running sequences of a row. Candidates that end are added to the finished
+sequences if they are among the first K. The score of a finished sequence is its log-probability
+divided by length ** length_penalty (Wu et al. 2016, "Google's Neural Machine Translation System",
+section 7, without the constant 5). The K best candidates that do not end are the next running
+sequences. C is so large that there are always K such candidates, even if every end-of-sequence
+token is among the candidates.
 
 Shape suffixes: B batch, K beams, C candidates, L token slots of a row, N = B * K decoded rows,
 V vocabulary, M = K * V continuations.
@@ -33,7 +34,7 @@ NEG_INF = -1e9  # score of invalid entries; finite, so that sums with it keep th
 
 
 class BeamSearchParams(NamedTuple):
-    """Length normalization and stopping rule. Traced, so other values do not recompile.
+    """Length normalization and stopping rule. Traced, so that new values do not recompile.
 
     Attributes:
         length_divisor: at index n - 1, n ** length_penalty.
@@ -70,7 +71,8 @@ class BeamState(NamedTuple):
         sequences: the N running sequences, those of a row in order of decreasing score.
         scores: their log-probabilities.
         finished: the best finished sequences.
-        can_improve: True at rows where a running sequence may still beat a finished one.
+        can_improve: True at rows where a running sequence may still score higher than a finished
+            one.
         should_continue: False when the search is over.
         cache: keys and values of the running sequences.
     """

@@ -127,6 +127,8 @@ def decode(
 ) -> tuple[Int[Array, "B L"], Int[Array, "B"]]:
     """Decodes one sequence per row in a single compiled loop.
 
+    The public function `transformer_jax.generate` prepares the inputs.
+
     Args:
         model: GPT or encoder-decoder.
         params: its parameters.
@@ -137,7 +139,7 @@ def decode(
 
     Returns:
         The tokens of each row by position, and the number of new tokens of each row, padding
-        included. `transformer_jax.generate` is the public function; it lays out the inputs.
+        included.
     """
     state, encoder_memory = _prefill_and_first_token(
         model, params, inputs, processor_params, rng, static_config)

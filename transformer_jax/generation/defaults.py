@@ -10,7 +10,7 @@ from transformer_jax.generation.options import (
 )
 from transformer_jax.models import Config
 
-# Special token ids are not among them: they are fields of the config, which `generate` uses itself.
+# Special token ids are not included: `generate` takes them from the model's config.
 OPTION_NAMES = {*OPTION_RULES, "do_sample", "bad_words_ids", "suppress_tokens",
                 "begin_suppress_tokens"}
 
@@ -18,8 +18,8 @@ OPTION_NAMES = {*OPTION_RULES, "do_sample", "bad_words_ids", "suppress_tokens",
 def generation_options(config: Config) -> dict[str, Any]:
     """Returns the options of `generate` in a checkpoint's generation_config.json.
 
-    Without that file, those in its config.json. Options that have no effect, such as a temperature
-    without sampling, are left out.
+    If there is no such file, the options in config.json are used. Options that have no effect, such
+    as a temperature without sampling, are omitted.
 
     Args:
         config: config of a model that was loaded from a checkpoint.

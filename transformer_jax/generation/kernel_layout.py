@@ -1,4 +1,4 @@
-"""Parameter layout for decoding, in which each matmul has only a few rows (one per sequence)."""
+"""Parameter layout for decoding steps, whose matmuls have only a few rows (one per sequence)."""
 
 import re
 
@@ -9,7 +9,7 @@ from transformer_jax.models.gpt import GPT
 from transformer_jax.models.transformer import Transformer
 from transformer_jax.tree import flatten_paths, unflatten_paths
 
-# Names of int8 parameters in the layout whose matmuls also round their inputs to int8.
+# Old -> new names of int8 parameters. Layers with the new names also round their inputs to int8.
 INT8_NAMES = {"kernel_scale": "kernel_t_scale", "embedding_int8": "embedding_t",
               "embedding_scale": "embedding_t_scale"}
 
@@ -19,10 +19,10 @@ def transpose_kernels_for_decoding(
 ) -> dict:
     """Converts parameters to the decoding layout once, for many calls of `generate`.
 
-    Without this, `generate` converts them in each call: on a CPU, 7 % of the time of decoding 64
-    tokens with GPT-2, and a second copy of the kernels in memory meanwhile. The result is for
-    `generate` only: its kernels and embeddings have the compute dtype, and on a CPU kernels are
-    transposed to [out, in].
+    Without this, `generate` converts them in each call. On a CPU, this takes 7 % of the time of
+    decoding 64 tokens with GPT-2, and memory for a second copy of the kernels during the call. The
+    result is for `generate` only: its kernels and embeddings have the compute dtype, and on a CPU
+    kernels are transposed to [out, in].
 
     Args:
         model: GPT or encoder-decoder.
@@ -46,10 +46,11 @@ def transpose_kernels_for_decoding(
 def transpose_kernels(params: dict, dtype: jnp.dtype, donate: bool = False) -> dict:
     """Returns parameters with transposed kernels `kernel_t` [out, in], in the compute dtype.
 
-    With few rows, a matmul takes as long as reading its matrix, which happens for each token
-    (`nn.matmul.matmul_transposed`). On a CPU this function makes a copy of the kernels, and int8
-    kernels (`finetuning.quantize`) are later multiplied by inputs that are rounded to int8. On
-    other backends, and on a mesh, the compiler chooses layouts and kernels are not transposed.
+    The time of a matmul with few rows is that of reading its weight matrix, once for each generated
+    token; `nn.matmul.matmul_transposed` explains why a transposed matrix is faster. On a CPU this
+    function makes a copy of the kernels, and int8 kernels (`finetuning.quantize`) are later
+    multiplied by inputs that are rounded to int8. On other backends, and on a mesh, the compiler
+    chooses layouts, and kernels are not transposed.
 
     Call it under `jit`, outside of the decoding loop.
 

@@ -56,7 +56,7 @@ class Sequences(NamedTuple):
 class LogitsProcessorParams(NamedTuple):
     """Parameters of the logits processors.
 
-    They are traced arguments of the compiled functions, so other values do not recompile.
+    They are traced arguments of the compiled functions, so that new values do not recompile.
 
     Attributes:
         max_new_tokens: maximum number of generated tokens.
@@ -94,7 +94,7 @@ class LogitsProcessorParams(NamedTuple):
 
 
 class StaticGenerationConfig(NamedTuple):
-    """Static (compile-time) configuration of a decoding loop: other values recompile.
+    """Static (compile-time) configuration of a decoding loop: new values recompile.
 
     Attributes:
         cache_length: number of slots of the KV cache, and of tokens, of each row.
@@ -209,7 +209,7 @@ def forbid_repeated_ngrams(
 def forbid_bad_words(
     scores: Float[Array, "B V"], sequences: Sequences, bad_words: Int[Array, "W M"]
 ) -> Float[Array, "B V"]:
-    """Forbids the last token of a bad word where the sequence ends with the tokens before it.
+    """Forbids tokens that would complete a forbidden token sequence.
 
     Args:
         scores: scores of the next token.
@@ -221,7 +221,7 @@ def forbid_bad_words(
     """
     M = bad_words.shape[1]
     positions_BM = sequences.lengths[:, None] + jnp.arange(1 - M, 0)
-    # Before the start of a sequence -2 stands for a token that matches nothing.
+    # Positions before the start of a sequence get -2, which matches no token.
     suffix_BM = jnp.where(positions_BM < 0, -2, sequences.tokens_at(positions_BM))
     prefixes_WM, last_tokens_W = bad_words[:, :-1], bad_words[:, -1]
     matches_BW = ((prefixes_WM == -1) | (prefixes_WM == suffix_BM[:, None])).all(-1)

@@ -1,6 +1,6 @@
 """Host-side validation of the options of `generate`, and their conversion to arrays.
 
-Nothing in this module compiles; bad options are refused before compilation.
+Nothing in this module compiles: invalid options raise an error before compilation.
 """
 
 import math
@@ -30,7 +30,7 @@ def _is_integer_from(minimum: int) -> Callable[[Any], bool]:
                           and value >= minimum)
 
 
-# Option -> (whether a value is allowed, what is allowed). None is allowed where it is the default.
+# Option -> (function that checks a value, end of the error message). None is not checked.
 OPTION_RULES = {
     "max_new_tokens": (_is_integer_from(1), "it must be an integer of at least 1"),
     "max_length": (_is_integer_from(1), "it must be an integer of at least 1"),
@@ -204,7 +204,7 @@ def bad_words_table(
     """Returns forbidden token sequences as rows, aligned on the right and padded with -1.
 
     Both sizes of the table are powers of two, to bound the number of shapes to compile for. A
-    single end-of-sequence token is ignored; `min_new_tokens` suppresses it.
+    sequence that consists of one end-of-sequence token is ignored; use `min_new_tokens` instead.
 
     Args:
         bad_words_ids: forbidden token sequences.

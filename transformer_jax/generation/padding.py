@@ -57,8 +57,8 @@ def unpad_rows(input_ids, attention_mask=None, name: str = "prompt") -> list[np.
 def check_token_ids(rows: Sequence[np.ndarray], vocab_size: int, name: str = "row {}") -> None:
     """Checks that token ids are integers in the vocabulary.
 
-    On the device such ids raise no error: the embedding of an id that is too large is NaN, and a
-    negative id selects another token.
+    On the device, invalid ids raise no error: the embedding of an id that is too large is NaN, and
+    a negative id selects another token.
 
     Args:
         rows: token ids.

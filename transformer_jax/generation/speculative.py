@@ -260,8 +260,8 @@ def decode_speculative_streaming(
     """Like `decode_speculative`, with one compiled call per round.
 
     Args:
-        streamer: called on the host with the new token of each row, int32 `[B]`, as soon as every
-            row has one.
+        streamer: called on the host with the next token of each row, int32 `[B]`, as soon as it is
+            known for every unfinished row.
         models, params, inputs, processor_params, rng, static_config: as for `decode_speculative`.
 
     Returns:

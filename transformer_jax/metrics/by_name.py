@@ -1,4 +1,4 @@
-"""The numbers that are reported for each metric, selected by its name."""
+"""Metrics by name: each name selects a main metric and the metrics that are reported with it."""
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
@@ -23,11 +23,11 @@ CLASSIFICATION_METRICS: dict[str, dict[str, Callable]] = {
     "macro_f1": {"macro_f1": macro_f1, "accuracy": accuracy, "matthews": matthews},
     "f1": {"f1": f1, "accuracy": accuracy, "matthews": matthews},
 }
-"""Functions of a confusion matrix that are reported for each metric, the metric itself first."""
+"""Name of a metric -> functions of a confusion matrix: the metric, then those reported with it."""
 
 
 def classification_scores(metric: str, confusion: Int[np.ndarray, "C C"]) -> dict[str, float]:
-    """The numbers that are reported for a classification metric, the metric itself first.
+    """Computes a classification metric, and the metrics that are reported with it.
 
     Args:
         metric: a key of `CLASSIFICATION_METRICS`.
@@ -48,21 +48,28 @@ OTHER_METRICS: dict[str, Callable[[Sequence, Sequence], dict[str, float]]] = {
     "squad": squad_scores,
     "entity_f1": lambda predictions, labels: entity_f1(labels, predictions),
 }
-"""`fn(predictions, labels)` of each metric that is not a function of a confusion matrix."""
+"""Name of a metric -> `fn(predictions, labels)`, for metrics without a confusion matrix."""
 
 
 def evaluate_predictions(
     metric: str, predictions: Sequence, labels: Sequence, num_classes: int | None = None
 ) -> dict[str, float]:
-    """The numbers that are reported for a metric, the metric itself first.
+    """Computes a metric by its name, and the metrics that are reported with it.
 
     Args:
-        metric: a key of `CLASSIFICATION_METRICS`, for class ids; "pearson_spearman", for scores;
-            "squad", for answers, with lists of gold answers as labels; or "entity_f1", for the BIO
-            tags of texts.
+        metric: name of the metric, which determines the type of predictions and labels:
+
+            - a key of `CLASSIFICATION_METRICS`: class ids;
+            - "pearson_spearman": scores;
+            - "squad": predictions are answers, and labels are lists of gold answers;
+            - "entity_f1": lists of BIO tags, one list per text.
         predictions: the prediction for each example.
         labels: the label of each example.
-        num_classes: number of classes. None uses the highest class that occurs, and at least 2.
+        num_classes: number of classes. By default, the highest class id that occurs plus 1, but at
+            least 2.
+
+    Returns:
+        Name -> value; the first entry is the main metric.
 
     Raises:
         ValueError: unknown metric, or the predictions do not match the labels.

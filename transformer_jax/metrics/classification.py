@@ -21,7 +21,7 @@ def check_same_length(labels: Sequence, predictions: Sequence) -> None:
 def confusion_matrix(
     labels: Int[np.ndarray, "n"], predictions: Int[np.ndarray, "n"], num_classes: int
 ) -> Int[np.ndarray, "C C"]:
-    """Counts of examples by true class (rows) and predicted class (columns).
+    """Number of examples for each true class (rows) and predicted class (columns).
 
     Raises:
         ValueError: labels and predictions differ in number, or a class is out of range.
@@ -56,7 +56,7 @@ def f1(confusion: Int[np.ndarray, "C C"], positive: int = 1) -> float:
 
 
 def macro_f1(confusion: Int[np.ndarray, "C C"]) -> float:
-    """Unweighted mean of the F1 of all classes. Classes that never occur have an F1 of 0."""
+    """Unweighted mean of the F1 of all classes. A class that never occurs has an F1 of 0."""
     true_positives = np.diag(confusion)
     num_predictions, num_labels = confusion.sum(0), confusion.sum(1)
     return float(np.mean(2 * true_positives / np.maximum(num_predictions + num_labels, 1)))
@@ -89,10 +89,11 @@ def calibration(
         num_bins: number of bins.
 
     Returns:
-        ece: expected calibration error, the mean over predictions of |accuracy - confidence| of
-            their bin.
+        ece: expected calibration error, the mean of |accuracy - confidence| over bins, weighted by
+            their number of predictions.
         brier: Brier score, the mean squared distance of the probabilities to one-hot labels.
-        confidence, accuracy, count: `[num_bins]`, of each bin; the first two are nan in empty bins.
+        confidence, accuracy, count: `[num_bins]`, the mean confidence, the accuracy and the number
+            of predictions of each bin; the first two are nan for empty bins.
 
     Raises:
         ValueError: labels and probabilities differ in number, or there are none.

@@ -8,11 +8,11 @@ from transformer_jax.metrics.classification import check_same_length
 def entity_f1(
     labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """F1, precision and recall of entities in BIO tags, as the script conlleval computes them.
+    """F1, precision and recall of entities in BIO tags, as in the script conlleval.
 
-    An entity is correct if its first word, its last word and its type are. An I- tag after O or
-    after another type begins an entity. BILOU and IOBES tags are converted: U- and S- to B-, L- and
-    E- to I-.
+    A predicted entity is correct if its first word, last word and type equal those of a true
+    entity. An I- tag after O or after another type begins an entity. BILOU and IOBES tags are
+    converted: U- and S- to B-, and L- and E- to I-.
 
     Args:
         labels: true tags of the words of each text.
@@ -22,7 +22,7 @@ def entity_f1(
         "f1", "precision" and "recall", 0 where undefined.
 
     Raises:
-        ValueError: texts or tags of a text differ in number.
+        ValueError: labels and predictions differ in the number of texts, or of tags of a text.
 
     Example:
         >>> entity_f1([["B-PER", "I-PER", "O"]], [["B-PER", "I-PER", "B-LOC"]])["precision"]

@@ -31,8 +31,9 @@ def squad_scores(answers: Sequence[str], gold_answers: Sequence[Sequence[str]]) 
             and "" is correct.
 
     Returns:
-        "f1" and "exact_match", 0 to 100. If only some questions have an answer, also
-        "has_answer_f1", "no_answer_f1" and so on, over the questions with and without an answer.
+        "f1" and "exact_match", 0 to 100. If only some questions have an answer, also the same
+        metrics over the questions with an answer ("has_answer_f1", "has_answer_exact_match") and
+        without ("no_answer_f1", "no_answer_exact_match").
 
     Raises:
         ValueError: answers and questions differ in number, or there are none.
@@ -52,20 +53,21 @@ def squad_best_thresholds(
     answers: Sequence[str], no_answer_margins: Sequence[float],
     gold_answers: Sequence[Sequence[str]],
 ) -> dict[str, float]:
-    """The highest F1 and exact match over all thresholds of the no-answer margin, and these
-    thresholds (SQuAD 2.0's evaluation script).
+    """The highest F1 and exact match over all thresholds of the no-answer margin.
 
-    A question whose margin is above the threshold gets no answer. The thresholds are chosen on the
-    same questions that are evaluated, so the scores are upper bounds; choose the threshold of a
-    deployed model on other data.
+    Also returns these thresholds, as SQuAD 2.0's evaluation script does. A question whose margin is
+    above the threshold gets no answer. The thresholds are chosen on the same questions that are
+    evaluated, so the scores are upper bounds; choose the threshold of a deployed model on other
+    data.
 
     Args:
-        answers: the best answer to each question that is not "", whatever its margin.
-        no_answer_margins: the score of "no answer" minus the score of the answer.
+        answers: the best non-empty answer to each question, even if "no answer" has a higher score.
+        no_answer_margins: for each question, the score of "no answer" minus that of the answer.
         gold_answers: see `squad_scores`.
 
     Returns:
-        "best_f1", "best_f1_threshold", "best_exact_match" and "best_exact_match_threshold".
+        "best_f1" and "best_exact_match", 0 to 100, "best_f1_threshold" and
+        "best_exact_match_threshold".
 
     Raises:
         ValueError: answers, margins and questions differ in number, or there are none.
@@ -97,7 +99,7 @@ def _question_scores(answers, gold_answers) -> tuple[np.ndarray, np.ndarray]:
                          "give one for each, and at least one")
     scores, has_answer = [], []
     for answer, question_gold in zip(answers, gold_answers):
-        # As in the script of SQuAD 2.0, gold answers that are empty after normalization are none.
+        # As in SQuAD 2.0's script, gold answers that are empty after normalization are ignored.
         gold = [g for g in map(normalize_answer, question_gold) if g]
         answer = normalize_answer(answer)
         scores.append([max(_word_f1(answer.split(), g.split()) for g in gold or [""]),

@@ -40,8 +40,15 @@ def _ranks(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
 def regression_scores(
     predictions: Float[np.ndarray, "n"], labels: Float[np.ndarray, "n"]
 ) -> dict[str, float]:
-    """Pearson and Spearman correlation, their mean, which GLUE reports for STS-B, and the mean
-    squared error "mse"."""
+    """Metrics of regression.
+
+    Returns:
+        "pearson_spearman", the mean of the two correlations, which GLUE reports for STS-B;
+        "pearson"; "spearman"; and "mse", the mean squared error.
+
+    Raises:
+        ValueError: predictions and labels differ in number.
+    """
     scores = {"pearson": pearson(predictions, labels), "spearman": spearman(predictions, labels)}
     return {"pearson_spearman": sum(scores.values()) / 2, **scores,
             "mse": float(np.mean(np.square(np.asarray(predictions) - np.asarray(labels))))}

@@ -39,12 +39,12 @@ def bleu(
     lowercase: bool = False,
     tokenize: str = "13a",
 ) -> BLEU:
-    """Corpus BLEU of sacreBLEU (Post 2018, "A Call for Clarity in Reporting BLEU Scores").
+    """Corpus BLEU by sacreBLEU (Post 2018, "A Call for Clarity in Reporting BLEU Scores").
 
     Args:
         hypotheses: predicted texts, detokenized.
         references: one reference per hypothesis, detokenized.
-        lowercase: ignore case.
+        lowercase: whether to ignore case.
         tokenize: name of sacreBLEU's tokenizer.
 
     Raises:
@@ -60,12 +60,14 @@ def bleu(
 def rouge(
     hypotheses: Sequence[str], references: Sequence[str], *, use_stemmer: bool = True
 ) -> dict[str, float]:
-    """ROUGE of rouge-score (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries").
+    """ROUGE (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries").
+
+    Computed by the library rouge-score.
 
     Args:
-        hypotheses: predicted texts. For "rougeLsum", each line is a sentence.
-        references: one reference per hypothesis.
-        use_stemmer: compare the stems of words (Porter stemmer).
+        hypotheses: predicted texts, with one sentence per line for "rougeLsum".
+        references: one reference per hypothesis, likewise.
+        use_stemmer: whether to compare the stems of words (Porter stemmer).
 
     Returns:
         "rouge1", "rouge2", "rougeL" and "rougeLsum": F1, averaged over the texts, 0 to 100.

@@ -156,8 +156,9 @@ class BERT(nn.Module):
             segment_ids: 0 for sentence A, 1 for sentence B; all 0 if None. Ignored if the config
                 has no segments.
             padding_mask: True at tokens, False at padding; all True if None.
-            positions: the position of each token. If None, 0 ... T-1, or, with a
-                `position_offset`, the index of each token among those that are not padding.
+            positions: the position of each token. If None, it is 0 ... T-1; with a
+                `position_offset` and a `padding_mask`, it is the index of each token among the
+                tokens that are not padding.
             deterministic: whether to disable dropout. If False, pass `rngs={"dropout": key}` to
                 `apply`.
 
@@ -168,7 +169,7 @@ class BERT(nn.Module):
         B, T = tokens.shape
         check_sequence_length(T, c.max_length)
         if positions is None and c.position_offset and padding_mask is not None:
-            # Padding has the row before that of position 0, which is RoBERTa's padding_idx.
+            # Padding gets position -1, whose row in the table is RoBERTa's padding_idx.
             positions = jnp.where(padding_mask, jnp.cumsum(padding_mask, -1), 0) - 1
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -205,8 +206,8 @@ class BERT(nn.Module):
 
         Args:
             tokens: token ids.
-            masked_positions: the positions to predict, at which alone the output layer is applied;
-                all T positions if None.
+            masked_positions: the positions to predict; all T positions if None. The output layer is
+                applied only at these positions.
             **options: as for `encode`.
         """
         hidden_BTD, pooled_BD, attention = self.encode_and_pool(tokens, **options)
@@ -296,7 +297,11 @@ class BERT(nn.Module):
     def token_classification_logits(
         self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
     ) -> Float[Array, "B T C"]:
-        """Computes class logits of each token; `options` as for `encode`."""
+        """Computes class logits of each token; `options` as for `encode`.
+
+        Raises:
+            ValueError: the model has no classifier, or T is larger than `max_length`.
+        """
         check_num_classes(self.num_classes)
         hidden_BTD = self.encode(tokens, deterministic=deterministic, **options).hidden
         return self.class_logits(hidden_BTD, deterministic)

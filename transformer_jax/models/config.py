@@ -44,8 +44,8 @@ class Config:
         position_offset: the number of rows of the position table before that of position 0: 2 in
             BART and RoBERTa. The table has `max_length + position_offset` rows.
         scale_embedding: whether to multiply token embeddings by sqrt(d_model) (Vaswani et al. 2017,
-            section 3.4). None means only if positions are sinusoidal, so that token and position
-            embeddings have similar magnitudes.
+            section 3.4), so that token and position embeddings have similar magnitudes. None: True
+            if positions are sinusoidal, else False.
         tie_embeddings: whether the output layer is the token embedding (Press & Wolf 2017). If
             False, it is a separate matrix, `lm_head`.
         activation: the activation function of the MLPs: "gelu" (exact), "gelu_tanh", "relu",
@@ -57,19 +57,19 @@ class Config:
         norm_epsilon: added to the variance in LayerNorm.
         initializer: the distribution of initial weights: "normal", "truncated_normal" or
             "xavier_uniform". Biases are initialized to zero.
-        init_std: the standard deviation of initial weights. For "xavier_uniform", that of
-            embeddings only; the distribution of a kernel follows from its shape.
+        init_std: the standard deviation of initial weights. With "xavier_uniform" it applies only
+            to embeddings, because the distribution of a kernel follows from its shape.
         dtype: the compute dtype of matmuls and activations: "float32" or "bfloat16". Parameters,
             softmax, LayerNorm statistics, logits and losses are always float32.
         attention_impl: "auto", "xla", "cudnn" or "splash"; see
             `nn.attention.dot_product_attention`.
-        remat: rematerialization, that is, which activations the backward pass recomputes instead of
-            keeping them in memory (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-            Cost"): "none"; "dots", all but the results of matmuls; or "full", all activations
-            inside a block, which costs a third more arithmetic.
+        remat: rematerialization: which activations the backward pass recomputes instead of keeping
+            them in memory (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+            "none" recomputes none; "dots" recomputes all but the results of matmuls; "full"
+            recomputes all activations inside a block, which takes a third more arithmetic.
         pad_token_id, bos_token_id, eos_token_id: special tokens of a checkpoint, for generation and
             for tasks that need the end of a text. None if the checkpoint does not define them.
-        source: the original config.json of an imported checkpoint, kept for export.
+        source: the text of the config.json of an imported checkpoint, kept for export.
 
     Raises:
         ValueError: a value has the wrong type or is out of range.

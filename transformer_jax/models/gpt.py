@@ -164,8 +164,7 @@ class GPT(nn.Module):
     def prompt_cache(self, cache: dict[str, KVCache]) -> dict[str, KVCache]:
         """Computes the keys and values of the soft prompt in each layer.
 
-        Causal attention to the prompt depends on nothing else, because the prompt does not attend
-        to the tokens.
+        They do not depend on the tokens, because the prompt does not attend to them.
 
         Args:
             cache: an empty cache of the length of the prompt, for batch size 1.
@@ -259,7 +258,11 @@ class GPT(nn.Module):
     def token_classification_logits(
         self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
     ) -> Float[Array, "B T C"]:
-        """Computes class logits of each token; `options` as for `decode`."""
+        """Computes class logits of each token; `options` as for `decode`.
+
+        Raises:
+            ValueError: the model has no classifier, or T is larger than `max_length`.
+        """
         check_num_classes(self.num_classes)
         hidden_BTD = self.decode(tokens, deterministic=deterministic, **options).hidden
         return self.class_logits(hidden_BTD, deterministic)

@@ -51,7 +51,7 @@ def last_token_positions(
 def mean_pool(
     hidden_BTD: Float[Array, "B T D"], padding_mask: Bool[Array, "B T"] | None
 ) -> Float[Array, "B D"]:
-    """Averages the hidden states of the tokens of each row, without padding."""
+    """Averages the hidden states of the tokens of each row; padding is excluded."""
     if padding_mask is None:
         return hidden_BTD.mean(1)
     weights_BT1 = padding_mask[..., None].astype(hidden_BTD.dtype)
@@ -108,7 +108,7 @@ class MLMHead(nn.Module):
     """BERT's masked language modeling head: dense, activation, LayerNorm, output layer, bias.
 
     Devlin et al. 2018, section 3.1, and `get_masked_lm_output` of the released code. The output
-    layer is the (tied) token embedding that the call takes.
+    layer is the embedding that is passed to `__call__`, usually the token embedding (tied).
     """
 
     activation: str

@@ -1,7 +1,7 @@
 """The Transformer: an encoder-decoder for sequence-to-sequence tasks.
 
 Vaswani et al. 2017, "Attention Is All You Need": post-norm, sinusoidal positions, and one embedding
-that source, target and output layer share, scaled by sqrt(d_model) where tokens are embedded
+table for source, target and output layer. Token embeddings are scaled by sqrt(d_model)
 (section 3.4).
 
     tokens         -> token + position embedding -> encoder stack with a padding mask
@@ -61,9 +61,9 @@ class Seq2SeqOutput(NamedTuple):
 
 
 def shift_right(tokens: Int[Array, "B T"], start_id: int) -> Int[Array, "B T"]:
-    """Returns the decoder inputs for target tokens: the targets shifted right behind `start_id`.
+    """Returns the decoder inputs for target tokens: `start_id`, then the targets but the last.
 
-    The input at t is the target at t - 1, so the decoder does not see the token that it predicts.
+    The input at t is the target at t - 1, so the prediction of a token does not depend on it.
 
     Example:
         >>> shift_right(jnp.array([[5, 6, 7]]), start_id=2).tolist()
@@ -187,9 +187,9 @@ class Transformer(nn.Module):
         """Computes the hidden states `[B, T, D]` of the decoder, before the output layer.
 
         Args:
-            tokens: token ids of the decoder, behind the start token (`shift_right`).
+            tokens: token ids of the decoder, the start token first (`shift_right`).
             encoder_output: the hidden states of the encoder, or the `cross_attention_cache` of an
-                earlier output of this method, which saves projecting them again.
+                earlier output of this method, which contains their projections to keys and values.
             encoder_padding_mask: True at tokens of the source, False at its padding; all True if
                 None.
             padding_mask: True at tokens of the target, False at padding. It is required only for
@@ -252,6 +252,12 @@ class Transformer(nn.Module):
             padding_mask: True at tokens of the source, False at its padding; all True if None.
             decoder_padding_mask: the same for the target.
             deterministic: whether to disable dropout.
+
+        Returns:
+            (output of the encoder, output of the decoder).
+
+        Raises:
+            ValueError: S or T is larger than `max_length`.
         """
         if decoder_tokens is None:
             decoder_tokens = shift_right(tokens, self.config.decoder_start_token_id or 0)
@@ -339,7 +345,11 @@ class Transformer(nn.Module):
         deterministic: bool = True,
         **options,
     ) -> Float[Array, "B T C"]:
-        """Computes class logits of each decoder token; arguments as for `encode_decode`."""
+        """Computes class logits of each decoder token; arguments as for `encode_decode`.
+
+        Raises:
+            ValueError: the model has no classifier, or S or T is larger than `max_length`.
+        """
         check_num_classes(self.num_classes)
         hidden_BTD = self.encode_decode(
             tokens, decoder_tokens, deterministic=deterministic, **options)[1].hidden

@@ -33,10 +33,10 @@ class Mask:
     Attributes:
         causal: whether a query attends only to keys at its own index in the row or before it.
         attention_window: with `causal`, the number of most recent keys that a query attends to,
-            the key at its own index included; None for no limit. In a language model, position
-            i - 1 predicts token i, so in a model of one layer the window is the k of
-            P(w_i | w_{i-k} ... w_{i-1}); a stack of L layers has a context of L * (k - 1) + 1
-            tokens.
+            the key at its own index included; None for no limit. In a language model of one
+            layer it is the k of P(w_i | w_{i-k} ... w_{i-1}), because the output at position
+            i - 1 predicts token i. With L layers, that output depends on the last
+            L * (k - 1) + 1 tokens.
         query_document_ids, key_document_ids: the document of each token in packed rows. A query
             attends only to keys of its own document.
         padding_mask: True for keys that are tokens, False for padding.
@@ -61,7 +61,10 @@ class Mask:
         return dataclasses.replace(self, **changes)
 
     def with_prefix(self, P: int, T: int, S: int) -> "Mask":
-        """Returns the mask for P prefix keys before the S keys; every query attends to them."""
+        """Returns the mask for P prefix keys followed by the S keys.
+
+        Every query attends to all P prefix keys.
+        """
         dense_mask = self.to_dense(T, S)
         if dense_mask is None:
             return self
@@ -130,16 +133,17 @@ def dot_product_attention(
         mask: the keys that each query attends to.
         attention_impl: "xla" for matmuls and a softmax as written above; "cudnn" or "splash" for a
             fused implementation, which never stores the weights `[T, S]` (Dao et al. 2022,
-            "FlashAttention"); "auto" for the default of the platform. Inputs that a fused
-            implementation does not support are computed by "xla"; see
+            "FlashAttention"); "auto" for the default of the platform. For inputs that the fused
+            implementation does not support, "xla" is used instead; see
             `fused_attention.select_implementation`.
         dropout_rate: the rate of dropout on attention weights.
         dropout_rng: the key for dropout; None disables dropout.
 
     Returns:
-        The output, and the attention weights before dropout, in float32. A fused implementation
-        and attention by blocks of queries do not produce the weights, which are then computed
-        separately; under `jax.jit`, XLA removes this computation if the weights are unused.
+        The output, and the attention weights before dropout, in float32. Fused implementations,
+        and "xla" where it splits the queries into blocks (long causal rows on a CPU), do not
+        produce the weights; they are then computed separately. Under `jax.jit`, XLA removes this
+        computation if the weights are unused.
 
     Example:
         >>> x = jnp.ones((2, 5, 4, 8))  # B, T, N, H
@@ -214,8 +218,8 @@ def _softmax_weighted_sum(query_BNTH, key_BNSH, value_BNSH, mask_BNTS, dropout_B
 def _num_query_blocks(mask: Mask, T: int, S: int) -> int:
     """Returns the number of query blocks of causal self-attention on a CPU; 1 in all other cases.
 
-    Scores of a block are computed for the keys up to the end of the block only, which leaves out
-    part of the masked scores. On accelerators, fused implementations leave them out.
+    The scores of a block are computed only for the keys up to the end of the block, so that part
+    of the masked scores is never computed. On accelerators, fused implementations do the same.
     """
     num_blocks = min(4, T // 128)
     is_cpu_without_mesh = (
@@ -259,7 +263,8 @@ class KVCache(NamedTuple):
     ) -> "KVCache":
         """Returns a cache with `key` and `value` in the slots `positions`.
 
-        Positions outside the cache are ignored.
+        Tokens at positions of S or more are dropped. Positions must not be negative: they would
+        index the slots from the end.
         """
         rows = jnp.arange(positions.shape[0])[:, None]
         return KVCache(

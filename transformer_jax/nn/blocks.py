@@ -38,7 +38,7 @@ REMAT_POLICIES = {
 
 
 class StackConfig(NamedTuple):
-    """Hyperparameters of a `Stack`. Models derive it from their own config (`Config.stack`)."""
+    """Hyperparameters of a `Stack` (`models.Config.stack`); `models.Config` describes them."""
 
     num_layers: int
     d_model: int
@@ -52,7 +52,7 @@ class StackConfig(NamedTuple):
     attention_dropout_rate: float
     initializer: str
     init_std: float
-    residual_init_std: float  # of the kernels whose output is added to the residual stream
+    residual_init_std: float  # for kernels whose output is added to the residual stream
     dtype: jnp.dtype
     attention_impl: str
     remat: str
@@ -99,9 +99,9 @@ class Attention(nn.Module):
             deterministic: whether to disable dropout.
 
         Returns:
-            The output; keys and values; attention weights. The keys and values are `cache` with
-            those of this call added, or, in cross-attention, those of `encoder_output`, which
-            later calls can take in its place.
+            (output, keys and values, attention weights). In self-attention, the keys and values
+            are those of `cache`, if it is given, and of this call. In cross-attention, they are
+            those of `encoder_output`; later calls can pass them as `encoder_output`.
         """
         c = self.config
 
@@ -158,11 +158,11 @@ def prepend_prefix(
     """Prefix tuning (Li & Liang 2021, "Prefix-Tuning", section 4.2).
 
     Prepends the parameters `prefix_key` and `prefix_value` `[P, N, H]` of an attention module to
-    its keys and values. All queries attend to them. Without these parameters, the arguments are
-    returned unchanged.
+    its keys and values. All queries attend to the prefix. Without these parameters, the arguments
+    are returned unchanged. T is the number of queries.
 
     Returns:
-        Keys, values, the mask that includes the prefix, and P.
+        (keys, values, the mask that includes the prefix, P); P is 0 without a prefix.
     """
     if not module.has_variable("params", "prefix_key"):
         return key_BSNH, value_BSNH, mask, 0
@@ -179,8 +179,8 @@ def prepend_prefix(
 class Adapter(nn.Module):
     """Bottleneck adapter: x + up(f(down(x))) (Houlsby et al. 2019, section 2.1).
 
-    The bottleneck width is that of the parameters, which `finetuning.peft` initializes so that the
-    adapter is close to the identity.
+    The bottleneck width follows from the shape of the parameters. `finetuning.peft` initializes
+    them so that the adapter starts as the identity.
     """
 
     config: StackConfig
@@ -244,6 +244,7 @@ class Block(nn.Module):
         self, x_BTD, mask, positions_BT=None, cache=None, encoder_output=None,
         cross_attention_mask=UNMASKED, deterministic=True,
     ) -> BlockOutput:
+        """Applies the block; arguments as for `Stack.__call__`, with the cache of one layer."""
         c = self.config
 
         def residual(name, sublayer, x_BTD):
@@ -338,8 +339,9 @@ class Stack(nn.Module):
             mask: the keys that each query attends to in self-attention.
             positions_BT: the slots of `cache` for the keys and values of this call.
             cache: keys and values of the previous tokens for each layer (`init_cache`).
-            encoder_output: for cross-attention, the hidden states of the encoder, or, so that they
-                are projected only once, the `cross_attention_cache` of an earlier output.
+            encoder_output: for cross-attention, the hidden states of the encoder, or the
+                `cross_attention_cache` of an earlier output, which contains their projections to
+                keys and values.
             cross_attention_mask: the keys that each query attends to in cross-attention.
             deterministic: whether to disable dropout.
 
@@ -382,6 +384,7 @@ class Stack(nn.Module):
         )
 
     def _scan(self, block, x_BTD, mask, encoder_output, cross_attention_mask, deterministic):
+        """Applies stacked layers with `jax.lax.scan`; returns the hidden states."""
         c = self.config
         rng = None if deterministic or not self.has_rng("dropout") else self.make_rng("dropout")
 

@@ -2,9 +2,9 @@
 
 A dropout mask needs no cryptographic random bits. The index of each element is hashed together
 with two words of the key by a few integer operations, which XLA fuses into the multiplication.
-Threefry, the default generator of JAX, takes about ten times as many operations; on a CPU, that is
-as long as the adjacent matmul. The mask depends on the key and the index only, so it is the same
-under `jit`, under any sharding and on any number of devices.
+Threefry, the default generator of JAX, takes about ten times as many operations; on a CPU, these
+take as long as the adjacent matmul. The mask depends on the key and the index only, so it is the
+same under `jit`, under any sharding and on any number of devices.
 """
 
 import flax.linen as nn

@@ -110,7 +110,7 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
     """Splash attention. On a mesh, each device computes its own rows, heads and queries.
 
-    On other platforms than TPU the Pallas kernel is interpreted, for tests. A program that is
+    On platforms other than TPUs the Pallas kernel is interpreted, for tests. A program that is
     compiled ahead of time for a TPU on another platform contains the compiled kernel.
     """
     segment_ids = _segment_ids(query, key, mask)

@@ -8,8 +8,8 @@ Layers also apply parameters that `init` never creates, if they are present in t
 - PEFT parameters, such as `lora_a` (`finetuning.peft`);
 - frozen kernels and embeddings in another dtype, or as int8 values with a scale
   (`finetuning.quantize`);
-- for decoding, transposed kernels `kernel_t`, and int8 embeddings `embedding_t` whose output layer
-  quantizes hidden states (`generation.kernel_layout`).
+- for decoding, transposed kernels `kernel_t`, and int8 embedding tables `embedding_t`; an output
+  layer with such a table also quantizes its inputs to int8 (`generation.kernel_layout`).
 
 Shape suffixes: B batch, T length, D d_model, V vocabulary.
 """
@@ -44,9 +44,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 # Kernel initializers, by name, as functions of a standard deviation. GPT and BART use a normal
-# distribution, BERT one that is truncated at two standard deviations. The Transformer's code
-# (tensor2tensor) uses the uniform distribution of Glorot & Bengio 2010, eq. 16, whose limits follow
-# from fan-in and fan-out.
+# distribution; BERT uses a normal distribution that is truncated at two standard deviations. The
+# Transformer's code (tensor2tensor) uses the uniform distribution of Glorot & Bengio 2010, eq. 16,
+# whose limits follow from fan-in and fan-out.
 INITIALIZERS: dict[str, Callable[[float], Callable]] = {
     "normal": jax.nn.initializers.normal,
     "truncated_normal": jax.nn.initializers.truncated_normal,
@@ -55,7 +55,10 @@ INITIALIZERS: dict[str, Callable[[float], Callable]] = {
 
 
 def embedding_init(initializer: str, std: float) -> Callable:
-    """Returns the embedding initializer: that of kernels, or "normal" for "xavier_uniform"."""
+    """Returns the initializer of embeddings for a kernel initializer.
+
+    It is the same one, except that "normal" replaces "xavier_uniform".
+    """
     return INITIALIZERS["normal" if initializer == "xavier_uniform" else initializer](std)
 
 
@@ -94,7 +97,7 @@ class Linear(nn.Module):
 
     Attributes:
         features: the sizes of the output axes.
-        num_contracted_axes: the number of input axes, the last ones, that are contracted.
+        num_contracted_axes: the number of trailing input axes that are contracted.
         use_bias: whether to add a bias.
         kernel_init: the initializer of the kernel.
         dtype: the compute dtype.
@@ -191,8 +194,8 @@ def _standardize(x, epsilon):
     inv_std = jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + epsilon)
     if jax.default_backend() == "gpu":
         # The barrier saves the statistics for the backward pass. Without it, XLA recomputes them
-        # for each gradient and stores arrays derived from them. With the barrier, GPT-2's training
-        # step takes 0.97 of the time.
+        # for each gradient and stores arrays derived from them, and GPT-2's training step takes
+        # 3 % longer.
         mean, inv_std = jax.lax.optimization_barrier((mean, inv_std))
     return (x - mean) * inv_std, inv_std
 
@@ -213,11 +216,11 @@ def _(epsilon, primals, tangents):
 def materialize_cotangent(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The identity function, whose cotangent is computed once and stored in memory.
 
-    XLA on CPU fuses elementwise operations into each of their consumers, which duplicates their
-    computation. The cotangent of the residual stream is a sum over all later layers, which each
-    layer would recompute: a third of the time of a LoRA training step with 12 layers. The cotangent
-    of an activation is an operand of the gradients of a kernel, of its LoRA parameters and of its
-    bias: a third of the time of a training step with the trainable spec `lora:8:all`.
+    XLA on CPU fuses elementwise operations into each of their consumers, which repeats their
+    computation. Two such repetitions each took a third of the time of a training step: the
+    cotangent of the residual stream, a sum over all later layers that every layer recomputed (LoRA,
+    12 layers), and the cotangent of an activation, which was recomputed for the gradients of a
+    kernel, of its LoRA parameters and of its bias (trainable spec `lora:8:all`).
 
     XLA removes optimization barriers before fusion, but it does not fuse through a conditional, so
     the cotangent passes through one.
@@ -322,8 +325,8 @@ class Embed(nn.Module):
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Looks up embeddings.
 
-        Rows from `num_embeddings` on come from the PEFT parameter `extra`, if it is present. The
-        ids are not checked: those above the table give NaN, and negative ones count from its end.
+        If the PEFT parameter `extra` is present, ids of `num_embeddings` or more select its rows.
+        Ids are not checked: too large ones give NaN, and negative ones index from the end.
         """
         rows = self._lookup(
             ids if self.extra is None else jnp.minimum(ids, self.num_embeddings - 1))
@@ -346,7 +349,7 @@ class Embed(nn.Module):
         return rows * jnp.take(self.scale, ids, axis=0)[..., None].astype(self.dtype)
 
     def project(self, hidden: Float[Array, "... D"]) -> LazyLogits:
-        """Uses the table as the output layer (Press & Wolf 2017)."""
+        """Returns unevaluated logits, with the table as output layer (Press & Wolf 2017)."""
         return LazyLogits(
             hidden.astype(self.dtype), self.embedding, self.scale,
             quantize_activations=True if self.quantize_activations else None)

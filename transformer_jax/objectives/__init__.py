@@ -48,12 +48,12 @@ Returns:
 
 The scalar loss of a batch is
 
-    L = sum over terms k of  sum_k / weight_k,    where a term of weight 0 counts 0
+    L = sum over terms k of  sum_k / weight_k,    where a term of weight 0 contributes 0
 
 Sums and weights are added over microbatches, devices and processes, and divided once at the end
 (`train.step` does both). Therefore every split of a batch gives exactly the loss of the unsplit
-batch, even if the parts have different weights. A mean of per-part means would not. (The exception
-is `contrastive`, whose loss depends on the other rows of the batch.)
+batch, even if the parts have different weights. Averaging the mean losses of the parts would give
+another value. (The exception is `contrastive`: the loss of a row depends on the other rows.)
 
 Bind `apply` and options with `functools.partial` to get the loss function of a training step:
 

@@ -1,7 +1,8 @@
-"""Causal language modeling: the sum over i of -log P(w_i | w_{i-k}, ..., w_{i-1}).
+"""Causal language modeling: predict each token from the tokens before it.
 
-Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", equation 1. The
-context size k is the model's `attention_window`.
+The loss is the sum over i of -log P(w_i | w_{i-k}, ..., w_{i-1}) (Radford et al. 2018, "Improving
+Language Understanding by Generative Pre-Training", equation 1). The context size k is the model's
+`attention_window`.
 
 Batch keys (the last two are optional; with `document_ids`, attention does not cross documents):
 

@@ -217,8 +217,8 @@ def _local_sums_and_grads(label_smoothing, tokens_per_chunk, grad_names, axis_na
         if name in grad_names else None
         for name, x in (("embedding", embedding), ("scale", scale), ("bias", bias))]
     init = (zero_sums, tuple(zero_grads))
-    # Inside `shard_map`, the initial carry must vary over the mesh axes over which the values that
-    # are added to it vary.
+    # Inside `shard_map`, a scan requires that its initial carry varies over the same mesh axes as
+    # the final one, that is, over those of the values that are added to it.
     if axes := tuple(sharding.varying_axes(hidden) | sharding.varying_axes(weights)):
         init = jax.lax.pcast(init, axes, to="varying")
     (sums, vocab_grads), d_hidden = jax.lax.scan(
@@ -239,8 +239,8 @@ def _local_sums_and_grads(label_smoothing, tokens_per_chunk, grad_names, axis_na
 
 
 def _fused_kernel_available() -> bool:
-    """Whether `fused_cross_entropy` can run: on NVIDIA GPUs that Triton supports, and if the
-    vocabulary is not sharded."""
+    """Whether `fused_cross_entropy` can be used: it requires an NVIDIA GPU that Triton supports and
+    a vocabulary that is not sharded."""
     return fused_attention.is_ampere_or_newer_gpu() and sharding.axis_size("tensor") == 1
 
 

@@ -51,7 +51,7 @@ from transformer_jax.objectives.input_format import pack_bert_input, pack_gpt_in
 class SpecialTokens(NamedTuple):
     """Ids of the special tokens of GPT's input format (`input_format.pack_gpt_input`).
 
-    Ids from `vocab_size` on are rows of the token embedding that `finetuning.peft.add_tokens` adds.
+    Ids of `vocab_size` or more refer to embeddings that `finetuning.peft.add_tokens` adds.
     """
 
     start_id: int | None
@@ -79,7 +79,8 @@ def make_input_packer(
         model: GPT uses `input_format.pack_gpt_input`; BERT and BART use `pack_bert_input`.
         tokenizer: provides the ids of the special tokens.
         length: length T of the rows.
-        special_tokens: for GPT only. None uses only an extract token, the tokenizer's end of text.
+        special_tokens: for GPT only. None: the only special token is the extract token, for which
+            the end-of-text token of the tokenizer is used.
 
     Returns:
         `input_format.pack_gpt_input` or `pack_bert_input` with all options bound.
@@ -98,8 +99,8 @@ def _pack_texts(example: dict, pack_input: Callable, both_orders: bool) -> dict[
     if not both_orders:
         return pack_input(*texts)
     if len(texts) != 2:
-        raise ValueError("both_orders needs two texts, but the example has one; leave both_orders "
-                         "out, or add a second text as \"tokens_b\"")
+        raise ValueError("both_orders is True, but the example has only one text; pass "
+                         "both_orders=False, or add a second text as \"tokens_b\"")
     rows = [pack_input(*texts), pack_input(*texts[::-1])]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -154,8 +155,8 @@ def classification_loss(
         aux_lm_loss_weight: lambda of the auxiliary language modeling loss (GPT only): the loss is
             the mean task loss plus lambda times the mean of -log P(next token) over the same rows
             (GPT paper, section 3.2, L3).
-        vocab_size: tokens with ids from `vocab_size` on, the new special tokens, are no targets
-            of the language modeling loss. None uses the vocabulary size of the model.
+        vocab_size: new special tokens, whose ids are `vocab_size` or more, are not targets of the
+            language modeling loss. None uses the vocabulary size of the model.
 
     Returns:
         `(sum, weight, metrics)` with the metric "accuracy". With `aux_lm_loss_weight`, sum and
@@ -200,8 +201,8 @@ def _class_logits(
 
     def class_and_lm_logits(model, tokens, deterministic):
         if not isinstance(model, GPT):
-            raise ValueError(f"both_orders and aux_lm_loss_weight are for GPT, but the model is a "
-                             f"{type(model).__name__}; leave them out")
+            raise ValueError(f"both_orders and aux_lm_loss_weight require GPT, but the model is a "
+                             f"{type(model).__name__}; omit both options")
         padding_mask = inputs["padding_mask"]
         hidden = model.decode(tokens, padding_mask=padding_mask, deterministic=deterministic).hidden
         positions = last_token_positions(tokens, padding_mask)[:, None]
@@ -242,7 +243,7 @@ def prepare_regression(
     """Converts a text or a pair with its score to one row.
 
     Arguments and result are as for `prepare_classification`, but "label" is a number, and labels
-    are float32, scaled so that `label_range`, the lowest and the highest label, becomes 0 to 1.
+    are float32: `label_range`, the lowest and the highest label, is mapped to the range 0 to 1.
 
     Raises:
         ValueError: the label is not finite, the range is empty, or `both_orders` without a second
@@ -317,7 +318,7 @@ def prepare_multiple_choice(
     del rng
     choices, label = example["choices"], int(example["label"])
     if not 2 <= len(choices) <= num_choices:
-        raise ValueError(f"an example has {len(choices)} choices; give 2 to num_choices = "
+        raise ValueError(f"an example has {len(choices)} choices; it must have 2 to num_choices = "
                          f"{num_choices}")
     if not 0 <= label < len(choices):
         raise ValueError(f"label {label} is outside the {len(choices)} choices 0 to "
@@ -331,7 +332,7 @@ def prepare_multiple_choice(
 
 
 def _choice_logits(apply, params, batch, rng, aux_lm_loss_weight=0.0, vocab_size=None):
-    """The logits `[B, C]` of the choices, and the language modeling loss as `_class_logits`.
+    """The logits `[B, C]` of the choices, and the same language modeling loss as `_class_logits`.
 
     The logit of a choice is the single class logit of its row.
     """

@@ -1,14 +1,14 @@
 """Contrastive learning of sentence embeddings with in-batch negatives.
 
-The loss is InfoNCE over cosine similarities, known as the multiple-negatives ranking loss: each
-first text has to select its own second text among the second texts of the batch.
+The loss is InfoNCE over cosine similarities, known as the multiple-negatives ranking loss: the
+cross-entropy of classifying, for each first text, which second text of the batch belongs to it.
 
 - Henderson et al. 2017, "Efficient Natural Language Response Suggestion", section 4.4: the other
   pairs of the batch as negatives.
-- Reimers & Gurevych 2019, "Sentence-BERT", section 3: the mean of the token states as embedding.
+- Reimers & Gurevych 2019, "Sentence-BERT", section 3: the mean of the hidden states as embedding.
 
-Checkpoints such as all-MiniLM-L6-v2 were trained with this loss, so it also measures how much of
-their pre-training task they forget during fine-tuning.
+Checkpoints such as all-MiniLM-L6-v2 were trained with this loss, so its increase during fine-tuning
+measures how much of the pre-training task such a model forgets.
 
 Batch keys (the second dimension is the two texts of a pair):
 
@@ -16,7 +16,7 @@ Batch keys (the second dimension is the two texts of a pair):
 |----------------|---------|-------------|---------------------------------------------------------|
 | `tokens`       | int32   | `[B, 2, T]` | token ids of both texts                                 |
 | `padding_mask` | bool    | `[B, 2, T]` | True at tokens, False at padding                        |
-| `weights`      | float32 | `[B]`       | 1; 0 for rows of padding, which are no negatives either |
+| `weights`      | float32 | `[B]`       | 1; 0 for rows of padding, which are not negatives       |
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from transformer_jax.objectives.cross_entropy import (
 )
 from transformer_jax.objectives.input_format import pack_bert_input
 
-INVERSE_TEMPERATURE = 20.0  # factor of the cosine similarities, as for the released models
+INVERSE_TEMPERATURE = 20.0  # multiplies the cosine similarities, as in the released models
 
 
 def prepare(
@@ -101,7 +101,7 @@ def loss(
     B, _, T = batch["tokens"].shape
     padding_mask = batch["padding_mask"].reshape(2 * B, T)
     hidden = apply({"params": params}, batch["tokens"].reshape(2 * B, T),
-                   padding_mask=padding_mask, method="hidden", **dropout_kwargs(rng)).hidden
+                   padding_mask=padding_mask, method="encode", **dropout_kwargs(rng)).hidden
     embeddings = sentence_embeddings(hidden.astype(jnp.float32), padding_mask).reshape(B, 2, -1)
     logits_BB = INVERSE_TEMPERATURE * embeddings[:, 0] @ embeddings[:, 1].T
     logits_BB = jnp.where(batch["weights"][None] > 0, logits_BB, jnp.finfo(jnp.float32).min)

@@ -34,7 +34,7 @@ def cross_entropy(
     """Softmax cross-entropy with integer targets: `-log softmax(logits)[target]`, in nats.
 
     Args:
-        logits: unnormalized log probabilities of any float dtype; computed with in float32.
+        logits: unnormalized log probabilities of any float dtype; they are cast to float32.
         targets: class or token ids in `[0, V)`.
 
     Returns:
@@ -57,7 +57,7 @@ def smoothed_cross_entropy(
     `label_smoothing` uniformly over all V classes, the target included.
 
     Args:
-        logits: unnormalized log probabilities of any float dtype; computed with in float32.
+        logits: unnormalized log probabilities of any float dtype; they are cast to float32.
         targets: class or token ids in `[0, V)`.
         label_smoothing: in `[0, 1)`; static under `jax.jit`.
 

@@ -38,7 +38,7 @@ class Noise(NamedTuple):
 
     Attributes:
         permute: whether sentences are permuted.
-        infill: fraction of the tokens (or words) that text infilling hides.
+        infill: fraction of the tokens (or words) that text infilling replaces.
         mean_span: mean length of a span of text infilling, lambda of the Poisson distribution.
         mask: fraction of the tokens that token masking replaces.
         delete: fraction of the tokens that token deletion removes.
@@ -74,14 +74,14 @@ def text_infilling(
     """Replaces spans of Poisson-distributed length by one mask token each.
 
     Lengths are sampled until `rate` of the tokens are in spans; the last length is reduced to fit.
-    Each span, also one of length 0, is then assigned its own gap between two remaining tokens, and
+    Each span (a span of length 0 too) is then assigned its own gap between two remaining tokens;
     all gaps are equally likely. Therefore no two mask tokens are adjacent, and the first and the
-    last token of a text are hidden less often than the others.
+    last token of a text are replaced less often than the others.
 
     Args:
         tokens: token ids of a text.
         rng: random generator.
-        rate: fraction of the tokens that is hidden.
+        rate: fraction of the tokens that is replaced.
         mean_span: mean length of a span.
         mask_id: id of the mask token.
         word_starts: for each id of the vocabulary, whether it begins a word. If given, spans
@@ -93,7 +93,7 @@ def text_infilling(
     Example:
         >>> tokens = text_infilling(
         ...     range(10, 20), np.random.default_rng(0), rate=0.3, mean_span=3.0, mask_id=4)
-        >>> len(tokens[tokens != 4])  # 3 of the 10 tokens are hidden
+        >>> len(tokens[tokens != 4])  # 3 of the 10 tokens are replaced
         7
     """
     tokens = np.asarray(tokens, np.int32)
@@ -262,7 +262,7 @@ def prepare(
         word_starts: see `text_infilling`.
 
     Returns:
-        A row of `seq2seq.prepare`.
+        A row, as returned by `seq2seq.prepare`.
 
     Raises:
         ValueError: a value of `noise` is out of range, or `length` leaves no room for text.

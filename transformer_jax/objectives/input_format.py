@@ -1,4 +1,4 @@
-"""Input formatting: special tokens, truncation and padding, as in the BERT and GPT papers. NumPy.
+"""Input formatting in NumPy: special tokens, truncation and padding, as in the BERT and GPT papers.
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ Devlin et al. 2018, "BERT", section 3.1. Batch keys (P is the maximum number of 
 | `padding_mask`     | bool    | `[B, T]` | True at tokens, False at padding                     |
 | `masked_positions` | int32   | `[B, P]` | positions of the tokens to predict, ascending        |
 | `masked_targets`   | int32   | `[B, P]` | original tokens at these positions                   |
-| `masked_weights`   | float32 | `[B, P]` | 1 at predictions, 0 beyond their number              |
+| `masked_weights`   | float32 | `[B, P]` | 1 at positions to predict, 0 at unused entries       |
 | `nsp_labels`       | int32   | `[B]`    | 0 if B follows A, 1 if B is from another document    |
 | `nsp_weights`      | float32 | `[B]`    | 1; 0 for rows of padding                             |
 """
@@ -61,7 +61,7 @@ def mask_tokens(
 
     Returns:
         tokens int32 `[T]`, masked; masked_positions and masked_targets int32 `[P]`, in ascending
-        order of position; masked_weights float32 `[P]`, 0 beyond the selected tokens.
+        order of position; masked_weights float32 `[P]`, 0 at entries without a selected token.
 
     Example:
         >>> row = mask_tokens(np.array([1, 7, 8, 9, 2]), np.random.default_rng(0), mask_id=4,
@@ -133,7 +133,7 @@ class SentencePairs:
             while end - first >= 2:
                 stop = np.searchsorted(starts, starts[first] + max_tokens, side="right") - 1
                 stop = min(max(stop, first + 2), end)
-                stop = end if end - stop == 1 else stop  # no single sentence remains
+                stop = end if end - stop == 1 else stop  # do not leave one sentence
                 ranges.append((first, stop, document))
                 first = stop
         self.ranges = np.asarray(ranges, np.int64).reshape(-1, 3)
@@ -163,8 +163,14 @@ def sample_pair(
     """Samples a sentence pair for next-sentence prediction (BERT paper, section 3.1, task 2).
 
     The range is split after a random sentence; the first part is A. With probability one half, B is
-    the second part. Otherwise B begins at a random sentence of another document, and is filled up
-    with the sentences after it to `max_tokens` for A and B together.
+    the second part. Otherwise B consists of consecutive sentences of another document: the first is
+    random, and as many are added as fit into `max_tokens` together with A.
+
+    Args:
+        pairs: the sentences of the corpus.
+        sentence_range: an item of `pairs`.
+        rng: random generator.
+        max_tokens: number of tokens of A and B, without special tokens.
 
     Returns:
         The tokens of A, the tokens of B, and the label: 0 if B follows A, else 1.

@@ -2,8 +2,8 @@
 
 SQuAD (Rajpurkar et al. 2016; BERT paper, sections 4.2 and 4.3). `make_windows` tokenizes examples
 and splits contexts that are longer than a row into overlapping windows. `prepare` converts a window
-to a row. `decode_answers` selects the best span of each example over all its windows, as exact
-characters of the context.
+to a row. `decode_answers` selects the best span of each example over all its windows, and returns
+it as a substring of the context.
 
 Batch keys (B batch, T length of a row):
 
@@ -60,7 +60,7 @@ class Window(NamedTuple):
 
 
 def check_answer_offsets(example: dict) -> None:
-    """Raises ValueError unless each answer of an example stands at its offset in the context."""
+    """Raises ValueError unless each answer of an example is at its offset in the context."""
     for answer in example.get("answers", ()):
         text, start = answer["text"], answer["start"]
         found = example["context"][start : start + len(text)]
@@ -87,7 +87,7 @@ def make_windows(
         stride: distance in tokens between the starts of windows (`doc_stride` of BERT's code).
         max_question_length: maximum number of tokens of a question; longer ones are truncated.
         strict: raise an error for an answer that is not at its offset in the context. False skips
-            the example, whose index is then the `example_index` of no window.
+            such examples: no window has their index as `example_index`.
         keep_windows_without_answer: keep windows that do not contain the answer of their example.
             The windows of questions that have no answer are always kept.
 
@@ -95,8 +95,8 @@ def make_windows(
         All windows of all examples, in order.
 
     Raises:
-        ValueError: `length` leaves fewer than 8 tokens for the context, `stride` is below 1, an
-            answer is not in its context (`strict`), or a question or context has no tokens.
+        ValueError: `length` leaves fewer than 8 tokens for the context, `stride` is below 1, a
+            question or context has no tokens, or, if `strict`, an answer is not at its offset.
     """
     num_context_tokens = length - num_special_tokens - max_question_length
     if num_context_tokens < 8 or stride < 1:
@@ -141,7 +141,7 @@ def make_windows(
 
 
 def _trim_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> Int[np.ndarray, "n 2"]:
-    """Corrects the character offsets of tokens: no surrounding white space, all combining marks.
+    """Corrects the character offsets of tokens: removes white space, adds combining marks.
 
     Byte-level BPE includes white space in its tokens. WordPiece drops accents that are separate
     characters (combining marks); they are added to the token of the letter before them.
@@ -149,8 +149,8 @@ def _trim_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> Int[np.ndarr
     offsets = np.asarray(offsets, np.int64).reshape(-1, 2)
     n = len(text)
     is_space = np.fromiter(map(str.isspace, text), bool, n)
-    # For each position: the first character from there on that is no space, and the position
-    # after the last such character before it.
+    # For each position p: the first position from p on that is not a space, and the position
+    # after the last character before p that is not a space.
     next_start = _next_position(~is_space)
     previous_end = np.maximum.accumulate(np.append(0, np.where(is_space, 0, np.arange(1, n + 1))))
     start = np.minimum(next_start[offsets[:, 0]], offsets[:, 1])
@@ -162,7 +162,7 @@ def _trim_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> Int[np.ndarr
 
 
 def _next_position(is_member: np.ndarray) -> np.ndarray:
-    """For each position from 0 to n, the first member from there on, or n."""
+    """For each position p from 0 to n, the first member at p or after it; n if there is none."""
     n = len(is_member)
     candidates = np.append(np.where(is_member, np.arange(n), n), n)
     return np.minimum.accumulate(candidates[::-1])[::-1]
@@ -194,7 +194,7 @@ def prepare(
         rng: unused.
         pack_input: formats the question and the context (`classification.make_input_packer`).
         causal: whether the model is causal. The no-answer position is then the last token of the
-            row, which attends to all others; else it is the first token, [CLS].
+            row, which attends to all others; otherwise it is the first token, [CLS].
 
     Returns:
         The arrays of `pack_input`; context_mask bool `[T]`; no_answer_position, start_positions,
@@ -254,10 +254,10 @@ def _span_logits(apply, params, batch, rng) -> Float[Array, "2 B T"]:
 def loss(
     apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, SumAndWeight]]:
-    """The sum over windows of the mean of -log P(start) and -log P(end), and their number.
+    """The sum over windows of (-log P(start) - log P(end)) / 2, in nats, and the number of windows.
 
-    In nats; BERT paper, section 4.2. The model has two classes: start and end. The metric "exact"
-    is the fraction of windows whose start and end both have the highest logit.
+    BERT paper, section 4.2. The model has two classes: start and end. The metric "exact" is the
+    fraction of windows whose start and end both have the highest logit.
     """
     starts_BT, ends_BT = _span_logits(apply, params, batch, rng)
     nll_B = (cross_entropy(starts_BT, batch["start_positions"])
@@ -274,8 +274,8 @@ def predict(
 ) -> dict:
     """The spans with the highest scores of each window, in descending order.
 
-    The score of a span is the logit of its start plus the logit of its end. `top`, the number of
-    spans, and `max_answer_length`, their maximum number of tokens, are static under `jax.jit`.
+    The score of a span is the logit of its start plus the logit of its end. `top` (the number of
+    spans) and `max_answer_length` (their maximum length in tokens) are static under `jax.jit`.
 
     Returns:
         scores float32 `[B, top]`; start_tokens and end_tokens int32 `[B, top]`, first and last
@@ -336,18 +336,18 @@ def decode_answers(
     examples: Sequence[dict], windows: Sequence[Window], predictions: dict[str, np.ndarray], *,
     n_best: int = 20, allow_no_answer: bool = False, no_answer_threshold: float = 0.0,
 ) -> list[Answer]:
-    """Selects the span with the highest score of each example, over all its windows.
+    """Returns the answer to each example: the span with the highest score over all its windows.
 
-    Of spans with equal scores, the one with the first start is selected, and then the shortest.
+    Of spans with equal scores, the one that starts first is selected, and then the shortest.
 
     Args:
         examples: the examples of `make_windows`.
         windows: all windows of the examples.
-        predictions: the results of `predict` for all windows, in order.
+        predictions: the outputs of `predict` for the windows, concatenated in the same order.
         n_best: maximum number of spans that are kept as candidates, at most `top` of `predict`.
-        allow_no_answer, no_answer_threshold: if allowed, select "" where the score of "no answer"
-            is higher than that of the best span by more than the threshold (SQuAD 2.0; BERT paper,
-            section 4.3).
+        allow_no_answer, no_answer_threshold: if allowed, "" is selected where the score of "no
+            answer" exceeds that of the best span by more than the threshold (SQuAD 2.0; BERT
+            paper, section 4.3).
 
     Raises:
         ValueError: `n_best` is below 1, an example has no window, or the windows are not those of
@@ -356,14 +356,14 @@ def decode_answers(
     p = {name: np.asarray(value) for name, value in predictions.items()}
     example_index = np.array([window.example_index for window in windows], np.int64)
     if n_best < 1 or len(p["no_answer_score"]) != len(windows):
-        raise ValueError(f"n_best is {n_best} and must be at least 1; there are predictions for "
-                         f"{len(p['no_answer_score'])} windows, but {len(windows)} windows; give "
-                         "the predictions for all of them")
+        raise ValueError(f"n_best is {n_best} (it must be at least 1), and there are predictions "
+                         f"for {len(p['no_answer_score'])} windows but {len(windows)} windows; "
+                         "give one prediction for each window")
     num_windows = np.bincount(example_index, minlength=len(examples))
     if len(num_windows) > len(examples) or not num_windows.all():
         raise ValueError(
-            f"{np.sum(num_windows == 0)} of {len(examples)} examples have no window; make the "
-            "windows of these examples, without their answers if the answers are wrong")
+            f"{np.sum(num_windows == 0)} of {len(examples)} examples have no window; call "
+            "make_windows for them too, and remove answers that are not in their contexts")
     no_answer_scores = np.full(len(examples), np.inf)
     np.minimum.at(no_answer_scores, example_index, p["no_answer_score"])
     window, rank = np.nonzero(p["scores"] > _MASKED_LOGIT / 2)

@@ -1,4 +1,4 @@
-"""The pre-trained model of a fine-tuning run: its parameters, and the head of the new task."""
+"""The pre-trained model of a fine-tuning run, and the head of its new task."""
 
 import functools
 from pathlib import Path
@@ -27,9 +27,9 @@ def load_base(
 
     Args:
         source: a run's folder, a checkpoint or a loaded model.
-        dropout_rate: replaces the model's own rate, that of attention weights too.
-        pooling: replaces what BERT's classifier reads: "first", the pooled first token, or "mean",
-            the mean over all tokens.
+        dropout_rate: dropout rate, also of attention weights, in place of the model's own.
+        pooling: input of BERT's classifier, in place of the model's own: "first", the pooled first
+            token, or "mean", the mean over all tokens.
 
     Raises:
         FileNotFoundError: the source does not exist.
@@ -52,10 +52,10 @@ def _replace_config(model: Model, changes: dict[str, Any]) -> Model:
 
 
 def add_task_head(base: LoadedRun, dataset: LabeledDataset) -> tuple[Model, dict]:
-    """Returns the base model with the head that a dataset needs, and the pre-trained parameters.
+    """Returns the base model with the head for a dataset, and the pre-trained parameters.
 
-    A pre-trained classifier is kept if it has the same shape; any other is left out, to be
-    initialized anew.
+    A pre-trained classifier of another shape is left out of the parameters, so that a new one is
+    initialized.
     """
     task_type = dataset.task_type
     head = None if task_type == "seq2seq" else classification.TASK_TYPES[task_type].task
@@ -76,17 +76,17 @@ def load_report(model: Model, pretrained: dict) -> tree.LoadReport:
 def include_new_modules(model: Model, pretrained: dict, trainable: str) -> str:
     """Returns the trainable spec, extended by the modules that the checkpoint does not have.
 
-    A RoBERTa or DistilBERT without a head has no pooler, and a randomly initialized one must not
-    stay frozen.
+    Such modules are randomly initialized and must not stay frozen: RoBERTa and DistilBERT
+    checkpoints without a head, for example, have no pooler.
     """
     new = {path.partition("/")[0] for path in load_report(model, pretrained).new} - {"classifier"}
     return "+".join([trainable, *(f"regex:^{name}/" for name in sorted(new))])
 
 
 def initial_params(model: Model, pretrained: dict) -> dict:
-    """Returns the parameters that fine-tuning starts from, before PEFT parameters are added.
+    """Returns the initial parameters of fine-tuning, without PEFT parameters.
 
-    They are the base that `finetuning.adapter_io` identifies an adapter's model by.
+    `finetuning.adapter_io` identifies the base model of an adapter by them.
     """
     return tree.restore_partial(init_params(model, jax.random.key(0)), pretrained)[0]
 

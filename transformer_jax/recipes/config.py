@@ -19,15 +19,15 @@ class MeshConfig:
     """Number of devices along each mesh axis (`transformer_jax.sharding`).
 
     Attributes:
-        data: replicas of the parameters, among which the batch is split; -1 uses all devices that
-            the other axes leave.
-        fsdp: devices that share one copy of the parameters and split the batch too.
-        sequence: devices that split the tokens of a row.
-        tensor: devices that split heads, MLP and vocabulary.
+        data: number of replicas of the parameters, each of which gets a part of the batch; -1 for
+            all devices that the other axes leave.
+        fsdp: number of devices over which each replica and its part of the batch are sharded.
+        sequence: number of devices over which the tokens of a row are sharded.
+        tensor: number of devices over which heads, MLP and vocabulary are sharded.
 
     Example:
-        >>> dict(MeshConfig(data=1).make().shape)
-        {'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 1}
+        >>> MeshConfig().make().axis_names
+        ('data', 'fsdp', 'sequence', 'tensor')
     """
 
     data: int = -1
@@ -45,16 +45,17 @@ class OptimizerConfig:
     """AdamW with a learning-rate schedule (`train.optimizers`).
 
     Attributes:
-        schedule: "constant", "linear", "cosine" or "inverse_sqrt": the decay after warm-up.
+        schedule: decay after warm-up: "constant", "linear", "cosine" or "inverse_sqrt".
         peak_lr: learning rate at the end of warm-up.
         end_lr: learning rate at the last step.
         warmup_steps: steps of linear warm-up; fewer than the steps of the run.
-        weight_decay: decoupled weight decay, of matrices only.
+        weight_decay: rate of decoupled weight decay, which applies to matrices only.
         b2: decay rate of the second moment.
-        eps: added to the denominator of the update.
+        eps: constant in the denominator of the update.
         clip_norm: largest global norm of the gradients; None does not clip.
 
     Example:
+        >>> import numpy as np
         >>> optimizer = OptimizerConfig(peak_lr=1e-3, warmup_steps=10).make(num_steps=100)
         >>> opt_state = optimizer.init({"kernel": np.ones((2, 3), np.float32)})
     """
@@ -85,11 +86,11 @@ class FinetuneOptimizerConfig(OptimizerConfig):
     """AdamW with the options of fine-tuning (`train.transforms`).
 
     Attributes:
-        warmup_fraction: fraction of the steps that is warm-up; None uses `warmup_steps` instead.
+        warmup_fraction: fraction of the steps that are warm-up; None uses `warmup_steps` instead.
         layer_decay: ratio of the learning rate of each layer to that of the layer above it.
-        head_lr_multiplier: factor of the learning rate of the classifier.
-        unfreeze_every: gradual unfreezing: number of updates after which the next layer, from the
-            top down, is trained too.
+        head_lr_multiplier: factor by which the classifier's learning rate is multiplied.
+        unfreeze_every: with gradual unfreezing, the number of updates after which the next layer,
+            from the top down, becomes trainable.
         l2_sp: strength of weight decay toward the pre-trained parameters, which replaces decay
             toward zero.
         ema: decay of an exponential moving average of the trainable parameters, which is evaluated
@@ -116,12 +117,12 @@ class FinetuneOptimizerConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """A labeled dataset, as `data.datasets.load_dataset` takes it.
+    """A labeled dataset: the arguments of `data.datasets.load_dataset`.
 
     Attributes:
         data: "tfds:NAME", "hf:NAME", "python_docs/topics", a .tsv, .csv or .jsonl file, or a folder
             with one file for each split.
-        validation: file, or name of the split, to evaluate on.
+        validation: file or name of the validation split.
         task_type: "classification", "regression", "multiple_choice", "token_classification",
             "question_answering" or "seq2seq"; inferred from the columns if None.
         columns: field of the example -> column of the data, such as `{"text": "sentence"}`. Several
@@ -129,16 +130,17 @@ class DatasetConfig:
             choice.
         header: column names of files without a header line.
         validation_header: column names of the validation file, if they differ.
-        label_names: label in the data -> name of its class, in the order of the classes; where the
-            data does not name its classes.
+        label_names: label in the data -> name of its class, in the order of the classes, for data
+            without class names.
         validation_label_names: the same for the validation file, if its labels differ.
         like: known dataset ("hf:snli") whose columns this one has.
         metric: main metric: accuracy, f1, macro_f1 or matthews of classes; rouge or bleu of texts.
         label_range: least and greatest label of a regression; those of the training split if None.
-        allow_empty_classes: accept a class without training examples.
-        validation_folds: evaluate on the rows whose column "fold" has one of these values.
-        validation_fraction: evaluate on this fraction of the training split, drawn at random.
-        limit: largest number of rows of each split, drawn at random.
+        allow_empty_classes: whether a class may have no training example.
+        validation_folds: values of the column "fold" whose rows are the validation split.
+        validation_fraction: fraction of the training rows that is the validation split, drawn at
+            random.
+        limit: largest number of rows of each split; the rows are drawn at random.
         on_bad_rows: "drop" or "error" for empty texts, empty labels and misplaced answers.
     """
 
@@ -163,9 +165,9 @@ class DatasetConfig:
         """Returns the training and validation examples, in memory.
 
         Args:
-            data: replaces the field `data`: anything that `load_dataset` accepts, such as a list of
-                dicts, a pandas DataFrame, or a `datasets.Dataset` or `DatasetDict`.
-            validation: likewise for the field `validation`.
+            data: data in place of the field `data`: anything that `load_dataset` accepts, such as a
+                list of dicts, a pandas DataFrame, or a `datasets.Dataset` or `DatasetDict`.
+            validation: likewise, in place of the field `validation`.
 
         Raises:
             FileNotFoundError: a path does not exist, or there is no dataset of this name.
@@ -203,24 +205,26 @@ class TrainingConfig:
     Runs with equal settings and equal trainable spec share compiled steps.
 
     Attributes:
-        max_length: greatest number of tokens of a row; batches of shorter texts are padded to less.
-        batch_size: rows of a step, over all devices.
+        max_length: largest number of tokens of a row; batches of shorter texts are padded to less.
+        batch_size: number of rows of a step, over all devices.
         num_steps: number of updates.
-        epochs: number of passes over the examples, which replaces `num_steps`.
-        min_steps: least number of updates where `epochs` is given.
+        epochs: number of passes over the examples, in place of `num_steps`.
+        min_steps: smallest number of updates if `epochs` is given.
         optimizer: AdamW and its learning-rate schedule.
-        frozen_dtype: "float32", "bfloat16" or "int8": storage of frozen kernels and embeddings.
-        cache_features: compute the body once, without dropout, where only the head is trained.
-        aux_lm_loss_weight: weight of the language-model loss that is added to the task's (GPT).
-        gpt_special_tokens: add start, delimiter and extract tokens, as the GPT paper does.
-        both_orders: encode each pair of texts in both orders (GPT).
-        stride: distance in tokens between the starts of windows over a long context.
-        max_question_length: greatest number of tokens of a question; longer ones are truncated.
-        target_length: greatest number of tokens of a target text.
-        num_beams: beams of the beam search that generates target texts.
-        save_every: updates between checkpoints; 0 saves at the end only.
+        frozen_dtype: dtype in which frozen kernels and embeddings are stored: "float32",
+            "bfloat16" or "int8".
+        cache_features: if only the head is trained, compute the features of the body once, without
+            dropout, instead of in every epoch.
+        aux_lm_loss_weight: weight of the auxiliary language-model loss (GPT paper, section 3.2).
+        gpt_special_tokens: add start, delimiter and extract tokens (GPT paper, section 3.3).
+        both_orders: encode each pair of texts in both orders (GPT paper, section 3.3).
+        stride: distance in tokens between the starts of consecutive windows over a long context.
+        max_question_length: number of tokens to which longer questions are truncated.
+        target_length: largest number of tokens of a target text.
+        num_beams: number of beams of the beam search that generates target texts.
+        save_every: number of updates between checkpoints; 0 saves at the end only.
         allow_config_mismatch: resume from a checkpoint that was saved with other settings or data.
-        anomaly_policy: action on losses that are not finite, or spike (`train.anomalies`).
+        anomaly_policy: action on non-finite losses and on loss spikes (`train.anomalies`).
     """
 
     max_length: int = 64
@@ -244,7 +248,7 @@ class TrainingConfig:
     anomaly_policy: anomalies.AnomalyPolicy = anomalies.DEFAULT_POLICY
 
     def input_config(self) -> InputConfig:
-        """Returns the settings that decide how an example becomes a row of token ids."""
+        """Returns the settings of the conversion of an example to a row of token ids."""
         return InputConfig(
             max_length=self.max_length, gpt_special_tokens=self.gpt_special_tokens,
             both_orders=self.both_orders, stride=self.stride,

@@ -22,12 +22,14 @@ LOSSES = {"causal_lm": causal_lm.loss, "mlm_nsp": mlm_nsp.loss, "denoising": den
 def load_texts(config: "PretrainConfig") -> tuple[Sequence[dict], Sequence[dict]]:
     """Returns the training and held-out texts, as sequences of `{"text": str}`.
 
-    Named datasets have a validation split. Of local files the last `validation_fraction` is held
-    out: of the documents, or, with document_separator "file", of the characters.
+    The held-out texts of a named dataset are its validation split. Those of local files are the
+    last `validation_fraction` of the documents or, with document_separator "file", of the
+    characters.
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: one of the two parts is empty, or `document_separator` is unknown.
+        ValueError: no document is left for training or for validation, or `document_separator` is
+            unknown.
     """
     data, fraction = config.data, config.validation_fraction
     if not sources.is_local(data):
@@ -47,10 +49,10 @@ def load_texts(config: "PretrainConfig") -> tuple[Sequence[dict], Sequence[dict]
 
 
 def train_tokenizer(config: "PretrainConfig", texts: Sequence[dict]) -> tokenizers.Tokenizer:
-    """Returns the tokenizer of a pre-training run, trained on its texts or loaded.
+    """Returns the tokenizer of a pre-training run.
 
-    `config.tokenizer` is "bpe", "wordpiece" or "chars", trained with the vocabulary size of the
-    model, or the folder of a saved tokenizer.
+    If `config.tokenizer` is "bpe", "wordpiece" or "chars", it is trained on the texts, with the
+    vocabulary size of the model; otherwise it is loaded from that folder.
     """
     vocab_size = config.model.vocab_size
     bpe = functools.partial(tokenizers.train_bpe, vocab_size=vocab_size)
@@ -84,7 +86,7 @@ class ObjectiveRows(NamedTuple):
         rows: examples by index.
         transform: `transform(example, rng)` returns the arrays of a row; None where `rows` already
             holds them.
-        tokens_per_row: number of tokens, for throughput.
+        tokens_per_row: number of tokens of a row, from which throughput is computed.
     """
 
     rows: Any
@@ -92,12 +94,12 @@ class ObjectiveRows(NamedTuple):
     tokens_per_row: int
 
     def loader(self, batch_size: int, mesh: Mesh | None = None, **options) -> batching.Loader:
-        """Returns an endless iterator of batches, of which this process gets its part.
+        """Returns an infinite iterator of this process's rows of each batch.
 
         Args:
-            batch_size: rows over all devices.
-            mesh: decides which rows of a batch the process gets.
-            options: of `data.batching.make_loader`.
+            batch_size: number of rows of a batch, over all devices.
+            mesh: device mesh, which determines the rows of this process.
+            options: options of `data.batching.make_loader`.
         """
         shard = sharding.process_data_shard(mesh)
         return batching.make_loader(
@@ -107,9 +109,15 @@ class ObjectiveRows(NamedTuple):
     def evaluation_batches(
         self, batch_size: int, max_batches: int | None = None, mesh: Mesh | None = None
     ) -> list[dict]:
-        """Returns each row once, in batches in memory.
+        """Returns batches with each row once, as a list in memory.
 
-        Masks and sentence pairs are drawn once, so that losses of different parameters compare.
+        Random masks and sentence pairs are drawn once, so that the losses of different parameters
+        are comparable.
+
+        Args:
+            batch_size: number of rows of a batch, over all devices.
+            max_batches: largest number of batches; None for all.
+            mesh: device mesh, which determines the rows of this process.
         """
         loader = self.loader(batch_size, mesh, shuffle=False, num_epochs=1, drop_remainder=False)
         return [batch for i, batch in enumerate(loader) if max_batches is None or i < max_batches]
@@ -126,7 +134,15 @@ def make_objective_rows(
         name: subfolder of `config.tokenized_cache_dir` for these texts.
 
     Raises:
-        ValueError: unknown objective, or texts that give no rows.
+        ValueError: the objective is unknown, or there is too little text for a row.
+
+    Example:
+        >>> from transformer_jax.recipes.pretraining import pretrain_config
+        >>> config = pretrain_config("gpt2", tokenizer="chars", max_length=8)
+        >>> texts = [{"text": "One two three four five."}]
+        >>> rows = make_objective_rows(config, texts, train_tokenizer(config, texts))
+        >>> rows.evaluation_batches(batch_size=2)[0]["tokens"].shape
+        (2, 8)
     """
     tokenize = packing.tokenize_corpus
     if config.tokenized_cache_dir is not None:

@@ -34,27 +34,28 @@ class PairsConfig:
     """Settings to fine-tune a pre-trained encoder-decoder on pairs of texts.
 
     Attributes:
-        source: ending of the files, or column, of the source texts.
-        target: ending of the files, or column, of the target texts.
+        source: file suffix or column of the source texts.
+        target: file suffix or column of the target texts.
         num_steps: number of updates.
         data: as in `sequence_to_sequence.TranslateConfig`.
         train_split: name of the split to train on.
         validation_split: name of the split to evaluate on.
-        source_length: tokens of a source, special tokens included; longer ones are truncated.
-        target_length: likewise of a target.
-        batch_size: rows of a step, over all devices.
-        label_smoothing: fraction of each target's probability that is spread over the vocabulary.
+        source_length: number of tokens, special tokens included, to which sources are padded or
+            truncated.
+        target_length: the same for targets.
+        batch_size: number of rows of a step, over all devices.
+        label_smoothing: probability that the smoothed target spreads over the vocabulary.
         optimizer: AdamW and its learning-rate schedule.
-        num_beams: beams of the beam search.
-        length_penalty: exponent of the length in the score of a beam.
-        no_repeat_ngram_size: no sequence of so many tokens occurs twice in a generated target.
+        num_beams: number of beams of the beam search.
+        length_penalty: exponent of the length by which the score of a sequence is divided.
+        no_repeat_ngram_size: length of the token sequences that may occur only once in a target.
         eval_pairs: number of validation pairs to generate targets for; None for all.
-        eval_every: updates between evaluations of the loss on the validation split.
-        save_every: updates between checkpoints.
-        log_every: updates between rows of the history.
-        seed: of data order and dropout.
+        eval_every: number of updates between evaluations of the loss on the validation split.
+        save_every: number of updates between checkpoints.
+        log_every: number of updates between rows of the history.
+        seed: seed of data order and dropout.
         allow_config_mismatch: resume from a checkpoint that was saved with other settings or data.
-        anomaly_policy: action on losses that are not finite, or spike (`train.anomalies`).
+        anomaly_policy: action on non-finite losses and on loss spikes (`train.anomalies`).
     """
 
     source: str
@@ -86,8 +87,8 @@ class DenoiseConfig:
     """Settings of both stages.
 
     Attributes:
-        pretrain: pre-training by denoising. The model, the mesh and the tokenizer serve the second
-            stage too; the tokenizer is trained on the text and the pairs together. Its `out` is
+        pretrain: pre-training by denoising. Fine-tuning uses the same model, mesh and tokenizer,
+            which is trained on the text and the pairs together. Its `out` is ignored; the folder is
             `<out>/pretraining`.
         finetune: fine-tuning on pairs.
         out: folder of the run.
@@ -105,11 +106,12 @@ class _FinetunedPairs(NamedTuple):
 
 
 def denoise(config: DenoiseConfig) -> dict[str, Any]:
-    """Pre-trains by denoising, then trains on pairs from those parameters and from new ones.
+    """Pre-trains by denoising, then trains on pairs from the pre-trained and from new parameters.
 
-    `config.out` gets the folders `pretraining`, `pretrained` and `scratch` with their checkpoints,
-    from which the same call resumes; `targets.jsonl` with the targets that both models generate;
-    the loss curves; and `results.json` with the denoising loss before and after, and ROUGE of both.
+    Written to `config.out`: the folders `pretraining`, `pretrained` and `scratch` with checkpoints,
+    from which the same call resumes; `targets.jsonl` with the generated targets of both models; the
+    loss curves; and `results.json` with the denoising loss before and after pre-training, and ROUGE
+    of both models.
 
     Returns:
         The content of `results.json`.
@@ -172,7 +174,7 @@ def train_joint_tokenizer(config: DenoiseConfig, texts: Sequence[dict]) -> Path:
 def pair_rows(
     config: PairsConfig, texts: Sequence[dict], tokenizer: Tokenizer
 ) -> corpus.ObjectiveRows:
-    """Returns rows of one shape; both sides have the special tokens that denoising gives them."""
+    """Returns rows of one shape, with the special tokens of rows of denoising on both sides."""
     sides = [tokenizer.encode_batch([pair[side] for pair in texts]) for side in SIDES]
     transform = functools.partial(
         seq2seq.prepare, source_length=config.source_length, target_length=config.target_length,

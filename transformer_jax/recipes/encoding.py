@@ -1,4 +1,4 @@
-"""Labeled datasets as a model reads them: rows of token ids, and the encoder that made them."""
+"""Encoded datasets: a labeled dataset in token ids, with its task encoder."""
 
 import json
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ class EncodedDataset(NamedTuple):
 
     def evaluate(self, params: dict) -> tuple[dict, list[dict]]:
         """Returns the scores on the validation examples, the main metric first, and one line of the
-        prediction file for each."""
+        prediction file for each example."""
         outputs = self.encoder.predict(params, self.validation)
         return self.encoder.report(self.dataset.validation, self.validation, outputs)
 
@@ -68,8 +68,8 @@ def make_encoder(
     """Returns the encoder of a task for a model.
 
     Raises:
-        ValueError: an unknown task type, an option of GPT for another model, or a task that the
-            model or its tokenizer does not support.
+        ValueError: the task type is unknown, an option of GPT is set for another model, or the
+            model or its tokenizer does not support the task.
     """
     if task.task_type not in ENCODERS:
         raise ValueError(f"unknown task type {task.task_type!r}; "
@@ -91,8 +91,19 @@ def encode_dataset(
     """Tokenizes a labeled dataset for a model.
 
     Raises:
-        ValueError: as `make_encoder`; or a text that may not be truncated is longer than a row.
+        ValueError: see `make_encoder`; or a text with tagged words is longer than a row.
         ModuleNotFoundError: the library that computes the metric is not installed.
+
+    Example:
+        >>> from transformer_jax.data import tokenizers
+        >>> from transformer_jax.models import build_model, presets
+        >>> tokenizer = tokenizers.train_wordpiece(["one two three"] * 4, vocab_size=120)
+        >>> rows = [{"text": "one two", "label": 0}, {"text": "three", "label": 1}]
+        >>> dataset = LabeledDataset("classification", rows, rows, ("a", "b"), "accuracy", None, {})
+        >>> model = build_model(presets.bert_tiny(), num_classes=2, task="classification")
+        >>> encoded = encode_dataset(dataset, model, tokenizer, InputConfig(max_length=16))
+        >>> encoded.encoder.lengths(encoded.train)
+        [4, 3]
     """
     encoder = make_encoder(TaskInfo.of(dataset), model, tokenizer, config)
     metrics.require_library(dataset.metric)
@@ -101,9 +112,12 @@ def encode_dataset(
 
 
 def cache_features(params: dict, data: EncodedDataset) -> list[dict]:
-    """Returns the rows of the training items with the body's features `[D]` as "tokens", in order.
+    """Computes the features of the body for all training items, without dropout.
 
-    They are computed once, without dropout, for runs that train the head only.
+    Runs that train only the head use them instead of computing the body in every step.
+
+    Returns:
+        The rows of the items, in order, with features `[D]` as "tokens".
     """
     encoder = data.encoder
     batches = encoder.batches(data.train, batch_size=PREDICT_BATCH_SIZE).evaluation_batches()
@@ -114,7 +128,7 @@ def cache_features(params: dict, data: EncodedDataset) -> list[dict]:
 def feature_batches(
     rows: Sequence[dict], batch_size: int, seed: int, mesh: Mesh | None = None
 ) -> LengthBucketedBatches:
-    """Returns batches of rows of cached features, in a random order of each epoch."""
+    """Returns batches of rows of cached features, in another random order in each epoch."""
     shard = sharding.process_data_shard(mesh)
     return LengthBucketedBatches(
         rows, [1] * len(rows), lambda row, length: {k: v for k, v in row.items() if k != "index"},

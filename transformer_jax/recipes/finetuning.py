@@ -65,14 +65,14 @@ class FinetuneConfig:
         from_scratch: train from new parameters instead of a copy of the pre-trained ones.
         labels_per_class: number of training examples of each class; None for all.
         examples: number of training examples, as balanced as the classes allow; None for all.
-        dropout_rate: replaces the model's own rate.
-        pooling: replaces what BERT's classifier reads: "first", the pooled first token, or "mean",
-            the mean over all tokens, with which sentence encoders are trained.
+        dropout_rate: dropout rate, also of attention weights, in place of the model's own.
+        pooling: input of BERT's classifier, in place of the model's own: "first", the pooled first
+            token, or "mean", the mean over all tokens, with which sentence encoders are trained.
         retention_data: text on which the pre-training loss of a checkpoint is measured before and
-            after (`retention`); a run of this library is measured on its own held-out rows. None
-            measures nothing.
-        mesh: devices.
-        seed: of the choice of examples, new parameters, data order and dropout.
+            after fine-tuning (`retention`); for a run of this library, its own held-out rows are
+            used instead. None skips the measurement.
+        mesh: number of devices along each mesh axis.
+        seed: seed of the choice of examples, new parameters, data order and dropout.
     """
 
     pretrained: str
@@ -100,13 +100,13 @@ class FinetuneResult:
         mask: True at trainable parameters.
         tokenizer: the model's tokenizer.
         task: task type, label names and metric.
-        input_config: how a text becomes a row of token ids.
+        input_config: settings of the conversion of a text to a row of token ids.
         metrics: scores on the validation examples, the main metric first, figures of the run
             (`finetuning_run.FinetunedParams`), and the pre-training loss "held_out_before" and
             "held_out_after" where it was measured.
         predictions: one dict for each validation example, as in `predictions.jsonl`.
-        history: rows of the training loop: step, loss, learning rate, ...; empty for a run that was
-            complete before.
+        history: rows of the training loop, with step, loss and so on; empty if all steps had been
+            run before.
     """
 
     model: Model
@@ -148,26 +148,29 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tunes a copy of a pre-trained model on labeled data and evaluates it.
 
-    With `out` the folder gets checkpoints, from which the same call resumes, predictions, figures,
-    results, and the trained parameters alone as an adapter; without it no files are written.
+    With `out`, checkpoints (from which the same call resumes), predictions, figures, results, and
+    the trained parameters alone, as an adapter, are written to that folder; without it no files are
+    written.
 
     Args:
         pretrained: a run's folder, a checkpoint (a folder, an id on the Hugging Face Hub, or
             "package:NAME/FOLDER"), or a loaded (model, params, tokenizer). Or a `FinetuneConfig`
-            with all settings; then nothing else is given.
+            with all settings, as the only argument.
         data: a list of dicts, a pandas DataFrame, a `datasets.Dataset` or `DatasetDict`, a file or
             folder, a name such as "hf:glue/sst2", or a `LabeledDataset`.
         trainable: trainable spec, such as "full", "head", "last_k:2" or "lora:8+bitfit".
-        validation: examples to evaluate on: the same kinds, or the name of a split. Of data in
-            memory, a tenth is held out if this is None.
+        validation: validation examples, of the same kinds, or the name of a split. If it is None
+            and the data is in memory without a validation split, a tenth of it is held out.
         out: folder of the run.
         options: fields of `FinetuneConfig`, `DatasetConfig`, `TrainingConfig` and
             `FinetuneOptimizerConfig`, such as epochs=3, peak_lr=1e-4, max_length=128,
-            columns={"text": "sentence"}. The pre-training loss is measured only if `retention_data`
-            is given.
+            columns={"text": "sentence"}. The defaults, 100 steps with a peak_lr of 1e-3, are for
+            small models and few parameters; Devlin et al. 2018, appendix A.3, fine-tune all
+            parameters of BERT with 2e-5 to 5e-5. The pre-training loss is measured only if
+            `retention_data` is given.
 
     Raises:
-        ValueError: an unknown option, or model, data and settings that do not fit together.
+        ValueError: an option is unknown, or the data or the settings do not fit the model.
         FileNotFoundError: the model or the data does not exist.
     """
     if isinstance(pretrained, FinetuneConfig):
@@ -200,7 +203,7 @@ def finetune_config(
             `FinetuneOptimizerConfig`, by name.
 
     Raises:
-        ValueError: an unknown option; the message suggests known ones.
+        ValueError: an option is unknown; the message suggests known ones.
 
     Example:
         >>> config = finetune_config("gpt2", data="reviews.csv", trainable="lora:8", peak_lr=1e-4)
@@ -241,7 +244,7 @@ def _finetune(
             dataset.train, config.labels_per_class, config.seed, total=config.examples))
     model, pretrained = add_task_head(base, dataset)
     encoded = encode_for_training(dataset, model, base.tokenizer, config.training)
-    # Made before training, so that a missing text is an error at once.
+    # Before training, so that a missing text is an error at once.
     retention = (None if config.from_scratch or config.retention_data is None
                  else make_retention_eval(source, base, config.retention_data))
     before = None if retention is None else retention.loss()
@@ -268,7 +271,7 @@ def _finetune(
 
 
 def _save(config: FinetuneConfig, result: FinetuneResult, base_params: dict | None) -> None:
-    """Writes config.json, the predictions, and the adapter of `base_params`, if there are any."""
+    """Writes config.json, the predictions, and, if `base_params` is given, the adapter."""
     out, model = config.out, result.model
     save_run_config(out, model.config, result.tokenizer, result.label_names, task=model.task,
                     num_classes=model.num_classes)
@@ -293,7 +296,7 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
 
 
 def _save_figures(config: FinetuneConfig, result: FinetuneResult) -> None:
-    """Draws the loss curve, and of classes the confusion matrix and the calibration."""
+    """Draws the loss curve and, for classification, the confusion matrix and the calibration."""
     out, metrics = config.out, result.metrics
     if result.history:
         points = [(h["step"], h["loss"]) for h in result.history if "loss" in h]

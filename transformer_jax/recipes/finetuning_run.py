@@ -43,8 +43,8 @@ class FinetunedParams(NamedTuple):
         mask: True at trainable parameters.
         metrics: scores on the validation examples, the main metric first, and figures of the run:
             "labels" (number of training examples), "steps", "trained" and "share_trained" (number
-            and fraction of trainable parameters), "cut" and "cut_validation" (truncated rows),
-            "seconds", "seconds_per_step".
+            and fraction of trainable parameters), "cut" and "cut_validation" (numbers of truncated
+            rows), "seconds" of training, "seconds_per_step".
         predictions: one line of the prediction file for each validation example.
         history: rows of the training loop.
     """
@@ -90,8 +90,8 @@ def init_finetune_params(
 ) -> dict:
     """Returns the parameters before the first step.
 
-    They are initial parameters, replaced by pre-trained ones where there are any, with the PEFT
-    parameters of the trainable spec, and frozen parameters in `training.frozen_dtype`.
+    They consist of the pre-trained parameters, initial values for all others, and the PEFT
+    parameters of the trainable spec; frozen parameters have `training.frozen_dtype`.
     """
     rngs = jax.random.split(rng, 3)
     params = init_params(model, rngs[0])
@@ -116,7 +116,7 @@ def make_finetune_step(
     Equal arguments return the same object, so that its step is compiled once.
 
     Args:
-        cached_features: the batches hold the body's features instead of tokens.
+        cached_features: whether the batches contain the features of the body instead of tokens.
     """
     init = functools.partial(init_finetune_params, model, trainable, training)
     mask = select.trainable_mask(jax.eval_shape(init, jax.random.key(0)), trainable)
@@ -147,10 +147,10 @@ def finetune_params(
         pretrained: pre-trained parameters, which are copied; None trains from scratch.
         trainable: trainable spec, such as "lora:8" (`finetuning.select`).
         training: settings of the run.
-        seed: of new parameters, data order and dropout.
-        quiet: print neither progress nor the table of trainable parameters.
+        seed: seed of new parameters, data order and dropout.
+        quiet: whether to print neither progress nor the table of trainable parameters.
         checkpoint_dir: folder for checkpoints, from which the same run is resumed; None saves none.
-        mesh: devices; None trains on the default device.
+        mesh: device mesh; None trains on the default device.
 
     Raises:
         ValueError: a setting is out of range, or the checkpoints are of another run.

@@ -30,18 +30,18 @@ from transformer_jax.recipes.inputs import to_examples
 from transformer_jax.recipes.retention import RetentionEval, make_retention_eval, make_text_eval
 from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo
 
-MAX_TARGET_LENGTH = 128  # tokens of a target text, for models that do not record it
+MAX_TARGET_LENGTH = 128  # number of tokens, for models without a saved InputConfig
 
 
 class TaskModel(NamedTuple):
-    """A model and all that its predictions need.
+    """A model with its tokenizer and the description of its task.
 
     Attributes:
         model: the model.
         params: its parameters.
         tokenizer: its tokenizer.
         task: the task of its head; None for a pre-trained model.
-        input_config: how an input becomes a row of token ids.
+        input_config: settings of the conversion of an input to a row of token ids.
     """
 
     model: Model
@@ -75,7 +75,7 @@ def predict(
             `datasets.Dataset` of these columns; or the path of a .tsv, .csv, .jsonl or .txt file
             (one text a line). A tuple is one input.
         columns: field of the example -> column of the inputs, such as `{"text": "sentence"}`.
-        options: fields of `InputConfig` that replace those of training, such as max_length=256 or
+        options: fields of `InputConfig`, in place of those of training, such as max_length=256 or
             num_beams=1.
 
     Raises:
@@ -103,15 +103,16 @@ def evaluate(source: Any, data: Any = None, **options: Any) -> dict[str, Any]:
 
     Args:
         source: as in `predict`, or a pre-trained run or checkpoint.
-        data: labeled examples, as `finetuning.finetune` takes them; of several splits, the
-            validation split is used. For a pre-trained model: a text file or folder, the name of a
-            text dataset, or a list of texts; None evaluates a run on the rows that it held out.
+        data: labeled examples, in any form that `finetuning.finetune` accepts; if there are several
+            splits, the validation split is used. For a pre-trained model: a text file or folder,
+            the name of a text dataset, or a list of texts; None evaluates a run on its held-out
+            rows.
         options: fields of `DatasetConfig` and `InputConfig`, such as columns={"text": "sentence"}
             or max_length=256. For a pre-trained model: num_rows, the number of rows (256).
 
     Returns:
-        The scores, the main metric first. Of a pre-trained model: "objective", "loss" in nats, the
-        metrics of the objective, and "perplexity" of causal_lm.
+        The scores, the main metric first. For a pre-trained model: "objective", "loss" in nats, the
+        metrics of the objective, and for causal_lm "perplexity".
 
     Raises:
         ValueError: the data does not fit the model, or an option is unknown.
@@ -245,16 +246,17 @@ def _load_labeled(task: TaskInfo, data: Any, options: dict[str, Any]) -> Labeled
 
 
 def _with_labels_of(task: TaskInfo, dataset: LabeledDataset) -> list[dict]:
-    """Returns the validation examples with labels numbered as the model numbers its classes."""
+    """Returns the validation examples with the class ids of the model, matched by name."""
     if dataset.task_type != task.task_type:
-        raise ValueError(f"the data is of {dataset.task_type}, and the model of {task.task_type}")
+        raise ValueError(f"the task type of the data is {dataset.task_type}, and that of the model "
+                         f"is {task.task_type}; evaluate on data of the same task type")
     names = tuple(dataset.label_names)
     examples = [dataset.validation[i] for i in range(len(dataset.validation))]
     if names == task.label_names or not task.label_names:
         return examples
     if unknown := [name for name in names if name not in task.label_names]:
-        raise ValueError(f"the data has the label {unknown[0]!r}, and the model only "
-                         f"{', '.join(task.label_names)}; map it with label_names")
+        raise ValueError(f"the data has the label {unknown[0]!r}, and the model only has "
+                         f"{', '.join(task.label_names)}; map it to one of them with label_names")
     index = [task.label_names.index(name) for name in names]
     key = "tags" if task.task_type == "token_classification" else "label"
     return [{**e, key: [index[t] for t in e[key]] if key == "tags" else index[e[key]]}

@@ -41,37 +41,39 @@ class PretrainConfig:
         objective: "causal_lm", "mlm_nsp" or "denoising".
         tokenizer: "bpe", "wordpiece" or "chars", trained on the training text with the model's
             vocab_size; or the folder of a saved tokenizer.
-        max_length: tokens of a row.
-        batch_size: rows of a step, over all devices.
+        max_length: number of tokens of a row.
+        batch_size: number of rows of a step, over all devices.
         num_steps: number of updates.
         out: folder of the run.
         data: "python_docs/documents", "tfds:NAME", "hf:NAME", or a text file or folder.
-        tokenized_cache_dir: folder for the tokenized corpus, which is reused if it is there. Texts
-            larger than memory are then read on demand, and tokenization resumes where it was
-            interrupted.
-        document_separator: of text files: "blank_line" (documents separated by blank lines, one
-            sentence a line) or "file" (each file is one document, unchanged).
-        validation_fraction: fraction of text files that is held out, at their end.
+        tokenized_cache_dir: folder in which the tokenized corpus is saved, and from which it is
+            loaded if it exists. Tokens are then read from disk on demand, for corpora larger than
+            memory, and interrupted tokenization is resumed.
+        document_separator: how text files are divided into documents: at blank lines, with one
+            sentence in each line ("blank_line"), at every line end ("newline"), or not at all, with
+            the text unchanged ("file").
+        validation_fraction: fraction at the end of the text files that is held out for evaluation.
         mask_rate: fraction of the tokens that masked language modeling predicts.
         whole_word_masking: mask whole words instead of tokens (masked language modeling and
             denoising).
-        noise: noise of denoising.
-        sentence_end: text at the end of each sentence within a line, such as " . " in tokenized
-            text, for denoising; if empty, each line is a sentence.
+        noise: how denoising corrupts a text.
+        sentence_end: separator of the sentences of a line for denoising, such as " . " in tokenized
+            text; if empty, each line is one sentence.
         accumulate: number of microbatches whose gradients are accumulated in each step.
         scan_layers: stack the parameters of all layers and scan over them, so that one layer is
             compiled instead of all: for deep models on accelerators.
         optimizer: AdamW and its learning-rate schedule.
-        mesh: devices.
-        eval_every: updates between evaluations on the held-out rows.
+        mesh: number of devices along each mesh axis.
+        eval_every: number of updates between evaluations on the held-out rows.
         eval_batches: number of held-out batches to evaluate on; None for all.
-        save_every: updates between checkpoints.
-        log_every: updates between rows of the history.
-        seed: of initialization, data order, masking and dropout.
-        profile_steps: number of steps to profile, in `<out>/trace`.
+        save_every: number of updates between checkpoints.
+        log_every: number of updates between rows of the history.
+        seed: seed of initialization, data order, masking and dropout.
+        profile_steps: number of steps whose profile is written to `<out>/trace`.
         allow_config_mismatch: resume from a checkpoint that was saved with other settings or data.
-        anomaly_policy: action on losses that are not finite, or spike (`train.anomalies`).
-        replay_step: repeat this step, from the last checkpoint before it, and print its metrics.
+        anomaly_policy: action on non-finite losses and on loss spikes (`train.anomalies`).
+        replay_step: number of a step to repeat from the last checkpoint before it, for debugging;
+            its metrics are printed, and no checkpoint is saved.
     """
 
     model: Config
@@ -104,7 +106,7 @@ class PretrainConfig:
     replay_step: int | None = None
 
 
-# Family of models -> the objective and tokenizer of its paper, and a common optimizer for it.
+# Family of models -> its objective and tokenizer, and a starting point for its optimizer.
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt": {"objective": "causal_lm", "tokenizer": "bpe",
             "optimizer": OptimizerConfig(peak_lr=2.5e-4, b2=0.95, weight_decay=0.1)},
@@ -120,8 +122,9 @@ def pretrain_config(preset: str, **changes: Any) -> PretrainConfig:
     """Returns the settings to pre-train a preset, with the defaults of its family.
 
     The objective and tokenizer are causal_lm with BPE for GPT, mlm_nsp with WordPiece for BERT, and
-    denoising with BPE for BART and the Transformer. The corpus is the embedded documentation of
-    Python, and a run has 10,000 steps of 32 rows, of which a tenth, at most 1,000, are warm-up.
+    denoising with BPE for BART and the Transformer. By default, the corpus is the embedded
+    documentation of Python, and a run has 10,000 steps of 32 rows; the first tenth of the steps, at
+    most 1,000, are warm-up.
 
     Args:
         preset: a name of `models.presets`, such as "gpt2", "bert_base" or "bart_base".
@@ -153,8 +156,11 @@ def pretrain_config(preset: str, **changes: Any) -> PretrainConfig:
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Pre-trains a model and returns the content of `results.json`.
 
-    `config.out` gets checkpoints, TensorBoard events, the loss curve and the results. If it holds
-    checkpoints of the same run, training resumes from the last one.
+    Checkpoints, TensorBoard events, the loss curve and the results are written to `config.out`. If
+    that folder has checkpoints of the same run, training resumes from the last one.
+
+    Returns:
+        The content of `results.json`; with `config.replay_step`, the metrics of that step.
 
     Raises:
         ValueError: the data, the tokenizer or the settings do not fit together, or the checkpoints

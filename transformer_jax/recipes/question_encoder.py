@@ -1,4 +1,4 @@
-"""Encoder of extractive question answering: spans of a context, read in overlapping windows."""
+"""Encoder of extractive question answering, with overlapping windows over long contexts."""
 
 import functools
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class QuestionEncoder(TaskEncoder):
     """Encodes each question with every window over its context as one row.
 
     Raises:
-        ValueError: GPT has no delimiter token between question and context.
+        ValueError: the model is a GPT without a delimiter token between question and context.
     """
 
     def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
@@ -37,7 +37,7 @@ class QuestionEncoder(TaskEncoder):
 
     def encode(self, examples: Sequence[dict], split: str = "validation") -> list:
         if split != "training":
-            # The answers are needed for scoring only, not in the windows.
+            # The windows do not depend on the answers, which may be invalid in validation data.
             return self._make_windows([{**e, "answers": []} for e in examples])
         windows = self._make_windows(examples, strict=False)
         if dropped := len(examples) - len({window.example_index for window in windows}):

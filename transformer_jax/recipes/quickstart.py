@@ -56,13 +56,13 @@ class QuickstartConfig:
     Attributes:
         out: folder for all runs.
         trainable: trainable specs to compare.
-        peak_lrs: peak learning rate of each spec: the fewer parameters, the higher. A model from
-            scratch has the rate of `training`.
+        peak_lrs: peak learning rate for each spec: the fewer trainable parameters, the higher. The
+            model from scratch is trained with the rate of `training`.
         labels_per_class: numbers of labeled examples of each class, in ascending order.
         seeds: number of fine-tuning runs in each cell of the table.
         test_examples: number of examples of the test split to evaluate on.
         retention_rows: number of held-out rows on which the pre-training loss is measured.
-        pretrain_steps: number of pre-training steps; 0 for those of the two configs.
+        pretrain_steps: number of pre-training steps of both models; 0 for that of their configs.
         training: settings of the fine-tuning runs.
     """
 
@@ -80,7 +80,7 @@ class QuickstartConfig:
 
 
 def gpt_python_docs() -> PretrainConfig:
-    """Returns the settings to pre-train the quickstart's GPT (experiments/configs)."""
+    """Returns the pre-training settings of the quickstart's GPT."""
     return PretrainConfig(
         out=Path("runs/gpt_python_docs"),
         model=presets.gpt2(**MODEL_SIZE),
@@ -91,7 +91,7 @@ def gpt_python_docs() -> PretrainConfig:
 
 
 def bert_python_docs() -> PretrainConfig:
-    """Returns the settings to pre-train the quickstart's BERT (experiments/configs)."""
+    """Returns the pre-training settings of the quickstart's BERT."""
     return PretrainConfig(
         out=Path("runs/bert_python_docs"),
         model=presets.bert_tiny(**MODEL_SIZE, norm_first=True, norm_epsilon=1e-6,
@@ -110,19 +110,18 @@ CONFIGS = {"GPT": gpt_python_docs, "BERT": bert_python_docs}
 def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     """Runs the quickstart and returns the content of `results.json`.
 
-    It prints the tables, generated texts and filled masks; `config.out` gets the figures, the
-    results and the folders of both pre-training runs.
+    It prints tables, generated texts and filled masks, and writes figures, results and the folders
+    of both pre-training runs to `config.out`.
     """
     began = time.perf_counter()
     console = Console(width=110)
     cells, pretraining, runs = [], {}, {}
     for name, make_config in CONFIGS.items():
         console.rule(f"Pre-training {name} on the documentation of Python")
-        pretrain_config = make_config()
         folder = config.out / f"{name.lower()}_python_docs"
-        pretrain_config = dataclasses.replace(
-            pretrain_config, out=folder,
-            num_steps=config.pretrain_steps or pretrain_config.num_steps)
+        pretrain_config = dataclasses.replace(make_config(), out=folder)
+        if config.pretrain_steps:
+            pretrain_config = _with_num_steps(pretrain_config, config.pretrain_steps)
         pretraining[name] = pretrain(pretrain_config)["metrics"]
         runs[name] = load_run(folder)
         cells += compare_specs(config, name, runs[name], folder, console)
@@ -136,16 +135,27 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     return results
 
 
+def _with_num_steps(config: PretrainConfig, num_steps: int) -> PretrainConfig:
+    """Returns the config with another number of steps, of which at most a tenth are warm-up."""
+    warmup_steps = min(config.optimizer.warmup_steps, num_steps // 10)
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=warmup_steps)
+    return dataclasses.replace(config, num_steps=num_steps, optimizer=optimizer)
+
+
 def compare_specs(
     config: QuickstartConfig, name: str, base: LoadedRun, folder: Path, console: Console
 ) -> list[dict]:
-    """Returns a table cell for every spec and number of labels: mean and deviation over seeds.
+    """Fine-tunes a model by every spec on every number of labels.
 
     Args:
-        name: of the model, for the table.
+        config: the settings.
+        name: name of the model in the table.
         base: the pre-trained model.
-        folder: of its run.
-        console: for one line a cell.
+        folder: folder of its pre-training run.
+        console: where one line is printed for each cell.
+
+    Returns:
+        One dict for each cell of the table, with means and standard deviations over seeds.
     """
     dataset = DatasetConfig().load()
     dataset = dataset._replace(validation=dataset.validation[: config.test_examples])
@@ -177,7 +187,7 @@ def compare_specs(
 
 def _cell(name: str, label: str, found: Sequence, dataset: LabeledDataset,
           retention: RetentionEval | None, before: float) -> dict[str, Any]:
-    """Returns the mean figures of the runs of one cell."""
+    """Returns one cell of the table: means over its runs."""
     accuracy = np.array([x.metrics["accuracy"] for x in found])
     after = [] if retention is None else [retention.loss(x.params) for x in found]
     labels = [e["label"] for e in dataset.validation]

@@ -1,7 +1,7 @@
-"""How much of its pre-training a model retains: the pre-training loss after fine-tuning.
+"""Measurement of catastrophic forgetting: the pre-training loss after fine-tuning.
 
-The fine-tuned body is evaluated under the pre-trained heads, on text that pre-training did not use.
-An increase of the loss measures catastrophic forgetting.
+The fine-tuned body is evaluated with the pre-trained heads, on text that was not used for
+pre-training. The increase of the loss measures how much is forgotten.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class RetentionEval(NamedTuple):
         """Returns the "loss" in nats and the metrics of the objective.
 
         Args:
-            finetuned: fine-tuned parameters, PEFT parameters included, which are evaluated under
+            finetuned: fine-tuned parameters, PEFT parameters included, which are evaluated with
                 the pre-trained heads; None evaluates the pre-trained parameters.
         """
         params = {**self.params, **{name: value for name, value in (finetuned or {}).items()
@@ -74,8 +74,8 @@ def make_retention_eval(
     """Returns the evaluation of a pre-trained model on its objective.
 
     A run of this library is evaluated on the rows that it held out, another checkpoint on `data`. A
-    BERT without a masked-language-model head is taken for a sentence encoder, whose objective is to
-    find the next sentence among those of the batch (`objectives.contrastive`).
+    BERT without a masked-language-model head is treated as a sentence encoder, whose objective is
+    to identify the next sentence among those of the batch (`objectives.contrastive`).
 
     Args:
         source: the run's folder, the checkpoint, or the loaded model.
@@ -126,15 +126,15 @@ def make_text_eval(
 def held_out_batches(
     folder: str | Path, tokenizer: Tokenizer, batch_size: int = 64
 ) -> list[dict]:
-    """Returns the rows that a pre-training run held out, as it evaluated on them.
+    """Returns the held-out rows of a pre-training run, with the masks of its own evaluation.
 
     Raises:
-        FileNotFoundError: the run is not finished, or its data is gone.
+        FileNotFoundError: the run is not finished, or its data does not exist.
     """
     saved = run_dir.load_results(folder)["config"]
     saved["model"] = config_from_dict(saved["model"])
     saved["noise"] = Noise(**saved["noise"])
-    # The run may be older than some fields, whose defaults do not change its rows.
+    # Fields that did not exist when the run was saved have defaults that do not change its rows.
     names = {f.name for f in dataclasses.fields(PretrainConfig)} - {
         "optimizer", "mesh", "out", "anomaly_policy", "tokenized_cache_dir"}
     config = PretrainConfig(

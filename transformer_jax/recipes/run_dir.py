@@ -1,4 +1,4 @@
-"""The folder of a run: its results, the identity of its checkpoints, and set-up of the process.
+"""The folder of a run: results, identity of its checkpoints, files of older versions.
 
 A run writes `results.json` (config, versions, device, metrics), `config.json` and `tokenizer/`
 (`pretrained.runs`), `checkpoints/`, `events/` for TensorBoard, and figures.
@@ -56,9 +56,9 @@ identified by its content instead of its path."""
 
 
 def setup() -> None:
-    """Sets up the process of a script: memory allocator, other processes, compilation cache.
+    """Sets up JAX in a script: memory allocator, distributed processes, compilation cache.
 
-    It prints the devices. Call it before JAX creates the first array.
+    Prints the devices. Call it before the first array is created.
     """
     if distributed.platform_is_cpu():
         distributed.configure_malloc()
@@ -143,14 +143,13 @@ def load_results(out: str | Path) -> dict[str, Any]:
 def run_metadata(config: Any, rows: Any, *more: Any) -> dict[str, Any]:
     """Returns the identity of a run, which is saved with its checkpoints.
 
-    A run is resumed only from a checkpoint of the same identity. It holds the settings that the
-    result depends on (all but `NOT_IDENTITY`) and fingerprints.
+    A run is resumed only from a checkpoint with the same identity. It consists of the settings that
+    the result depends on (all but `NOT_IDENTITY`) and of fingerprints of the data.
 
     Args:
         config: the settings of the run, a dataclass.
         rows: the training rows.
-        more: further values that the result depends on, such as the parameters of the pre-trained
-            model.
+        more: further data that the result depends on, such as pre-trained parameters.
     """
     def identity(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -164,7 +163,7 @@ def run_metadata(config: Any, rows: Any, *more: Any) -> dict[str, Any]:
 def fingerprint(rows: Any) -> str:
     """Hash (SHA-256, 16 hexadecimal digits) of a corpus, of rows, or of any tree of arrays.
 
-    Of long arrays only 64 evenly spaced blocks are hashed.
+    Only 64 evenly spaced blocks of long arrays are hashed.
 
     Example:
         >>> fingerprint([1, 2]) == fingerprint([1, 2]), fingerprint([1, 2]) == fingerprint([2, 1])
@@ -233,10 +232,10 @@ def with_old_names(settings: Any, saved: Any = None) -> Any:
 
 
 def resumable_metadata(checkpoint_dir: str | Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Returns `metadata` as `train.loop.fit` has to be given it to resume in `checkpoint_dir`.
+    """Returns `metadata` under the names of settings in the last checkpoint of a folder.
 
-    Checkpoints of older versions name settings differently; `fit` compares metadata by name and
-    value, so the names are those of the last checkpoint there.
+    `train.loop.fit` compares the metadata of the run with those of the checkpoint by name, and
+    older versions used other names.
     """
     if checkpointing.latest_step(checkpoint_dir) is None:
         return metadata

@@ -23,9 +23,9 @@ GENERATE_BATCH_SIZE = 16
 
 
 class Seq2SeqEncoder(TaskEncoder):
-    """Encodes source and target; generates targets by beam search.
+    """Encodes sources and targets; predicts targets by beam search.
 
-    GPT is trained to continue the source, with its end-of-text token between source and target.
+    A GPT continues the source; its end-of-text token separates source and target.
 
     Raises:
         ValueError: the model is a BERT, the tokenizer of a GPT has no end-of-text token, or a row
@@ -82,7 +82,7 @@ class Seq2SeqEncoder(TaskEncoder):
         prefix = [tokenizer.cls_id] if isinstance(model, BART) else []
         eos_id = tokenizer.eos_id if self.is_causal else tokenizer.sep_id
         if self.is_causal and "prompt" in params:
-            params = peft.fold_prompt(model, params)  # a KV cache has no place for it
+            params = peft.fold_prompt(model, params)  # decoding with a KV cache needs prefixes
         rows = [[*prefix, *item["source"][: self._source_length], eos_id] for item in items]
         params = transpose_kernels_for_decoding(model, params)
         texts: dict[int, str] = {}
@@ -112,9 +112,14 @@ class Seq2SeqEncoder(TaskEncoder):
 
 
 def length_sorted_batches(rows: Sequence[Sequence[int]], batch_size: int):
-    """Yields (indices, rows) of batches of similar lengths.
+    """Yields (indices, rows) of batches of rows of similar lengths.
 
-    The last batch is filled up with copies of its last row, so that all batches have one shape.
+    The last batch is padded with copies of its last row, so that all batches have the same size and
+    no further program is compiled.
+
+    Example:
+        >>> list(length_sorted_batches([[1, 2, 3], [4], [5, 6]], batch_size=2))
+        [([1, 2], [[4], [5, 6]]), ([0], [[1, 2, 3], [1, 2, 3]])]
     """
     order = np.argsort([len(row) for row in rows], kind="stable")
     for k in range(0, len(order), batch_size):

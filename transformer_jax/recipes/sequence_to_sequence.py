@@ -47,33 +47,33 @@ class TranslateConfig:
 
     Attributes:
         model: the config of the model; its vocabulary size is replaced by the tokenizer's.
-        source: ending of the files, or column, of the source texts.
-        target: ending of the files, or column, of the target texts.
+        source: file suffix or column of the source texts.
+        target: file suffix or column of the target texts.
         num_steps: number of updates.
         out: folder of the run.
         data: a folder with aligned files (train.de, train.en, val.de, ...) or with one .jsonl, .tsv
             or .csv file for each split; "tfds:NAME" or "hf:NAME".
-        tokenizer: "bpe" or "unigram", trained on both sides together with the model's vocab_size;
-            or the folder of a saved tokenizer.
+        tokenizer: "bpe" or "unigram", trained on the source and target texts together with the
+            model's vocab_size; or the folder of a saved tokenizer.
         train_split: name of the split to train on.
         validation_split: name of the split to evaluate on.
         length_buckets: lengths that batches are padded to; each is compiled once.
-        tokens_per_batch: greatest number of tokens of a batch, padding included, over all devices.
-        label_smoothing: fraction of each target's probability that is spread over the vocabulary.
+        tokens_per_batch: largest number of tokens of a batch, padding included, over all devices.
+        label_smoothing: probability that the smoothed target spreads over the vocabulary.
         accumulate: number of microbatches whose gradients are accumulated in each step.
         optimizer: AdamW and its learning-rate schedule.
-        mesh: devices.
+        mesh: number of devices along each mesh axis.
         num_averaged_checkpoints: number of the last checkpoints whose average is the result.
-        num_beams: beams of the beam search.
-        length_penalty: exponent of the length in the score of a beam.
-        max_new_tokens: greatest number of tokens of a translation.
+        num_beams: number of beams of the beam search.
+        length_penalty: exponent of the length by which the score of a sequence is divided.
+        max_new_tokens: largest number of tokens of a translation.
         eval_pairs: number of validation pairs to translate; None for all.
-        eval_every: updates between evaluations of the loss on the validation split.
-        save_every: updates between checkpoints.
-        log_every: updates between rows of the history.
-        seed: of initialization, data order and dropout.
+        eval_every: number of updates between evaluations of the loss on the validation split.
+        save_every: number of updates between checkpoints.
+        log_every: number of updates between rows of the history.
+        seed: seed of initialization, data order and dropout.
         allow_config_mismatch: resume from a checkpoint that was saved with other settings or data.
-        anomaly_policy: action on losses that are not finite, or spike (`train.anomalies`).
+        anomaly_policy: action on non-finite losses and on loss spikes (`train.anomalies`).
     """
 
     model: TransformerConfig
@@ -106,7 +106,7 @@ class TranslateConfig:
 
     @property
     def num_saved_checkpoints(self) -> int:
-        """Number of checkpoints that there are to average at the end of the run."""
+        """Number of checkpoints that are averaged at the end of the run."""
         num_saved = -(-self.num_steps // self.save_every) if self.save_every else 1
         return min(self.num_averaged_checkpoints, num_saved)
 
@@ -114,9 +114,9 @@ class TranslateConfig:
 def train_translation(config: TranslateConfig) -> dict[str, Any]:
     """Trains an encoder-decoder, translates the validation split and computes sacreBLEU.
 
-    `config.out` gets checkpoints, `translations.jsonl`, TensorBoard events, the loss curve, the
-    cross-attention of one sentence and `results.json`. If it holds checkpoints of the same run,
-    training resumes from the last one.
+    Checkpoints, `translations.jsonl`, TensorBoard events, the loss curve, the cross-attention of
+    one sentence and `results.json` are written to `config.out`. If that folder has checkpoints of
+    the same run, training resumes from the last one.
 
     Returns:
         The content of `results.json`.
@@ -198,7 +198,7 @@ def train_on_pairs(
     """Trains the model, resuming from `<out>/checkpoints`.
 
     Args:
-        tokenizer: of both sides; `config.model` has its vocabulary size.
+        tokenizer: tokenizer of both sides; its vocabulary size is that of `config.model`.
         texts: training pairs `{"source", "target"}`.
         validation: pairs to evaluate the loss on.
         pretrained: parameters to start from, which are copied; None starts from new ones.
@@ -248,10 +248,10 @@ def generate_targets(
     """Returns the model's target for each source text.
 
     Args:
-        batch_size: rows that are decoded together, sorted by length.
-        max_source_length: longer sources are truncated to this number of tokens.
-        bos_id: first token of each source; None for none.
-        options: of `generation.generate`, such as num_beams.
+        batch_size: number of rows that are decoded together; they have similar lengths.
+        max_source_length: number of tokens to which longer sources are truncated.
+        bos_id: first token of each source, if any.
+        options: options of `generation.generate`, such as num_beams.
     """
     prefix = [] if bos_id is None else [bos_id]
     rows = [[*prefix, *ids[: max_source_length - 1 - len(prefix)], tokenizer.sep_id]

@@ -51,17 +51,25 @@ class SweepConfig:
         out: folder of the sweep.
         dataset: the labeled data.
         training: how to train.
-        dropout_rate: replaces the model's own rate.
-        pooling: replaces what BERT's classifier reads: "first" or "mean".
+        dropout_rate: dropout rate, also of attention weights, in place of the model's own.
+        pooling: input of BERT's classifier, in place of the model's own: "first" or "mean".
         retention_data: text on which the pre-training loss of a checkpoint is measured.
         trainable: trainable specs; "scratch" trains a new model of the same size.
-        peak_lrs: peak learning rate of each spec; empty for that of `training`.
-        epochs: number of passes over the examples of each spec; empty for that of `training`.
-        aux_lm_loss_weights: weight of GPT's language-model loss of each spec; empty for that of
-            `training`.
+        peak_lrs: peak learning rate for each spec; if empty, that of `training`.
+        epochs: number of passes over the examples for each spec; if empty, that of `training`.
+        aux_lm_loss_weights: weight of GPT's auxiliary language-model loss for each spec; if empty,
+            that of `training`.
         examples: numbers of training examples, as balanced as the classes allow; empty for all.
-        seeds: number of runs of each spec: with other examples, new parameters, order and dropout.
-        quiet: print no progress.
+        seeds: number of runs of each spec, which differ in the choice of examples, new parameters,
+            data order and dropout.
+        quiet: whether to print no progress.
+
+    Example:
+        >>> config = SweepConfig(pretrained="gpt2", out=Path("sweep"), trainable=("full", "lora:8"),
+        ...                      peak_lrs=(1e-4, 1e-3))
+        >>> spec, training = config.variants["lora:8"]
+        >>> training.optimizer.peak_lr
+        0.001
     """
 
     pretrained: str
@@ -108,15 +116,16 @@ class SweepConfig:
 def sweep(config: SweepConfig) -> dict[str, Any]:
     """Runs all cells that are not done yet, and writes the table and the figures.
 
-    `config.out` gets `cells.jsonl`, predictions and figures of the first seed, and `results.json`
-    with means and standard deviations over seeds, and the pre-training loss after each run.
+    Written to `config.out`: `cells.jsonl`, the predictions and figures of the first seed, and
+    `results.json` with means and standard deviations over seeds of the scores and of the
+    pre-training loss after fine-tuning.
 
     Returns:
         The content of `results.json`.
 
     Raises:
         FileNotFoundError: the model or the data does not exist.
-        ValueError: model, data and settings do not fit together.
+        ValueError: the data or the settings do not fit the model.
     """
     began = time.perf_counter()
     console = Console(width=120)
@@ -189,7 +198,7 @@ def _run_cell(config: SweepConfig, cell: dict, data: EncodedDataset, pretrained:
 
 
 def _cell_key(config: SweepConfig, name: str, num_examples: int | None, seed: int) -> dict:
-    """Returns what identifies a cell, also among those of other settings in the same folder."""
+    """Returns the identity of a cell, with a hash of the settings that it depends on."""
     settings = [config.pretrained, config.dataset, config.variants[name], config.dropout_rate,
                 config.pooling, config.retention_data]
     # Under the old names, so that sweeps of older versions can be completed.
@@ -260,7 +269,7 @@ def _dataset_name(config: SweepConfig) -> str:
 
 
 def _save_figures(config: SweepConfig, rows: Sequence[dict], dataset: LabeledDataset) -> None:
-    """Draws scores by number of examples, or of one number, by fraction of trained parameters."""
+    """Draws the scores by number of examples; for a single number, by fraction of parameters."""
     name, metric = _dataset_name(config), dataset.metric
     scale = _percent_scale(metric)
     if len(config.examples) > 1:

@@ -1,9 +1,8 @@
-"""What the encoders of all task types share: settings, batches and predictions.
+"""Base class of the task encoders, which convert labeled examples to rows of token ids.
 
-An encoder turns labeled examples into rows of token ids for one model, and the model's outputs into
-predictions and scores. There is one for whole texts (`text_encoder`), one for words
-(`word_encoder`), one for questions (`question_encoder`) and one for target texts
-(`seq2seq_encoder`); `encoding.make_encoder` chooses.
+An encoder also converts the outputs of the model to predictions and scores. There is one for whole
+texts (`text_encoder`), one for words (`word_encoder`), one for questions (`question_encoder`) and
+one for target texts (`seq2seq_encoder`); `encoding.make_encoder` selects it.
 """
 
 import functools
@@ -21,21 +20,24 @@ from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.models import GPT, Model
 from transformer_jax.objectives import classification
 
-Outputs = dict[str, np.ndarray]  # of a model, by name: arrays [n, ...]
+Outputs = dict[str, np.ndarray]
+"""Outputs of a model by name: arrays `[n, ...]`, with one row for each item."""
 PREDICT_BATCH_SIZE = 64
 
 
 class InputConfig(NamedTuple):
-    """How an example becomes a row of token ids.
+    """Settings of the conversion of an example to rows of token ids.
 
     Attributes:
-        max_length: tokens of a row; longer texts are truncated, or read in windows.
-        gpt_special_tokens: start, delimiter and extract tokens around the texts (GPT).
-        both_orders: each pair of texts in both orders (GPT).
-        stride: distance in tokens between the starts of windows over a long context.
-        max_question_length: greatest number of tokens of a question.
-        target_length: greatest number of tokens of a target text.
-        num_beams: beams of the beam search that generates target texts.
+        max_length: largest number of tokens of a row; longer texts are truncated, longer contexts
+            of questions are divided into windows.
+        gpt_special_tokens: whether the texts have start, delimiter and extract tokens (GPT paper,
+            section 3.3).
+        both_orders: whether each pair of texts is encoded in both orders (GPT paper, section 3.3).
+        stride: distance in tokens between the starts of consecutive windows over a long context.
+        max_question_length: number of tokens to which longer questions are truncated.
+        target_length: largest number of tokens of a target text.
+        num_beams: number of beams of the beam search that generates target texts.
     """
 
     max_length: int
@@ -48,7 +50,7 @@ class InputConfig(NamedTuple):
 
 
 class TaskInfo(NamedTuple):
-    """What a model predicts.
+    """Description of the task of a model.
 
     Attributes:
         task_type: "classification", "regression", "multiple_choice", "token_classification",
@@ -56,7 +58,7 @@ class TaskInfo(NamedTuple):
         label_names: names of the classes or tags, in order; empty for the other task types.
         metric: the main metric.
         label_range: least and greatest label of a regression.
-        num_choices: choices of each multiple-choice example.
+        num_choices: largest number of choices of a multiple-choice example.
         has_unanswerable: whether some questions have no answer in their context.
     """
 
@@ -90,7 +92,7 @@ class TaskEncoder:
         task: the task.
         model: the model, with the head of the task.
         tokenizer: the model's tokenizer.
-        config: how examples become rows.
+        config: settings of the conversion.
     """
 
     def __init__(self, task: TaskInfo, model: Model, tokenizer: Tokenizer, config: InputConfig):
@@ -98,14 +100,20 @@ class TaskEncoder:
         self.is_causal = isinstance(model, GPT)
 
     def encode(self, examples: Sequence[dict], split: str = "validation") -> list:
-        """Returns the items of labeled examples: what becomes a row each. Texts are tokenized once.
+        """Tokenizes labeled examples.
 
-        An item is an example, or one window over a long context.
+        Args:
+            examples: the examples, in the form of `data.datasets`.
+            split: "training" or "validation".
+
+        Returns:
+            The items, of which each becomes one row: the examples in token ids, or windows over
+            long contexts.
         """
         raise NotImplementedError
 
     def lengths(self, items: Sequence) -> list[int]:
-        """Returns the number of tokens of each item's row, special tokens included."""
+        """Returns the number of tokens of the row of each item, special tokens included."""
         raise NotImplementedError
 
     def make_row(self, item: Any, length: int) -> dict[str, np.ndarray]:
@@ -136,8 +144,16 @@ class TaskEncoder:
     ) -> LengthBucketedBatches:
         """Returns batches of rows of similar lengths.
 
-        Each bucket of lengths is compiled once, so there is at most one for every 64 steps; and to
-        read the items once, which compiles faster without a backward pass, one for every 4 batches.
+        The step is compiled once for each bucket of lengths, so there is at most one bucket for
+        every 64 steps. For a single pass over the items (`num_steps` is None), which has no
+        backward pass and therefore compiles faster, there is one for every 4 batches.
+
+        Args:
+            items: items from `encode`.
+            batch_size: number of rows of a batch, over all devices.
+            seed: seed of the order of the items.
+            num_steps: number of steps of the run; None for a single pass.
+            mesh: device mesh, which determines the rows of this process.
         """
         lengths, shard = self.lengths(items), sharding.process_data_shard(mesh)
         num_buckets = len(items) // batch_size // 4 if num_steps is None else num_steps // 64
@@ -168,10 +184,10 @@ def _jitted_predict(model: Model, task_type: str) -> Callable:
 def predict_batches(
     model: Model, params: dict, task_type: str, batches: Sequence[dict]
 ) -> Outputs:
-    """Returns the outputs for all rows of the batches, in the order of their "index".
+    """Returns the outputs of a model for all rows of the batches, in the order of their "index".
 
-    Rows with a negative index only fill up a batch. Outputs of different lengths are padded with
-    zeros.
+    Rows with a negative index are padding of a batch and are left out. Outputs of different lengths
+    are padded with zeros.
     """
     rows: dict[int, dict] = {}
     for batch in batches:

@@ -23,14 +23,14 @@ class TextEncoder(TaskEncoder):
     """Encodes a text, a pair of texts, or a text with choices as one row of token ids.
 
     Raises:
-        ValueError: GPT has no token to classify at.
+        ValueError: the model is a GPT whose tokenizer has no token at whose position to classify.
     """
 
     def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
         super().__init__(task, model, tokenizer, config)
         if self.is_causal and not config.gpt_special_tokens and tokenizer.eos_id is None:
-            raise ValueError("the tokenizer has no end-of-text token, at which GPT classifies; set "
-                             "gpt_special_tokens")
+            raise ValueError("the tokenizer has no end-of-text token, at whose position GPT is "
+                             "classified; set gpt_special_tokens")
         self._special_tokens = special_tokens(model, config)
         self._prepare = classification.TASK_TYPES[task.task_type].prepare
         self._options: dict[str, Any] = {

@@ -1,11 +1,11 @@
-"""Run reports as HTML pages, and plots."""
+"""Reports of runs as HTML pages, and plots."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "page", "plots",
+        "curves", "html", "outputs", "page", "plots", "run_files", "summary",
     ],
     submod_attrs={
         "page": ["write_report"],

@@ -1,26 +1,40 @@
-"""Pictures of what people would rather look at than read. Each function writes one PNG."""
+"""Plots of runs, models and plans. Each function saves one PNG and returns its path.
+
+Matplotlib is imported when the first plot is drawn, and used without display or pyplot state.
+"""
 
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DPI = 130
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> "Figure":
+    """Returns an empty figure of a size in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # no display, no pyplot state
+    FigureCanvasAgg(figure)
     return figure
 
 
-def save(figure: Figure, path: str | Path) -> Path:
+def save(figure: "Figure", path: str | Path) -> Path:
+    """Saves a figure, cropped to its content, and returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")  # long token names need room
+    with warnings.catch_warnings():
+        # Tokens may have characters that the font does not have; they are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(path, dpi=DPI, bbox_inches="tight")
     return path
 
 
@@ -28,25 +42,49 @@ def curves(
     path: str | Path,
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
-    title: str,
+    title: str = "",
     xlabel: str = "step",
     ylabel: str = "loss (nats)",
+    size: tuple[float, float] = (7, 4),
 ) -> Path:
-    """Lines over a common axis: `{label: (x, y)}`. Labels that contain "held-out" get markers."""
-    figure = new_figure(7, 4)
+    """Plots lines over a common x axis.
+
+    Args:
+        path: the PNG.
+        series: label -> (x, y). Labels that contain "held-out", and short lines, get markers.
+        title: title of the plot.
+        xlabel: label of the x axis.
+        ylabel: label of the y axis.
+        size: width and height in inches.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = curves(f"{folder}/loss.png", {"training": ([1, 2, 3], [5.0, 4.2, 4.0])})
+        ...     path.is_file()
+        True
+    """
+    figure = new_figure(*size)
     axes = figure.subplots()
     for label, (x, y) in series.items():
         held_out = "held-out" in label
-        axes.plot(x, y, label=label, marker="o" if held_out else None, markersize=4,
+        axes.plot(x, y, label=label, marker="o" if held_out or len(x) < 3 else None, markersize=4,
                   linewidth=1.6 if held_out else 1.0, alpha=1.0 if held_out else 0.7)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    if len(series) > 1:
+        axes.legend(frameon=False)
     return save(figure, path)
 
 
 def positions(path: str | Path, tables: Mapping[str, np.ndarray]) -> Path:
-    """Position encodings `[positions, dimensions]`: a column per position, a row per dimension."""
+    """Plots position embeddings as images: one column per position, one row per dimension.
+
+    Args:
+        path: the PNG.
+        tables: title -> table `[max_length, D]`.
+    """
     figure = new_figure(6.5 * len(tables), 4.4)
     for axes, (title, table) in zip(np.atleast_1d(figure.subplots(1, len(tables))), tables.items()):
         limit = np.abs(table).max()
@@ -64,18 +102,27 @@ def attention(
     sources: Sequence[str] | None = None,
     *,
     title: str = "",
+    cell_size: float = 0.24,
 ) -> Path:
-    """Attention weights `[T, S]` side by side: row `t` shows where token `t` looks, in its own text
-    or, in cross-attention, in `sources`."""
-    seen = tokens if sources is None else sources
-    width, height = (max(4.0, 0.24 * len(words) + 1.6) for words in (seen, tokens))
+    """Plots attention weights side by side: row t is the distribution over keys of query token t.
+
+    Args:
+        path: the PNG.
+        maps: title -> weights `[T, S]`.
+        tokens: the T query tokens.
+        sources: the S key tokens of cross-attention; None for self-attention.
+        title: title of the figure.
+        cell_size: width and height of one weight in inches.
+    """
+    keys = tokens if sources is None else sources
+    width, height = (max(4.0, cell_size * len(words) + 1.6) for words in (keys, tokens))
     figure = new_figure(width * len(maps), height + 0.5)
     figure.suptitle(title)
     for axes, (name, weights) in zip(np.atleast_1d(figure.subplots(1, len(maps))), maps.items()):
         axes.imshow(np.asarray(weights), cmap="viridis", vmin=0)
-        axes.set_xticks(range(len(seen)), seen, rotation=90, fontsize=7)
+        axes.set_xticks(range(len(keys)), keys, rotation=90, fontsize=7)
         axes.set_yticks(range(len(tokens)), tokens, fontsize=7)
-        axes.set(title=name, xlabel="sees (key)", ylabel="token (query)")
+        axes.set(title=name, xlabel="key", ylabel="query")
     return save(figure, path)
 
 
@@ -87,42 +134,46 @@ def label_efficiency(
     chance: float | None = None,
     ylabel: str = "accuracy (%)",
 ) -> Path:
-    """A score over the number of labels, a panel a model and a line a recipe with its deviation
-    over seeds as a band. Labels that contain "scratch" are dashed.
+    """Plots a score over the number of labeled examples: one panel per model, one line per spec.
+
+    Bands are standard deviations over seeds. Labels that contain "scratch" are dashed.
 
     Args:
-        panels: `{model: {recipe: (labels, mean score, standard deviation)}}`, in shares of 1.
-        chance: score of the commonest class, drawn as a dotted line.
-        ylabel: what the score is.
+        path: the PNG.
+        panels: model -> trainable spec -> (numbers of examples, mean scores, standard deviations),
+            scores as fractions of 1.
+        title: title of the figure.
+        chance: score of the majority class, drawn as a dotted line.
+        ylabel: name of the score.
     """
     figure = new_figure(5.2 * len(panels) + 1.2, 4.2)
     figure.suptitle(title)
     grid = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
-    recipes = list(dict.fromkeys(recipe for lines in panels.values() for recipe in lines))
+    specs = list(dict.fromkeys(spec for lines in panels.values() for spec in lines))
     for axes, (name, lines) in zip(grid, panels.items()):
-        for recipe, (labels, mean, deviation) in lines.items():
+        for spec, (labels, mean, deviation) in lines.items():
             mean, deviation = 100 * np.asarray(mean), 100 * np.nan_to_num(deviation)
-            color = f"C{recipes.index(recipe) % 10}"
-            axes.plot(labels, mean, label=recipe, color=color, marker="o", markersize=4,
-                      linestyle="--" if "scratch" in recipe else "-")
+            color = f"C{specs.index(spec) % 10}"
+            axes.plot(labels, mean, label=spec, color=color, marker="o", markersize=4,
+                      linestyle="--" if "scratch" in spec else "-")
             axes.fill_between(labels, mean - deviation, mean + deviation, color=color, alpha=0.15,
                               linewidth=0)
         if chance is not None:
-            axes.axhline(100 * chance, color="grey", linestyle=":", label="commonest class")
+            axes.axhline(100 * chance, color="grey", linestyle=":", label="majority class")
         axes.set_xscale("log", base=2)
         ticks = sorted({n for labels, *_ in lines.values() for n in labels})
         axes.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=90 if len(ticks) > 8 else 0)
         axes.set_xticks([], minor=True)
-        axes.set(title=name, xlabel="labelled examples")
+        axes.set(title=name, xlabel="labeled examples")
         axes.grid(alpha=0.25)
     grid[0].set_ylabel(ylabel)
-    grid[-1].legend(*_legend(grid), frameon=False, fontsize=8, loc="center left",
+    grid[-1].legend(*_unique_legend(grid), frameon=False, fontsize=8, loc="center left",
                     bbox_to_anchor=(1, 0.5))
     return save(figure, path)
 
 
-def _legend(grid: Sequence) -> tuple[list, list[str]]:
-    """Every label of all panels once."""
+def _unique_legend(grid: Sequence) -> tuple[list, list[str]]:
+    """Returns the handles and labels of all panels, each label once."""
     found = {label: handle for axes in grid
              for handle, label in zip(*axes.get_legend_handles_labels())}
     return list(found.values()), list(found)
@@ -131,55 +182,67 @@ def _legend(grid: Sequence) -> tuple[list, list[str]]:
 def confusion(
     path: str | Path, table: np.ndarray, names: Sequence[str], *, title: str
 ) -> Path:
-    """Counts `[C, C]`, true classes down and predicted ones across, shaded by their share of the
-    row. Of more than 8 classes only the diagonal has its share in figures, and zeros are left out.
+    """Plots a confusion matrix of counts, shaded by the fraction of the true class.
+
+    With more than 8 classes, only the diagonal has percentages, and zeros are left out.
+
+    Args:
+        path: the PNG.
+        table: counts `[C, C]`; rows are true classes, columns are predicted classes.
+        names: names of the C classes.
+        title: title of the plot.
     """
     table = np.asarray(table)
     C = len(names)
-    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    fraction = table / np.maximum(table.sum(1, keepdims=True), 1)
     longest = max(map(len, names))
-    upright = longest * C > 40
+    is_rotated = longest * C > 40
     margin = 0.09 * longest
-    few = C <= 8
-    cell = (0.9, 0.62) if few else (0.5, 0.4)
-    wide = max(cell[0], 0 if upright else 0.1 * longest)
-    figure = new_figure(2.0 + margin + wide * C, 1.4 + margin * upright + cell[1] * C)
+    has_few_classes = C <= 8
+    cell = (0.9, 0.62) if has_few_classes else (0.5, 0.4)
+    cell_width = max(cell[0], 0 if is_rotated else 0.1 * longest)
+    figure = new_figure(2.0 + margin + cell_width * C, 1.4 + margin * is_rotated + cell[1] * C)
     axes = figure.subplots()
-    image = axes.imshow(share, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    image = axes.imshow(fraction, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for i, j in np.ndindex(C, C):
-        figures = f"{table[i, j]:,}" if few or table[i, j] else ""
-        figures += f"\n{100 * share[i, j]:.0f} %" if few or i == j else ""
-        axes.text(j, i, figures, ha="center", va="center", fontsize=10 if few else 8,
-                  color="white" if share[i, j] > 0.5 else "black")
-    axes.set_xticks(range(C), names, rotation=90 if upright else 0)
+        text = f"{table[i, j]:,}" if has_few_classes or table[i, j] else ""
+        text += f"\n{100 * fraction[i, j]:.0f} %" if has_few_classes or i == j else ""
+        axes.text(j, i, text, ha="center", va="center", fontsize=10 if has_few_classes else 8,
+                  color="white" if fraction[i, j] > 0.5 else "black")
+    axes.set_xticks(range(C), names, rotation=90 if is_rotated else 0)
     axes.set_yticks(range(C), names)
     axes.tick_params(length=0)
-    right = f"{100 * np.trace(table) / max(table.sum(), 1):.1f} % right"
-    axes.set(title=f"{title}\n{right} of {table.sum():,}", xlabel="predicted class",
+    correct = f"{100 * np.trace(table) / max(table.sum(), 1):.1f} % correct"
+    axes.set(title=f"{title}\n{correct} of {table.sum():,}", xlabel="predicted class",
              ylabel="true class")
     bar = figure.colorbar(image, ax=axes, aspect=32, pad=0.02,
                           format=lambda x, _: f"{100 * x:.0f} %")
-    bar.set_label("share of the true class")
+    bar.set_label("fraction of the true class")
     bar.outline.set_visible(False)
     return save(figure, path)
 
 
 def calibration(path: str | Path, found: Mapping[str, np.ndarray], *, title: str) -> Path:
-    """The reliability diagram of `evaluate.calibration`: how often the chosen class is right, by
-    the probability it was given, and how many examples are in each bin."""
-    accuracy, count = np.asarray(found["accuracy"]), np.asarray(found["count"])
+    """Plots a reliability diagram: accuracy by predicted probability, and examples in each bin.
+
+    Args:
+        path: the PNG.
+        found: the result of `metrics.calibration`.
+        title: title of the plot.
+    """
+    accuracy, count = np.asarray(found["accuracy"], float), np.asarray(found["count"])
     bins = len(count)
     edges = np.arange(bins) / bins
     figure = new_figure(5, 5.6)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     axes.bar(edges, np.nan_to_num(accuracy), width=1 / bins, align="edge", edgecolor="white",
              label="observed")
-    axes.plot([0, 1], [0, 1], color="black", linestyle=":", label="perfectly calibrated")
+    axes.plot([0, 1], [0, 1], color="black", linestyle=":", label="perfect calibration")
     axes.set(title=f"{title}\nexpected calibration error {100 * found['ece']:.1f} %",
-             ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+             ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     axes.legend(frameon=False, loc="upper left")
     below.bar(edges, count, width=1 / bins, align="edge", edgecolor="white", color="grey")
-    below.set(xlabel="probability of the chosen class", ylabel="examples")
+    below.set(xlabel="probability of the predicted class", ylabel="examples")
     return save(figure, path)
 
 
@@ -190,35 +253,49 @@ def trainable_specs(
     title: str,
     ylabel: str,
 ) -> Path:
-    """What training ever fewer parameters costs: `{recipe: (share trained, mean score, standard
-    deviation)}`, shares on a log axis."""
+    """Plots a score over the fraction of trainable parameters, one point per trainable spec.
+
+    Args:
+        path: the PNG.
+        found: trainable spec -> (fraction of trainable parameters, mean score, standard deviation).
+        title: title of the plot.
+        ylabel: name of the score.
+    """
     figure = new_figure(7.5, 4.6)
     axes = figure.subplots()
-    for k, (share, mean, deviation) in enumerate(found.values()):
-        axes.errorbar(100 * share, mean, np.nan_to_num(deviation), marker="o", capsize=4,
+    for k, (fraction, mean, deviation) in enumerate(found.values()):
+        axes.errorbar(100 * fraction, mean, np.nan_to_num(deviation), marker="o", capsize=4,
                       color=f"C{k % 10}")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.12, y=0.15)
-    axes.set(title=title, xlabel="share of the parameters that trains (%)", ylabel=ylabel)
+    axes.set(title=title, xlabel="trainable parameters (% of all)", ylabel=ylabel)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
-    figure.draw_without_rendering()  # the layout, which the labels' places depend on
-    label(axes, {name: (100 * share, mean) for name, (share, mean, _) in found.items()},
-           [(100 * share, mean + sign * np.nan_to_num(deviation))
-            for share, mean, deviation in found.values() for sign in np.linspace(-1, 1, 9)])
+    figure.draw_without_rendering()  # computes the layout, on which label positions depend
+    label(axes, {name: (100 * fraction, mean) for name, (fraction, mean, _) in found.items()},
+          [(100 * fraction, mean + sign * np.nan_to_num(deviation))
+           for fraction, mean, deviation in found.values() for sign in np.linspace(-1, 1, 9)])
     return save(figure, path)
 
 
 def label(axes, points: Mapping[str, tuple[float, float]], ink: Sequence[tuple]) -> None:
-    """Writes each name near its point, at the first place that hides no other name and no `ink`;
-    where all places do, at the one that hides least."""
+    """Labels points without overlaps.
+
+    Each label gets the first position near its point that overlaps neither another label nor
+    `ink`, or the position with the fewest overlaps.
+
+    Args:
+        axes: Matplotlib axes, whose layout has been computed.
+        points: label -> (x, y).
+        ink: points (x, y) of the plot that should stay visible.
+    """
     ink = axes.transData.transform(ink)
     taken: list = []
     for name, point in points.items():
         tried = []
-        for distance, (dx, dy) in itertools.product((8, 22), itertools.product((1, -1, 0),
-                                                                               (0, 1, -1))):
+        for distance, (dx, dy) in itertools.product(
+                (8, 22), itertools.product((1, -1, 0), (0, 1, -1))):
             text = axes.annotate(
                 name, point, (distance * dx, distance * dy), textcoords="offset points",
                 fontsize=9, ha=("center", "left", "right")[dx], va="center",
@@ -226,12 +303,12 @@ def label(axes, points: Mapping[str, tuple[float, float]], ink: Sequence[tuple])
                             "shrinkB": 3} if distance > 8 else None)
             box = text.get_window_extent().padded(2)
             inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
-            hidden = (sum(box.overlaps(other) for other in taken) + int(box.count_contains(ink))
-                      + (not inside))
-            tried.append((hidden, len(tried), text, box))
-            if not hidden:
+            num_overlaps = (sum(box.overlaps(other) for other in taken)
+                            + int(box.count_contains(ink)) + (not inside))
+            tried.append((num_overlaps, len(tried), text, box))
+            if not num_overlaps:
                 break
-        *_, best, box = min(tried, key=lambda place: place[:2])
+        *_, best, box = min(tried, key=lambda candidate: candidate[:2])
         taken.append(box)
         for *_, text, _ in tried:
             if text is not best:
@@ -239,16 +316,22 @@ def label(axes, points: Mapping[str, tuple[float, float]], ink: Sequence[tuple])
 
 
 def costs(path: str | Path, found: Mapping[str, Mapping[str, float]], *, title: str) -> Path:
-    """Bars of relative costs: `{recipe: {what: share}}`, with the share above each bar."""
+    """Plots bars of relative costs, with the value above each bar.
+
+    Args:
+        path: the PNG.
+        found: trainable spec -> kind of cost -> cost relative to the first spec.
+        title: title of the plot.
+    """
     kinds = list(next(iter(found.values())))
     figure = new_figure(2 + 1.25 * len(found), 4.2)
     axes = figure.subplots()
     width = 0.8 / len(kinds)
     for k, kind in enumerate(kinds):
-        shares = [row[kind] for row in found.values()]
-        bars = axes.bar(np.arange(len(found)) + (k - (len(kinds) - 1) / 2) * width, shares, width,
+        values = [row[kind] for row in found.values()]
+        bars = axes.bar(np.arange(len(found)) + (k - (len(kinds) - 1) / 2) * width, values, width,
                         label=kind)
-        axes.bar_label(bars, [f"{x:.2f}" if x >= 0.005 else f"{x:.1g}" for x in shares],
+        axes.bar_label(bars, [f"{x:.2f}" if x >= 0.005 else f"{x:.1g}" for x in values],
                        fontsize=7, padding=2)
     axes.set_xticks(range(len(found)), list(found))
     axes.set(title=title, ylabel=f"relative to {next(iter(found))}")
@@ -259,9 +342,15 @@ def costs(path: str | Path, found: Mapping[str, Mapping[str, float]], *, title: 
 
 def plans(path: str | Path, found: Mapping[str, Mapping[str, float]], *, limit: float,
           title: str) -> Path:
-    """Settings side by side, a row each: GiB of memory by kind under the device's limit, and the
-    milliseconds of a step by what it needs. `{setting: {"state", "temporary" (GiB),
-    "compute", "hbm", "interconnect" (ms)}}`."""
+    """Plots the memory and the roofline times of training plans, one row per plan.
+
+    Args:
+        path: the PNG.
+        found: plan -> "state" and "temporary" in GiB of one device; "compute", "hbm" and
+            "interconnect" in milliseconds of a step.
+        limit: memory of one device in GiB.
+        title: title of the figure.
+    """
     figure = new_figure(12, 1.6 + 0.5 * len(found))
     left, right = figure.subplots(1, 2, sharey=True)
     rows, start = np.arange(len(found)), np.zeros(len(found))
@@ -269,14 +358,14 @@ def plans(path: str | Path, found: Mapping[str, Mapping[str, float]], *, limit: 
         sizes = np.array([row[kind] for row in found.values()])
         left.barh(rows, sizes, left=start, label=kind, height=0.6)
         start = start + sizes
-    left.axvline(limit, color="black", linestyle="--", linewidth=1, label="the device has")
+    left.axvline(limit, color="black", linestyle="--", linewidth=1, label="device memory")
     for k, kind in enumerate(("compute", "hbm", "interconnect")):
         right.barh(rows + 0.2 * (k - 1), [row[kind] for row in found.values()], label=kind,
                    height=0.2)
     left.set_yticks(rows, list(found))
     left.invert_yaxis()
-    left.set(xlabel="GiB of one device", title=title)
-    right.set(xlabel="ms of a step, each if nothing else took time")
+    left.set(xlabel="memory of one device (GiB)", title=title)
+    right.set(xlabel="lower bound on the time of a step (ms)")
     for axes in (left, right):
         axes.grid(alpha=0.25, axis="x")
         axes.legend(frameon=False, fontsize=8)

@@ -6,7 +6,7 @@ losses. The batch of an anomalous step is saved in the checkpoint directory, and
 one of these actions:
 
     stop      raise an error, without saving another checkpoint
-    skip      discard the update and increment only the step counter; decided on the device
+    skip      discard the update and increment only the step counter, which happens on the device
     rollback  restore the last checkpoint and continue with the batches after the anomalous one
               (Chowdhery et al. 2022, "PaLM", section 5.1)
     record    only log the step and save its batch
@@ -30,7 +30,7 @@ import numpy as np
 from transformer_jax.tree import PyTree, flatten_paths
 
 ACTIONS = ("stop", "skip", "rollback", "record")
-MIN_HISTORY = 10  # number of normal losses that a spike threshold needs
+MIN_HISTORY = 10  # minimum number of normal losses from which a spike threshold is computed
 
 
 class AnomalyPolicy(NamedTuple):
@@ -47,7 +47,7 @@ class AnomalyPolicy(NamedTuple):
     on_spike: str = "record"  # action on a loss spike: stop, skip, rollback or record
     spike: float | None = None  # threshold in standard deviations; None disables spike detection
     window: int = 100  # number of normal losses in the mean and the standard deviation
-    patience: int = 5  # stop after more consecutive anomalous steps, or more rollbacks, than this
+    patience: int = 5  # stop after more than this many consecutive anomalous steps, or rollbacks
 
     def check(self) -> None:
         """Validates the fields.
@@ -68,7 +68,7 @@ class AnomalyPolicy(NamedTuple):
 
     @property
     def skips(self) -> bool:
-        """Whether some anomalies are handled by skipping the update, on the device."""
+        """Whether the action on non-finite losses or on loss spikes is "skip"."""
         return self.not_finite == "skip" or (self.spike is not None and self.on_spike == "skip")
 
 
@@ -105,14 +105,14 @@ class Anomaly(NamedTuple):
 
 
 def skip_bad_updates(train_step: Callable, policy: AnomalyPolicy) -> Callable:
-    """Wraps a train step so that it discards the updates that `policy` skips.
+    """Wraps a train step so that it discards the updates of anomalous steps.
 
-    The counterpart of `optax.apply_if_finite` for a whole state and for loss spikes. A skipped step
-    increments only `state.step`.
+    Similar to `optax.apply_if_finite`, but for the whole train state, and also for loss spikes. A
+    discarded step increments only `state.step`.
 
     Args:
         train_step: a function from `train.step.make_train_step`.
-        policy: which anomalies are skipped.
+        policy: the anomalies for which its action is "skip" are discarded.
 
     Returns:
         `guarded_step(state, batch, rng, spike_threshold) -> (state, metrics)`, where a loss above
@@ -155,7 +155,7 @@ class AnomalyDetector:
         self._num_consecutive = self._num_rollbacks = 0
 
     def spike_threshold(self, step: int) -> float:
-        """The loss above which `step` is a spike; infinity with fewer than `MIN_HISTORY` losses."""
+        """Returns the loss above which `step` is a spike; inf below `MIN_HISTORY` losses."""
         losses = [loss for n, loss in self._normal_losses if n <= step - 2][-self.policy.window:]
         if self.policy.spike is None or len(losses) < MIN_HISTORY:
             return math.inf
@@ -195,14 +195,14 @@ class AnomalyDetector:
         return anomaly
 
     def rewind(self, step: int) -> None:
-        """Drops the losses after `step`, which a rollback will compute again."""
+        """Drops the losses after `step`, because these steps are repeated after a rollback."""
         kept = [pair for pair in self._normal_losses if pair[0] <= step]
         self._normal_losses.clear()
         self._normal_losses.extend(kept)
 
     # The keys are part of the checkpoint format.
     def get_state(self) -> dict[str, Any]:
-        """The state as JSON values."""
+        """Returns the state as JSON values."""
         return {"good": [list(pair) for pair in self._normal_losses],
                 "in_a_row": self._num_consecutive, "rolled_back": self._num_rollbacks}
 
@@ -214,13 +214,16 @@ class AnomalyDetector:
 
 
 def save_batch(folder: str | Path | None, step: int, batch: PyTree, kind: str = "bad") -> str:
-    """Saves this process's rows of a batch as `<kind>_batch_step<step>.npz`.
+    """Saves a batch as `<kind>_batch_step<step>.npz`; with several processes, one file for each.
 
     Args:
         folder: the checkpoint directory; None saves nothing.
+        step: the number of the step that received the batch.
+        batch: the rows of this process.
+        kind: the beginning of the file name.
 
     Returns:
-        A phrase for messages that states where the batch is.
+        A clause for messages that states where the batch is.
     """
     if folder is None:
         return f"it was batch {step} of the run"

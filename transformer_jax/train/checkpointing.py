@@ -6,13 +6,13 @@ A checkpoint consists of separate items, so that each can be loaded without the 
     opt_state  the optimizer state (absent if the optimizer has none)
     step       the number of updates
     rng        the random key of the run
-    data       the state of the data iterator; `loop.fit` adds that of its anomaly detector
+    data       the state of the data iterator; `loop.fit` also stores its anomaly detector's state
     metadata   JSON values from the caller, such as the model config and the command line
 
 and digests.json, a manifest of its files with their SHA-256 (`transformer_jax.storage`).
 
-Arrays are restored onto abstract arrays that carry the target sharding, so a checkpoint saved on
-eight devices can be restored on one, and vice versa. All other items are JSON; nothing is pickled.
+Arrays are restored with the shardings of a given abstract state, so a checkpoint saved on eight
+devices can be restored on one, and vice versa. All other items are JSON; nothing is pickled.
 Orbax gives a checkpoint its final name only after all of its files are on disk, and the manifest is
 written last, so a process that is killed while saving leaves nothing that counts as a complete
 checkpoint. Restoring verifies the files against the manifest and falls back to the previous step if
@@ -73,7 +73,9 @@ class PendingSave:
             self._error = error
 
     def check(self) -> None:
-        """Raises the error of a save that has failed, once, without waiting.
+        """Raises the error of the save if it has failed, without waiting for the save to finish.
+
+        The error is raised only once; later calls return.
 
         Raises:
             SaveError: the save has failed.
@@ -115,27 +117,32 @@ def save(
     keep_best: tuple[str, str] | None = None,
     wait: bool = True,
 ) -> PendingSave:
-    """Saves a checkpoint, then deletes all but the last `keep` checkpoints and the best one.
+    """Saves a checkpoint, then deletes old checkpoints (see `keep` and `keep_best`).
 
     Args:
         directory: the checkpoint directory of the run; created if necessary.
-        step: the number of updates, as `state.step`; names the checkpoint.
-        state: its arrays are copied to the host before this function returns, so they may be
-            donated afterwards.
+        step: the number of updates, equal to `state.step`; also the name of the subdirectory.
+        state: the train state. Its arrays are copied to the host before this function returns, so
+            they may be donated afterwards.
         rng: a typed or raw random key.
         data_state: the result of the data iterator's `get_state()`; JSON values only. With several
-            hosts, that of the first host is saved: the iterators must be at the same position, as
-            Grain's sharded iterators are.
-        metadata: JSON values only.
+            processes, the state of the first one is saved, so the iterators of all processes must
+            be at the same position, as Grain's sharded iterators are.
+        metadata: any JSON values.
         keep: number of most recent checkpoints to keep; None keeps all.
         metrics: evaluation metrics, saved with the checkpoint.
-        keep_best: the name of a metric and "min" or "max": keeps the best checkpoint by it too.
-        wait: True returns when the files are complete. False writes them in the background; the
-            caller then calls `result()` on the returned object before the next save and at the end.
+        keep_best: (name of a metric, "min" or "max"): also keep the checkpoint with the best value.
+        wait: whether to return only when the files are complete. If False, the files are written in
+            the background, and the caller must call `result()` on the returned object before the
+            next save and at the end of the run.
+
+    Returns:
+        The save, which is complete if `wait` is True.
 
     Raises:
-        ValueError: the step is saved already, `keep` is below 1, `keep_best` names no metric, or
-            `data_state` or `metadata` contains a value that JSON cannot represent.
+        ValueError: the step is saved already, `keep` is below 1, `keep_best` is not a metric of
+            `metrics` with "min" or "max", or `data_state` or `metadata` contains a value that JSON
+            cannot represent.
         SaveError: the directory is not writable or has too little free space.
 
     Example:
@@ -235,8 +242,8 @@ def restore(directory: str | Path, like: TrainState, step: int | None = None) ->
 
     Raises:
         FileNotFoundError: the directory, or a checkpoint of that step, does not exist.
-        ValueError: the checkpoint has other parameters, shapes or optimizer state than `like`; or
-            it, or every checkpoint, is corrupted.
+        ValueError: the checkpoint has other parameters, shapes or optimizer state than `like`; the
+            checkpoint of `step` is corrupted; or, without `step`, every checkpoint is.
     """
     path = verified_checkpoint_path(directory, step)
     trees = {"params": like.params, "opt_state": like.opt_state}
@@ -266,15 +273,15 @@ def load_params(
         step: a step; by default the latest one that is not corrupted.
 
     Raises:
-        FileNotFoundError: as `restore`.
-        ValueError: as `restore`.
+        FileNotFoundError: as in `restore`.
+        ValueError: as in `restore`.
     """
     path = verified_checkpoint_path(directory, step)
     if like is not None:
         abstract = checkpoint_items.abstract_arrays(like)
         loaded = checkpoint_items.load_items(path, {"params": abstract})["params"]
         return checkpoint_items.copy_structure(loaded, like)
-    # Without the saved shardings, whose devices may not exist on this machine.
+    # The saved shardings are not used, because their devices may not exist on this machine.
     saved = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
              for name, leaf in checkpoint_items.saved_arrays(path, "params").items()}
     abstract = checkpoint_items.abstract_arrays(unflatten_paths(saved))
@@ -291,11 +298,12 @@ def average_params(directory: str | Path, last: int, like: PyTree | None = None)
     Args:
         directory: the checkpoint directory.
         last: the number of checkpoints to average.
-        like: as in `load_params`; the average is computed in its dtypes, by default float32.
+        like: as in `load_params`. The average is computed in the dtypes of `like`, or else in the
+            saved dtypes.
 
     Raises:
-        FileNotFoundError: the directory has fewer checkpoints.
-        ValueError: `last` is below 1; or as `restore`.
+        FileNotFoundError: the directory has fewer than `last` checkpoints.
+        ValueError: `last` is below 1, or as in `restore`.
     """
     if last < 1:
         raise ValueError(f"last is {last}; it must be at least 1 checkpoint")
@@ -313,6 +321,6 @@ def load_metadata(directory: str | Path, step: int | None = None) -> Any:
     """Loads the metadata of a checkpoint; None if none was saved.
 
     Raises:
-        FileNotFoundError: as `restore`.
+        FileNotFoundError: as in `restore`.
     """
     return checkpoint_items.load_items(checkpoint_path(directory, step), {}).get("metadata")

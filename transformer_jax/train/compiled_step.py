@@ -18,15 +18,15 @@ class CompiledStep:
     """Compiles `train_step(state, batch, rng, ...)`, with the state donated.
 
     Each new batch shape is compiled at its first call. On a mesh, the returned state has the
-    shardings of `state`; without this constraint XLA could choose others at each step.
+    shardings of `state`; without this constraint, XLA could choose other shardings.
 
     Args:
-        train_step: returns (state, metrics).
+        train_step: a function that returns (state, metrics).
         state: the initial state, for its shardings.
         mesh: the device mesh; None if the state is on one device.
 
     Raises:
-        ValueError: when a shape is compiled: the step needs more memory than is free.
+        ValueError: a step needs more memory than is free. Raised by the call that compiles it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -63,7 +63,7 @@ def check_memory(analysis: Any, free: int | None) -> None:
 
     Args:
         analysis: from `compiled.memory_analysis()`, or None if the backend does not provide one.
-            Its arguments are not counted, because they are in memory already.
+            The arguments of the step are not counted, because they are in memory already.
         free: free memory in bytes, or None if unknown.
     """
     if analysis is None or free is None:
@@ -75,4 +75,4 @@ def check_memory(analysis: Any, free: int | None) -> None:
             f"a step needs {needed / GIB:.2f} GiB in addition to the "
             f"{analysis.argument_size_in_bytes / GIB:.2f} GiB of parameters, optimizer state and "
             f"batch, and {free / GIB:.2f} GiB are free; use a smaller batch_size, more "
-            "microbatches (accumulate), remat full, a 16-bit dtype, or more devices (mesh.fsdp)")
+            "microbatches (accumulate), remat='full', a 16-bit dtype, or more devices (mesh.fsdp)")

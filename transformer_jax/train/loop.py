@@ -1,7 +1,7 @@
 """The training loop: runs a train step on batches, and logs, evaluates and saves checkpoints.
 
-The mathematics is in the train step (`train.step`). The loop never makes the devices wait for the
-host: the metrics of a step are read while the next step runs.
+The gradient and the update are computed by the train step (`train.step`). The metrics of a step are
+read while the next step runs, so that the devices do not wait for the host.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ from transformer_jax.train.step import TrainState
 from transformer_jax.train.step_timer import StepTimer
 from transformer_jax.tree import PyTree, flatten_paths
 
-Row = dict[str, float]
+HistoryRow = dict[str, float]
 
 
 class Batches(Protocol):
     """A checkpointable, endless iterator of batches, such as Grain's.
 
-    The state consists of JSON values. `get_state` and `set_state` are needed for checkpoints only.
+    `get_state`, which returns JSON values, and `set_state` are needed for checkpoints only.
     """
 
     def __next__(self) -> PyTree: ...
@@ -45,7 +45,7 @@ class Batches(Protocol):
 
 
 class InFlightStep(NamedTuple):
-    """A step that was dispatched to the devices, and whose metrics are not read yet."""
+    """A step that was dispatched to the devices, and whose metrics have not been read yet."""
 
     step: int  # counted from 1: the number of updates after this step
     batch: PyTree
@@ -70,69 +70,69 @@ def fit(
     replay_step: int | None = None,
     log_every: int = 10,
     writer: Any = None,
-    on_log: Callable[[Row], None] | None = None,
+    on_log: Callable[[HistoryRow], None] | None = None,
     quiet: bool = False,
     tokens_per_batch: int | None = None,
     metadata: Any = None,
     allow_config_mismatch: bool = False,
     profile: tuple[str | Path, int] | None = None,
-) -> tuple[TrainState, list[Row]]:
+) -> tuple[TrainState, list[HistoryRow]]:
     """Trains until the state has received `num_steps` updates, and resumes interrupted runs.
 
     If `checkpoint_dir` contains a checkpoint, the state, the random key and the position in the
     data are restored from the last one that is not corrupted, and the result equals that of an
-    uninterrupted run bit for bit. During the run, `checkpoint_dir` is locked against other runs,
-    and SIGTERM (in a single process also SIGINT) saves a checkpoint and stops (`train.preemption`).
+    uninterrupted run bit for bit. `checkpoint_dir` is locked against other runs. On SIGTERM (in a
+    single process also on SIGINT), a checkpoint is saved and the run stops (`train.preemption`).
 
     Args:
         state: from `train.step.init_state`. It is donated: use the returned state afterwards.
         train_step: from `train.step.make_train_step`, not jitted; it is jitted here, once.
-        batches: an iterator of batches of NumPy arrays; with several hosts, each yields its rows.
-        rng: the random key of the run; None for no randomness. Each step folds in its number.
-        num_steps: total number of updates, including those before a resumption.
+        batches: an iterator of batches of NumPy arrays [B, ...]. With several processes, each
+            process passes the rows of its data shard (`sharding.process_data_shard`).
+        rng: the random key of the run; each step folds its number into it. None: no randomness.
+        num_steps: total number of updates, including those made before the run was resumed.
         mesh: shards the parameters by `sharding.RULES` and the batches over the mesh.
         eval_fn: `eval_fn(params) -> {name: number}`, called every `eval_every` updates and at the
             end (0: at the end only). Its metrics are logged as "eval_<name>".
-        checkpoint_dir: the directory to save checkpoints in, every `save_every` updates and at the
-            end (0: at the end only).
-        keep: number of most recent checkpoints to keep; None keeps all. Averaging needs several.
-        keep_best: a metric of `eval_fn` and "min" or "max": the best checkpoint by this metric is
-            kept too (`checkpointing.best_step`). A checkpoint saved between two evaluations has
-            the metrics of the earlier one.
+        checkpoint_dir: for checkpoints every `save_every` updates (0: none) and after the last one.
+        keep: number of most recent checkpoints to keep; None keeps all.
+        keep_best: (metric of `eval_fn`, "min" or "max"): also keep the checkpoint with the best
+            value in the last evaluation before it was saved (see `checkpointing.best_step`).
         anomaly_policy: what to do about non-finite losses and loss spikes.
-        replay_step: run only this step again, from the last checkpoint before it and on the same
-            batches. The history has only its row, its batch is saved in `checkpoint_dir`, and the
-            checkpoints are not changed.
-        log_every: interval of rows of the history, in updates. The last update has a row too.
+        replay_step: repeat this step, for debugging: train on the same batches from the last
+            checkpoint before it up to this step, without evaluating and without saving checkpoints.
+            The history has only the row of this step, whose batch is saved in `checkpoint_dir`.
+        log_every: a row is added to the history every `log_every` updates and after the last one.
         writer: a `tensorboardX.SummaryWriter`, or an object with `add_scalar(tag, value, step)`.
         on_log: called with each row of the history.
-        quiet: True displays no progress.
-        tokens_per_batch: number of tokens of all hosts, for tokens per second; by default the size
-            of the entry "tokens" of the batch, if it has one.
-        metadata: the config that determines the result, as JSON values; saved with each checkpoint
-            (`checkpointing.load_metadata`) and compared when the run resumes.
+        quiet: whether to disable the progress display.
+        tokens_per_batch: number of tokens in a global batch, for "tokens_per_second". By default,
+            the size of the batch entry "tokens", if there is one, times the number of data shards.
+        metadata: the config of the run, as JSON values; saved with each checkpoint
+            (`checkpointing.load_metadata`). When the run resumes, it must equal the saved one.
         allow_config_mismatch: resume even if `metadata` differs from the saved metadata.
         profile: (folder, number of steps): write a profiler trace of these steps, starting with the
-            third of this call, for TensorBoard or Perfetto. Operations are named after their
-            modules.
+            third of this call, for TensorBoard or Perfetto; operations are named after modules.
 
     Returns:
         The state after `num_steps` updates, and the history of this call. Training rows have
-        "step", the metrics of the step ("loss", "grad_norm", ...), "seconds" and "compilations"
-        since the start of the call, and averages over the updates since the last row, without the
-        time of compilation, evaluation and saving: "seconds_per_step", "data_wait_fraction" (at
-        most this fraction of a step, the devices waited for a batch) and, if the number of tokens
-        is known, "tokens_per_second". Evaluation rows have "step", "seconds" and "eval_" metrics.
+        "step", the metrics of the step ("loss", "grad_norm", ...), the "seconds" and the number of
+        "compilations" since the start of the call, and averages since the previous row, without the
+        time of compilation, evaluation and saving: "seconds_per_step", "data_wait_fraction" (an
+        upper bound of the fraction of the time in which the devices waited for a batch) and, if the
+        number of tokens is known, "tokens_per_second". Evaluation rows have "step", "seconds" and
+        the metrics of `eval_fn`.
 
     Raises:
-        Preempted: a signal was received and a checkpoint is saved; a SystemExit.
-        NonFiniteLossError: a loss or gradient is not finite. The batch is saved in
-            `checkpoint_dir`, and no checkpoint was saved after this step.
-        LossSpikeError: the same for a loss spike, if `anomaly_policy` stops on spikes.
-        ValueError: a number or `anomaly_policy` is out of range; the batches end early or have no
-            `get_state`; the checkpoint does not match the state or was saved with other
+        Preempted: a signal was received, and a checkpoint was saved. A subclass of SystemExit.
+        NonFiniteLossError: a loss or gradient norm is not finite, and the policy is to stop. The
+            batch is saved in `checkpoint_dir`, and no checkpoint was saved after this step.
+        LossSpikeError: the same for a loss spike.
+        BadStepError: a rollback is impossible, because no checkpoint was saved yet.
+        ValueError: an argument is out of range; `batches` ends early or, with `checkpoint_dir`, has
+            no `get_state`; the checkpoint does not match the state or was saved with other
             `metadata`; or a step needs more memory than is free.
-        SaveError: a checkpoint could not be saved; raised at the following step.
+        SaveError: a checkpoint could not be saved; raised during one of the following steps.
         RuntimeError: another run uses `checkpoint_dir`.
 
     Example:
@@ -152,12 +152,12 @@ def fit(
         if value < minimum:
             raise ValueError(f"{name} is {value}; it must be at least {minimum}")
     detector = anomalies.AnomalyDetector(anomaly_policy)
-    needs_checkpoints = [name for name, is_used in (
+    checkpoint_options = [name for name, is_used in (
         ("replay_step", replay_step is not None),
         ("the rollback action of anomaly_policy",
          "rollback" in (anomaly_policy.not_finite, anomaly_policy.on_spike))) if is_used]
-    if needs_checkpoints and checkpoint_dir is None:
-        raise ValueError(f"{needs_checkpoints[0]} needs checkpoints; pass a checkpoint_dir")
+    if checkpoint_options and checkpoint_dir is None:
+        raise ValueError(f"{checkpoint_options[0]} needs checkpoints; pass a checkpoint_dir")
     if replay_step is not None and not 0 < replay_step <= num_steps:
         raise ValueError(f"replay_step is {replay_step}; it must be from 1 to {num_steps}")
     if replay_step is not None:
@@ -188,11 +188,11 @@ def fit(
             anomalies.skip_bad_updates(train_step, anomaly_policy) if anomaly_policy.skips
             else train_step, state, mesh)
         num_data_shards = sharding.process_data_shard(mesh).count
-        history: list[Row] = []
+        history: list[HistoryRow] = []
         pending_save: checkpointing.PendingSave | None = None
         timer = StepTimer()
         in_flight: InFlightStep | None = None
-        eval_metrics: Row = {}
+        eval_metrics: HistoryRow = {}
 
         with (
             contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
@@ -202,7 +202,7 @@ def fit(
             contextlib.ExitStack() as trace,
         ):
 
-            def log(row: Row, kind: str) -> None:
+            def log(row: HistoryRow, kind: str) -> None:
                 row = {**row, "seconds": time.perf_counter() - start_time}
                 history.append(row)
                 seconds_left = (timer.mean_seconds * (num_steps - row["step"])
@@ -246,7 +246,7 @@ def fit(
                     fetch_start = time.perf_counter()
                     batch = _next_batch(batches, step, num_steps)
                     placed = batch if mesh is None else sharding.shard_batch(batch, mesh)
-                    # No step is in flight, or the last one is done: the devices were idle.
+                    # The devices are idle if no step is in flight, or if that step has finished.
                     if (timer.is_running if in_flight is None
                             else in_flight.metrics["loss"].is_ready()):
                         timer.data_wait_seconds += time.perf_counter() - fetch_start
@@ -295,8 +295,8 @@ def fit(
                             pending_save.result()
                         pending_save = checkpointing.save(
                             checkpoint_dir, step, state, rng=rng, metadata=metadata, keep=keep,
-                            data_state={"batches": batches.get_state(),  # keys: stored format
-                                        "health": detector.get_state()},
+                            data_state={"batches": batches.get_state(),
+                                        "health": detector.get_state()},  # stored key names
                             metrics=eval_metrics, keep_best=keep_best, wait=False)
                     if preempted_by:
                         pending_save.result()
@@ -313,10 +313,10 @@ def fit(
 
 def _resume(state: TrainState, rng, batches, detector, checkpoint_dir, metadata,
             allow_config_mismatch: bool, replay_step: int | None):
-    """Restores the last usable checkpoint, if any, and prepares the directory for saving.
+    """Restores the last checkpoint that is not corrupted, if there is one.
 
-    Sets the position of `batches` and the state of `detector`. For `replay_step`, the checkpoint is
-    the last one before that step and the directory is not changed. Returns (state, rng).
+    Also restores `batches` and `detector`, and renames incomplete checkpoints. For `replay_step`,
+    restores the last checkpoint before it and leaves the directory unchanged. Returns (state, rng).
     """
     step = None
     if replay_step is not None:
@@ -371,7 +371,7 @@ def _check_metadata(saved: Any, current: Any, checkpoint_dir: str | Path) -> Non
 
 
 def _place(state: TrainState, mesh: Mesh | None) -> TrainState:
-    """Places the state as the train step returns it, so that the second step does not recompile.
+    """Places a state like the output of a train step, so that the second step is not recompiled.
 
     Without a mesh, arrays from a checkpoint are committed to their device and new arrays are not,
     but all outputs of a step are committed if one of its inputs is.

@@ -62,7 +62,7 @@ def init_state(
 
 
 def _as_terms(value: Any) -> dict[str, Any]:
-    """Returns the dict of terms of a loss; a scalar is a single term with the key ""."""
+    """Returns a dict of the terms of a loss; a scalar becomes a single term with the key ""."""
     return value if isinstance(value, dict) else {"": value}
 
 
@@ -102,7 +102,7 @@ def _split_microbatches(batch: PyTree, num_microbatches: int) -> PyTree:
 def _divide_totals(
     sums: dict, weights: dict, metrics: dict, divide: Callable = _safe_divide
 ) -> dict[str, Any]:
-    """Returns "loss", "<term>_loss" if there are several terms, and each metric, from totals."""
+    """Divides totals by weights: "loss", "<term>_loss" if there are several terms, and metrics."""
     terms = {name: divide(sums[name], weights[name]) for name in sums}
     result = {name: divide(total, weight) for name, (total, weight) in metrics.items()}
     if len(terms) > 1:
@@ -124,28 +124,28 @@ def make_train_step(
     the batch on each device.
 
     Only the trainable subtree is differentiated. Frozen parameters are therefore returned
-    unchanged bit for bit, have no optimizer state, cost no weight gradient and are not part of any
-    norm.
+    unchanged bit for bit, have no optimizer state, need no gradient computation and are not part of
+    the gradient norm.
 
-    The random key of a step is `fold_in(rng, state.step)`. With `axis_name` the device's index, and
-    with `accumulate` above 1 the microbatch's index, are folded in as well. Pass the same `rng` at
-    every step.
+    The random key of a step is `fold_in(rng, state.step)`, so pass the same `rng` at every step.
+    The index of the device (with `axis_name`) and the index of the microbatch (with `accumulate`
+    above 1) are folded in as well.
 
     Args:
         loss_fn: `loss_fn(params, batch, rng) -> (sum, weight, metrics)`; see the module docstring.
-        optimizer: receives only the trainable gradients, parameters and state, with None in place
-            of frozen parameters.
+        optimizer: an Optax transformation. Its gradients, parameters and state are those of the
+            trainable parameters only, with None in place of frozen parameters.
         trainable: a boolean mask with the structure of the parameters; None trains all of them.
         accumulate: number of microbatches that a batch is split into. They are processed one after
-            another, so only one needs memory at a time. The gradient buffer has the size of the
-            trainable parameters.
-        axis_name: the mapped axis over which totals are summed.
+            another, so only the activations of one of them are in memory. The gradients are
+            accumulated in a buffer of the size of the trainable parameters.
+        axis_name: the axis of `jax.pmap` or `jax.shard_map` over which totals are summed.
 
     Returns:
-        `train_step(state, batch, rng) -> (state, metrics)`, where `rng` None disables dropout. The
-        metrics are those of the parameters before the update: "loss", "grad_norm" (of the trainable
-        parameters, before clipping), "<term>_loss" for each term if the loss has several, and each
-        metric of `loss_fn`.
+        `train_step(state, batch, rng) -> (state, metrics)`. `batch` is a tree of arrays [B, ...],
+        and `rng=None` disables dropout. The metrics are computed with the parameters before the
+        update: "loss", "grad_norm" (of the trainable parameters, before clipping), "<term>_loss"
+        for each term if the loss has several, and each metric of `loss_fn`.
 
     Raises:
         ValueError: `accumulate` is below 1, `trainable` selects no parameter, or (when the step is
@@ -171,7 +171,7 @@ def make_train_step(
         return values if axis_name is None else jax.lax.psum(values, axis_name)
 
     def to_varying(values: PyTree) -> PyTree:
-        """Marks values as varying over devices, so that their gradients are not summed yet."""
+        """Marks values as varying over devices, so that JAX does not sum their gradients."""
         return values if axis_name is None else jax.lax.pcast(values, axis_name, to="varying")
 
     def compute_grads(
@@ -180,7 +180,8 @@ def make_train_step(
     ):
         """Returns (grads, (sums, weights, metrics)) of these rows, not summed over devices.
 
-        `weights` are the total weights to divide by; None if these are all rows of the device.
+        `weights` are the total weights to divide by. None computes them from these rows, which must
+        then be all rows of the device.
         """
 
         def objective(trainable_params: PyTree) -> tuple[jax.Array, tuple]:
@@ -194,11 +195,11 @@ def make_train_step(
         return jax.grad(objective, has_aux=True)(trainable_params)
 
     def accumulate_grads(trainable_params: PyTree, frozen_params: PyTree, batch: PyTree, rng: Any):
-        """Like `compute_grads`, summed over microbatches.
+        """Like `compute_grads`, but computed one microbatch at a time and summed.
 
         The total weights must be known before the first gradient, so `loss_fn` is called once on
-        all rows. Its sums are not used, so XLA removes that forward pass and keeps only the
-        computation of the weights.
+        all rows. The sums that it returns are not used, so XLA removes that forward pass and keeps
+        only the computation of the weights.
         """
         params = tree.combine(trainable_params, frozen_params)
         weights = sum_over_devices(loss_and_metrics(loss_fn, params, batch, rng)[1])
@@ -237,7 +238,7 @@ def make_train_step(
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[PyTree, PyTree], tuple[dict, dict, dict]]:
-    """Makes a function that computes the totals of one batch, without dropout.
+    """Makes a function that computes the loss sums and weights of one batch, without dropout.
 
     Args:
         loss_fn: as in `make_train_step`.
@@ -245,7 +246,7 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[PyTree, PyTree], tuple[dict, di
     Returns:
         `eval_step(params, batch) -> (sums, weights, metrics)`. `sums` and `weights` have one entry
         per term of the loss (the key "" if there is a single term), and `metrics` has (sum, weight)
-        pairs. They are not divided: add them over all batches first, as `evaluate` does.
+        pairs. Add all of them over the batches before dividing, as `evaluate` does.
     """
     return lambda params, batch: loss_and_metrics(loss_fn, params, batch, None)
 
@@ -284,7 +285,7 @@ def evaluate(
     """
     compiled = jax.jit(eval_step)
     totals: PyTree = None
-    pending: PyTree = None  # computed while the host prepares the next batch
+    pending: PyTree = None  # result that is computed while the host prepares the next batch
 
     def add(result: PyTree) -> PyTree:
         result = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(result))

@@ -3,11 +3,11 @@
 Layer-wise learning rates, gradual unfreezing, decay toward the pre-trained parameters, an
 exponential moving average of the parameters, and gradient clipping.
 
-Each transformation is given the tree of trainable parameters, with None in place of frozen ones,
+Each transformation receives the tree of trainable parameters, with None in place of frozen ones,
 and selects parameters by their paths. `optimizers.make_optimizer` combines the transformations.
 
-The field names of the state tuples, and the labels of `gradual_unfreezing`, are paths in saved
-checkpoints: do not rename them.
+The field names of the state tuples, and the group labels of `gradual_unfreezing`, are parts of the
+paths in saved checkpoints: do not rename them.
 """
 
 import re
@@ -46,7 +46,7 @@ def layer_depths(params: PyTree) -> tuple[dict[str, int], int]:
     """Returns the depth of each parameter by path, and the number of layers L.
 
     The depth is 0 for embeddings and prompts, i + 1 in layer i (its PEFT parameters included), and
-    L + 1 above the layers and for the embeddings of added tokens.
+    L + 1 for parameters above the layers, such as heads, and for the embeddings of added tokens.
 
     In an encoder-decoder, the layers of the decoder are numbered after those of the encoder, and
     the final norm of the encoder has the depth of its last layer. Frozen parameters (None) have no
@@ -89,9 +89,9 @@ def layerwise_lr_multipliers(
     head_lr_multiplier: float,
     head_pattern: str = HEAD_PARAMS,
 ) -> PyTree:
-    """Returns the factor of the learning rate of each parameter (discriminative fine-tuning).
+    """Returns the learning-rate multiplier of each parameter (discriminative fine-tuning).
 
-    With the depth d of a parameter and L layers (`layer_depths`), the factor is
+    With the depth d of a parameter and L layers (`layer_depths`), the multiplier is
 
         layer_decay^(L + 1 - d) * (head_lr_multiplier if the path matches head_pattern else 1)
 
@@ -100,9 +100,9 @@ def layerwise_lr_multipliers(
 
     Args:
         params: the trainable parameters.
-        layer_decay: ratio of the learning rates of a layer and the layer above it; None is 1.
-        head_lr_multiplier: additional factor of the head.
-        head_pattern: a regular expression that is searched in the paths.
+        layer_decay: ratio of the learning rates of a layer and the layer above it; None means 1.
+        head_lr_multiplier: additional factor for the head.
+        head_pattern: a regular expression that is searched in the paths and matches the head.
 
     Example:
         >>> layerwise_lr_multipliers(
@@ -119,7 +119,7 @@ def layerwise_lr_multipliers(
 
 
 def scale_by_path(factors: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
-    """Multiplies each update by a factor of its own: u <- f u.
+    """Multiplies each update u by its own factor f: u <- f u.
 
     Args:
         factors: `factors(updates)` returns a tree of numbers with the structure of the updates.
@@ -135,11 +135,11 @@ def scale_by_path(factors: Callable[[PyTree], PyTree]) -> optax.GradientTransfor
 
 
 def unfreeze_steps(params: PyTree, every: int) -> PyTree:
-    """Returns the update at which each parameter is unfrozen (ULMFiT, section 3.3).
+    """Returns the number of the update at which each parameter is unfrozen (ULMFiT, section 3.3).
 
-    0 for the greatest depth with trainable parameters, usually the classifier and the other
-    parameters above the layers; then one more layer every `every` updates, from the top down, and
-    the embeddings last. Layers without trainable parameters are skipped.
+    The trainable parameters of the greatest depth, usually those above the layers, are unfrozen at
+    update 0. Then one more layer is unfrozen every `every` updates, from the top down, and the
+    embeddings last. Layers without trainable parameters are skipped.
 
     Example:
         >>> unfreeze_steps(
@@ -155,11 +155,11 @@ class FrozenState(NamedTuple):
     """State of `frozen_until` and `gradual_unfreezing`."""
 
     count: jax.Array  # int32[], updates so far
-    inner: Any
+    inner: Any  # state of the inner transformation
 
 
 def frozen_until(inner: optax.GradientTransformation, start: int) -> optax.GradientTransformation:
-    """Applies `inner` from update `start` on; before, updates are zero and its state is constant.
+    """Applies `inner` from update `start` on. Earlier updates are zero and do not change its state.
 
     The moments of `inner` and their bias correction therefore start with the first gradient that
     is used.
@@ -185,7 +185,7 @@ def gradual_unfreezing(
 ) -> optax.GradientTransformation:
     """Unfreezes one more layer, from the top down, every `every` updates (ULMFiT, section 3.3).
 
-    A parameter that is unfrozen at update s (`unfreeze_steps`) has at update t the update
+    The t-th update of a parameter that is unfrozen at update s (`unfreeze_steps`) is
 
         0                             if t < s
         inner(clip(g_t, clip_norm))   if t >= s
@@ -195,7 +195,7 @@ def gradual_unfreezing(
 
     Args:
         inner: the transformation of the unfrozen parameters, such as Adam.
-        every: the number of updates between two layers.
+        every: the number of updates after which the next layer is unfrozen.
         clip_norm: the global norm that gradients are clipped to; None does not clip.
     """
 
@@ -249,10 +249,10 @@ def l2_sp(
     decoupled as in AdamW: place this transformation after the moments and before the learning rate.
 
     Args:
-        rate: decay of pre-trained parameters, including biases and norms, because they all have a
-            pre-trained value.
-        new_rate: decay of new parameters.
-        mask: `mask(params)` selects the new parameters that decay.
+        rate: decay rate of pre-trained parameters, including biases and norms, because they all
+            have a pre-trained value.
+        new_rate: decay rate of new parameters.
+        mask: `mask(params)` returns a tree of booleans, True for the new parameters that decay.
         new_pattern: a regular expression that is searched in the paths and matches new parameters.
             The pooler of an encoder-decoder is new as well.
     """
@@ -290,8 +290,8 @@ def params_ema(decay: float) -> optax.GradientTransformation:
 
         a_0 = p_0,   a_t = decay a_{t-1} + (1 - decay) p_t
 
-    It starts at the initial parameters, so it needs no bias correction. The updates are unchanged.
-    Place this transformation last in a chain, and get the average with `get_ema_params`.
+    The average starts at the initial parameters, so it needs no bias correction. The updates are
+    unchanged. Place this transformation last in a chain, and get the average with `get_ema_params`.
 
     Args:
         decay: in (0, 1).
@@ -316,7 +316,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
 
 
 def get_ema_params(opt_state: PyTree) -> PyTree | None:
-    """Returns the average of `params_ema` in an optimizer state, or None if there is none.
+    """Returns the parameter average in the state of an optimizer with `params_ema`, else None.
 
     Frozen parameters are None in the average.
     """
@@ -335,10 +335,9 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
     Pascanu et al. 2013, "On the difficulty of training recurrent neural networks", algorithm 1.
 
-    The result is that of `optax.clip_by_global_norm`, but computed with one factor for all leaves:
-    XLA fuses a multiplication into each use of the gradients, whereas it computes Optax's division
-    once and stores the result, a copy of all gradients (GPT-2 on a CPU: 2 % of the step's time and
-    0.15 GB).
+    Equal to `optax.clip_by_global_norm`, but all gradients are multiplied by one factor. XLA fuses
+    this multiplication into each use of the gradients. For Optax's division it stores a clipped
+    copy of all gradients, which for GPT-2 on a CPU takes 2 % of the step's time and 0.15 GB.
 
     Example:
         >>> clip = clip_by_global_norm(1.0)

@@ -89,7 +89,7 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
 
 
 def load(config: str, split: str, data_dir: str | Path | None = None) -> MappedDataset:
-    """Loads a split of a config with random access; the first use builds the dataset in seconds.
+    """Loads a split of a config with random access. The first call builds the dataset in seconds.
 
     Args:
         config: "documents" with the features "name" and "text", "topics" with "text" and "label",
@@ -158,6 +158,6 @@ def _code_version() -> str:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Suppresses the progress bars and messages of TFDS, which a build of seconds does not need."""
+    """Suppresses the progress bars and messages of TFDS, because a build takes only seconds."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

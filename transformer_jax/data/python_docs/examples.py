@@ -45,10 +45,12 @@ class CleanDocstring(NamedTuple):
 
 
 def assign_split(key: str, shares: tuple[float, float]) -> str:
-    """Returns the split of an example by a hash of its key, the same in every Python and every run.
+    """Returns the split of an example, which is determined by a hash of its key.
+
+    The split does not depend on the Python version, and is the same in every run.
 
     Args:
-        key: what identifies the example.
+        key: a text that identifies the example.
         shares: shares of the validation and the test split.
 
     Example:
@@ -118,8 +120,8 @@ def topics() -> dict[str, list[dict]]:
             original.setdefault(key, text)
     count = dict.fromkeys(TOPICS, 0)
     splits: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    # A hash order decides which texts of a large class are kept. The prefix makes it independent of
-    # the hash that decides the split.
+    # Texts are sorted by a hash, so that a pseudo-random sample of a large class is kept. The
+    # prefix makes this hash independent of the hash that determines the split.
     for key in sorted(labels, key=lambda key: hashlib.sha1(b"order" + key.encode()).digest()):
         topic, *others = labels[key]
         if not others and count[topic] < MAX_PER_TOPIC:

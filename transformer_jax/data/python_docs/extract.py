@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Folders of tests, tools, and data stored as code. Folders whose names are no identifiers, such as
-# site-packages and lib-dynload, do not belong to the library and are skipped as well.
+# Folders of tests, tools, and data stored as code. Folders whose names are not Python identifiers,
+# such as site-packages and lib-dynload, do not belong to the library and are skipped as well.
 SKIPPED = frozenset((
     "__pycache__", "ensurepip", "idle_test", "lib2to3", "pydoc_data", "test", "tests", "turtledemo",
 ))
 
 
 class Docstring(NamedTuple):
-    """A docstring and its owner.
+    """A docstring and the module, class or function that it documents.
 
     Attributes:
         module: dotted name of the module, as "email.message".
@@ -37,7 +37,7 @@ def docstrings(root: Path | None = None) -> Iterator[Docstring]:
     r"""Yields all docstrings of a folder, ordered by file and line.
 
     Args:
-        root: the folder; that of the standard library if None.
+        root: the folder; the standard library if None.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""English sentences from docstrings in reStructuredText: removes markup, code and tables."""
+"""Extraction of English sentences from reStructuredText, without markup, code and tables."""
 
 import re
 from collections.abc import Iterator
@@ -34,7 +34,8 @@ def paragraphs(text: str) -> list[list[str]]:
 
 def _blocks(text: str) -> Iterator[str]:
     """Yields paragraphs and list items, each on one line, without code and signatures."""
-    literal_indent = None  # indent of a paragraph that ends with "::"; its literal block is deeper
+    # Indent of the last paragraph if it ends with "::". Its literal block has a larger indent.
+    literal_indent = None
     for chunk in re.split(r"\n\s*\n", text.expandtabs()):
         lines = [line.rstrip() for line in chunk.split("\n") if line.strip()]
         if not lines:

@@ -1,0 +1,211 @@
+"""Outputs of a run: recorded predictions, and what its model computes for a text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from transformer_jax.generation import fill_mask, generate
+from transformer_jax.models import BART, BERT, GPT, Transformer
+from transformer_jax.pretrained.runs import LoadedRun
+from transformer_jax.report import html, plots
+from transformer_jax.report.summary import display_name
+
+DEFAULT_TEXT = "Return the number of bytes that were written to the file."
+MAX_TOKENS = 20  # of the text whose attention is shown
+MAX_NEW_TOKENS = 60
+MAX_ROWS = 8  # of a table of predictions
+
+
+# Recorded predictions -----------------------------------------------------------------------------
+
+
+def prediction_table(lines: Sequence[Mapping[str, Any]]) -> html.Html:
+    """Returns the first predictions of a run, of any task type, as a table.
+
+    Args:
+        lines: objects of `predictions.jsonl` or `translations.jsonl`.
+    """
+    if not lines:
+        return html.Html("")
+    rows = [_prediction_row(line) for line in lines[:MAX_ROWS]]
+    note = f"The first {len(rows)} of {len(lines):,}." if len(lines) > len(rows) else ""
+    return html.Html(
+        html.table(list(rows[0]), [list(row.values()) for row in rows])
+        + (f'<p class="note">{note}</p>' if note else ""))
+
+
+def _prediction_row(line: Mapping[str, Any]) -> dict[str, Any]:
+    if "translation" in line:
+        return {name: line[name] for name in ("source", "translation", "target")}
+    row: dict[str, Any] = {"id": str(line["id"])} if "id" in line else {}
+    if "words" in line:  # token classification
+        return row | {"words and their tags": _tagged(line["words"], line["tags"])}
+    row["prediction"] = line.get("prediction", "")
+    if "target" in line:
+        return row | {"target": line["target"]}
+    if "no_answer" in line:  # question answering
+        return row | {"prediction": row["prediction"] or "(no answer)", "score": line["score"]}
+    row["label"] = line.get("label")
+    probabilities = [p for name, p in line.items() if name.startswith("p(")]
+    if not probabilities:  # regression
+        return row
+    is_correct = row["prediction"] == row["label"]
+    return row | {"probability": max(probabilities), "": "" if is_correct else "wrong"}
+
+
+def _tagged(words: Sequence[str], tags: Sequence[str]) -> html.Html:
+    """Returns a text in which words that have a tag other than "O" are followed by it."""
+    return html.Html(" ".join(
+        html.escape(word) if tag == "O" else f"<b>{html.escape(word)}</b> [{html.escape(tag)}]"
+        for word, tag in zip(words, tags)))
+
+
+def records_table(rows: Sequence[Mapping[str, Any]]) -> html.Html:
+    """Returns a table of dicts, such as the cells of a sweep; "x_std" is shown beside "x".
+
+    Nested values are left out, and the score of a sweep, which is there by its own name too.
+    """
+    names = [name for name, value in rows[0].items()
+             if not name.endswith("_std") and not isinstance(value, list | dict)
+             and name not in ("score", "seconds_per_step")]
+    return html.table([display_name(name) for name in names],
+                      [[_with_deviation(row, name) for name in names] for row in rows])
+
+
+def _with_deviation(row: Mapping[str, Any], name: str) -> Any:
+    value, deviation = row.get(name), row.get(f"{name}_std")
+    if deviation is None or not isinstance(value, int | float):
+        return value
+    return f"{html.format_score(value)} ± {html.format_score(deviation)}"
+
+
+# A text -------------------------------------------------------------------------------------------
+
+
+def sample(run: LoadedRun, text: str) -> html.Html:
+    """Returns what a model with a pre-training or seq2seq head generates for a text.
+
+    GPT continues it, BERT fills a mask in its middle, BART restores a masked word, and the
+    Transformer generates a target. A model with a task head generates nothing.
+    """
+    model, params, tokenizer, _ = run
+    ids = _encode(run, text)
+    if not ids or model.num_classes or "prompt" in params:  # a KV cache has no slots for a prompt
+        return html.Html("")
+    given = tokenizer.decode(ids)
+    if isinstance(model, GPT):
+        limit = min(MAX_NEW_TOKENS, model.config.max_length - len(ids))
+        [row] = generate(model, params, [ids], max_new_tokens=limit)
+        return _labeled({"continuation": _continuation(given, tokenizer.decode(row.tolist()))})
+    if isinstance(model, BERT):
+        return _filled_mask(run, ids)
+    limit = min(MAX_TOKENS, model.config.max_length - 1)
+    if isinstance(model, BART) and tokenizer.mask_id is not None:
+        ids = _masked(ids, tokenizer.mask_id)
+        given = tokenizer.decode(ids, skip_special_tokens=False)
+    source = _source(run, ids)
+    [row] = generate(model, params, [source], max_new_tokens=limit)
+    return _labeled({"source": given, "generated": tokenizer.decode(row.tolist())})
+
+
+def _encode(run: LoadedRun, text: str) -> list[int]:
+    return list(run.tokenizer.encode(text)[: min(MAX_TOKENS, run.model.config.max_length // 2)])
+
+
+def _source(run: LoadedRun, ids: Sequence[int]) -> list[int]:
+    """Returns the source tokens of an encoder-decoder."""
+    prefix = [run.tokenizer.cls_id] if isinstance(run.model, BART) else []
+    return [*prefix, *ids, run.tokenizer.sep_id]
+
+
+def _masked(ids: Sequence[int], mask_id: int) -> list[int]:
+    middle = len(ids) // 2
+    return [*ids[:middle], mask_id, *ids[middle + 1 :]]
+
+
+def _labeled(texts: Mapping[str, str]) -> html.Html:
+    return html.Html("".join(
+        f'<p class="note">{html.escape(name)}</p><pre>{html.escape(text)}</pre>'
+        for name, text in texts.items()))
+
+
+def _continuation(prompt: str, text: str) -> html.Html:
+    """Returns a generated text with its prompt in bold type."""
+    if not text.startswith(prompt):
+        return html.escape(text)
+    return html.Html(f"<b>{html.escape(prompt)}</b>{html.escape(text[len(prompt):])}")
+
+
+def _filled_mask(run: LoadedRun, ids: Sequence[int]) -> html.Html:
+    """Returns the most probable words at a mask in the middle of the text."""
+    model, params, tokenizer, _ = run
+    if tokenizer.mask_id is None or "mlm_head" not in params:
+        return html.Html("")
+    masked = _masked(ids, tokenizer.mask_id)
+    row = [tokenizer.cls_id, *masked, tokenizer.sep_id]
+    [mask] = fill_mask(model, params, row, mask_id=tokenizer.mask_id)
+    words = [tokenizer.decode([int(i)]).strip() for i in mask.token_ids]
+    table = html.table(["word", "probability"], [
+        [word, float(p)] for word, p in zip(words, mask.probabilities)])
+    text = _labeled({"masked text": tokenizer.decode(masked, skip_special_tokens=False)})
+    return html.Html(text + table)
+
+
+# Attention ----------------------------------------------------------------------------------------
+
+
+def attention_figures(run: LoadedRun, text: str) -> list[html.Html]:
+    """Returns attention maps of the first and the last layer for a text, as the mean over heads.
+
+    Only the body of the model is applied, so that every head, or none, may be there.
+    """
+    ids = _encode(run, text)
+    if not ids:
+        return []
+    figures = []
+    for name, (weights, queries, keys) in _attention(run, ids).items():
+        if not weights or weights[0] is None:
+            continue
+        words, others = (None if row is None else _words(run, row) for row in (queries, keys))
+        for layer in sorted({0, len(weights) - 1}):
+            maps = {"": np.asarray(weights[layer])[0].mean(0)}
+            figures.append(html.plot(
+                lambda path, maps=maps, words=words, others=others: plots.attention(
+                    path, maps, words, others, cell_size=0.18), f"{name}, layer {layer}"))
+    return figures
+
+
+def _attention(run: LoadedRun, ids: list[int]) -> dict[str, tuple]:
+    """Returns kind of attention -> (weights of each layer, query tokens, key tokens or None)."""
+    model, params, tokenizer, _ = run
+
+    def apply(*inputs: Any, method: str) -> Any:
+        arrays = [np.array([row], np.int32) for row in inputs]
+        return jax.jit(lambda params: model.apply({"params": params}, *arrays, method=method))(
+            params)
+
+    if isinstance(model, GPT):
+        return {"self-attention": (apply(ids, method="decode").attention, ids, None)}
+    if isinstance(model, BERT):
+        row = [tokenizer.cls_id, *ids, tokenizer.sep_id]
+        return {"self-attention": (apply(row, method="encode").attention, row, None)}
+    assert isinstance(model, Transformer)
+    source = _source(run, ids)
+    if model.num_classes:  # the decoder of a model with a task head has the same input
+        target = [model.config.decoder_start_token_id or 0, *source[:-1]]
+    else:
+        limit = min(MAX_TOKENS, model.config.max_length - 1)
+        [row] = generate(model, params, [source], max_new_tokens=limit)
+        target = row.tolist()
+    encoder, decoder = apply(source, target, method="encode_decode")
+    return {"encoder self-attention": (encoder.attention, source, None),
+            "decoder self-attention": (decoder.attention, target, None),
+            "cross-attention": (decoder.cross_attention, target, source)}
+
+
+def _words(run: LoadedRun, ids: Sequence[int]) -> list[str]:
+    """Returns the text of each token, as labels of an axis."""
+    words = [run.tokenizer.decode([int(i)], skip_special_tokens=False) for i in ids]
+    return [word.strip().replace("\n", " ") or "·" for word in words]
