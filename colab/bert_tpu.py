@@ -60,7 +60,7 @@ SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # a few ste
 ON_CPU = jax.devices()[0].platform == "cpu"
 if ON_CPU:
     size = {"num_layers": 2, "d_model": 128, "num_heads": 4, "mlp_dim": 512}
-    NUM_STEPS, BATCH_SIZE, MAX_LENGTH, PEAK_LR = 800, 32, 48, 3e-3
+    NUM_STEPS, BATCH_SIZE, MAX_LENGTH, PEAK_LR = 1800, 32, 48, 3e-3
 else:
     size = {"num_layers": 4, "d_model": 512, "num_heads": 8, "mlp_dim": 2048, "dtype": "bfloat16"}
     NUM_STEPS, BATCH_SIZE, MAX_LENGTH, PEAK_LR = 2000, 256, 128, 1e-3
@@ -117,10 +117,11 @@ Image("runs/bert/loss.png")
 # %%
 model, params, tokenizer, _ = load_run("runs/bert")
 rows = corpus.make_objective_rows(config, data.load_source(config.data, "validation"), tokenizer)
-batch = rows.evaluation_batches(batch_size=3, max_batches=1)[0]
-relation = ["B follows A", "B is from another document"]
-for tokens, padding_mask, label in zip(batch["tokens"], batch["padding_mask"], batch["nsp_labels"]):
-    print(f"[{relation[label]}] {tokenizer.decode(tokens[padding_mask], skip_special_tokens=False)}\n")
+batch = rows.evaluation_batches(batch_size=8, max_batches=1)[0]
+for i, label in enumerate(["B follows A", "B is from another document"]):
+    row = np.argmax(batch["nsp_labels"] == i)
+    tokens = batch["tokens"][row][batch["padding_mask"][row]]
+    print(f"[{label}] {tokenizer.decode(tokens, skip_special_tokens=False)}\n")
 
 # %% [markdown]
 # ## 5. Sharded parameters

@@ -50,7 +50,8 @@ from transformer_jax.finetuning import peft
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # a few steps, for the tests
 MODEL = os.environ.get("MODEL", "openai-community/gpt2")
 PROMPT = os.environ.get("PROMPT", "The Transformer is")
-EXAMPLES, STEPS, NEW_TOKENS = (16, 2, 4) if SMALLEST else (2000, 150, 40)
+PEAK_LR = float(os.environ.get("PEAK_LR", 1e-3))
+EXAMPLES, STEPS, NEW_TOKENS = (16, 2, 4) if SMALLEST else (2000, 300, 40)
 
 model, base_params, tokenizer = load_pretrained(MODEL)
 print(f"{MODEL}: {model.config.num_layers} layers of width {model.config.d_model}, "
@@ -95,19 +96,19 @@ topics = data.load_dataset("python_docs/topics", validation="test")
 pairs, held_out = ([{"source": topics.label_names[e["label"]], "target": e["text"]} for e in split]
                    for split in (topics.train, topics.validation))
 for pair in pairs[:3]:
-    print(pair)
+    print(f"{pair['source']}: {pair['target'][:80]!r} ...")
 
 # %% [markdown]
 # ## 3. Fine-tuning with LoRA
 #
 # `lora:8:all` adds a trainable update of rank 8 to the kernel of every linear layer. After training,
-# `finetune` generates completions for the validation examples and scores them by ROUGE, which is low
-# here by nature: many docstrings fit a topic.
+# `finetune` generates completions for the validation examples and scores them by ROUGE. The score is
+# low, because many docstrings fit a topic.
 
 # %%
 result = finetune(
     (model, base_params, tokenizer), pairs, validation=held_out[: 4 if SMALLEST else 32],
-    task_type="seq2seq", trainable="lora:8:all", examples=EXAMPLES, num_steps=STEPS, peak_lr=2e-3,
+    task_type="seq2seq", trainable="lora:8:all", examples=EXAMPLES, num_steps=STEPS, peak_lr=PEAK_LR,
     max_length=48 if SMALLEST else 96, target_length=8 if SMALLEST else 64, num_beams=1,
     out="runs/lora")
 Image("runs/lora/loss.png")

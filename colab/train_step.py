@@ -62,14 +62,7 @@ import numpy as np
 from IPython.display import Image, Markdown
 from jax.sharding import PartitionSpec as P
 
-from transformer_jax import (
-    GPT,
-    init_params,
-    make_train_step,
-    presets,
-    sharding,
-    trainable_mask,
-)
+from transformer_jax import GPT, init_params, make_train_step, presets, sharding, trainable_mask
 from transformer_jax.objectives import causal_lm
 from transformer_jax.report import plots
 from transformer_jax.train import init_state, make_optimizer

@@ -10,7 +10,7 @@ Hardware and time: python_docs/topics with the quickstart's models takes under a
 `--trainable` is a trainable spec (`finetuning.select`), such as full, head, last_k:2, bitfit,
 lora:8 or adapter:64, joined by "+"; the printed table shows the trainable parameters. The task type
 is inferred from the columns: classes, scores, choices, tags of words, answers to questions, or
-target texts. `--training.frozen-dtype` stores frozen parameters in bfloat16 or int8.
+target texts. `--frozen-dtype` stores frozen parameters in bfloat16 or int8.
 
 `--out` gets `results.json` with the scores and the held-out pre-training loss before and after;
 `predictions.jsonl` with a line for each example, and for answers `predictions.json` in SQuAD's
@@ -25,6 +25,6 @@ from transformer_jax.recipes.finetuning import FinetuneConfig, finetune
 from transformer_jax.recipes.run_dir import setup
 
 if __name__ == "__main__":
-    config = tyro.cli(configs.flat(FinetuneConfig), description=__doc__)
+    config = tyro.cli(configs.flat(FinetuneConfig, "dataset", "training"), description=__doc__)
     setup()
     finetune(config)

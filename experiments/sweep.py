@@ -19,6 +19,6 @@ from transformer_jax.recipes.sweep import SweepConfig, sweep
 
 if __name__ == "__main__":
     config = tyro.extras.overridable_config_cli(
-        configs.load_flat(SweepConfig), description=__doc__)
+        configs.load_flat(SweepConfig, "dataset"), description=__doc__)
     setup()
     sweep(config)

@@ -45,7 +45,7 @@ REPLACED = {
     r"\bold skill\b": "pre-training task",
     r"\bwith_what_is_new\b|\bwhat is new\b": "newly initialized modules",
     # Data.
-    r"\bannotated\b": "labeled",
+    r"(?-i:\bannotated\b)": "labeled",
     r"\bfew_labels\b": "subsample_balanced",
     r"\bsentence_pieces\b": "split_sentences",
     r"\bthin face\b": "thin wrapper",

@@ -1,6 +1,6 @@
 """The encoder-decoder Transformer, GPT, BERT and BART in JAX, as pure functions.
 
-Models are pre-trained on plain text and fine-tuned on the parameters that a mask selects.
+Models can be pre-trained on plain text and fine-tuned; a mask selects the trainable parameters.
 Parameters are nested dicts of arrays; a training step is `(state, batch, rng) -> (state, metrics)`.
 Public names are imported when they are first used: `import transformer_jax` does not import JAX.
 """

@@ -1,21 +1,21 @@
-"""Errors of a user's input, and suggestions for their messages."""
+"""Errors in user input, and "did you mean" suggestions for error messages."""
 
 import difflib
 import traceback
 from collections.abc import Iterable
 
 USER_ERRORS = (ValueError, OSError, ModuleNotFoundError, FloatingPointError)
-"""The exceptions that commands report in one line: a value that is out of range, a file that is
-missing or damaged, an optional dependency that is not installed, a loss that is not finite."""
+"""Exceptions that commands report in one line, without a traceback: a value is out of range, a file
+is missing or corrupted, an optional dependency is not installed, or a loss is not finite."""
 
 _NUMERICAL_LIBRARIES = {"jax", "jaxlib", "flax", "optax"}
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether an exception is an error of the user's input, as opposed to a bug.
+    """Returns whether an exception is an error in user input, as opposed to a bug.
 
-    A ValueError that JAX, Flax or Optax raises is a bug, because settings and data are checked
-    before they are called; so is a missing module of this package.
+    A ValueError raised by JAX, Flax or Optax is a bug, because settings and data are checked before
+    these libraries are called. A missing module of this package is a bug too.
 
     Example:
         >>> is_user_error(FileNotFoundError("corpus.txt does not exist"))
@@ -33,7 +33,7 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns the end of an error message about an unknown name: similar known names, or all.
+    """Returns a suggestion for an error message about an unknown name: similar names, or all names.
 
     Example:
         >>> did_you_mean("casual_lm", ["causal_lm", "mlm_nsp"])

@@ -1,7 +1,7 @@
-"""File manifests with SHA-256 checksums, and JSON files.
+"""Manifests with the SHA-256 checksums of the files in a folder, and JSON files.
 
-Every complete checkpoint has a manifest. Orbax detects a missing file by itself, but not a flipped
-bit in an array. The tokenizer of a run has a manifest too.
+Every complete checkpoint has a manifest, because Orbax detects missing files but not bit errors in
+arrays. The tokenizer of a run has a manifest too.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ MANIFEST = "digests.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes the manifest of a folder: the SHA-256 of each file.
+    """Writes the manifest of a folder: the SHA-256 checksum of each file in it.
 
     The manifest is written atomically, so it is either complete or absent.
 
@@ -39,12 +39,15 @@ def write_manifest(folder: Path) -> None:
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether a folder has a manifest, which is written after all of its other files."""
+    """Returns whether a folder has a manifest.
+
+    The manifest is written last, so a folder that has one is complete.
+    """
     return (folder / MANIFEST).is_file()
 
 
 def verify_manifest(folder: Path, allow_extra_files: bool = False) -> str | None:
-    """Compares the files of a folder with its manifest.
+    """Compares the files in a folder with the checksums in its manifest.
 
     Args:
         folder: a folder with a manifest.
@@ -91,7 +94,7 @@ def parse_json(data: bytes) -> Any:
     """Parses UTF-8 encoded JSON.
 
     Raises:
-        ValueError: the data is not valid JSON, or is nested too deeply. The message is one line.
+        ValueError: the data is not valid JSON, or is nested too deeply. The message has one line.
 
     Example:
         >>> parse_json(b'{"vocab_size": 100}')

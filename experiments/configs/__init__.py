@@ -19,18 +19,24 @@ def load(kind: type) -> dict[str, tuple[str, object]]:
     return {n: (title, config) for n, (title, config) in found.items() if isinstance(config, kind)}
 
 
-def flat(kind: type) -> type:
-    """Returns `kind` with flags of its `dataset` without a prefix: --data, not --dataset.data."""
-    (dataset,) = (f for f in dataclasses.fields(kind) if f.name == "dataset")
-    annotation = Annotated[dataset.type, tyro.conf.arg(name="")]
+def flat(kind: type, *nested: str) -> type:
+    """Returns the dataclass `kind` with fields whose flags have no prefix.
+
+    Args:
+        kind: a config of a recipe.
+        nested: names of nested configs, such as "dataset": --data instead of --dataset.data.
+    """
+    types = {f.name: f.type for f in dataclasses.fields(kind)}
     return dataclasses.make_dataclass(
-        kind.__name__, [("dataset", annotation, dataclasses.field(default_factory=dataset.type))],
+        kind.__name__,
+        [(name, Annotated[types[name], tyro.conf.arg(name="")],
+          dataclasses.field(default_factory=types[name])) for name in nested],
         bases=(kind,), frozen=True, kw_only=True)
 
 
-def load_flat(kind: type) -> dict[str, tuple[str, object]]:
-    """Returns `load(kind)` with settings of the type `flat(kind)`."""
-    flat_kind = flat(kind)
+def load_flat(kind: type, *nested: str) -> dict[str, tuple[str, object]]:
+    """Returns `load(kind)` with settings of the type `flat(kind, *nested)`."""
+    flat_kind = flat(kind, *nested)
     return {name: (title, flat_kind(**{f.name: getattr(config, f.name)
                                        for f in dataclasses.fields(config)}))
             for name, (title, config) in load(kind).items()}

@@ -18,17 +18,17 @@ def test_scripts_have_at_most_60_lines(path):
     assert len(path.read_text().splitlines()) <= 60
 
 
-def test_flags_of_the_dataset_have_no_prefix():
-    config = tyro.cli(configs.flat(FinetuneConfig), args=[
+def test_flags_of_nested_configs_have_no_prefix():
+    config = tyro.cli(configs.flat(FinetuneConfig, "dataset", "training"), args=[
         "--pretrained", "gpt2", "--data", "reviews.csv", "--columns", "text", "review",
-        "--trainable", "lora:8", "--training.max-length", "128", "--mesh.fsdp", "2"])
+        "--trainable", "lora:8", "--max-length", "128", "--mesh.fsdp", "2"])
     assert isinstance(config, FinetuneConfig)
     assert config.dataset.data == "reviews.csv" and config.dataset.columns == {"text": "review"}
     assert config.training.max_length == 128 and config.mesh.fsdp == 2
 
 
 def test_flags_change_a_config():
-    loaded = configs.load_flat(SweepConfig)
+    loaded = configs.load_flat(SweepConfig, "dataset")
     config = tyro.extras.overridable_config_cli(loaded, args=[
         "sst2", "--data", "other", "--training.optimizer.peak-lr", "0.5"])
     default = configs.load(SweepConfig)["sst2"][1]

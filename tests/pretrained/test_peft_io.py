@@ -161,14 +161,14 @@ def test_unsupported_adapters_are_rejected(change, message, tmp_path):
     ("name", "shape", "message"),
     [
         ("base_model.model.bert.encoder.layer.9.output.dense.lora_A.weight", (2, 24),
-         "layer.9.output.dense, which is no linear layer"),
+         "layer.9.output.dense, which is not a linear layer"),
         ("base_model.model.bert.embeddings.word_embeddings.lora_A.weight", (2, 24),
-         "word_embeddings, which is no linear layer"),
+         "word_embeddings, which is not a linear layer"),
         ("base_model.model.bert.embeddings.word_embeddings.lora_embedding_A", (2, 24),
-         "lora_embedding_A is no tensor of a BERT for classification"),
+         "lora_embedding_A is not a tensor of a BERT for classification"),
         ("base_model.model.classifier.weight", (4, 24), r"has shape \(4, 24\), but a BERT .* \(3"),
         (f"{QUERY}.lora_B.weight", (23, 2), r"lora_B': \(23, 2\)"),
-        (f"{QUERY}.lora_B.bias", (24,), "lora_B.bias is no tensor"),
+        (f"{QUERY}.lora_B.bias", (24,), "lora_B.bias is not a tensor"),
     ],
 )
 def test_tensors_of_other_models_are_rejected(name, shape, message, tmp_path):

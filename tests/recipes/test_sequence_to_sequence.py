@@ -14,6 +14,7 @@ from transformer_jax.recipes.sequence_to_sequence import TranslateConfig, train_
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", configs.load(TranslateConfig))
 def test_a_few_steps_of_every_config(name, tmp_path):
     for split, count in (("train", 60), ("val", 5)):

@@ -10,6 +10,7 @@ from transformer_jax.recipes.config import DatasetConfig, TrainingConfig
 from transformer_jax.recipes.sweep import SweepConfig, make_table, sweep
 
 
+@pytest.mark.slow
 def test_a_sweep_completes_the_missing_cells(pretrained, tmp_path):
     config = SweepConfig(
         pretrained=str(pretrained("gpt_python_docs")), out=tmp_path,

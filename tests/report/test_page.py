@@ -17,7 +17,7 @@ from transformer_jax.cli.main import main
 from transformer_jax.data import tokenizers
 from transformer_jax.models import build_model, init_params
 from transformer_jax.pretrained.runs import save_run_config
-from transformer_jax.report import html, outputs, page, plots, run_files
+from transformer_jax.report import markup, outputs, page, plots, run_files
 from transformer_jax.train import checkpointing, optimizers, step
 
 OLD_RUNS = Path(__file__).parents[1] / "files" / "before_redesign"
@@ -160,8 +160,7 @@ def test_finetuned_run_of_each_family_and_task_type(tmp_path, family, task_type)
     save_model(tmp_path, config, train(TEXTS, size), num_classes, task,
                ("no", "yes") if task_type == "classification" else ())
     metrics = {**scores, "labels": 30, "steps": 8, "trained": 288, "share_trained": 0.0286,
-               "held_out_objective": "causal_lm", "held_out_before": 5.2, "held_out_after": 5.3,
-               "history": HISTORY}
+               "held_out_objective": "causal_lm", "held_out_before": 5.2, "held_out_after": 5.3}
     write_results(tmp_path, {
         "pretrained": "runs/base", "trainable": "lora:2", "dataset": {"data": "topics.tsv"},
         "training": {"batch_size": 8, "max_length": 32, "optimizer": {"peak_lr": 0.02}}}, metrics)
@@ -173,7 +172,7 @@ def test_finetuned_run_of_each_family_and_task_type(tmp_path, family, task_type)
     assert "8 steps of 8 rows of at most 32 tokens" in content
     assert "5.200 before fine-tuning" in content
     main_score = next(iter(scores.values()))
-    assert f"<b>{html.format_score(main_score)}</b>" in content
+    assert f"<b>{markup.format_score(main_score)}</b>" in content
     cells = re.findall(r"<td[^>]*>(.*?)</td>", content.partition("<h2>Predictions</h2>")[2])
     assert cells[: len(row)] == row
     found = [caption for caption in captions(content) if "layer" in caption]
@@ -255,4 +254,5 @@ def test_browser_draws_the_curves_within_the_page(tmp_path, width):
         return int((np.ptp(pixels, axis=-1) > 0.3).sum())
 
     without = colored_pixels([])
-    assert 0 < without and without + 800 < colored_pixels(HISTORY)
+    assert without > 0  # the page is not empty
+    assert without + 800 < colored_pixels(HISTORY)

@@ -1,4 +1,4 @@
-"""Every picture is a PNG with something on it."""
+"""Plots: every PNG has content, and the right numbers and labels."""
 
 import itertools
 
@@ -12,22 +12,22 @@ from transformer_jax.report import plots
 
 
 def has_ink(path) -> bool:
+    """Whether an image is not of one color."""
     pixels = imread(path)
     return pixels.shape[0] > 200 and pixels[..., :3].std() > 0.01
 
 
-def test_pictures(tmp_path):
+def test_plots_have_content(tmp_path):
     paths = [
         plots.curves(tmp_path / "a" / "curves.png", {"training": ([1, 2, 3], [3, 2, 1]),
-                                                    "held-out": ([1, 3], [3.1, 1.5])}, title="t"),
+                                                     "held-out": ([1, 3], [3.1, 1.5])}, title="t"),
         plots.positions(tmp_path / "positions.png", {"fixed": sinusoidal_positions(20, 8)}),
         plots.attention(tmp_path / "attention.png", {"full": np.eye(3), "causal": np.tri(3)},
-                       ["a", "b", "c"]),
+                        ["a", "b", "c"]),
         plots.attention(tmp_path / "cross.png", {"layer 0": np.eye(2, 5)}, ["a", "b"],
-                       ["v", "w", "x", "y", "z"], title="cross-attention"),
-        plots.label_efficiency(tmp_path / "labels.png", {"GPT": {"full": ([8, 32], [0.3, 0.6],
-                                                                        [0.1, 0.0])}},
-                              title="t", chance=0.2),
+                        ["v", "w", "x", "y", "z"], title="cross-attention"),
+        plots.label_efficiency(tmp_path / "labels.png", {
+            "GPT": {"full": ([8, 32], [0.3, 0.6], [0.1, 0.0])}}, title="t", chance=0.2),
     ]
     assert all(has_ink(path) for path in paths)
 
@@ -36,7 +36,7 @@ NAMES = ["alt.atheism", "comp.graphics", "sci.space", "talk.politics.guns"]
 
 
 @pytest.mark.parametrize("classes", [1, 2, 8, 20])
-def test_confusion_shows_counts_and_shares(tmp_path, classes, monkeypatch):
+def test_confusion_matrix_has_counts_and_percentages(tmp_path, classes, monkeypatch):
     shown = []
     monkeypatch.setattr("matplotlib.axes.Axes.text", _recording_text(shown))
     table = np.full((classes, classes), 10) + 30 * np.eye(classes, dtype=int)
@@ -58,7 +58,7 @@ def test_calibration_and_costs(tmp_path):
         "full": {"time": 1.0, "memory": 1.0}, "head": {"time": 0.3, "memory": 1e-4}}, title="t"))
 
 
-def test_label_efficiency_of_unlike_panels_and_single_seeds(tmp_path):
+def test_label_efficiency_of_different_panels_and_single_seeds(tmp_path):
     lines = {"full": ([8, 32, 128], [0.3, 0.6, 0.7], [0.1, 0.0, 0.05]),
              "from scratch": ([32], [0.4], [float("nan")])}
     assert has_ink(plots.label_efficiency(
@@ -66,7 +66,7 @@ def test_label_efficiency_of_unlike_panels_and_single_seeds(tmp_path):
         chance=0.2))
 
 
-def test_names_of_recipes_do_not_hide_each_other(tmp_path, monkeypatch):
+def test_labels_of_trainable_specs_do_not_overlap(tmp_path, monkeypatch):
     boxes, save = [], plots.save
 
     def saved(figure, path):
@@ -75,13 +75,14 @@ def test_names_of_recipes_do_not_hide_each_other(tmp_path, monkeypatch):
         return done
 
     monkeypatch.setattr(plots, "save", saved)
-    found = {f"recipe:{i}": (0.001 * (1 + i / 10), 90 + i / 10, 0.1) for i in range(5)}
-    assert has_ink(plots.trainable_specs(tmp_path / "r.png", found, title="t", ylabel="accuracy (%)"))
+    found = {f"spec:{i}": (0.001 * (1 + i / 10), 90 + i / 10, 0.1) for i in range(5)}
+    assert has_ink(plots.trainable_specs(
+        tmp_path / "r.png", found, title="t", ylabel="accuracy (%)"))
     assert len(boxes) == 5
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
-def test_recipes_of_one_seed(tmp_path):
+def test_trainable_specs_of_one_seed(tmp_path):
     found = {"full": (1.0, 90.0, float("nan")), "head": (1e-5, 80.0, float("nan"))}
     assert has_ink(plots.trainable_specs(tmp_path / "r.png", found, title="t", ylabel="f1 (%)"))
 

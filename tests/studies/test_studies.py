@@ -35,6 +35,7 @@ def test_all_studies_are_listed():
     assert len(ALL) == 3 * len(METRICS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METRICS)
 def test_study_at_its_smallest_size(name, tmp_path, request):
     module = sys.modules[f"studies.{name}"]

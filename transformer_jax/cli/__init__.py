@@ -1,4 +1,4 @@
-"""The `transformer-jax` command line: one module for each group of commands."""
+"""The `transformer-jax` command line: one module per group of commands."""
 
 import lazy_loader
 

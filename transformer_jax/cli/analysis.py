@@ -32,7 +32,7 @@ def report(
     print(page.write_report(run, out, **({} if text is None else {"text": text})))
 
 
-Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")]
+Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")]
 
 
 @dataclasses.dataclass(frozen=True)

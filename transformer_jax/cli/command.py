@@ -143,15 +143,17 @@ def _to_one_line(box: str) -> str:
     """Returns the message in a box of tyro, without the descriptions of flags.
 
     Example:
-        >>> _to_one_line("╭─ Value ─╮\\n│ a is    │\\n│ bad.    │\\n│ ─────── │\\n│ More    │")
+        >>> _to_one_line("╭─ Error ─╮\\n│ a is    │\\n│ bad.    │\\n│ ─────── │\\n│ More    │")
         'a is bad'
     """
     box = re.sub(r"\x1b\[[0-9;]*m", "", box)  # colors
-    lines = [line.strip("│").removeprefix(" ").rstrip() for line in box.splitlines()
-             if not line.startswith(("╭", "╰"))]
+    if "│" in box:
+        lines = re.findall(r"^│ ?(.*?) *│$", box, re.MULTILINE)
+    else:  # the terminal has only ASCII characters: a title, a rule and indented lines
+        lines = [line[2:].rstrip() for line in box.splitlines()[2:]]
     sections: list[list[str]] = [[]]
     for line in lines:
-        if line.startswith("──"):
+        if re.fullmatch(r"[─-]+", line):
             sections.append([])
         elif not line.startswith(" " * 8):  # the description of a flag
             sections[-1].append(line.strip())

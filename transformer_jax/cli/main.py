@@ -25,9 +25,9 @@ The encoder-decoder Transformer, GPT, BERT and BART in JAX.
 
 {commands}
 
-`{program} COMMAND --help` describes a command. MODEL is the folder of a run of this library, a
-folder in the Hugging Face format, an id on the Hugging Face Hub, or "package:NAME/FOLDER" of an
-installed package. Texts that are not given are read from standard input, one a line."""
+`{program} COMMAND --help` describes a command. MODEL is the folder of a run of this
+library, a folder in the Hugging Face format, an id on the Hugging Face Hub, or package:NAME/FOLDER
+of an installed package. Texts that are not given are read from standard input, one a line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

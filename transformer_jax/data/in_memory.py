@@ -1,6 +1,7 @@
-"""Labeled data in memory as splits: lists of dicts, pandas DataFrames, Hugging Face datasets.
+"""Labeled data in memory: lists of dicts, pandas DataFrames and Hugging Face datasets.
 
-The objects of these libraries are recognized by their methods; neither library is imported.
+DataFrames and datasets are recognized by their attributes, so pandas and `datasets` are not
+imported.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,22 +15,22 @@ SUPPORTED = (
     "a list of dicts, a pandas DataFrame, a datasets.Dataset or DatasetDict, a dict of such splits "
     "with the key 'train', tfds:NAME, hf:NAME, python_docs/topics, or the path of a .tsv, .csv, "
     ".jsonl or .txt file or of a folder of them")
-"""The kinds of data that `datasets.load_dataset` accepts, for error messages."""
+"""Description, for error messages, of the data that `datasets.load_dataset` accepts."""
 
 
 def is_in_memory(data: Any) -> bool:
-    """Returns whether `data` is anything but a name or path."""
+    """Returns whether `data` is an object in memory, and not the name or path of a data set."""
     return not isinstance(data, (str, PathLike))
 
 
 def load_splits(data: Any, validation: str | None, train_only: bool) -> list[Split]:
-    """Returns the training split, and the validation split if `data` is a dict of splits with one.
+    """Returns the training split, and the validation split if `data` contains one.
 
     Args:
-        data: a table (see `load_split`), or a dict of tables by the name of the split.
-        validation: name of the validation split in the dict. If None, it is the split called
-            validation, valid, val, dev, trial or test, or with that word in its name.
-        train_only: whether to load the training split alone.
+        data: a table (see `load_split`), or a dict from split names to tables.
+        validation: name of the validation split in the dict. If None, the split whose name is one
+            of validation, valid, val, dev, trial and test, or contains one of these words.
+        train_only: whether to load only the training split.
 
     Raises:
         ValueError: `data` is not supported or has no rows, there is no split "train" or
@@ -44,7 +45,7 @@ def load_splits(data: Any, validation: str | None, train_only: bool) -> list[Spl
     if not isinstance(data, Mapping):
         if validation is not None:
             raise ValueError(f"validation is {validation!r}, which is neither a file nor a split "
-                             f"of data, which is a single table; supported: {SUPPORTED}")
+                             f"of data (data is a single table); supported: {SUPPORTED}")
         return [load_split(data, "data")]
     if "train" not in data:
         raise ValueError(f"data is a dict with the keys {', '.join(map(repr, data))} and without "
@@ -57,7 +58,15 @@ def load_splits(data: Any, validation: str | None, train_only: bool) -> list[Spl
 
 
 def load_validation(data: Any) -> Split:
-    """Returns the validation split: a table, or the validation split of a dict of splits."""
+    """Returns a validation split.
+
+    Args:
+        data: a table (see `load_split`), or a dict from split names to tables with one table or a
+            validation split.
+
+    Raises:
+        ValueError: `data` is not supported or has no rows, or the dict has no validation split.
+    """
     if not isinstance(data, Mapping):
         return load_split(data, "validation")
     name = _find_validation(data, "validation") or (next(iter(data)) if len(data) == 1 else None)
@@ -68,11 +77,11 @@ def load_validation(data: Any) -> Split:
 
 
 def load_split(table: Any, name: str) -> Split:
-    """Returns a table as a split.
+    """Converts a table to a split.
 
     Args:
         table: a sequence of dicts, a pandas DataFrame, or a `datasets.Dataset`.
-        name: how error messages refer to the table; they count its rows from 0.
+        name: name of the table in error messages, which number its rows from 0.
 
     Raises:
         ValueError: the table is not supported or has no rows, a row is not a dict, or a DataFrame
@@ -124,8 +133,8 @@ def _is_data_frame(table: Any) -> bool:
 
 
 def _data_frame_rows(frame: Any, name: str) -> list[dict]:
-    """Returns the rows of a pandas DataFrame as dicts, with None for missing values and str for
-    all column names."""
+    """Returns the rows of a pandas DataFrame as dicts, with None for missing values and
+    with column names converted to str."""
     columns = list(map(str, frame.columns))
     if repeated := [column for column in columns if columns.count(column) > 1]:
         raise ValueError(f"{name} has two columns {repeated[0]!r}; rename one of them")

@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from transformer_jax.data.tokenizers import Tokenizer
 
-Batch = dict[str, np.ndarray]  # equal to `batching.Batch`, whose import would import Grain
+Batch = dict[str, np.ndarray]  # as `batching.Batch`; importing `batching` would import Grain
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,8 +126,7 @@ class TokenBudgetBatches:
             example `objectives.seq2seq.prepare` with the ids of the special tokens filled in.
         buckets: lengths of both sides in ascending order, special tokens included; longer pairs are
             truncated to the last one.
-        tokens_per_batch: the maximum of the number of rows times the bucket length, for a global
-            batch.
+        tokens_per_batch: maximum number of tokens in a global batch: rows times bucket length.
         seed: seed of the order of pairs and batches.
         batch_size_multiple: the number of rows of every global batch is a multiple of this, which
             should be the number of devices of all processes.

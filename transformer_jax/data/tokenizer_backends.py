@@ -1,4 +1,4 @@
-"""Backends of the tokenizers: `tokenizers.Tokenizer` objects, newly made or loaded from files."""
+"""Tokenizer backends: functions that make or load `tokenizers.Tokenizer` objects."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ UNKNOWN_TOKEN = "<unk>"
 BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Special tokens of encoder-decoders, in BART's order.
 SEQ2SEQ_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
-CONTINUATION_PREFIX = "##"  # WordPiece's mark of a token that continues a word
+CONTINUATION_PREFIX = "##"  # WordPiece tokens that continue a word start with it
 
 
 def byte_level(model: models.BPE) -> Backend:
@@ -27,11 +27,12 @@ def byte_level(model: models.BPE) -> Backend:
 
 
 def is_byte_level(backend: Backend) -> bool:
+    """Returns whether a backend uses byte-level decoding, as in GPT-2."""
     return isinstance(backend.decoder, decoders.ByteLevel)
 
 
 def bert(model: models.WordPiece, lowercase: bool) -> Backend:
-    """Returns a backend with BERT's normalization and pre-tokenization."""
+    """Returns a backend with BERT's normalization and pre-tokenization, without special tokens."""
     backend = Backend(model)
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -39,9 +40,9 @@ def bert(model: models.WordPiece, lowercase: bool) -> Backend:
 
 
 def wordpiece(vocab: dict[str, int], lowercase: bool) -> Backend:
-    """Returns BERT's complete backend for a vocabulary.
+    """Returns the WordPiece backend of BERT for a vocabulary.
 
-    With `add_special_tokens` a text becomes [CLS] text [SEP].
+    If `encode` is called with `add_special_tokens=True`, it returns [CLS] text [SEP].
     """
     backend = bert(models.WordPiece(vocab, unk_token="[UNK]"), lowercase)
     backend.add_special_tokens([token for token in BERT_SPECIAL_TOKENS if token in vocab])
@@ -53,7 +54,11 @@ def wordpiece(vocab: dict[str, int], lowercase: bool) -> Backend:
 
 
 def append_eos(backend: Backend) -> Backend:
-    """Makes `add_special_tokens` append "</s>" if the vocabulary has it, as in encoder-decoders."""
+    """Makes `encode(text, add_special_tokens=True)` append "</s>", as in encoder-decoders.
+
+    The backend is changed in place and returned. If its vocabulary has no "</s>", it is not
+    changed.
+    """
     eos_id = backend.token_to_id("</s>")
     if eos_id is not None:
         backend.post_processor = processors.TemplateProcessing(
@@ -91,5 +96,6 @@ LOADERS: dict[tuple[str, ...], Callable[..., Backend]] = {
     ("encoder.json", "vocab.bpe"): _load_bpe,
     ("vocab.txt",): _load_wordpiece,
 }
-"""Names of the files of a format -> function of their paths that loads the backend, in the order in
-which the formats are tried."""
+"""File names of a format -> function that loads the backend from the paths of these files.
+
+The first entry whose files all exist is used."""

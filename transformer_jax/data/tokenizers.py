@@ -144,9 +144,9 @@ class Tokenizer:
         """Whether each token of the vocabulary starts a word, bool [V], for whole-word masking.
 
         In WordPiece, tokens without "##" start a word. In other tokenizers, special tokens and
-        tokens that begin with white space do (a space is "Ġ" in byte-level BPE). Since the first
-        word of a text does not begin with white space, the caller of the latter must treat the
-        first token of a text as the start of a word.
+        tokens that begin with white space do (a space is "Ġ" in byte-level BPE). With these
+        tokenizers, callers must also treat the first token of a text as the start of a word,
+        because the first word of a text is not preceded by white space.
         """
         tokens = [self.backend.id_to_token(i) or "" for i in range(self.vocab_size)]
         special = {t.content for t in self.backend.get_added_tokens_decoder().values()}

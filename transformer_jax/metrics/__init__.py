@@ -1,7 +1,7 @@
 """Evaluation metrics, in NumPy.
 
-Metrics of classes, scores, entities and calibration are fractions or correlations of at most 1.
-Metrics of texts (BLEU, ROUGE, SQuAD) are percentages from 0 to 100, as in their official scripts.
+Classification, regression, entity and calibration metrics are fractions or correlations of at most
+1. BLEU, ROUGE and SQuAD metrics are percentages from 0 to 100, as in their official scripts.
 
 | module           | metrics                                                                    |
 |------------------|----------------------------------------------------------------------------|
@@ -10,7 +10,7 @@ Metrics of texts (BLEU, ROUGE, SQuAD) are percentages from 0 to 100, as in their
 | `entities`       | F1, precision and recall of named entities                                 |
 | `squad`          | F1 and exact match of answers, no-answer thresholds                        |
 | `text`           | perplexity, BLEU, ROUGE                                                    |
-| `by_name`        | `evaluate_predictions`: a metric by its name, and those reported with it   |
+| `by_name`        | `evaluate_predictions`: a metric by name, with related metrics             |
 
 Every function is available from this package.
 

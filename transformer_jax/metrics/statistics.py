@@ -40,7 +40,7 @@ def _ranks(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
 def regression_scores(
     predictions: Float[np.ndarray, "n"], labels: Float[np.ndarray, "n"]
 ) -> dict[str, float]:
-    """Metrics of regression.
+    """Pearson and Spearman correlation and mean squared error of predicted scores.
 
     Returns:
         "pearson_spearman", the mean of the two correlations, which GLUE reports for STS-B;

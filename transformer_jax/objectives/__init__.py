@@ -36,8 +36,8 @@ fit) raise `ValueError` here, before anything is compiled.
 Args:
     apply: `apply` method of a Flax model, called as `apply({"params": params}, tokens, ...)`.
     params: parameters of the model, a nested dict of arrays.
-    batch: dict of arrays, stacked rows of `prepare`. A row of zeros has weight 0 and changes
-        nothing: the last batch of an evaluation is padded with such rows.
+    batch: dict of arrays, stacked rows of `prepare`. A row of zeros has weight 0 and does
+        not change the loss; the last batch of an evaluation is padded with such rows.
     rng: key of the dropout masks; None disables dropout.
 
 Returns:

@@ -16,8 +16,8 @@ class Chip(NamedTuple):
         flops_per_second: peak rate of matrix products; in bfloat16 for the TPUs of `CHIPS`.
         memory_bytes: capacity of the device memory (HBM).
         memory_bandwidth: bytes per second between the memory and the compute units.
-        interconnect_bandwidth: bytes per second of a ring collective along one axis of the
-            slice, counting both directions.
+        interconnect_bandwidth: bytes per second that a device sends in a ring collective along one
+            axis of the slice, in both directions together.
     """
 
     flops_per_second: float
@@ -36,19 +36,22 @@ CHIPS = {
 }
 
 LOCAL = "local"
-"""The topology that stands for the devices of this process."""
+"""Name of the topology that consists of the devices of this process."""
 
 
 def get_chip(topology: str, dtype: str) -> Chip:
-    """Peak rates of one device of a topology.
+    """Peak rates and memory of one device of a topology.
 
     Rates of TPU slices come from the table `CHIPS`. Rates of the local devices are measured;
-    their interconnect bandwidth is taken to be their memory bandwidth, because what they exchange
-    goes through memory.
+    their interconnect bandwidth is assumed to equal their memory bandwidth, because collectives
+    between them copy data through memory.
 
     Args:
         topology: a TPU slice, such as "v5e:16x16", or "local".
-        dtype: dtype of the matrix product that is measured on a local device.
+        dtype: dtype of the matrix product that is measured on a local device; not used for TPUs.
+
+    Raises:
+        KeyError: the chip is not in `CHIPS`.
 
     Example:
 
@@ -63,11 +66,11 @@ def get_chip(topology: str, dtype: str) -> Chip:
 
 
 def get_devices(topology: str) -> Sequence[Any]:
-    """Devices of a topology, as compilation targets.
+    """Devices of a topology, for use as compilation targets.
 
     Args:
-        topology: a TPU slice, such as "v5e:16x16", for which no TPU is needed (its devices can
-            only be compiled for), or "local" for `jax.devices()`.
+        topology: a TPU slice, such as "v5e:16x16", or "local" for `jax.devices()`. The
+            devices of a TPU slice are available without a TPU, but only as compilation targets.
 
     Raises:
         ValueError: the chip is unknown, the slice does not exist, or the TPU compiler is not

@@ -1,8 +1,7 @@
 """Collective communication volume and library-call costs of a compiled program, from its HLO text.
 
-XLA's cost analysis has no figures for communication, and it counts the body of a loop once. The
-HLO text contains both: the shape and the device groups of every collective, and the bound of every
-loop.
+XLA's cost analysis does not include communication, and it counts the body of a loop once. The HLO
+text contains the shape and replica groups of each collective, and the trip count of each loop.
 """
 
 import math
@@ -32,13 +31,13 @@ _CONTRACTING_AXES = re.compile(r'lhs_contracting_dimensions":\[([^\]]*)\]')
 
 
 class Collective(NamedTuple):
-    """A collective operation of a program, as one device executes it.
+    """A collective operation of a compiled program.
 
     Attributes:
         kind: one of `COLLECTIVES`.
-        array_bytes: size of the full array that is gathered, reduced or exchanged.
+        array_bytes: size in bytes of the full array that is gathered, reduced or exchanged.
         group_size: number of devices in each replica group.
-        num_executions: executions in one run of the program; more than one inside a loop.
+        num_executions: number of executions in one run of the program; more than 1 in a loop.
         op_name: the `op_name` of its HLO metadata.
     """
 
@@ -65,11 +64,11 @@ class Collective(NamedTuple):
 
 
 def parse_collectives(text: str) -> list[Collective]:
-    """Collectives of a compiled program.
+    """Returns the collectives of a compiled program.
 
-    The trip count of a loop is the bound in its condition. That is right for `jax.lax.scan`, not
-    for loops whose end depends on data. A TPU program may split one asynchronous collective into
-    several operations with the same channel id; they are counted once.
+    The trip count of a loop is the bound in its condition. This is correct for `jax.lax.scan`, but
+    not for loops whose trip count depends on data. A TPU program may split one asynchronous
+    collective into several operations with the same channel id; they are counted as one.
 
     Args:
         text: HLO text of the program, `compiled.as_text()`.
@@ -105,7 +104,8 @@ def library_call_costs(text: str) -> tuple[float, float]:
         text: HLO text of the program, `compiled.as_text()`.
 
     Returns:
-        (FLOPs of the cuBLAS calls, bytes of the operands and results of all these calls).
+        (FLOPs of the cuBLAS calls, bytes of the operands and results of the cuBLAS and cuDNN
+        calls).
     """
     computations, entry = _parse_computations(text)
     num_executions = _count_executions(computations, entry)
@@ -131,7 +131,7 @@ def library_call_costs(text: str) -> tuple[float, float]:
 
 
 def _parse_computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """(computation -> its lines, name of the entry computation)."""
+    """Splits HLO text into (computation -> its lines, name of the entry computation)."""
     computations: dict[str, list[str]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -144,7 +144,7 @@ def _parse_computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _count_executions(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """Computation -> how often one run of the program executes it."""
+    """Computation -> number of executions in one run of the program."""
     num_executions: dict[str, int] = defaultdict(int)
 
     def visit(name: str, count: int) -> None:
@@ -161,7 +161,7 @@ def _count_executions(computations: dict[str, list[str]], entry: str) -> dict[st
 
 
 def _trip_count(line: str, condition: list[str]) -> int:
-    """Iterations of a while loop, given its line and the lines of its condition."""
+    """Trip count of a while loop, given the line of the loop and the lines of its condition."""
     if match := _TRIP_COUNT.search(line):
         return int(match[1])
     bounds = [int(match[1]) for text in condition if (match := _LOOP_BOUND.search(text))]
@@ -172,7 +172,7 @@ def _parse_collective(
     line: str, match: re.Match, num_executions: int, is_reduce_scatter_fusion: bool,
     num_devices: int,
 ) -> Collective:
-    """The collective of a line that matches `_COLLECTIVE`."""
+    """Parses a line that matches `_COLLECTIVE`."""
     kind = match[2]
     sizes = [_num_bytes(*shape) for shape in _SHAPE.findall(match[1]) if shape[1] or not match[3]]
     if match[3] and kind != "all-reduce":
@@ -193,7 +193,10 @@ def _num_bytes(dtype: str, shape: str) -> float:
 
 
 def _group_size(line: str, num_devices: int = 1) -> int:
-    """Devices in each replica group, for all notations of XLA; `num_devices` for an empty list."""
+    """Number of devices in each replica group, in any notation of XLA.
+
+    An empty list of groups means one group of all `num_devices` devices.
+    """
     if "replica_groups={}" in line:
         return num_devices
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):

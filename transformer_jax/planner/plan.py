@@ -1,17 +1,17 @@
 """Ahead-of-time (AOT) compilation of training steps for target hardware: memory and roofline.
 
-The full training step is compiled by the compiler of the target. Nothing is allocated and no TPU is
-needed (`jax[tpu]` brings the compiler). Memory, FLOPs, bytes accessed and collectives of the
-compiled program give three times of a step, its roofline:
+The full training step is compiled by the compiler of the target hardware. No arrays are allocated,
+and no TPU is needed (the package `jax[tpu]` contains the compiler). The roofline of the step has
+three times, computed from the compiled program:
 
-- compute: the FLOPs at the peak rate. No run is faster.
-- hbm: the bytes accessed by every operation, as if no result stayed on the chip for the next
-  operation. Too long where the compiler keeps results on the chip.
-- interconnect: the bytes sent, as if each collective used a single ring. Too long where the slice
-  has several.
+- compute: FLOPs divided by the peak rate. This is a lower bound of the step time.
+- hbm: bytes accessed by all operations divided by the memory bandwidth. This is too long if the
+  compiler keeps results in on-chip memory for the next operation.
+- interconnect: bytes sent divided by the bandwidth of one ring. This is too long if the collectives
+  can use several rings of the slice.
 
-The step time is estimated as the longest of the three, which assumes that all overlap. Their sum is
-the time without any overlap.
+The step time is estimated as the longest of the three, which assumes that they overlap fully. Their
+sum is the step time without any overlap.
 """
 
 import dataclasses
@@ -40,23 +40,24 @@ from transformer_jax.train import optimizers, step
 
 
 class Plan(NamedTuple):
-    """Costs of a compiled training step: of one step on one device, unless stated otherwise.
+    """Costs of a compiled training step, per step and device unless stated otherwise.
 
     Attributes:
-        config: the model and the way its step is run.
-        num_devices: devices of the mesh.
-        num_params: elements of all parameters of the model.
-        state_bytes: parameters and optimizer state that a device stores between steps.
-        temporary_bytes: everything that exists only during a step, such as activations and
+        config: the model, mesh and batch size of the step.
+        num_devices: number of devices in the mesh.
+        num_params: number of parameters of the model, on all devices together.
+        state_bytes: size of the parameters and optimizer state.
+        temporary_bytes: size of arrays that exist only during a step, such as activations and
             gradients.
-        peak_bytes: largest memory use; on TPUs as the compiler reports it, elsewhere the sum of
-            the two sizes above.
-        model_flops: matrix products of the model, forward and backward, each computed once.
-        compiled_flops: FLOPs of the compiled program, which include recomputation.
-        bytes_accessed: operands and results of every operation of the program.
-        collective_bytes: kind of collective -> bytes sent.
-        chip: peak rates of the device.
-        compile_seconds: time that the compilation took.
+        peak_bytes: peak memory use; on TPUs the value that the compiler reports, elsewhere
+            `state_bytes + temporary_bytes`.
+        model_flops: FLOPs of the matrix products in the forward and backward pass, without
+            recomputation; see `model_flops`.
+        compiled_flops: FLOPs of the compiled program, including recomputation.
+        bytes_accessed: size of the operands and results of all operations of the program.
+        collective_bytes: kind of collective -> bytes that the device sends.
+        chip: peak rates and memory of the device.
+        compile_seconds: compilation time of the full step.
     """
 
     config: PlanConfig
@@ -79,7 +80,7 @@ class Plan(NamedTuple):
 
     @property
     def roofline_seconds(self) -> dict[str, float]:
-        """Step time by resource ("compute", "hbm", "interconnect"), as if it alone took time."""
+        """Resource ("compute", "hbm" or "interconnect") -> step time limited by it alone."""
         return {"compute": self.compiled_flops / self.chip.flops_per_second,
                 "hbm": self.bytes_accessed / self.chip.memory_bandwidth,
                 "interconnect": (sum(self.collective_bytes.values())
@@ -104,14 +105,17 @@ class Plan(NamedTuple):
 def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan:
     """Compiles a training step for target devices and returns its costs.
 
-    Memory and collectives come from the full step, compiled as in training, with its layers
-    scanned. XLA counts the FLOPs of a loop body once, so FLOPs and bytes accessed are extrapolated
-    from steps of one and two unrolled layers, whose difference is the cost of a layer.
+    Memory and collectives are those of the full step, compiled as in training, with a scan over the
+    layers. XLA counts the FLOPs of a loop body once, so FLOPs and bytes accessed are extrapolated
+    from models with one and two unrolled layers, whose difference is the cost of a layer.
+
+    If the program does not fit into device memory, the plan has no collectives, and its memory is
+    taken from the error message of the compiler.
 
     Args:
-        config: the model and the way its step is run.
+        config: the model, mesh and batch size of the step.
         devices: the target devices; see `chips.get_devices`.
-        chip: their peak rates; see `chips.get_chip`.
+        chip: peak rates and memory of each device; see `chips.get_chip`.
 
     Raises:
         ValueError: the mesh does not have as many devices as given, the batch size is not a
@@ -127,7 +131,7 @@ def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan
     try:
         compiled = _compile(train_step, state, batch, mesh)
     except jax.errors.JaxRuntimeError as error:
-        # If a program does not fit, the compiler fails with the memory that it would need.
+        # If a program does not fit into memory, the compiler reports the size that it needs.
         peak_bytes = _bytes_needed(str(error))
         temporary_bytes = max(peak_bytes - state_bytes, 0)
     else:
@@ -157,13 +161,16 @@ def _resolve_attention_impl(config: PlanConfig, devices: Sequence[Any]) -> PlanC
 
 
 def _bytes_needed(message: str) -> int:
-    """Memory that a program needs, from the compiler's error: "Used 18.70G of 15.75G hbm"."""
+    """Bytes that a program needs, from a compiler error such as "Used 18.70G of 15.75G hbm".
+
+    2**63 if the error does not contain the size.
+    """
     match = re.search(r"Used ([\d.]+)([KMGT]) of", message)
     return int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2])))) if match else 2**63
 
 
 def _make_mesh(config: PlanConfig, devices: Sequence[Any]) -> Mesh:
-    """The mesh of a config, after checking batch size and length."""
+    """Makes the mesh of a config and checks its batch size and length."""
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     divisor = sharding.num_batch_shards(mesh) * config.accumulate
     if config.batch_size % divisor:
@@ -180,17 +187,17 @@ PRETRAINING_LOSSES: dict[type, Callable] = {
 
 
 def pretraining_loss(config: Config) -> Callable:
-    """Loss of the pre-training objective of a model's family."""
+    """Loss function of the pre-training objective of a model family."""
     return next(loss for kind, loss in PRETRAINING_LOSSES.items() if isinstance(config, kind))
 
 
 def abstract_train_step(config: PlanConfig, mesh: Mesh, scan: bool, **loss_options):
-    """A training step with its abstract state and batch, sharded over a mesh.
+    """A training step, with its abstract state and batch sharded over a mesh.
 
     Args:
-        config: the model and the way its step is run.
+        config: the model and batch size of the step.
         mesh: the mesh.
-        scan: whether the layers are stacked, so that the step scans over them.
+        scan: whether to stack the layers, so that the step scans over them.
         loss_options: keyword arguments of the loss.
 
     Returns:
@@ -226,7 +233,7 @@ def _with_shardings(shapes, shardings):
 
 
 def abstract_batch(config: PlanConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch of the pre-training objective of a model's family.
+    """Abstract batch of the pre-training objective of a model family.
 
     Encoder-decoders have a source and a target of `config.length` tokens each; BERT predicts 15 %
     of the tokens.
@@ -263,10 +270,10 @@ def _num_masked(length: int) -> int:
 
 
 def _per_device_cost(config: PlanConfig, mesh: Mesh) -> tuple[float, float]:
-    """(FLOPs, bytes accessed) of a step on one device, extrapolated from steps of few layers.
+    """(FLOPs, bytes accessed) of a step on one device, extrapolated from models of few layers.
 
-    Those steps contain no loop: they have one microbatch, unrolled layers and unchunked logits.
-    The bytes therefore omit that every microbatch reads the parameters again.
+    To avoid loops, the steps of these models have one microbatch, unrolled layers and unchunked
+    logits. The bytes therefore do not include reading the parameters again in each microbatch.
     """
     c = config.model
     num_layers = {"num_layers": c.num_layers}
@@ -291,9 +298,9 @@ def _per_device_cost(config: PlanConfig, mesh: Mesh) -> tuple[float, float]:
 def model_flops(config: PlanConfig) -> float:
     """FLOPs of the matrix products of a training step on all devices, without recomputation.
 
-    Forward, a kernel costs twice its size per token, and attention of T queries to S keys costs
-    4 T S D; the backward pass costs twice as much as the forward pass. Embedding lookups cost
-    nothing.
+    In the forward pass, a Dense kernel takes twice its size per token, and attention of T queries
+    to S keys takes 4 T S D. The backward pass takes twice as many FLOPs as the forward pass.
+    Embedding lookups are not counted.
     """
     c, num_tokens = config.model, config.batch_size * config.length
     shapes = jax.eval_shape(lambda: init_params(build_model(c), jax.random.key(0)))
@@ -317,8 +324,8 @@ def _attention_flops(config: PlanConfig, causal_fraction: float) -> float:
     """FLOPs of the two matrix products of attention in one forward pass.
 
     Args:
-        config: the model and the way its step is run.
-        causal_fraction: fraction of the scores that is computed under a causal mask.
+        config: the model and batch size.
+        causal_fraction: fraction of the attention scores that is computed with a causal mask.
     """
     c = config.model
     unmasked = 4.0 * config.batch_size * config.length**2 * c.d_model
@@ -332,9 +339,9 @@ def _attention_flops(config: PlanConfig, causal_fraction: float) -> float:
 def _fused_attention_flops(config: PlanConfig, mesh: Mesh) -> float:
     """FLOPs of a fused attention implementation, which XLA's cost analysis omits.
 
-    There are two matrix products in the forward pass, two more under remat, and five in the
-    backward pass, which recomputes the scores. Of causal scores, the blocks on and below the
-    diagonal are computed.
+    There are two matrix products in the forward pass, two more with rematerialization, and five in
+    the backward pass, which recomputes the scores. With a causal mask, only the blocks on and below
+    the diagonal are computed.
     """
     c = config.model
     query = jax.ShapeDtypeStruct((config.batch_size, config.length, c.num_heads, c.stack.head_dim),
@@ -354,13 +361,13 @@ def _fused_attention_flops(config: PlanConfig, mesh: Mesh) -> float:
 
 
 def best_plan(plans: Sequence[Plan]) -> Plan | None:
-    """The plan with the most tokens per day among those that fit; None if none fits."""
+    """The plan with the most tokens per day among those that fit into memory; None if none fits."""
     fitting = [plan for plan in plans if plan.fits]
     return max(fitting, key=lambda plan: plan.tokens_per_day, default=None)
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """A plan and its derived quantities as values that JSON can store."""
+    """Converts a plan and its derived quantities to a dict of JSON values."""
     return plan._asdict() | {
         "config": str(plan.config), "chip": plan.chip._asdict(),
         "model": dataclasses.asdict(plan.config.model), "roofline_seconds": plan.roofline_seconds,

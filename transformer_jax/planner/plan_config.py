@@ -1,4 +1,4 @@
-"""What to plan: a model, the mesh and batch of its training step; and enumeration of choices."""
+"""Inputs of a plan: a model, and the mesh and batch size of its training step."""
 
 import itertools
 import math
@@ -10,14 +10,15 @@ from transformer_jax.models.config import Config
 
 
 class PlanConfig(NamedTuple):
-    """A model and the way its training step is run.
+    """Model, mesh and batch size of a training step to plan.
 
     Attributes:
         model: the model's config.
-        mesh: size of each axis of `sharding.make_mesh`.
-        batch_size: sequences in the global batch.
-        length: tokens in a sequence; for encoder-decoders, in source and target each.
-        accumulate: microbatches into which the batch is split.
+        mesh: mesh axis -> size; see `sharding.make_mesh`.
+        batch_size: number of sequences in the global batch.
+        length: number of tokens in a sequence; for encoder-decoders, in the source and in the
+            target.
+        accumulate: number of microbatches into which the batch is split.
 
     Example:
 
@@ -49,14 +50,15 @@ def enumerate_configs(
     remat: Sequence[str] = ("none",),
     accumulate: Sequence[int] = (1,),
 ) -> list[PlanConfig]:
-    """All combinations of the given choices whose mesh has `num_devices` devices.
+    """Returns a config for each combination of options whose mesh has `num_devices` devices.
 
     Args:
         model: the model's config.
-        num_devices: devices of the target.
-        meshes: mesh axis -> sizes to try; -1 in one axis stands for the remaining devices.
+        num_devices: number of target devices.
+        meshes: mesh axis -> sizes to try; -1 for at most one axis, which gets the remaining
+            devices.
         batch_sizes: global batch sizes; if empty, four sequences per batch shard and microbatch.
-        length: tokens in a sequence; the model's max_length if None.
+        length: number of tokens in a sequence; the model's max_length if None.
         remat: rematerialization policies; see `Config.remat`.
         accumulate: numbers of microbatches.
 

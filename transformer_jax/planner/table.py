@@ -1,4 +1,4 @@
-"""Plans side by side: a table for the terminal, and the data of a bar chart."""
+"""Comparison of plans: a table for the terminal, and data for a bar chart."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ _COLUMNS = ("config", "state", "temporary", "peak", "available", "FLOPs / model 
 
 
 def print_plans(plans: Sequence[Plan], title: str) -> None:
-    """Prints a table of the plans, what each device sends, and the best plan that fits."""
+    """Prints a table of plans, the bytes that each device sends, and the best plan that fits."""
     table = Table(title=title,
-                  caption="memory in GiB per device; times in ms per step, each if nothing else "
-                          "took time")
+                  caption="memory in GiB per device; times in ms per step, limited by each "
+                          "resource alone")
     for heading in _COLUMNS:
         table.add_column(heading, justify="left" if heading == "config" else "right")
     for plan in plans:
@@ -34,13 +34,14 @@ def print_plans(plans: Sequence[Plan], title: str) -> None:
         console.print(f"{plan.config}: each device sends {sent or 'nothing'}")
     best = best_plan(plans)
     if best is None:
-        console.print("none of these fits; try more devices, remat full, or a smaller batch size")
+        console.print("no plan fits into memory; try more devices, remat full, or a smaller "
+                      "batch size")
     else:
         console.print(f"best that fits: {best.config}, {best.tokens_per_day:.3g} tokens per day")
 
 
 def bar_chart_data(plans: Sequence[Plan]) -> dict[str, dict[str, float]]:
-    """Memory in GiB and roofline times in milliseconds of each plan, for `report.plots.plans`."""
+    """Memory in GiB and roofline times in ms of each plan, the data of `report.plots.plans`."""
     return {str(plan.config): {
         "state": plan.state_bytes / 2**30, "temporary": plan.temporary_bytes / 2**30,
         **{name: 1000 * t for name, t in plan.roofline_seconds.items()}} for plan in plans}

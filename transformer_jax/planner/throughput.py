@@ -10,17 +10,17 @@ import jax.numpy as jnp
 def matmul_benchmark(
     dtype="float32", size: int | None = None
 ) -> tuple[Callable[[], object], float]:
-    """A product of two square matrices on the first device, as a benchmark.
+    """Benchmark of a product of two square matrices on the first device.
 
-    Its rate is the peak rate with which a model's rate is compared (MFU). The matrices hold random
-    numbers because a GPU multiplies matrices of ones faster.
+    Its rate is the peak rate in the definition of model FLOPs utilization (MFU). The matrices
+    contain random numbers, because GPUs multiply matrices of ones faster.
 
     Args:
         dtype: dtype of the matrices.
-        size: rows of a matrix; if None, 2048 on a CPU and 8192 elsewhere.
+        size: number of rows and columns of a matrix; if None, 2048 on a CPU and 8192 elsewhere.
 
     Returns:
-        (function that computes the product once and waits for it, its FLOPs).
+        (function that computes the product once and waits for the result, number of FLOPs).
     """
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     x, fn = jax.random.normal(jax.random.key(0), (size, size), dtype), jax.jit(lambda x: x @ x)
@@ -28,13 +28,13 @@ def matmul_benchmark(
 
 
 def memory_read_benchmark(megabytes: int | None = None) -> tuple[Callable[[], object], float]:
-    """A sum over an array in the memory of the first device, as a benchmark.
+    """Benchmark of the sum of an array in the memory of the first device.
 
     Args:
         megabytes: size of the array in MiB; if None, 512 on a CPU and 4096 elsewhere.
 
     Returns:
-        (function that computes the sum once and waits for it, the bytes that it reads).
+        (function that computes the sum once and waits for the result, number of bytes read).
     """
     megabytes = megabytes or (512 if jax.default_backend() == "cpu" else 4096)
     x, fn = jnp.ones((megabytes * 2**18,), jnp.float32), jax.jit(jnp.sum)
@@ -42,11 +42,11 @@ def memory_read_benchmark(megabytes: int | None = None) -> tuple[Callable[[], ob
 
 
 def measure_throughput(work: Callable[[], object], amount: float, seconds: float = 0.5) -> float:
-    """`amount` divided by the seconds of the fastest call of `work`.
+    """Measures the throughput of a function: `amount` per second in its fastest call.
 
     Args:
-        work: function to time. It is called once untimed, then repeatedly.
-        amount: what one call processes, such as its FLOPs or bytes.
+        work: the function. It is called once to compile it, then repeatedly.
+        amount: amount of work in one call, such as FLOPs or bytes.
         seconds: time after which no further call is started.
     """
     work()
@@ -61,7 +61,7 @@ def measure_throughput(work: Callable[[], object], amount: float, seconds: float
 def matmul_flops_per_second(
     dtype="float32", size: int | None = None, seconds: float = 0.5
 ) -> float:
-    """FLOPs per second of `matmul_benchmark`.
+    """Measures the FLOPs per second of `matmul_benchmark` for about `seconds` seconds.
 
     Example:
 
@@ -72,5 +72,5 @@ def matmul_flops_per_second(
 
 
 def memory_bandwidth(megabytes: int | None = None, seconds: float = 0.5) -> float:
-    """Bytes per second of `memory_read_benchmark`."""
+    """Measures the bytes per second of `memory_read_benchmark` for about `seconds` seconds."""
     return measure_throughput(*memory_read_benchmark(megabytes), seconds)

@@ -1,6 +1,6 @@
 """Conversion between the config.json of Hugging Face checkpoints and the configs of this library.
 
-A field that config.json omits has the default of Transformers.
+A field that config.json omits has its default value in Transformers.
 """
 
 import json
@@ -83,10 +83,10 @@ def config_from_hf(hf_config: dict[str, Any], **changes) -> Config:
 
 
 def _add_token_ids(values: dict[str, Any], generation_config: Any) -> None:
-    """Adds the special token ids of generation_config.json to the fields of a config.
+    """Updates `values` with the special token ids of generation_config.json.
 
-    For ids that only generation uses, generation_config.json has precedence; for the others,
-    config.json has.
+    Ids that only generation uses (`SEQ2SEQ_TOKEN_IDS`) override those of config.json. The others
+    are used only if config.json omits them.
     """
     if not isinstance(generation_config, dict):
         raise ValueError(f"generation_config in config.json is {generation_config!r}; it must be "
@@ -109,7 +109,7 @@ def _hf_fields(config: Config, model_type: str) -> dict[str, Any]:
         raise ValueError(f"unsupported activation {config.activation!r} for {model_type}; "
                          f"supported: {', '.join(hf_activations)}")
     values[hf_fields["activation"]] = hf_activations[config.activation]
-    # A size of the decoder that is None is that of the encoder.
+    # If a decoder size is None, the decoder has the size of the encoder.
     for decoder_name, encoder_name in (("num_decoder_layers", "num_layers"),
                                        ("num_decoder_heads", "num_heads"),
                                        ("decoder_mlp_dim", "mlp_dim")):
@@ -136,7 +136,8 @@ def config_to_hf(config: Config, task: str, num_classes: int) -> dict[str, Any]:
         num_classes: the number of classes, used for classification tasks.
 
     Raises:
-        ValueError: no family supports such a model; the message names the field.
+        ValueError: the model family does not support the value of a field, or does not support the
+            task. The message names the field or task.
 
     Example:
 
@@ -167,7 +168,7 @@ def config_to_hf(config: Config, task: str, num_classes: int) -> dict[str, Any]:
 
 
 def config_num_labels(hf_config: dict[str, Any]) -> int:
-    """Number of labels that a config.json defines."""
+    """Number of labels that a config.json defines, or else the default of Transformers."""
     if hf_config.get("id2label"):
         return len(hf_config["id2label"])
     default = 3 if hf_config.get("model_type") == "bart" else 2
@@ -175,12 +176,19 @@ def config_num_labels(hf_config: dict[str, Any]) -> int:
 
 
 def _infer_model_type(config: Config) -> str:
-    """The family that supports a config without `Config.source`."""
+    """The `model_type` of the first family that supports a config.
+
+    Used for configs that were not loaded from a checkpoint.
+
+    Raises:
+        ValueError: no family supports the config; the message names a mismatched field.
+    """
     candidates = [model_type for model_type, family in FAMILIES.items()
                   if type(config) is family.config_class]
     for model_type in candidates:
         if not _mismatched_fields(config, model_type):
             return model_type
+    # The error message names the mismatch with one family.
     nearest = candidates[0]
     if type(config) is GPTConfig and not config.norm_first:
         nearest = "openai-gpt"
@@ -188,13 +196,13 @@ def _infer_model_type(config: Config) -> str:
     raise AssertionError("unreachable")
 
 
-# Fields that affect only the initialization of parameters, which checkpoints do not depend on.
+# Fields that affect only the initialization of parameters, so any value can be saved.
 INIT_ONLY_FIELDS = {
     "initializer", "init_std", "scale_residual_init", "classifier_bias", "output_bias"}
 
 
 def _mismatched_fields(config: Config, model_type: str) -> dict[str, Any]:
-    """Fields whose values a family does not support -> the values that it supports."""
+    """Name -> required value, of the fields whose values a family does not support."""
     family = FAMILIES[model_type]
     required = {"residual": True, **family.fixed_fields}
     required = {name: value for name, value in required.items() if name not in INIT_ONLY_FIELDS}
@@ -216,4 +224,4 @@ def _mismatched_fields(config: Config, model_type: str) -> dict[str, Any]:
 def _check_supported(config: Config, model_type: str) -> None:
     for name, value in _mismatched_fields(config, model_type).items():
         raise ValueError(f"unsupported {name} {getattr(config, name)!r} for {model_type} "
-                         f"checkpoints; supported: {value!r}; no other family supports it")
+                         f"checkpoints; supported: {value!r}")

@@ -8,17 +8,18 @@ from transformer_jax.models import BARTConfig, BERTConfig, Config, GPTConfig, Tr
 
 # Fields with the same name in config.json and in `Config`.
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-SEQ2SEQ_TOKEN_IDS = (  # only generation with encoder-decoders uses these
+SEQ2SEQ_TOKEN_IDS = (  # used only in generation with encoder-decoders
     "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 
 # Field of a `Config` -> (field of config.json, its default in Transformers).
 Fields = dict[str, tuple[str, Any]]
 
-# The arguments of the following functions are the defaults of a family in Transformers.
+# Functions that return the fields of similar families, given the defaults of one family in
+# Transformers.
 
 
 def _fields(fields: Fields, pad=None, bos=None, eos=None) -> Fields:
-    """`fields` and those that all families share."""
+    """`fields`, together with the fields that all families have."""
     ids = dict(zip(TOKEN_IDS, (pad, bos, eos)))
     return {"tie_embeddings": ("tie_word_embeddings", True), **fields,
             **{name: (name, default) for name, default in ids.items()}}
@@ -67,7 +68,8 @@ class Family(NamedTuple):
     Attributes:
         config_class: class of the models' configs in this library.
         class_prefix: prefix of the class names in Transformers, such as "Bert".
-        base_prefix: prefix of the tensor names of the base model; see `weight_maps`.
+        base_prefix: prefix of the tensor names of the base model in checkpoints with a head, such
+            as "bert."; see `weight_maps`.
         fields: field of `config_class` -> (field of config.json, its default in Transformers).
         fixed_fields: fields of `config_class` that have the same value in all models of the family.
         class_suffixes: task -> suffix of the class name in Transformers.
@@ -83,31 +85,33 @@ class Family(NamedTuple):
     supported_values: dict[str, Any] = {}  # noqa: RUF012
 
 
-_GPT_CLASSES = {"causal_lm": "LMHeadModel", "base": "Model",
-                "classification": "ForSequenceClassification"}
-_GPT2_CLASSES = {**_GPT_CLASSES, "token_classification": "ForTokenClassification",
-                 "question_answering": "ForQuestionAnswering"}
-_ENCODER_CLASSES = {
+_GPT_CLASS_SUFFIXES = {"causal_lm": "LMHeadModel", "base": "Model",
+                       "classification": "ForSequenceClassification"}
+_GPT2_CLASS_SUFFIXES = {**_GPT_CLASS_SUFFIXES, "token_classification": "ForTokenClassification",
+                        "question_answering": "ForQuestionAnswering"}
+_ENCODER_CLASS_SUFFIXES = {
     "masked_lm": "ForMaskedLM", "classification": "ForSequenceClassification",
     "token_classification": "ForTokenClassification",
     "question_answering": "ForQuestionAnswering", "multiple_choice": "ForMultipleChoice",
 }
-_BASE_CLASSES = {"base": "Model", "encoder": "Model"}
-_ROBERTA_CLASSES = {**_BASE_CLASSES, **_ENCODER_CLASSES}
-_BART_CLASSES = {"seq2seq_lm": "ForConditionalGeneration", "base": "Model",
-                 "classification": "ForSequenceClassification",
-                 "question_answering": "ForQuestionAnswering"}
+_BASE_CLASS_SUFFIXES = {"base": "Model", "encoder": "Model"}
+_ROBERTA_CLASS_SUFFIXES = {**_BASE_CLASS_SUFFIXES, **_ENCODER_CLASS_SUFFIXES}
+_BART_CLASS_SUFFIXES = {"seq2seq_lm": "ForConditionalGeneration", "base": "Model",
+                        "classification": "ForSequenceClassification",
+                        "question_answering": "ForQuestionAnswering"}
 
-# BERT needs tied embeddings because the untied BERT of Transformers has two output biases, one of
-# which it does not use.
-_ENCODER_ONLY = {"tie_word_embeddings": True, "is_decoder": False, "add_cross_attention": False,
-                 "position_embedding_type": "absolute"}
-_ENCODER_DECODER = {"is_decoder": False, "is_encoder_decoder": True, "tie_word_embeddings": True}
+# BERT must have tied embeddings, because without them its class in Transformers has two output
+# biases, one of which is not used.
+_ENCODER_SUPPORTED = {"tie_word_embeddings": True, "is_decoder": False,
+                      "add_cross_attention": False, "position_embedding_type": "absolute"}
+_ENCODER_DECODER_SUPPORTED = {"is_decoder": False, "is_encoder_decoder": True,
+                              "tie_word_embeddings": True}
 _ROBERTA_FIELDS = _bert(50_265, 1, 0, 2)
-_MARIAN_FIXED = {"positions": "sinusoidal_halves", "embed_norm": False, "norm_epsilon": 1e-5,
-                 "output_bias": True, "initializer": "normal", "position_offset": 0}
-_BART_FIXED = {"positions": "learned", "position_offset": 2, "embed_norm": True,
-               "norm_epsilon": 1e-5, "output_bias": True, "initializer": "normal"}
+_SINUSOIDAL_FIXED_FIELDS = {
+    "positions": "sinusoidal_halves", "embed_norm": False, "norm_epsilon": 1e-5,
+    "output_bias": True, "initializer": "normal", "position_offset": 0}
+_BART_FIXED_FIELDS = {"positions": "learned", "position_offset": 2, "embed_norm": True,
+                      "norm_epsilon": 1e-5, "output_bias": True, "initializer": "normal"}
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
@@ -117,7 +121,7 @@ FAMILIES: dict[str, Family] = {
         {"norm_first": True, "positions": "learned", "position_offset": 0,
          "attention_window": None, "scale_residual_init": True, "classifier_bias": False,
          "scale_embedding": None},
-        _GPT2_CLASSES,
+        _GPT2_CLASS_SUFFIXES,
         {"add_cross_attention": False, "reorder_and_upcast_attn": False,
          "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}),
     "openai-gpt": Family(
@@ -125,20 +129,20 @@ FAMILIES: dict[str, Family] = {
         _gpt(40_478, 512, ("afn", "gelu"), (None, None, None)),
         {"norm_first": False, "positions": "learned", "position_offset": 0,
          "attention_window": None, "classifier_bias": False, "scale_embedding": None},
-        _GPT_CLASSES),
+        _GPT_CLASS_SUFFIXES),
     "bert": Family(
         BERTConfig, "Bert", "bert.", _bert(30_522, 0),
         {"norm_first": False, "positions": "learned", "position_offset": 0,
          "pooler_activation": "tanh", "pooling": "first", "scale_embedding": None,
          "initializer": "truncated_normal"},
         {"pretraining": "ForPreTraining", "next_sentence": "ForNextSentencePrediction",
-         **_BASE_CLASSES, **_ENCODER_CLASSES},
-        _ENCODER_ONLY),
+         **_BASE_CLASS_SUFFIXES, **_ENCODER_CLASS_SUFFIXES},
+        _ENCODER_SUPPORTED),
     **{name: Family(
         BERTConfig, class_prefix, "roberta.", _ROBERTA_FIELDS,
         {"norm_first": False, "positions": "learned", "pooler_activation": "tanh",
          "pooling": "first", "scale_embedding": None, "initializer": "truncated_normal"},
-        _ROBERTA_CLASSES, _ENCODER_ONLY)
+        _ROBERTA_CLASS_SUFFIXES, _ENCODER_SUPPORTED)
        for name, class_prefix in (("roberta", "Roberta"), ("xlm-roberta", "XLMRoberta"),
                                   ("camembert", "Camembert"))},
     "distilbert": Family(
@@ -154,28 +158,32 @@ FAMILIES: dict[str, Family] = {
         {"norm_first": False, "positions": "learned", "position_offset": 0, "num_segments": 0,
          "pooler_activation": "relu", "pooling": "first", "norm_epsilon": 1e-12,
          "scale_embedding": None, "initializer": "truncated_normal"},
-        {"encoder": "Model", **_ENCODER_CLASSES}),
+        {"encoder": "Model", **_ENCODER_CLASS_SUFFIXES}),
     "bart": Family(
         BARTConfig, "Bart", "model.", _bart(50_265, 1, 0, 2, 2),
-        {**_BART_FIXED, "norm_first": False}, _BART_CLASSES, _ENCODER_DECODER),
+        {**_BART_FIXED_FIELDS, "norm_first": False}, _BART_CLASS_SUFFIXES,
+        _ENCODER_DECODER_SUPPORTED),
     "mbart": Family(
         BARTConfig, "MBart", "model.", _bart(50_265, 1, 0, 2, None),
-        {**_BART_FIXED, "norm_first": True}, _BART_CLASSES, _ENCODER_DECODER),
+        {**_BART_FIXED_FIELDS, "norm_first": True}, _BART_CLASS_SUFFIXES,
+        _ENCODER_DECODER_SUPPORTED),
     "marian": Family(
         TransformerConfig, "Marian", "model.", _bart(58_101, 58_100, None, 0, 58_100),
-        {**_MARIAN_FIXED, "norm_first": False},
+        {**_SINUSOIDAL_FIXED_FIELDS, "norm_first": False},
         {"seq2seq_lm": "MTModel", "base": "Model"},
-        {**_ENCODER_DECODER, "share_encoder_decoder_embeddings": True, "normalize_before": False,
-         "normalize_embedding": False, "static_position_embeddings": True}),
+        {**_ENCODER_DECODER_SUPPORTED, "share_encoder_decoder_embeddings": True,
+         "normalize_before": False, "normalize_embedding": False,
+         "static_position_embeddings": True}),
     "pegasus": Family(
         TransformerConfig, "Pegasus", "model.", _bart(50_265, 0, None, 1, 0),
-        {**_MARIAN_FIXED, "norm_first": True},
+        {**_SINUSOIDAL_FIXED_FIELDS, "norm_first": True},
         {"seq2seq_lm": "ForConditionalGeneration", "base": "Model"},
-        {**_ENCODER_DECODER, "normalize_embedding": False, "static_position_embeddings": True}),
+        {**_ENCODER_DECODER_SUPPORTED, "normalize_embedding": False,
+         "static_position_embeddings": True}),
 }
 
-# Task -> its names in lower case, without spaces and punctuation: the name in this library,
-# suffixes of class names in Transformers, and names of pipelines.
+# Task -> all names of the task, in lower case without spaces and punctuation: its name in this
+# library, suffixes of class names in Transformers, and names of pipelines.
 _ALIASES = {
     "base": ("base", "model", "featureextraction"),
     "encoder": ("encoder",),
@@ -195,7 +203,7 @@ TASK_ALIASES = {alias: task for task, aliases in _ALIASES.items() for alias in a
 
 
 def get_family(model_type: Any) -> Family:
-    """The family with the given `model_type`.
+    """Returns the family with the given `model_type`.
 
     Raises:
         ValueError: the family is not supported.
@@ -207,7 +215,12 @@ def get_family(model_type: Any) -> Family:
 
 
 def resolve_task(name: str, model_type: str) -> str:
-    """The task for any of its names: that of this library, a Transformers class or a pipeline.
+    """Converts a task name to the name of the task in this library.
+
+    Args:
+        name: a task of this library ("classification"), a class of Transformers
+            ("BertForSequenceClassification") or a pipeline ("text-classification").
+        model_type: the model family.
 
     Raises:
         ValueError: the task is unknown, or the family does not support it.
@@ -245,6 +258,9 @@ def _check_task(task: str, model_type: str) -> None:
 
 def hf_class_name(model_type: str, task: str) -> str:
     """Name of the class in Transformers for a task.
+
+    Raises:
+        ValueError: the family does not support the task.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Forward pass with the names that Transformers gives to inputs and outputs."""
+"""Forward pass whose inputs and outputs have the same names as in Transformers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ def forward(
     output_hidden_states: bool = False,
     **inputs: Array,
 ) -> dict[str, Any]:
-    """Outputs of a model under the names that its class in Transformers gives them.
+    """Applies a model and returns its outputs, named as in Transformers.
 
     The function is pure; compile it with `jax.jit(forward, static_argnums=0)`.
 
@@ -41,24 +41,28 @@ def forward(
         output_hidden_states: whether to return the hidden states of all layers. Static under `jit`.
         inputs: "input_ids" `[B, S]`; optionally, if the model takes them, "attention_mask" (1 for
             tokens, 0 for padding), "token_type_ids" and "position_ids" `[B, S]`, and
-            "decoder_input_ids" and "decoder_attention_mask" `[B, T]`. For multiple choice all have
-            shape `[B, num_choices, S]`. Inputs that are None are ignored.
+            "decoder_input_ids" and "decoder_attention_mask" `[B, T]`. For multiple choice, all
+            inputs have shape `[B, num_choices, S]`. Inputs that are None are ignored.
 
     Returns:
-        A dict with these entries, where S stands for T in encoder-decoders:
+        A dict with these entries. The length of decoder outputs is T instead of S. For
+        multiple choice, outputs other than "logits" have B * num_choices rows.
 
         - "last_hidden_state" `[B, S, D]`.
-        - "logits", float32; for question answering "start_logits" and "end_logits"; for
-          pre-training of BERT "prediction_logits" and "seq_relationship_logits".
-        - "pooler_output" `[B, D]`, for encoders with a pooler.
-        - "encoder_last_hidden_state", for encoder-decoders.
+        - "logits", float32: `[B, S, V]` for language models, `[B, S, C]` for token
+          classification, `[B, C]` for classification, `[B, 2]` for next-sentence prediction and
+          `[B, num_choices]` for multiple choice. Question answering has "start_logits" and
+          "end_logits" `[B, S]` instead, and pre-training of BERT has "prediction_logits"
+          `[B, S, V]` and "seq_relationship_logits" `[B, 2]`.
+        - "pooler_output" `[B, D]`, for encoders whose task uses the pooler.
+        - "encoder_last_hidden_state" `[B, S, D]`, for encoder-decoders.
         - If `output_hidden_states`: "hidden_states", a tuple of the embeddings and the output of
-          each layer, of which the last includes the final LayerNorm. For encoder-decoders
-          "encoder_hidden_states" and "decoder_hidden_states".
+          each layer, each `[B, S, D]`. The last layer's output includes the final LayerNorm.
+          Encoder-decoders have "encoder_hidden_states" and "decoder_hidden_states" instead.
 
     Raises:
-        ValueError: an input is missing, not supported by the model or of the wrong shape, or ids
-            are outside the vocabulary.
+        ValueError: an input is missing, not supported by the model or of the wrong shape, or token
+            or segment ids are out of range (not checked under `jit`). Position ids are not checked.
 
     Example:
 
@@ -105,7 +109,7 @@ def forward(
 
 
 def _checked_input(model: Model, name: str, value: Array, inputs: dict[str, Array]) -> Array:
-    """An input as an array, after checking its shape and, outside of `jit`, its ids."""
+    """Converts an input to an array and checks its shape and, outside of `jit`, its ids."""
     value = value if isinstance(value, jax.Array) else jnp.asarray(np.asarray(value))
     num_axes = 3 if model.task == "multiple_choice" else 2
     if value.ndim != num_axes:
@@ -120,7 +124,7 @@ def _checked_input(model: Model, name: str, value: Array, inputs: dict[str, Arra
     config = model.config
     num_ids = {"input_ids": config.vocab_size, "decoder_input_ids": config.vocab_size,
                "token_type_ids": getattr(config, "num_segments", 0)}
-    # XLA does not report an index out of range: it returns another row, or NaN.
+    # XLA does not report an index out of range: the lookup returns another row, or NaN.
     if name in num_ids and not isinstance(value, jax.core.Tracer) and value.size:
         low, high = int(value.min()), int(value.max())
         if low < 0 or high >= num_ids[name]:
@@ -153,8 +157,8 @@ def _gpt(
                           deterministic=deterministic).hidden
     out = {"last_hidden_state": hidden_BTD, **_token_outputs(m, hidden_BTD, deterministic)}
     if m.task == "classification":
-        # As in Transformers, padding is identified by its id; the mask is used only if the config
-        # has no padding id.
+        # As in Transformers, padding is identified by the padding id. The attention mask is used
+        # only if the config has no padding id.
         pad = m.config.pad_token_id
         last_B = last_token_positions(input_ids, mask if pad is None else input_ids != pad)
         last_BD = gather_positions(hidden_BTD, last_B[:, None])[:, 0]
@@ -170,8 +174,8 @@ def _bert(
     if position_ids is not None:
         position_ids = position_ids - offset
     elif offset:
-        # RoBERTa numbers the tokens that are not padding, which is identified by its id and not by
-        # the mask.
+        # RoBERTa numbers only the tokens that are not padding. As in Transformers, padding is
+        # identified by the padding id and not by the attention mask.
         is_token = input_ids != offset - 1
         position_ids = jnp.where(is_token, jnp.cumsum(is_token, -1), 0) - 1
     hidden_BTD = m.encode(input_ids, segment_ids=token_type_ids,
@@ -217,16 +221,23 @@ def _transformer(
 
 
 def default_decoder_input_ids(c: TransformerConfig, input_ids: Array) -> Array:
-    """Decoder inputs for a decoder that reconstructs the source, as in denoising.
+    """Decoder input ids [B, S] for a decoder that reconstructs the source, as in denoising.
 
-    They are the source, shifted right behind a start token: `decoder_start_token_id`, or for mBART
-    the language token at the end of the source.
+    They are the source ids, shifted right after a start token: `decoder_start_token_id`, or for
+    mBART the language token at the end of the source.
+
+    Args:
+        c: the model's config.
+        input_ids: [B, S], the ids of the source.
+
+    Raises:
+        ValueError: the config does not define the required token id.
     """
     is_mbart = c.norm_first and c.embed_norm
-    needed = "pad_token_id" if is_mbart else "decoder_start_token_id"
-    if getattr(c, needed) is None:
+    required_field = "pad_token_id" if is_mbart else "decoder_start_token_id"
+    if getattr(c, required_field) is None:
         raise ValueError("decoder_input_ids are missing, and they cannot be derived from input_ids "
-                         f"because the config has no {needed}; give decoder_input_ids")
+                         f"because the config has no {required_field}; give decoder_input_ids")
     if not is_mbart:
         return shift_right(input_ids, c.decoder_start_token_id)
     last_B = (input_ids != c.pad_token_id).sum(-1) - 1
@@ -235,12 +246,12 @@ def default_decoder_input_ids(c: TransformerConfig, input_ids: Array) -> Array:
 
 
 def _is_captured(module, method: str) -> bool:
-    """Whether Flax captures the output of a module: of embeddings and blocks."""
+    """Filter of `capture_intermediates`: selects the outputs of the embeddings and the blocks."""
     return method == "__call__" and (isinstance(module, Block) or module.name == "embed_dropout")
 
 
 def _hidden_states(intermediates: dict[str, Any], out: dict[str, Array]) -> dict[str, Any]:
-    """Captured outputs of embeddings and blocks as the tuples that Transformers returns."""
+    """Converts captured outputs to the tuples of hidden states that Transformers returns."""
     embeddings = list(intermediates["embed_dropout"]["__call__"])
     states = {}
     for stack in ("encoder", "decoder"):
@@ -258,7 +269,7 @@ def _hidden_states(intermediates: dict[str, Any], out: dict[str, Array]) -> dict
     }
 
 
-# Model class -> (its forward pass, its supported inputs).
+# Model class -> (forward pass, names of supported inputs).
 _FORWARD_FNS: dict[type, tuple[Callable, tuple[str, ...]]] = {
     GPT: (_gpt, ("input_ids", "attention_mask", "position_ids")),
     BERT: (_bert, ("input_ids", "attention_mask", "token_type_ids", "position_ids")),

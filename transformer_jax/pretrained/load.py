@@ -27,12 +27,12 @@ from transformer_jax.pretrained.weight_maps import WeightMap
 from transformer_jax.sharding import param_shardings
 from transformer_jax.tree import LoadReport, flatten_paths, unflatten_paths
 
-# Modules that a checkpoint may omit, because models for other tasks do not have them. They are
-# initialized instead.
+# Modules that are initialized if the checkpoint omits them, because models for other tasks do not
+# have them.
 HEAD_MODULES = ("pooler", "classifier", "mlm_head", "nsp_head", "lm_head", "output")
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
-# Files to download from a repository of the hub, which may hold the weights in three formats.
+# Files to download from the hub. Repositories may also contain the weights in other formats.
 DOWNLOAD_PATTERNS = (CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE,
                      "model-*-of-*.safetensors", *tokenizer.TOKENIZER_FILES)
 PACKAGE_PREFIX = "package:"
@@ -65,18 +65,20 @@ def load_pretrained(
 ) -> Pretrained:
     """Loads a checkpoint in the Hugging Face format.
 
-    Parameters that the checkpoint does not contain are initialized. They, and tensors that the
-    model does not use, are printed to standard error.
+    Parameters that the checkpoint does not contain are initialized. Their paths, and the names of
+    tensors that the model does not use, are printed to standard error.
 
     Args:
         source: a folder; an id on the Hugging Face hub, such as "openai-community/gpt2"; or
             "package:NAME/FOLDER", a folder inside an installed Python package.
-        task: determines the head: a task of the model's METHODS ("classification"), a class of
-            Transformers ("BertForSequenceClassification") or a pipeline ("text-classification").
-            None for the task of the checkpoint.
-        num_labels: number of classes of a classifier; None for the checkpoint's. If it differs
-            from the checkpoint's, a new classifier is initialized.
-        mesh: shards the parameters by `sharding.param_shardings`; None for the first device.
+        task: the task, which determines the head: a task of this library (a key of the model's
+            `METHODS`, such as "classification"), a class of Transformers
+            ("BertForSequenceClassification") or a pipeline ("text-classification"). None for the
+            task of the checkpoint.
+        num_labels: number of classes of a classifier; None for the number in the checkpoint. If
+            the numbers differ, a new classifier is initialized.
+        mesh: mesh over which the parameters are sharded, as in `sharding.param_shardings`; None
+            places them on the first device.
         rng: key to initialize parameters that the checkpoint does not contain, such as those of a
             new classifier; `jax.random.key(0)` if None.
         revision: branch, tag or commit on the hub.
@@ -145,19 +147,21 @@ def match_tensors(
     """Assigns the tensors of a checkpoint to the parameters of a model.
 
     Args:
-        entries: name -> entry of the tensors.
+        entries: tensor name -> entry.
         model_type: the model family.
         task: the model's task.
         config: the model's config.
         shapes: path -> shape of the model's parameters.
-        new_classifier: whether a classifier of another shape is left unused instead of rejected.
+        new_classifier: whether a classifier of another shape is ignored, so that a new one is
+            initialized. If False, it is rejected.
 
     Returns:
-        (weight map -> entry of its tensor, names of unused tensors).
+        (weight map -> entry of its tensor, sorted names of unused tensors).
 
     Raises:
-        ValueError: a parameter outside the heads has no tensor, a tensor has another shape or type
-            than the config requires, or there are tensors of more layers than the config has.
+        ValueError: a parameter outside the heads has no tensor, a tensor has another shape or dtype
+            than the model requires, two tensor names denote the same tensor, or there are
+            tensors of more layers than the config has.
     """
     base_prefix = FAMILIES[model_type].base_prefix
     names: dict[str, str] = {}  # canonical name -> name in the file
@@ -206,7 +210,7 @@ def _short_name(weight_map: WeightMap | weight_maps.PositionTable) -> str:
 
 
 def _check_complete(matched: dict[WeightMap, TensorEntry], config: Config, shapes: dict) -> None:
-    """Rejects weights without the tensors of parameters outside the heads."""
+    """Raises ValueError if parameters outside the heads have no tensor."""
     loaded = {path for weight_map in matched for path in weight_map.paths}
     missing_params = [path for path in shapes
                       if path not in loaded and path.partition("/")[0] not in HEAD_MODULES]
@@ -220,7 +224,7 @@ def _check_complete(matched: dict[WeightMap, TensorEntry], config: Config, shape
 def _check_position_tables(
     entries: dict[str, TensorEntry], names: dict[str, str], config: Config
 ) -> None:
-    """Rejects position tables that differ from the sinusoids that the model computes."""
+    """Raises ValueError if position tables differ from the sinusoids that the model computes."""
     if config.positions == "learned":
         return
     for table in weight_maps.POSITION_TABLES:
@@ -235,7 +239,7 @@ def _check_position_tables(
 
 
 def _to_device(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """The value in float32 on the first device, or sharded."""
+    """Copies a value to the first device, or to the devices of a sharding, in float32."""
     if value.dtype != np.float32 or not value.flags.c_contiguous:
         copy = safetensors_io.aligned_empty(value.shape, np.float32)
         copy[...] = value
@@ -248,7 +252,7 @@ def _to_device(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax
 def _init_some(
     model: Model, rng: jax.Array, paths: list[str], shardings: list
 ) -> dict[str, jax.Array]:
-    """Initial values of some parameters; XLA eliminates the initialization of the others."""
+    """Initializes the given parameters; XLA eliminates the initialization of the others."""
 
     def init(rng):
         params = flatten_paths(init_params(model, rng))
@@ -259,7 +263,7 @@ def _init_some(
 
 
 def _find_folder(source: str | Path, revision: str | None) -> Path:
-    """The folder of a checkpoint, which is downloaded if the source is an id on the hub."""
+    """Returns the folder of a checkpoint, and downloads it if the source is an id on the hub."""
     if str(source).startswith(PACKAGE_PREFIX):
         return _find_in_package(str(source).removeprefix(PACKAGE_PREFIX))
     folder = Path(source).expanduser()
@@ -284,7 +288,7 @@ def _find_folder(source: str | Path, revision: str | None) -> Path:
 
 
 def _find_in_package(name: str) -> Path:
-    """The checkpoint folder inside an installed Python package, given as NAME or NAME/FOLDER."""
+    """Returns the checkpoint folder in an installed package, given as NAME or NAME/FOLDER."""
     package, _, subfolder = name.partition("/")
     try:
         root = Path(str(importlib.resources.files(package)))
@@ -306,7 +310,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _resolve_task(hf_config: dict[str, Any], task: str | None) -> str:
-    """The given task, or else that of the checkpoint."""
+    """Returns the given task, or the task of the checkpoint if it is None."""
     model_type = hf_config["model_type"]
     if task is not None:
         return resolve_task(task, model_type)
@@ -317,7 +321,7 @@ def _resolve_task(hf_config: dict[str, Any], task: str | None) -> str:
         return resolve_task(architectures[0], model_type)
     except ValueError as error:
         raise ValueError(f"{error} The task comes from architectures in config.json; give "
-                         "task=... instead") from None
+                         "task=... to choose another") from None
 
 
 def _num_classes(hf_config: dict[str, Any], task: str, num_labels: int | None) -> int:
@@ -335,17 +339,21 @@ def _check_fields(changes: dict[str, Any], config_class: type[Config]) -> None:
     known = {field.name for field in dataclasses.fields(config_class)}
     for name in changes:
         if name not in known:
-            raise ValueError(f"unknown option {name!r} of load_pretrained, which is no field of "
-                             f"{config_class.__name__}; {did_you_mean(name, sorted(known))}")
+            raise ValueError(f"unknown option {name!r} of load_pretrained: "
+                             f"{config_class.__name__} has no such field; "
+                             f"{did_you_mean(name, sorted(known))}")
 
 
 def _with_dtype(hf_config: dict[str, Any], entries: dict[str, TensorEntry]) -> dict[str, Any]:
-    """The fields of config.json with the dtype of the weights, to which `save_pretrained` casts."""
+    """Sets the dtype in the fields of config.json to that of the weights.
+
+    `save_pretrained` casts the parameters to this dtype.
+    """
     dtypes = {entry.dtype for entry in entries.values() if entry.dtype.kind in "fV"}
     if not dtypes:
         raise ValueError("the weights have no tensor with a floating-point dtype; download them "
                          "again")
-    # Mixed dtypes are saved as float32, the widest dtype of parameters.
+    # Weights with several dtypes are saved in float32, the dtype of the loaded parameters.
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
     key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
     return hf_config if hf_config.get(key) == dtype.name else {**hf_config, key: dtype.name}

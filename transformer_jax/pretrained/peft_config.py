@@ -1,4 +1,4 @@
-"""adapter_config.json of Hugging Face PEFT: supported options, ranks, scales and target modules."""
+"""Options in the adapter_config.json of Hugging Face PEFT: ranks, scales and target modules."""
 
 import collections
 import math
@@ -12,7 +12,8 @@ from transformer_jax import storage
 _SUPPORTED_OPTIONS = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern",
     "alpha_pattern", "init_lora_weights"}
-# Options that only training uses, or that the tensors of the adapter imply.
+# Options that are used only in training, or that are redundant because the adapter's tensors
+# contain the same information.
 _IGNORED_OPTIONS = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
     "peft_version", "target_modules", "exclude_modules", "modules_to_save", "bias",
@@ -23,7 +24,7 @@ _SUPPORTED_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def load_adapter_config(path: Path) -> dict[str, Any]:
-    """Loads and checks adapter_config.json; missing options have the defaults of PEFT.
+    """Loads and checks an adapter_config.json. Missing options get the defaults of PEFT.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -43,8 +44,8 @@ def load_adapter_config(path: Path) -> dict[str, Any]:
     for name, value in config.items():
         if (name not in _SUPPORTED_OPTIONS | _IGNORED_OPTIONS
                 and value not in (None, False, 0, [], {})):
-            raise ValueError(f"unsupported option {name} {value!r} in {path}; supported: adapters "
-                             "that were trained without it")
+            raise ValueError(f"unsupported option {name} {value!r} in {path}; use an adapter that "
+                             "was trained without this option")
     config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False,
               "use_dora": False} | config
     config |= {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
@@ -71,6 +72,11 @@ def _check_ranks_and_alphas(config: dict[str, Any], path: Path) -> None:
 def module_option(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module's name, as in PEFT.
 
+    Args:
+        patterns: regular expression -> value.
+        module: the name of the module.
+        default: the value if no pattern matches.
+
     Example:
 
         >>> module_option({"query": 4}, "encoder.layer.0.attention.self.query", 8)
@@ -83,16 +89,18 @@ def module_option(patterns: Mapping[str, Any], module: str, default: Any) -> Any
 def rank_and_alpha_options(
     ranks_and_scales: Mapping[str, tuple[int, float]], use_rslora: bool
 ) -> dict[str, Any]:
-    """The options r and lora_alpha of most modules, and patterns for the other modules.
+    """Converts ranks and scales to the options r, lora_alpha, rank_pattern and alpha_pattern.
+
+    The most common rank and alpha become r and lora_alpha; other modules get patterns.
 
     Args:
-        ranks_and_scales: module -> (rank, factor of the update).
-        use_rslora: whether the factor is alpha / sqrt(r) instead of alpha / r.
+        ranks_and_scales: module -> (rank, scale of the LoRA update). It must not be empty.
+        use_rslora: whether the scale is alpha / sqrt(r) instead of alpha / r.
     """
     options = {}
     for module, (rank, scale) in ranks_and_scales.items():
         alpha = scale * (math.sqrt(rank) if use_rslora else rank)
-        # A factor in float32 has seven correct digits.
+        # The scale is stored in float32, so alpha is exact to seven digits.
         nearest = round(alpha)
         options[module] = rank, nearest if math.isclose(alpha, nearest, rel_tol=1e-7) else alpha
     (rank, alpha), _ = collections.Counter(options.values()).most_common(1)[0]
@@ -109,7 +117,7 @@ def target_modules(selected: Collection[str], known: Collection[str]) -> list[st
         >>> target_modules({"layer.0.query"}, {"layer.0.query", "layer.0.key"})
         ['query']
     """
-    # The base models of Transformers have this module, even if the model here does not.
+    # The base models of Transformers have a pooler even if this model does not.
     known = {*known, "pooler.dense"}
     targets = set()
     for module in selected:

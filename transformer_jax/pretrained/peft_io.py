@@ -1,16 +1,17 @@
-"""LoRA adapters in the format of Hugging Face PEFT.
+"""Loading and saving of LoRA adapters in the format of Hugging Face PEFT.
 
-An adapter is a folder with adapter_config.json and adapter_model.safetensors. A PEFT module with
-`lora_A` [r, in] and `lora_B` [out, r] corresponds to a kernel with the PEFT parameters lora_a and
-lora_b.
+An adapter is a folder with adapter_config.json and adapter_model.safetensors. The tensors `lora_A`
+[r, in] and `lora_B` [out, r] of a PEFT module correspond to the PEFT parameters `lora_a` and
+`lora_b` of a layer.
 
-The module c_attn of GPT holds the kernels of query, key and value. On loading, each of them gets
-all of A and its third of B. On saving, they share one A if their lora_a are equal, which they are
-after loading. Otherwise A has the rows of all three, B is block-diagonal and the rank is the sum of
-the three ranks, which gives the same function without rounding.
+The module c_attn of GPT contains the kernels of three layers: query, key and value. When an adapter
+is loaded, `lora_a` of each layer is the complete A, and `lora_b` is one third of the rows of B.
+When it is saved, the three layers share one A if their `lora_a` are equal, as they are after
+loading. Otherwise A is the concatenation of the three `lora_a`, B is block-diagonal, and the rank
+is the sum of the three ranks. This computes the same function without rounding.
 
-If some modules have DoRA, the other modules are saved with the magnitudes for which DoRA equals
-LoRA.
+PEFT's option use_dora applies to all modules. If only some modules use DoRA, the others are saved
+with the magnitude for which DoRA equals LoRA.
 """
 
 import collections
@@ -36,7 +37,7 @@ from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # of all tensor names in an adapter
+_PREFIX = "base_model.model."  # all tensor names in an adapter start with it
 # Task -> task_type of PEFT.
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS",
                "token_classification": "TOKEN_CLS", "question_answering": "QUESTION_ANS",
@@ -49,8 +50,8 @@ class LoraModule(NamedTuple):
     Attributes:
         lora_a: [r, in].
         lora_b: [out, r].
-        scale: factor of the update.
-        magnitude: [out], the magnitude of DoRA; None without DoRA.
+        scale: factor of the update `lora_b @ lora_a`.
+        magnitude: [out], the magnitude vector of DoRA; None without DoRA.
     """
 
     lora_a: np.ndarray
@@ -60,13 +61,13 @@ class LoraModule(NamedTuple):
 
 
 class _TensorNames(NamedTuple):
-    """Tensor names of a model.
+    """The tensor names of a model in Hugging Face checkpoints.
 
     Attributes:
         model_type: the model family.
-        base: prefix of the names outside the head.
-        shapes: path -> shape of the parameters.
-        maps: tensor name without the prefix -> weight map.
+        base: prefix of the names of tensors outside the head.
+        shapes: parameter path -> shape.
+        maps: tensor name without the prefix, or alias -> weight map.
     """
 
     model_type: str
@@ -75,7 +76,7 @@ class _TensorNames(NamedTuple):
     maps: dict[str, WeightMap]
 
     def module_and_kind(self, weight_map: WeightMap) -> tuple[str, str]:
-        """(module, "weight" or "bias") of a tensor."""
+        """(name of the PEFT module, "weight" or "bias") of a tensor."""
         module, _, kind = weight_map.hf_name.replace("{base}", self.base).rpartition(".")
         return module, kind
 
@@ -99,24 +100,25 @@ def save_peft(
 ) -> None:
     """Saves the LoRA parameters in `params` as a PEFT adapter.
 
-    `peft.PeftModel.from_pretrained` loads it onto the model in Transformers. The classifier, and
-    the modules that Transformers groups with it, are saved too, with their own LoRA merged.
+    `peft.PeftModel.from_pretrained` loads it onto the model in Transformers. The classifier,
+    and a pooler that is part of its head in Transformers, are saved in full, with their LoRA
+    parameters merged.
 
     Args:
         folder: the folder, which is created if needed.
         model: the model.
         params: its parameters, including LoRA parameters.
-        base_model_name: folder or hub id of the base model's checkpoint, stored for the user of
-            the adapter.
+        base_model_name: folder or hub id of the base model's checkpoint, stored as
+            base_model_name_or_path.
         mask: the trainable mask. Besides LoRA and the classifier, it may select all biases (PEFT's
-            bias="all"), the biases of layers with LoRA (bias="lora_only"), or parameters of layers
-            without LoRA, such as LayerNorms, whose modules are saved in full (modules_to_save).
-        use_rslora: whether alpha is stored for PEFT's use_rslora, that is as scale * sqrt(r)
-            instead of scale * r.
+            bias="all"), the biases of layers with LoRA (bias="lora_only"), or parameters of modules
+            without LoRA, such as LayerNorms, which are saved in full (modules_to_save).
+        use_rslora: value of PEFT's use_rslora. If True, alpha is stored as scale * sqrt(r), and
+            otherwise as scale * r.
 
     Raises:
-        ValueError: there are no LoRA parameters or there are PEFT parameters of another kind, or
-            the format cannot store a trainable parameter.
+        ValueError: there are no LoRA parameters, there are PEFT parameters of another kind, or
+            the format cannot represent a trainable parameter.
     """
     names, leaves = _tensor_names(model), flatten_paths(params)
     for path in leaves:
@@ -189,7 +191,7 @@ def _split_shape(layer: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], t
 def _lora_modules(
     names: _TensorNames, leaves: Mapping[str, Any], use_dora: bool
 ) -> dict[str, LoraModule]:
-    """PEFT module -> LoRA, for the modules in which at least one layer has LoRA."""
+    """Name of a PEFT module -> LoRA update, if at least one layer of the module has LoRA."""
     modules = {}
     for weight_map in dict.fromkeys(names.maps.values()):
         layers = [path.removesuffix("/kernel") for path in weight_map.paths]
@@ -203,7 +205,7 @@ def _combine_layers(
     layers: Sequence[str], leaves: Mapping[str, Any], shapes: dict[str, tuple[int, ...]],
     use_dora: bool,
 ) -> LoraModule:
-    """The LoRA of the PEFT module that holds the kernels of the given layers."""
+    """The LoRA update of the PEFT module that contains the kernels of the given layers."""
     updates: list[tuple[np.ndarray, np.ndarray, float] | None] = []
     for layer in layers:
         if f"{layer}/lora_a" not in leaves:
@@ -233,7 +235,10 @@ def _combine_layers(
 
 
 def _magnitude(layer: str, leaves: Mapping[str, Any]) -> np.ndarray:
-    """DoRA magnitude of a layer; without DoRA, the norms for which DoRA equals LoRA."""
+    """DoRA magnitude [out] of a layer.
+
+    For a layer without DoRA, the column norms of its merged kernel, for which DoRA equals LoRA.
+    """
     if (magnitude := leaves.get(f"{layer}/lora_magnitude")) is None:
         kernel = float32_matrix(leaves, layer)
         if f"{layer}/lora_a" in leaves:
@@ -244,7 +249,7 @@ def _magnitude(layer: str, leaves: Mapping[str, Any]) -> np.ndarray:
 
 
 def _head_modules(model: Model, names: _TensorNames) -> tuple[set[str], tuple[str, ...]]:
-    """(PEFT modules of the classifier, path prefixes of its parameters)."""
+    """(PEFT modules of the classification head, path prefixes of its parameters)."""
     maps = []
     if model.num_classes:
         maps = weight_maps.HEAD_WEIGHT_MAPS[names.model_type].get(model.task, [])
@@ -256,7 +261,11 @@ def _other_trainable(
     names: _TensorNames, mask: PyTree | None, head_prefixes: tuple[str, ...],
     lora_modules: set[str],
 ) -> tuple[set[str], str]:
-    """(modules outside the head to save in full, PEFT's option bias) of a trainable mask."""
+    """Parameters to save besides LoRA and the head, given a trainable mask.
+
+    Returns:
+        (names of modules to save in full, value of PEFT's option bias).
+    """
     full_modules: set[str] = set()
     is_trainable = {} if mask is None else flatten_paths(mask)
     trainable = {path for path, selected in is_trainable.items()
@@ -273,21 +282,21 @@ def _other_trainable(
         return full_modules, "lora_only"
     for path in sorted(trainable):
         module, _ = owners.get(path, (None, None))
-        # PEFT copies a module with its submodules, so no other tensor may belong to a submodule.
+        # PEFT saves a module with all its submodules, so a module with submodules is not supported.
         has_submodules = module is not None and any(
             other.startswith(f"{module}.") for other, _ in owners.values())
         if (not module or has_submodules or module in lora_modules
                 or path.startswith("token_embed/")):
-            raise ValueError(f"unsupported trainable parameter {path}: PEFT's format cannot store "
-                             "it besides LoRA; merge LoRA (finetuning.peft.merge) and use "
-                             "save_pretrained, or save the adapter with "
+            raise ValueError(f"unsupported trainable parameter {path}: PEFT's format cannot "
+                             "represent it in a LoRA adapter; merge LoRA (finetuning.peft.merge) "
+                             "and use save_pretrained, or save the adapter with "
                              "finetuning.adapter_io.save_adapter")
         full_modules.add(module)
     return full_modules, "none"
 
 
 def load_peft(folder: str | Path, model: Model, params: PyTree) -> PyTree:
-    """Loads a LoRA adapter that PEFT saved.
+    """Loads a LoRA adapter in the format of Hugging Face PEFT.
 
     Args:
         folder: the folder of the adapter.
@@ -295,8 +304,8 @@ def load_peft(folder: str | Path, model: Model, params: PyTree) -> PyTree:
         params: its parameters, without LoRA.
 
     Returns:
-        `params` with the adapter's LoRA parameters, in which modules and biases that the adapter
-        contains in full are replaced.
+        `params` with the adapter's LoRA parameters added, and with the modules and biases that the
+        adapter stores in full replaced.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -341,7 +350,7 @@ def load_peft(folder: str | Path, model: Model, params: PyTree) -> PyTree:
         plain = re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)", "", short)
         weight_map = names.maps.get(plain.removeprefix(base_prefix))
         if weight_map is None:
-            raise ValueError(f"{folder}: {name} is no tensor of {model_name}; load the adapter "
+            raise ValueError(f"{folder}: {name} is not a tensor of {model_name}; load the adapter "
                              "onto the model that it was trained for")
         if value.shape != (shape := weight_map.hf_shape(names.shapes)):
             raise ValueError(f"{folder}: {name} has shape {value.shape}, but {model_name} has "
@@ -351,7 +360,7 @@ def load_peft(folder: str | Path, model: Model, params: PyTree) -> PyTree:
     for module, tensors in lora_tensors.items():
         weight_map = names.maps.get(f"{module.removeprefix(base_prefix)}.weight")
         if weight_map is None or not weight_map.paths[0].endswith("/kernel"):
-            raise ValueError(f"{folder} has LoRA for {module}, which is no linear layer of "
+            raise ValueError(f"{folder} has LoRA for {module}, which is not a linear layer of "
                              f"{model_name}; load the adapter onto the model that it was trained "
                              "for")
         loaded |= _split_layers(module, weight_map, tensors, config, names.shapes)
@@ -362,7 +371,7 @@ def _split_layers(
     module: str, weight_map: WeightMap, tensors: dict[str, np.ndarray], config: dict[str, Any],
     shapes: dict[str, tuple[int, ...]],
 ) -> dict[str, np.ndarray]:
-    """Path -> LoRA parameter of the layers whose kernels a PEFT module holds."""
+    """Path -> LoRA parameter, for the layers whose kernels a PEFT module contains."""
     rank = peft_config.module_option(config["rank_pattern"], module, config["r"])
     alpha = peft_config.module_option(config["alpha_pattern"], module, config["lora_alpha"])
     scale = np.float32(alpha / (math.sqrt(rank) if config["use_rslora"] else rank))

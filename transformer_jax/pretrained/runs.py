@@ -1,7 +1,7 @@
-"""The folder of a training run: config.json, tokenizer/ and checkpoints/.
+"""Folders of training runs, which contain config.json, tokenizer/ and checkpoints/.
 
-config.json is the run config: the config and the head of the model, the names of its labels, and
-the number of last checkpoints to average.
+config.json contains the config, task and number of classes of the model, the names of its labels,
+and the number of last checkpoints to average.
 """
 
 import json
@@ -22,7 +22,8 @@ class LoadedRun(NamedTuple):
         model: the model.
         params: its parameters.
         tokenizer: its tokenizer.
-        label_names: names of the classes of a classifier, in the order of their ids.
+        label_names: names of the classes of a classifier, in the order of their ids; empty for
+            other models.
     """
 
     model: Model
@@ -42,18 +43,19 @@ def save_run_config(
 ) -> None:
     """Saves config.json and the tokenizer of a training run.
 
-    The tokenizer's files get a manifest of their checksums, which `tokenizers.load` verifies. The
-    parameters are not saved here; the training loop saves them in `<out>/checkpoints`.
+    A manifest with the checksums of the tokenizer's files is saved too, which `tokenizers.load`
+    verifies. The parameters are not saved here; the training loop saves them in
+    `<out>/checkpoints`.
 
     Args:
         out: the folder of the run.
         config: the model's config.
         tokenizer: the tokenizer.
         label_names: names of the classes of a classifier.
-        num_averaged_checkpoints: number of last checkpoints whose average `load_run` returns.
+        num_averaged_checkpoints: number of last checkpoints; `load_run` averages their parameters.
         task: the model's task; if None, classification if there are label names, otherwise the
             pre-training task.
-        num_classes: classes of the model's head; if None, the number of label names.
+        num_classes: number of classes of the model's head; if None, the number of label names.
 
     Example:
 
@@ -85,7 +87,8 @@ def load_run(folder: str | Path) -> LoadedRun:
     """Loads the model, parameters and tokenizer of a training run.
 
     Raises:
-        FileNotFoundError: the folder does not contain a finished run.
+        FileNotFoundError: the folder has no config.json, no tokenizer, or too few checkpoints.
+        ValueError: config.json is not valid JSON, or a file is corrupted.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -99,5 +102,5 @@ def load_run(folder: str | Path) -> LoadedRun:
         len(label_names) if num_classes is None else num_classes,
         run_config.get("task") or ("classification" if label_names else None))
     params = checkpointing.average_params(folder / "checkpoints", run_config.get("average", 1))
-    params = tree.unstack_layers(params)  # layers are stacked in runs that scan over them
+    params = tree.unstack_layers(params)  # the layers are stacked if the run scanned over them
     return LoadedRun(model, params, tokenizers.load(folder / "tokenizer"), label_names)

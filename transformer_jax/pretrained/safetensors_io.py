@@ -1,13 +1,13 @@
-"""Reading and writing safetensors files, one tensor at a time.
+"""Loading and saving of safetensors files, one tensor at a time.
 
 A safetensors file has three parts (https://huggingface.co/docs/safetensors): the length of the
 header (8 bytes, little-endian); the header, a JSON object with dtype, shape and byte range of each
 tensor; and the bytes of the tensors. The weights of a checkpoint are `model.safetensors`, or
 several such files (shards) and an index that maps each tensor name to its shard.
 
-The bytes of a tensor are read with ordinary reads. The files are not memory-mapped, because mapped
-pages count as used memory: loading would appear to need twice the memory of the weights, and on a
-machine with little free memory it would need that much.
+Files are read instead of memory-mapped, because mapped pages count as used memory: loading would
+appear to need twice the memory of the weights, and on a machine with little free memory it would
+indeed need that much.
 """
 
 import json
@@ -23,7 +23,7 @@ from transformer_jax import storage
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_NAME_LENGTH = 200  # characters in the file name of a shard; no file system allows much more
+MAX_NAME_LENGTH = 200  # characters in the file name of a shard; most file systems allow 255 bytes
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 # NumPy has no bfloat16; ml_dtypes, which JAX depends on, adds it.
 DTYPES = {
@@ -44,7 +44,10 @@ _CORRUPTED = "the file is corrupted or truncated; download it again"
 
 
 class TensorEntry(NamedTuple):
-    """Location, dtype and shape of a tensor in a safetensors file."""
+    """Location, dtype and shape of a tensor in a safetensors file.
+
+    `num_bytes` is the size of the tensor in bytes.
+    """
 
     file: Path
     start: int  # offset of the first byte in the file
@@ -57,7 +60,7 @@ class TensorEntry(NamedTuple):
 
 
 def list_tensors(folder: str | Path) -> dict[str, TensorEntry]:
-    """Entries of all tensors in a checkpoint folder, by name. Reads only the headers.
+    """Tensor name -> entry, for all tensors in a checkpoint folder. Only the headers are read.
 
     Raises:
         FileNotFoundError: the folder has no weights or only weights in other formats, or a shard is
@@ -73,14 +76,14 @@ def list_tensors(folder: str | Path) -> dict[str, TensorEntry]:
         if (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} has only {name} ({description}); convert it to {WEIGHTS_FILE} with the "
-                "library that wrote it: "
+                "library that saved it: "
                 "AutoModel.from_pretrained(folder).save_pretrained(folder)")
     raise FileNotFoundError(f"{folder} has no weights; it must contain {WEIGHTS_FILE} or "
                             f"{INDEX_FILE}")
 
 
 def read_header(path: str | Path) -> dict[str, TensorEntry]:
-    """Entries of all tensors in one safetensors file, by name.
+    """Tensor name -> entry, for all tensors in one safetensors file.
 
     Raises:
         ValueError: the file is truncated, or its header is invalid.
@@ -116,7 +119,7 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
 
 
 def _checked_entry(path, name, data_start, file_bytes, dtype, shape, start, end) -> TensorEntry:
-    """The entry for the fields of a header, after checking them."""
+    """Checks the header fields of a tensor and returns its entry."""
     if dtype not in DTYPES:
         raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!r}; it must be one of "
                          f"{', '.join(DTYPES)}")
@@ -134,7 +137,7 @@ def _checked_entry(path, name, data_start, file_bytes, dtype, shape, start, end)
 
 
 def _read_index(path: Path) -> dict[str, TensorEntry]:
-    """Entries of all tensors in the shards that an index lists, by name."""
+    """Tensor name -> entry, for all tensors in the shards that an index lists."""
     try:
         shards = storage.read_json(path)["weight_map"]
         files = sorted(set(shards.values()))
@@ -175,7 +178,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def load_tensor(entry: TensorEntry) -> np.ndarray:
-    """Values of one tensor.
+    """Loads the values of one tensor.
 
     Raises:
         ValueError: the file is shorter than when its header was read.
@@ -206,14 +209,18 @@ class TensorSpec(NamedTuple):
 
 def save_tensors(folder: str | Path, specs: Sequence[TensorSpec], values: Iterable[np.ndarray],
                  shard_bytes: int) -> None:
-    """Saves tensors as `model.safetensors`, or as shards with an index if they are larger.
+    """Saves tensors as `model.safetensors`, or as several shards with an index.
 
     Args:
-        folder: existing folder. Weights of an earlier save in it are deleted.
-        specs: the tensors, in the order of the file.
-        values: their values in the same order; one of them is in memory at a time.
-        shard_bytes: largest size of a file, in bytes of tensors. A larger tensor gets a file of its
-            own.
+        folder: an existing folder. Weights of an earlier save in it are deleted.
+        specs: names, dtypes and shapes of the tensors, in the order in which they are stored.
+        values: values of the tensors in the same order. With an iterator, only one value is in
+            memory at a time.
+        shard_bytes: largest total size in bytes of the tensors in a shard. A larger tensor gets a
+            shard of its own.
+
+    Raises:
+        ValueError: a value has another shape than its spec.
 
     Example:
 
@@ -239,7 +246,7 @@ def save_tensors(folder: str | Path, specs: Sequence[TensorSpec], values: Iterab
         index = {"metadata": {"total_size": sum(s.num_bytes for s in specs)},
                  "weight_map": {s.name: name for name, shard in zip(names, shards) for s in shard}}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    # Weights of an earlier save would be loaded instead of the new ones, or together with them.
+    # Otherwise weights of an earlier save could be loaded in place of the new ones.
     found = {*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS_FILE, folder / INDEX_FILE}
     saved = {folder / name for name in names} | (
         {folder / INDEX_FILE} if len(shards) > 1 else set())
@@ -248,7 +255,7 @@ def save_tensors(folder: str | Path, specs: Sequence[TensorSpec], values: Iterab
 
 
 def _save_file(path: Path, specs: Sequence[TensorSpec], values: Iterator[np.ndarray]) -> None:
-    header: dict = {"__metadata__": {"format": "pt"}}  # Transformers requires it
+    header: dict = {"__metadata__": {"format": "pt"}}  # required by Transformers
     end = 0
     for spec in specs:
         start, end = end, end + spec.num_bytes
@@ -256,7 +263,8 @@ def _save_file(path: Path, specs: Sequence[TensorSpec], values: Iterator[np.ndar
                              "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    # An interrupted save leaves an earlier file as it was.
+    # The bytes are saved to a temporary file first, so that an interrupted save does not change an
+    # earlier file.
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -1,4 +1,4 @@
-"""Saving of models as checkpoints in the Hugging Face format."""
+"""Saving of models as Hugging Face checkpoints: `save_pretrained`."""
 
 import json
 from collections.abc import Iterator
@@ -31,20 +31,20 @@ def save_pretrained(
 ) -> None:
     """Saves a model as a folder that Transformers and `load_pretrained` can load.
 
-    If the model was loaded from a checkpoint, the checkpoint's generation_config.json, the dtype of
-    its weights, and the fields of its config.json that this library does not use are kept. They
-    are stored in `Config.source`.
+    If the model was loaded from a checkpoint, the new checkpoint has the same dtype,
+    generation_config.json and config.json, except for fields that were changed. `Config.source`
+    stores them. Other models are saved in float32.
 
     Args:
         path: the folder, which is created if needed.
         model: the model.
         params: its parameters, without PEFT parameters; see `finetuning.peft.merge`.
-        tokenizer: its tokenizer; None to save none.
-        shard_bytes: larger weights are split into files of at most this size.
+        tokenizer: its tokenizer; None saves no tokenizer.
+        shard_bytes: largest size of a weight file, in bytes. Larger weights are split into shards.
 
     Raises:
-        ValueError: no model family of Transformers supports the model, or `params` do not belong to
-            the model. The message names the field or parameter.
+        ValueError: the model family does not support the config or task, or `params` do not belong
+            to the model. The message names the field or parameter.
 
     Example:
 
@@ -72,7 +72,7 @@ def save_pretrained(
     model_type = hf_config["model_type"]
     family = FAMILIES[model_type]
     base = "" if family.class_suffixes[model.task] == "Model" else family.base_prefix
-    # Each tensor with its values, or with the weight map that computes them.
+    # Spec of a tensor -> its values, or the weight map that computes them from the parameters.
     sources: dict[TensorSpec, WeightMap | np.ndarray] = {}
 
     def add(hf_name: str, shape: tuple[int, ...], source: WeightMap | np.ndarray) -> None:
@@ -110,7 +110,7 @@ def save_pretrained(
 
 
 def _check_params(leaves: dict, shapes: dict[str, tuple[int, ...]], model: Model) -> None:
-    """Rejects parameters of another model."""
+    """Raises ValueError unless paths and shapes of the parameters are those of the model."""
     model_name = f"a {type(model).__name__} for {model.task}"
     for name in sorted(shapes.keys() | leaves.keys()):
         if name not in leaves:

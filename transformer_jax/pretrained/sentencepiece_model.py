@@ -1,9 +1,9 @@
-"""Parser of SentencePiece model files (Kudo & Richardson 2018) for the `tokenizers` library.
+"""Loads SentencePiece model files (Kudo & Richardson 2018) into the `tokenizers` library.
 
-A `.spm` or `.model` file is a serialized protocol buffer, `ModelProto` in sentencepiece_model.proto
-of the SentencePiece release, which defines the field numbers used here. Only the fields that
-determine tokenization are parsed: the pieces with their scores and types, and the normalizer. The
-`sentencepiece` package is not needed.
+A `.spm` or `.model` file is a serialized protocol buffer of type `ModelProto`. The file
+sentencepiece_model.proto in the SentencePiece repository defines the field numbers used here. Only
+the fields that determine tokenization are parsed: the pieces with their scores and types, and the
+normalizer. The `sentencepiece` package is not needed.
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
 
 class SentencePieceModel(NamedTuple):
-    """A unigram model; the names of the fields are those of sentencepiece_model.proto.
+    """A unigram model, with the field names of sentencepiece_model.proto.
 
     Attributes:
         pieces: (piece, log probability), in the order of their ids.
-        types: the type of each piece.
-        precompiled_charsmap: character normalization; empty if characters are not normalized.
-        add_dummy_prefix: whether a space is added in front of every text.
+        types: the type of each piece, such as `CONTROL`.
+        precompiled_charsmap: serialized rules of character normalization; empty for none.
+        add_dummy_prefix: whether a space is prepended to every text.
         remove_extra_whitespaces: whether repeated, leading and trailing spaces are removed.
     """
 
@@ -59,6 +59,7 @@ def load_model(path: str | Path) -> SentencePieceModel:
         trainer = _parse_message(model.get(2, [b""])[0])
         normalizer = _parse_message(model.get(3, [b""])[0])
         model_type = trainer.get(3, [UNIGRAM])[0]
+        # `memoryview` raises TypeError for an integer, which `bytes` would accept as a length.
         charsmap = bytes(memoryview(normalizer.get(2, [b""])[0]))
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError,
             ValueError) as error:
@@ -74,13 +75,13 @@ def load_model(path: str | Path) -> SentencePieceModel:
 
 def make_backend(model: SentencePieceModel, pieces: list[tuple[str, float]] | None = None,
                  unk_id: int | None = None) -> Backend:
-    """A tokenizer of the `tokenizers` library with the behavior of a SentencePiece model.
+    """Makes a tokenizer of the `tokenizers` library that is equivalent to a SentencePiece model.
 
     Args:
-        model: the model.
-        pieces: (piece, log probability) in the order of their ids, for model families whose ids
-            differ from the model's; None for the model's.
-        unk_id: id of the unknown piece in `pieces`; None for the model's.
+        model: the SentencePiece model.
+        pieces: (piece, log probability) in the order of their ids, for checkpoints whose ids differ
+            from those of the SentencePiece model; `model.pieces` if None.
+        unk_id: id of the unknown piece in `pieces`; `model.unk_id` if None.
 
     Example:
 
@@ -108,14 +109,14 @@ def make_backend(model: SentencePieceModel, pieces: list[tuple[str, float]] | No
 
 
 def _float(bits: int) -> float:
-    """The float32 with the given bits."""
+    """Converts the bits of a float32, given as an integer, to a float."""
     return float(np.uint32(bits).view(np.float32))
 
 
 def _parse_message(data: bytes) -> dict[int, list]:
-    """Field number -> values of a protocol buffer message.
+    """Parses a protocol buffer message to a dict from field number to values.
 
-    Values are integers or bytes; floats are returned as the integer of their bits.
+    Values are integers or bytes; the value of a float field is the integer with the same bits.
     """
     fields: dict[int, list] = {}
     for number, value in _iter_fields(data):

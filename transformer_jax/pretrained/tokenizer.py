@@ -1,7 +1,8 @@
-"""Tokenizers of checkpoints: tokenizer.json or the vocabulary files of a model family.
+"""Loading of the tokenizer of a Hugging Face checkpoint.
 
-`encode(text, add_special_tokens=True)` returns the token ids that the checkpoint's model was
-trained on.
+A tokenizer is loaded from tokenizer.json, or from the vocabulary files of the model family. Its
+`encode(text, add_special_tokens=True)` returns token ids in the format that the checkpoint's
+model was trained on, special tokens included.
 """
 
 import functools
@@ -25,14 +26,14 @@ TOKENIZER_FILES = (
     "tokenizer.json", CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "source.spm", "target.spm",
     "sentencepiece.bpe.model", "spiece.model")
-# Language tokens of mBART, whose ids follow those of the pieces (`FAIRSEQ_LANGUAGE_CODES` in
-# Transformers).
+# Language tokens of mBART in the order of their ids, which come after the ids of the pieces
+# (`FAIRSEQ_LANGUAGE_CODES` in Transformers).
 MBART_LANGUAGES = (
     "ar_AR", "cs_CZ", "de_DE", "en_XX", "es_XX", "et_EE", "fi_FI", "fr_XX", "gu_IN", "hi_IN",
     "it_IT", "ja_XX", "kk_KZ", "ko_KR", "lt_LT", "lv_LV", "my_MM", "ne_NP", "nl_XX", "ro_RO",
     "ru_RU", "si_LK", "tr_TR", "vi_VN", "zh_CN",
 )
-_SPACE_MARK = "▁"  # stands for a space in the pieces of SentencePiece
+_SPACE_MARK = "▁"  # replaces a space in SentencePiece pieces
 _MARIAN_SPECIAL_TOKENS = ("</s>", "<unk>", "<pad>")
 
 
@@ -41,7 +42,7 @@ class PretrainedTokenizer(Tokenizer):
     """A tokenizer that keeps the checkpoint files it was loaded from.
 
     Attributes:
-        files: file name -> content, without tokenizer.json.
+        files: file name -> content, for all tokenizer files except tokenizer.json.
     """
 
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
@@ -59,9 +60,9 @@ class PretrainedTokenizer(Tokenizer):
 class MarianTokenizer(PretrainedTokenizer):
     """The tokenizer of a Marian translation model.
 
-    Each language has a SentencePiece model that splits texts into pieces; vocab.json maps the
-    pieces of both languages to ids. A source text may start with the code of the target language,
-    as in ">>fr<< Good morning".
+    Source and target language each have a SentencePiece model that splits texts into pieces;
+    vocab.json maps the pieces of both languages to ids. A source text may start with the code of
+    the target language, as in ">>fr<< Good morning".
 
     Attributes:
         vocab: piece -> id, for both languages.
@@ -79,7 +80,7 @@ class MarianTokenizer(PretrainedTokenizer):
         Args:
             texts: the texts, all in the same language.
             add_special_tokens: whether to append "</s>".
-            target: whether the texts are in the target language.
+            target: whether the texts are in the target language instead of the source language.
 
         Raises:
             ValueError: a text is not a string of valid Unicode.
@@ -96,7 +97,11 @@ class MarianTokenizer(PretrainedTokenizer):
             + suffix for (code, _), encoding in zip(pairs, encodings)]
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
-        """The text of token ids, in either language."""
+        """Converts token ids of either language to text.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
         special_ids = {self.vocab[token] for token in _MARIAN_SPECIAL_TOKENS}
         tokens = [self._tokens.get(i, "") for i in self._check_ids(ids)
                   if not (skip_special_tokens and i in special_ids)]
@@ -115,7 +120,7 @@ class MarianTokenizer(PretrainedTokenizer):
 
     @functools.cached_property
     def is_word_start(self) -> np.ndarray:
-        """bool [V]: whether a token starts a word."""
+        """bool [V]: whether each token starts a word."""
         starts = np.zeros(self.vocab_size, bool)
         for token, i in self.vocab.items():
             starts[i] = token.startswith((_SPACE_MARK, *_MARIAN_SPECIAL_TOKENS))
@@ -129,7 +134,8 @@ class MarianTokenizer(PretrainedTokenizer):
             (directory / name).write_bytes(content)
 
 
-# Encoding this text fails if a vocabulary has no unknown token, since it holds a rare character.
+# A text with a private-use character. Encoding it fails if the vocabulary requires an unknown token
+# but does not contain it.
 _PROBE_TEXT = "a \U0010fffd"
 
 
@@ -173,8 +179,8 @@ def load(folder: Path, hf_config: dict[str, Any]) -> Tokenizer | None:
             if isinstance(loaded, Backend):
                 loaded.encode(_PROBE_TEXT)
         except BaseException as error:
-            # The `tokenizers` library raises Exception itself, and after a panic an exception that
-            # is not an Exception.
+            # The `tokenizers` library raises plain `Exception`. If its Rust code panics, it raises
+            # PanicException, which is derived from BaseException.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ValueError(f"{paths[0]} cannot be loaded as a tokenizer ({error}); if the file "
@@ -188,7 +194,7 @@ def load(folder: Path, hf_config: dict[str, Any]) -> Tokenizer | None:
         source, target, vocab = loaded
         return MarianTokenizer(source, files, vocab, target)
     if "spiece.model" in present:
-        print(f"unsupported tokenizer file {present['spiece.model']}: the tokenizer is None; "
+        print(f"unsupported tokenizer file {present['spiece.model']}; no tokenizer is loaded; "
               "supported: tokenizer.json in the same folder", file=sys.stderr)
     return None
 
@@ -205,16 +211,17 @@ def _add_tokens(backend: Backend, added: dict[str, int]) -> None:
 
 # Loaders -----------------------------------------------------------------------------------------
 #
-# Each takes the paths of its files and
+# Arguments of each loader:
+#     the paths of its files (see `_LOADERS`);
 #     model_type: the model family, from config.json;
-#     tokenizer_config: the fields of tokenizer_config.json, empty if there is no such file;
-#     has_config: whether there is one.
+#     tokenizer_config: the fields of tokenizer_config.json, empty if the file does not exist;
+#     has_config: whether tokenizer_config.json exists.
 
 
 def _load_json(
     path: Path, *, model_type: str, tokenizer_config: dict, has_config: bool
 ) -> Backend:
-    """tokenizer.json; the options of tokenizer_config.json take precedence."""
+    """Loads tokenizer.json; the options of tokenizer_config.json take precedence."""
     backend = tokenizers.load(path).backend
     normalizer = backend.normalizer
     if isinstance(normalizer, normalizers.BertNormalizer):
@@ -235,7 +242,7 @@ def _load_json(
 def _load_wordpiece(
     path: Path, *, model_type: str, tokenizer_config: dict, has_config: bool
 ) -> Backend:
-    """vocab.txt of BERT and DistilBERT."""
+    """Loads the vocab.txt of BERT and DistilBERT (WordPiece)."""
     backend = tokenizers.load(path).backend
     if has_config:
         backend.normalizer = normalizers.BertNormalizer(
@@ -248,7 +255,7 @@ def _load_wordpiece(
 def _load_bpe(
     vocab: Path, merges: Path, *, model_type: str, tokenizer_config: dict, has_config: bool
 ) -> Backend:
-    """vocab.json and merges.txt: byte-level BPE, or the BPE of the first GPT."""
+    """Loads vocab.json and merges.txt: byte-level BPE, or the BPE of GPT-1."""
     tokenizer_class = (tokenizer_config.get("tokenizer_class") or model_type).lower()
     if tokenizer_class.startswith("openai"):
         return _load_gpt1(vocab, merges)
@@ -258,7 +265,7 @@ def _load_bpe(
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     ids = backend.get_vocab()
     if tokenizer_class.startswith(("roberta", "bart")) or model_type in ("roberta", "bart"):
-        # "<mask>" includes the space before it, as in pre-training.
+        # As in pre-training, "<mask>" includes the preceding space.
         backend.add_special_tokens([
             AddedToken(token, lstrip=token == "<mask>", normalized=False)
             for token in tokenizers.SEQ2SEQ_SPECIAL_TOKENS if token in ids])
@@ -268,7 +275,7 @@ def _load_bpe(
 
 
 def _load_gpt1(vocab: Path, merges: Path) -> Backend:
-    """BPE of the first GPT: lowercase words as BERT splits them, with "</w>" at their end."""
+    """Loads the BPE of GPT-1: BERT's pre-tokenization of lowercase text, "</w>" after each word."""
     backend = Backend(models.BPE.from_file(
         str(vocab), str(merges), unk_token="<unk>", end_of_word_suffix="</w>"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -283,7 +290,11 @@ def _load_marian(
     source: Path, target: Path, vocab: Path, *, model_type: str, tokenizer_config: dict,
     has_config: bool,
 ) -> tuple[Backend, Backend, dict[str, int]]:
-    """(backend of the source language, backend of the target language, piece -> id)."""
+    """Loads source.spm, target.spm and vocab.json of Marian.
+
+    Returns:
+        (backend of the source language, backend of the target language, piece -> id).
+    """
     if tokenizer_config.get("separate_vocabs"):
         raise ValueError("unsupported separate_vocabs True; supported: False, one vocabulary for "
                          "both languages")
@@ -300,9 +311,10 @@ def _load_marian(
 def _load_fairseq(
     path: Path, *, model_type: str, tokenizer_config: dict, has_config: bool
 ) -> Backend:
-    """sentencepiece.bpe.model of XLM-RoBERTa, CamemBERT and mBART.
+    """Loads the sentencepiece.bpe.model of XLM-RoBERTa, CamemBERT and mBART.
 
-    As in fairseq, the ids of the pieces follow those of the family's own special tokens.
+    As in fairseq, the special tokens of the family have the first ids, and the pieces of the
+    SentencePiece model have the ids after them.
     """
     model = sentencepiece_model.load_model(path)
     if model_type == "camembert":
@@ -327,7 +339,7 @@ def _load_fairseq(
     return backend
 
 
-# Files -> their loader. The first entry of which all files are present is used.
+# File names -> loader of these files. The first entry whose files all exist is used.
 _LOADERS: dict[tuple[str, ...], Callable] = {
     ("source.spm", "target.spm", "vocab.json"): _load_marian,
     ("tokenizer.json",): _load_json,

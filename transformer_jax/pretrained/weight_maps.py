@@ -1,12 +1,13 @@
-"""Names of tensors in Hugging Face checkpoints and the parameter paths they correspond to.
+"""Mapping between the tensors of Hugging Face checkpoints and the parameters of this library.
 
-A `WeightMap` maps one tensor to one or several parameters. The same tables serve loading and
-saving. In tensor names, "{base}" is the prefix of the base model, such as "bert."; it is empty in
-checkpoints without a head. In names and paths, "{i}" is the index of a layer.
+A `WeightMap` maps one tensor to one or several parameters. Loading and saving use the same tables.
+In tensor names, "{base}" is a placeholder for the prefix of the base model, such as "bert."; the
+prefix is empty in checkpoints without a head. In names and paths, "{i}" is a placeholder for the
+index of a layer.
 
-PyTorch's `Linear` stores its weight as [out, in] and GPT's `Conv1D` as [in, out], both without head
-axes. Kernels of this library are [D, N, H] for query, key and value, and [N, H, D] for the
-attention output.
+PyTorch's `Linear` stores its weight as [out, in], and the `Conv1D` of GPT as [in, out]; neither has
+head axes. In this library, the kernels of query, key and value are [D, N, H], and that of the
+attention output is [N, H, D].
 """
 
 import math
@@ -21,16 +22,17 @@ from transformer_jax.nn.positions import sinusoidal_positions
 
 
 class WeightMap(NamedTuple):
-    """The correspondence between a checkpoint tensor and parameters.
+    """Mapping between one checkpoint tensor and one or several parameters.
 
-    The tensor holds the parameters as matrices or vectors, concatenated along the last axis.
+    The head axes of each parameter are merged, and the resulting matrices or vectors are
+    concatenated along the last axis.
 
     Attributes:
         hf_name: name of the tensor.
         paths: paths of the parameters.
         is_transposed: whether the tensor is stored as [out, in].
-        is_row: whether the tensor of a vector parameter has the shape [1, size].
-        aliases: other names of the tensor; one of all these names is enough.
+        is_row: whether the tensor of a vector parameter is stored as [1, size].
+        aliases: other names of the tensor. A checkpoint needs to contain only one of the names.
 
     Example:
 
@@ -52,14 +54,14 @@ class WeightMap(NamedTuple):
         return shape[::-1] if self.is_transposed else (1, *shape) if self.is_row else shape
 
     def to_params(self, tensor: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> list[np.ndarray]:
-        """Parameters in the order of `paths`, which may be views of `tensor`."""
+        """Splits the tensor into parameters, in the order of `paths`. They may be views of it."""
         matrix = tensor.T if self.is_transposed else tensor[0] if self.is_row else tensor
         ends = np.cumsum([_flat_shape(path, shapes[path])[-1] for path in self.paths])[:-1]
         return [part.reshape(shapes[path])
                 for path, part in zip(self.paths, np.split(matrix, ends, axis=-1))]
 
     def to_hf(self, params: Sequence[np.ndarray]) -> np.ndarray:
-        """The tensor for parameters in the order of `paths`; the inverse of `to_params`."""
+        """Combines parameters, in the order of `paths`, into the tensor. Inverse of `to_params`."""
         flat = [param.reshape(_flat_shape(path, param.shape))
                 for path, param in zip(self.paths, params)]
         matrix = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=-1)
@@ -77,7 +79,10 @@ def _flat_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class PositionTable(NamedTuple):
-    """A tensor of sinusoidal positions, which checkpoints may contain and the model computes."""
+    """A tensor of sinusoidal position embeddings.
+
+    The model computes these embeddings, so the tensor corresponds to no parameter.
+    """
 
     hf_name: str
 
@@ -102,7 +107,7 @@ def _embedding(path: str, hf_name: str, aliases: Sequence[str] = ()) -> WeightMa
 
 
 def _gpt(token_embed: str, position_embed: str) -> list[WeightMap]:
-    """A GPT decoder, given the tensor names of its embeddings."""
+    """Weight maps of a GPT decoder, given the tensor names of its embeddings."""
     layer, block = "decoder/layer_{i}", "{base}h.{i}"
     attention = f"{layer}/self_attention"
     qkv = [f"{attention}/{name}" for name in ("query", "key", "value")]
@@ -119,11 +124,11 @@ def _gpt(token_embed: str, position_embed: str) -> list[WeightMap]:
 
 
 def _encoder(hf_layers: str, hf_names: dict[str, str], hf_decoder: str) -> list[WeightMap]:
-    """A BERT encoder.
+    """Weight maps of a BERT encoder.
 
     Args:
         hf_layers: tensor name prefix of the layers.
-        hf_names: path of a module within a layer -> its tensor name within a layer.
+        hf_names: path of a module within a layer -> tensor name of the module within a layer.
         hf_decoder: tensor name of the output layer, which is tied to the token embedding.
     """
     maps = [
@@ -162,7 +167,7 @@ _DISTILBERT = _encoder("transformer.layer", {
 
 
 def _encoder_decoder(*extra: WeightMap) -> list[WeightMap]:
-    """An encoder-decoder; `extra` are the parts that only some families have."""
+    """Weight maps of an encoder-decoder; `extra` are those that only some families have."""
     maps = [_embedding("token_embed", "{base}shared", [
         "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"])]
     attentions = {"self_attention": "self_attn", "cross_attention": "encoder_attn"}
@@ -184,7 +189,7 @@ def _encoder_decoder(*extra: WeightMap) -> list[WeightMap]:
 
 
 def _both_stacks(path: str, hf_name: str, make_maps: Callable) -> list[WeightMap]:
-    """The maps of a module in encoder and decoder; "{}" in `path` is the name of the stack."""
+    """Weight maps of a module in both stacks; "{}" in `path` is "encoder" or "decoder"."""
     return [weight_map for stack in ("encoder", "decoder")
             for weight_map in make_maps(path.format(stack), f"{{base}}{stack}.{hf_name}")]
 
@@ -210,7 +215,7 @@ BASE_WEIGHT_MAPS: dict[str, list[WeightMap]] = {
     "marian": _encoder_decoder(),
     "pegasus": _encoder_decoder(*_FINAL_NORMS),
 }
-# The output layer where it is not tied to the token embedding.
+# `model_type` -> the weight map of an output layer that is not tied to the token embedding.
 _UNTIED_OUTPUT = {
     "gpt2": _embedding("lm_head", "lm_head"), "openai-gpt": _embedding("lm_head", "lm_head"),
     "distilbert": _embedding("lm_head", "vocab_projector")}
@@ -271,16 +276,16 @@ POSITION_TABLES = [
 # `model_type` -> tasks for which Transformers saves the position tables.
 TASKS_WITH_POSITION_TABLES = {"marian": ("base",), "pegasus": ("base", "seq2seq_lm")}
 
-# Buffers that old versions of Transformers saved; they hold no parameters.
+# Buffers that old versions of Transformers saved; they are not parameters.
 IGNORED_BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|attn\.(masked_)?bias)$")
 _OLD_NORM_NAMES = re.compile(r"(LayerNorm|layer_norm)\.(gamma|beta)$")
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:h|layer|layers)\.(\d+)\.")
 
 
 def canonical_name(name: str, base_prefix: str) -> str:
-    """A tensor name as in the tables, without the prefix of the base model.
+    """Converts a tensor name of a checkpoint to the name in the tables above, without "{base}".
 
-    The first checkpoints of BERT name the weight of a LayerNorm "gamma" and its bias "beta".
+    In the first BERT checkpoints, the weight of a LayerNorm is called "gamma" and its bias "beta".
 
     Example:
 
@@ -301,10 +306,10 @@ def layer_index(name: str) -> int | None:
 def for_model(
     model_type: str, task: str, config: Config, shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[WeightMap]:
-    """Weight maps of a model, one per layer for tensors of layers.
+    """Weight maps of a model, with the layer index "{i}" filled in.
 
     Args:
-        model_type: the family.
+        model_type: the model family.
         task: the task, which determines the head.
         config: the model's config.
         shapes: path -> shape of the model's parameters. Maps of other parameters are skipped.
@@ -323,7 +328,7 @@ def for_model(
               for weight_map in base_maps),
             _UNTIED_OUTPUT[model_type]]
     head_maps = HEAD_WEIGHT_MAPS[model_type].get(task, [])
-    # RoBERTa's classifier has its own pooler in the place of the base model's.
+    # Some heads, such as RoBERTa's classifier, have a pooler. It replaces that of the base model.
     replaced = {weight_map.paths for weight_map in head_maps}
     for weight_map in [*(m for m in base_maps if m.paths not in replaced), *head_maps]:
         stack = weight_map.paths[0].partition("/")[0]
@@ -336,6 +341,6 @@ def for_model(
 
 
 def sinusoidal_table(config: Config) -> np.ndarray:
-    """Content of a tensor of sinusoidal positions: float32 [max_length, D]."""
+    """Sinusoidal position embeddings as checkpoints store them: float32 [max_length, D]."""
     return sinusoidal_positions(
         config.max_length, config.d_model, interleave=False).astype(np.float32)

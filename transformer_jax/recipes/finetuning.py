@@ -60,8 +60,8 @@ class FinetuneConfig:
             folder, an id on the Hugging Face Hub, or "package:NAME/FOLDER" of an installed package.
         out: folder of the run; None writes no files and no checkpoints.
         dataset: the labeled data.
-        training: how to train.
-        trainable: trainable spec: which parameters are trained.
+        training: settings of the training.
+        trainable: trainable spec, which selects the parameters to train (`finetuning.select`).
         from_scratch: train from new parameters instead of a copy of the pre-trained ones.
         labels_per_class: number of training examples of each class; None for all.
         examples: number of training examples, as balanced as the classes allow; None for all.
@@ -248,17 +248,17 @@ def _finetune(
     retention = (None if config.from_scratch or config.retention_data is None
                  else make_retention_eval(source, base, config.retention_data))
     before = None if retention is None else retention.loss()
-    found = finetune_params(
+    trained = finetune_params(
         encoded, None if config.from_scratch else pretrained, config.trainable, config.training,
         config.seed, mesh=mesh,
         checkpoint_dir=None if config.out is None else config.out / "checkpoints")
-    metrics = dict(found.metrics)
+    metrics = dict(trained.metrics)
     if retention is not None:
         metrics |= {"held_out_objective": retention.objective, "held_out_before": before,
-                    "held_out_after": retention.loss(found.params)}
+                    "held_out_after": retention.loss(trained.params)}
     result = FinetuneResult(
-        model, found.params, found.mask, base.tokenizer, encoded.encoder.task,
-        encoded.encoder.config, metrics, found.predictions, found.history)
+        model, trained.params, trained.mask, base.tokenizer, encoded.encoder.task,
+        encoded.encoder.config, metrics, trained.predictions, trained.history)
     if config.out is not None:
         _save(config, result, None if config.from_scratch else initial_params(model, pretrained))
     _print_metrics(metrics)

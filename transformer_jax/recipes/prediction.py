@@ -27,7 +27,7 @@ from transformer_jax.recipes.base_model import load_base
 from transformer_jax.recipes.config import DatasetConfig
 from transformer_jax.recipes.encoding import make_encoder
 from transformer_jax.recipes.inputs import to_examples
-from transformer_jax.recipes.retention import RetentionEval, make_retention_eval, make_text_eval
+from transformer_jax.recipes.retention import make_retention_eval, make_text_eval
 from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo
 
 MAX_TARGET_LENGTH = 128  # number of tokens, for models without a saved InputConfig
@@ -65,7 +65,7 @@ def predict(
     | question_answering   | (question, context)    | answer, start, stop, score          |
     | seq2seq              | text                   | text                                |
 
-    A score is the probability of the label or answer; of a regression, it is a predicted label.
+    "score" is the probability of the label or answer; for a regression, it is the predicted label.
 
     Args:
         source: the folder of a fine-tuned run, a checkpoint with a task head, a loaded (model,
@@ -84,16 +84,16 @@ def predict(
         FileNotFoundError: the source does not exist.
     """
     _check_options(options, InputConfig._fields)
-    found = load_task_model(source)
-    if found.task is None:
-        raise ValueError(f"the {type(found.model).__name__} has no task head; fine-tune it first, "
-                         "or use generation.generate or generation.fill_mask")
-    examples = to_examples(found.task, inputs, columns or {})
+    task_model = load_task_model(source)
+    if task_model.task is None:
+        raise ValueError(f"the {type(task_model.model).__name__} has no task head; fine-tune it "
+                         "first, or use generation.generate or generation.fill_mask")
+    examples = to_examples(task_model.task, inputs, columns or {})
     num_choices = max(len(e.get("choices", ())) for e in examples)
-    encoder = make_encoder(found.task._replace(num_choices=num_choices), found.model,
-                           found.tokenizer, found.input_config._replace(**options))
+    encoder = make_encoder(task_model.task._replace(num_choices=num_choices), task_model.model,
+                           task_model.tokenizer, task_model.input_config._replace(**options))
     items = encoder.encode(examples)
-    predictions = encoder.predictions(examples, items, encoder.predict(found.params, items))
+    predictions = encoder.predictions(examples, items, encoder.predict(task_model.params, items))
     return [({"id": e["id"]} if "id" in e else {}) | prediction
             for e, prediction in zip(examples, predictions)]
 
@@ -118,24 +118,25 @@ def evaluate(source: Any, data: Any = None, **options: Any) -> dict[str, Any]:
         ValueError: the data does not fit the model, or an option is unknown.
         FileNotFoundError: the source or the data does not exist.
     """
-    found = load_task_model(source)
-    if found.task is None:
+    task_model = load_task_model(source)
+    if task_model.task is None:
         _check_options(options, ("num_rows",))
-        return _evaluate_objective(_text_eval(source, found, data, options.get("num_rows", 256)))
+        return _evaluate_objective(source, task_model, data, options.get("num_rows", 256))
     if data is None:
-        raise ValueError(f"data is None; give labeled examples of {found.task.task_type}")
+        raise ValueError(f"data is None; give labeled examples of {task_model.task.task_type}")
     dataset_fields = {f.name for f in dataclasses.fields(DatasetConfig)} - {"data"}
     _check_options(options, dataset_fields | set(InputConfig._fields))
-    groups = [{name: x for name, x in options.items() if name in names}
-              for names in (dataset_fields, InputConfig._fields)]
-    dataset = _load_labeled(found.task, data, groups[0])
-    examples = _with_labels_of(found.task, dataset)
-    task = found.task._replace(
+    dataset_options, input_options = (
+        {name: x for name, x in options.items() if name in fields}
+        for fields in (dataset_fields, InputConfig._fields))
+    dataset = _load_labeled(task_model.task, data, dataset_options)
+    examples = _align_labels(task_model.task, dataset)
+    task = task_model.task._replace(
         metric=dataset.metric, num_choices=max(len(e.get("choices", ())) for e in examples))
-    encoder = make_encoder(
-        task, found.model, found.tokenizer, found.input_config._replace(**groups[1]))
+    encoder = make_encoder(task, task_model.model, task_model.tokenizer,
+                           task_model.input_config._replace(**input_options))
     items = encoder.encode(examples)
-    return encoder.report(examples, items, encoder.predict(found.params, items))[0]
+    return encoder.report(examples, items, encoder.predict(task_model.params, items))[0]
 
 
 def _check_options(options: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -245,7 +246,7 @@ def _load_labeled(task: TaskInfo, data: Any, options: dict[str, Any]) -> Labeled
     return config.load(data, None if isinstance(data, Mapping) else data)
 
 
-def _with_labels_of(task: TaskInfo, dataset: LabeledDataset) -> list[dict]:
+def _align_labels(task: TaskInfo, dataset: LabeledDataset) -> list[dict]:
     """Returns the validation examples with the class ids of the model, matched by name."""
     if dataset.task_type != task.task_type:
         raise ValueError(f"the task type of the data is {dataset.task_type}, and that of the model "
@@ -266,21 +267,21 @@ def _with_labels_of(task: TaskInfo, dataset: LabeledDataset) -> list[dict]:
 # Pre-trained models -------------------------------------------------------------------------------
 
 
-def _text_eval(source: Any, found: TaskModel, data: Any, num_rows: int) -> RetentionEval:
-    base = LoadedRun(found.model, found.params, found.tokenizer, [])
+def _evaluate_objective(
+    source: Any, task_model: TaskModel, data: Any, num_rows: int
+) -> dict[str, Any]:
+    """Evaluates the pre-training objective on `data`, or on the held-out rows of a run."""
+    base = LoadedRun(*task_model[:3], [])
     if data is not None:
         if not isinstance(data, (str, Path)):
             data = [{"text": text} if isinstance(text, str) else text for text in data]
-        return make_text_eval(base, data, num_rows)
-    if not (isinstance(source, (str, Path)) and is_run(source)):
+        evaluation = make_text_eval(base, data, num_rows)
+    elif isinstance(source, (str, Path)) and is_run(source):
+        evaluation = make_retention_eval(source, base, num_rows=num_rows)
+    else:
         raise ValueError("data is None; give a text file, the name of a text dataset, or a list "
                          "of texts to evaluate the pre-training objective on")
-    return make_retention_eval(source, base, num_rows=num_rows)
-
-
-def _evaluate_objective(evaluation: RetentionEval) -> dict[str, Any]:
-    measured = evaluation.metrics()
-    found = {"objective": evaluation.objective, **measured}
-    if evaluation.objective == "causal_lm":
-        found["perplexity"] = metrics.perplexity(measured["loss"])
-    return found
+    scores = evaluation.metrics()
+    perplexity = ({"perplexity": metrics.perplexity(scores["loss"])}
+                  if evaluation.objective == "causal_lm" else {})
+    return {"objective": evaluation.objective, **scores, **perplexity}

@@ -176,26 +176,26 @@ def compare_specs(
             peak_lr = peak_lrs.get(spec, config.training.optimizer.peak_lr)
             training = dataclasses.replace(config.training, optimizer=dataclasses.replace(
                 config.training.optimizer, peak_lr=peak_lr))
-            found = [finetune_params(data, params, spec, training, seed, quiet=True)
-                     for seed, data in enumerate(encoded)]
-            cells.append(_cell(name, label, found, dataset, None if params is None else retention,
+            results = [finetune_params(data, params, spec, training, seed, quiet=True)
+                       for seed, data in enumerate(encoded)]
+            cells.append(_cell(name, label, results, dataset, None if params is None else retention,
                                before))
             console.print(f"{name}, {label}, {cells[-1]['labels']} labels: accuracy "
                           f"{100 * cells[-1]['accuracy']:.1f} %")
     return cells
 
 
-def _cell(name: str, label: str, found: Sequence, dataset: LabeledDataset,
+def _cell(name: str, label: str, results: Sequence, dataset: LabeledDataset,
           retention: RetentionEval | None, before: float) -> dict[str, Any]:
     """Returns one cell of the table: means over its runs."""
-    accuracy = np.array([x.metrics["accuracy"] for x in found])
-    after = [] if retention is None else [retention.loss(x.params) for x in found]
+    accuracy = np.array([x.metrics["accuracy"] for x in results])
+    after = [] if retention is None else [retention.loss(x.params) for x in results]
     labels = [e["label"] for e in dataset.validation]
     return {
-        "model": name, "recipe": label, "labels": found[0].metrics["labels"],
+        "model": name, "recipe": label, "labels": results[0].metrics["labels"],
         "accuracy": accuracy.mean(), "accuracy_std": accuracy.std(),
-        "share_trained": found[0].metrics["share_trained"],
-        "seconds_per_step": np.median([x.metrics["seconds_per_step"] for x in found]),
+        "share_trained": results[0].metrics["share_trained"],
+        "seconds_per_step": np.median([x.metrics["seconds_per_step"] for x in results]),
         "held_out_before": before, "held_out_after": np.mean(after) if after else None,
         "chance": max(np.bincount(labels)) / len(labels),
     }

@@ -44,7 +44,7 @@ OLD_NAMES = {
     **{new: old for old, new in RENAMED_FIELDS.items()},
 }
 """Name of a setting -> its name in the files of older runs."""
-OLD_VALUES = {"document_separator": {"blank_line": "document"}}
+OLD_VALUES = {"document_separator": {"blank_line": "document", "newline": "line"}}
 """Name of a setting -> its value -> that value in the files of older runs."""
 
 NOT_IDENTITY = {
@@ -195,14 +195,14 @@ def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
         {'max_length': 64, 'optimizer': {'peak_lr': 0.1}, 'document_separator': 'blank_line'}
     """
     present = {old: new for new, old in OLD_NAMES.items()}
-    found = {}
+    renamed = {}
     for old, value in config.items():
         # "data" is the old name of "dataset" in fine-tuning; in pre-training it is a string.
         name = old if old == "data" and not isinstance(value, Mapping) else present.get(old, old)
         values = {old: new for new, old in OLD_VALUES.get(name, {}).items()}
-        found[name] = (with_present_names(value) if isinstance(value, Mapping)
+        renamed[name] = (with_present_names(value) if isinstance(value, Mapping)
                        else values.get(value, value) if isinstance(value, str) else value)
-    return found
+    return renamed
 
 
 def with_old_names(settings: Any, saved: Any = None) -> Any:
@@ -220,15 +220,15 @@ def with_old_names(settings: Any, saved: Any = None) -> Any:
         return [with_old_names(x) for x in settings] if saved is None else settings
     if not isinstance(settings, Mapping) or not isinstance(saved, Mapping | None):
         return settings
-    found = {}
+    renamed = {}
     for name, value in settings.items():
         old = OLD_NAMES.get(name, name)
         if saved is None or (name not in saved and old in saved):
             if isinstance(value, str):
                 value = OLD_VALUES.get(name, {}).get(value, value)
             name = old
-        found[name] = with_old_names(value, None if saved is None else saved.get(name, ""))
-    return found
+        renamed[name] = with_old_names(value, None if saved is None else saved.get(name, ""))
+    return renamed
 
 
 def resumable_metadata(checkpoint_dir: str | Path, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class SweepConfig:
         pretrained: folder of a pre-training run, or a checkpoint in the Hugging Face format.
         out: folder of the sweep.
         dataset: the labeled data.
-        training: how to train.
+        training: settings of the training.
         dropout_rate: dropout rate, also of attention weights, in place of the model's own.
         pooling: input of BERT's classifier, in place of the model's own: "first" or "mean".
         retention_data: text on which the pre-training loss of a checkpoint is measured.
@@ -172,12 +172,12 @@ def _run_cell(config: SweepConfig, cell: dict, data: EncodedDataset, pretrained:
     """Runs one cell, appends its line to `cells.jsonl` and returns it."""
     spec, training = config.variants[cell["recipe"]]
     from_scratch = cell["recipe"].startswith(SCRATCH)
-    found = finetune_params(data, None if from_scratch else pretrained, spec, training,
-                            cell["seed"], quiet=config.quiet)
-    m, dataset = found.metrics, data.dataset
+    result = finetune_params(data, None if from_scratch else pretrained, spec, training,
+                             cell["seed"], quiet=config.quiet)
+    m, dataset = result.metrics, data.dataset
     if cell["seed"] == 0:
         name = re.sub(r"[^\w.]+", "_", f"{cell['recipe']} {m['labels']}")
-        write_predictions(config.out / "predictions" / f"{name}.jsonl", found.predictions)
+        write_predictions(config.out / "predictions" / f"{name}.jsonl", result.predictions)
         if "confusion" in m and dataset.label_names:
             title = f"{_dataset_name(config)}, {cell['recipe']}"
             plots.confusion(config.out / f"confusion_{name}.png", m["confusion"],
@@ -187,7 +187,7 @@ def _run_cell(config: SweepConfig, cell: dict, data: EncodedDataset, pretrained:
     line = run_dir.to_json(cell | {name: m[name] for name in CELL_METRICS if name in m} | {
         "score": m[dataset.metric if dataset.metric in m else "f1"],
         "ece": m["calibration"]["ece"] if "calibration" in m else None,
-        "held_out_after": retention.loss(found.params)})
+        "held_out_after": retention.loss(result.params)})
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "cells.jsonl"
     if path.is_file() and not (text := path.read_text()).endswith("\n"):

@@ -78,7 +78,7 @@ class TextEncoder(TaskEncoder):
     def predictions(self, examples, items, outputs) -> list[dict]:
         if self.task.task_type == "regression":
             return [{"score": float(s)} for s in self._scores(outputs)]
-        found = []
+        predictions = []
         for e, p in zip(examples, outputs["probabilities"]):
             best = int(p.argmax())
             if self.task.task_type == "multiple_choice":
@@ -89,8 +89,9 @@ class TextEncoder(TaskEncoder):
                 names = self._names(len(p))
                 named = {"label": names[best]}
                 probabilities = {name: float(x) for name, x in zip(names, p)}
-            found.append({**named, "score": float(p[best]), "probabilities": probabilities})
-        return found
+            predictions.append(
+                {**named, "score": float(p[best]), "probabilities": probabilities})
+        return predictions
 
     def report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
         labels = np.array([e["label"] for e in examples])

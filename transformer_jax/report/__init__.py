@@ -1,11 +1,11 @@
-"""Reports of runs as HTML pages, and plots."""
+"""HTML reports and plots of training runs."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "curves", "html", "outputs", "page", "plots", "run_files", "summary",
+        "curves", "markup", "outputs", "page", "plots", "run_files", "summary",
     ],
     submod_attrs={
         "page": ["write_report"],

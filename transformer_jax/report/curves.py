@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from transformer_jax.report import html, plots
+from transformer_jax.report import markup, plots
 from transformer_jax.report.summary import display_name
 
 SIZE = (5.2, 3.2)  # inches
@@ -14,7 +14,7 @@ _LOSSES = ("loss", "nll", "nats")
 
 def curve_figures(
     rows: Sequence[Mapping[str, float]], before: Mapping[str, float] | None = None
-) -> list[html.Html]:
+) -> list[markup.Html]:
     """Returns a plot of each metric over the steps, training and held-out rows together.
 
     Args:
@@ -24,7 +24,7 @@ def curve_figures(
     names = {name.removeprefix("eval_") for row in rows for name in row} - _HIDDEN
     if _is_same(rows, "loss", "nll"):
         names -= {"nll"}
-    return [html.plot(_draw(series), f"{display_name(name)}{_unit(name)}")
+    return [markup.plot(_draw(series), f"{display_name(name)}{_unit(name)}")
             for name in sorted(names, key=_order)
             if (series := _series(rows, name, (before or {}).get(name)))]
 

@@ -1,5 +1,6 @@
 """Outputs of a run: recorded predictions, and what its model computes for a text."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,32 +8,34 @@ import jax
 import numpy as np
 
 from transformer_jax.generation import fill_mask, generate
-from transformer_jax.models import BART, BERT, GPT, Transformer
+from transformer_jax.models import BART, BERT, GPT, Model, Transformer
 from transformer_jax.pretrained.runs import LoadedRun
-from transformer_jax.report import html, plots
+from transformer_jax.report import markup, plots
 from transformer_jax.report.summary import display_name
 
 DEFAULT_TEXT = "Return the number of bytes that were written to the file."
 MAX_TOKENS = 20  # of the text whose attention is shown
 MAX_NEW_TOKENS = 60
 MAX_ROWS = 8  # of a table of predictions
+HEADS = ("classifier", "lm_head", "mlm_head", "nsp_head", "pooler")
+"""Modules that attention does not depend on; without them, all tasks share one compiled program."""
 
 
 # Recorded predictions -----------------------------------------------------------------------------
 
 
-def prediction_table(lines: Sequence[Mapping[str, Any]]) -> html.Html:
+def prediction_table(lines: Sequence[Mapping[str, Any]]) -> markup.Html:
     """Returns the first predictions of a run, of any task type, as a table.
 
     Args:
         lines: objects of `predictions.jsonl` or `translations.jsonl`.
     """
     if not lines:
-        return html.Html("")
+        return markup.Html("")
     rows = [_prediction_row(line) for line in lines[:MAX_ROWS]]
     note = f"The first {len(rows)} of {len(lines):,}." if len(lines) > len(rows) else ""
-    return html.Html(
-        html.table(list(rows[0]), [list(row.values()) for row in rows])
+    return markup.Html(
+        markup.table(list(rows[0]), [list(row.values()) for row in rows])
         + (f'<p class="note">{note}</p>' if note else ""))
 
 
@@ -55,14 +58,14 @@ def _prediction_row(line: Mapping[str, Any]) -> dict[str, Any]:
     return row | {"probability": max(probabilities), "": "" if is_correct else "wrong"}
 
 
-def _tagged(words: Sequence[str], tags: Sequence[str]) -> html.Html:
+def _tagged(words: Sequence[str], tags: Sequence[str]) -> markup.Html:
     """Returns a text in which words that have a tag other than "O" are followed by it."""
-    return html.Html(" ".join(
-        html.escape(word) if tag == "O" else f"<b>{html.escape(word)}</b> [{html.escape(tag)}]"
+    return markup.Html(" ".join(
+        markup.escape(word) if tag == "O" else f"<b>{markup.escape(word)}</b> [{markup.escape(tag)}]"
         for word, tag in zip(words, tags)))
 
 
-def records_table(rows: Sequence[Mapping[str, Any]]) -> html.Html:
+def records_table(rows: Sequence[Mapping[str, Any]]) -> markup.Html:
     """Returns a table of dicts, such as the cells of a sweep; "x_std" is shown beside "x".
 
     Nested values are left out, and the score of a sweep, which is there by its own name too.
@@ -70,7 +73,7 @@ def records_table(rows: Sequence[Mapping[str, Any]]) -> html.Html:
     names = [name for name, value in rows[0].items()
              if not name.endswith("_std") and not isinstance(value, list | dict)
              and name not in ("score", "seconds_per_step")]
-    return html.table([display_name(name) for name in names],
+    return markup.table([display_name(name) for name in names],
                       [[_with_deviation(row, name) for name in names] for row in rows])
 
 
@@ -78,13 +81,13 @@ def _with_deviation(row: Mapping[str, Any], name: str) -> Any:
     value, deviation = row.get(name), row.get(f"{name}_std")
     if deviation is None or not isinstance(value, int | float):
         return value
-    return f"{html.format_score(value)} ± {html.format_score(deviation)}"
+    return f"{markup.format_score(value)} ± {markup.format_score(deviation)}"
 
 
 # A text -------------------------------------------------------------------------------------------
 
 
-def sample(run: LoadedRun, text: str) -> html.Html:
+def sample(run: LoadedRun, text: str) -> markup.Html:
     """Returns what a model with a pre-training or seq2seq head generates for a text.
 
     GPT continues it, BERT fills a mask in its middle, BART restores a masked word, and the
@@ -93,7 +96,7 @@ def sample(run: LoadedRun, text: str) -> html.Html:
     model, params, tokenizer, _ = run
     ids = _encode(run, text)
     if not ids or model.num_classes or "prompt" in params:  # a KV cache has no slots for a prompt
-        return html.Html("")
+        return markup.Html("")
     given = tokenizer.decode(ids)
     if isinstance(model, GPT):
         limit = min(MAX_NEW_TOKENS, model.config.max_length - len(ids))
@@ -125,38 +128,38 @@ def _masked(ids: Sequence[int], mask_id: int) -> list[int]:
     return [*ids[:middle], mask_id, *ids[middle + 1 :]]
 
 
-def _labeled(texts: Mapping[str, str]) -> html.Html:
-    return html.Html("".join(
-        f'<p class="note">{html.escape(name)}</p><pre>{html.escape(text)}</pre>'
+def _labeled(texts: Mapping[str, str]) -> markup.Html:
+    return markup.Html("".join(
+        f'<p class="note">{markup.escape(name)}</p><pre>{markup.escape(text)}</pre>'
         for name, text in texts.items()))
 
 
-def _continuation(prompt: str, text: str) -> html.Html:
+def _continuation(prompt: str, text: str) -> markup.Html:
     """Returns a generated text with its prompt in bold type."""
     if not text.startswith(prompt):
-        return html.escape(text)
-    return html.Html(f"<b>{html.escape(prompt)}</b>{html.escape(text[len(prompt):])}")
+        return markup.escape(text)
+    return markup.Html(f"<b>{markup.escape(prompt)}</b>{markup.escape(text[len(prompt):])}")
 
 
-def _filled_mask(run: LoadedRun, ids: Sequence[int]) -> html.Html:
+def _filled_mask(run: LoadedRun, ids: Sequence[int]) -> markup.Html:
     """Returns the most probable words at a mask in the middle of the text."""
     model, params, tokenizer, _ = run
     if tokenizer.mask_id is None or "mlm_head" not in params:
-        return html.Html("")
+        return markup.Html("")
     masked = _masked(ids, tokenizer.mask_id)
     row = [tokenizer.cls_id, *masked, tokenizer.sep_id]
     [mask] = fill_mask(model, params, row, mask_id=tokenizer.mask_id)
     words = [tokenizer.decode([int(i)]).strip() for i in mask.token_ids]
-    table = html.table(["word", "probability"], [
+    table = markup.table(["word", "probability"], [
         [word, float(p)] for word, p in zip(words, mask.probabilities)])
     text = _labeled({"masked text": tokenizer.decode(masked, skip_special_tokens=False)})
-    return html.Html(text + table)
+    return markup.Html(text + table)
 
 
 # Attention ----------------------------------------------------------------------------------------
 
 
-def attention_figures(run: LoadedRun, text: str) -> list[html.Html]:
+def attention_figures(run: LoadedRun, text: str) -> list[markup.Html]:
     """Returns attention maps of the first and the last layer for a text, as the mean over heads.
 
     Only the body of the model is applied, so that every head, or none, may be there.
@@ -171,7 +174,7 @@ def attention_figures(run: LoadedRun, text: str) -> list[html.Html]:
         words, others = (None if row is None else _words(run, row) for row in (queries, keys))
         for layer in sorted({0, len(weights) - 1}):
             maps = {"": np.asarray(weights[layer])[0].mean(0)}
-            figures.append(html.plot(
+            figures.append(markup.plot(
                 lambda path, maps=maps, words=words, others=others: plots.attention(
                     path, maps, words, others, cell_size=0.18), f"{name}, layer {layer}"))
     return figures
@@ -180,17 +183,13 @@ def attention_figures(run: LoadedRun, text: str) -> list[html.Html]:
 def _attention(run: LoadedRun, ids: list[int]) -> dict[str, tuple]:
     """Returns kind of attention -> (weights of each layer, query tokens, key tokens or None)."""
     model, params, tokenizer, _ = run
-
-    def apply(*inputs: Any, method: str) -> Any:
-        arrays = [np.array([row], np.int32) for row in inputs]
-        return jax.jit(lambda params: model.apply({"params": params}, *arrays, method=method))(
-            params)
-
+    body = {name: leaves for name, leaves in params.items() if name not in HEADS}
+    apply = functools.partial(_apply_to_row, type(model)(model.config), body)
     if isinstance(model, GPT):
-        return {"self-attention": (apply(ids, method="decode").attention, ids, None)}
+        return {"self-attention": (apply("decode", ids).attention, ids, None)}
     if isinstance(model, BERT):
         row = [tokenizer.cls_id, *ids, tokenizer.sep_id]
-        return {"self-attention": (apply(row, method="encode").attention, row, None)}
+        return {"self-attention": (apply("encode", row).attention, row, None)}
     assert isinstance(model, Transformer)
     source = _source(run, ids)
     if model.num_classes:  # the decoder of a model with a task head has the same input
@@ -199,10 +198,20 @@ def _attention(run: LoadedRun, ids: list[int]) -> dict[str, tuple]:
         limit = min(MAX_TOKENS, model.config.max_length - 1)
         [row] = generate(model, params, [source], max_new_tokens=limit)
         target = row.tolist()
-    encoder, decoder = apply(source, target, method="encode_decode")
+    encoder, decoder = apply("encode_decode", source, target)
     return {"encoder self-attention": (encoder.attention, source, None),
             "decoder self-attention": (decoder.attention, target, None),
             "cross-attention": (decoder.cross_attention, target, source)}
+
+
+def _apply_to_row(model: Model, params: dict, method: str, *rows: Sequence[int]) -> Any:
+    """Returns the outputs of a method of the model for one row of tokens, or source and target."""
+    return _jitted_apply(model, params, method, *(np.array([row], np.int32) for row in rows))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _jitted_apply(model, params, method, *tokens):
+    return model.apply({"params": params}, *tokens, method=method)
 
 
 def _words(run: LoadedRun, ids: Sequence[int]) -> list[str]:

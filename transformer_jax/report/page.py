@@ -12,7 +12,7 @@ from typing import Any
 from transformer_jax import tree
 from transformer_jax.errors import USER_ERRORS
 from transformer_jax.pretrained.runs import LoadedRun, is_run, load_run
-from transformer_jax.report import html
+from transformer_jax.report import markup
 from transformer_jax.report.curves import curve_figures
 from transformer_jax.report.outputs import (
     DEFAULT_TEXT,
@@ -46,14 +46,14 @@ def write_report(
     run = load_run_files(folder)
     model, note = _load_model(folder)
     name = folder.resolve().name
-    parts = [f"<h1>{html.escape(name)}</h1>",
+    parts = [f"<h1>{markup.escape(name)}</h1>",
              *summary(run, None if model is None else tree.count(model.params)),
              *_sections(run, model, text)]
     if note:
-        parts.append(f'<p class="note">{html.escape(note)}</p>')
+        parts.append(f'<p class="note">{markup.escape(note)}</p>')
     out = folder / "report.html" if out is None else Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html.page(name, parts), encoding="utf-8")
+    out.write_text(markup.page(name, parts), encoding="utf-8")
     return out
 
 
@@ -71,24 +71,24 @@ def _sections(run: RunFiles, model: LoadedRun | None, text: str | None) -> Itera
     for name, rows in run.histories.items():
         before = run.metrics.get("held_out_before") if not name else None
         curves = curve_figures(rows, before if isinstance(before, Mapping) else None)
-        yield html.section(f"Curves: {name}" if name else "Curves", html.figures(curves))
+        yield markup.section(f"Curves: {name}" if name else "Curves", markup.figures(curves))
     for name, rows in _records(run.metrics):
-        yield html.section(name, records_table(rows))
+        yield markup.section(name, records_table(rows))
     lines = load_outputs(run.folder)
-    yield html.section("Predictions", prediction_table(lines))
-    yield html.section("Figures", html.figures(list(_saved_figures(run))))
+    yield markup.section("Predictions", prediction_table(lines))
+    yield markup.section("Figures", markup.figures(list(_saved_figures(run))))
     if model is not None:
         given = text or next((line["source"] for line in lines if "source" in line), DEFAULT_TEXT)
-        yield html.section("Sample", sample(model, given))
-        yield html.section("Attention, mean over heads",
-                           html.figures(attention_figures(model, given)))
+        yield markup.section("Sample", sample(model, given))
+        yield markup.section("Attention, mean over heads",
+                             markup.figures(attention_figures(model, given)))
     if run.results is not None:
-        yield html.section(
+        yield markup.section(
             "Details",
-            html.folded("All results", html.key_value_table(flatten(run.metrics))),
-            html.folded("All settings", html.key_value_table(
-                flatten(run.config), html.format_setting)),
-            html.folded("Versions", html.key_value_table(run.results["versions"])))
+            markup.folded("All results", markup.key_value_table(flatten(run.metrics))),
+            markup.folded("All settings", markup.key_value_table(
+                flatten(run.config), markup.format_setting)),
+            markup.folded("Versions", markup.key_value_table(run.results["versions"])))
 
 
 def _records(metrics: Mapping[str, Any]) -> Iterator[tuple[str, list[dict]]]:
@@ -99,10 +99,10 @@ def _records(metrics: Mapping[str, Any]) -> Iterator[tuple[str, list[dict]]]:
             yield name.replace("_", " ").capitalize(), value
 
 
-def _saved_figures(run: RunFiles) -> Iterator[html.Html]:
+def _saved_figures(run: RunFiles) -> Iterator[markup.Html]:
     """Yields the PNG files of the folder; the loss is already among the curves."""
     for path in sorted(run.folder.glob("*.png")):
         if path.stem == "loss" and run.histories:
             continue
         caption = re.sub(r"[_-]+", " ", path.stem)
-        yield html.figure(path.read_bytes(), caption)
+        yield markup.figure(path.read_bytes(), caption)

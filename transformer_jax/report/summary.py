@@ -4,7 +4,7 @@ import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from transformer_jax.report import html
+from transformer_jax.report import markup
 from transformer_jax.report.run_files import RunFiles, setting
 
 FAMILIES = {"gpt": "GPT", "bert": "BERT", "bart": "BART", "transformer": "Transformer"}
@@ -60,10 +60,10 @@ def summary(run: RunFiles, num_params: int | None) -> list[str]:
         run: the results.
         num_params: number of parameters of the model; None if unknown.
     """
-    return [f'<p class="lead">{html.escape(_trained(run))}</p>',
-            f"<p>{html.escape(_ended(run))}</p>",
-            html.tiles(list(main_results(run))[:MAX_TILES]),
-            html.key_value_table(dict(_facts(run, num_params)), html.format_setting)]
+    return [f'<p class="lead">{markup.escape(_trained(run))}</p>',
+            f"<p>{markup.escape(_ended(run))}</p>",
+            markup.tiles(list(main_results(run))[:MAX_TILES]),
+            markup.key_value_table(dict(_facts(run, num_params)), markup.format_setting)]
 
 
 def _trained(run: RunFiles) -> str:
@@ -97,7 +97,7 @@ def _ended(run: RunFiles) -> str:
         step = max(int(rows[-1]["step"]) for rows in run.histories.values())
         return f"Not finished: step {step:,} so far."
     return (f"Finished {_time(results['finished'])} after "
-            f"{html.format_seconds(results['seconds'])} on {results['device']}.")
+            f"{markup.format_seconds(results['seconds'])} on {results['device']}.")
 
 
 def _time(value: str) -> str:
@@ -121,21 +121,21 @@ def _dataset(config: Mapping[str, Any]) -> dict[str, Any]:
 # Results ------------------------------------------------------------------------------------------
 
 
-def main_results(run: RunFiles) -> Iterator[html.Tile]:
+def main_results(run: RunFiles) -> Iterator[markup.Tile]:
     """Yields the final losses and scores, the main one first."""
     metrics, job = run.metrics, job_of(run)
     held_out = metrics.get("held_out")
     if job == "translation" and "bleu" in metrics:
-        yield html.Tile("BLEU", metrics["bleu"])
+        yield markup.Tile("BLEU", metrics["bleu"])
     if isinstance(held_out, Mapping):
         before = metrics.get("held_out_before") or {}
         for name in sorted(held_out, key=lambda name: (name != "loss", name)):
             if name == "nll" and held_out[name] == held_out.get("loss"):
                 continue
-            note = f"{html.format_score(before[name])} before training" if name in before else ""
-            yield html.Tile(f"held-out {display_name(name)}", held_out[name], note)
+            note = f"{markup.format_score(before[name])} before training" if name in before else ""
+            yield markup.Tile(f"held-out {display_name(name)}", held_out[name], note)
     if "perplexity" in metrics:
-        yield html.Tile("held-out perplexity", metrics["perplexity"])
+        yield markup.Tile("held-out perplexity", metrics["perplexity"])
     if job == "finetuning":
         yield from _finetuning_results(metrics)
     if run.results is None:
@@ -143,29 +143,29 @@ def main_results(run: RunFiles) -> Iterator[html.Tile]:
     elif job not in ("pretraining", "finetuning", "translation"):
         for name, value in metrics.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                yield html.Tile(display_name(name), value)
+                yield markup.Tile(display_name(name), value)
 
 
-def _finetuning_results(metrics: Mapping[str, Any]) -> Iterator[html.Tile]:
+def _finetuning_results(metrics: Mapping[str, Any]) -> Iterator[markup.Tile]:
     for name, value in metrics.items():
         if isinstance(value, int | float) and name not in _RUN_FIGURES:
-            yield html.Tile(display_name(name), value)
+            yield markup.Tile(display_name(name), value)
     if calibration := metrics.get("calibration"):
-        yield html.Tile(display_name("ece"), calibration["ece"])
+        yield markup.Tile(display_name("ece"), calibration["ece"])
     if metrics.get("held_out_after") is not None:
-        yield html.Tile(f"pre-training loss ({metrics['held_out_objective']})",
+        yield markup.Tile(f"pre-training loss ({metrics['held_out_objective']})",
                         metrics["held_out_after"],
-                        f"{html.format_score(metrics['held_out_before'])} before fine-tuning")
+                        f"{markup.format_score(metrics['held_out_before'])} before fine-tuning")
 
 
-def _last_values(run: RunFiles) -> Iterator[html.Tile]:
+def _last_values(run: RunFiles) -> Iterator[markup.Tile]:
     """Yields the last value of each loss of a run that is not finished."""
     for rows in run.histories.values():
         last = {name: value for row in rows for name, value in row.items()}
         for name in sorted(last):
             if name.endswith("loss"):
                 prefix = "held-out " if name.startswith("eval_") else "training "
-                yield html.Tile(prefix + display_name(name.removeprefix("eval_")), last[name])
+                yield markup.Tile(prefix + display_name(name.removeprefix("eval_")), last[name])
 
 
 # Facts --------------------------------------------------------------------------------------------

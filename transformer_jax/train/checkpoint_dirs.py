@@ -1,4 +1,4 @@
-"""The checkpoint directory of a run: which steps are saved, complete and not corrupted."""
+"""Lookup, verification and quarantine of the checkpoints in a checkpoint directory."""
 
 import shutil
 import sys
@@ -14,15 +14,15 @@ from transformer_jax import storage
 
 
 class SaveError(OSError):
-    """A checkpoint could not be saved. Earlier checkpoints are unchanged."""
+    """Raised if a checkpoint cannot be saved. Earlier checkpoints are unchanged."""
 
 
 def saved_steps(root: Path) -> list[int]:
     """Returns the steps with a complete checkpoint in `root`, in ascending order.
 
-    A checkpoint is complete if Orbax has completed it and its manifest is written. If no checkpoint
-    has a manifest, because the process was killed before it wrote the first one, all checkpoints
-    that Orbax has completed are returned.
+    A checkpoint is complete if Orbax has finalized it and its manifest exists. If no checkpoint has
+    a manifest, because the process was killed before it wrote the first one, all checkpoints that
+    Orbax has finalized are returned.
     """
     if not root.is_dir():
         return []
@@ -32,10 +32,15 @@ def saved_steps(root: Path) -> list[int]:
 
 
 def quarantine_incomplete(directory: str | Path, after: int = -1) -> None:
-    """Renames corrupted and incomplete checkpoints, and deletes temporary files of aborted saves.
+    """Renames checkpoints that are not resumed from, and deletes temporary files of aborted saves.
 
-    Every checkpoint of a step later than `after`, the step that training resumes from, is renamed
-    to "<step>.damaged", so that the step can be saved again.
+    When training resumes from step `after`, all later checkpoints are corrupted or incomplete. Each
+    of them is renamed to "<step>.damaged", or "<step>.damaged-<n>" if that exists, so that the step
+    can be saved again.
+
+    Args:
+        directory: the checkpoint directory; nothing is done if it does not exist.
+        after: the step that training resumes from; -1 renames all checkpoints.
     """
     root = Path(directory)
     for path in list(root.iterdir()) if root.is_dir() else ():
@@ -52,7 +57,7 @@ def quarantine_incomplete(directory: str | Path, after: int = -1) -> None:
 def verified_checkpoint_path(directory: str | Path, step: int | None) -> Path:
     """Returns the path of a checkpoint whose files match their manifest.
 
-    With several processes, the first one verifies the files and broadcasts the step.
+    With several processes, process 0 verifies the files and broadcasts the step.
 
     Args:
         directory: the checkpoint directory.
@@ -61,12 +66,13 @@ def verified_checkpoint_path(directory: str | Path, step: int | None) -> Path:
 
     Raises:
         FileNotFoundError: the directory, or a checkpoint of that step, does not exist.
-        ValueError: the checkpoint, or every checkpoint, is corrupted.
+        ValueError: the checkpoint of that step is corrupted, or all checkpoints are if the step is
+            None.
     """
     path = checkpoint_path(directory, step)
     if jax.process_count() == 1:
         return path.with_name(str(_verified_step(path, step)))
-    # Imported here, because it imports much that a single process does not need.
+    # Imported here because it is slow to import and not needed by a single process.
     from jax.experimental import multihost_utils
 
     error, number = None, -1
@@ -83,10 +89,10 @@ def verified_checkpoint_path(directory: str | Path, step: int | None) -> Path:
 
 
 def _verified_step(path: Path, step: int | None) -> int:
-    """Returns `step`, by default the latest step, after verifying its files."""
+    """Returns `step`, or the latest step with intact files if it is None, after verifying it."""
     for number in reversed(saved_steps(path.parent)) if step is None else (step,):
         folder = path.with_name(str(number))
-        if not storage.has_manifest(folder):  # no checkpoint has one: see `saved_steps`
+        if not storage.has_manifest(folder):  # then no checkpoint has a manifest; see `saved_steps`
             return number
         if (problem := storage.verify_manifest(folder)) is None:
             return number
@@ -94,7 +100,7 @@ def _verified_step(path: Path, step: int | None) -> int:
         if step is not None:
             raise ValueError(f"{message}; choose another step")
         print(f"{message}; trying the previous step", file=sys.stderr, flush=True)
-    raise ValueError(f"every checkpoint in {path.parent} is corrupted; the first one: {message}; "
+    raise ValueError(f"every checkpoint in {path.parent} is corrupted; for example, {message}; "
                      "restore the files from a backup, or train in another directory")
 
 
@@ -105,12 +111,12 @@ def check_disk_space(root: Path, step: int, arrays: Iterable[Any]) -> None:
     if free < needed:
         raise SaveError(
             f"step {step} needs {needed / 2**20:,.0f} MiB in {root}, which has "
-            f"{free / 2**20:,.0f} MiB free; delete files, keep fewer checkpoints (keep), or choose "
-            "another directory")
+            f"{free / 2**20:,.0f} MiB free; delete files, keep fewer checkpoints (option keep), or "
+            "choose another directory")
 
 
 def checkpoint_path(directory: str | Path, step: int | None) -> Path:
-    """Returns the path of the checkpoint of `step`, by default of the latest step.
+    """Returns the path of the checkpoint of `step`, or of the latest step if it is None.
 
     Raises:
         FileNotFoundError: the directory, or a checkpoint of that step, does not exist.

@@ -17,7 +17,7 @@ JSON_ITEMS = ("step", "rng", "data", "metadata")
 
 
 def orbax_context() -> ocp.Context:
-    """Returns an Orbax context that saves and loads the items in `JSON_ITEMS` as JSON."""
+    """Returns an Orbax context in which the items in `JSON_ITEMS` are saved as JSON."""
     context = ocp.Context()
     registry = ocp.handlers.local_registry()
     for name in JSON_ITEMS:
@@ -27,20 +27,20 @@ def orbax_context() -> ocp.Context:
 
 
 def nested_dict(tree: PyTree) -> dict[str, Any]:
-    """Converts any pytree to nested dicts by path.
+    """Converts any pytree to nested dicts whose keys are the path components of the leaves.
 
-    A saved optimizer state then does not depend on the names of Optax's classes.
+    In this form, a saved optimizer state does not depend on the names of Optax's classes.
     """
     return unflatten_paths(flatten_paths(tree))
 
 
 def target_sharding(leaf: Any) -> jax.sharding.Sharding:
-    """Returns the sharding of a real or abstract array, by default that of the first device."""
+    """Returns the sharding of a concrete or abstract array, or the first local device if None."""
     return getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
 
 
 def abstract_arrays(tree: PyTree) -> PyTree:
-    """Converts a tree to nested dicts of abstract arrays with the target shardings."""
+    """Converts a pytree to nested dicts of abstract arrays, with `target_sharding` of each leaf."""
     def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target_sharding(leaf))
 
@@ -48,20 +48,32 @@ def abstract_arrays(tree: PyTree) -> PyTree:
 
 
 def copy_structure(loaded: PyTree, like: PyTree) -> PyTree:
-    """Arranges loaded leaves in the tree structure of `like`, by their paths."""
+    """Returns a pytree with the structure of `like` and the leaves of `loaded`, matched by path."""
     leaves = flatten_paths(loaded)
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[p] for p in flatten_paths(like)])
 
 
 def saved_arrays(path: Path, item: str) -> dict[str, Any]:
-    """Returns path -> array metadata (shape, dtype) of an item, without loading its arrays."""
+    """Returns array path -> metadata (shape, dtype) of an item, without loading the arrays."""
     with orbax_context():
         found = ocp.checkpointables_metadata(path).metadata
     return flatten_paths(found.get(item) or {})
 
 
 def load_items(path: Path, trees: Mapping[str, PyTree]) -> dict[str, Any]:
-    """Loads the items in `trees` onto their abstract leaves, and all JSON items."""
+    """Loads the items in `trees`, and all JSON items, from a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        trees: item name -> nested dicts of abstract arrays, whose shapes, dtypes and shardings the
+            loaded arrays get.
+
+    Returns:
+        Item name -> loaded value.
+
+    Raises:
+        ValueError: the saved arrays of an item have other paths or shapes than its abstract arrays.
+    """
     for item, abstract in trees.items():
         _check_arrays(path, item, flatten_paths(abstract), saved_arrays(path, item))
     wanted = {item: abstract for item, abstract in trees.items() if abstract}
@@ -98,11 +110,11 @@ def _check_arrays(
 
 
 def to_json(value: Any, name: str) -> Any:
-    """Converts a value to JSON values. NumPy scalars and arrays become Python numbers and lists.
+    """Converts a value to JSON values: NumPy scalars to Python numbers, and arrays to lists.
 
     Args:
         value: numbers, strings, lists and dicts.
-        name: what the value is, for the error message.
+        name: name of the value in the error message.
 
     Raises:
         ValueError: the value contains something that JSON cannot represent.
@@ -124,7 +136,10 @@ def to_json(value: Any, name: str) -> Any:
 
 
 def rng_to_json(rng: jax.Array | None) -> dict[str, Any] | None:
-    """Converts a random key to JSON values. `impl` is None for a raw key, an array of uint32."""
+    """Converts a random key to JSON values: the name of its implementation and its uint32 data.
+
+    `impl` is None for a legacy key (`jax.random.PRNGKey`), which is a plain uint32 array.
+    """
     if rng is None:
         return None
     is_typed = jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key)
@@ -132,11 +147,11 @@ def rng_to_json(rng: jax.Array | None) -> dict[str, Any] | None:
     return {"impl": str(jax.random.key_impl(rng)) if is_typed else None, "data": data.tolist()}
 
 
-def rng_from_json(packed: Mapping[str, Any] | None) -> jax.Array | None:
-    """The inverse of `rng_to_json`."""
-    if packed is None:
+def rng_from_json(values: Mapping[str, Any] | None) -> jax.Array | None:
+    """Converts the result of `rng_to_json` back to a random key."""
+    if values is None:
         return None
-    data = jax.numpy.asarray(packed["data"], jax.numpy.uint32)
-    if packed["impl"] is None:
+    data = jax.numpy.asarray(values["data"], jax.numpy.uint32)
+    if values["impl"] is None:
         return data
-    return jax.random.wrap_key_data(data, impl=packed["impl"])
+    return jax.random.wrap_key_data(data, impl=values["impl"])

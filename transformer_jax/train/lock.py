@@ -1,4 +1,4 @@
-"""Exclusive access to a checkpoint directory, so that two runs cannot overwrite each other."""
+"""Exclusive lock on a checkpoint directory, so that two runs cannot overwrite its files."""
 
 import contextlib
 import os
@@ -16,13 +16,14 @@ LOCK_FILE = "lock"
 
 @contextlib.contextmanager
 def directory_lock(directory: str | Path, active: bool = True) -> Iterator[None]:
-    """Holds an exclusive lock on a directory, which is created if necessary.
+    """Context manager that holds an exclusive lock on a directory.
 
-    The operating system releases the lock when the process ends, however it ends.
+    The directory is created if it does not exist. The operating system releases the lock when the
+    process ends, even if it is killed. On systems without `fcntl`, directories are not locked.
 
     Args:
-        directory: the directory to lock, by a file lock on its file "lock".
-        active: False does nothing.
+        directory: the directory. The lock is a file lock on `directory / LOCK_FILE`.
+        active: whether to lock the directory; if False, the context manager does nothing.
 
     Raises:
         RuntimeError: another process holds the lock.

@@ -14,8 +14,8 @@ from transformer_jax.tree import PyTree, first_match, map_paths
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
-# name -> function of (step, number of warm-up steps, last step) that is the schedule after warm-up,
-# scaled to [0, 1]: 1 stands for peak_lr and 0 for end_lr.
+# Schedule name -> function (step, number of warm-up steps, number of steps) -> value in [0, 1], for
+# steps after the warm-up. A value of 1 means the learning rate peak_lr, and 0 means end_lr.
 DECAYS: dict[str, Callable[[jax.Array, int, int], jax.Array]] = {
     "constant": lambda step, warmup, last: jnp.ones_like(step),
     "linear": lambda step, warmup, last: 1 - _progress(step, warmup, last),
@@ -25,7 +25,7 @@ DECAYS: dict[str, Callable[[jax.Array, int, int], jax.Array]] = {
 
 
 def _progress(step: jax.Array, warmup: int, last: int) -> jax.Array:
-    """The fraction of the steps after warm-up that are done, from 0 to 1."""
+    """Fraction of the steps after warm-up that are completed, from 0 to 1."""
     return jnp.clip((step - warmup) / (last - warmup), 0.0, 1.0)
 
 
@@ -53,8 +53,8 @@ def make_schedule(
         peak_lr: the learning rate at the end of the warm-up.
         num_steps: the total number of updates.
         warmup_steps: the number of updates with a linearly increasing learning rate.
-        end_lr: the learning rate from step `num_steps` on; for "inverse_sqrt", the limit. Not used
-            by "constant".
+        end_lr: the learning rate from step `num_steps` on; for "inverse_sqrt", its limit after
+            infinitely many steps. Not used by "constant".
 
     Raises:
         ValueError: `name` is unknown, `num_steps` is below 1, `warmup_steps` is not in
@@ -88,22 +88,22 @@ def make_schedule(
 
 
 DECAY_RULES = ((r"(^|/)(kernel|embedding)$", True), (r"", False))
-"""Which parameters have weight decay: matrices (kernels and embeddings).
+"""Rules for weight decay: it applies to matrices (kernels and embeddings) only.
 
-Biases and norm scales have none: they set offsets and units, and shrinking them does not make a
-model simpler. The rules use names and not ranks, because a kernel has head axes and stacked layers
-add an axis to every parameter.
+Biases and normalization scales have no weight decay, because shrinking an offset or a scale does
+not make a model simpler. Parameters are selected by name and not by number of axes, because kernels
+have head axes, and stacked layers have one more axis.
 
-Of the PEFT parameters, only the kernels of bottleneck adapters decay, as in Houlsby et al. 2019,
-who train them with BERT's optimizer. IA3's factors and DoRA's magnitudes are scales. LoRA's
-factors, prefixes and prompts do not decay either, because their rank or length already limits them
-(LoRA's released code does decay its factors)."""
+Among PEFT parameters, only the kernels of bottleneck adapters have weight decay, as in Houlsby et
+al. 2019, where they are trained with BERT's optimizer. The vectors of IA3 and the magnitudes of
+DoRA are scales. The matrices of LoRA, prefixes and prompts have no weight decay either, because
+their rank or length already limits them. (In the released code of LoRA, its matrices do.)"""
 
 
 def decay_mask(params: PyTree) -> PyTree:
     """Returns the mask of the parameters with weight decay, by `DECAY_RULES`.
 
-    None, the placeholder of a frozen parameter, stays None.
+    None, the placeholder for a frozen parameter, stays None.
 
     Example:
         >>> decay_mask({"classifier": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
@@ -128,29 +128,34 @@ def make_optimizer(
     new_pattern: str = transforms.NEW_PARAMS,
     ema: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm, with BERT's defaults.
+    """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm.
 
-    The optimizer sees only the tree that it is given, and `make_train_step` gives it the trainable
-    parameters. The clipped norm is therefore the norm of the trainable gradients, and only the
-    trainable parameters have moments. The options from `layer_decay` on are for fine-tuning; each
-    is documented in `train.transforms`.
+    The default values are those of BERT.
+
+    `make_train_step` applies the optimizer to the trainable parameters only. The global norm
+    therefore excludes frozen parameters, which also have no moments.
+
+    The options from `layer_decay` on are for fine-tuning and are documented in `train.transforms`.
 
     Args:
-        schedule: from `make_schedule`, or a constant learning rate.
+        schedule: a schedule, for instance from `make_schedule`, or a constant learning rate.
         weight_decay: decoupled weight decay, multiplied by the learning rate, on the parameters
             that `decay_mask` selects.
         b1: decay rate of the first moment.
         b2: decay rate of the second moment.
         eps: added to the denominator of Adam's update.
-        clip_norm: gradients with a larger global norm are scaled down to it; None does not clip.
+        clip_norm: largest global norm of the gradients; larger gradients are scaled down to it.
+            None disables clipping.
         layer_decay: ratio of the learning rates of a layer and the layer above it, in (0, 1].
         head_lr_multiplier: factor of the learning rate of the parameters whose path matches
             `head_pattern`.
         head_pattern: a regular expression; by default the classifier.
-        unfreeze_every: gradual unfreezing of one more layer, from the top down, every so many
-            updates. The schedule and `ema` also count the updates before a layer is unfrozen.
-        l2_sp: strength of the decay toward the parameters at `init`, biases included; parameters
-            whose path matches `new_pattern` have `weight_decay` instead.
+        unfreeze_every: gradual unfreezing: number of updates after which one more layer is
+            unfrozen, from the top layer down. The schedule and `ema` also count updates
+            in which a layer is still frozen.
+        l2_sp: strength of the decay of parameters, including biases, toward their values at `init`.
+            Parameters whose path matches `new_pattern` have `weight_decay` instead. None disables
+            it.
         new_pattern: a regular expression; by default the classifier and the PEFT parameters.
         ema: decay of an exponential moving average of the trainable parameters, in (0, 1); see
             `transforms.get_ema_params`.

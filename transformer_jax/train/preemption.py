@@ -11,10 +11,10 @@ EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: running the same command later re
 
 
 class Preempted(SystemExit):
-    """A run received a signal, saved a checkpoint and stopped.
+    """Raised after a run has received a signal and saved a checkpoint.
 
-    Uncaught, it ends the process with `EXIT_STATUS`, so that a scheduler can tell a preemption from
-    a failure.
+    If it is not caught, the process exits with `EXIT_STATUS`, so that a scheduler can distinguish a
+    preemption from a failure.
 
     Attributes:
         signal_name: "SIGTERM" or "SIGINT".
@@ -28,15 +28,18 @@ class Preempted(SystemExit):
 
 @contextlib.contextmanager
 def catch_signals(active: bool = True) -> Iterator[Callable[[int], str | None]]:
-    """Yields `should_stop(step)`: the name of the signal that was received, or None.
+    """Context manager that catches SIGTERM and SIGINT and yields a function `should_stop(step)`.
 
-    A second signal has its usual effect, because the previous handlers are restored after the
-    first. A scheduler may signal only some of several processes, so there JAX's coordination
-    service makes all processes stop at the same step; it handles SIGTERM only. In a thread other
-    than the main thread, where Python cannot handle signals, `should_stop` always returns None.
+    `should_stop` returns the name of the received signal, or None. A second signal has its usual
+    effect, because the previous handlers are restored after the first one.
+
+    With several processes, a scheduler may send the signal to only some of them. JAX's coordination
+    service then makes all processes stop at the same step; it catches SIGTERM only. In a single
+    process, outside the main thread, Python cannot handle signals and `should_stop` always returns
+    None.
 
     Args:
-        active: False leaves the signal handlers unchanged.
+        active: whether to catch signals; if False, `should_stop` always returns None.
 
     Example:
         >>> with catch_signals() as should_stop:
@@ -49,7 +52,7 @@ def catch_signals(active: bool = True) -> Iterator[Callable[[int], str | None]]:
         yield lambda step: None
         return
     if jax.process_count() > 1:
-        # Imported here, because it imports much that a single process does not need.
+        # Imported here because it is slow to import and not needed by a single process.
         from jax.experimental import multihost_utils
 
         yield lambda step: (

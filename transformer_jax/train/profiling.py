@@ -1,4 +1,4 @@
-"""Counts of XLA compilations, and the memory of the devices."""
+"""Number of XLA compilations, and memory use of the devices."""
 
 import jax
 from jax import monitoring
@@ -9,12 +9,12 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 class CompilationCounter:
     """Counts XLA compilations, and programs loaded from the persistent compilation cache.
 
-    A change of array shapes compiles a program again without a message; this counter detects it.
+    JAX silently recompiles a function for arguments of new shapes; this counter detects it.
     Counting starts when the counter is created, and ends with `close` or the `with` block.
 
     Attributes:
         count: the number of compilations so far.
-        seconds: the total time they took.
+        seconds: the total compilation time.
 
     Example:
         >>> import jax.numpy as jnp
@@ -46,9 +46,9 @@ class CompilationCounter:
 
 
 def peak_memory() -> int | None:
-    """Peak memory use in bytes: of the first device, or of this process if the device is a CPU.
+    """Returns the peak memory use of the first device in bytes.
 
-    None where the platform does not report it.
+    On a CPU, it is the peak memory use of this process. None if the platform does not report it.
     """
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
@@ -62,7 +62,10 @@ def peak_memory() -> int | None:
 
 
 def memory_limit() -> int:
-    """Bytes that JAX may allocate on the first device; on a CPU, its share of the free memory."""
+    """Returns the bytes that JAX can allocate on the first device.
+
+    On a CPU, it is `free_memory()`. 2**63 if the platform does not report it.
+    """
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -70,9 +73,10 @@ def memory_limit() -> int:
 
 
 def free_memory() -> int | None:
-    """Free memory of the first local device in bytes; None where the platform does not report it.
+    """Returns the free memory of the first local device in bytes.
 
-    CPU devices of one host share its free memory equally.
+    The free memory of a host is divided equally among its CPU devices. None if the platform does
+    not report it.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+# (step, metrics of a history row, estimated seconds left or None) -> None
 ReportFn = Callable[[int, dict[str, float], float | None], None]
 
 
@@ -39,15 +40,15 @@ def _format_row(row: dict[str, float], seconds_left: float | None) -> str:
 
 @contextlib.contextmanager
 def progress(num_steps: int, start: int = 0, quiet: bool = False) -> Iterator[ReportFn]:
-    """Yields `report(step, row, seconds_left)`, which displays the metrics of a history row.
+    """Context manager that yields a function `report(step, row, seconds_left)`.
 
-    On a terminal, a progress bar is redrawn in place. In a file, a pipe or a notebook, each report
-    is one line.
+    `report` displays the metrics of a history row. On a terminal, it updates a progress bar. If the
+    output is a file, a pipe or a notebook, it prints one line.
 
     Args:
         num_steps: the total number of steps of the run.
-        start: the number of steps that are already done.
-        quiet: True displays nothing.
+        start: the number of steps that are already completed.
+        quiet: whether to display nothing.
 
     Example:
         >>> with progress(num_steps=20) as report:

@@ -1,17 +1,18 @@
-"""Time per train step, and the fraction of it spent waiting for data."""
+"""Timer of train steps: seconds per step, and the fraction of time spent waiting for data."""
 
 import time
 
 
 class StepTimer:
-    """Measures the mean time per step, without compilation, evaluation and saving.
+    """Measures the mean time per step in intervals of several steps.
 
-    The first step is not measured, because it includes compilation.
+    The first step is not measured, because it includes compilation. `skip_elapsed` excludes the
+    time of evaluation and saving.
 
     Attributes:
         mean_seconds: seconds per step over the last completed interval.
-        data_wait_seconds: seconds in the current interval in which devices waited for a batch;
-            added by the caller.
+        data_wait_seconds: seconds in the current interval that devices waited for a batch. The
+            caller adds to it.
 
     Example:
         >>> timer = StepTimer()
@@ -28,11 +29,11 @@ class StepTimer:
         self.mean_seconds = 0.0
         self.data_wait_seconds = 0.0
         self._total_seconds, self._num_steps = 0.0, 0
-        self._last_time: float | None = None  # None until the first step is done
+        self._last_time: float | None = None  # None until the first step is completed
 
     @property
     def is_running(self) -> bool:
-        """Whether the first step is done."""
+        """Whether the first step is completed, so that further steps are measured."""
         return self._last_time is not None
 
     def step_done(self) -> None:
@@ -44,7 +45,7 @@ class StepTimer:
         self._last_time = now
 
     def skip_elapsed(self) -> None:
-        """Leaves out the time since the last step, such as that of an evaluation."""
+        """Excludes the time since the last step, for instance after an evaluation."""
         self._last_time = time.perf_counter()
 
     def end_interval(self) -> tuple[float, float] | None:

@@ -1,7 +1,7 @@
-"""python_docs: a text corpus that needs no download, the documentation in a Python installation.
+"""python_docs: a text corpus made from the documentation in a Python installation.
 
-It is a TFDS builder, registered when this package is imported: `tfds.builder(
-"python_docs/documents")`, or in short `python_docs.load("documents", "train")`.
+It needs no download. It is a TFDS builder, registered when this package is imported: use
+`tfds.builder("python_docs/documents")` or `python_docs.load("documents", "train")`.
 """
 
 from transformer_jax.data.python_docs.builder import CONFIGS, SPLITS, PythonDocs, build, load

@@ -1,0 +1,12 @@
+"""The command `convert`."""
+
+import json
+
+
+def test_converted_run_generates_the_same_text(saved, run, tmp_path):
+    status, out, _ = run("convert", saved / "gpt", tmp_path / "out")
+    assert status == 0 and "model.safetensors" in out and "config.json" in out
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gpt2"
+    texts = [run("generate", folder, "the cat", "--max-new-tokens", "8")[1]
+             for folder in (saved / "gpt", tmp_path / "out")]
+    assert texts[0] == texts[1]
