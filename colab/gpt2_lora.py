@@ -103,7 +103,8 @@ for pair in pairs[:3]:
 #
 # `lora:8:all` adds a trainable update of rank 8 to the kernel of every linear layer. After training,
 # `finetune` generates completions for the validation examples and scores them by ROUGE. The score is
-# low, because many docstrings fit a topic.
+# low, because many docstrings fit a topic. Each point of the curve is the loss of one batch; batches
+# of short and of long texts alternate, so it is noisy.
 
 # %%
 result = finetune(

@@ -93,7 +93,9 @@ print(f"BLEU {before['bleu']:.1f} ({before['signature']})")
 # ## 4. Fine-tuning
 #
 # The data is a list of dicts with `source` and `target`. All parameters are trained: each target
-# token is predicted from the source and from the correct tokens before it (teacher forcing).
+# token is predicted from the source and from the correct tokens before it (teacher forcing). Each
+# point of the curve is the loss of one batch. Texts of similar length share a batch, and long texts
+# are harder, so the curve is noisy.
 
 # %%
 result = finetune(base, train, validation=tests, task_type="seq2seq", trainable="full",
@@ -104,7 +106,8 @@ Image("runs/captions/loss.png")
 # %% [markdown]
 # ## Results
 #
-# BLEU before and after, and the first translations of the fine-tuned model.
+# BLEU before and after, and the first translations of the fine-tuned model. On 100 captions, BLEU
+# varies by a few points with the choice of the captions; raise `TESTS` for results that you report.
 
 # %%
 rows = [f"| {test['source']} | {line['prediction']} | {test['target']} |"

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Regular expression, matched without regard to case -> the term to use.
+# Regular expression, matched without regard to case -> the term to use. A term in quotes may be a
+# key that files on disk have.
 REPLACED = {
     # Mathematics and XLA.
     r"\bway back\b": "backward pass; for checkpoints, export",
     r"\blaws?\b": "distribution, initializer",
     r"\bby_outputs|\bby outputs\b": "transposed, [out, in]",
-    r"\bin words\b|\bsaid in\b": "symbolic mask",
+    r"\b(said|told|says|mask) in words\b|\bsaid in\b": "symbolic mask",
     r"\bwho may look\b|\blooks? at whom\b|\b_look\b|\blook_across\b": "attention",
     r"\bwhere it looks\b|\bthose who look\b": "attention maps",
     r"\bread_and_write\b": "encode_decode",
@@ -26,10 +27,10 @@ REPLACED = {
     # Training.
     r"\bours\b|\btheirs\b": "trainable / frozen; path / hf_name",
     r"\broll(s|ed|ing)? back\"|\"roll back": "rollback",
-    r"\bhost_share\b": "data_wait_fraction",
+    r"(?<!\")\bhost_share\b": "data_wait_fraction",
     r"\bset aside\b|\bsets aside\b|\bset_aside\b": "moved to <step>.damaged, quarantined",
-    r"\baccept[_-]changes\b": "allow_config_mismatch",
-    r"\bhead[_-]rate\b": "head_lr_multiplier",
+    r"(?<!\")\baccept[_-]changes\b": "allow_config_mismatch",
+    r"(?<!\")\bhead[_-]rate\b": "head_lr_multiplier",
     r"\bby_release\b|\bdecay_to_start\b|\baverage_of\b": "gradual_unfreezing, l2_sp, params_ema",
     r"\bgoes on from\b|\bgo on from\b|\bgoes on\b": "resumes, continues",
     r"\bmend(s|ed|ing)?\b": "fix",
@@ -39,9 +40,9 @@ REPLACED = {
     r"\bin turns?\b|\bmoods?\b": "interleaved",
     # Fine-tuning.
     r"(?<![a-z\"])deltas?(?![a-z])": "PEFT parameters, adapter",
-    r"\bshrink\b|\bfewer bytes\b": "quantize",
+    r"\bshrink\b(?!=)|\bfewer bytes\b": "quantize",
     r"\bwhat trains\b|\bwhat is trained\b": "trainable parameters",
-    r"\blm[_-]weight\b": "aux_lm_loss_weight",
+    r"(?<!\")\blm[_-]weight\b": "aux_lm_loss_weight",
     r"\bold skill\b": "pre-training task",
     r"\bwith_what_is_new\b|\bwhat is new\b": "newly initialized modules",
     # Data.

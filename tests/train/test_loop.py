@@ -319,7 +319,7 @@ def test_resuming_with_another_config_is_an_error(uninterrupted, tmp_path):
 
 def test_two_runs_cannot_use_the_same_directory(tmp_path):
     message = rf"in use by another run \(process {os.getpid()} on .*\); wait until it ends"
-    with lock.directory_lock(tmp_path), pytest.raises(RuntimeError, match=message):
+    with lock.directory_lock(tmp_path), pytest.raises(lock.DirectoryInUseError, match=message):
         train(5, checkpoint_dir=tmp_path)
     train(5, checkpoint_dir=tmp_path)
 

@@ -1,4 +1,4 @@
-"""All flags of `pretrain` and `finetune`: the configs of the recipes, annotated for tyro."""
+"""All flags of `pretrain` and `finetune`: the recipe configs with tyro annotations."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

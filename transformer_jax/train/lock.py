@@ -14,6 +14,10 @@ except ImportError:  # not a Unix system: directories are not locked
 LOCK_FILE = "lock"
 
 
+class DirectoryInUseError(OSError):
+    """Another run holds the lock of a checkpoint directory."""
+
+
 @contextlib.contextmanager
 def directory_lock(directory: str | Path, active: bool = True) -> Iterator[None]:
     """Context manager that holds an exclusive lock on a directory.
@@ -26,7 +30,7 @@ def directory_lock(directory: str | Path, active: bool = True) -> Iterator[None]
         active: whether to lock the directory; if False, the context manager does nothing.
 
     Raises:
-        RuntimeError: another process holds the lock.
+        DirectoryInUseError: another process holds the lock.
     """
     if not active or fcntl is None:
         yield
@@ -38,7 +42,7 @@ def directory_lock(directory: str | Path, active: bool = True) -> Iterator[None]
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise RuntimeError(
+            raise DirectoryInUseError(
                 f"{directory} is in use by another run ({file.read().strip()}); wait until it "
                 "ends, stop it, or choose another directory") from None
         file.truncate(0)

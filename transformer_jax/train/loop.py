@@ -133,7 +133,7 @@ def fit(
             no `get_state`; the checkpoint does not match the state or was saved with other
             `metadata`; or a step needs more memory than is free.
         SaveError: a checkpoint could not be saved; raised during one of the following steps.
-        RuntimeError: another run uses `checkpoint_dir`.
+        DirectoryInUseError: another run uses `checkpoint_dir`.
 
     Example:
         >>> import itertools, jax.numpy as jnp, optax
