@@ -40,7 +40,7 @@ def load_source(name: str) -> nbformat.NotebookNode:
     return notebook
 
 
-def execute(name: str, timeout: int = 1200) -> nbformat.NotebookNode:
+def execute(name: str, timeout: int = 3600) -> nbformat.NotebookNode:
     """Executes a notebook and returns it with its output.
 
     Args:

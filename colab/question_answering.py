@@ -60,7 +60,8 @@ QUESTIONS, TESTS, STEPS, MAX_LENGTH = (8, 4, 2, 48) if SMALLEST else (1600, 120,
 # %%
 squad = data.load_dataset(DATA, on_bad_rows="drop", limit=20 * QUESTIONS)
 short = [example for example in squad.train if len(example["context"]) < 400]
-squad = squad._replace(train=short[:QUESTIONS], validation=squad.validation[:TESTS])
+squad = squad._replace(train=short[:QUESTIONS],
+                       validation=data.subsample_balanced(squad.validation, total=TESTS))
 example = squad.train[0]
 answer = example["answers"][0]
 print("question:", example["question"])

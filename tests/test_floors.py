@@ -111,7 +111,8 @@ def test_imports_go_down(path):
     assert violations((PACKAGE / path).read_text(), path) == []
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if Path(f).with_suffix("").parts[0] in HOST_ONLY])
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if Path(path).with_suffix("").parts[0] in HOST_ONLY])
 def test_host_code_needs_no_device_package_even_through_others(path):
     assert not {f"{name}:" for name in DEVICE_PACKAGES} & needs(path)
 

@@ -60,7 +60,7 @@ REPLACED = {
     r"\bproposes, the large\b|\bjudge[sd]?\b": "draft and verify",
     # Checkpoints, planner, tools.
     r"\bfetch it again\b": "download it again",
-    r"\bare? not here\b|\bonly \w+ (is|are) here\b|\bthat are not here\b": "unsupported X; supported: Y",
+    r"\bare? not here\b|\bonly \w+ (is|are) here\b": "unsupported X; supported: Y",
     r"\blacking\b|\blacks\b": "missing",
     r"\bcard\b(?! and)": "config.json, run config",
     r"\bcutters\b|\bwhat cuts text\b": "tokenizer backend",

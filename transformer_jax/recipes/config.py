@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import optax
@@ -12,6 +13,13 @@ from transformer_jax import sharding
 from transformer_jax.data import datasets
 from transformer_jax.recipes.task_encoder import InputConfig
 from transformer_jax.train import anomalies, optimizers
+
+
+def convert_paths(config: Any, *fields: str) -> None:
+    """Converts fields of a frozen dataclass from str to Path; called by its `__post_init__`."""
+    for name in fields:
+        if isinstance(value := getattr(config, name), str):
+            object.__setattr__(config, name, Path(value))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformer_jax.models import Transformer, config_to_dict, init_params
 from transformer_jax.objectives import seq2seq
 from transformer_jax.pretrained.runs import LoadedRun, load_run, save_run_config
 from transformer_jax.recipes import corpus, run_dir
-from transformer_jax.recipes.config import OptimizerConfig
+from transformer_jax.recipes.config import OptimizerConfig, convert_paths
 from transformer_jax.recipes.pretraining import PretrainConfig, pretrain
 from transformer_jax.recipes.sequence_to_sequence import generate_targets, loss_curves
 from transformer_jax.report import plots
@@ -97,6 +97,9 @@ class DenoiseConfig:
     pretrain: PretrainConfig
     finetune: PairsConfig
     out: Path
+
+    def __post_init__(self):
+        convert_paths(self, "out")
 
 
 class _FinetunedPairs(NamedTuple):

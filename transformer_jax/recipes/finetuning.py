@@ -34,6 +34,7 @@ from transformer_jax.recipes.config import (
     FinetuneOptimizerConfig,
     MeshConfig,
     TrainingConfig,
+    convert_paths,
 )
 from transformer_jax.recipes.encoding import write_predictions
 from transformer_jax.recipes.finetuning_run import (
@@ -88,6 +89,9 @@ class FinetuneConfig:
     retention_data: str | None = "python_docs/documents"
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0
+
+    def __post_init__(self):
+        convert_paths(self, "out")
 
 
 @dataclass(frozen=True)

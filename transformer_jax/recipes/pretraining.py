@@ -27,7 +27,7 @@ from transformer_jax.objectives.denoising import Noise
 from transformer_jax.objectives.mlm_nsp import MASK_RATE
 from transformer_jax.pretrained.runs import save_run_config
 from transformer_jax.recipes import corpus, run_dir
-from transformer_jax.recipes.config import MeshConfig, OptimizerConfig
+from transformer_jax.recipes.config import MeshConfig, OptimizerConfig, convert_paths
 from transformer_jax.report import plots
 from transformer_jax.train import anomalies, loop, step
 
@@ -104,6 +104,9 @@ class PretrainConfig:
     allow_config_mismatch: bool = False
     anomaly_policy: anomalies.AnomalyPolicy = anomalies.DEFAULT_POLICY
     replay_step: int | None = None
+
+    def __post_init__(self):
+        convert_paths(self, "out", "tokenized_cache_dir")
 
 
 # Family of models -> its objective and tokenizer, and a starting point for its optimizer.

@@ -34,6 +34,7 @@ from transformer_jax.recipes.config import (
     FinetuneOptimizerConfig,
     OptimizerConfig,
     TrainingConfig,
+    convert_paths,
 )
 from transformer_jax.recipes.finetuning_run import encode_for_training, finetune_params
 from transformer_jax.recipes.pretraining import PretrainConfig, pretrain
@@ -77,6 +78,9 @@ class QuickstartConfig:
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(
         max_length=48, batch_size=16, num_steps=50,
         optimizer=FinetuneOptimizerConfig(peak_lr=1.5e-3, b2=0.99)))
+
+    def __post_init__(self):
+        convert_paths(self, "out")
 
 
 def gpt_python_docs() -> PretrainConfig:

@@ -26,7 +26,7 @@ from transformer_jax.models.config import TransformerConfig
 from transformer_jax.objectives import seq2seq
 from transformer_jax.pretrained.runs import save_run_config
 from transformer_jax.recipes import run_dir
-from transformer_jax.recipes.config import MeshConfig, OptimizerConfig
+from transformer_jax.recipes.config import MeshConfig, OptimizerConfig, convert_paths
 from transformer_jax.recipes.corpus import with_vocabulary
 from transformer_jax.recipes.prediction import save_task
 from transformer_jax.recipes.seq2seq_encoder import length_sorted_batches
@@ -109,6 +109,9 @@ class TranslateConfig:
         """Number of checkpoints that are averaged at the end of the run."""
         num_saved = -(-self.num_steps // self.save_every) if self.save_every else 1
         return min(self.num_averaged_checkpoints, num_saved)
+
+    def __post_init__(self):
+        convert_paths(self, "out")
 
 
 def train_translation(config: TranslateConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from transformer_jax import metrics
 from transformer_jax.data.datasets import LabeledDataset, subsample_balanced
 from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.base_model import add_task_head, load_base
-from transformer_jax.recipes.config import DatasetConfig, TrainingConfig
+from transformer_jax.recipes.config import DatasetConfig, TrainingConfig, convert_paths
 from transformer_jax.recipes.encoding import EncodedDataset, write_predictions
 from transformer_jax.recipes.finetuning_run import encode_for_training, finetune_params
 from transformer_jax.recipes.retention import RetentionEval, make_retention_eval
@@ -88,6 +88,7 @@ class SweepConfig:
     quiet: bool = False
 
     def __post_init__(self):
+        convert_paths(self, "out")
         for name in ("peak_lrs", "epochs", "aux_lm_loss_weights"):
             values = getattr(self, name)
             if values and len(values) != len(self.trainable):

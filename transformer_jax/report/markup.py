@@ -31,7 +31,7 @@ td, th { padding: .25rem 1.2rem .25rem 0; text-align: left; vertical-align: top;
          border-bottom: 1px solid #eef1f4 }
 th { font-weight: 600; color: #59636e; vertical-align: bottom }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } td.n { white-space: nowrap }
-td.w { min-width: 14rem; overflow-wrap: anywhere }
+th.n { min-width: 4rem } td.w { min-width: 14rem; overflow-wrap: anywhere }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
            gap: 1rem; align-items: start }
 figure { margin: 0 } figure.wide { grid-column: 1 / -1 }
@@ -83,8 +83,8 @@ def format_score(value: Any) -> str:
     """Formats a measured value for a table or a tile.
 
     Example:
-        >>> [format_score(x) for x in (5.46729, 198.951, 12345.6, 0.00002, 30, None)]
-        ['5.467', '199.0', '12,346', '2e-05', '30', '–']
+        >>> [format_score(x) for x in (5.46729, 31.25, 198.951, 12345.6, 0.00002, 30, None)]
+        ['5.467', '31.25', '199.0', '12,346', '2e-05', '30', '–']
     """
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
@@ -95,7 +95,8 @@ def format_score(value: Any) -> str:
     size = abs(value)
     if size and size < 0.001:
         return f"{value:.2g}"
-    return f"{value:.3f}" if size < 100 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
+    digits = 3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0
+    return f"{value:,.{digits}f}"
 
 
 def format_setting(value: Any) -> str:

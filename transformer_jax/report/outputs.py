@@ -149,7 +149,7 @@ def _filled_mask(run: LoadedRun, ids: Sequence[int]) -> markup.Html:
     masked = _masked(ids, tokenizer.mask_id)
     row = [tokenizer.cls_id, *masked, tokenizer.sep_id]
     [mask] = fill_mask(model, params, row, mask_id=tokenizer.mask_id)
-    words = [tokenizer.decode([int(i)]).strip() for i in mask.token_ids]
+    words = [tokenizer.decode([int(i)], skip_special_tokens=False).strip() for i in mask.token_ids]
     table = markup.table(["word", "probability"], [
         [word, float(p)] for word, p in zip(words, mask.probabilities)])
     text = _labeled({"masked text": tokenizer.decode(masked, skip_special_tokens=False)})

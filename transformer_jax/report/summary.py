@@ -129,7 +129,7 @@ def main_results(run: RunFiles) -> Iterator[markup.Tile]:
         yield markup.Tile("BLEU", metrics["bleu"])
     if isinstance(held_out, Mapping):
         before = metrics.get("held_out_before") or {}
-        for name in sorted(held_out, key=lambda name: (name != "loss", name)):
+        for name in sorted(held_out, key=_loss_first):
             if name == "nll" and held_out[name] == held_out.get("loss"):
                 continue
             note = f"{markup.format_score(before[name])} before training" if name in before else ""
@@ -141,9 +141,13 @@ def main_results(run: RunFiles) -> Iterator[markup.Tile]:
     if run.results is None:
         yield from _last_values(run)
     elif job not in ("pretraining", "finetuning", "translation"):
-        for name, value in metrics.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                yield markup.Tile(display_name(name), value)
+        for name, value in flatten(metrics).items():
+            if isinstance(value, float) and name != "held_out.loss":
+                yield markup.Tile(" ".join(map(display_name, name.split("."))), value)
+
+
+def _loss_first(name: str) -> tuple:
+    return name != "loss", not name.endswith("loss"), name
 
 
 def _finetuning_results(metrics: Mapping[str, Any]) -> Iterator[markup.Tile]:
