@@ -99,7 +99,8 @@ def needs(path: str) -> frozenset[str]:
                 continue
             for end in range(len(rest), 0, -1):
                 inner = "/".join(rest[:end])
-                file = next((f for f in (f"{inner}.py", f"{inner}/__init__.py") if f in FILES), None)
+                candidates = (f"{inner}.py", f"{inner}/__init__.py")
+                file = next((name for name in candidates if name in FILES), None)
                 if file:
                     left.append(file)
                     break

@@ -29,7 +29,8 @@ def installed():
 
 
 def read_all(folder) -> dict[str, np.ndarray]:
-    return {name: safetensors_io.load_tensor(entry) for name, entry in safetensors_io.list_tensors(folder).items()}
+    return {name: safetensors_io.load_tensor(entry)
+            for name, entry in safetensors_io.list_tensors(folder).items()}
 
 
 def assert_near(actual, expected, name, where=True) -> None:

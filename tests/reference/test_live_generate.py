@@ -193,7 +193,8 @@ def test_rules_are_the_reference_s_processors():
          processors.RepetitionPenaltyLogitsProcessor(1.7)),
         *((logits_processors.forbid_repeated_ngrams(scores, text, n),
            processors.NoRepeatNGramLogitsProcessor(n)) for n in (1, 2, 3, 4)),
-        (logits_processors.forbid_bad_words(scores, text, table), processors.NoBadWordsLogitsProcessor(words)),
+        (logits_processors.forbid_bad_words(scores, text, table),
+         processors.NoBadWordsLogitsProcessor(words)),
         *((logits_processors.keep_top_k(scores, np.int32(k), kept),
            processors.TopKLogitsWarper(k, min_tokens_to_keep=kept))
           for k, kept in ((1, 1), (5, 1), (2, 4), (99, 1))),

@@ -14,7 +14,7 @@ def evaluate(
     /,
     data: Annotated[str | None, optional("STR")] = None,
     validation: Annotated[str | None, optional("STR")] = None,
-    columns: Annotated[dict[str, str] | None, optional("COLUMN NAME ...")] = None,
+    columns: Annotated[dict[str, str] | None, optional("FIELD COLUMN ...")] = None,
     header: Annotated[tuple[str, ...] | None, optional("NAME ...")] = None,
     label_names: Annotated[dict[str, str] | None, optional("VALUE NAME ...")] = None,
     like: Annotated[str | None, optional("STR")] = None,
@@ -35,7 +35,8 @@ def evaluate(
             a pre-trained model: a text file or folder, or python_docs/documents; without --data, a
             pre-trained run is evaluated on the rows that it held out.
         validation: name of the split to evaluate on.
-        columns: columns of the data: text, text_b, label, choices, words, question, context, ...
+        columns: field of the examples and its column in the data, for text, text_b, label, choices,
+            words, tags, question, context, answers, source or target.
         header: column names of files without a header line.
         label_names: value in the data and name of its class, for each class.
         like: known data set, such as hf:snli, whose columns the data has.
@@ -69,7 +70,7 @@ def predict(
     texts: TextArguments = (),
     /,
     data: Annotated[str | None, optional("FILE")] = None,
-    columns: Annotated[dict[str, str] | None, optional("COLUMN NAME ...")] = None,
+    columns: Annotated[dict[str, str] | None, optional("FIELD COLUMN ...")] = None,
     max_length: Annotated[int | None, optional("INT")] = None,
     num_beams: Annotated[int | None, optional("INT")] = None,
     out: Annotated[Path | None, optional("PATH")] = None,
@@ -84,7 +85,8 @@ def predict(
         texts: inputs, as text; a tab separates the two texts of a pair, or question and context.
             The lines of standard input if there are none.
         data: .tsv, .csv, .jsonl or .txt file of inputs, instead of texts.
-        columns: columns of the file: text, text_b, choices, words, question, context or source.
+        columns: field of the inputs and its column in the file, for text, text_b, choices, words,
+            question, context or source.
         max_length: greatest number of tokens of a row; that of training if not given.
         num_beams: beams of the beam search that generates target texts.
         out: .jsonl file for the predictions, which are printed if it is not given.

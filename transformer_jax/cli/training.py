@@ -70,7 +70,7 @@ def finetune(
     pretrained: Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")] = "",
     data: str = "python_docs/topics",
     validation: Annotated[str | None, optional("STR")] = None,
-    columns: Annotated[dict[str, str] | None, optional("COLUMN NAME ...")] = None,
+    columns: Annotated[dict[str, str] | None, optional("FIELD COLUMN ...")] = None,
     trainable: Annotated[str, tyro.conf.arg(aliases=("--train",))] = "full",
     epochs: Annotated[float | None, optional("FLOAT")] = None,
     num_steps: int = 100,
@@ -94,7 +94,8 @@ def finetune(
         pretrained: folder of a run, checkpoint, or id on the Hugging Face Hub.
         data: python_docs/topics, tfds:NAME, hf:NAME, a .tsv, .csv or .jsonl file, or a folder.
         validation: file, or name of the split, to evaluate on.
-        columns: columns of the data: text, text_b, label, choices, words, question, context, ...
+        columns: field of the examples and its column in the data, for text, text_b, label, choices,
+            words, tags, question, context, answers, source or target.
         trainable: full, head, last_k:LAYERS, bitfit, lora:RANK, dora:RANK, ia3, adapter:WIDTH,
             prefix:LENGTH, ..., joined by "+".
         epochs: passes over the examples, which replace --num-steps.

@@ -60,9 +60,11 @@ def _prediction_row(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tagged(words: Sequence[str], tags: Sequence[str]) -> markup.Html:
     """Returns a text in which words that have a tag other than "O" are followed by it."""
-    return markup.Html(" ".join(
-        markup.escape(word) if tag == "O" else f"<b>{markup.escape(word)}</b> [{markup.escape(tag)}]"
-        for word, tag in zip(words, tags)))
+    parts = []
+    for word, tag in zip(words, tags):
+        text = markup.escape(word)
+        parts.append(text if tag == "O" else f"<b>{text}</b> [{markup.escape(tag)}]")
+    return markup.Html(" ".join(parts))
 
 
 def records_table(rows: Sequence[Mapping[str, Any]]) -> markup.Html:

@@ -128,7 +128,8 @@ def main_results(run: RunFiles) -> Iterator[markup.Tile]:
     if job == "translation" and "bleu" in metrics:
         yield markup.Tile("BLEU", metrics["bleu"])
     if isinstance(held_out, Mapping):
-        before = metrics.get("held_out_before") or {}
+        before = metrics.get("held_out_before")
+        before = before if isinstance(before, Mapping) else {}
         for name in sorted(held_out, key=_loss_first):
             if name == "nll" and held_out[name] == held_out.get("loss"):
                 continue
@@ -141,8 +142,9 @@ def main_results(run: RunFiles) -> Iterator[markup.Tile]:
     if run.results is None:
         yield from _last_values(run)
     elif job not in ("pretraining", "finetuning", "translation"):
-        for name, value in flatten(metrics).items():
-            if isinstance(value, float) and name != "held_out.loss":
+        others = {k: x for k, x in metrics.items() if k not in ("held_out", "perplexity")}
+        for name, value in flatten(others).items():
+            if isinstance(value, float):
                 yield markup.Tile(" ".join(map(display_name, name.split("."))), value)
 
 
