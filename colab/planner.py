@@ -94,7 +94,7 @@ for config in configs:
 # Left: memory of one chip, split into state (parameters and optimizer state) and temporary memory
 # (activations and gradients). Right: the time of a step by resource, as if only that resource took
 # time: arithmetic (compute), memory traffic (HBM), and communication between chips (interconnect).
-# The memory traffic is an upper bound, as if no intermediate result stayed on the chip.
+# Memory traffic is counted as if no intermediate result stayed on the chip between two operations.
 
 # %%
 Image(plots.plans("plan.png", table.bar_chart_data(plans), limit=chip.memory_bytes / 2**30,

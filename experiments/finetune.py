@@ -18,13 +18,22 @@ format; `adapter/` with the trained parameters alone; and checkpoints, from whic
 resumes.
 """
 
+import sys
+
 import configs
 import tyro
 
+from transformer_jax.cli import run_command
 from transformer_jax.recipes.finetuning import FinetuneConfig, finetune
 from transformer_jax.recipes.run_dir import setup
 
-if __name__ == "__main__":
-    config = tyro.cli(configs.flat(FinetuneConfig, "dataset", "training"), description=__doc__)
+
+def main(config: FinetuneConfig) -> None:
     setup()
     finetune(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(
+        main, parse=lambda: tyro.cli(
+            configs.flat(FinetuneConfig, "dataset", "training"), description=__doc__)))

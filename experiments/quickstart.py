@@ -9,12 +9,19 @@ trainable specs of increasing size; a model of the same size is trained from scr
 `runs/quickstart` gets `results.json` and the figures.
 """
 
+import sys
+
 import tyro
 
+from transformer_jax.cli import run_command
 from transformer_jax.recipes.quickstart import QuickstartConfig, quickstart
 from transformer_jax.recipes.run_dir import setup
 
-if __name__ == "__main__":
-    config = tyro.cli(QuickstartConfig, description=__doc__)
+
+def main(config: QuickstartConfig) -> None:
     setup()
     quickstart(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, parse=lambda: tyro.cli(QuickstartConfig, description=__doc__)))

@@ -11,14 +11,22 @@ the specs trains a model of the same size from new parameters. `results.json` ha
 deviations over seeds, and the pre-training loss after each run.
 """
 
+import sys
+
 import configs
 import tyro
 
+from transformer_jax.cli import run_command
 from transformer_jax.recipes.run_dir import setup
 from transformer_jax.recipes.sweep import SweepConfig, sweep
 
-if __name__ == "__main__":
-    config = tyro.extras.overridable_config_cli(
-        configs.load_flat(SweepConfig, "dataset"), description=__doc__)
+
+def main(config: SweepConfig) -> None:
     setup()
     sweep(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(
+        main, parse=lambda: tyro.extras.overridable_config_cli(
+            configs.load_flat(SweepConfig, "dataset"), description=__doc__)))

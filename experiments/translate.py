@@ -10,13 +10,22 @@ the translations, `results.json` with sacreBLEU and its signature, the loss curv
 cross-attention weights of one sentence.
 """
 
+import sys
+
 import configs
 import tyro
 
+from transformer_jax.cli import run_command
 from transformer_jax.recipes.run_dir import setup
 from transformer_jax.recipes.sequence_to_sequence import TranslateConfig, train_translation
 
-if __name__ == "__main__":
-    config = tyro.extras.overridable_config_cli(configs.load(TranslateConfig), description=__doc__)
+
+def main(config: TranslateConfig) -> None:
     setup()
     train_translation(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(
+        main, parse=lambda: tyro.extras.overridable_config_cli(
+            configs.load(TranslateConfig), description=__doc__)))

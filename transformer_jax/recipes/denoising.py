@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from tensorboardX import SummaryWriter
 
 from transformer_jax import metrics, sharding, tree
 from transformer_jax.data import pairs
@@ -203,6 +202,8 @@ def _finetune_pairs(
     checkpoint_dir = out / "checkpoints"
     metadata = {"model": config_to_dict(base.model.config)} | run_dir.run_metadata(
         f, train.rows, params)
+    from tensorboardX import SummaryWriter  # imports PyTorch where it is installed
+
     with SummaryWriter(str(out / "events")) as writer:
         state, history = loop.fit(
             step.init_state(params, f.optimizer.make(f.num_steps)), train_step,

@@ -188,7 +188,7 @@ def finetune(
     config = finetune_config(
         pretrained if isinstance(pretrained, (str, Path)) else type(pretrained[0]).__name__,
         trainable=trainable, out=out,
-        **({"data": str(data)} if isinstance(data, (str, Path)) else {}),
+        data=str(data) if isinstance(data, (str, Path)) else "in memory",
         **({"validation": str(validation)} if isinstance(validation, (str, Path)) else {}),
         **({"retention_data": None} | options))
     return _finetune(config, pretrained, *(

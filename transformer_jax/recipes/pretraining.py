@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 
 from transformer_jax import metrics, sharding, tree
 from transformer_jax.data import batching, tokenizers
@@ -171,6 +170,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         FileNotFoundError: the data does not exist.
     """
     began = time.perf_counter()
+    optimizer = config.optimizer.make(config.num_steps)  # checks its settings
     train_texts, held_out_texts = corpus.load_texts(config)
     saved = config.out / "tokenizer"
     tokenizer = (tokenizers.load(saved) if saved.is_dir()
@@ -197,7 +197,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
           f"tokens, global batch {config.batch_size} = {rows_per_device} a device, "
           f"{config.num_steps} steps, {len(held_out.rows):,} rows held out", flush=True)
     before = None if config.replay_step else held_out_loss(params)
-    state, history = _fit(config, params, loss_fn, train, mesh, held_out_loss)
+    state, history = _fit(config, optimizer, params, loss_fn, train, mesh, held_out_loss)
     if config.replay_step is not None:
         print(json.dumps(history[-1]))
         return history[-1]
@@ -227,12 +227,13 @@ def _init(config: PretrainConfig, mesh) -> tuple[dict, Callable]:
     return params, functools.partial(corpus.LOSSES[config.objective], model.apply)
 
 
-def _fit(config: PretrainConfig, params: dict, loss_fn: Callable, train: corpus.ObjectiveRows,
-         mesh, held_out_loss: Callable) -> tuple[step.TrainState, list[dict]]:
+def _fit(config: PretrainConfig, optimizer, params: dict, loss_fn: Callable,
+         train: corpus.ObjectiveRows, mesh, held_out_loss: Callable) -> tuple[step.TrainState, list[dict]]:
     """Runs the training loop; returns the final state and the history."""
-    optimizer = config.optimizer.make(config.num_steps)
     checkpoint_dir = config.out / "checkpoints"
     metadata = {"model": config_to_dict(config.model)} | run_dir.run_metadata(config, train.rows)
+    from tensorboardX import SummaryWriter  # imports PyTorch where it is installed
+
     with SummaryWriter(str(config.out / "events")) as writer:
         return loop.fit(
             step.init_state(params, optimizer),

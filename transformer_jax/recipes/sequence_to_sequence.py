@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tensorboardX import SummaryWriter
 
 from transformer_jax import metrics, sharding, tree
 from transformer_jax.data import pairs, tokenizers
@@ -227,6 +226,8 @@ def train_on_pairs(
           f"epoch, {config.num_steps} steps, {len(validation):,} pairs held out", flush=True)
     checkpoint_dir = config.out / "checkpoints"
     metadata = {"model": config_to_dict(config.model)} | run_dir.run_metadata(config, texts)
+    from tensorboardX import SummaryWriter  # imports PyTorch where it is installed
+
     with SummaryWriter(str(config.out / "events")) as writer:
         state, history = loop.fit(
             step.init_state(params, optimizer),
