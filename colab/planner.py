@@ -115,7 +115,9 @@ for p in plans:
 # ## Results
 #
 # MFU (model FLOPs utilization) is the fraction of the chip's peak that the model's own matrix
-# products reach if computation, memory traffic and communication overlap fully.
+# products reach if computation, memory traffic and communication overlap fully. Memory traffic is
+# extrapolated from models of one and two layers, which the compiler may fuse differently. In the
+# output below it is too low without rematerialization, and the MFU is therefore too high.
 
 # %%
 rows = []

@@ -227,8 +227,10 @@ def _init(config: PretrainConfig, mesh) -> tuple[dict, Callable]:
     return params, functools.partial(corpus.LOSSES[config.objective], model.apply)
 
 
-def _fit(config: PretrainConfig, optimizer, params: dict, loss_fn: Callable,
-         train: corpus.ObjectiveRows, mesh, held_out_loss: Callable) -> tuple[step.TrainState, list[dict]]:
+def _fit(
+    config: PretrainConfig, optimizer, params: dict, loss_fn: Callable,
+    train: corpus.ObjectiveRows, mesh, held_out_loss: Callable,
+) -> tuple[step.TrainState, list[dict]]:
     """Runs the training loop; returns the final state and the history."""
     checkpoint_dir = config.out / "checkpoints"
     metadata = {"model": config_to_dict(config.model)} | run_dir.run_metadata(config, train.rows)
