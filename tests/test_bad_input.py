@@ -103,6 +103,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_errors_of_invalid_input(case, tmp_path):
     call, words = CASES[case]

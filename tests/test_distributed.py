@@ -32,6 +32,7 @@ def page_faults(call: str) -> int:
     return int(subprocess.check_output([sys.executable, "-c", script]))
 
 
+@pytest.mark.slow
 def test_configure_malloc_keeps_freed_memory():
     if platform.libc_ver()[0] != "glibc":
         assert page_faults("assert not configure_malloc()") >= 0
@@ -76,6 +77,7 @@ print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_the_setup_of_scripts_reduces_the_page_faults_of_steps(tmp_path):
     """The number that remains depends on other allocations; after JAX has started, all remain."""

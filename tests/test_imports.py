@@ -30,6 +30,7 @@ def test_package_imports_neither_jax_nor_numpy():
     assert not {"jax", "numpy", "flax"} & loaded
 
 
+@pytest.mark.slow
 def test_models_and_steps_need_no_data_libraries():
     loaded = modules_after(
         "from transformer_jax import GPT, BERT, BART, Transformer, presets, init_params\n"
@@ -38,6 +39,7 @@ def test_models_and_steps_need_no_data_libraries():
     assert not {*OPTIONAL, *NOT_USED} & loaded
 
 
+@pytest.mark.slow
 def test_import_initializes_no_backend():
     loaded = modules_after(
         "import transformer_jax.generation.api, transformer_jax.train.step\n"
@@ -66,6 +68,7 @@ def test_public_names_resolve(package):
         assert getattr(found, name) is not None
 
 
+@pytest.mark.slow
 def test_modules_do_not_hide_functions_of_their_name():
     modules_after("import transformer_jax.pretrained.forward\n"
                   "from transformer_jax.pretrained import forward\n"

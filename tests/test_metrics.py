@@ -42,6 +42,7 @@ def test_bleu_and_its_signature():
         100)
 
 
+@pytest.mark.slow
 def test_rouge():
     # The longest common subsequence of "a b c d" and "b a c d" has three words.
     found = metrics.rouge(["a b c d"], ["b a c d"])

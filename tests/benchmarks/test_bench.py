@@ -15,6 +15,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_measurements_of_a_case(monkeypatch, name):
     monkeypatch.setattr(bench, "CASES", CASES)

@@ -19,6 +19,7 @@ SMALL = finetune_cost.CostConfig(
     model=presets.bert_tiny(vocab_size=100, num_layers=2, d_model=64, num_heads=4, mlp_dim=256))
 
 
+@pytest.mark.slow
 def test_frozen_parameters_have_no_gradient_and_no_optimizer_state(tmp_path):
     """A full step has three parts of equal FLOPs: the forward pass, the gradients of activations,
     and the gradients of weights. `head` needs the first, and LoRA the first two. Elementwise
@@ -38,6 +39,7 @@ def test_frozen_parameters_have_no_gradient_and_no_optimizer_state(tmp_path):
     assert 0 < head["temporary_bytes"] < full["temporary_bytes"] / 2
 
 
+@pytest.mark.slow
 def test_epoch_on_cached_features():
     config = dataclasses.replace(SMALL, epoch_batches=2)
     model = finetune_cost.BERT(config.model, num_classes=2, task="classification")
@@ -64,6 +66,7 @@ def test_comparison_with_peft(monkeypatch, tmp_path):
     assert metrics["memory_ratio"] == 1 and metrics["transformer_jax"]["trained"] == 7
 
 
+@pytest.mark.slow
 def test_jax_step_of_the_comparison():
     options = dataclasses.asdict(comparison())
     run_step, num_trainable = finetune_peft.make_jax_step(options)

@@ -21,6 +21,7 @@ def command(program: str = WORKER, min_calls: int = 2) -> list[str]:
     return [sys.executable, "-c", program.format(folder=folder, min_calls=min_calls)]
 
 
+@pytest.mark.slow
 def test_only_one_worker_runs_at_a_time(monkeypatch):
     started, states_of_others = [], []
     popen, receive = subprocess.Popen, interleave._receive

@@ -2,6 +2,10 @@
 
 import json
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_converted_run_generates_the_same_text(saved, run, tmp_path):
     status, out, _ = run("convert", saved / "gpt", tmp_path / "out")

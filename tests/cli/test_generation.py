@@ -7,6 +7,8 @@ import pytest
 
 from transformer_jax.cli import generation
 
+pytestmark = pytest.mark.slow
+
 
 def test_generate_streams_text(saved, run):
     status, streamed, _ = run("generate", saved / "gpt", "the cat", "--max-new-tokens", "9")

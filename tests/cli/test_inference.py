@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def test_classify_prints_classes_by_probability(saved, run):
     status, out, _ = run("classify", saved / "topics", "the cat", "a dog")

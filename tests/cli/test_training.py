@@ -10,6 +10,8 @@ from transformer_jax.cli import flags, training
 from transformer_jax.recipes.finetuning import FinetuneConfig, finetune_config
 from transformer_jax.recipes.pretraining import PretrainConfig, pretrain_config
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--model.num-layers", "1", "--model.d-model", "16", "--model.num-heads", "2",
          "--model.mlp-dim", "16", "--model.max-length", "32", "--model.vocab-size", "280"]
 TOPICS = "".join(f"the {a} is {b}\t{label}\n" for a, label in (("cat", "animal"), ("sea", "water"))

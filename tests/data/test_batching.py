@@ -59,6 +59,7 @@ def test_order_without_shuffling():
         1, 2, 3, 4, 5, 6] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_restored_state_continues_with_the_next_batch(kind, prefetch):

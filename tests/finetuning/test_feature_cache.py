@@ -33,6 +33,7 @@ def stacked(rows):
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [*FAMILIES.values(), MEAN], ids=[*FAMILIES, "mean"])
 def test_loss_and_gradients_equal_those_of_tokens(config):
     model, params = small_models.build(config, 3)
@@ -72,6 +73,7 @@ def test_loss_and_gradients_equal_those_of_tokens(config):
         np.testing.assert_allclose(grads[path], leaf, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_those_of_tokens(family):
     model, params = small_models.build(FAMILIES[family], 3)

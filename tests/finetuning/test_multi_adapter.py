@@ -35,6 +35,7 @@ def class_logits(config, tokens, params, num_classes, **inputs):
                                 num_classes=num_classes, **inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", MIXES)
 def test_each_row_uses_its_adapter(mix):
     config, adapters = MIXES[mix]
@@ -66,6 +67,7 @@ def test_rows_with_an_invalid_id_are_nan_under_jit():
     assert np.isnan(logits[2:]).all() and not np.isnan(logits[:2]).any()
 
 
+@pytest.mark.slow
 def test_the_method_may_be_in_a_partial_or_a_function():
     base = small_models.build(BERT, 3)[1]
     model, tokens = build_model(BERT, 3), small_models.random_tokens(2, 5)

@@ -83,6 +83,7 @@ def three_steps(family, spec):
     return base_params, params, mask, state, reports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "spec"), CASES)
 def test_only_trainable_parameters_change(family, spec):
     _, before, mask, state, reports = three_steps(family, spec)
@@ -127,6 +128,7 @@ def test_the_gradient_norm_is_of_the_trainable_parameters():
         np.testing.assert_allclose(leaf, 0.1 * grads[path] / norm, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "spec"), [c for c in CASES if PEFT_SPECS.match(c[1])])
 def test_outputs_are_unchanged_at_initialization_and_by_merging(family, spec):
     base_params, before, _, state, _ = three_steps(family, spec)
@@ -152,6 +154,7 @@ def test_merge_without_peft_parameters_changes_nothing():
     assert all(merged[path] is leaf for path, leaf in flatten_paths(base_params).items())
 
 
+@pytest.mark.slow
 def test_lora_dropout_is_for_training_only():
     model, base_params = base("bert")
     params = peft.add_peft_params(base_params, "lora:2:wo,dropout=0.5", jax.random.key(0))
@@ -217,6 +220,7 @@ def greedy(config, params, prompt, count):
     return tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["prefix:3", "prompt:3", "adapter:2+lora:2:all,dora"])
 def test_decoding_with_a_cache_equals_full_forward_passes(spec):
     config = FAMILIES["gpt"]
@@ -237,6 +241,7 @@ def test_decoding_with_a_cache_equals_full_forward_passes(spec):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "part"), [
     (small_models.GPT2, "decode"), (small_models.BERT, "encode"), (small_models.BART, "encode"),
     (small_models.BART.replace(scale_embedding=True), "encode")])
@@ -254,6 +259,7 @@ def test_a_prompt_of_token_embeddings_equals_those_tokens(config, part):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_folded_prompt_is_equivalent_with_an_attention_window():
     config = FAMILIES["gpt"].replace(attention_window=2)
     model, base_params = small_models.build(config)
@@ -264,6 +270,7 @@ def test_a_folded_prompt_is_equivalent_with_an_attention_window():
     np.testing.assert_allclose(after, before, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_generates_with_prefixes():
     config = FAMILIES["bart"]
     model, base_params = small_models.build(config)
@@ -291,6 +298,7 @@ def test_prompts_that_cannot_be_folded():
             peft.fold_prompt(model, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "changes"), [
     ("gpt", {}), ("bert", {}), ("bart", {}), ("gpt", {"tie_embeddings": False}),
     ("bert", {"tie_embeddings": False})], ids=str)

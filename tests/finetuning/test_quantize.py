@@ -39,6 +39,7 @@ def nbytes(params):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_are_nearly_equal_and_memory_is_smaller(family, dtype):
@@ -82,6 +83,7 @@ def three_steps(dtype):
     return params, mask, state, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_only_trainable_parameters_change_and_they_are_float32(dtype):
     params, mask, state, losses = three_steps(dtype)
@@ -145,6 +147,7 @@ def test_float32_changes_nothing():
         quantize_frozen(params, mask, "int4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_generation_with_quantized_weights(dtype):
     """The tokens equal those of the dequantized parameters."""

@@ -65,6 +65,7 @@ SEARCHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt", "bart"])
 @pytest.mark.parametrize("options", SEARCHES, ids=str)
 def test_beam_search_equals_the_textbook_implementation(family, options):

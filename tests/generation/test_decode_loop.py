@@ -244,6 +244,7 @@ def test_equal_seeds_give_equal_samples(greedy):
     assert (sample(0) != greedy).any()
 
 
+@pytest.mark.slow
 def test_frequencies_are_the_truncated_probabilities():
     """Chi-square over 2,000 rows of one prompt, then over the steps of a uniform model."""
     n, prompt = 2000, [5, 9, 3]

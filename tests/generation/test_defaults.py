@@ -60,6 +60,7 @@ def test_command_line_options_override_those_of_the_checkpoint():
     assert target_options(BART, {}, defaults) == defaults | single_text | {"max_length": 32}
 
 
+@pytest.mark.slow
 def test_generate_accepts_the_options(tmp_path):
     write(tmp_path, "bart")
     (tmp_path / "generation_config.json").write_text(json.dumps(

@@ -17,6 +17,7 @@ MODEL = GPT(GPT2)
 PARAMS = init_params(MODEL, jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, matmul.MATVEC_MAX_ROWS, matmul.MATVEC_MAX_ROWS + 1])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_matmul_transposed(rows, dtype):
@@ -41,6 +42,7 @@ def test_the_matrix_is_the_left_operand_on_a_cpu():
         assert "f32[40,4]" not in compiled_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["", "lora:2:all", "lora:2:all,dora", "adapter:4", "ia3",
                                   "prefix:3"])
 def test_logits_are_equal(spec):
@@ -68,6 +70,7 @@ def test_kernels_have_the_compute_dtype():
     assert converted["decoder/layer_0/mlp/wi/bias"].dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_parameters_converted_once():
     expected = generate(MODEL, PARAMS, [[5, 9], [7]], max_new_tokens=5)
     once = kernel_layout.transpose_kernels_for_decoding(MODEL, PARAMS)
@@ -119,6 +122,7 @@ def test_matmul_transposed_int8():
     assert not matmul.matmul_transposed_int8(jnp.zeros((1, 96)), matrix, scale).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["", "lora:2:all"])
 def test_int8_parameters_give_nearly_equal_logits(spec):
     quantized = QUANTIZED
@@ -144,6 +148,7 @@ def test_int8_parameters_are_unchanged_on_a_mesh():
     assert flatten_paths(converted).keys() == flatten_paths(QUANTIZED).keys()
 
 
+@pytest.mark.slow
 def test_int8_parameters_are_differentiable_outside_the_decoding_layout():
     """Only the decoding layout rounds inputs, which has no gradient."""
     def loss(embedding):

@@ -45,6 +45,7 @@ def test_repetition_penalty():
         processors.penalize_repetition(SCORES, sequences([1, 2]), np.float32(1)), SCORES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "expected"),
     [

@@ -51,6 +51,7 @@ def rounds(monkeypatch):
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt", "bart"])
 def test_greedy_tokens_are_those_of_the_target_model(family, rounds):
     """These drafts have the architecture of the target, so all share one program."""
@@ -64,6 +65,7 @@ def test_greedy_tokens_are_those_of_the_target_model(family, rounds):
     assert itself < near < random <= NUM_NEW
 
 
+@pytest.mark.slow
 def test_end_tokens_and_logits_processors_apply_to_draft_tokens():
     ends = [int(token) for token in new_tokens(run())[[0, 1, 2], [3, 5, 8]]]
     call = {"assistant_model": drafts(GPT)["near"], "num_assistant_tokens": G}
@@ -108,6 +110,7 @@ def chi_square(counts, expected) -> bool:
     return ((counts - expected) ** 2 / expected).sum() < freedom + 4 * (2 * freedom) ** 0.5
 
 
+@pytest.mark.slow
 def test_verify_sampled_by_hand():
     """p and q over three tokens: the first new token has distribution p, and is the draft token
     with probability sum(min(p, q))."""
@@ -140,6 +143,7 @@ def test_verify_greedy_by_hand():
     assert np.asarray(tokens).tolist() == [[0, 1, 2], [3, 1, 0], [1, 1, 1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", [{}, {"top_k": 3, "temperature": 2.0}], ids=str)
 def test_samples_have_the_distribution_of_the_target_model(limits):
     """All sequences of three tokens out of four, by chi-square; the draft model is smaller."""

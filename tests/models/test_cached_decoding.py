@@ -19,6 +19,7 @@ def assert_close(actual, expected):
     assert (np.abs(actual - expected) / scale).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_prefill_and_decode_steps_equal_the_full_pass(name):
     config = CONFIGS[name]

@@ -30,6 +30,7 @@ def changed(before, after) -> np.ndarray:
     return (np.asarray(before)[0] != np.asarray(after)[0]).any(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GPTS)
 def test_gpt_is_causal(name):
     config = GPTS[name]

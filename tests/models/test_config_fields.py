@@ -38,6 +38,7 @@ CONFIG_CHANGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "change"), CONFIG_CHANGES, ids=lambda value:
                          next(iter(value), "") if isinstance(value, dict)
                          else type(value).__name__)
@@ -97,6 +98,7 @@ def count_dropouts(config, num_classes=0, **options) -> int:
     return random_bits_ops(jax.make_jaxpr(call)(jax.random.key(0)).jaxpr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [GPT1, GPT2, BERT], ids=["gpt1", "gpt2", "bert"])
 @pytest.mark.parametrize(
     ("rates", "expected"),

@@ -79,6 +79,7 @@ def test_presets_of_the_papers():
     assert presets.bart_base().position_table_size == 1026
 
 
+@pytest.mark.slow
 @ALL
 def test_decoder_is_causal(config):
     """Bitwise: no target token changes the logits before it."""
@@ -106,6 +107,7 @@ def test_every_source_token_changes_every_logit_and_padding_none(config):
         assert is_changed.tolist() == MASK[:, j].tolist(), f"source token {j}"
 
 
+@pytest.mark.slow
 @ALL
 def test_cached_decoding_equals_the_full_pass(config):
     """Rows of unequal length: a first chunk of 3 and 5 tokens, then single tokens."""
@@ -180,6 +182,7 @@ def test_attention_weights():
     assert [w.shape for w in out.encoder_attention] == [(2, 3, S, S)] * 2
 
 
+@pytest.mark.slow
 def test_position_offset_skips_rows_of_the_table():
     params = build(BART)[1]
     encoder = {"encoder_position_embed": {"embedding": np.roll(
@@ -218,6 +221,7 @@ def test_bert_without_segments_and_with_an_offset():
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [small_models.GPT2, small_models.BERT, BART],
                          ids=["gpt", "bert", "bart"])
 def test_every_task_initializes_its_own_head_only(config):
@@ -233,6 +237,7 @@ def test_every_task_initializes_its_own_head_only(config):
         assert {"pooler", "nsp_head"} < names["next_sentence"]
 
 
+@pytest.mark.slow
 def test_token_classification_and_left_padding_of_gpt():
     assert forward(small_models.GPT2, SOURCE, num_classes=4, method="token_classification_logits",
                    params=build(small_models.GPT2, 4)[1]).shape == (2, S, 4)

@@ -44,6 +44,7 @@ def assert_same(actual, expected):
                                    atol=1e-6 * scale, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat(name, remat):
@@ -53,6 +54,7 @@ def test_remat(name, remat):
     assert_same(gradient, expected(name)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_scan_over_stacked_layers(name, remat):
@@ -62,6 +64,7 @@ def test_scan_over_stacked_layers(name, remat):
     assert_same(tree.unstack_layers(gradient), expected(name)[1])
 
 
+@pytest.mark.slow
 def test_each_scanned_layer_has_its_own_dropout_mask():
     config = GPT2.replace(dropout_rate=0.5, attention_dropout_rate=0.0)
     params = tree.stack_layers(build(config)[1])
@@ -102,6 +105,7 @@ def costs(**options):
             compiled.memory_analysis().temp_size_in_bytes)
 
 
+@pytest.mark.slow
 def test_remat_saves_memory_at_the_cost_of_flops():
     (flops, memory), (dots_flops, dots_memory), (full_flops, full_memory) = (
         costs(remat=remat) for remat in ("none", "dots", "full"))

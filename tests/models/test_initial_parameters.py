@@ -66,6 +66,7 @@ def key(seed):
     return jax.random.key(seed, impl="unsafe_rbg")  # the fastest to compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "std", "residual_std", "largest"),
     [

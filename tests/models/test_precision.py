@@ -21,6 +21,7 @@ BERT_BATCH = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "objective", "batch"),
     [(GPT2, causal_lm, GPT_BATCH), (BERT, mlm_nsp, BERT_BATCH)], ids=["gpt", "bert"],

@@ -62,6 +62,7 @@ def count_of(config, without=()) -> int:
     return one + (config.num_layers - 1) * (two - one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_parameter_counts_are_as_published(name):
     config = presets.get(name)

@@ -132,6 +132,7 @@ def reference_attention(query, key, value, mask, dropout=1.0):
     return jnp.einsum("BNTS,BSNH->BTNH", weights * dropout, value), weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("T", "num_blocks", "case"), [
     (128, 1, "causal"), (256, 2, "causal"), (300, 2, "window"), (512, 4, "window"),
     (256, 2, "documents"), (1024, 4, "documents"), (128, 1, "dropout"), (512, 4, "dropout")])

@@ -117,6 +117,7 @@ def test_cross_attention_takes_keys_and_values_from_the_encoder_output(norm_firs
     assert not np.asarray(out.cross_attention[0])[..., 1].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_cotangent_of_the_residual_stream_is_computed_once(norm_first):
     """The FLOPs of the compiled gradient are linear in the number of layers, not quadratic."""

@@ -52,6 +52,7 @@ def assert_same(actual, expected, tolerance):
         np.testing.assert_allclose(a.astype(float), b.astype(float), atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MASKS)
 def test_splash_equals_xla(name):
     args = arrays()
@@ -67,6 +68,7 @@ def test_splash_cross_attention_to_another_length():
                 value_and_gradients("xla", mask, args), 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [{"data": 2}, {"data": 1, "tensor": 2}, {"data": 1, "sequence": 2},
               {"data": 2, "sequence": 2, "tensor": 2}], ids=str)

@@ -49,6 +49,7 @@ def assert_close(actual, expected, tolerance=1e-5):
         atol=tolerance * max(np.abs(np.asarray(b, float)).max(), 1e-6)), actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens_per_chunk", [1, 5, 24, 100])  # of 24 tokens
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_sums_and_gradients_equal_those_of_full_logits(tokens_per_chunk, label_smoothing):
@@ -111,6 +112,7 @@ MESHES = {"data": {"data": 4}, "fsdp": {"data": 2, "fsdp": 2}, "tensor": {"data"
           "sequence": {"data": 1, "sequence": 2}, "all": {"data": 2, "sequence": 2, "tensor": 2}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_on_a_mesh(name):
     sizes = MESHES[name]
@@ -130,6 +132,7 @@ def test_on_a_mesh(name):
     assert_close(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(check_vma):
     """As in `make_train_step(axis_name=...)`: JAX treats the parameters as varying over devices."""
@@ -175,6 +178,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
     assert compiled.memory_analysis().temp_size_in_bytes < logits_bytes / 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "loss_fn"), [
     (small_models.GPT2, causal_lm.loss), (small_models.BERT, mlm_nsp.loss),
     (small_models.BART, seq2seq.loss)], ids=lambda x: getattr(x, "__module__", None))

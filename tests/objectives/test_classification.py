@@ -135,6 +135,7 @@ def test_prepare_multiple_choice():
     assert without_text["tokens"][:2, :4].tolist() == [[1, 9, 2, 0], [1, 6, 2, 0]]
 
 
+@pytest.mark.slow
 def test_multiple_choice_of_known_logits():
     """The third choice is padding: its logit, the highest, has no effect."""
     batch = stack([prepare_choices_for_bert({"choices": [[9], [6]], "label": 1})])
@@ -146,6 +147,7 @@ def test_multiple_choice_of_known_logits():
     np.testing.assert_allclose(probabilities, [[0.25, 0.75, 0]], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_choices_are_scored_by_the_classifier_of_every_family(family):
     config = FAMILIES[family]

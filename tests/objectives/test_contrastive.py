@@ -10,6 +10,7 @@ from transformer_jax.models import BERT
 from transformer_jax.objectives import contrastive
 
 
+@pytest.mark.slow
 def test_loss_of_known_embeddings():
     """The second texts of rows with weight 0 are not negatives."""
     embeddings = np.array([[[1, 0], [1, 0]], [[0, 2], [3, 3]], [[1, 0], [0, 1]]], np.float32)

@@ -32,6 +32,7 @@ def test_cross_entropy_of_bfloat16_is_float32():
     np.testing.assert_allclose(values, np.log(1000), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_derivatives_equal_those_of_the_formula(smoothing):
     logits, tangent = jax.random.normal(jax.random.key(0), (2, 2, 3, 11))
@@ -55,6 +56,7 @@ def test_derivatives_equal_those_of_the_formula(smoothing):
                      found, wanted)
 
 
+@pytest.mark.slow
 def test_top1_correct():
     # The second row is a tie, which the lowest id wins.
     assert cross_entropy.top1_correct(LOGITS, np.array([1, 1])).tolist() == [1, 0]

@@ -36,6 +36,7 @@ def reference(logits, bias, targets, weights, V, label_smoothing):
     return (*values, logits_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(

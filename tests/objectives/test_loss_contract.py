@@ -77,6 +77,7 @@ def padded(batch, rows: slice):
     return part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_sums_and_gradients_of_split_and_padded_batches_add_up(name):
     config, num_classes, loss_fn, batch = CASES[name]

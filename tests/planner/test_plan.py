@@ -18,6 +18,7 @@ MODELS = {"gpt2": GPT2.replace(**SIZES), "bert": BERT.replace(**SIZES),
           "bart": BART.replace(**SIZES, num_decoder_layers=2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_costs_of_the_compiled_step_match_the_model(name):
     # XLA counts the loop over microbatches once; the plan must not.
@@ -35,6 +36,7 @@ def test_costs_of_the_compiled_step_match_the_model(name):
     assert found.collective_bytes["all-gather"] > 2 * 0.5 * found.num_params * 3 / 4
 
 
+@pytest.mark.slow
 def test_a_step_that_the_compiler_rejects_does_not_fit(monkeypatch):
     compile_step = plan._compile
 
@@ -97,6 +99,7 @@ def test_invalid_configs_are_rejected_before_compilation(changes, message):
         plan.compile_plan(config, jax.devices(), CHIP)
 
 
+@pytest.mark.slow
 def test_plan_command(monkeypatch, tmp_path, capsys):
     def compile_plan(config, devices, chip):
         peak_bytes = 2**35 if config.model.remat == "none" else 2**31
@@ -118,6 +121,7 @@ def test_plan_command(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_local_devices_are_measured(monkeypatch):
     monkeypatch.setattr(chips.throughput, "matmul_flops_per_second",
                         lambda dtype: {"float32": 2e11}[dtype])

@@ -19,6 +19,7 @@ def test_there_are_nine_small_goldens():
     assert all((GOLDENS / f"{name}.npz").stat().st_size < 100_000 for name in NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_equal_those_of_transformers(name, tmp_path):
     groups = golden(name)
@@ -41,6 +42,7 @@ def test_outputs_equal_those_of_transformers(name, tmp_path):
         assert error <= TOLERANCE * np.abs(np.where(is_token, expected, 0)).max(), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_saving_a_loaded_checkpoint_restores_every_bit(name, tmp_path):
     original = write(tmp_path / "original", name)

@@ -283,6 +283,7 @@ def test_only_needed_files_are_downloaded(tmp_path, monkeypatch):
         load_pretrained("some/gpt2")
 
 
+@pytest.mark.slow
 def test_top_level_names_are_imported_lazily():
     script = ("import sys, transformer_jax as t; assert 'jax' not in sys.modules; "
               "t.load_pretrained, t.save_pretrained, t.forward; dir(t).index('forward'); "
@@ -311,6 +312,7 @@ print(peak - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_needs_little_more_memory_than_the_parameters(tmp_path):
     """With GPT-2's embedding and four of its layers, a copy would be visible."""

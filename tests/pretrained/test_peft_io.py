@@ -43,6 +43,7 @@ def assert_equal(actual, expected):
         np.testing.assert_allclose(actual[path], leaf, rtol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("spec", ["lora:2:query,value", "lora:3:all,dora,dropout=0.1,alpha=5"])
 def test_bert_round_trip(spec, use_rslora, tmp_path):
@@ -131,6 +132,7 @@ def test_lora_of_a_classifier_is_merged(tmp_path):
     assert found.keys() == {"kernel", "bias"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -38,6 +38,7 @@ def built(config, task, num_classes=0):
     return model, small_models.random_params(shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CASES)
 def test_save_and_load_round_trip(family, tmp_path, capsys):
     config, task, num_classes = CASES[family]
@@ -56,6 +57,7 @@ def test_save_and_load_round_trip(family, tmp_path, capsys):
         assert getattr(loaded_model.config, name) == getattr(config, name), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "task", "message"),
     [

@@ -20,6 +20,7 @@ from transformer_jax.recipes.finetuning_run import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task_type", "name"), [
     ("classification", "gpt_python_docs"), ("regression", "bert_python_docs"),
     ("multiple_choice", "gpt_python_docs"), ("token_classification", "bert_python_docs"),
@@ -57,6 +58,7 @@ def test_every_task_type(task_type, name, pretrained, tmp_path):
             assert line["prediction"] == example["context"][line["start"] : line["stop"]] != ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "task_type", "changes", "message"), [
     ("bert", "classification", {"both_orders": True}, "both_orders is for GPT, .* is a BERT"),
     ("bert", "classification", {"gpt_special_tokens": True}, "gpt_special_tokens is for GPT"),
@@ -82,6 +84,7 @@ def test_unsupported_combinations_are_errors_before_training(
                             TrainingConfig(**{"max_length": 24, **changes}))
 
 
+@pytest.mark.slow
 def test_modules_that_the_checkpoint_does_not_have_are_trained(pretrained):
     """Checkpoints of RoBERTa and DistilBERT without a head have no pooler."""
     base = load_run(pretrained("bert_python_docs"))
@@ -116,6 +119,7 @@ def test_training_questions_whose_answer_has_no_token_are_left_out(pretrained, c
     assert {w.example_index for w in encoded.validation} == {0, 1}  # all are answered and counted
 
 
+@pytest.mark.slow
 def test_questions_without_an_answer(pretrained):
     base = load_run(pretrained("bert_python_docs"))
     rows = [{"question": "one", "context": "one two", "answers": [{"text": "two", "start": 4}]},

@@ -41,6 +41,7 @@ class FakeDataset:
         return EXAMPLES[i]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_python_docs", "bert_python_docs"])
 def test_files_of_a_run(name, pretrained, tmp_path):
     path = write_tsv(tmp_path / "train.tsv")
@@ -67,6 +68,7 @@ def test_files_of_a_run(name, pretrained, tmp_path):
         np.testing.assert_array_equal(applied[path], leaf)
 
 
+@pytest.mark.slow
 def test_all_kinds_of_data_give_the_same_result(pretrained, tmp_path):
     folder = pretrained("bert_python_docs")
     path = write_tsv(tmp_path / "train.tsv")
@@ -104,6 +106,7 @@ def test_a_tenth_is_held_out_and_no_files_are_written(pretrained, tmp_path, monk
     assert prediction["label"] in ("good", "bad")
 
 
+@pytest.mark.slow
 def test_export_merges_lora(exportable, tmp_path):
     result = finetune(exportable, EXAMPLES, validation=EXAMPLES, **OPTIONS, peak_lr=0.1,
                       frozen_dtype="bfloat16")

@@ -40,6 +40,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "files"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed(folder):
     pretrain(PretrainConfig(
         model=GPTConfig(vocab_size=300, **MODEL, norm_first=True, scale_residual_init=True,
@@ -54,6 +55,7 @@ def test_an_interrupted_run_is_resumed(folder):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_fine_tuning_run_is_not_repeated(folder):
     result = finetune(FinetuneConfig(
         pretrained="bert_run", out=Path("finetuned_head"), trainable="head", **TASK))
@@ -70,6 +72,7 @@ def test_the_cells_of_a_sweep_are_kept(folder):
         FILES / "sweep_run" / "cells.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_translation_run_is_not_repeated(folder):
     train_translation(TranslateConfig(
         model=TransformerConfig(vocab_size=80, **MODEL | {"num_layers": 1}, norm_first=True,
@@ -83,12 +86,14 @@ def test_a_finished_translation_run_is_not_repeated(folder):
         FILES / "translate_run" / "translations.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_run", "bert_run", "bart_run"])
 def test_the_held_out_loss_is_that_of_the_run(name, folder):
     saved = json.loads((folder / name / "results.json").read_text())["metrics"]["held_out"]
     assert evaluate(name)["loss"] == pytest.approx(saved["loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["finetuned_lora", "finetuned_head"])
 def test_a_fine_tuned_run_predicts_and_is_evaluated(name, folder):
     expected = json.loads((FILES / "expected.json").read_text())[name]

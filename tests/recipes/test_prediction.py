@@ -22,6 +22,7 @@ INPUTS = {  # without labels, in the forms that the table in `predict` lists
 MODELS = {"classification": "gpt", "multiple_choice": "gpt", "seq2seq": "gpt"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task_type", INPUTS)
 def test_predict_and_evaluate(task_type, pretrained, tmp_path):
     """The folder of a run and the result of `finetune` give the same predictions and scores."""
@@ -112,6 +113,7 @@ def test_a_checkpoint_with_a_head(exportable, tmp_path):
     assert loaded[0]["score"] == pytest.approx(expected["score"], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "objective"), [
     ("gpt_python_docs", "causal_lm"), ("bert_python_docs", "mlm_nsp")])
 def test_the_pre_training_loss(name, objective, pretrained, sentences, tmp_path):

@@ -30,6 +30,7 @@ def test_two_steps_of_every_config(name, pretrained):
     assert list((out / "events").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_scanning_the_layers_gives_the_same_run(pretrained, sentences, tmp_path):
     config = make_config("char_shakespeare", tmp_path / "run", sentences, scan_layers=True)
     scanned = pretrain(config)["metrics"]
@@ -40,6 +41,7 @@ def test_scanning_the_layers_gives_the_same_run(pretrained, sentences, tmp_path)
     assert paths[0] == paths[1]
 
 
+@pytest.mark.slow
 def test_the_same_call_resumes(tmp_path, sentences):
     """A run that lost everything after step 5 ends with the same bits."""
     config = make_config("gpt_python_docs", tmp_path / "run", sentences, num_steps=10,
@@ -52,6 +54,7 @@ def test_the_same_call_resumes(tmp_path, sentences):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_is_not_resumed(tmp_path, sentences):
     config = make_config("gpt_python_docs", tmp_path, sentences)
     pretrain(config)

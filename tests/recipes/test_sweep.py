@@ -40,6 +40,7 @@ def test_a_sweep_completes_the_missing_cells(pretrained, tmp_path):
     assert sweep(config)["metrics"]["cells"] == sweep(config)["metrics"]["cells"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task_type", ["question_answering", "regression", "seq2seq"])
 def test_a_sweep_over_numbers_of_examples(task_type, pretrained, tmp_path):
     rows = "".join(json.dumps({**ROWS[task_type][i % 2], "id": str(i)}) + "\n" for i in range(8))

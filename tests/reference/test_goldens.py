@@ -11,6 +11,7 @@ def load(name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_outputs_loss_and_gradients_are_the_reference(name):
     assert (GOLDENS / f"{name}.npz").stat().st_size < 200_000

@@ -15,6 +15,7 @@ from checkpoints import SMALL, inputs, make
 from compare import TOLERANCE
 
 from transformer_jax import forward, load_pretrained
+from transformer_jax.finetuning import peft as peft_params
 from transformer_jax.pretrained.peft_io import load_peft, save_peft
 from transformer_jax.tree import flatten_paths, map_paths, unflatten_paths
 
@@ -95,7 +96,7 @@ def test_peft_loads_ours(family, head, recipe, rslora, pair, tmp_path):
     import peft
 
     theirs, model, params = pair(family, head)
-    params, mask = peft.add_and_mask(params, recipe, jax.random.key(0))
+    params, mask = peft_params.add_and_mask(params, recipe, jax.random.key(0))
     params = moved(params, mask)
     save_peft(tmp_path, model, params, "base", mask=mask, use_rslora=rslora)
     adapted = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path)
@@ -103,7 +104,7 @@ def test_peft_loads_ours(family, head, recipe, rslora, pair, tmp_path):
     assert not loaded.unexpected_keys
     assert not [key for key in loaded.missing_keys if "lora" in key and "again" in key]
     assert_same_logits(params, adapted, model, family, head)
-    assert_same_logits(peft.merge(params), adapted.merge_and_unload(), model, family, head)
+    assert_same_logits(peft_params.merge(params), adapted.merge_and_unload(), model, family, head)
     again = load_peft(tmp_path, model, pair(family, head)[2])
     assert_same_logits(again, adapted.get_base_model(), model, family, head)
 
@@ -113,7 +114,7 @@ def test_peft_loads_biases_and_norms(recipe, pair, tmp_path):
     import peft
 
     theirs, model, params = pair("Bert", "ForSequenceClassification")
-    params, mask = peft.add_and_mask(params, recipe, jax.random.key(0))
+    params, mask = peft_params.add_and_mask(params, recipe, jax.random.key(0))
     if recipe == "lora:2:wi":
         mask = map_paths(lambda path, train: train or path.endswith("wi/bias"), mask)
     params = moved(params, mask)
@@ -129,7 +130,8 @@ def test_peft_loads_unlike_ranks_and_scales(pair, tmp_path):
 
     for family, head in (("Bert", "ForSequenceClassification"), ("GPT2", "LMHeadModel")):
         theirs, model, params = pair(family, head)
-        leaves = flatten_paths(moved(peft.add_peft_params(params, "lora:2:all", jax.random.key(0))))
+        added = peft_params.add_peft_params(params, "lora:2:all", jax.random.key(0))
+        leaves = flatten_paths(moved(added))
         for i, path in enumerate(sorted(leaves)):
             if path.endswith("lora_scale") and i % 3:
                 leaves[path] = leaves[path] * (i % 5 + 1)
@@ -189,4 +191,4 @@ def test_ours_loads_peft(family, head, options, pair, tmp_path):
             counts = [sum(t.numel() for n, t in m.named_parameters() if ".lora_" in n)
                       for m in (adapted, back)]
             assert counts[0] == counts[1]
-    assert_same_logits(peft.merge(loaded), adapted.merge_and_unload(), model, family, head)
+    assert_same_logits(peft_params.merge(loaded), adapted.merge_and_unload(), model, family, head)

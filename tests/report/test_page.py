@@ -92,6 +92,7 @@ PRETRAINED = {
                     ["encoder self-attention", "decoder self-attention", "cross-attention"])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", PRETRAINED)
 def test_sample_and_attention_of_each_family(tmp_path, family):
     config, train, size, attention = PRETRAINED[family]
@@ -185,6 +186,7 @@ def test_finetuned_run_of_each_family_and_task_type(tmp_path, family, task_type)
     assert ("<h2>Sample</h2>" in content) == (task_type == "seq2seq")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "expected"), {
     "gpt_run": ["GPT pre-trained by next-token prediction on corpus.txt.",
                 "4 steps of 16 rows of at most 16 tokens", "peak learning rate 0.01",
@@ -237,6 +239,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
                 None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [500, 1000])
 def test_browser_draws_the_curves_within_the_page(tmp_path, width):

@@ -63,6 +63,7 @@ def test_invalid_settings_are_errors_before_training(name, changes, message, tmp
         module.run(dataclasses.replace(module.smallest(), out=tmp_path, **changes))
 
 
+@pytest.mark.slow
 def test_replaced_mask_equals_the_models_own():
     model, params = build(GPT2)
     tokens = random_tokens(2, 6)
@@ -86,6 +87,7 @@ def test_critical_fraction_and_first_step_of_grokking():
     assert pairs["targets"][3 * 5 + 4, 2] == 2  # 3 + 4 = 7 = 2 (mod 5)
 
 
+@pytest.mark.slow
 def test_filters_of_a_random_direction_have_the_norms_of_the_model():
     params = tree.stack_layers(build(GPT2)[1])
     leaves, direction = (tree.flatten_paths(t) for t in (

@@ -62,6 +62,7 @@ def test_a_skipped_step_changes_only_the_step_counter():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_that_skips_steps_resumes_bit_for_bit(tmp_path):
     policy = AnomalyPolicy(not_finite="skip", on_spike="skip", spike=3.0)
     options = {"anomaly_policy": policy, "save_every": 4, "log_every": 1}

@@ -204,6 +204,7 @@ def test_the_error_of_a_background_save_is_raised(tmp_path, monkeypatch):
     assert checkpointing.latest_step(tmp_path) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_no_checkpoint(tmp_path):
     """The process is killed while Orbax writes step 2, which can then be saved again."""
     script = textwrap.dedent(

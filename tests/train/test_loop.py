@@ -226,6 +226,7 @@ test_loop.train(20, Killing(), checkpoint_dir={directory!r}, save_every=5)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path):
     script = CHILD.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
     process = subprocess.run([sys.executable, "-c", script], env=dict(os.environ), check=False)
@@ -251,6 +252,7 @@ class Signaling(toy.Stream):
         return super().__next__()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_preempted_run_saves_and_resumes_bit_for_bit(uninterrupted, tmp_path, name, capfd):
     before = signal.getsignal(signal.Signals[name])
@@ -330,7 +332,7 @@ def test_a_failed_save_stops_the_run_at_the_next_step(tmp_path, monkeypatch):
 
     class Slow(toy.Stream):
         def __next__(self):
-            time.sleep(0.3 if self.position == 6 else 0)
+            time.sleep(1.0 if self.position == 6 else 0)
             return super().__next__()
 
     train(4, checkpoint_dir=tmp_path)

@@ -17,6 +17,8 @@ from transformer_jax.models import build_model, init_params, presets
 from transformer_jax.objectives import causal_lm, classification, mlm_nsp, seq2seq
 from transformer_jax.train import optimizers, step
 
+pytestmark = pytest.mark.slow
+
 TINY = {"num_layers": 1, "d_model": 16, "num_heads": 4, "mlp_dim": 32, "vocab_size": 40,
         "max_length": 12, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
 ROWS, LENGTH, STEPS = 32, 12, 5

@@ -14,6 +14,8 @@ import pytest
 
 from transformer_jax.train import checkpointing, preemption
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("processes.py")
 
 
