@@ -5,6 +5,7 @@ texts (`text_encoder`), one for words (`word_encoder`), one for questions (`ques
 one for target texts (`seq2seq_encoder`); `encoding.make_encoder` selects it.
 """
 
+import abc
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -85,7 +86,7 @@ class TaskInfo(NamedTuple):
         return fixed.get(self.task_type, len(self.label_names))
 
 
-class TaskEncoder:
+class TaskEncoder(abc.ABC):
     """Encodes the examples of one task for one model, and decodes the model's outputs.
 
     Args:
@@ -99,6 +100,7 @@ class TaskEncoder:
         self.task, self.model, self.tokenizer, self.config = task, model, tokenizer, config
         self.is_causal = isinstance(model, GPT)
 
+    @abc.abstractmethod
     def encode(self, examples: Sequence[dict], split: str = "validation") -> list:
         """Tokenizes labeled examples.
 
@@ -110,28 +112,27 @@ class TaskEncoder:
             The items, of which each becomes one row: the examples in token ids, or windows over
             long contexts.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def lengths(self, items: Sequence) -> list[int]:
         """Returns the number of tokens of the row of each item, special tokens included."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def make_row(self, item: Any, length: int) -> dict[str, np.ndarray]:
         """Returns the arrays of one row, padded or truncated to `length` tokens."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def predictions(
         self, examples: Sequence[dict], items: Sequence, outputs: Outputs
     ) -> list[dict]:
         """Returns one dict for each example: the prediction and its score or probabilities."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def report(
         self, examples: Sequence[dict], items: Sequence, outputs: Outputs
     ) -> tuple[dict[str, Any], list[dict]]:
         """Returns the scores, the main metric first, and one line of the prediction file for each
         example."""
-        raise NotImplementedError
 
     def predict(self, params: dict, items: Sequence) -> Outputs:
         """Returns the model's outputs for all items, in their order."""
