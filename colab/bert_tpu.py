@@ -16,13 +16,13 @@
 # You will
 #
 # 1. arrange the chips of a TPU in a mesh, over which batches and parameters are sharded,
-# 2. look at a training row of BERT's two objectives: masked language modeling and next-sentence
+# 2. pre-train a small BERT on the documentation of Python, which comes with the package,
+# 3. inspect a training row of BERT's two objectives: masked language modeling and next-sentence
 #    prediction,
-# 3. pre-train a small BERT on the documentation of Python, which comes with the package,
-# 4. fill in masked words with it.
+# 4. fill in masked words.
 #
-# The code is the same on one device and on many. Without an accelerator, the CPU is split into eight
-# devices and the model is smaller, as in the output below.
+# The code is the same for one device and for many. Without an accelerator, as in the stored output,
+# the CPU is split into eight devices and the model is smaller.
 
 # %%
 # Install the package if it is missing, and print the available devices.
@@ -71,9 +71,9 @@ if SMALLEST:
 # %% [markdown]
 # ## 1. The mesh
 #
-# A mesh arranges the devices along named axes. Along `data`, each device gets its rows of the batch
-# and a copy of the parameters. Along `fsdp` (fully sharded data parallelism), the parameters and
-# their optimizer state are split too. -1 stands for all remaining devices.
+# A mesh arranges the devices along named axes. Along `data`, each device has its own rows of
+# the batch and a copy of the parameters. Along `fsdp` (fully sharded data parallelism), the
+# parameters and their optimizer state are sharded too. A size of -1 means all remaining devices.
 
 # %%
 mesh_config = MeshConfig(data=-1, fsdp=min(2, jax.device_count()))
@@ -83,9 +83,9 @@ print(dict(mesh.shape))
 # %% [markdown]
 # ## 2. The settings of the run
 #
-# `pretrain_config` starts from the defaults of the paper, and any field can be changed. A model as
-# small as this one learns faster with more masked words (30 %), normalization before each sublayer,
-# and sinusoidal positions.
+# `pretrain_config` returns the default settings for a preset, with the given fields replaced. A
+# model as small as this one learns faster with a higher mask rate (30 %), normalization before each
+# sublayer (pre-LN), and sinusoidal positions.
 
 # %%
 config = pretrain_config(
@@ -102,7 +102,7 @@ config = pretrain_config(
 # %% [markdown]
 # ## 3. Pre-training
 #
-# Parameters are created sharded, and batches are sharded as they arrive.
+# The parameters are initialized with their sharding, and each batch is sharded when it is loaded.
 
 # %%
 results = pretrain(config)
@@ -111,8 +111,8 @@ Image("runs/bert/loss.png")
 # %% [markdown]
 # ## 4. A training row
 #
-# Two spans of sentences; the second one follows the first in half of the rows, and is from another
-# document in the others. Masked tokens are drawn anew in each epoch.
+# A row has two spans of sentences, A and B. In half of the rows, B follows A; in the other half, it
+# is from another document. The masked tokens are sampled anew in each epoch.
 
 # %%
 model, params, tokenizer, _ = load_run("runs/bert")
@@ -137,7 +137,7 @@ jax.debug.visualize_array_sharding(kernel)
 # %% [markdown]
 # ## 6. Fill in masked words
 #
-# `fill_mask` returns the most probable tokens in the place of each `[MASK]`.
+# `fill_mask` returns the most probable tokens for each `[MASK]`.
 
 # %%
 for sentence in ("Return the number of [MASK] in the list.",
@@ -154,8 +154,8 @@ for sentence in ("Return the number of [MASK] in the list.",
 # %% [markdown]
 # ## Results
 #
-# Masked words are learned first. Next-sentence prediction takes a model of this size much longer:
-# after a run as short as this, its accuracy is near chance (0.5).
+# The model learns masked language modeling first. Next-sentence prediction takes much longer at
+# this model size: after such a short run, its accuracy is near chance (0.5).
 
 # %%
 before, after = results["metrics"]["held_out_before"], results["metrics"]["held_out"]

@@ -1,13 +1,13 @@
 """Builds the notebooks from their sources, and executes them.
 
-    python colab/build.py                       # execute all notebooks, and save their output
+    python colab/build.py                       # execute all notebooks, and save their outputs
     python colab/build.py quick_start planner
-    python colab/build.py --prose               # keep the output where only the prose has changed
+    python colab/build.py --prose               # update only Markdown cells, and keep the outputs
     TRANSFORMER_JAX_NOTEBOOK=smallest python colab/build.py --out /tmp/notebooks
 
 `NAME.py` is the source, in Jupytext's percent format; `NAME.ipynb` beside it is what Colab opens,
-with the output of a run. Each notebook runs in its own kernel, in an empty folder. Its settings are
-environment variables too: MODEL and DATA can be local folders. Needs `pip install ".[notebooks]"`.
+with the outputs of a run. Each notebook runs in its own kernel, in an empty folder. Environment
+variables configure it; MODEL and DATA can be local folders. Needs `pip install ".[notebooks]"`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import nbformat
 from nbclient import NotebookClient
 
 COLAB_DIR = Path(__file__).parent
-PATH_VARIABLES = ("MODEL", "DATA")  # settings of notebooks that may be local folders
+PATH_VARIABLES = ("MODEL", "DATA")  # environment variables that may be local folders
 
 
 def notebook_names() -> list[str]:
@@ -30,7 +30,7 @@ def notebook_names() -> list[str]:
 
 
 def load_source(name: str) -> nbformat.NotebookNode:
-    """Returns a notebook without output, from its source. The ids of cells are reproducible."""
+    """Loads the source of a notebook, without outputs. Cell ids are deterministic."""
     notebook = jupytext.read(COLAB_DIR / f"{name}.py")
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python",
                                         "name": "python3"},
@@ -41,11 +41,11 @@ def load_source(name: str) -> nbformat.NotebookNode:
 
 
 def execute(name: str, timeout: int = 3600) -> nbformat.NotebookNode:
-    """Executes a notebook and returns it with its output.
+    """Executes a notebook and returns it with its outputs.
 
     Args:
         name: name of the notebook.
-        timeout: seconds that a cell may take.
+        timeout: time limit for each cell, in seconds.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raises an error.
@@ -57,15 +57,15 @@ def execute(name: str, timeout: int = 3600) -> nbformat.NotebookNode:
                                 resources={"metadata": {"path": folder}})
         client.execute(env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))})
     for cell in notebook.cells:
-        cell.metadata = {}  # the time of execution would differ in each run
+        cell.metadata = {}  # execution timestamps, which differ between runs
         if cell.cell_type == "code":
             cell.outputs = _remove_local_paths(_merge_streams(cell.outputs))
     return notebook
 
 
 def _remove_local_paths(outputs: list) -> list:
-    """Replaces local folders by their names, and removes warnings of the TPU compiler about a
-    missing TPU."""
+    """Replaces paths of local folders with the folder names, and removes the TPU compiler's
+    warnings about a missing TPU."""
     outputs = [o for o in outputs if not (o.get("name") == "stderr" and "libtpu" in o["text"])]
     text = nbformat.v4.writes(nbformat.v4.new_notebook(cells=[
         nbformat.v4.new_code_cell("", outputs=outputs)]))
@@ -76,8 +76,8 @@ def _remove_local_paths(outputs: list) -> list:
 
 
 def _merge_streams(outputs: list) -> list:
-    """Joins consecutive outputs of a stream, without text that was overwritten by a progress
-    bar."""
+    """Merges consecutive outputs of the same stream, and removes text that a progress bar has
+    overwritten."""
     merged: list = []
     for output in outputs:
         if output.output_type == "stream":
@@ -91,10 +91,10 @@ def _merge_streams(outputs: list) -> list:
 
 
 def update_prose(name: str, folder: Path = COLAB_DIR) -> bool:
-    """Updates the prose of a notebook and keeps its output.
+    """Updates the Markdown cells of a notebook and keeps its outputs.
 
     Returns:
-        False if the code has changed; the notebook is then not written.
+        False if the code cells have changed; the notebook is then not written.
     """
     saved, notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4), load_source(name)
     code = [[c.source for c in book.cells if c.cell_type == "code"] for book in (saved, notebook)]
@@ -112,16 +112,16 @@ def update_prose(name: str, folder: Path = COLAB_DIR) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="notebooks; all by default")
-    parser.add_argument("--out", type=Path, default=COLAB_DIR, help="folder for the notebooks")
+    parser.add_argument("names", nargs="*", help="names of notebooks (default: all)")
+    parser.add_argument("--out", type=Path, default=COLAB_DIR, help="output folder")
     parser.add_argument("--prose", action="store_true",
-                        help="do not execute; update notebooks of which only the prose has changed")
+                        help="update only the Markdown cells; do not execute")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.names or notebook_names():
         if arguments.prose:
             print(f"{name}: "
-                  f"{'updated' if update_prose(name) else 'the code has changed; execute it'}")
+                  f"{'updated' if update_prose(name) else 'code has changed; run without --prose'}")
             continue
         started = time.perf_counter()
         nbformat.write(execute(name), arguments.out / f"{name}.ipynb")

@@ -15,15 +15,15 @@
 #
 # You will
 #
-# 1. generate text with a published GPT-2: greedy decoding, sampling, beam search, and token by token,
-# 2. fine-tune it with LoRA to complete prompts: given a topic of Python's standard library, write a
-#    docstring,
-# 3. compare the base model with the fine-tuned one, on generated text and on perplexity,
-# 4. save the adapter, which is a small file beside an unchanged base model.
+# 1. generate text with a published GPT-2: greedy decoding, sampling, beam search, and streaming,
+# 2. fine-tune it with LoRA to complete prompts: given a topic of Python's standard library, generate
+#    a docstring,
+# 3. compare the generated text and the perplexity of the base model and the fine-tuned model,
+# 4. save the adapter, a small file that is used together with the unchanged base model.
 #
-# `MODEL` is the name of any GPT-2 on the Hugging Face Hub, or a folder. The output below was made
-# offline, with a stand-in for GPT-2: a GPT with 2.1 million parameters in GPT-2's format, pre-trained
-# on novels for a few minutes on a CPU.
+# `MODEL` is the name of any GPT-2 on the Hugging Face Hub, or a folder. The stored output is
+# from an offline run with a substitute for GPT-2: a GPT with 2.1 million parameters in GPT-2's
+# format, pre-trained on novels for a few minutes on a CPU.
 
 # %%
 # Install the package if it is missing, and print the available devices.
@@ -60,9 +60,9 @@ print(f"{MODEL}: {model.config.num_layers} layers of width {model.config.d_model
 # %% [markdown]
 # ## 1. Decoding methods
 #
-# `generate` has the options of Hugging Face Transformers. Greedy decoding and beam search tend to
-# repeat themselves; sampling from the most probable tokens (`top_p`), or forbidding repeated
-# trigrams, avoids it.
+# The options of `generate` are named as in Hugging Face Transformers. Greedy decoding and beam
+# search tend to produce repetitive text. Sampling from the most probable tokens (`top_p`) or
+# forbidding repeated trigrams avoids this.
 
 # %%
 prompt = [tokenizer.encode(PROMPT)]
@@ -89,7 +89,7 @@ generate(model, base_params, prompt, **common, do_sample=True, temperature=0.8,
 # ## 2. Prompts and completions
 #
 # The training data is a list of dicts with a `source` (the prompt) and a `target` (the completion).
-# The loss is computed on the completion only. Replace the list with your own.
+# The loss is computed on the completion only. To use your own data, replace the list.
 
 # %%
 topics = data.load_dataset("python_docs/topics", validation="test")
@@ -102,9 +102,9 @@ for pair in pairs[:3]:
 # ## 3. Fine-tuning with LoRA
 #
 # `lora:8:all` adds a trainable update of rank 8 to the kernel of every linear layer. After training,
-# `finetune` generates completions for the validation examples and scores them by ROUGE. The score is
-# low, because many docstrings fit a topic. Each point of the curve is the loss of one batch; batches
-# of short and of long texts alternate, so it is noisy.
+# `finetune` generates completions for the validation examples and scores them with ROUGE. The score
+# is low because a topic has many possible docstrings. The curve is noisy because each point is the
+# loss of one batch, and batches of short and of long texts alternate.
 
 # %%
 result = finetune(
@@ -117,8 +117,8 @@ Image("runs/lora/loss.png")
 # %% [markdown]
 # ## 4. Base model and fine-tuned model
 #
-# The base parameters were not changed. `peft.merge` adds the LoRA updates to the kernels, for
-# generation at full speed.
+# The base parameters are unchanged. `peft.merge` adds the LoRA updates to the kernels, so that
+# generation is as fast as with the base model.
 
 # %%
 merged = peft.merge(result.params)
@@ -129,7 +129,7 @@ for name, params in {"base model": base_params, "fine-tuned": merged}.items():
     print(f"[{name}] {tokenizer.decode(ids[len(prompt[0]):])}\n")
 
 # %% [markdown]
-# `predict` takes prompts and returns completions; here by beam search.
+# `predict` takes prompts and returns completions, here with beam search.
 
 # %%
 sources = list(topics.label_names[:4])
@@ -139,8 +139,8 @@ for source, prediction in zip(sources, result.predict(sources, num_beams=4)):
 # %% [markdown]
 # ## Results
 #
-# `evaluate` of a language model returns its loss and perplexity on any text: here on docstrings that
-# were not used for training.
+# For a language model, `evaluate` returns the loss and perplexity on any text, here on docstrings
+# that were not used for training.
 
 # %%
 texts = [pair["target"] for pair in held_out]

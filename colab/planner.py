@@ -19,11 +19,11 @@
 #
 # 1. choose a slice, a mesh and a model (GPT-2 on 16 chips of TPU v5e),
 # 2. compile its training step with and without rematerialization,
-# 3. compare memory with the capacity of a chip, and estimate the step time with a roofline model,
-# 4. list what the chips send each other.
+# 3. compare its memory with that of a chip, and estimate the step time with a roofline model,
+# 4. list the communication between the chips.
 #
-# `transformer-jax plan` does the same in a terminal. Each step takes one to two minutes to compile;
-# the output below is of a CPU.
+# `transformer-jax plan` does the same in a terminal. Compilation took two to three minutes per step
+# on the CPU that produced the stored output.
 
 # %%
 # Install the package if it is missing, and print the available devices.
@@ -35,8 +35,8 @@ if importlib.util.find_spec("transformer_jax") is None:
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # the TPU is compiled for, not used
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not look for a TPU in this machine
+os.environ["JAX_PLATFORMS"] = "cpu"  # programs are compiled for the TPU, not run on it
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not search for a TPU on this machine
 
 from transformer_jax import distributed
 
@@ -59,10 +59,10 @@ if importlib.util.find_spec("libtpu") is None:
 # %% [markdown]
 # ## 1. The slice, the mesh and the model
 #
-# `v5e:4x4` is a slice of TPU v5e with 4 x 4 chips. The mesh has 4 devices along `fsdp`, which split
-# the parameters, and the remaining 4 along `data`. `remat="full"` recomputes activations in the
-# backward pass instead of storing them. A batch has 8 sequences of 1,024 tokens a chip.
-# `enumerate_configs` returns all combinations of the values that it is given.
+# `v5e:4x4` is a slice of TPU v5e with 4 x 4 chips. The mesh has 4 devices along `fsdp`, over which
+# the parameters are sharded, and the remaining 4 along `data`. `remat="full"` recomputes activations
+# in the backward pass instead of storing them. A batch has 8 sequences of 1,024 tokens per chip.
+# `enumerate_configs` returns all combinations of the given values.
 
 # %%
 if SMALLEST:
@@ -92,9 +92,9 @@ for config in configs:
 # ## 3. Memory and step time
 #
 # Left: memory of one chip, split into state (parameters and optimizer state) and temporary memory
-# (activations and gradients). Right: the time of a step by resource, as if only that resource took
-# time: arithmetic (compute), memory traffic (HBM), and communication between chips (interconnect).
-# Memory traffic is counted as if no intermediate result stayed on the chip between two operations.
+# (activations and gradients). Right: the step time if a single resource determined it: arithmetic
+# (compute), memory traffic (HBM), or communication between chips (interconnect). Memory traffic
+# includes intermediate results that the compiler may keep in on-chip memory between two operations.
 
 # %%
 Image(plots.plans("plan.png", table.bar_chart_data(plans), limit=chip.memory_bytes / 2**30,
@@ -103,8 +103,8 @@ Image(plots.plans("plan.png", table.bar_chart_data(plans), limit=chip.memory_byt
 # %% [markdown]
 # ## 4. Communication
 #
-# What one chip sends in one step, by kind of collective. `fsdp` gathers each kernel just before it is
-# used (all-gather) and scatters its gradient (reduce-scatter); `data` sums gradients (all-reduce).
+# Data sent by one chip in one step. Along `fsdp`, each kernel is gathered just before it is used
+# (all-gather) and its gradient is reduce-scattered; along `data`, gradients are all-reduced.
 
 # %%
 for p in plans:
@@ -114,10 +114,10 @@ for p in plans:
 # %% [markdown]
 # ## Results
 #
-# MFU (model FLOPs utilization) is the fraction of the chip's peak that the model's own matrix
-# products reach if computation, memory traffic and communication overlap fully. Memory traffic is
+# MFU (model FLOPs utilization) is the FLOP/s of the model's matrix products as a fraction of the
+# chip's peak, if computation, memory traffic and communication overlap fully. Memory traffic is
 # extrapolated from models of one and two layers, which the compiler may fuse differently. In the
-# output below it is too low without rematerialization, and the MFU is therefore too high.
+# stored output, it is too low for `remat none`, and that config's MFU is therefore too high.
 
 # %%
 rows = []

@@ -13,16 +13,16 @@
 #
 # # Extractive question answering: find the answer in a text
 #
-# You will fine-tune a published BERT on SQuAD 1.1 to mark the answer to a question in a text (the
-# *context*), highlight its answers, and ask questions about a text of your own.
+# You will fine-tune a published BERT on SQuAD 1.1 to find the answer to a question in a text (the
+# *context*), highlight the predicted answers, and ask questions about your own text.
 #
-# Contexts that are longer than a row are read in overlapping windows, and each answer is mapped back
-# to the characters of the context.
+# Contexts that are longer than a row are split into overlapping windows, and each answer is mapped
+# back to characters of the context.
 #
 # Fine-tuned on all 87,599 questions, BERT-base reaches an F1 of 88.5 (Devlin et al. 2018, table 2).
-# Here we train on a small part of them. The output below is of all-MiniLM-L6-v2, a sentence encoder
-# with 22 million parameters, on a CPU: 1,600 questions and 100 steps of 16 rows of at most 112
-# tokens. On a GPU, raise `QUESTIONS`, `STEPS` and `MAX_LENGTH`.
+# Here we train on a small part of them. The stored output is from a run of all-MiniLM-L6-v2, a
+# sentence encoder with 22 million parameters, on a CPU: 1,600 questions and 100 steps of 16 rows of
+# at most 112 tokens. On a GPU, raise `QUESTIONS`, `STEPS` and `MAX_LENGTH`.
 
 # %%
 # Install the package if it is missing, and print the available devices.
@@ -53,9 +53,9 @@ QUESTIONS, TESTS, STEPS, MAX_LENGTH = (8, 4, 2, 48) if SMALLEST else (1600, 120,
 # %% [markdown]
 # ## 1. The data
 #
-# An example has a question, a context, and the text and first character of each answer;
-# `on_bad_rows="drop"` leaves out examples whose answer is not at that place. For a short run, we train
-# on short contexts, which fit into one row. Test contexts have any length.
+# An example has a question, a context, and the text and character offset of each answer;
+# `on_bad_rows="drop"` drops examples whose answer is not at its offset. To keep the run short, we
+# train on short contexts, which fit into one row. Test contexts have any length.
 
 # %%
 squad = data.load_dataset(DATA, on_bad_rows="drop", limit=20 * QUESTIONS)
@@ -71,8 +71,8 @@ print("answer:  ", answer)
 # %% [markdown]
 # ## 2. Fine-tuning
 #
-# The head has two outputs for each token: the scores of being the first and the last token of the
-# answer. `stride` is the distance between the starts of two windows.
+# The head has two logits per token, for the first and the last token of the answer. `stride` is the
+# distance in tokens between the starts of consecutive windows.
 
 # %%
 result = finetune(MODEL, squad, trainable="full", num_steps=STEPS, batch_size=4 if SMALLEST else 16,
@@ -83,7 +83,7 @@ Image("runs/squad/loss.png")
 # %% [markdown]
 # ## 3. Answers in their context
 #
-# Each prediction has the answer, and its first character and the one after its last in the context.
+# Each prediction has the text of the answer and its character range [start, stop) in the context.
 
 
 # %%
@@ -117,8 +117,8 @@ HTML("".join(highlight(question, context, a["start"], a["stop"], f"probability {
 # %% [markdown]
 # ## Results
 #
-# Exact match is the share of answers that equal one of the correct answers; F1 gives credit for the
-# words that they have in common.
+# Exact match is the fraction of answers that equal one of the correct answers; F1 also gives partial
+# credit for the words that an answer shares with a correct one.
 
 # %%
 metrics = result.metrics

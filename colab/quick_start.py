@@ -13,12 +13,12 @@
 #
 # # Quick start: pre-train, generate, fine-tune
 #
-# In a few minutes on a CPU, with nothing to download, you will
+# In a few minutes on a CPU, without downloading data or checkpoints, you will
 #
 # 1. pre-train a small GPT on the documentation of Python, which comes with the package,
 # 2. generate text with it and plot its attention weights,
 # 3. fine-tune copies of it on a labeled task, with all parameters or only some of them trainable,
-# 4. compare accuracy, number of trained parameters, and how much of the pre-training is forgotten.
+# 4. compare accuracy, number of trained parameters, and forgetting of the pre-training task.
 
 # %%
 # Install the package if it is missing, and print the available devices.
@@ -52,8 +52,8 @@ STEPS, FINETUNE_STEPS = (2, 2) if SMALLEST else (400, 100)
 # ## 1. Pre-training
 #
 # `pretrain` trains a model on plain text, here by next-token prediction. It tokenizes the text,
-# trains, evaluates on held-out text, and saves checkpoints: if it is interrupted, the same call
-# resumes. `presets` are the architectures of the papers; this GPT-2 has 2 layers of width 128.
+# trains, evaluates on held-out text, and saves checkpoints. The same call resumes an interrupted
+# run. `presets` has the configs of published models; this GPT-2 has 2 layers of width 128.
 
 # %%
 model_config = presets.gpt2(
@@ -68,8 +68,8 @@ Image("runs/gpt/loss.png")
 # %% [markdown]
 # ## 2. Generation
 #
-# `generate` takes token ids and returns token ids. Its options have the names of Hugging Face
-# Transformers: sampling, beam search, penalties.
+# `generate` takes token ids and returns token ids. Its options for sampling, beam search and
+# penalties are named as in Hugging Face Transformers.
 
 # %%
 model, params, tokenizer, _ = load_run("runs/gpt")
@@ -83,8 +83,8 @@ for text in texts:
 # ## 3. Attention
 #
 # A model is a pure function, `model.apply({"params": params}, tokens)`, and its output includes the
-# attention weights of each layer. Everything above the diagonal is zero: the causal mask hides the
-# tokens that follow.
+# attention weights of each layer. Weights above the diagonal are zero because the causal mask
+# excludes later tokens.
 
 # %%
 ids = tokenizer.encode("Return the number of bytes that were written to the file.")
@@ -97,16 +97,16 @@ Image(plots.attention("attention.png", maps, [tokenizer.decode([i]) or "·" for 
 # ## 4. Fine-tuning
 #
 # The task: given a docstring, predict which of twelve parts of the standard library it documents,
-# from 64 labeled examples of each. `finetune` copies the parameters, adds a classifier, trains, and
-# evaluates. `trainable` selects the trainable parameters; all others stay frozen, so they have no
+# with 64 labeled examples per part. `finetune` copies the parameters, adds a classifier, trains,
+# and evaluates. `trainable` selects the trainable parameters; all others are frozen and have no
 # gradient and no optimizer state:
 #
 # * `head`: only the new classifier,
 # * `last_k:1`: the classifier and the last layer,
 # * `full`: all parameters.
 #
-# `retention_data` measures the pre-training loss on held-out text before and after fine-tuning. An
-# increase is called *catastrophic forgetting*.
+# With `retention_data`, the pre-training loss on held-out text is measured before and after
+# fine-tuning. An increase is called *catastrophic forgetting*.
 
 # %%
 results = {}
@@ -117,7 +117,7 @@ for trainable, peak_lr in {"head": 1e-2, "last_k:1": 3e-3, "full": 1.5e-3}.items
         retention_data="python_docs/documents")
 
 # %% [markdown]
-# The result holds the fine-tuned model. `predict` takes new texts:
+# The result contains the fine-tuned model; its method `predict` classifies new texts:
 
 # %%
 result = results["full"]
@@ -128,7 +128,7 @@ for text in ("Send an e-mail message over an encrypted connection.",
     print(f"{prediction['label']} ({prediction['score']:.2f}): {text}")
 
 # %% [markdown]
-# The confusion matrix shows which parts of the library are mistaken for each other.
+# The confusion matrix shows which parts of the library the model confuses with each other.
 
 # %%
 Image(plots.confusion("confusion.png", result.metrics["confusion"], result.label_names,
@@ -137,9 +137,9 @@ Image(plots.confusion("confusion.png", result.metrics["confusion"], result.label
 # %% [markdown]
 # ## 5. Results
 #
-# The more parameters are trained, the higher the accuracy, and the more of the pre-training is
+# The more parameters are trained, the higher the accuracy, and the more of the pre-training task is
 # forgotten. Other values of `trainable`, such as `bitfit`, `lora:8` and `adapter:16`, are
-# compromises between the two: add one to the loop above.
+# trade-offs between the two; to try one, add it to the loop above.
 
 # %%
 rows = [f"| `{trainable}` | {100 * m['share_trained']:.2f} % | {100 * m['accuracy']:.1f} % | "

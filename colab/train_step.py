@@ -51,8 +51,8 @@ distributed.print_devices();
 # ## Model, loss, optimizer, data
 #
 # Parameters are a nested dict. A loss takes `(params, batch, rng)` and returns
-# `(sum, weight, metrics)`: the step divides the sum by the weight only after adding up both over all
-# devices and microbatches, so the mean is exact even if they have different numbers of tokens.
+# `(sum, weight, metrics)`. The step adds the sums and the weights over all devices and microbatches
+# before it divides, so the mean is exact even if they have different numbers of tokens.
 
 # %%
 import functools
@@ -74,11 +74,11 @@ model = GPT(presets.gpt2(
 loss_fn = functools.partial(causal_lm.loss, model.apply)
 optimizer = make_optimizer(1e-3)
 
-# Five batches of 16 sequences: each token is the previous one plus 0, 1 or 2.
+# Five batches of 16 sequences: each token is the previous one plus 0, 1 or 2 (mod 512).
 steps = np.random.default_rng(0).integers(0, 3, (5, 16, 33))
 batches = [{"tokens": t[:, :-1].astype(np.int32), "targets": t[:, 1:].astype(np.int32),
             "weights": np.ones((16, 32), np.float32)} for t in np.cumsum(steps, axis=-1) % 512]
-all_losses = {}  # way to run the step -> its five losses
+all_losses = {}  # how the step is run -> losses of five steps
 
 
 def new_state():
@@ -102,8 +102,8 @@ print([round(x, 4) for x in losses])
 # %% [markdown]
 # ## 2. `jit` with a mesh
 #
-# The step does not change; only the arrays are sharded. Parameters are sharded by `sharding.RULES`,
-# batches by rows, and XLA inserts the collectives. `init_sharded` creates each parameter on the
+# The step does not change; only the arrays are sharded: parameters according to `sharding.RULES`,
+# batches by rows. XLA inserts the collectives. `init_sharded` creates each parameter on the
 # devices that hold it. The figure shows which devices hold which rows of one kernel.
 
 # %%
@@ -141,7 +141,7 @@ all_losses[f"pmap, {num_devices} devices"] = losses
 # %% [markdown]
 # ## 4. `shard_map`
 #
-# The same function with manual sharding: the state is replicated, the batch is split.
+# The same function with manual sharding: the state is replicated, and the batch is sharded.
 
 # %%
 flat_mesh = jax.make_mesh((num_devices,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -158,8 +158,8 @@ all_losses[f"shard_map, {num_devices} devices"] = losses
 # %% [markdown]
 # ## 5. Microbatches, and a mask of trainable parameters
 #
-# `accumulate=4` accumulates the gradients of four microbatches, so that activations need a quarter
-# of the memory.
+# `accumulate=4` accumulates the gradients of four microbatches, which reduces the memory of the
+# activations to a quarter.
 
 # %%
 accumulating_step = jax.jit(make_train_step(loss_fn, optimizer, accumulate=4))
@@ -171,7 +171,7 @@ all_losses["jit, 4 microbatches"] = losses
 
 # %% [markdown]
 # `trainable_mask` turns a spec into a tree of booleans. Here only the biases are trained (BitFit);
-# all other parameters are the same bits after the step, and have no optimizer state.
+# all other parameters are bit for bit unchanged by the step and have no optimizer state.
 
 # %%
 params = init_params(model, jax.random.key(0))
@@ -186,7 +186,7 @@ print("all frozen parameters are unchanged:", all(jax.tree.leaves(unchanged)))
 # %% [markdown]
 # ## 6. `vmap`: four seeds at once
 #
-# A stack of states is trained by one program.
+# One compiled program trains a stack of four states.
 
 # %%
 params = jax.vmap(lambda seed: init_params(model, jax.random.key(seed)))(np.arange(4))
@@ -199,8 +199,8 @@ print("losses of four seeds in the fifth step:", np.round(metrics["loss"], 4))
 # %% [markdown]
 # ## Results
 #
-# The five curves coincide. The table has their losses, and the largest relative difference from
-# `jit` on one device, which is rounding error of float32.
+# The five curves coincide. The table lists their losses and the largest relative difference from
+# `jit` on one device, which is due to float32 rounding.
 
 # %%
 curves = {name: (range(1, 6), losses) for name, losses in all_losses.items()}

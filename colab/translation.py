@@ -13,15 +13,15 @@
 #
 # # Translate with a published Marian model, and fine-tune it
 #
-# Marian's translation models are encoder-decoder Transformers as Vaswani et al. (2017) described
-# them, published for hundreds of language pairs. You will
+# Marian's translation models are encoder-decoder Transformers as in Vaswani et al. (2017),
+# published for hundreds of language pairs. You will
 #
 # 1. load one and translate from German to English by beam search,
 # 2. plot the cross-attention between a translation and its source,
-# 3. fine-tune the model on captions of pictures (Multi30k), and compare BLEU before and after.
+# 3. fine-tune the model on image captions (Multi30k), and compare BLEU before and after.
 #
-# The output below was made offline, with a stand-in for a published model: a small Transformer of
-# Marian's architecture and format, trained for a few minutes on a CPU on 21,000 other captions.
+# The stored output is from an offline run with a substitute for a published model: a small Marian
+# model, trained for a few minutes on a CPU on 21,000 other captions.
 
 # %%
 # Install the package if it is missing, and print the available devices.
@@ -72,8 +72,8 @@ for source, target in zip(sentences, translations):
 # %% [markdown]
 # ## 2. Cross-attention
 #
-# Each row is a token of the translation, with the weights of the source tokens when it was
-# predicted. In the last layer they often align words with their translations.
+# Each row shows the attention weights over the source tokens when one token of the translation was
+# predicted. In the last layer, the weights often align words with their translations.
 
 # %%
 plot_cross_attention("cross_attention.png", *base, sentences[0], translations[0])
@@ -93,9 +93,9 @@ print(f"BLEU {before['bleu']:.1f} ({before['signature']})")
 # ## 4. Fine-tuning
 #
 # The data is a list of dicts with `source` and `target`. All parameters are trained: each target
-# token is predicted from the source and from the correct tokens before it (teacher forcing). Each
-# point of the curve is the loss of one batch. Texts of similar length share a batch, and long texts
-# are harder, so the curve is noisy.
+# token is predicted from the source and the reference tokens before it (teacher forcing). The curve
+# is noisy because each point is the loss of one batch of texts of similar length, and long texts
+# are harder.
 
 # %%
 result = finetune(base, train, validation=tests, task_type="seq2seq", trainable="full",
@@ -107,7 +107,7 @@ Image("runs/captions/loss.png")
 # ## Results
 #
 # BLEU before and after, and the first translations of the fine-tuned model. On 100 captions, BLEU
-# varies by a few points with the choice of the captions; raise `TESTS` for results that you report.
+# varies by a few points with the choice of captions; raise `TESTS` for results that you report.
 
 # %%
 rows = [f"| {test['source']} | {line['prediction']} | {test['target']} |"

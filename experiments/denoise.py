@@ -4,10 +4,10 @@
         --finetune.data dialogsum --out runs/dialogsum
 
 The first argument is the name of a file in `experiments/configs`; every setting in it can be
-changed by a flag (`--help`). The same command resumes an interrupted run. `<out>` gets the folders
-`pretraining`, `pretrained` and `scratch`, each with its checkpoints; the texts that both models
-generate; the loss curves; and `results.json` with the denoising loss on held-out text before and
-after, and ROUGE of both.
+changed by a flag (`--help`). The same command resumes an interrupted run. The script writes to
+`<out>` the folders `pretraining`, `pretrained` and `scratch` with checkpoints; the texts that both
+models generate; the loss curves; and `results.json` with the denoising loss on held-out text before
+and after pre-training, and the ROUGE scores of both models.
 """
 
 import sys

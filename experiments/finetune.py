@@ -8,14 +8,14 @@
 
 Hardware and time: python_docs/topics with the quickstart's models takes under a minute on 2 cores.
 `--trainable` is a trainable spec (`finetuning.select`), such as full, head, last_k:2, bitfit,
-lora:8 or adapter:64, joined by "+"; the printed table shows the trainable parameters. The task type
-is inferred from the columns: classes, scores, choices, tags of words, answers to questions, or
-target texts. `--frozen-dtype` stores frozen parameters in bfloat16 or int8.
+lora:8 or adapter:64, or several joined by "+"; a table of the trainable parameters is printed. The
+task type is inferred from the columns: classes, scores, choices, tags of words, answers to
+questions, or target texts. `--frozen-dtype` stores frozen parameters in bfloat16 or int8.
 
-`--out` gets `results.json` with the scores and the held-out pre-training loss before and after;
-`predictions.jsonl` with a line for each example, and for answers `predictions.json` in SQuAD's
-format; `adapter/` with the trained parameters alone; and checkpoints, from which the same command
-resumes.
+The script writes to `--out`: `results.json` with the scores and the held-out pre-training loss
+before and after fine-tuning; `predictions.jsonl` with a line for each example, and for question
+answering `predictions.json` in SQuAD's format; `adapter/` with only the trained parameters; and
+checkpoints, from which the same command resumes.
 """
 
 import sys

@@ -1,12 +1,12 @@
-"""Pre-trains, fine-tunes selected parameters, evaluates and generates: GPT and BERT, five minutes.
+"""Quickstart: pre-trains a GPT and a BERT, fine-tunes, evaluates and generates, in five minutes.
 
     python experiments/quickstart.py
 
-Hardware: any; 2 CPU cores take five minutes, one takes six. Nothing is downloaded: the text is the
-documentation that comes with Python. Both models are pre-trained on it; copies are fine-tuned to
-classify which part of the standard library a docstring documents, with few labels and with
-trainable specs of increasing size; a model of the same size is trained from scratch for comparison.
-`runs/quickstart` gets `results.json` and the figures.
+Hardware and time: five minutes on 2 CPU cores, six on one. Nothing is downloaded: the text is the
+documentation that comes with Python. Copies of both pre-trained models are fine-tuned to classify
+docstrings by the part of the standard library that they document, with few labels and with
+increasing numbers of trainable parameters. A model of the same size is trained from scratch for
+comparison. The script writes `results.json` and the figures to `runs/quickstart`.
 """
 
 import sys

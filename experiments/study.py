@@ -4,8 +4,8 @@
     python experiments/study.py grokking-large --out runs/grokking_large
     python experiments/study.py grokking --help
 
-The studies are in `experiments/studies`, their results in `experiments/README.md`. NAME-large is
-for accelerators, and NAME-smallest is a smoke test.
+The studies are in `experiments/studies`, and their results are in `experiments/README.md`.
+NAME-large is a larger study for accelerators, and NAME-smallest is a smoke test.
 """
 
 import sys
@@ -20,7 +20,7 @@ from transformer_jax.recipes.run_dir import setup, write_results
 
 
 def main(config: Any) -> dict[str, Any]:
-    """Runs the study of a config; `config.out` gets the figures and results.json."""
+    """Runs the study of a config; writes the figures and results.json to `config.out`."""
     began = time.perf_counter()
     study = sys.modules[type(config).__module__]
     metrics = study.run(config)

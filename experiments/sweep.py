@@ -1,14 +1,14 @@
-"""Compares trainable specs on one labeled dataset, for numbers of examples and seeds.
+"""Compares trainable specs on one labeled dataset, for several training sizes and seeds.
 
     python experiments/sweep.py sst2 --data path/to/sst2 --out runs/sst2
     python experiments/sweep.py sst2_few --data path/to/sst2 --out runs/sst2_few
 
-The first argument is the name of a file in `experiments/configs`, whose docstring has the
-requirements, the time and the expected result; every setting in it can be changed by a flag
-(`--help`). Each cell of the table, a spec with a number of examples and a seed, is written to
-`cells.jsonl` when it is done, and the same command resumes an interrupted sweep. "scratch" among
-the specs trains a model of the same size from new parameters. `results.json` has means and standard
-deviations over seeds, and the pre-training loss after each run.
+The first argument is the name of a file in `experiments/configs`, whose docstring gives the
+requirements, time and result; every setting in it can be changed by a flag (`--help`). Each cell, a
+run with a given spec, number of examples and seed, is appended to `cells.jsonl` when it is
+complete, and the same command resumes an interrupted sweep. The spec "scratch" trains a newly
+initialized model of the same size. `results.json` contains the means and standard deviations over
+seeds of the scores and of the pre-training loss after fine-tuning.
 """
 
 import sys

@@ -5,9 +5,9 @@
         --source pt --target en --validation-split validation
 
 The first argument is the name of a file in `experiments/configs`; every setting in it can be
-changed by a flag (`--help`). The same command resumes an interrupted run. `<out>` gets checkpoints,
-the translations, `results.json` with sacreBLEU and its signature, the loss curves, and the
-cross-attention weights of one sentence.
+changed by a flag (`--help`). The same command resumes an interrupted run. The script writes to
+`<out>` checkpoints, the translations, `results.json` with sacreBLEU and its signature, the loss
+curves, and a plot of the cross-attention weights of one sentence.
 """
 
 import sys

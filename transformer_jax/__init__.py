@@ -2,7 +2,7 @@
 
 Models can be pre-trained on plain text and fine-tuned; a mask selects the trainable parameters.
 Parameters are nested dicts of arrays; a training step is `(state, batch, rng) -> (state, metrics)`.
-Public names are imported when they are first used: `import transformer_jax` does not import JAX.
+Public names are imported on first use, so `import transformer_jax` does not import JAX.
 """
 
 import lazy_loader

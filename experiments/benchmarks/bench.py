@@ -7,10 +7,10 @@
 
 Parameters are random. Each case prints one line of JSON: compilation time, median step time, tokens
 per second, peak memory, and the number of compilations after the second call, which should be 0.
-"mfu" is the model FLOPs utilization of training; its peak is the rate of a large matrix product,
-measured just before. "read_share" is, for decoding, the fraction of the memory bandwidth, measured
-just before, that reading the parameters takes. Each case runs in a process of its own, so that its
-memory is measured alone.
+"mfu" is the model FLOPs utilization of training, relative to the measured rate of a large matrix
+product. "read_share" is, for decoding, the rate at which parameters are read, as a fraction of the
+measured memory bandwidth. Both reference rates are measured just before the case. Each case runs in
+its own process, so that its peak memory is measured separately.
 """
 
 import functools
@@ -52,12 +52,12 @@ class Case(NamedTuple):
     Attributes:
         preset: name of a model preset.
         batch_size: rows of a batch.
-        length: tokens of a row; of a prompt if the workload is decoding.
-        work: "train", "decode", or a trainable spec of fine-tuning, such as "lora:8".
-        target_length: tokens of a target, or new tokens of decoding.
-        changes: replaced fields of the model config.
-        steps_per_call: training steps that a CPU dispatches before it waits; for short steps many,
-            as `train.loop` does.
+        length: tokens per row; for decoding, tokens per prompt.
+        work: "train", "decode", or a trainable spec for fine-tuning, such as "lora:8".
+        target_length: tokens per target; for decoding, number of new tokens.
+        changes: fields of the model config that replace those of the preset.
+        steps_per_call: number of training steps dispatched before waiting for the result, on a CPU;
+            more than one for short steps, as in `train.loop`.
     """
 
     preset: str
@@ -80,7 +80,8 @@ CASES = {
         "num_layers": 6, "d_model": 384, "num_heads": 6, "mlp_dim": 1536, "max_length": 256}),
     "gpt2_decode_1": Case("gpt2", 1, 32, "decode", 64),
     "gpt2_decode_8": Case("gpt2", 8, 32, "decode", 64),
-    "bart_base_decode_1": Case("bart_base", 1, 128, "decode", 64),
+    "bart_base_decode_1": Case(
+        "bart_base", 1, 128, "decode", 64, changes={"decoder_start_token_id": 2}),
     **{f"bert_base_{spec.replace(':', '_')}": Case("bert_base", 8, 128, spec)
        for spec in ("full", "head", "lora:8")},
 }
@@ -101,8 +102,8 @@ class BenchConfig:
         cases: names in `CASES`; if empty, all but the large ones.
         rounds: number of timed calls of each case.
         dtype: dtype of the computation.
-        dropout_rate: rate of dropout of activations and attention weights in training.
-        weights: storage of the parameters for decoding: "float32", "bfloat16" or "int8".
+        dropout_rate: dropout rate of activations and attention weights in training.
+        weights: dtype in which parameters are stored for decoding: "float32", "bfloat16" or "int8".
         in_process: run the cases in this process instead of one process each.
     """
 
@@ -119,10 +120,10 @@ class Workload(NamedTuple):
 
     Attributes:
         run: does `units` units of work (training steps, or batches to decode) and waits for them.
-        tokens: tokens of a unit.
-        flops: FLOPs of the model's matrix products in a unit; 0 if they are not counted.
-        bytes_read: for decoding, the bytes of parameters that a unit has to read at least.
-        units: units of work in a call of `run`.
+        tokens: tokens per unit.
+        flops: FLOPs of the model's matrix products per unit; 0 if they are not counted.
+        bytes_read: for decoding, minimum number of bytes of parameters to read per unit.
+        units: units of work per call of `run`.
     """
 
     run: Callable[[], object]
@@ -139,10 +140,10 @@ def make_workload(case: Case, config: BenchConfig) -> Workload:
 
 
 def make_training(case: Case, config: BenchConfig) -> Workload:
-    """Returns full training steps: forward and backward pass, clipping, AdamW, donated state.
+    """Returns complete training steps: forward and backward pass, clipping, AdamW, donated state.
 
-    On an accelerator, and on a CPU if the steps are short, several steps are dispatched before the
-    first is done, as in `train.loop`.
+    On an accelerator, and on a CPU if the steps are short, several steps are dispatched before
+    waiting for the first, as in `train.loop`.
     """
     model_config = make_model_config(case, config)
     spec = None if case.work == "train" else case.work
@@ -174,7 +175,7 @@ def make_training(case: Case, config: BenchConfig) -> Workload:
 
 
 def make_decoding(case: Case, config: BenchConfig) -> Workload:
-    """Returns greedy decoding of a batch of prompts up to the number of new tokens."""
+    """Returns greedy decoding of a batch of prompts, with a fixed number of new tokens."""
     model_config = make_model_config(case, config)
     model = build_model(model_config)
     params = _random_params(
@@ -188,7 +189,7 @@ def make_decoding(case: Case, config: BenchConfig) -> Workload:
         if not re.search(r"^encoder|position_embed|cross_attention/(key|value)", path))
     all_frozen = jax.tree.map(lambda x: False, params)
     params, _ = quantize.quantize_frozen(params, all_frozen, config.weights)
-    # Done once beforehand, as where many texts are generated.
+    # Not timed: an application that generates many texts transposes the kernels once.
     params = transpose_kernels_for_decoding(model, params, donate=True)
     run = functools.partial(
         generate, model, params, prompts.tolist(), max_new_tokens=case.target_length,
@@ -201,7 +202,7 @@ def make_decoding(case: Case, config: BenchConfig) -> Workload:
 def _random_params(shapes: dict) -> dict:
     """Returns random parameters, created one leaf at a time.
 
-    Initializing all of them in one compiled program takes more memory than decoding.
+    Initializing all of them in one compiled program needs more memory than decoding.
     """
     rng = np.random.default_rng(0)
     return jax.tree.map(
@@ -279,7 +280,7 @@ def main(config: BenchConfig) -> list[dict[str, Any]]:
     """Times the cases, prints one line of JSON for each, and returns their measurements.
 
     Raises:
-        ValueError: an unknown case.
+        ValueError: a case is unknown.
     """
     for name in config.cases:
         if name not in CASES:

@@ -1,4 +1,4 @@
-"""Benchmarks of training and decoding here and in other libraries, interleaved on one machine.
+"""Benchmarks of training and decoding in this library and in others, interleaved on one machine.
 
     python -m venv torch && torch/bin/pip install torch==2.13.0 "transformers==5.*"
     python -m venv flax && flax/bin/pip install transformers==4.57.6 jax==0.10.2 flax optax
@@ -10,13 +10,14 @@
         --libraries hf_torch_bfloat16 nanogpt_compiled_bfloat16
 
 The libraries are Transformers on PyTorch, the Flax models of Transformers 4, KerasHub on JAX, and
-nanoGPT, eager and compiled. Each runs in its own Python environment (libraries without one are left
-out), and each case in processes of its own. All have the same sizes, random weights and float32,
-unless their name ends in bfloat16.
+nanoGPT, eager and compiled. Each runs in its own Python environment (libraries without one are
+skipped), and each case in separate processes. All use the same model sizes and random weights, in
+float32 unless the name ends in bfloat16.
 
-Two more workers measure the machine in the same rounds: a product of two large matrices, whose rate
-is the peak of the column "of peak", and a read of a large array, for "of bandwidth". A ratio is the
-median over rounds of the ratio of median times. All cases take half an hour on two CPU cores.
+Two more workers measure the machine in the same rounds: the rate of a large matrix product, to
+which the column "of peak" is relative, and the memory bandwidth, for the column "of bandwidth". A
+ratio is the median over rounds of the ratio of median times. All cases take half an hour on two CPU
+cores.
 """
 
 import json
@@ -44,7 +45,7 @@ LIBRARIES = {
     "hf_flax": ("flax", ("gpt", "bert", "bart"), ("train", "decode")),
     "kerashub": ("keras", ("gpt", "bert"), ("train", "decode")),
 }
-"""Function in `references` -> its environment, its model families, and its kinds of work."""
+"""Function in `references` -> (environment, model families, kinds of work)."""
 FAMILIES = {"gpt2": "gpt", "bert_base": "bert", "bart_base": "bart"}
 """Model preset -> model family."""
 CASES = ("gpt2", "bert_base", "bart_base", "char_gpt_4x128", "char_gpt_6x384", "gpt2_decode_1",
@@ -58,18 +59,18 @@ class ReferencesConfig:
 
     Attributes:
         torch: Python interpreter of an environment with PyTorch and Transformers.
-        flax: interpreter of an environment with Transformers 4, Flax and Optax.
-        keras: interpreter of an environment with Keras and KerasHub.
-        nanogpt: the file model.py of nanoGPT's repository; it runs in the environment `torch`.
+        flax: Python interpreter of an environment with Transformers 4, Flax and Optax.
+        keras: Python interpreter of an environment with Keras and KerasHub.
+        nanogpt: path of model.py in nanoGPT's repository; it runs in the environment `torch`.
         out: folder for results.json and table.md.
         cases: names in `bench.CASES`.
-        dtypes: dtypes of this library, each measured by its own worker. The others are compared
-            with the first.
+        dtypes: dtypes of the computation in this library, one worker each. Ratios are relative to
+            the first.
         libraries: names in `LIBRARIES`.
-        device: device of PyTorch; "cuda" on a machine with a GPU that JAX uses too.
-        dropout_rate: rate of dropout in training.
+        device: device of PyTorch; "cuda" if JAX uses a GPU of this machine.
+        dropout_rate: dropout rate in training.
         rounds: number of rounds.
-        round_seconds: minimum duration of a worker's round; it has at least two calls.
+        round_seconds: minimum duration of a worker's round, which has at least two calls.
     """
 
     torch: Path | None = None
@@ -91,14 +92,14 @@ class Result(NamedTuple):
 
     Attributes:
         case: name of the case.
-        worker: name of the library; "here, DTYPE" for this one.
+        worker: name of the library; "here, DTYPE" for this library.
         seconds: median time of a training step, or of decoding a batch.
-        ratio: time of this library divided by that of the worker.
+        ratio: time of this library divided by the time of the worker.
         tokens_per_second: tokens of the case divided by `seconds`.
         of_peak: model FLOPs per second, as a fraction of the rate of a matrix product.
         of_bandwidth: for decoding, the rate at which parameters are read, as a fraction of the
             memory bandwidth.
-        first_seconds: duration of the first call, with compilation.
+        first_seconds: duration of the first call, including compilation.
         peak_mib: peak memory in MiB.
     """
 
@@ -114,7 +115,7 @@ class Result(NamedTuple):
 
 
 def reference_case(name: str, config: ReferencesConfig) -> dict[str, Any]:
-    """Returns the sizes and settings of a case, as the workers in `references` take them."""
+    """Returns the sizes and settings of a case in the format that `references` reads."""
     case = bench.CASES[name]
     model = bench.make_model_config(case, bench.BenchConfig(dropout_rate=config.dropout_rate))
     batch = plan.abstract_batch(plan.PlanConfig(model, {}, case.batch_size, case.length))
@@ -155,13 +156,13 @@ def run_worker(name: str, options_json: str) -> None:
 
     Args:
         name: a case, or a name in `MACHINE_WORKERS`.
-        options_json: its options, as `worker_commands` gives them.
+        options_json: the options of the worker as JSON; see `worker_commands`.
     """
     from transformer_jax import distributed
 
     if distributed.platform_is_cpu():
         distributed.configure_malloc()
-    # JAX would reserve most of the GPU's memory, which is shared with the other workers.
+    # By default JAX preallocates most of the GPU memory, which the workers share.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     options = json.loads(options_json)
     if name in MACHINE_WORKERS:
@@ -178,7 +179,7 @@ def run_worker(name: str, options_json: str) -> None:
 
 
 def compare(name: str, config: ReferencesConfig) -> list[Result]:
-    """Measures all libraries on one case: this one first, the others by their time."""
+    """Returns the results of all libraries on one case: this library, then the others by time."""
     timings = interleave.run_interleaved(worker_commands(name, config), config.rounds)
     rates = {work: timings[work].info["amount"] / timings.pop(work).median
              for work in MACHINE_WORKERS}
@@ -202,7 +203,7 @@ def to_markdown(results: list[Result]) -> str:
     def fraction(x: float | None) -> str:
         return f"{x:.2f}" if x else ""
 
-    lines = ["| case | library | ms | time here / there | tokens/s | of peak | of bandwidth "
+    lines = ["| case | library | ms | time here / library | tokens/s | of peak | of bandwidth "
              "| first call, s | peak MiB |", "|---" * 9 + "|"]
     return "\n".join(lines + [
         f"| {r.case} | {r.worker} | {1000 * r.seconds:.1f} | {r.ratio:.2f} | "
@@ -214,8 +215,8 @@ def main(config: ReferencesConfig) -> dict[str, Any]:
     """Compares the libraries on all cases, and returns the content of results.json.
 
     Raises:
-        ValueError: an unknown case.
-        OSError: a worker does not start, or ends early.
+        ValueError: a case is unknown.
+        OSError: a worker does not start, or exits early.
     """
     from transformer_jax.errors import did_you_mean
     from transformer_jax.recipes.run_dir import write_results

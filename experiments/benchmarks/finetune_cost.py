@@ -2,12 +2,12 @@
 
     python experiments/benchmarks/finetune_cost.py --out runs/cost
 
-A model of BERT-base's shape with random parameters classifies 8 rows of 128 tokens, in float32,
+A model with the shape of BERT-base and random parameters classifies 8 rows of 128 tokens in float32
 with dropout 0.1 and AdamW. The specs are timed in interleaved rounds, so that a change in the speed
 of the machine affects all of them, and medians over rounds are reported. Then an epoch of `head` on
 cached features is compared with one that computes the features in every step.
 
-Hardware: two CPU cores with 8 GB take about ten minutes. `--out` gets results.json and a figure.
+Hardware: two CPU cores with 8 GB take about ten minutes. Writes results.json and a plot to `--out`.
 """
 
 import functools
@@ -47,7 +47,7 @@ class CostConfig:
         length: tokens of a row.
         rounds: number of timed rounds.
         steps_per_round: steps of each spec in a round.
-        epoch_batches: batches of the epoch on cached features; 0 leaves that comparison out.
+        epoch_batches: batches of the epoch on cached features; 0 skips that comparison.
     """
 
     out: Path = Path("runs/cost")
@@ -67,7 +67,7 @@ class CompiledSpec(NamedTuple):
     Attributes:
         train_step: the compiled step.
         state: the state before the first step.
-        costs: the compiler's figures; a row of the table.
+        costs: number of parameters and results of the compiler's analysis; a row of the table.
     """
 
     train_step: Any
@@ -110,7 +110,7 @@ def compile_spec(config: CostConfig, model: BERT, spec: str, loss_fn: Callable) 
 
 
 def time_interleaved(config: CostConfig, specs: list[CompiledSpec]) -> list[list[float]]:
-    """Returns the seconds per step of each spec, by round."""
+    """Returns, for each spec, the seconds per step in each round."""
     batch, rng = jax.device_put(random_batch(config)), jax.random.key(1)
     times: list[list[float]] = [[] for _ in specs]
     states = [spec.state for spec in specs]

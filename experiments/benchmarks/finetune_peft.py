@@ -1,11 +1,11 @@
-"""A LoRA training step here and in PEFT on PyTorch, interleaved on one machine.
+"""A LoRA training step in this library and in PEFT on PyTorch, interleaved on one machine.
 
     python -m venv reference && reference/bin/pip install torch==2.13.0 "transformers==5.*" peft
     python experiments/benchmarks/finetune_peft.py --reference-python reference/bin/python
 
-Both sides have the shape of BERT-base with random parameters, and classify 8 rows of 128 tokens, in
-float32, with LoRA of rank 8 on query and value, dropout 0.1 and AdamW. Each runs in a process of
-its own, and the two are timed in interleaved rounds; medians over rounds are reported.
+Both models have the shape of BERT-base and random parameters, and classify 8 rows of 128 tokens in
+float32 with LoRA of rank 8 on query and value, dropout 0.1 and AdamW. Each runs in its own process.
+The two are timed in interleaved rounds, and medians over rounds are reported.
 
 Hardware: Linux; two CPU cores with 4 GB take about two minutes.
 """
@@ -32,17 +32,17 @@ class ComparisonConfig:
     Attributes:
         reference_python: Python interpreter of an environment with torch, transformers and peft.
         out: folder for results.json.
-        trainable: trainable spec: "lora:R", or "full", which trains all parameters on both sides.
+        trainable: trainable spec, "lora:RANK" or "full", for both models.
         num_layers: layers of the model.
         d_model: width of the model, a multiple of 64, the width of a head.
         batch_size: rows of a batch.
         length: tokens of a row.
         rounds: number of rounds.
-        steps_per_round: steps of each side in a round.
+        steps_per_round: steps of each model in a round.
         threads: threads of PyTorch; JAX uses all cores.
         configure_malloc: run this library with `distributed.configure_malloc`, as its scripts do.
-            Steps then have fewer page faults, but the peak memory is higher, because the one large
-            buffer of a step may not fit into the region that the last step freed.
+            Steps then have fewer page faults, but peak memory is higher, because the large buffer
+            of a step may not fit into the memory that the previous step freed.
     """
 
     reference_python: Path
@@ -61,7 +61,7 @@ class ComparisonConfig:
 def make_jax_step(options: dict[str, Any]) -> tuple[Callable[[], None], int]:
     """Returns a training step of this library, and the number of trainable parameters.
 
-    The step returns when it is done.
+    The step returns when its computation has finished.
     """
     import functools
 
@@ -151,18 +151,18 @@ WORKERS = {"transformer_jax": make_jax_step, "peft": make_torch_step}
 
 
 def run_worker(name: str, options_json: str) -> None:
-    """Runs one side, in a process of its own."""
+    """Runs the worker of one library."""
     options = json.loads(options_json)
     run_step, num_trainable = WORKERS[name](options)
     interleave.serve(run_step, min_calls=options["steps_per_round"], trained=num_trainable)
 
 
 def compare(config: ComparisonConfig) -> dict[str, interleave.Timings]:
-    """Returns the timings of both sides.
+    """Returns the timings of both libraries.
 
     Raises:
-        ValueError: a trainable spec that is not compared.
-        OSError: a worker does not start, or ends early.
+        ValueError: the trainable spec is not supported.
+        OSError: a worker does not start, or exits early.
     """
     if not re.fullmatch(r"full|lora:[1-9]\d*", config.trainable):
         raise ValueError(f"unsupported trainable spec {config.trainable!r} for this comparison; "

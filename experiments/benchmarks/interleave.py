@@ -1,8 +1,8 @@
 """Interleaved timing of several processes on one machine.
 
-The speed of a shared machine drifts, so programs that are to be compared are timed in alternation:
-in each round, every worker process runs for a moment while the others are suspended (SIGSTOP).
-Suspension matters because the threads of some libraries spin while they wait.
+The speed of a shared machine drifts, so the programs to compare are timed alternately: in each
+round, every worker process runs for a short time while the others are suspended (SIGSTOP). They are
+suspended because the threads of some libraries spin while they wait.
 
 A worker process initializes, then calls `serve`; the driver calls `run_interleaved`. Only the
 standard library is used, because workers may run in other Python environments. Linux only.
@@ -29,7 +29,7 @@ class Timings:
     """The measurements of one worker.
 
     Attributes:
-        info: constants that the worker reported after warm-up, among them "first_seconds".
+        info: constants that the worker reported after warm-up, including "first_seconds".
         seconds: the durations of each round, in seconds per unit of work.
         peak_bytes: peak memory of the process or of its device.
 
@@ -66,15 +66,15 @@ def serve(
 ) -> None:
     """Runs a worker: warms up, then times a round for each line on standard input.
 
-    The first call, which includes compilation, is reported as "first_seconds"; a second call warms
-    up.
+    The duration of the first call, which includes compilation, is reported as "first_seconds".
+    The second call is not reported.
 
     Args:
-        work: the function to time; it returns when its work is done.
-        min_calls: minimum number of calls of a round.
+        work: the function to time; it must block until its work is done.
+        min_calls: minimum number of calls in a round.
         min_seconds: minimum duration of a round.
         units_per_call: number of units of work, such as training steps, in one call.
-        peak_bytes: returns the peak memory so far.
+        peak_bytes: function that returns the peak memory so far.
         info: constants to report.
     """
     first_seconds = time_call(work)
@@ -98,7 +98,7 @@ def run_interleaved(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[
         Name of a worker -> its timings.
 
     Raises:
-        OSError: a worker does not start, or ends early.
+        OSError: a worker does not start, or exits early.
     """
     workers: dict[str, subprocess.Popen] = {}
     timings: dict[str, Timings] = {}
@@ -111,7 +111,7 @@ def run_interleaved(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[
         for _ in range(rounds):
             for name, process in workers.items():
                 process.send_signal(signal.SIGCONT)
-                with contextlib.suppress(BrokenPipeError):  # it has ended; `_receive` raises
+                with contextlib.suppress(BrokenPipeError):  # it has exited; `_receive` raises
                     process.stdin.write("go\n")
                     process.stdin.flush()
                 message = _receive(name, process)
@@ -126,7 +126,7 @@ def run_interleaved(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[
 
 
 def ratios(measured: Timings, reference: Timings) -> list[float]:
-    """Returns the ratio of the median durations of two workers, for each round.
+    """Returns the median duration of a worker divided by that of a reference, for each round.
 
     Example:
         >>> ratios(Timings({}, [[1.0], [3.0]]), Timings({}, [[2.0], [4.0]]))
@@ -160,5 +160,5 @@ def _receive(name: str, process: subprocess.Popen) -> dict:
 
 def _suspend(process: subprocess.Popen) -> None:
     process.send_signal(signal.SIGSTOP)
-    with contextlib.suppress(ChildProcessError):  # it has ended; the next `_receive` raises
+    with contextlib.suppress(ChildProcessError):  # it has exited; the next `_receive` raises
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)

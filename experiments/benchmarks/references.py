@@ -1,9 +1,9 @@
-"""Workers of `bench_references.py` in other libraries: the same workloads with random weights.
+"""Workers of `bench_references.py` that run its workloads in other libraries, with random weights.
 
     python experiments/benchmarks/references.py LIBRARY CASE
 
 LIBRARY is a key of `LIBRARIES`, and CASE is JSON (`bench_references.reference_case`). A worker runs
-in the Python environment of its library, on a CPU or, with PyTorch, on a GPU. Training is the
+in the Python environment of its library, on a CPU or, with PyTorch, on a GPU. A training step is a
 forward and backward pass and AdamW on all parameters, in float32 unless the name of the library
 ends in bfloat16.
 """
@@ -20,7 +20,7 @@ import numpy as np
 Case = dict[str, Any]
 """Sizes and settings of a workload."""
 Work = Callable[[], object]
-"""Runs the workload once, and returns when it is done."""
+"""Function that runs the workload once and blocks until it is done."""
 
 
 def random_batch(case: Case) -> dict[str, np.ndarray]:
@@ -31,7 +31,7 @@ def random_batch(case: Case) -> dict[str, np.ndarray]:
 
     Returns:
         "tokens" `[B, S]`, "targets" `[B, T]`, "decoder_tokens" `[B, T]`, "labels" `[B]` for BERT's
-        next-sentence prediction, and "masked" `[B, S]`, True at positions that BERT predicts.
+        next-sentence prediction, and "masked" `[B, S]`, True at the positions that BERT predicts.
     """
     rng = np.random.default_rng(0)
     batch_size, length = case["batch_size"], case["length"]
@@ -76,7 +76,7 @@ def _torch_model(case: Case, use_cache: bool):
 
 
 def _torch_batch(case: Case) -> dict:
-    """Returns the batch on the device, where TF32 is enabled, as in nanoGPT's train.py."""
+    """Returns the batch on the device; also enables TF32, as nanoGPT's train.py does."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -85,7 +85,7 @@ def _torch_batch(case: Case) -> dict:
 
 
 def _torch_training(case: Case, model, loss_fn: Callable, bfloat16: bool = False) -> Work:
-    """Returns training steps that minimize `loss_fn()`, with autocast if `bfloat16`."""
+    """Returns training steps on the loss `loss_fn()`, with autocast if `bfloat16`."""
     import torch
 
     model.to(case["device"]).train()
@@ -141,7 +141,7 @@ def hf_torch_bfloat16(case: Case) -> Work:
 
 
 def nanogpt(case: Case, compiled: bool = False, bfloat16: bool = False) -> Work:
-    """nanoGPT (Karpathy); the environment variable NANOGPT is the path of its model.py."""
+    """nanoGPT (Karpathy); the environment variable NANOGPT has the path of its model.py."""
     import importlib.util
 
     import torch
@@ -210,7 +210,7 @@ def hf_flax(case: Case) -> Work:
     rate = case["dropout_rate"]
     model = _flax_model(case)
     params = model.params
-    model._params = None  # the training state owns the parameters, whose buffers are donated
+    model._params = None  # the training state owns the parameters and donates their buffers
     batch = {name: jnp.asarray(value) for name, value in random_batch(case).items()}
     if case["work"] == "decode":
         generate = jax.jit(lambda params, tokens: model.generate(
@@ -258,7 +258,7 @@ def hf_flax(case: Case) -> Work:
 def kerashub(case: Case) -> Work:
     """KerasHub on JAX.
 
-    Its BERT gathers the masked positions, and has no next-sentence prediction.
+    The BERT of KerasHub gathers the masked positions, and has no next-sentence prediction.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["KERAS_BACKEND"] = "jax"
@@ -296,7 +296,7 @@ def kerashub(case: Case) -> Work:
 
 
 def peak_memory(case: Case) -> int:
-    """Returns the peak memory in bytes: of the GPU if PyTorch uses one, else of this process."""
+    """Returns the peak memory in bytes, of the GPU if PyTorch uses one, else of this process."""
     if case["device"] == "cpu":
         return interleave.peak_memory()
     import torch

@@ -7,8 +7,8 @@ No TPU is needed: every step is compiled by the TPU compiler (`transformer_jax.p
 the same number of tokens per chip on every slice, in bfloat16 and with splash attention. The table
 shows whether each step fits into memory, which resource bounds it, and how it scales.
 
-Each row of the table is printed when it is done. Rows in `<out>/rows.jsonl` are not compiled again.
-Hardware: one CPU core, one to three minutes a row.
+Each row of the table is printed as soon as its step is compiled, and saved to `<out>/rows.jsonl`;
+saved rows are not compiled again. Hardware: one CPU core, one to three minutes per row.
 """
 
 import json
@@ -37,8 +37,8 @@ class Workload(NamedTuple):
 
     Attributes:
         batch_size: rows per chip.
-        length: tokens of a row; for encoder-decoders, in source and target each.
-        fsdp: size of the mesh axis "fsdp"; the other chips are on the axis "data".
+        length: tokens per row; for encoder-decoders, of the source and of the target.
+        fsdp: size of the mesh axis "fsdp"; the axis "data" has the remaining chips.
         remat: rematerialization policy; see `Config.remat`.
     """
 
@@ -73,10 +73,10 @@ class SlicesConfig:
 
 
 def make_plan_config(model: str, num_devices: int) -> plan.PlanConfig:
-    """Returns the config of a model's step on a slice; each chip has the same workload.
+    """Returns the plan config of a model on a slice, with the same workload on each chip.
 
     Raises:
-        ValueError: an unknown model.
+        ValueError: the model is unknown.
     """
     if model not in WORKLOADS:
         raise ValueError(f"unknown model {model!r}; {did_you_mean(model, WORKLOADS)}")
@@ -127,8 +127,8 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
 def step_time_growth(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Returns the step time on the largest v5e slice divided by that on the smallest.
 
-    Every chip has the same number of tokens on both. There are two values for each model: of the
-    longest of the three times, with the key MODEL, and of their sum, with the key "MODEL, sum".
+    Every chip has the same number of tokens on both slices. For each model, the key MODEL has the
+    ratio of the longest of the three times, and the key "MODEL, sum" the ratio of their sums.
     """
     growth = {}
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -148,10 +148,10 @@ def main(config: SlicesConfig) -> dict[str, Any]:
     """Compiles all steps, writes the table, and returns the content of results.json.
 
     Raises:
-        ValueError: an unknown model or topology.
+        ValueError: a model or topology is unknown.
     """
     for model in config.models:
-        make_plan_config(model, 16)
+        make_plan_config(model, 16)  # raises if the model is unknown
     path = config.out / "rows.jsonl"
     config.out.mkdir(parents=True, exist_ok=True)
     done = {}

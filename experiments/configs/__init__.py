@@ -1,4 +1,4 @@
-"""One file for each run worth repeating: its docstring has command, hardware, time and result."""
+"""Configs of reproducible runs; each docstring gives the command, hardware, time and result."""
 
 import dataclasses
 import importlib
@@ -11,7 +11,7 @@ import tyro
 def load(kind: type) -> dict[str, tuple[str, object]]:
     """Returns name -> (first line of the docstring, settings) of all runs with settings of `kind`.
 
-    It is the argument of `tyro.extras.overridable_config_cli`.
+    The result is an argument of `tyro.extras.overridable_config_cli`.
     """
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
@@ -20,11 +20,12 @@ def load(kind: type) -> dict[str, tuple[str, object]]:
 
 
 def flat(kind: type, *nested: str) -> type:
-    """Returns the dataclass `kind` with fields whose flags have no prefix.
+    """Returns a subclass of the dataclass `kind` in which flags of nested configs have no prefix.
 
     Args:
-        kind: a config of a recipe.
-        nested: names of nested configs, such as "dataset": --data instead of --dataset.data.
+        kind: class of the config of a recipe.
+        nested: fields that are nested configs, such as "dataset" for --data instead of
+            --dataset.data.
     """
     types = {f.name: f.type for f in dataclasses.fields(kind)}
     return dataclasses.make_dataclass(
@@ -35,7 +36,7 @@ def flat(kind: type, *nested: str) -> type:
 
 
 def load_flat(kind: type, *nested: str) -> dict[str, tuple[str, object]]:
-    """Returns `load(kind)` with settings of the type `flat(kind, *nested)`."""
+    """Returns `load(kind)`, with settings converted to the type `flat(kind, *nested)`."""
     flat_kind = flat(kind, *nested)
     return {name: (title, flat_kind(**{f.name: getattr(config, f.name)
                                        for f in dataclasses.fields(config)}))

@@ -1,13 +1,13 @@
-r"""BART of 3 + 3 layers, d_model 128: denoising of plain text, then summaries of dialogues.
+r"""BART of 3 + 3 layers, d_model 128: denoising of plain text, then dialogue summarization.
 
     python experiments/denoise.py bart_dialogsum --pretrain.data wikitext-2 \
         --finetune.data dialogsum
 
 The folders contain train.txt of WikiText-2, and train.jsonl and dev.jsonl of DialogSum (or .gz).
-Denoising lowers the loss on held-out rows from 8.44 to 2.69 nats a token. After 600 steps on
-dialogues, ROUGE-L on the 500 held-out summaries is 25.4, against 19.6 for the same model from
-scratch (ROUGE-1 31.6 and 22.7; loss 2.94 and 3.66 nats a token). 38 minutes on 2 busy AMD EPYC
-cores.
+Pre-training lowers the denoising loss on held-out rows from 8.44 to 2.69 nats per token. After 600
+steps on dialogues, ROUGE-L on the 500 held-out summaries is 25.4, compared with 19.6 for the same
+model from scratch (ROUGE-1 31.6 and 22.7; loss 2.94 and 3.66 nats per token). 38 minutes on 2 busy
+AMD EPYC cores.
 """
 
 from pathlib import Path

@@ -2,9 +2,9 @@
 
     python experiments/pretrain.py char_shakespeare --data input.txt
 
-`input.txt` is karpathy/char-rnn's file; the model is evaluated on all of the last tenth, which is
-held out. 2 AMD EPYC cores: 165 s, about 10,000 tokens/s, held-out loss 1.821 after 2,000 steps
-(nanoGPT reports 1.88). The learning rate is twice nanoGPT's 1e-3, with which the loss is 1.889.
+`input.txt` is the file of karpathy/char-rnn; its last tenth is held out, and the model is evaluated
+on all of it. 2 AMD EPYC cores: 165 s, about 10,000 tokens/s, held-out loss 1.821 after 2,000 steps
+(nanoGPT reports 1.88). The learning rate is twice nanoGPT's 1e-3, which gives a loss of 1.889.
 """
 
 from pathlib import Path

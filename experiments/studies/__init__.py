@@ -4,7 +4,7 @@
 
 A study is a module with a docstring that states the claims, the command, the hardware, the time and
 the results; a frozen dataclass of settings; the functions `default()`, `large()` and `smallest()`,
-which return settings for a CPU core, for an accelerator and for a smoke test; and `run(config)`,
+which return settings for one CPU core, an accelerator and a smoke test; and `run(config)`,
 which saves the figures and returns the metrics for `results.json`.
 """
 
@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 SIZES = {"": "default", "-large": "large", "-smallest": "smallest"}
-"""Suffix of a study's name -> the function that returns its settings."""
+"""Suffix of a study's name -> name of the function that returns its settings."""
 
 
 def _modules() -> dict[str, ModuleType]:
@@ -29,6 +29,6 @@ def names() -> list[str]:
 
 
 def load() -> dict[str, tuple[str, Any]]:
-    """Returns name and size -> (summary, settings), for tyro's `overridable_config_cli`."""
+    """Returns name with suffix -> (summary, settings), for tyro's `overridable_config_cli`."""
     return {name + suffix: (module.__doc__.splitlines()[0], getattr(module, function)())
             for name, module in _modules().items() for suffix, function in SIZES.items()}

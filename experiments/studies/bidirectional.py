@@ -1,20 +1,20 @@
-"""Bidirectional or causal: GPT and BERT of equal size, each also on what the other is trained for.
+"""Bidirectional and causal models: GPT and BERT of equal size on the same tasks.
 
     python experiments/study.py bidirectional
 
-Claims (Devlin et al. 2018, sections 1 and 5.1): a bidirectional model is better at understanding:
-classification of texts and of pairs of texts, and prediction of a word in the middle of a text. A
-causal model can continue a text, which a bidirectional one is not trained for.
+Claims (Devlin et al. 2018, sections 1 and 5.1): a bidirectional model is better at classification
+of texts and pairs of texts, and at prediction of a word in the middle of a text. A causal model can
+continue a text; a bidirectional model is not trained for this.
 
 Hardware and time: one core of an AMD EPYC, 23 minutes.
 
-Result: the claims hold. A word in the middle: BERT predicts 34.8 %, GPT 25.2 %, and 31.9 % when it
-scores 16 candidates by the whole text. The last word: GPT 25.3 %, BERT 14.2 %. Whether B follows A,
-after fine-tuning: BERT 65.1 ± 0.2 %, GPT 52.1 ± 0.8 % (chance 50 %); BERT had next-sentence
-prediction in its pre-training, too. Topics: no difference, 70.1 ± 1.1 and 71.5 ± 1.7 % (three
-seeds). BERT needs more steps: after 1,200 it was behind in all of these (11.7 % in the middle),
-because every token is a target for GPT and three in ten are for BERT (Devlin et al. 2018, appendix
-C.1).
+Result: the claims hold. Accuracy on a word in the middle: BERT 34.8 %, GPT 25.2 %, or 31.9 % if
+GPT scores the whole text with each of 16 candidates. On the last word: GPT 25.3 %, BERT 14.2 %.
+Whether B follows A, after fine-tuning: BERT 65.1 ± 0.2 %, GPT 52.1 ± 0.8 % (chance 50 %), but BERT
+was also pre-trained on this task. Topics: no difference, BERT 70.1 ± 1.1 %, GPT 71.5 ± 1.7 % (three
+seeds). BERT needs more steps: after 1,200 steps, its accuracy was lower on all of these tasks
+(11.7 % in the middle), because GPT predicts every token and BERT three in ten (Devlin et al. 2018,
+appendix C.1).
 """
 
 from collections.abc import Callable
@@ -41,11 +41,11 @@ class Bidirectional:
 
     Attributes:
         out: folder for the figure and the results.
-        window: tokens of a held-out text, of which one is predicted.
+        window: number of tokens of a held-out text; one of them is predicted.
         test_windows: number of these texts.
-        candidates: number of tokens that GPT proposes from the left context and scores by the
-            likelihood of the whole text.
-        protocol: size, pre-training and fine-tuning of both models.
+        candidates: number of tokens that GPT proposes given the preceding tokens; it then ranks
+            them by the likelihood of the whole text.
+        protocol: settings of both models, their pre-training and their fine-tuning.
     """
 
     out: Path = Path("runs/bidirectional")
@@ -70,7 +70,7 @@ def smallest() -> Bidirectional:
 
 
 def held_out_windows(config: Bidirectional, tokenizer: Tokenizer) -> np.ndarray:
-    """Returns windows [n, window] of the held-out text, each within one document."""
+    """Returns windows [n, window] of the held-out texts, each from one document."""
     corpus = packing.tokenize_corpus(
         sources.load_source("python_docs/documents", "validation"), tokenizer)
     starts = [start for first, end in zip(corpus.document_starts, corpus.document_starts[1:])
@@ -102,7 +102,7 @@ def predict_gpt(
 ) -> np.ndarray:
     """Returns the most likely token [n] at a position of each window, given the tokens before it.
 
-    Of several candidates, it is the one with which the whole window is most likely.
+    If there are several candidates, returns the one that maximizes the likelihood of the window.
     """
 
     def logits_of(rows):
@@ -129,7 +129,7 @@ def predict_gpt(
 def _in_batches(
     predict: Callable, rows: np.ndarray, positions: np.ndarray, batch_size: int = 128
 ) -> np.ndarray:
-    """Calls `predict` on batches of equal size; rows that do not fill a batch are left out."""
+    """Calls `predict` on batches of equal size; drops rows that do not fill a batch."""
     batch_size = min(batch_size, len(rows))
     return np.concatenate([
         np.asarray(predict(rows[i : i + batch_size], positions[i : i + batch_size]))
@@ -138,7 +138,7 @@ def _in_batches(
 
 def word_prediction(config: Bidirectional, gpt: LoadedRun, bert: LoadedRun
                     ) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns the accuracies, in percent, on a word in the middle and on the last word."""
+    """Returns the accuracies by model, in percent, on a word in the middle and on the last word."""
     windows = held_out_windows(config, bert.tokenizer)
     n = len(windows)
     middle = np.random.default_rng(config.protocol.seed).integers(

@@ -2,22 +2,22 @@
 
     python experiments/study.py embeddings
 
-Claims: pre-training puts words of the same kind close together; learned position embeddings reflect
-the order of the positions; the two segment embeddings point in directions that tell the sentences
-apart; fine-tuning moves texts so that those with the same label become neighbors.
+Claims: pre-training gives words of the same kind similar embeddings; learned position embeddings
+reflect the order of the positions; the two segment embeddings have different directions, which
+distinguish the sentences; after fine-tuning, the nearest neighbors of a text have the same label.
 
 A small GPT with learned positions is pre-trained on the documentation of Python, then fine-tuned to
-classify which of twelve parts of the library a docstring documents. The segment embeddings are
-those of a BERT.
+classify which of twelve parts of the library a docstring documents. The segment embeddings are from
+a BERT.
 
 Hardware and time: one core of an AMD EPYC, shared with other work, 10 minutes.
 
-Result: the claims hold. Of 38 words of four kinds 18 % have a nearest neighbor of their own kind
-before pre-training, and 92 % after it: the nearest words of "file" are then files, url, string,
-path; those of "0" are 1, 4, 3, 10. The cosine of learned positions falls from 0.42 for neighbors to
-0 at a distance of 30. The two segment embeddings point apart (cosine -0.54), and are longer than
-the mean token embedding (norm 1.4 against 0.8). The nearest of 384 texts has the same label, of
-twelve, in 30 % before fine-tuning and in 67 % after it (accuracy 74.7 %).
+Result: the claims hold. Of 38 words of four kinds, 18 % have a nearest neighbor of the same kind
+before pre-training, and 92 % after it: the nearest words of "file" are then files, url, string and
+path; those of "0" are 1, 4, 3 and 10. The cosine similarity of learned position embeddings falls
+from 0.42 for adjacent positions to 0 at a distance of 30. That of the two segment embeddings is
+-0.54; their norm is 1.4, the mean of the token embeddings 0.8. Of 384 texts with twelve labels,
+30 % have a nearest neighbor of the same label before fine-tuning, 67 % after it (accuracy 74.7 %).
 """
 
 import dataclasses
@@ -67,9 +67,9 @@ class Embeddings:
         out: folder for the figure and the results.
         query_words: words whose nearest neighbors are printed.
         labels: number of labeled texts for fine-tuning.
-        texts: number of other labeled texts, whose features are compared.
+        texts: number of held-out labeled texts whose features are compared.
         finetune_steps: steps of fine-tuning.
-        protocol: size and pre-training of both models.
+        protocol: settings of both models and their pre-training.
     """
 
     out: Path = Path("runs/embeddings")
@@ -103,13 +103,13 @@ def normalize_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def principal_components(rows: np.ndarray) -> np.ndarray:
-    """Returns the first two principal components [n, 2]."""
+    """Projects rows onto their first two principal components, [n, 2]."""
     centered = rows - rows.mean(0)
     return centered @ np.linalg.svd(centered, full_matrices=False)[2][:2].T
 
 
 def nearest_neighbor_accuracy(rows: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the fraction of rows whose nearest other row, by cosine, has the same label."""
+    """Returns the fraction of rows whose nearest other row (by cosine) has the same label."""
     cosine = normalize_rows(rows) @ normalize_rows(rows).T
     np.fill_diagonal(cosine, -np.inf)
     return float((labels[cosine.argmax(1)] == labels).mean())
@@ -121,9 +121,9 @@ def nearest_neighbor_accuracy(rows: np.ndarray, labels: np.ndarray) -> float:
 def nearest_words(
     table: np.ndarray, tokenizer: Tokenizer, queries: Sequence[str], count: int = 6
 ) -> dict[str, list[str]]:
-    """Returns the nearest tokens of each query word by cosine, among tokens that are words.
+    """Returns the nearest alphanumeric tokens of each query word, by cosine similarity.
 
-    Queries that are not a single token are left out.
+    Queries that are not a single token are skipped.
     """
     names = [tokenizer.backend.id_to_token(i) or "" for i in range(len(table))]
     rows = normalize_rows(table - table.mean(0))
@@ -146,7 +146,7 @@ def group_ids(tokenizer: Tokenizer) -> dict[str, dict[str, int]]:
 def project_groups(
     table: np.ndarray, tokenizer: Tokenizer
 ) -> dict[str, tuple[np.ndarray, list[str]]]:
-    """Returns group -> (points [n, 2], words), on the principal components of all groups."""
+    """Returns group -> (points [n, 2], words), on the principal components of all groups' words."""
     groups = {group: ids for group, ids in group_ids(tokenizer).items() if ids}
     all_ids = [i for ids in groups.values() for i in ids.values()]
     points = iter(principal_components(normalize_rows(table[all_ids])))
@@ -155,7 +155,7 @@ def project_groups(
 
 
 def same_group_accuracy(table: np.ndarray, tokenizer: Tokenizer) -> float:
-    """Returns the fraction of words in `WORD_GROUPS` whose nearest word there is of their group."""
+    """Returns the fraction of words in `WORD_GROUPS` whose nearest other word is in their group."""
     pairs = [(i, k) for k, group in enumerate(group_ids(tokenizer).values())
              for i in group.values()]
     ids, groups = map(np.array, zip(*pairs))
@@ -169,7 +169,7 @@ class TextFeatures(NamedTuple):
     """Features of texts.
 
     Attributes:
-        features: "pre-trained" and "fine-tuned" -> features [n, D], which the classifier gets.
+        features: "pre-trained" and "fine-tuned" -> input of the classifier, [n, D].
         labels: class ids [n].
         accuracy: accuracy of the fine-tuned model.
     """
@@ -207,7 +207,7 @@ def features_before_and_after(
     encoded = encode_for_training(
         dataset._replace(train=train), classifier, base.tokenizer, training)
     result = finetune_params(encoded, pretrained, "full", training, protocol.seed, quiet=True)
-    # Fine-tuning starts by adding special tokens.
+    # Fine-tuning adds embeddings of special tokens; the pre-trained model needs them, too.
     params = peft.add_tokens(base.params, NUM_SPECIAL_TOKENS, jax.random.key(protocol.seed))
     return TextFeatures(
         {"pre-trained": compute_features(base.model, params, encoded),
@@ -267,7 +267,7 @@ def run(config: Embeddings) -> dict[str, Any]:
 
 
 def topic_panel(texts: TextFeatures, label_names: Sequence[str], name: str) -> Points:
-    """Returns a panel of the texts of the most frequent topics, on their principal components."""
+    """Returns a panel of texts of the most frequent topics, projected onto principal components."""
     topics = np.argsort(-np.bincount(texts.labels))[:NUM_TOPICS_SHOWN]
     is_shown = np.isin(texts.labels, topics)
     features, labels = texts.features[name], texts.labels[is_shown]

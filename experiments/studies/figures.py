@@ -1,6 +1,6 @@
 """Figures of the studies: panels of lines, bars, points and images, and loss surfaces.
 
-A panel has a `width` in inches and a method `draw(axes)`; `save_panels` arranges panels in a grid.
+A panel has a `width` in inches and a method `draw(axes)`; `save_panels` draws panels in a grid.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from transformer_jax.report import plots
 
 
 class Line(NamedTuple):
-    """A line, with a band of +- `spread` around it."""
+    """A line, with an optional band of ± `spread` around it."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -67,11 +67,11 @@ class Bars(NamedTuple):
     """A panel of grouped bars.
 
     Attributes:
-        values: label -> height of its bar in each group.
+        values: label -> heights of its bars, one per group.
         groups: names of the groups.
-        spread: label -> half length of its error bar in each group.
-        chance: accuracy by chance in each group, drawn as a dotted line.
-        format: number format of the text above a bar.
+        spread: label -> half lengths of its error bars, one per group.
+        chance: chance accuracy of each group, drawn as a dotted line.
+        format: format string of the value above each bar.
         colors: label -> color.
     """
 
@@ -116,7 +116,7 @@ class Points(NamedTuple):
     """A panel of groups of points in a plane.
 
     Attributes:
-        groups: name of a group -> (points [n, 2], n texts beside them).
+        groups: name of a group -> (points [n, 2], n labels of the points).
     """
 
     groups: Mapping[str, tuple[np.ndarray, Sequence[str]]]
@@ -136,7 +136,7 @@ class Points(NamedTuple):
 
 
 class NamedPoints(NamedTuple):
-    """A panel of points with error bars and names.
+    """A panel of named points with error bars.
 
     Attributes:
         points: name -> (x, y, half length of the error bar).
@@ -158,14 +158,14 @@ class NamedPoints(NamedTuple):
         axes.set_axisbelow(True)
 
     def draw_names(self, axes) -> None:
-        """Draws the names where they hide nothing; the layout of the figure must be final."""
+        """Draws the names without overlap; call it after the layout of the figure is computed."""
         error_bars = [(x, y + sign * np.nan_to_num(spread)) for x, y, spread in self.points.values()
                       for sign in np.linspace(-1, 1, 9)]
         plots.label(axes, {name: (x, y) for name, (x, y, _) in self.points.items()}, error_bars)
 
 
 class Image(NamedTuple):
-    """A panel of a matrix [rows, columns] in colors; 0 is white if it has negative values."""
+    """A heat map of a matrix [rows, columns]; if it has negative values, 0 is white."""
 
     values: np.ndarray
     xlabel: str = ""
@@ -191,7 +191,7 @@ def save_panels(
         path: PNG file.
         panels: title of a panel -> panel.
         title: title of the figure.
-        num_columns: largest number of panels in a row.
+        num_columns: maximum number of panels in a row.
     """
     values = list(panels.values())
     num_columns = min(num_columns, len(values))
@@ -215,26 +215,26 @@ def save_panels(
 def save_surfaces(
     path: Path, landscapes: Mapping[str, np.ndarray], span: float, *, title: str, limit: float
 ) -> Path:
-    """Saves losses over a plane as surfaces, all on the same scale.
+    """Saves surface plots of losses over a plane, all on the same scale.
 
     Args:
         path: PNG file.
         landscapes: title of a surface -> losses [g, g] on a grid from -span to span.
         span: half width of the plane.
         title: title of the figure.
-        limit: greater losses are drawn at this height.
+        limit: upper limit of the loss axis; larger losses are clipped to it.
     """
     figure = plots.new_figure(5.4 * len(landscapes), 5.0)
     figure.suptitle(title)
-    least = min(float(np.nanmin(losses)) for losses in landscapes.values())
+    lowest = min(float(np.nanmin(losses)) for losses in landscapes.values())
     for k, (name, losses) in enumerate(landscapes.items()):
         axes = figure.add_subplot(1, len(landscapes), k + 1, projection="3d")
         coordinates = np.linspace(-span, span, len(losses))
         clipped = np.minimum(np.nan_to_num(losses, nan=limit, posinf=limit), limit)
         axes.plot_surface(*np.meshgrid(coordinates, coordinates), clipped, cmap="viridis",
-                          vmin=least, vmax=limit, linewidth=0.1, edgecolor="black",
+                          vmin=lowest, vmax=limit, linewidth=0.1, edgecolor="black",
                           rcount=len(coordinates), ccount=len(coordinates))
-        axes.set(title=name, xlabel="direction 1", ylabel="direction 2", zlim=(least - 0.1, limit))
+        axes.set(title=name, xlabel="direction 1", ylabel="direction 2", zlim=(lowest - 0.1, limit))
         axes.set_zlabel("loss (nats)")
         axes.view_init(28, -60)
     return plots.save(figure, path)

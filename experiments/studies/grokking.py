@@ -3,21 +3,21 @@
     python experiments/study.py grokking
 
 Claims (Power et al. 2022, "Grokking"; Varma et al. 2023, "Explaining grokking through circuit
-efficiency"): on modular addition the accuracy on unseen pairs rises to 100 % long after that on the
-training pairs. Below a critical fraction of the addition table it never does. A model that has
-grokked forgets the rule when training continues on less than that fraction ("ungrokking").
+efficiency"): on modular addition, the accuracy on unseen pairs rises to 100 % long after that on
+the training pairs. If these are less than a critical fraction of the addition table, it never does.
+A grokked model forgets the rule when training continues on less than that fraction ("ungrokking").
 
-Fine-tuning with most parameters frozen, which preserves the rule, is shown beside full fine-tuning.
+Full fine-tuning is compared with fine-tuning of few parameters, which preserves the rule.
 
 Hardware and time: one core of an AMD EPYC, 14 minutes; addition modulo 47, three seeds.
 
-Result: the claims hold. With 40 % of the table, the accuracy reaches 99 % on the training pairs
-after 400 to 500 steps and on the others after 2,000 to 2,500, and 100 % on both at the end; with 50
-%, on the others after 600 to 900. The critical fraction, at which half of the unseen pairs are
-right after 6,000 steps, is 30 %; with 25 % no seed exceeds 8 %. When training continues on 5 % of
-the table, the accuracy of the grokked models on unseen pairs falls from 100 to 5 or 6 % in every
-seed. With lora:2:all and with bitfit, at the same learning rate and for as many steps, every seed
-stays at 100 %.
+Result: the claims hold. With 40 % of the table, the accuracy on the training pairs reaches 99 %
+after 400 to 500 steps, and that on unseen pairs after 2,000 to 2,500 (with 50 % of the table, after
+600 to 900); both are 100 % at the end. The critical fraction, at which the accuracy on unseen pairs
+is 50 % after 6,000 steps, is 30 %; with 25 %, no seed exceeds 8 %. When training continues on 5 %
+of the table, the accuracy of the grokked models on unseen pairs falls from 100 % to 5 or 6 % for
+every seed. With `lora:2:all` or `bitfit`, the same learning rate and the same number of steps, it
+stays at 100 % for every seed.
 """
 
 import functools
@@ -42,22 +42,22 @@ from transformer_jax.train import optimizers, step
 
 @dataclass(frozen=True, kw_only=True)
 class Grokking:
-    """Settings of the study: modular addition a + b = c (mod p), as rows of the tokens a, b and =.
+    """Settings of the study: modular addition a + b = c (mod p); a row has the tokens a, b and =.
 
     Attributes:
         out: folder for the figure and the results.
         modulus: p, a prime; the addition table has p x p pairs.
         train_fractions: fractions of the table to train on.
-        seeds: number of runs for each fraction and each trainable spec.
+        seeds: number of seeds for each fraction and each trainable spec.
         num_steps: steps of training.
         eval_every: steps between evaluations.
-        batch_size: rows of a step.
+        batch_size: rows per step.
         num_layers: layers of the model.
         d_model: width of the model.
-        peak_lr: learning rate of AdamW.
+        peak_lr: peak learning rate of AdamW.
         weight_decay: weight decay of AdamW.
-        grokked_fraction: the fraction whose models are fine-tuned.
-        finetune_fraction: fraction of the table to fine-tune on, a part of `grokked_fraction`.
+        grokked_fraction: one of `train_fractions`, whose models are fine-tuned.
+        finetune_fraction: fraction of the table to fine-tune on; less than `grokked_fraction`.
         trainable: trainable specs of fine-tuning.
         finetune_steps: steps of fine-tuning.
         seed: first seed.
@@ -98,12 +98,12 @@ def smallest() -> Grokking:
 
 
 class ParallelRuns(NamedTuple):
-    """Runs that are trained in parallel by `jax.vmap`; the first axis of each array is the run.
+    """Runs that are trained in parallel by `jax.vmap`; each array has a leading run axis.
 
     Attributes:
         state: training states.
-        order: permutation of the table's pairs, [runs, p * p]; a run is trained on the first ones.
-        count: number of pairs to train on, [runs].
+        order: permutations of the table's pairs, [runs, p * p].
+        count: number of training pairs, [runs]; a run trains on the first pairs of its `order`.
     """
 
     state: step.TrainState
@@ -112,12 +112,12 @@ class ParallelRuns(NamedTuple):
 
 
 Series = dict[str, np.ndarray]
-"""Evaluations of parallel runs: "step" [evaluations], and "loss", "train", "test" (accuracies) and
+"""Evaluations of parallel runs: "step" [evaluations]; "loss", "train" and "test" (accuracies) and
 "norm" (of the parameters), each [runs, evaluations]."""
 
 
 def addition_table(modulus: int) -> dict[str, np.ndarray]:
-    """Returns all pairs as rows of the tokens a, b and =; the target of the last is the sum."""
+    """Returns all pairs as rows of the tokens a, b and =; the target at = is (a + b) mod p."""
     a, b = np.divmod(np.arange(modulus**2), modulus)
     tokens = np.stack([a, b, np.full(modulus**2, modulus)], axis=1).astype(np.int32)
     targets = np.zeros_like(tokens)
@@ -138,8 +138,8 @@ def make_model(config: Grokking) -> GPT:
 def make_train_and_eval(config: Grokking, train_step: Callable, apply: Callable) -> Callable:
     """Returns `train_and_eval(runs, rng) -> (runs, metrics)`.
 
-    It trains every run for `eval_every` steps on random rows of its training pairs, then computes
-    the accuracies on its training pairs and on the rest of the table.
+    The function trains every run for `eval_every` steps on random training pairs, then computes the
+    accuracies on the training pairs and on the rest of the table.
     """
     pairs = jax.tree.map(jnp.asarray, addition_table(config.modulus))
     num_pairs = config.modulus**2
@@ -189,7 +189,7 @@ def make_optimizer(
 
 def init_runs(params: dict, optimizer: optax.GradientTransformation, mask: Any,
               orders: Sequence[np.ndarray], counts: Sequence[int]) -> ParallelRuns:
-    """Returns parallel runs before the first step; `params` have the axis of the runs."""
+    """Returns parallel runs before the first step; arrays in `params` have a leading run axis."""
     state = jax.jit(jax.vmap(lambda p: step.init_state(p, optimizer, mask)))(params)
     return ParallelRuns(state, jnp.asarray(np.stack(orders)), jnp.asarray(counts))
 
@@ -200,11 +200,10 @@ def train_all_fractions(
     """Trains all fractions and seeds in parallel.
 
     Returns:
-        (parameters, series, orders of the pairs), for the runs of all seeds of the first fraction,
-        then of the second, and so on.
+        (parameters, series, orders of the pairs). Runs are in order of fraction, then of seed.
     """
-    # With a constant learning rate Adam moves a converged model out of its minimum now and then
-    # (Thilak et al. 2022, "The Slingshot Mechanism"), so the rate decays to a tenth.
+    # With a constant learning rate, Adam occasionally moves a converged model out of its minimum
+    # (Thilak et al. 2022, "The Slingshot Mechanism"), so the learning rate decays to a tenth.
     optimizer = make_optimizer(config, config.num_steps, config.peak_lr / 10)
     train_step = step.make_train_step(functools.partial(causal_lm.loss, model.apply), optimizer)
     num_pairs = config.modulus**2
@@ -222,10 +221,10 @@ def train_all_fractions(
 def finetune(
     config: Grokking, model: GPT, params: dict, orders: Sequence[np.ndarray], spec: str
 ) -> dict[str, Any]:
-    """Continues training of the grokked models with a trainable spec, on fewer of their pairs.
+    """Fine-tunes the grokked models with a trainable spec on a subset of their training pairs.
 
     Returns:
-        The series, and "trained", the fraction of trainable parameters.
+        The series, and the fraction of trainable parameters as "trained".
     """
     rng = jax.random.key(config.seed)
     params = jax.vmap(lambda p: peft.add_and_mask(p, spec, rng)[0])(params)
@@ -249,21 +248,21 @@ def first_step_above(steps: np.ndarray, accuracy: np.ndarray, threshold: float) 
     Args:
         steps: steps of the evaluations.
         accuracy: [runs, evaluations].
-        threshold: least accuracy.
+        threshold: minimum accuracy.
     """
     reached = accuracy >= threshold
     return [float(steps[row.argmax()]) if row.any() else float("nan") for row in reached]
 
 
 def critical_fraction(fractions: Sequence[float], accuracy: np.ndarray) -> float:
-    """Returns the fraction at which the accuracy crosses one half, by linear interpolation.
+    """Returns the fraction at which the accuracy crosses 50 %, by linear interpolation.
 
     Args:
         fractions: fractions of the table, in ascending order.
-        accuracy: mean accuracy on unseen pairs at the end, for each fraction.
+        accuracy: mean final accuracy on unseen pairs for each fraction.
 
     Returns:
-        The fraction, or NaN if the accuracy does not cross one half.
+        The fraction, or NaN if the accuracy does not cross 50 %.
     """
     if accuracy[0] >= 0.5 or accuracy[-1] < 0.5:
         return float("nan")
@@ -309,7 +308,7 @@ def run(config: Grokking) -> dict[str, Any]:
 
 
 def mean_line(x: Sequence[float], accuracy: np.ndarray, **style: Any) -> Line:
-    """Returns mean and standard deviation over runs, in percent."""
+    """Returns a line of the mean over runs, in percent, with the standard deviation as its band."""
     return Line(x, 100 * accuracy.mean(0), 100 * accuracy.std(0), **style)
 
 
@@ -321,7 +320,7 @@ def save_figure(config: Grokking, curves: Series, rows: Sequence[dict], critical
         f"{spec} ({100 * found['trained']:.3g} % trainable)": mean_line(
             np.concatenate([[0], found["step"]]),
             np.concatenate([before, found["test"]], axis=1),
-            dashed=spec == config.trainable[-1])  # an equal line stays visible below it
+            dashed=spec == config.trainable[-1])  # so that a coinciding line stays visible
         for spec, found in finetuned.items()}
     axes = {"ylabel": "accuracy (%)", "ylim": (-3, 103)}
     save_panels(config.out / "grokking.png", {

@@ -1,24 +1,24 @@
-"""Masks: a language model trained without the causal mask copies the future and cannot generate.
+"""Masks: a language model without the causal mask copies future tokens and cannot generate text.
 
     python experiments/study.py masks
 
 Claims: a decoder has to be trained under the causal mask. Without it the training loss is low
-because the input contains the target, and the generated text is no language. An encoder attends to
-both sides, and a decoder to earlier positions only. Cross-attention shows which word of the source
-corresponds to a word of the target.
+because the input contains the target, and the generated text is meaningless. An encoder attends to
+both sides, and a decoder to earlier positions only. Cross-attention aligns the words of the target
+with those of the source.
 
 The same GPT is trained twice on the characters of the documentation of Python, with and without the
-causal mask. A small Transformer is trained to spell words backwards, a task for which the right
+causal mask. A small Transformer is trained to spell words backwards, a task for which the correct
 cross-attention is known.
 
 Hardware and time: one core of an AMD EPYC, 195 s.
 
-Result: the claims hold. Without the causal mask the training loss is 0.04 nats a character, and
-5.97 once future characters are masked; with it 1.49, and 1.64 on held-out text. After "Return the "
-the model with the mask generates "contains a statement the set the self.", the other
-"RernRererunett Renennunen". The Transformer spells all 256 held-out words backwards, and for each
-generated letter the mean cross-attention of the heads is largest at the corresponding letter of the
-source.
+Result: the claims hold. Without the causal mask, the training loss is 0.04 nats per character, and
+the held-out loss with later characters masked is 5.97; with the mask, 1.49 and 1.64. After
+"Return the ", the model trained with the mask generates "contains a statement the set the self.",
+the other "RernRererunett Renennunen". The Transformer spells all 256 held-out words backwards. For
+each generated letter, the mean cross-attention of the heads is largest at the corresponding letter
+of the source.
 """
 
 import functools
@@ -63,15 +63,15 @@ class Masks:
         out: folder for the figures and the results.
         num_layers: layers of both GPTs.
         d_model: width of both GPTs.
-        length: characters of a row.
-        batch_size: rows of a step of both GPTs.
-        num_steps: steps of each GPT.
+        length: characters per row.
+        batch_size: rows per step of both GPTs.
+        num_steps: training steps of both GPTs.
         peak_lr: peak learning rate of both GPTs.
         new_characters: number of characters to generate.
-        spelling_steps: steps of the Transformer.
+        spelling_steps: training steps of the Transformer.
         spelling_width: width of the Transformer.
-        word: the word whose attention is drawn.
-        seed: of initialization and data order.
+        word: word whose attention weights are plotted.
+        seed: seed of the initialization and the data order.
     """
 
     out: Path = Path("runs/masks")
@@ -106,9 +106,9 @@ def smallest() -> Masks:
 
 
 def apply_with_mask(model: GPT, mask: Mask) -> Callable:
-    """Returns a replacement of `model.apply` with another mask than the causal one.
+    """Returns a replacement for `model.apply` that uses the given mask.
 
-    The mask is an argument of the stack, so the same parameters serve any mask.
+    The mask is an argument of the stack, so the same parameters work with any mask.
     """
     stack = Stack(model.config.stack)
 
@@ -124,16 +124,16 @@ def apply_with_mask(model: GPT, mask: Mask) -> Callable:
 
 def generate_greedily(model: GPT, params: dict, tokenizer: Tokenizer, causal: bool,
                       new_characters: int, length: int) -> str:
-    """Continues `PROMPT` by the most likely characters.
+    """Continues `PROMPT` by greedy decoding.
 
     Args:
         model: the GPT.
         params: its parameters.
         tokenizer: its tokenizer, of characters.
-        causal: whether the causal mask is used among the characters so far. Later positions do not
-            exist yet and are masked as padding in both cases.
+        causal: whether to apply the causal mask to the characters so far. Later positions are
+            padding, which is masked in both cases.
         new_characters: number of characters to generate.
-        length: number of positions of the model.
+        length: maximum number of characters in the context.
     """
 
     @jax.jit
@@ -152,7 +152,7 @@ def generate_greedily(model: GPT, params: dict, tokenizer: Tokenizer, causal: bo
 
 
 def train_gpts(config: Masks) -> tuple[dict[str, dict], dict[str, training.Curve]]:
-    """Trains the GPT with and without the causal mask; returns metrics and training losses."""
+    """Trains a GPT with and one without the causal mask; returns metrics and loss curves."""
     corpus = training.load_corpus(PretrainConfig(
         model=presets.gpt2(num_layers=config.num_layers, d_model=config.d_model, num_heads=4,
                            mlp_dim=4 * config.d_model, max_length=config.length, dropout_rate=0.0,
@@ -187,7 +187,7 @@ def train_gpts(config: Masks) -> tuple[dict[str, dict], dict[str, training.Curve
 
 
 def collect_words(text: str, max_length: int) -> list[str]:
-    """Returns the distinct words of 4 to `max_length` letters, in lower case and sorted."""
+    """Returns the distinct words of 4 to `max_length` letters, in lower case, sorted."""
     distinct = {word.strip(".,;:()'\"`").lower() for word in text.split()}
     return sorted(w for w in distinct if 3 < len(w) <= max_length and set(w) <= set(LETTERS))
 
@@ -196,7 +196,7 @@ def train_speller(config: Masks) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     """Trains a Transformer to spell words backwards.
 
     Returns:
-        The metrics, and the attention weights of the last layer on `config.word`, as the mean over
+        The metrics, and the attention weights of the last layer for `config.word`, averaged over
         heads: "encoder_attention", "attention" and "cross_attention", each [T, T].
     """
     source = sources.load_source("python_docs/documents", "train")
@@ -234,7 +234,7 @@ def train_speller(config: Masks) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     batch = to_batch(held_out)
     is_correct = np.asarray(apply(batch).logits.argmax(-1)) == batch["targets"]
     output = apply(to_batch([to_example(config.word)] * 2))
-    n = len(config.word) + 1  # with the end token
+    n = len(config.word) + 1  # including the end token
     maps = {name: np.asarray(getattr(output, name)[-1][0]).mean(0)[:n, :n]
             for name in ("encoder_attention", "attention", "cross_attention")}
     # Target letter i corresponds to source letter n - 2 - i.
@@ -257,11 +257,11 @@ def save_figures(config: Masks, metrics: dict[str, dict], curves: dict[str, trai
     save_panels(config.out / "masks.png", {
         "Training loss": Lines({
             name: Line(*curves[name], color=color) for name, color in colors.items()},
-            ylabel="training loss (nats a character)"),
+            ylabel="training loss (nats per character)"),
         "Loss with and without later characters": Bars(
             {name: [metrics[name]["training_loss"], metrics[name]["held_out_causal_loss"]]
              for name in colors}, ["as in training", "later characters masked"],
-            format="{:.2f}", colors=colors, ylabel="loss (nats a character)"),
+            format="{:.2f}", colors=colors, ylabel="loss (nats per character)"),
     }, title="Generated text: " + "\n".join(
         f"{name}, {metrics[name]['generated'][:68]!r}" for name in colors))
     letters, backwards = [*config.word, "END"], [*config.word[::-1], "END"]

@@ -1,22 +1,22 @@
-"""Position encodings: fixed, learned and none, within and beyond the trained length.
+"""Position encodings: fixed, learned and none, within and beyond the training length.
 
     python experiments/study.py positions
 
 Claims: attention is invariant to the order of its inputs, so a model needs position encodings;
-fixed sinusoids (Vaswani et al. 2017, section 3.5) do as well as a learned table, and "may allow the
-model to extrapolate to sequence lengths longer than the ones encountered during training".
+fixed sinusoids (Vaswani et al. 2017, section 3.5) are as good as a learned table, and "may allow
+the model to extrapolate to sequence lengths longer than the ones encountered during training".
 
 GPT and BERT of equal size are trained on the characters of the documentation of Python, in rows of
-64, and evaluated on rows of 128. "None" is a table of zeros that is frozen. A causal mask carries
-some information about positions by itself (Haviv et al. 2022), which GPT without encodings tests.
+64, and evaluated on rows of 128. "None" is a frozen table of zeros. GPT without encodings tests
+whether the causal mask alone provides position information (Haviv et al. 2022).
 
 Hardware and time: one core of an AMD EPYC, 7 minutes.
 
-Result: the claims hold in part. In nats a character, GPT: learned 1.57, fixed 1.71, none 2.17
-within the trained length; beyond it 3.70, 3.59 and 2.38: the model without encodings loses least,
-and neither encoding extrapolates. BERT: fixed 2.05 within and 3.27 beyond; learned 2.93 after 1,500
-steps, no better than none (2.93): with sinusoids the encoding of a neighboring position is a linear
-map of that of a position, the same for all positions, while a table has to be learned first.
+Result: the claims hold in part. Losses in nats per character. GPT within the training length:
+learned 1.57, fixed 1.71, none 2.17; beyond it: 3.70, 3.59 and 2.38. The model without encodings
+degrades least, and neither encoding extrapolates. BERT: fixed 2.05 within and 3.27 beyond; learned
+2.93 after 1,500 steps, the same as none. With sinusoids, one linear map relates the encodings of
+neighboring positions, whatever the position; a table has to be learned first.
 """
 
 import functools
@@ -42,8 +42,8 @@ from transformer_jax.report import plots
 
 FAMILIES = ("GPT", "BERT")
 ENCODINGS = ("fixed", "learned", "none")
-MASK_RATE = 0.3  # of BERT
-GROUPS_PER_LENGTH = 8  # groups of positions in the trained length, for the loss by position
+MASK_RATE = 0.3  # fraction of the characters that BERT predicts
+GROUPS_PER_LENGTH = 8  # position groups within the training length, for the loss by position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +54,14 @@ class Positions:
         out: folder for the figures and the results.
         num_layers: layers of the models.
         d_model: width of the models.
-        length: characters of a row in training.
+        length: characters per row in training.
         test_length_factor: length of a test row, in multiples of `length`.
-        batch_size: rows of a step.
-        num_steps: steps of training.
+        batch_size: rows per step.
+        num_steps: training steps.
         peak_lr: peak learning rate.
         encodings: position encodings: "fixed", "learned" and "none".
         test_rows: number of held-out rows.
-        seed: of initialization and data.
+        seed: seed of the initialization and the data.
     """
 
     out: Path = Path("runs/positions")
@@ -111,7 +111,7 @@ def make_model(config: Positions, family: str, encoding: str, vocab_size: int) -
 def make_batch(
     family: str, windows: np.ndarray, rng: np.random.Generator, mask_id: int
 ) -> dict[str, np.ndarray]:
-    """Returns a batch for the objective of a family, from windows `[B, T + 1]`."""
+    """Converts windows `[B, T + 1]` to a batch for the objective of a family."""
     if family == "GPT":
         return {"tokens": windows[:, :-1], "targets": windows[:, 1:],
                 "weights": np.ones(windows[:, 1:].shape, np.float32)}
@@ -126,15 +126,15 @@ def make_batch(
 def loss_by_position(
     model: Model, family: str, params: dict, batches: Iterable[dict], length: int, num_groups: int
 ) -> np.ndarray:
-    """Returns the mean loss, in nats, of the predictions in each group of positions.
+    """Returns the mean loss, in nats, for each group of positions.
 
     Args:
         model: the model.
         family: "GPT" or "BERT".
         params: its parameters.
-        batches: held-out batches, of rows of `length` tokens.
-        length: tokens of a row.
-        num_groups: number of groups, each of equally many consecutive positions.
+        batches: held-out batches with rows of `length` tokens.
+        length: tokens per row.
+        num_groups: number of groups of consecutive positions, all of equal size.
     """
 
     @jax.jit
@@ -198,7 +198,7 @@ def run(config: Positions) -> dict[str, Any]:
 def train_encoding(
     config: Positions, name: str, family: str, model: Model, batches: Iterator[dict]
 ) -> training.TrainingResult:
-    """Trains a model; "none" is a position table of zeros that is frozen."""
+    """Trains a model; for "none", the position table is zero and frozen."""
     params, mask = init_params(model, jax.random.key(config.seed)), None
     if name.endswith("none"):
         params["position_embed"]["embedding"] *= 0
@@ -211,7 +211,7 @@ def train_encoding(
 
 
 def cosine_similarity(table: np.ndarray) -> np.ndarray:
-    """Returns the cosine of each position with each other, [n, n]."""
+    """Returns the cosine similarity of each pair of positions, [n, n]."""
     rows = table / np.linalg.norm(table, axis=1, keepdims=True)
     return rows @ rows.T
 
@@ -226,7 +226,7 @@ def save_figures(
         f"{family}: loss by position": Lines(
             {encoding: Line(centers, metrics[f"{family}, {encoding}"]["loss_by_position"],
                             markers=True) for encoding in config.encodings},
-            xlabel="position", ylabel="loss (nats a character)",
+            xlabel="position", ylabel="loss (nats per character)",
             vertical=(config.length, "trained length")) for family in FAMILIES}
     panels["Similarity of fixed positions"] = Image(cosine_similarity(fixed), **axis)
     for family, table in tables.items():

@@ -1,4 +1,4 @@
-"""Residual connections: 32 layers train like one; without them, stacks of 4 layers do not train.
+"""Residual connections: with them, 32 layers train as well as one; without them, 4 do not train.
 
     python experiments/study.py residual_links
 
@@ -8,20 +8,20 @@ Networks"): residual connections let the gradient reach the first layers, make t
 solution smooth, and make a deep model an ensemble of shallow ones, so that a single layer can be
 removed at little cost.
 
-The models are character GPTs with a normalization before each sublayer, with x + f(norm(x)) and
-with f(norm(x)) alone. The plane of the loss landscape is spanned by two random directions whose
-filters (here the weights of one output) have the norms of the model's filters.
+The models are character-level GPTs with pre-LN sublayers, x + f(norm(x)), or f(norm(x)) without
+residual connections. The loss landscape is on a plane of two filter-normalized random directions:
+each filter (the weights of one output) has the same norm as that of the model.
 
 Hardware and time: one core of an AMD EPYC, 11 minutes.
 
-Result: the claims hold, except for the gradient. After 400 steps the training loss is 2.45 to 2.47
-nats a character with residual connections, for 1 to 32 layers alike. Without them it is 2.48 with 1
-layer, 2.62 with 2, and 3.10 with 4 and more: those models predict the frequencies of characters and
-use nothing of the context. Removing one of 16 layers costs less than 0.06 nats except for the first
-(0.82); without residual connections it costs nothing, or 5.5. The gradient is not the reason: with
-a normalization before each sublayer it reaches the first layer without residual connections, too.
-On one scale, the loss around the model with residual connections is a bowl, and around the other a
-plateau with cliffs.
+Result: the claims hold, except for the gradient. After 400 steps, the training loss is 2.45 to 2.47
+nats per character for 1 to 32 layers with residual connections. Without them, it is 2.48 with 1
+layer, 2.62 with 2, and 3.10 with 4 or more: these models predict the character frequencies and
+ignore the context. Removing one of 16 layers raises the loss by less than 0.06 nats, except for the
+first (0.82); without residual connections, by 0 or by 5.5. The gradient is not the reason: with
+normalization before each sublayer, it reaches the first layer without residual connections, too.
+Plotted on the same scale, the loss around the trained parameters is bowl-shaped with residual
+connections, and flat with steep steps without.
 """
 
 import functools
@@ -53,16 +53,16 @@ class ResidualLinks:
         out: folder for the figures and the results.
         depths: numbers of layers.
         d_model: width of the models.
-        length: characters of a row.
-        batch_size: rows of a step.
-        num_steps: steps of training.
+        length: characters per row.
+        batch_size: rows per step.
+        num_steps: training steps.
         peak_lr: peak learning rate.
-        landscape_depth: number of layers, one of `depths`, of the models whose loss landscape is
-            drawn and whose layers are removed.
-        grid: points of the landscape along each direction.
-        span: half width of the landscape, in norms of the model's filters.
+        landscape_depth: one of `depths`, for which the loss landscape is plotted and layers are
+            removed.
+        grid: number of points of the landscape along each direction.
+        span: half width of the landscape, relative to the filter norms.
         test_rows: number of held-out rows on which losses are computed.
-        seed: of initialization, data order and directions.
+        seed: seed of the initialization, the data order and the directions.
     """
 
     out: Path = Path("runs/residual_links")
@@ -101,7 +101,7 @@ def make_model(config: ResidualLinks, depth: int, residual: bool, vocab_size: in
 
 
 def make_loss(model: GPT) -> Callable:
-    """Returns `loss(params, batch)`: the mean over targets, in nats."""
+    """Returns `loss(params, batch)`, the mean loss over targets in nats."""
 
     def loss(params, batch):
         total, weight, _ = causal_lm.loss(model.apply, params, batch)
@@ -111,7 +111,7 @@ def make_loss(model: GPT) -> Callable:
 
 
 def gradient_norms(loss: Callable, params: dict, batch: dict) -> np.ndarray:
-    """Returns the gradient norm of each layer's parameters; `params` have stacked layers."""
+    """Returns the gradient norm of each layer; the layers in `params` are stacked."""
     grads = jax.jit(jax.grad(lambda p: loss(p, batch)))(params)["decoder"][tree.LAYERS]
     squares = [jnp.square(x).sum(tuple(range(1, x.ndim))) for x in jax.tree.leaves(grads)]
     return np.asarray(jnp.sqrt(sum(squares)))
@@ -121,21 +121,21 @@ def gradient_norms(loss: Callable, params: dict, batch: dict) -> np.ndarray:
 
 
 def filter_axes(path: str) -> tuple[int, ...] | None:
-    """Returns the axes of one filter of a parameter.
+    """Returns the axes of a parameter that form one filter, or None if it has no filters.
 
-    A filter is the weights of one output, or a row of an embedding. Biases and normalizations are
-    None: a direction does not change them (Li et al. 2018, section 4).
+    A filter is the weights of one output, or a row of an embedding. Directions do not change biases
+    and normalization parameters, which have no filters (Li et al. 2018, section 4).
     """
     if path.endswith("embedding"):
         return (1,)
     if not path.endswith("kernel"):
         return None
-    first = int(f"/{tree.LAYERS}/" in path)  # after the axis of the stacked layers
+    first = int(f"/{tree.LAYERS}/" in path)  # axis 0 is that of the stacked layers
     return (first, first + 1) if "/out/" in path else (first,)
 
 
 def random_direction(params: dict, rng: jax.Array) -> dict:
-    """Returns a random direction whose filters have the norms of those of `params`."""
+    """Returns a random direction whose filters have the same norms as those of `params`."""
     rngs = iter(jax.random.split(rng, len(jax.tree.leaves(params))))
 
     def draw(path, leaf):
@@ -158,7 +158,7 @@ def loss_landscape(
         random_direction(params, jax.random.key(config.seed + i)) for i in (1, 2))
     coordinates = jnp.linspace(-config.span, config.span, config.grid)
 
-    # The parameters are arguments, because XLA would fold operations on constants at compile time.
+    # Parameters are arguments: if they were constants, XLA would fold operations at compile time.
     @jax.jit
     def losses_at(points, params, direction_1, direction_2):
         def loss_at(point):
@@ -179,7 +179,7 @@ def loss_landscape(
 def losses_without_each_layer(
     config: ResidualLinks, depth: int, residual: bool, vocab_size: int, params: dict, batch: dict
 ) -> np.ndarray:
-    """Returns the loss without layer 0, without layer 1, and so on."""
+    """Returns the loss after removing each single layer, [depth]."""
     loss = make_loss(make_model(config, depth - 1, residual, vocab_size))
     remaining = jnp.array([[j for j in range(depth) if j != i] for i in range(depth)])
 

@@ -1,4 +1,4 @@
-"""Small models of all families, pre-trained on the documentation of Python, and two tasks for them.
+"""Small GPT, BERT and BART models, pre-trained on the documentation of Python, and two tasks.
 
 The tasks are classifications: which part of the standard library a docstring documents, and whether
 one sentence follows another.
@@ -41,7 +41,7 @@ def masked_lm_loss(apply: Callable, params, batch, rng=None, **options):
 
 
 def next_sentence_loss(apply: Callable, params, batch, rng=None, **options):
-    """BERT's loss without masked language modeling; the inputs are masked all the same."""
+    """BERT's loss without masked language modeling; the inputs still have masked tokens."""
     return tuple({name: x for name, x in part.items() if name.startswith("nsp")}
                  for part in mlm_nsp.loss(apply, params, batch, rng, **options))
 
@@ -50,9 +50,9 @@ class Method(NamedTuple):
     """A pre-training method.
 
     Attributes:
-        objective: the objective whose rows it is trained on (`recipes.corpus`).
-        loss: its loss function.
-        changes: replaced fields of the model config.
+        objective: objective that makes the training rows (`recipes.corpus`).
+        loss: loss function.
+        changes: overridden fields of the model config.
     """
 
     objective: str
@@ -74,14 +74,14 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolConfig:
-    """Model size, pre-training and fine-tuning, equal for all models of a study.
+    """Settings of model size, pre-training and fine-tuning, shared by all models of a study.
 
     Attributes:
-        num_layers: layers of a single stack; encoder and decoder of BART have half as many each.
+        num_layers: layers of GPT and BERT; BART's encoder and decoder have half as many each.
         d_model: width of the model.
         vocab_size: size of the vocabulary, which all models share.
-        length: tokens of a row in pre-training.
-        batch_size: rows of a step in pre-training.
+        length: tokens per row.
+        batch_size: rows per step of pre-training.
         num_steps: steps of pre-training.
         peak_lr: peak learning rate of pre-training.
         labels: number of training examples of the topic task.
@@ -90,7 +90,7 @@ class ProtocolConfig:
         finetune_steps: steps of fine-tuning, which trains all parameters.
         finetune_peak_lr: peak learning rate of fine-tuning.
         seeds: number of fine-tuning runs.
-        seed: of pre-training and of the sentence pairs.
+        seed: seed of pre-training and of the sentence pairs.
     """
 
     num_layers: int = 2
@@ -118,7 +118,7 @@ SMALLEST = ProtocolConfig(
 
 
 class PretrainedModel(NamedTuple):
-    """A pre-trained model, and the held-out loss of its own objective."""
+    """A pre-trained model, and its held-out pre-training loss."""
 
     base: LoadedRun
     held_out: float
@@ -140,7 +140,7 @@ def make_model_config(protocol: ProtocolConfig, method: Method) -> Config:
 
 
 def make_pretrain_config(protocol: ProtocolConfig, method: Method) -> PretrainConfig:
-    """Returns the settings of a pre-training run, whose folder is not used."""
+    """Returns the settings of a pre-training run; `out` is not used."""
     return PretrainConfig(
         model=make_model_config(protocol, method), objective=method.objective,
         tokenizer="wordpiece", max_length=protocol.length, batch_size=protocol.batch_size,
@@ -149,7 +149,7 @@ def make_pretrain_config(protocol: ProtocolConfig, method: Method) -> PretrainCo
 
 @functools.cache
 def shared_tokenizer(vocab_size: int) -> Tokenizer:
-    """Returns the WordPiece tokenizer of all models."""
+    """Returns the WordPiece tokenizer that all models share."""
     config = make_pretrain_config(
         dataclasses.replace(SMALLEST, vocab_size=vocab_size), METHODS["BERT"])
     return train_tokenizer(config, load_texts(config)[0])
@@ -161,9 +161,9 @@ def pretrain(
     """Pre-trains a model from scratch; all models see the same number of tokens.
 
     Args:
-        protocol: size and training.
-        name: a name in `METHODS`, or, if `method` is given, any name.
-        method: the pre-training method; that of `name` if None.
+        protocol: settings of the model and its pre-training.
+        name: a name in `METHODS`, or any name if `method` is given.
+        method: the pre-training method; None selects `METHODS[name]`.
     """
     method = method or METHODS[name]
     corpus = training.load_corpus(
@@ -186,15 +186,15 @@ def pretrain(
 
 
 def load_topics(protocol: ProtocolConfig) -> LabeledDataset:
-    """Returns the task of classifying which of twelve parts of the library a text documents."""
+    """Returns the task: classify which of twelve parts of the library a text documents."""
     dataset = DatasetConfig().load()
     return dataset._replace(validation=dataset.validation[: protocol.test_examples])
 
 
 def make_sentence_pairs(protocol: ProtocolConfig) -> LabeledDataset:
-    """Returns the task of classifying whether the second sentence follows the first.
+    """Returns the task: classify whether the second sentence follows the first.
 
-    If it does not, it is a sentence of another document.
+    If it does not, it is from another document.
     """
     splits = []
     for split, count in (("train", protocol.pairs), ("validation", protocol.test_examples)):
@@ -225,12 +225,12 @@ def finetune_accuracies(
         protocol: settings of fine-tuning.
         pretrained: the pre-trained model.
         dataset: the task.
-        num_examples: number of training examples, drawn anew for each seed.
-        from_scratch: start from new parameters instead of the pre-trained ones.
-        aux_lm_loss_weight: weight of GPT's auxiliary language-model loss.
+        num_examples: number of training examples, which each seed samples anew.
+        from_scratch: start from random parameters instead of the pre-trained ones.
+        aux_lm_loss_weight: weight of GPT's auxiliary language-modeling loss.
 
     Returns:
-        The accuracies in percent.
+        The accuracy of each seed, in percent.
     """
     config = TrainingConfig(
         max_length=protocol.length, batch_size=16, num_steps=protocol.finetune_steps,

@@ -26,10 +26,10 @@ Curve = tuple[Sequence[int], Sequence[float]]
 
 
 class Corpus(NamedTuple):
-    """A text as rows of a pre-training objective.
+    """A tokenized text as rows of a pre-training objective.
 
     Attributes:
-        config: the settings, with the vocabulary size of the tokenizer.
+        config: the settings, with the model's vocabulary size set to that of the tokenizer.
         tokenizer: the tokenizer of the text.
         train: rows to train on.
         held_out: rows to evaluate on.
@@ -42,11 +42,11 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(config: PretrainConfig, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Loads and tokenizes the text of a pre-training config.
+    """Loads and tokenizes the corpus of a pre-training config.
 
     Args:
         config: the settings.
-        tokenizer: replaces the tokenizer that `config` describes.
+        tokenizer: the tokenizer; None trains the one that `config` describes.
     """
     train, held_out = load_texts(config)
     tokenizer = tokenizer or train_tokenizer(config, train)
@@ -56,13 +56,13 @@ def load_corpus(config: PretrainConfig, tokenizer: Tokenizer | None = None) -> C
 
 
 class TrainingResult(NamedTuple):
-    """Trained parameters, and the rows of the training loop."""
+    """Trained parameters, and the logged rows of the training loop."""
 
     params: PyTree
     history: list[dict]
 
     def curve(self, name: str = "loss") -> Curve:
-        """Returns the steps and values of a number in the history.
+        """Returns the steps and values of a metric in the history.
 
         Example:
             >>> TrainingResult({}, [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]).curve()
@@ -77,34 +77,34 @@ def train(
     optimizer: OptimizerConfig, *, mask: PyTree | None = None, seed: int = 0,
     num_log_rows: int = 50,
 ) -> TrainingResult:
-    """Trains parameters and prints one line about it.
+    """Trains parameters and prints a one-line summary.
 
     Args:
-        name: name of the run, for that line.
-        loss_fn: loss function, as `train.step.make_train_step` takes it.
+        name: name of the run in the summary.
+        loss_fn: loss function for `train.step.make_train_step`.
         params: initial parameters.
         batches: iterator of batches.
-        num_steps: number of updates.
-        optimizer: the optimizer and its learning-rate schedule.
+        num_steps: number of training steps.
+        optimizer: config of the optimizer and its learning-rate schedule.
         mask: True at trainable parameters; None trains all.
-        seed: of dropout.
-        num_log_rows: number of rows of the history.
+        seed: seed of dropout.
+        num_log_rows: approximate number of rows in the history.
     """
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     transformation = optimizer.make(num_steps)
     state, history = loop.fit(
         step.init_state(params, transformation, mask),
         step.make_train_step(loss_fn, transformation, mask), batches, rng=jax.random.key(seed),
         num_steps=num_steps, log_every=max(num_steps // num_log_rows, 1), quiet=True)
     print(f"{name}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}, "
-          f"{time.perf_counter() - began:.0f} s", flush=True)
+          f"{time.perf_counter() - start_time:.0f} s", flush=True)
     return TrainingResult(state.params, history)
 
 
 def random_windows(
     tokens: np.ndarray, length: int, batch_size: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """Yields batches `[B, length]` of windows at random positions of a token stream, endlessly.
+    """Yields an infinite sequence of batches `[B, length]` of random windows of a token stream.
 
     Example:
         >>> next(random_windows(np.arange(100), length=8, batch_size=2, seed=0)).shape

@@ -1,31 +1,31 @@
-"""Transfer: pre-training reduces the labeled examples needed, especially if its text is similar.
+"""Transfer: pre-training saves labeled examples, especially if its text is similar to the task's.
 
     python experiments/study.py transfer --data path/to/data
 
-Claims: knowledge from plain text transfers, so that fine-tuning needs fewer labeled examples than
+Claims: knowledge from plain text transfers, so fine-tuning needs fewer labeled examples than
 training from scratch; and it transfers better if the pre-training text is similar to that of the
 task.
 
-Small GPTs are pre-trained on a million characters of each of five sources: film reviews, novels, an
-encyclopedia, plays, and documentation. Each is fine-tuned on the sentiment of film reviews (SST-2),
-on inference between two sentences (SNLI), and on which part of a library a docstring documents
-(topics), beside a model from scratch. The peak learning rate of fine-tuning is searched for both,
-on training examples that are used for nothing else.
+Five small GPTs are pre-trained, each on a million characters of one source: film reviews, novels,
+an encyclopedia, plays, or documentation. They are fine-tuned on the sentiment of film reviews
+(SST-2), on natural language inference (SNLI), and on the part of a library that a docstring
+documents (topics), and compared with a model from scratch. For both, the peak learning rate is
+searched on training examples that are not used otherwise.
 
 `--data` is a folder with `movie_reviews/movie_reviews.jsonl.gz`, `wikitext-2/train.txt.gz`,
 `gutenberg/sentences.train.txt.gz`, `tinyshakespeare/input.txt`, `sst2` and `snli`.
 
 Hardware and time: one core of an AMD EPYC, 55 minutes.
 
-Result: the claims hold for topics, the only task with a source of the same kind: with 128, 512 and
-1,536 labels documentation 44.4 ± 2.5, 61.4 ± 0.5 and 71.9 ± 0.6 %, from scratch 35.7 ± 0.6, 53.5 ±
-2.8 and 70.7 ± 1.3; pre-training on the far sources is worse than training from scratch: 22.3 to
-26.1, 36.8 to 43.9 and 63.2 to 66.7 (323 docstrings that are in no source; majority class 22.3 %).
-They do not hold for the others. SST-2 with 128, 512 and 2,048 labels: from scratch 54.5, 61.4 and
-69.3 %, the sources 51.0 to 55.6, 59.3 to 60.8 and 65.6 to 68.3, with film reviews among them. SNLI
-with 2,048: 45.8 ± 1.2 and 43.6 to 47.7. The held-out loss after 1,500 steps is 4.7 to 5.0 nats.
-Some of the chosen learning rates, 3e-3, are the highest of the search. `sweep.py sst2_few` measures
-the gain from more pre-training.
+Result: the claims hold for topics. With 128, 512 and 1,536 labels: documentation 44.4 ± 2.5, 61.4 ±
+0.5 and 71.9 ± 0.6 %, from scratch 35.7 ± 0.6, 53.5 ± 2.8 and 70.7 ± 1.3 %; the other sources are
+worse than training from scratch: 22.3 to 26.1, 36.8 to 43.9 and 63.2 to 66.7 % (323 test docstrings
+that are in no source; majority class 22.3 %). The claims do not hold for SST-2 and SNLI. SST-2 with
+128, 512 and 2,048 labels: from scratch 54.5, 61.4 and 69.3 %, all sources, film reviews included,
+51.0 to 55.6, 59.3 to 60.8 and 65.6 to 68.3 %. SNLI with 2,048 labels: from scratch 45.8 ± 1.2 %,
+all sources 43.6 to 47.7 %. The held-out loss after 1,500 steps is 4.7 to 5.0 nats. Some of the
+chosen learning rates are the largest of the search, 3e-3. `sweep.py sst2_few` measures the gain
+from more pre-training.
 """
 
 import dataclasses
@@ -79,26 +79,26 @@ class Transfer:
     """Settings of the study.
 
     Attributes:
-        data: folder of the sources and the labeled datasets.
+        data: folder with the sources and the labeled datasets.
         out: folder for the figure and the results.
         sources: names in `SOURCES`.
-        targets: tasks: "SST-2", "SNLI" and "topics".
-        characters: number of characters of each source.
+        targets: names of tasks, "SST-2", "SNLI" or "topics".
+        characters: number of characters from each source.
         vocab_size: size of the vocabulary, shared by all sources.
         num_layers: layers of the models.
         d_model: width of the models.
-        length: tokens of a row, in pre-training and fine-tuning.
-        batch_size: rows of a step in pre-training.
+        length: tokens per row, in pre-training and fine-tuning.
+        batch_size: rows per step of pre-training.
         num_steps: steps of pre-training.
         peak_lr: peak learning rate of pre-training.
         examples: numbers of labeled examples for fine-tuning.
-        test_examples: largest number of test examples of a task.
+        test_examples: maximum number of test examples per task.
         epochs: epochs of fine-tuning.
-        min_steps: least number of steps of fine-tuning.
-        peak_lrs: peak learning rates of fine-tuning, of which the best is chosen.
-        tuning_examples: number of training examples that are held out for this choice.
-        seeds: number of fine-tuning runs.
-        seed: of pre-training and of the splits.
+        min_steps: minimum number of steps of fine-tuning.
+        peak_lrs: candidates for the peak learning rate of fine-tuning.
+        tuning_examples: number of held-out training examples for choosing among them.
+        seeds: number of fine-tuning runs of each model and number of examples.
+        seed: seed of pre-training and of the splits.
     """
 
     data: Path = Path("data")
@@ -144,7 +144,7 @@ def smallest() -> Transfer:
 
 
 def load_text(config: Transfer, name: str) -> str:
-    """Returns the first characters of a source, in lower case, as the tasks are.
+    """Returns the first `config.characters` characters of a source, in lower case.
 
     Raises:
         FileNotFoundError: the source is not in `config.data`.
@@ -154,8 +154,8 @@ def load_text(config: Transfer, name: str) -> str:
         source = sources.load_source(path, "train")
     elif not (config.data / path).exists():
         raise FileNotFoundError(
-            f"{config.data / path} does not exist; --data must be the folder of the sources "
-            "(see the docstring of studies/transfer.py), or choose others with --sources")
+            f"{config.data / path} does not exist; set --data to the folder with the sources "
+            "(see the docstring of studies/transfer.py), or choose other --sources")
     elif ".jsonl" in path:
         source = sources.load_table(config.data / path)
     else:
@@ -170,10 +170,10 @@ def load_text(config: Transfer, name: str) -> str:
 
 
 def remove_seen(examples: Sequence[dict], texts: Sequence[str]) -> list[dict]:
-    """Returns the examples whose text does not begin like a passage of the pre-training texts.
+    """Returns the examples whose first 60 characters are not in the pre-training texts.
 
-    The first 60 characters are compared. Texts of fewer than 20 characters are kept, because a few
-    words may be in both by chance.
+    Whitespace is normalized. Examples of fewer than 20 characters are kept, because a few words may
+    be in both by chance.
     """
     texts = [" ".join(text.split()) for text in texts]
     beginnings = [" ".join(example["text"].split())[:60] for example in examples]
@@ -182,9 +182,9 @@ def remove_seen(examples: Sequence[dict], texts: Sequence[str]) -> list[dict]:
 
 
 class Task(NamedTuple):
-    """A labeled dataset, and the same with held-out training examples as its validation split.
+    """A labeled dataset, and a version of it for choosing the learning rate.
 
-    The second serves to choose the learning rate.
+    The validation split of `tuning` has held-out training examples.
     """
 
     dataset: LabeledDataset
@@ -216,7 +216,7 @@ def load_task(config: Transfer, name: str, texts: Sequence[str]) -> Task:
 
 
 def pretraining_batches(config: Transfer, tokens: np.ndarray, seed: int) -> Iterator[dict]:
-    """Yields batches of next-token prediction, at random positions of the stream."""
+    """Yields batches for next-token prediction, from random windows of the token stream."""
     weights = np.ones((config.batch_size, config.length), np.float32)
     for windows in training.random_windows(tokens, config.length + 1, config.batch_size, seed):
         yield {"tokens": windows[:, :-1], "targets": windows[:, 1:], "weights": weights}
@@ -225,7 +225,7 @@ def pretraining_batches(config: Transfer, tokens: np.ndarray, seed: int) -> Iter
 def pretrain(
     config: Transfer, name: str, text: str, tokenizer: tokenizers.Tokenizer
 ) -> tuple[LoadedRun, float]:
-    """Pre-trains a GPT; returns it and its loss on the end of the source, in nats a token."""
+    """Pre-trains a GPT; returns it and its held-out loss in nats per token."""
     tokens = packing.tokenize_corpus(
         [{"text": text}], tokenizer, one_sentence_per_line=False).tokens
     cut = int(len(tokens) * (1 - HELD_OUT_FRACTION))
@@ -264,9 +264,9 @@ def finetune_accuracy(
 
 def choose_peak_lr(config: Transfer, base: LoadedRun, tuning: LabeledDataset, num_examples: int,
                    from_scratch: bool) -> float:
-    """Returns the learning rate with the best accuracy on the held-out training examples.
+    """Returns the peak learning rate with the highest accuracy on the held-out training examples.
 
-    The seed differs from those of the reported runs.
+    The seed differs from the seeds of the reported runs.
     """
     accuracies = {
         peak_lr: finetune_accuracy(
@@ -296,8 +296,8 @@ def run(config: Transfer) -> dict[str, Any]:
 
 def compare_sources(config: Transfer, name: str, task: Task, num_examples: int,
                     models: dict[str, LoadedRun]) -> list[dict[str, Any]]:
-    """Fine-tunes all models on a number of examples; returns the accuracies by source."""
-    # The learning rate that is chosen with the first source serves all sources.
+    """Fine-tunes all models on `num_examples` examples; returns the accuracies by source."""
+    # The learning rate that is best for the first source is used for all sources.
     first = models[config.sources[0]]
     peak_lrs = {from_scratch: choose_peak_lr(config, first, task.tuning, num_examples, from_scratch)
                 for from_scratch in (False, True)}

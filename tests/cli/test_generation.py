@@ -56,11 +56,11 @@ def test_translate_and_summarize(saved, run, monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "name", "text", "message"), [
-    ("generate", "bert", "x", "the model is a BERT; this needs a GPT"),
-    ("fill", "gpt", "x", "the model is a GPT; this needs a BERT"),
-    ("translate", "gpt", "x", "this needs a Transformer"),
+    ("generate", "bert", "x", "the model is a BERT; this command needs a GPT"),
+    ("fill", "gpt", "x", "the model is a GPT; this command needs a BERT"),
+    ("translate", "gpt", "x", "this command needs a Transformer"),
     ("fill", "bert", "no mask here", "put [MASK] into the text"),
-    ("generate", "gpt", " ", "there is no text; give some"),
+    ("generate", "gpt", " ", "no text is given; pass it"),
     ("generate", "nowhere", "x", "nowhere"),
 ])
 def test_wrong_input_is_one_line(saved, run, command, name, text, message):

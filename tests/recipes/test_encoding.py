@@ -40,7 +40,7 @@ def test_every_task_type(task_type, name, pretrained, tmp_path):
         target_length=8, num_beams=2,
         max_question_length=8 if task_type == "question_answering" else 64)
     if task_type == "seq2seq" and "bert" in name:
-        with pytest.raises(ValueError, match="BERT generates no texts"):
+        with pytest.raises(ValueError, match="BERT does not generate text"):
             encode_for_training(dataset, model, base.tokenizer, training)
         return
     encoded = encode_for_training(dataset, model, base.tokenizer, training)
@@ -64,12 +64,12 @@ def test_every_task_type(task_type, name, pretrained, tmp_path):
     ("bert", "classification", {"gpt_special_tokens": True}, "gpt_special_tokens is for GPT"),
     ("bert", "classification", {"aux_lm_loss_weight": 0.5},
      "aux_lm_loss_weight is for GPT on class.* a BERT on cl"),
-    ("bert", "classification", {"max_length": 65}, "max_length is 65, and .* 64 positions"),
+    ("bert", "classification", {"max_length": 65}, "max_length is 65, but .* 64 positions"),
     ("bert", "token_classification", {"max_length": 4}, "training example 0 has .* tokens, more"),
     ("gpt", "token_classification", {"aux_lm_loss_weight": 0.5}, "a GPT on token_classification"),
     ("gpt", "multiple_choice", {"both_orders": True}, "both_orders is for pairs of texts"),
     ("gpt", "classification", {}, "GPT needs a delimiter token .* set gpt_special_tokens"),
-    ("gpt", "seq2seq", {"target_length": 24}, "max_length 24 has no room for a source"),
+    ("gpt", "seq2seq", {"target_length": 24}, "max_length 24 leaves no tokens for the source"),
 ])
 def test_unsupported_combinations_are_errors_before_training(
     name, task_type, changes, message, pretrained, tmp_path

@@ -19,6 +19,7 @@ from transformer_jax.recipes.config import (
 from transformer_jax.recipes.finetuning import FinetuneConfig, finetune
 from transformer_jax.recipes.prediction import evaluate, predict
 from transformer_jax.recipes.pretraining import PretrainConfig, pretrain
+from transformer_jax.recipes.retention import make_retention_eval
 from transformer_jax.recipes.sequence_to_sequence import TranslateConfig, train_translation
 from transformer_jax.recipes.sweep import SweepConfig, sweep
 from transformer_jax.train.anomalies import AnomalyPolicy
@@ -103,3 +104,11 @@ def test_a_fine_tuned_run_predicts_and_is_evaluated(name, folder):
     # Their validation examples are a quarter of the file, drawn with the same seed.
     dataset = TASK["dataset"].load()
     assert evaluate(name, dataset)["accuracy"] == pytest.approx(expected["metrics"]["accuracy"])
+
+
+@pytest.mark.parametrize("name", ["finetuned_head", "translate_run"])
+def test_retention_of_a_run_that_is_no_pre_training_run(name, folder):
+    """Its results have no settings of rows of an objective, so the text is used."""
+    base = load_run(name)
+    evaluation = make_retention_eval(name, base, "corpus.txt", num_rows=32)
+    assert np.isfinite(evaluation.loss())

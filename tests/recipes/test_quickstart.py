@@ -22,3 +22,8 @@ def test_quickstart(tmp_path, monkeypatch):
     assert len(cells) == 2 * 2 and all(np.isfinite(c["accuracy"]) for c in cells)
     assert {"positions.png", "attention.png", "labels.png", "results.json"} <= {
         path.name for path in tmp_path.iterdir()}
+
+
+def test_each_trainable_spec_has_a_learning_rate():
+    with pytest.raises(ValueError, match="3 peak_lrs for 1 trainable specs"):
+        quickstart.QuickstartConfig(trainable=("head",))

@@ -41,3 +41,30 @@ def test_a_few_steps_of_every_config(name, tmp_path):
     assert again["history"] == [] and again["bleu"] == results["bleu"]
     (translation,) = predict(tmp_path / "run", "one two three", num_beams=1)
     assert isinstance(translation["text"], str)
+
+
+@pytest.mark.parametrize("name, value, needed", [("length_buckets", (16, 64), 64),
+                                                 ("max_new_tokens", 32, 33)])
+def test_lengths_beyond_the_model_are_an_error_before_training(name, value, needed, tmp_path):
+    config = next(iter(configs.load(TranslateConfig).values()))[1]
+    config = dataclasses.replace(
+        config, model=config.model.replace(max_length=32), out=tmp_path,
+        **{"length_buckets": (16,), "max_new_tokens": 8, name: value})
+    with pytest.raises(ValueError, match=f"{name} needs {needed} positions, but model.max_length"):
+        train_translation(config)
+
+
+def test_targets_of_a_short_model_from_a_long_source(tmp_path):
+    words = "one two three four five six seven eight nine ten\n"
+    for split in ("train", "val"):
+        long = 4 * words.replace("\n", " ") + "one\n"
+        (tmp_path / f"{split}.de").write_text(long + 40 * words)
+        (tmp_path / f"{split}.en").write_text(41 * "one\n")
+    config = next(iter(configs.load(TranslateConfig).values()))[1]
+    config = dataclasses.replace(
+        config, data=str(tmp_path), source="de", target="en", out=tmp_path / "run", num_steps=1,
+        model=config.model.replace(**TINY | {"vocab_size": 300, "max_length": 16}),
+        save_every=1, num_averaged_checkpoints=1, eval_every=1, length_buckets=(16,),
+        tokens_per_batch=128, max_new_tokens=8, num_beams=1,
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=0))
+    assert "bleu" in train_translation(config)["metrics"]

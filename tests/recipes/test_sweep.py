@@ -59,3 +59,23 @@ def test_a_sweep_over_numbers_of_examples(task_type, pretrained, tmp_path):
     for metric, shown in (("squad", "0.8 ± 0.1"), ("rouge", "0.8 ± 0.1"), ("f1", "80.0 ± 10.0")):
         (cell,) = make_table(config, [row], metric, 1.0).columns[2].cells
         assert cell == shown
+
+
+@pytest.mark.parametrize("settings", [
+    {"trainable": ("head", "head"), "peak_lrs": (1e-3, 1e-2)},
+    {"trainable": ("head", "head"), "aux_lm_loss_weights": (0.5, 0.5)},
+])
+def test_a_repeated_variant_is_an_error(settings):
+    with pytest.raises(ValueError, match="trainable is head, head; each spec may occur once"):
+        SweepConfig(pretrained="gpt2", out="run", **settings)
+
+
+def test_the_settings_of_all_variants_are_checked_before_training(pretrained, tmp_path):
+    config = SweepConfig(
+        pretrained=str(pretrained("bert_python_docs")), out=tmp_path,
+        dataset=DatasetConfig(limit=64), trainable=("head", "full"),
+        aux_lm_loss_weights=(0.0, 0.5), seeds=1, quiet=True,
+        training=TrainingConfig(max_length=16, batch_size=8, num_steps=2))
+    with pytest.raises(ValueError, match="aux_lm_loss_weight is for GPT"):
+        sweep(config)
+    assert not (tmp_path / "cells.jsonl").exists()

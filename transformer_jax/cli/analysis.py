@@ -1,4 +1,4 @@
-"""Commands that analyze a run: `report`, on its results, and `plan`, before it is started."""
+"""Commands that analyze a run: `report` (its results) and `plan` (its memory and speed)."""
 
 import dataclasses
 import json
@@ -20,12 +20,12 @@ def report(
 
         transformer-jax report runs/bert
 
-    A run that is not finished is reported as far as it is.
+    An unfinished run is reported up to its last recorded step.
 
     Args:
         run: folder of a run.
-        text: input of the model for the sample and the attention maps.
-        out: the page; report.html in the folder of the run if not given.
+        text: input text for the sample and the attention maps.
+        out: HTML file to write; by default, report.html in the folder of the run.
     """
     from transformer_jax.report import page
 
@@ -37,7 +37,7 @@ Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")]
 
 @dataclasses.dataclass(frozen=True)
 class MeshSizes:
-    """Sizes to try of each mesh axis; -1 uses the devices that the other axes leave."""
+    """Sizes to try for each mesh axis; -1 uses all remaining devices."""
 
     data: Sizes = (-1,)
     fsdp: Sizes = (1,)
@@ -60,24 +60,24 @@ def plan(
     attention_dropout_rate: float = 0.0,
     out: Annotated[Path | None, optional("PATH")] = None,
 ) -> None:
-    """Plans a training step ahead of time: its memory and speed on a TPU slice.
+    """Estimates memory and speed of a training step on a TPU slice, compiled ahead of time.
 
         transformer-jax plan gpt2_xl --topology v5e:16x16 --mesh.data 16 --mesh.fsdp 16
 
-    The devices need not be present. Several values of a flag are all tried, in all combinations.
+    No TPU is needed. If flags have several values, all combinations are compiled.
 
     Args:
-        preset: such as gpt2_xl, bert_large or bart_large.
-        topology: chip and shape of the slice, such as v5e:16x16, v5p:4x4x4 or v6e:16x16; or local,
-            for the present devices, whose speed is measured.
-        mesh: sizes of the mesh axes; -1 uses the devices that the other axes leave.
-        batch_size: sequences of the global batch; 4 per batch shard and microbatch by default.
-        length: tokens of a sequence; the model's max_length if not given.
-        remat: activations that the backward pass recomputes.
-        accumulate: numbers of microbatches.
-        attention_impl: implementation of attention; auto chooses by platform.
-        dtype: of the computation.
-        attention_dropout_rate: splash attention supports only 0.
+        preset: model preset, such as gpt2_xl or bert_large.
+        topology: chip and shape of the slice, such as v5e:16x16 or v5p:4x4x4; or local, for the
+            devices of this machine.
+        mesh: sizes to try for each mesh axis; -1 uses all remaining devices.
+        batch_size: global batch size; by default, 4 rows per batch shard and microbatch.
+        length: tokens per row; by default, the model's max_length.
+        remat: rematerialization policy.
+        accumulate: number of microbatches for gradient accumulation.
+        attention_impl: attention implementation; auto selects it by platform.
+        dtype: dtype of the computation.
+        attention_dropout_rate: dropout rate of attention weights; splash supports only 0.
         out: folder for plan.json and plan.png.
     """
     from transformer_jax.models import presets
@@ -100,7 +100,7 @@ def plan(
     table.print_plans(plans, f"{title}, {len(devices)} devices")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        values = [plan_module.plan_to_dict(one) for one in plans]
+        values = [plan_module.plan_to_dict(found) for found in plans]
         (out / "plan.json").write_text(json.dumps(values, indent=2))
         plots.plans(out / "plan.png", table.bar_chart_data(plans),
                     limit=chip.memory_bytes / 2**30, title=title)

@@ -1,7 +1,6 @@
-"""Commands as functions: flags from their parameters, and user errors as one line.
+"""Execution of functions as commands, with parameters as flags and one-line user errors.
 
-Only the standard library and tyro are imported here, so that `--help` and wrong arguments are
-answered at once.
+JAX is not imported here, so that `--help` and usage errors are printed without delay.
 """
 
 import contextlib
@@ -32,8 +31,8 @@ def run_command(
 ) -> int:
     """Calls a function and returns the exit status of the process.
 
-    An error of the user's input is printed as one line on standard error, with status 2; other
-    exceptions are bugs and are raised.
+    An error in the user's input is printed to standard error as one line, and the status is 2;
+    other exceptions are bugs and are raised.
 
     Args:
         function: the command.
@@ -54,7 +53,7 @@ def run_command(
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED_STATUS
-    except BrokenPipeError:  # the reader of standard output, such as `head`, has ended
+    except BrokenPipeError:  # the reader of standard output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -66,14 +65,14 @@ def run_command(
 
 
 def call_with_arguments(function: Callable[..., Any], arguments: Sequence[str]) -> None:
-    """Calls a function with the parameters that command-line arguments give.
+    """Parses command-line arguments and calls a function with them.
 
-    The arguments are parsed before the call. Those that are not parameters of the function are an
-    error, unless it has a parameter `flags`, which gets them. `--help-all` is passed to `flags` as
-    `--help`.
+    Arguments that match no parameter of the function are an error, unless it has a parameter
+    `flags`, which receives them. `--help-all` is passed to `flags` as `--help`; without `flags`, it
+    is the same as `--help`.
 
     Args:
-        function: its name is that of the command; its docstring describes the parameters.
+        function: the function; its name is that of the command, and its docstring is the help.
         arguments: the arguments of the command.
 
     Raises:
@@ -82,7 +81,7 @@ def call_with_arguments(function: Callable[..., Any], arguments: Sequence[str]) 
     prog = f"{PROGRAM} {function.__name__}"
     target, arguments = _bind(function), list(arguments)
     if {"-h", "--help", "--help-all"} & set(arguments):
-        # tyro would print it with other line breaks.
+        # Printed here, because tyro would change its line breaks.
         print(inspect.getdoc(function).partition("\n\nArgs:")[0] + "\n")
     if "flags" not in inspect.signature(function).parameters:
         arguments = ["--help" if a == "--help-all" else a for a in arguments]
@@ -96,13 +95,13 @@ def call_with_arguments(function: Callable[..., Any], arguments: Sequence[str]) 
 
 
 def parse_arguments(target: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> Any:
-    """Returns `tyro.cli(target, args=arguments)`, whose errors become one line.
+    """Returns `tyro.cli(target, args=arguments)`, with usage errors as one-line exceptions.
 
     Args:
-        target: a dataclass, or a function that is called.
-        arguments: the arguments.
+        target: a dataclass to construct, or a function to call.
+        arguments: the command-line arguments.
         prog: name of the program in messages.
-        options: of `tyro.cli`.
+        options: further options of `tyro.cli`.
 
     Raises:
         UsageError: an argument is unknown, missing, or of the wrong type.
@@ -112,7 +111,7 @@ def parse_arguments(target: Any, arguments: Sequence[str], *, prog: str, **optio
 
 
 def _bind(function: Callable[..., Any]) -> Callable[..., tuple[tuple, dict]]:
-    """Returns a function of the same parameters that returns its arguments."""
+    """Returns a function with the same signature that returns its arguments."""
 
     @functools.wraps(function)
     def bound(*args: Any, **kwargs: Any) -> tuple[tuple, dict]:
@@ -121,13 +120,13 @@ def _bind(function: Callable[..., Any]) -> Callable[..., tuple[tuple, dict]]:
     # tyro would keep the line breaks in the descriptions of parameters.
     bound.__doc__ = re.sub(r"\n {8,}", " ", inspect.getdoc(function))
     bound.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    del bound.__wrapped__  # whose docstring tyro would use
+    del bound.__wrapped__  # tyro would use its docstring
     return bound
 
 
 @contextlib.contextmanager
 def _one_line_usage_errors() -> Iterator[None]:
-    """Raises tyro's errors as `UsageError`; tyro prints them in a box and exits with status 2."""
+    """Converts the usage errors of tyro, which prints a box and exits, to `UsageError`."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -140,7 +139,7 @@ def _one_line_usage_errors() -> Iterator[None]:
 
 
 def _to_one_line(box: str) -> str:
-    """Returns the message in a box of tyro, without the descriptions of flags.
+    """Returns the message in a box that tyro printed, without the descriptions of flags.
 
     Example:
         >>> _to_one_line("╭─ Error ─╮\\n│ a is    │\\n│ bad.    │\\n│ ─────── │\\n│ More    │")

@@ -19,10 +19,10 @@ def convert(
         transformer-jax convert runs/bert exported
 
     Args:
-        model: folder of a run, checkpoint, or id on the Hugging Face Hub.
-        out: folder to write.
-        task: head to convert, such as causal_lm, masked_lm, seq2seq_lm or classification; the
-            model's own if not given.
+        model: folder of a run or a checkpoint, or an id on the Hugging Face Hub.
+        out: output folder.
+        task: head to convert, such as causal_lm, masked_lm, seq2seq_lm or classification; by
+            default, that of the checkpoint.
     """
     from transformer_jax.pretrained import load_pretrained, save_pretrained
     from transformer_jax.pretrained.runs import is_run, load_run

@@ -16,12 +16,12 @@ from transformer_jax.recipes.pretraining import PretrainConfig, pretrain_config
 def parse_pretrain_flags(
     preset: str, given: Mapping[str, Any], arguments: Sequence[str]
 ) -> PretrainConfig:
-    """Returns the settings to pre-train a preset.
+    """Returns the config of a pre-training run.
 
-    Rows are as long as the model's positions, unless `given` has a max_length.
+    Rows have the model's max_length, unless `given` has a max_length.
 
     Args:
-        preset: name of the model's config.
+        preset: name of a model preset.
         given: fields of `PretrainConfig`.
         arguments: flags of further fields, such as `["--model.num-layers", "2"]`.
 
@@ -44,7 +44,7 @@ def parse_pretrain_flags(
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneFlags(FinetuneConfig):
-    """`FinetuneConfig` with flags of the data set and of training that need no prefix."""
+    """`FinetuneConfig` whose flags for the data set and the training have no prefix."""
 
     trainable: Annotated[str, tyro.conf.arg(aliases=("--train",))] = "full"
     dataset: Annotated[DatasetConfig, tyro.conf.arg(name="")] = field(
@@ -56,10 +56,10 @@ class FinetuneFlags(FinetuneConfig):
 def parse_finetune_flags(
     pretrained: str, given: Mapping[str, Any], arguments: Sequence[str]
 ) -> FinetuneConfig:
-    """Returns the settings to fine-tune a model.
+    """Returns the config of a fine-tuning run.
 
     Args:
-        pretrained: the model.
+        pretrained: the pre-trained model; see `FinetuneConfig`.
         given: options of `recipes.finetune_config`.
         arguments: flags of further options, such as `["--stride", "64"]`.
 

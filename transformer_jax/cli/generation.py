@@ -32,23 +32,24 @@ def generate(
     weights: Literal["float32", "bfloat16", "int8"] = "float32",
     seed: int = 0,
 ) -> None:
-    """Continues texts with GPT, printed token by token.
+    """Continues texts with GPT and prints them token by token.
 
         transformer-jax generate gpt2 "Once upon a time" --temperature 0.8 --top-p 0.95
 
     Args:
-        model: folder of a run, checkpoint, or id on the Hugging Face Hub.
-        texts: prompts; the lines of standard input if there are none.
+        model: folder of a run or a checkpoint, or an id on the Hugging Face Hub.
+        texts: prompts; by default, the lines of standard input.
         max_new_tokens: maximum number of generated tokens; an end-of-text token, or the model's
             last position, ends a text earlier.
-        temperature: sample with the logits divided by it; without temperature, top_k or top_p, the
-            most probable token is taken.
-        top_k: sample among the k most probable tokens.
-        top_p: sample among the most probable tokens with total probability p.
-        num_beams: beams of a beam search, whose text is printed at its end; 1 for none.
-        no_repeat_ngram_size: no n-gram of this size is generated twice; 0 for no limit.
-        weights: dtype of the parameters in memory; int8 is faster on a CPU, with small differences.
-        seed: of sampling.
+        temperature: sample with logits divided by this value; without temperature, top_k or top_p,
+            decoding is greedy.
+        top_k: sample from the k most probable tokens.
+        top_p: sample from the most probable tokens with total probability p.
+        num_beams: number of beams; 1 for no beam search. The text of a beam search is printed at
+            its end.
+        no_repeat_ngram_size: size of the n-grams that are not generated twice; 0 for no limit.
+        weights: dtype of the parameters in memory; int8 is faster on a CPU, but less exact.
+        seed: random seed of sampling.
     """
     import jax
 
@@ -83,7 +84,7 @@ def generate(
 
 
 class TextPrinter:
-    """Prints a text while it is generated: a `streamer` of `generation.generate` for one row.
+    """Prints a text while it is generated; a `streamer` of `generation.generate` for one row.
 
     Args:
         decode: converts token ids to text.
@@ -101,7 +102,7 @@ class TextPrinter:
             return
         self.ids.append(int(tokens[0]))
         text = self.decode(self.ids)
-        # The last bytes may be an incomplete character.
+        # A multi-byte character is printed when all of its tokens have been generated.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             self._print(text)
 
@@ -121,9 +122,9 @@ def fill(model: ModelArgument, texts: TextArguments = (), /, top_k: int = 5) -> 
         transformer-jax fill runs/bert "I ate an [MASK] today."
 
     Args:
-        model: folder of a run, checkpoint, or id on the Hugging Face Hub.
-        texts: each with the mask token of the model, such as [MASK] or <mask>; the lines of
-            standard input if there are none.
+        model: folder of a run or a checkpoint, or an id on the Hugging Face Hub.
+        texts: texts with the model's mask token, such as [MASK] or <mask>; by default, the lines
+            of standard input.
         top_k: number of words for each mask.
     """
     from transformer_jax.generation import fill_mask
@@ -155,21 +156,21 @@ def translate(
     max_new_tokens: Annotated[int | None, optional("INT")] = None,
     no_repeat_ngram_size: Annotated[int | None, optional("INT")] = None,
 ) -> None:
-    """Translates texts with an encoder-decoder, one a line.
+    """Translates texts with an encoder-decoder and prints one translation per line.
 
         transformer-jax translate runs/multi30k_de_en "Zwei Hunde spielen im Schnee."
 
-    Options that are not given are those of the checkpoint; if it has none: 5 beams, a length
+    The defaults of the options are those of the checkpoint; if it has none: 5 beams, a length
     penalty of 0.6 and at most 128 tokens.
 
     Args:
-        model: folder of a run, checkpoint, or id on the Hugging Face Hub.
-        texts: source texts; the lines of standard input if there are none.
-        num_beams: beams of the beam search; 1 for greedy decoding.
-        length_penalty: exponent of the length that scores are divided by; larger values favor long
-            texts.
+        model: folder of a run or a checkpoint, or an id on the Hugging Face Hub.
+        texts: source texts; by default, the lines of standard input.
+        num_beams: number of beams; 1 for greedy decoding.
+        length_penalty: exponent of the length by which scores are divided; larger values favor
+            longer texts.
         max_new_tokens: maximum number of generated tokens.
-        no_repeat_ngram_size: no n-gram of this size is generated twice; 0 for no limit.
+        no_repeat_ngram_size: size of the n-grams that are not generated twice; 0 for no limit.
     """
     given = {"num_beams": num_beams, "length_penalty": length_penalty,
              "max_new_tokens": max_new_tokens, "no_repeat_ngram_size": no_repeat_ngram_size}
@@ -192,18 +193,18 @@ def summarize(
 
         transformer-jax summarize facebook/bart-large-cnn < article.txt
 
-    Options that are not given are those of the checkpoint; if it has none: 4 beams, a length
-    penalty of 2, at most 142 tokens, and no trigram twice.
+    The defaults of the options are those of the checkpoint; if it has none: 4 beams, a length
+    penalty of 2, at most 142 tokens, and no repeated trigrams.
 
     Args:
-        model: folder of a run, checkpoint, or id on the Hugging Face Hub.
-        texts: texts to summarize; all of standard input, as one text, if there are none.
-        num_beams: beams of the beam search; 1 for greedy decoding.
-        length_penalty: exponent of the length that scores are divided by; larger values favor long
-            texts.
+        model: folder of a run or a checkpoint, or an id on the Hugging Face Hub.
+        texts: texts to summarize; by default, all of standard input as one text.
+        num_beams: number of beams; 1 for greedy decoding.
+        length_penalty: exponent of the length by which scores are divided; larger values favor
+            longer texts.
         max_new_tokens: maximum number of generated tokens.
         min_new_tokens: minimum number of generated tokens.
-        no_repeat_ngram_size: no n-gram of this size is generated twice; 0 for no limit.
+        no_repeat_ngram_size: size of the n-grams that are not generated twice; 0 for no limit.
     """
     given = {"num_beams": num_beams, "length_penalty": length_penalty,
              "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens,
@@ -218,8 +219,8 @@ def _generate_targets(
     source: str, texts: Sequence[str], given: dict[str, Any], defaults: dict[str, Any], *,
     batch_size: int = 16,
 ) -> Iterator[str]:
-    """Yields the target of each text. Longer sources than the model's positions are truncated, with
-    a message on standard error."""
+    """Yields the target of each text. Sources longer than the model's max_length are truncated,
+    with a message on standard error."""
     from transformer_jax.generation import generate as generate_tokens
 
     model, params, tokenizer, _ = load_model(source, "seq2seq_lm")
@@ -240,12 +241,12 @@ def _generate_targets(
 def target_options(
     config: "Config", given: dict[str, Any], defaults: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns the options of `generation.generate` for one target text of each source.
+    """Returns the options of `generation.generate` for one target text per source.
 
     Args:
         config: the model's config, which holds the options of its checkpoint.
-        given: options that replace those of the checkpoint, where they are not None.
-        defaults: options that neither `given` nor the checkpoint has.
+        given: options that replace those of the checkpoint unless they are None.
+        defaults: values of options that neither `given` nor the checkpoint has.
     """
     from transformer_jax.generation.defaults import drop_unused_options, generation_options
 

@@ -30,22 +30,22 @@ def evaluate(
         transformer-jax evaluate runs/topics --data test.tsv --columns text sentence label label
 
     Args:
-        model: folder of a run, checkpoint, or id on the Hugging Face Hub.
-        data: python_docs/topics, tfds:NAME, hf:NAME, a .tsv, .csv or .jsonl file, or a folder. For
-            a pre-trained model: a text file or folder, or python_docs/documents; without --data, a
-            pre-trained run is evaluated on the rows that it held out.
+        model: folder of a run or a checkpoint, or an id on the Hugging Face Hub.
+        data: labeled data: python_docs/topics, tfds:NAME, hf:NAME, a .tsv, .csv or .jsonl file,
+            or a folder. For a pre-trained model: a text file or folder, or python_docs/documents;
+            without --data, a pre-training run is evaluated on its held-out rows.
         validation: name of the split to evaluate on.
-        columns: field of the examples and its column in the data, for text, text_b, label, choices,
-            words, tags, question, context, answers, source or target.
+        columns: pairs of an example field (text, text_b, label, choices, words, tags, question,
+            context, answers, source or target) and its column in the data.
         header: column names of files without a header line.
-        label_names: value in the data and name of its class, for each class.
-        like: known data set, such as hf:snli, whose columns the data has.
-        metric: main metric: accuracy, f1, macro_f1 or matthews; rouge or bleu.
-        limit: greatest number of examples, drawn at random.
-        max_length: greatest number of tokens of a row; that of training if not given.
-        num_beams: beams of the beam search that generates target texts.
-        num_rows: number of rows that a pre-trained model is evaluated on; 256 if not given.
-        out: file for all metrics, as JSON.
+        label_names: pairs of a label value in the data and the name of its class.
+        like: known data set with the same columns, such as hf:snli.
+        metric: main metric: accuracy, f1, macro_f1 or matthews; for target texts, rouge or bleu.
+        limit: maximum number of examples, sampled at random.
+        max_length: maximum number of tokens per row; by default, that of training.
+        num_beams: number of beams with which target texts are generated.
+        num_rows: number of rows on which a pre-trained model is evaluated; 256 by default.
+        out: JSON file for all metrics.
     """
     from transformer_jax.recipes import evaluate as evaluate_model
     from transformer_jax.recipes.run_dir import to_json
@@ -75,21 +75,21 @@ def predict(
     num_beams: Annotated[int | None, optional("INT")] = None,
     out: Annotated[Path | None, optional("PATH")] = None,
 ) -> None:
-    """Predicts labels, scores, tags, answers or target texts: one JSON object for each input.
+    """Predicts labels, scores, tags, answers or target texts: one JSON object per input.
 
         transformer-jax predict runs/sst2 "A gripping film." "Two hours that I will not get back."
 
     Args:
-        model: folder of a fine-tuned run, checkpoint with a task head, or id on the Hugging Face
-            Hub.
-        texts: inputs, as text; a tab separates the two texts of a pair, or question and context.
-            The lines of standard input if there are none.
+        model: folder of a fine-tuned run or a checkpoint with a task head, or an id on the Hugging
+            Face Hub.
+        texts: input texts; a tab separates the two texts of a pair, or question and context. By
+            default, the lines of standard input.
         data: .tsv, .csv, .jsonl or .txt file of inputs, instead of texts.
-        columns: field of the inputs and its column in the file, for text, text_b, choices, words,
-            question, context or source.
-        max_length: greatest number of tokens of a row; that of training if not given.
-        num_beams: beams of the beam search that generates target texts.
-        out: .jsonl file for the predictions, which are printed if it is not given.
+        columns: pairs of an input field (text, text_b, choices, words, question, context or source)
+            and its column in the file.
+        max_length: maximum number of tokens per row; by default, that of training.
+        num_beams: number of beams with which target texts are generated.
+        out: .jsonl file for the predictions; by default, they are printed.
     """
     from transformer_jax.recipes import predict as predict_inputs
     from transformer_jax.recipes.encoding import write_predictions
@@ -116,11 +116,11 @@ def classify(model: ModelArgument, texts: TextArguments = (), /, top_k: int = 5)
         transformer-jax classify runs/topics "Parse an XML document."
 
     Args:
-        model: folder of a fine-tuned run, checkpoint with a classifier, or id on the Hugging Face
-            Hub.
-        texts: texts to classify, with a tab between the two texts of a pair; the lines of standard
-            input if there are none.
-        top_k: number of classes for each text.
+        model: folder of a fine-tuned run or a checkpoint with a classifier, or an id on the Hugging
+            Face Hub.
+        texts: texts to classify, with a tab between the two texts of a pair; by default, the lines
+            of standard input.
+        top_k: number of classes to print for each text.
     """
     from transformer_jax.recipes.prediction import load_task_model
     from transformer_jax.recipes.prediction import predict as predict_inputs
@@ -136,13 +136,13 @@ def classify(model: ModelArgument, texts: TextArguments = (), /, top_k: int = 5)
 
 
 def _split_pair(text: str) -> str | tuple[str, str]:
-    """Splits a text at its first tab, if it has one."""
+    """Splits a text at its first tab, if any."""
     first, tab, second = text.partition("\t")
     return (first, second) if tab else text
 
 
 def _setup() -> None:
-    """Sets up the process, with its messages on standard error."""
+    """Sets up the process, with messages printed to standard error."""
     from transformer_jax.recipes.run_dir import setup
 
     with contextlib.redirect_stdout(sys.stderr):

@@ -1,4 +1,4 @@
-"""The model and the texts that a command is given."""
+"""Loading of the model and the input texts of a command."""
 
 import sys
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
     from transformer_jax.pretrained.runs import LoadedRun
 
 ModelArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-"""Type of a parameter that is the folder of a run or a checkpoint."""
+"""Type of a parameter for a model: the folder of a run, or a checkpoint."""
 TextArguments = Annotated[
     tuple[str, ...], tyro.conf.Positional,
     tyro.conf.arg(metavar="[TEXT ...]", help_behavior_hint="")]
-"""Type of a parameter that is any number of texts."""
+"""Type of a parameter for any number of texts."""
 
 
 def optional(metavar: str, default: str = "", **options: Any) -> Any:
-    """Returns the settings of a flag whose default is None, for `Annotated`.
+    """Returns the tyro settings, for `Annotated`, of a flag whose default is None.
 
     Args:
-        metavar: its values in the help.
-        default: description of what None means; empty if the help of the flag has it.
-        options: of `tyro.conf.arg`.
+        metavar: placeholder of the value in the help.
+        default: what None means, which the help shows as the default; empty to show none.
+        options: further options of `tyro.conf.arg`.
     """
     hint = f"(default: {default})" if default else ""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint, **options)
@@ -35,11 +35,11 @@ def load_model(source: str, task: str) -> "LoadedRun":
 
     Args:
         source: folder of a run, or a checkpoint in the Hugging Face format.
-        task: the head that a checkpoint is loaded with, such as "causal_lm".
+        task: task of the head to load from a checkpoint, such as "causal_lm".
 
     Raises:
         FileNotFoundError: the source does not exist.
-        ValueError: it has no tokenizer, or not the head of the task.
+        ValueError: the source has no tokenizer, or no head for the task.
     """
     from transformer_jax.pretrained import load_pretrained
     from transformer_jax.pretrained.runs import LoadedRun, is_run, load_run
@@ -57,15 +57,15 @@ def check_family(model: "Model", family: str) -> None:
     from transformer_jax import models
 
     if not isinstance(model, getattr(models, family)):
-        raise ValueError(f"the model is a {type(model).__name__}; this needs a {family}")
+        raise ValueError(f"the model is a {type(model).__name__}; this command needs a {family}")
 
 
 def read_texts(texts: Sequence[str], single: bool = False) -> list[str]:
-    """Returns the texts, or those on standard input if there are none.
+    """Returns the texts, or the texts on standard input if `texts` is empty.
 
     Args:
         texts: the texts of the command line.
-        single: standard input is one text, instead of one a line.
+        single: read standard input as one text instead of one text per line.
 
     Raises:
         ValueError: there is no text.
@@ -75,5 +75,5 @@ def read_texts(texts: Sequence[str], single: bool = False) -> list[str]:
         texts = ([content.strip()] if single
                  else [line for line in content.splitlines() if line.strip()])
     if not any(text.strip() for text in texts):
-        raise ValueError("there is no text; give some as an argument or on standard input")
+        raise ValueError("no text is given; pass it as an argument or on standard input")
     return list(texts)

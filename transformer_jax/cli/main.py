@@ -1,8 +1,8 @@
 """The `transformer-jax` command line, also `python -m transformer_jax`.
 
-A command is a function in one of the modules beside this one: its name is that of the command, its
-parameters are the arguments and flags, and its docstring is the help. Modules of commands import
-JAX when a command runs, so that `--help` does not wait for it.
+A command is a function in a module of this package: its name is that of the command, its
+parameters are the arguments and flags, and its docstring is the help. JAX is imported only when a
+command runs, so that `--help` does not wait for it.
 """
 
 import sys
@@ -26,15 +26,16 @@ The encoder-decoder Transformer, GPT, BERT and BART in JAX.
 {commands}
 
 `{program} COMMAND --help` describes a command. MODEL is the folder of a run of this
-library, a folder in the Hugging Face format, an id on the Hugging Face Hub, or package:NAME/FOLDER
-of an installed package. Texts that are not given are read from standard input, one a line."""
+library, a checkpoint in the Hugging Face format (a folder or an id on the Hugging Face Hub), or
+package:NAME/FOLDER, a folder in an installed package. If no TEXT is given, texts are read from
+standard input."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status: 0, or 2 after an error of the user's input.
+    """Runs a command and returns the exit status: 0, 2 for a user error, or 130 if interrupted.
 
     Args:
-        arguments: name of the command and its arguments; those of the process if None.
+        arguments: name of the command and its arguments; `sys.argv[1:]` if None.
     """
     return run_command(_main, list(sys.argv[1:] if arguments is None else arguments))
 

@@ -1,7 +1,7 @@
 """Commands that train models: `pretrain` and `finetune`.
 
-The common flags are parameters of the functions. All other flags are the fields of the recipe's
-config, which are parsed from the parameter `flags`.
+The common flags are parameters of the functions. All other flags are fields of the recipe's config;
+they are passed as the parameter `flags` and parsed by `cli.flags`.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ def pretrain(
     data: str = "python_docs/documents",
     out: Annotated[Path | None, optional("PATH", "runs/PRESET")] = None,
     objective: Annotated[Literal["causal_lm", "mlm_nsp", "denoising"] | None,
-                         optional("{causal_lm,mlm_nsp,denoising}", "by family")] = None,
-    tokenizer: Annotated[str | None, optional("STR", "by family")] = None,
+                         optional("{causal_lm,mlm_nsp,denoising}", "by model family")] = None,
+    tokenizer: Annotated[str | None, optional("STR", "by model family")] = None,
     num_steps: int = 10_000,
     batch_size: int = 32,
-    max_length: Annotated[int | None, optional("INT", "of the model")] = None,
+    max_length: Annotated[int | None, optional("INT", "that of the model")] = None,
     seed: int = 0,
     flags: Flags = (),
 ) -> None:
@@ -34,21 +34,21 @@ def pretrain(
 
         transformer-jax pretrain bert_tiny --data corpus.txt --out runs/bert --num-steps 1000
 
-    The same command resumes an interrupted run. --help-all lists all flags: fields of the model
-    (--model.num-layers), optimizer (--optimizer.peak-lr) and mesh (--mesh.fsdp), and more.
+    The same command resumes an interrupted run. --help-all lists all flags, such as those of the
+    model (--model.num-layers), the optimizer (--optimizer.peak-lr) and the mesh (--mesh.fsdp).
 
     Args:
-        preset: gpt1, gpt2, gpt2_medium, gpt2_large, gpt2_xl, bert_tiny, bert_mini, bert_small,
-            bert_medium, bert_base, bert_large, bart_base, bart_large, transformer_base or
-            transformer_big.
-        data: python_docs/documents, tfds:NAME, hf:NAME, or a text file or folder.
+        preset: model preset: gpt1, gpt2, gpt2_medium, gpt2_large, gpt2_xl, bert_tiny, bert_mini,
+            bert_small, bert_medium, bert_base, bert_large, bart_base, bart_large, transformer_base
+            or transformer_big.
+        data: plain text: python_docs/documents, tfds:NAME, hf:NAME, or a file or folder.
         out: folder of the run.
         objective: pre-training objective.
         tokenizer: bpe, wordpiece or chars, trained on the text; or the folder of a saved tokenizer.
         num_steps: number of updates.
-        batch_size: rows of a step, over all devices.
-        max_length: tokens of a row.
-        seed: of initialization, data order, masking and dropout.
+        batch_size: rows per step, over all devices.
+        max_length: tokens per row.
+        seed: random seed of initialization, data order, masking and dropout.
         flags: further flags.
     """
     if not preset and "--help" not in flags:
@@ -91,26 +91,27 @@ def finetune(
     token_classification, question_answering or seq2seq. --help-all lists all flags.
 
     Args:
-        pretrained: folder of a run, checkpoint, or id on the Hugging Face Hub.
-        data: python_docs/topics, tfds:NAME, hf:NAME, a .tsv, .csv or .jsonl file, or a folder.
-        validation: file, or name of the split, to evaluate on.
-        columns: field of the examples and its column in the data, for text, text_b, label, choices,
-            words, tags, question, context, answers, source or target.
-        trainable: full, head, last_k:LAYERS, bitfit, lora:RANK, dora:RANK, ia3, adapter:WIDTH,
-            prefix:LENGTH, ..., joined by "+".
-        epochs: passes over the examples, which replace --num-steps.
+        pretrained: folder of a run or a checkpoint, or an id on the Hugging Face Hub.
+        data: labeled data: python_docs/topics, tfds:NAME, hf:NAME, a .tsv, .csv or .jsonl file, or
+            a folder.
+        validation: file or split to evaluate on.
+        columns: pairs of an example field (text, text_b, label, choices, words, tags, question,
+            context, answers, source or target) and its column in the data.
+        trainable: parameters to train: full, head, last_k:LAYERS, bitfit, lora:RANK, dora:RANK,
+            ia3, adapter:WIDTH, prefix:LENGTH, ..., joined by "+".
+        epochs: number of epochs; overrides --num-steps.
         num_steps: number of updates.
-        batch_size: rows of a step, over all devices.
-        max_length: greatest number of tokens of a row.
+        batch_size: rows per step, over all devices.
+        max_length: maximum number of tokens per row.
         peak_lr: learning rate at the end of warm-up.
-        seed: of new parameters, data order and dropout.
+        seed: random seed of new parameters, data order and dropout.
         out: folder of the run.
         flags: further flags.
     """
     if "--help" not in flags:
         for name, value in {"--pretrained": pretrained, "--out": out}.items():
             if not value:
-                raise ValueError(f"{name} is missing; give it as in `transformer-jax finetune "
+                raise ValueError(f"{name} is missing; see the example in `transformer-jax finetune "
                                  "--help`")
     from transformer_jax.cli.flags import parse_finetune_flags
     from transformer_jax.recipes import finetune as run_finetuning

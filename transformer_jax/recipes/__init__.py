@@ -1,7 +1,7 @@
 """End-to-end jobs: pre-training, fine-tuning, sequence-to-sequence training and sweeps.
 
-Each job consists of a frozen dataclass of settings and a function that takes it. `finetune` also
-accepts the settings as keyword arguments.
+Each job consists of a frozen dataclass of settings and a function that takes it as its argument.
+`finetune` also accepts the settings as keyword arguments.
 """
 
 import lazy_loader

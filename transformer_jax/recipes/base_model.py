@@ -1,4 +1,4 @@
-"""The pre-trained model of a fine-tuning run, and the head of its new task."""
+"""Loading of the pre-trained model of a fine-tuning run, and addition of the task head."""
 
 import functools
 from pathlib import Path
@@ -27,13 +27,13 @@ def load_base(
 
     Args:
         source: a run's folder, a checkpoint or a loaded model.
-        dropout_rate: dropout rate, also of attention weights, in place of the model's own.
-        pooling: input of BERT's classifier, in place of the model's own: "first", the pooled first
-            token, or "mean", the mean over all tokens.
+        dropout_rate: overrides the model's dropout rate, also that of attention weights.
+        pooling: overrides the input of BERT's classifier: "first" for the pooled first token, or
+            "mean" for the mean over all tokens.
 
     Raises:
         FileNotFoundError: the source does not exist.
-        ValueError: it has no tokenizer, or `pooling` is unknown.
+        ValueError: the source has no tokenizer, or `pooling` is unknown.
     """
     changes: dict[str, Any] = {} if dropout_rate is None else {
         "dropout_rate": dropout_rate, "attention_dropout_rate": dropout_rate}
@@ -52,10 +52,10 @@ def _replace_config(model: Model, changes: dict[str, Any]) -> Model:
 
 
 def add_task_head(base: LoadedRun, dataset: LabeledDataset) -> tuple[Model, dict]:
-    """Returns the base model with the head for a dataset, and the pre-trained parameters.
+    """Returns the base model with a head for the task of a dataset, and the pre-trained parameters.
 
-    A pre-trained classifier of another shape is left out of the parameters, so that a new one is
-    initialized.
+    A pre-trained classifier whose shape does not match is left out of the parameters, so that a new
+    one is initialized.
     """
     task_type = dataset.task_type
     head = None if task_type == "seq2seq" else classification.TASK_TYPES[task_type].task
@@ -74,7 +74,7 @@ def load_report(model: Model, pretrained: dict) -> tree.LoadReport:
 
 
 def include_new_modules(model: Model, pretrained: dict, trainable: str) -> str:
-    """Returns the trainable spec, extended by the modules that the checkpoint does not have.
+    """Returns the trainable spec, extended by the modules that are missing from the checkpoint.
 
     Such modules are randomly initialized and must not stay frozen: RoBERTa and DistilBERT
     checkpoints without a head, for example, have no pooler.
@@ -84,9 +84,10 @@ def include_new_modules(model: Model, pretrained: dict, trainable: str) -> str:
 
 
 def initial_params(model: Model, pretrained: dict) -> dict:
-    """Returns the initial parameters of fine-tuning, without PEFT parameters.
+    """Returns the pre-trained parameters, with initial values for all others but PEFT parameters.
 
-    `finetuning.adapter_io` identifies the base model of an adapter by them.
+    They do not depend on the seed of the run: `finetuning.adapter_io` identifies the base model of
+    an adapter by their fingerprint.
     """
     return tree.restore_partial(init_params(model, jax.random.key(0)), pretrained)[0]
 

@@ -1,4 +1,4 @@
-"""Settings that several recipes share: device mesh, optimizer, labeled dataset and training."""
+"""Settings shared by several recipes: device mesh, optimizer, labeled dataset and training."""
 
 import dataclasses
 import math
@@ -27,11 +27,11 @@ class MeshConfig:
     """Number of devices along each mesh axis (`transformer_jax.sharding`).
 
     Attributes:
-        data: number of replicas of the parameters, each of which gets a part of the batch; -1 for
-            all devices that the other axes leave.
+        data: number of replicas of the parameters, each of which processes a part of the batch; -1
+            for all remaining devices.
         fsdp: number of devices over which each replica and its part of the batch are sharded.
         sequence: number of devices over which the tokens of a row are sharded.
-        tensor: number of devices over which heads, MLP and vocabulary are sharded.
+        tensor: number of devices over which attention heads, MLP and vocabulary are sharded.
 
     Example:
         >>> MeshConfig().make().axis_names
@@ -55,12 +55,12 @@ class OptimizerConfig:
     Attributes:
         schedule: decay after warm-up: "constant", "linear", "cosine" or "inverse_sqrt".
         peak_lr: learning rate at the end of warm-up.
-        end_lr: learning rate at the last step.
-        warmup_steps: steps of linear warm-up; fewer than the steps of the run.
+        end_lr: learning rate at the end of the decay; unused by "constant".
+        warmup_steps: number of steps of linear warm-up; less than the number of steps of the run.
         weight_decay: rate of decoupled weight decay, which applies to matrices only.
-        b2: decay rate of the second moment.
-        eps: constant in the denominator of the update.
-        clip_norm: largest global norm of the gradients; None does not clip.
+        b2: decay rate of the second-moment estimate.
+        eps: constant added to the denominator of the update.
+        clip_norm: maximum global norm of the gradients; None disables clipping.
 
     Example:
         >>> import numpy as np
@@ -91,18 +91,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class FinetuneOptimizerConfig(OptimizerConfig):
-    """AdamW with the options of fine-tuning (`train.transforms`).
+    """AdamW with options for fine-tuning (`train.transforms`).
 
     Attributes:
         warmup_fraction: fraction of the steps that are warm-up; None uses `warmup_steps` instead.
         layer_decay: ratio of the learning rate of each layer to that of the layer above it.
-        head_lr_multiplier: factor by which the classifier's learning rate is multiplied.
-        unfreeze_every: with gradual unfreezing, the number of updates after which the next layer,
-            from the top down, becomes trainable.
-        l2_sp: strength of weight decay toward the pre-trained parameters, which replaces decay
-            toward zero.
-        ema: decay of an exponential moving average of the trainable parameters, which is evaluated
-            and returned instead of their last values.
+        head_lr_multiplier: factor that multiplies the learning rate of the classifier.
+        unfreeze_every: number of updates after which gradual unfreezing makes the next layer, from
+            the top down, trainable; None disables gradual unfreezing.
+        l2_sp: rate of weight decay toward the pre-trained parameters, which replaces decay toward
+            zero.
+        ema: decay rate of an exponential moving average of the trainable parameters, which is
+            evaluated and returned instead of their last values.
     """
 
     schedule: str = "linear"
@@ -130,26 +130,28 @@ class DatasetConfig:
     Attributes:
         data: "tfds:NAME", "hf:NAME", "python_docs/topics", a .tsv, .csv or .jsonl file, or a folder
             with one file for each split.
-        validation: file or name of the validation split.
+        validation: file of the validation split, or its name.
         task_type: "classification", "regression", "multiple_choice", "token_classification",
             "question_answering" or "seq2seq"; inferred from the columns if None.
         columns: field of the example -> column of the data, such as `{"text": "sentence"}`. Several
-            columns joined by "+" are concatenated for a text, or are the choices of a multiple
-            choice.
+            columns joined by "+" are concatenated for a text, or are the choices of a
+            multiple-choice example.
         header: column names of files without a header line.
         validation_header: column names of the validation file, if they differ.
         label_names: label in the data -> name of its class, in the order of the classes, for data
             without class names.
         validation_label_names: the same for the validation file, if its labels differ.
-        like: known dataset ("hf:snli") whose columns this one has.
-        metric: main metric: accuracy, f1, macro_f1 or matthews of classes; rouge or bleu of texts.
-        label_range: least and greatest label of a regression; those of the training split if None.
+        like: name of a known dataset of which this is a copy, such as "hf:snli".
+        metric: main metric: accuracy, f1, macro_f1 or matthews for classes; rouge or bleu for
+            texts.
+        label_range: lowest and highest label of a regression; those of the training split if None.
         allow_empty_classes: whether a class may have no training example.
-        validation_folds: values of the column "fold" whose rows are the validation split.
-        validation_fraction: fraction of the training rows that is the validation split, drawn at
-            random.
-        limit: largest number of rows of each split; the rows are drawn at random.
-        on_bad_rows: "drop" or "error" for empty texts, empty labels and misplaced answers.
+        validation_folds: values of the column "fold" that select the rows of the validation split.
+        validation_fraction: fraction of the training rows that is drawn at random as the validation
+            split.
+        limit: maximum number of rows of each split; the rows are drawn at random.
+        on_bad_rows: "drop" or "error" for rows with an empty text, an empty label or an answer that
+            is not at its position; None drops them from known datasets only.
     """
 
     data: str = "python_docs/topics"
@@ -173,12 +175,12 @@ class DatasetConfig:
         """Returns the training and validation examples, in memory.
 
         Args:
-            data: data in place of the field `data`: anything that `load_dataset` accepts, such as a
-                list of dicts, a pandas DataFrame, or a `datasets.Dataset` or `DatasetDict`.
-            validation: likewise, in place of the field `validation`.
+            data: overrides the field `data`: anything that `load_dataset` accepts, such as a list
+                of dicts, a pandas DataFrame, or a `datasets.Dataset` or `DatasetDict`.
+            validation: overrides the field `validation` in the same way.
 
         Raises:
-            FileNotFoundError: a path does not exist, or there is no dataset of this name.
+            FileNotFoundError: a path or a dataset name does not exist.
             ValueError: the data is not a valid labeled dataset; the message names the column, row
                 or option.
 
@@ -210,25 +212,25 @@ class DatasetConfig:
 class TrainingConfig:
     """How a model is fine-tuned, independent of the data.
 
-    Runs with equal settings and equal trainable spec share compiled steps.
+    Runs with the same settings and the same trainable spec share compiled steps.
 
     Attributes:
-        max_length: largest number of tokens of a row; batches of shorter texts are padded to less.
-        batch_size: number of rows of a step, over all devices.
+        max_length: maximum number of tokens of a row; batches of shorter texts have shorter rows.
+        batch_size: number of rows per step, over all devices.
         num_steps: number of updates.
-        epochs: number of passes over the examples, in place of `num_steps`.
-        min_steps: smallest number of updates if `epochs` is given.
+        epochs: number of passes over the examples; overrides `num_steps`.
+        min_steps: minimum number of updates if `epochs` is given.
         optimizer: AdamW and its learning-rate schedule.
         frozen_dtype: dtype in which frozen kernels and embeddings are stored: "float32",
             "bfloat16" or "int8".
-        cache_features: if only the head is trained, compute the features of the body once, without
+        cache_features: if only the head is trained, compute the outputs of the body once, without
             dropout, instead of in every epoch.
         aux_lm_loss_weight: weight of the auxiliary language-model loss (GPT paper, section 3.2).
         gpt_special_tokens: add start, delimiter and extract tokens (GPT paper, section 3.3).
         both_orders: encode each pair of texts in both orders (GPT paper, section 3.3).
         stride: distance in tokens between the starts of consecutive windows over a long context.
         max_question_length: number of tokens to which longer questions are truncated.
-        target_length: largest number of tokens of a target text.
+        target_length: maximum number of tokens of a target text.
         num_beams: number of beams of the beam search that generates target texts.
         save_every: number of updates between checkpoints; 0 saves at the end only.
         allow_config_mismatch: resume from a checkpoint that was saved with other settings or data.
@@ -256,7 +258,7 @@ class TrainingConfig:
     anomaly_policy: anomalies.AnomalyPolicy = anomalies.DEFAULT_POLICY
 
     def input_config(self) -> InputConfig:
-        """Returns the settings of the conversion of an example to a row of token ids."""
+        """Returns the settings for converting an example to rows of token ids."""
         return InputConfig(
             max_length=self.max_length, gpt_special_tokens=self.gpt_special_tokens,
             both_orders=self.both_orders, stride=self.stride,

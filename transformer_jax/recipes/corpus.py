@@ -1,4 +1,4 @@
-"""Plain text as training rows: sources, tokenizer, and rows of a pre-training objective."""
+"""Conversion of plain text to training rows: sources, tokenizer, rows of an objective."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ def load_texts(config: "PretrainConfig") -> tuple[Sequence[dict], Sequence[dict]
     """Returns the training and held-out texts, as sequences of `{"text": str}`.
 
     The held-out texts of a named dataset are its validation split. Those of local files are the
-    last `validation_fraction` of the documents or, with document_separator "file", of the
-    characters.
+    last documents, a fraction `validation_fraction` of all; with document_separator "file", the
+    last characters.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -43,7 +43,7 @@ def load_texts(config: "PretrainConfig") -> tuple[Sequence[dict], Sequence[dict]
     examples = [source[i] for i in range(len(source))]
     if not 0 < cut < len(examples):
         raise ValueError(f"validation_fraction {fraction} of {len(examples)} documents in {data} "
-                         "leaves no documents for training or none for validation; separate "
+                         "leaves no document for training or none for validation; separate "
                          'documents by blank lines, or use document_separator "file"')
     return examples[:cut], examples[cut:]
 
@@ -51,8 +51,8 @@ def load_texts(config: "PretrainConfig") -> tuple[Sequence[dict], Sequence[dict]
 def train_tokenizer(config: "PretrainConfig", texts: Sequence[dict]) -> tokenizers.Tokenizer:
     """Returns the tokenizer of a pre-training run.
 
-    If `config.tokenizer` is "bpe", "wordpiece" or "chars", it is trained on the texts, with the
-    vocabulary size of the model; otherwise it is loaded from that folder.
+    If `config.tokenizer` is "bpe", "wordpiece" or "chars", it is trained on the texts, for "bpe"
+    and "wordpiece" with the model's vocab_size. Any other value is a folder to load it from.
     """
     vocab_size = config.model.vocab_size
     bpe = functools.partial(tokenizers.train_bpe, vocab_size=vocab_size)
@@ -84,9 +84,9 @@ class ObjectiveRows(NamedTuple):
 
     Attributes:
         rows: examples by index.
-        transform: `transform(example, rng)` returns the arrays of a row; None where `rows` already
-            holds them.
-        tokens_per_row: number of tokens of a row, from which throughput is computed.
+        transform: `transform(example, rng)` returns the arrays of a row; None if `rows` already
+            holds arrays.
+        tokens_per_row: number of tokens of a row, used to compute throughput.
     """
 
     rows: Any
@@ -94,12 +94,13 @@ class ObjectiveRows(NamedTuple):
     tokens_per_row: int
 
     def loader(self, batch_size: int, mesh: Mesh | None = None, **options) -> batching.Loader:
-        """Returns an infinite iterator of this process's rows of each batch.
+        """Returns an iterator over this process's rows of each batch.
 
         Args:
             batch_size: number of rows of a batch, over all devices.
             mesh: device mesh, which determines the rows of this process.
-            options: options of `data.batching.make_loader`.
+            options: options of `data.batching.make_loader`; without num_epochs, the iterator is
+                infinite.
         """
         shard = sharding.process_data_shard(mesh)
         return batching.make_loader(
@@ -109,14 +110,14 @@ class ObjectiveRows(NamedTuple):
     def evaluation_batches(
         self, batch_size: int, max_batches: int | None = None, mesh: Mesh | None = None
     ) -> list[dict]:
-        """Returns batches with each row once, as a list in memory.
+        """Returns batches that contain each row once, as a list in memory.
 
-        Random masks and sentence pairs are drawn once, so that the losses of different parameters
-        are comparable.
+        Random masks and sentence pairs are drawn only once, so that the losses of different
+        parameters are comparable.
 
         Args:
             batch_size: number of rows of a batch, over all devices.
-            max_batches: largest number of batches; None for all.
+            max_batches: maximum number of batches; None for all.
             mesh: device mesh, which determines the rows of this process.
         """
         loader = self.loader(batch_size, mesh, shuffle=False, num_epochs=1, drop_remainder=False)
@@ -134,7 +135,7 @@ def make_objective_rows(
         name: subfolder of `config.tokenized_cache_dir` for these texts.
 
     Raises:
-        ValueError: the objective is unknown, or there is too little text for a row.
+        ValueError: the objective is unknown, or the corpus is too small for it.
 
     Example:
         >>> from transformer_jax.recipes.pretraining import pretrain_config
@@ -175,7 +176,7 @@ def make_objective_rows(
 
 
 def _split_lines(texts: Sequence[dict], sentence_end: str) -> Sequence[dict]:
-    """Puts a line break after each `sentence_end`; returns `texts` itself if that is empty."""
+    """Inserts a line break after each `sentence_end`; if it is empty, returns `texts` unchanged."""
     if not sentence_end:
         return texts
     replacement = sentence_end.rstrip() + "\n"

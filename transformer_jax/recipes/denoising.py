@@ -1,4 +1,6 @@
-"""Pre-training of BART by denoising and fine-tuning on pairs, compared with training from scratch.
+"""Denoising pre-training of BART, then fine-tuning on pairs of texts.
+
+The fine-tuned model is compared with a model of the same size that is trained from scratch.
 """
 
 import dataclasses
@@ -30,24 +32,24 @@ SIDES = ("source", "target")
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Settings to fine-tune a pre-trained encoder-decoder on pairs of texts.
+    """Settings for fine-tuning a pre-trained encoder-decoder on pairs of texts.
 
     Attributes:
-        source: file suffix or column of the source texts.
-        target: file suffix or column of the target texts.
+        source: file suffix or column name of the source texts.
+        target: file suffix or column name of the target texts.
         num_steps: number of updates.
         data: as in `sequence_to_sequence.TranslateConfig`.
         train_split: name of the split to train on.
         validation_split: name of the split to evaluate on.
-        source_length: number of tokens, special tokens included, to which sources are padded or
+        source_length: number of tokens, including special tokens, to which sources are padded or
             truncated.
         target_length: the same for targets.
-        batch_size: number of rows of a step, over all devices.
-        label_smoothing: probability that the smoothed target spreads over the vocabulary.
+        batch_size: number of rows per step, over all devices.
+        label_smoothing: probability mass that is distributed uniformly over the vocabulary.
         optimizer: AdamW and its learning-rate schedule.
         num_beams: number of beams of the beam search.
-        length_penalty: exponent of the length by which the score of a sequence is divided.
-        no_repeat_ngram_size: length of the token sequences that may occur only once in a target.
+        length_penalty: beam scores are divided by length ** length_penalty.
+        no_repeat_ngram_size: size of the n-grams of tokens that may occur only once in a target.
         eval_pairs: number of validation pairs to generate targets for; None for all.
         eval_every: number of updates between evaluations of the loss on the validation split.
         save_every: number of updates between checkpoints.
@@ -83,13 +85,13 @@ class PairsConfig:
 
 @dataclass(frozen=True)
 class DenoiseConfig:
-    """Settings of both stages.
+    """Settings of denoising pre-training and of fine-tuning on pairs.
 
     Attributes:
-        pretrain: pre-training by denoising. Fine-tuning uses the same model, mesh and tokenizer,
-            which is trained on the text and the pairs together. Its `out` is ignored; the folder is
-            `<out>/pretraining`.
-        finetune: fine-tuning on pairs.
+        pretrain: settings of pre-training. Fine-tuning uses the same model, mesh and tokenizer; the
+            tokenizer is trained on the plain text and the pairs together. `pretrain.out` is
+            ignored; the folder is `<out>/pretraining`.
+        finetune: settings of fine-tuning.
         out: folder of the run.
     """
 
@@ -108,12 +110,12 @@ class _FinetunedPairs(NamedTuple):
 
 
 def denoise(config: DenoiseConfig) -> dict[str, Any]:
-    """Pre-trains by denoising, then trains on pairs from the pre-trained and from new parameters.
+    """Pre-trains by denoising, then fine-tunes on pairs; also trains on the pairs from scratch.
 
-    Written to `config.out`: the folders `pretraining`, `pretrained` and `scratch` with checkpoints,
-    from which the same call resumes; `targets.jsonl` with the generated targets of both models; the
-    loss curves; and `results.json` with the denoising loss before and after pre-training, and ROUGE
-    of both models.
+    Writes to `config.out`: the folders `pretraining`, `pretrained` and `scratch` with checkpoints,
+    from which the same call resumes; `targets.jsonl` with the targets that both models generate;
+    the loss curves; and `results.json` with the denoising loss before and after pre-training and
+    the ROUGE scores of both models.
 
     Returns:
         The content of `results.json`.
@@ -139,12 +141,12 @@ def denoise(config: DenoiseConfig) -> dict[str, Any]:
     eval_batches = pair_rows(f, validation, base.tokenizer).evaluation_batches(
         f.batch_size, mesh=config.pretrain.mesh.make())
     loss_fn = functools.partial(seq2seq.loss, base.model.apply, label_smoothing=f.label_smoothing)
-    # Made once, so that both runs share the compiled steps.
+    # Created once, so that both runs share the compiled steps.
     steps = (step.make_train_step(loss_fn, f.optimizer.make(f.num_steps)),
              step.make_eval_step(loss_fn))
     scored = validation[: f.eval_pairs]
     print(f"{tree.count(new_params):,} parameters, {len(texts):,} pairs, {f.num_steps} steps of "
-          f"{f.batch_size}, {len(validation):,} pairs held out", flush=True)
+          f"{f.batch_size} pairs, {len(validation):,} pairs held out", flush=True)
 
     runs, outputs, scores = {}, {}, {}
     for name, params in (("pretrained", base.params), ("scratch", new_params)):
@@ -164,7 +166,7 @@ def denoise(config: DenoiseConfig) -> dict[str, Any]:
 
 
 def train_joint_tokenizer(config: DenoiseConfig, texts: Sequence[dict]) -> Path:
-    """Returns the folder of one tokenizer for the plain text and the pairs, trained if needed."""
+    """Trains one tokenizer on the plain text and the pairs, unless saved; returns its folder."""
     folder = config.out / "tokenizer"
     if not folder.is_dir():
         both = [{"text": pair[side]} for side in SIDES for pair in texts]
@@ -176,7 +178,7 @@ def train_joint_tokenizer(config: DenoiseConfig, texts: Sequence[dict]) -> Path:
 def pair_rows(
     config: PairsConfig, texts: Sequence[dict], tokenizer: Tokenizer
 ) -> corpus.ObjectiveRows:
-    """Returns rows of one shape, with the special tokens of rows of denoising on both sides."""
+    """Returns the pairs as rows of equal shape, with the special tokens of denoising rows."""
     sides = [tokenizer.encode_batch([pair[side] for pair in texts]) for side in SIDES]
     transform = functools.partial(
         seq2seq.prepare, source_length=config.source_length, target_length=config.target_length,
@@ -218,7 +220,7 @@ def _finetune_pairs(
 
 def _generate(config: PairsConfig, model: Transformer, params: dict, tokenizer: Tokenizer,
               texts: Sequence[str]) -> list[str]:
-    """Returns the model's target for each source."""
+    """Generates a target for each source text."""
     beams = {"length_penalty": config.length_penalty} if config.num_beams > 1 else {}
     return generate_targets(
         model, params, tokenizer, texts, max_source_length=config.source_length,
@@ -228,7 +230,7 @@ def _generate(config: PairsConfig, model: Transformer, params: dict, tokenizer: 
 
 def _report(config: DenoiseConfig, scored: Sequence[dict], outputs: dict[str, list[str]],
             histories: dict[str, list[dict]]) -> None:
-    """Prints three examples, writes all to `targets.jsonl`, and draws the loss curves."""
+    """Prints three targets, writes all to `targets.jsonl`, and plots the loss curves."""
     lines = [{**pair, **{name: texts[i] for name, texts in outputs.items()}}
              for i, pair in enumerate(scored)]
     (config.out / "targets.jsonl").write_text(
@@ -237,6 +239,6 @@ def _report(config: DenoiseConfig, scored: Sequence[dict], outputs: dict[str, li
         print("\n  ".join(["", line["source"][:300].replace("\n", "\n  "),
                            *(f"{name}: {line[name]}" for name in ("target", *outputs))]),
               flush=True)
-    if points := loss_curves(histories):  # empty if both runs were complete before
+    if points := loss_curves(histories):  # empty if both runs were already complete
         plots.curves(config.out / "finetuning.png", points,
                      title=f"{config.finetune.source} to {config.finetune.target}")

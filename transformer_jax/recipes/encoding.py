@@ -1,4 +1,4 @@
-"""Encoded datasets: a labeled dataset in token ids, with its task encoder."""
+"""Encoded datasets: labeled datasets as token ids, with their task encoders."""
 
 import json
 from collections.abc import Sequence
@@ -37,17 +37,18 @@ ENCODERS: dict[str, type[TaskEncoder]] = {
     "question_answering": QuestionEncoder,
     "seq2seq": Seq2SeqEncoder,
 }
-"""Task type -> its encoder."""
+"""Task type -> class of its encoder."""
 
 
 class EncodedDataset(NamedTuple):
-    """A labeled dataset in token ids.
+    """A labeled dataset as token ids.
 
     Attributes:
-        dataset: the examples.
-        encoder: makes rows of the items and scores the model's outputs.
-        train: items of the training examples: examples, or windows over long contexts.
-        validation: items of the validation examples.
+        dataset: the labeled examples.
+        encoder: converts items to rows and scores the model's outputs.
+        train: items of the training split: tokenized examples or, for question answering, windows
+            over their contexts.
+        validation: items of the validation split.
     """
 
     dataset: LabeledDataset
@@ -75,13 +76,13 @@ def make_encoder(
         raise ValueError(f"unknown task type {task.task_type!r}; "
                          f"{did_you_mean(task.task_type, ENCODERS)}")
     if config.both_orders and task.task_type not in ("classification", "regression"):
-        raise ValueError(f"both_orders is for pairs of texts, and the task is {task.task_type}; "
-                         "leave it out")
+        raise ValueError(f"both_orders is for pairs of texts, but the task is {task.task_type}; "
+                         "remove the option")
     if not isinstance(model, GPT):
         for name in ("both_orders", "gpt_special_tokens"):
             if getattr(config, name):
-                raise ValueError(f"{name} is for GPT, and the model is a {type(model).__name__}; "
-                                 "leave it out")
+                raise ValueError(f"{name} is for GPT, but the model is a {type(model).__name__}; "
+                                 "remove the option")
     return ENCODERS[task.task_type](task, model, tokenizer, config)
 
 
@@ -91,7 +92,7 @@ def encode_dataset(
     """Tokenizes a labeled dataset for a model.
 
     Raises:
-        ValueError: see `make_encoder`; or a text with tagged words is longer than a row.
+        ValueError: as in `make_encoder`; or a text with tagged words is longer than a row.
         ModuleNotFoundError: the library that computes the metric is not installed.
 
     Example:
@@ -112,12 +113,12 @@ def encode_dataset(
 
 
 def cache_features(params: dict, data: EncodedDataset) -> list[dict]:
-    """Computes the features of the body for all training items, without dropout.
+    """Computes the outputs of the body (features) for all training items, without dropout.
 
-    Runs that train only the head use them instead of computing the body in every step.
+    Runs that train only the head use them instead of evaluating the body in every step.
 
     Returns:
-        The rows of the items, in order, with features `[D]` as "tokens".
+        The rows of the items, in order; the entry "tokens" of each holds its features `[D]`.
     """
     encoder = data.encoder
     batches = encoder.batches(data.train, batch_size=PREDICT_BATCH_SIZE).evaluation_batches()
@@ -128,7 +129,7 @@ def cache_features(params: dict, data: EncodedDataset) -> list[dict]:
 def feature_batches(
     rows: Sequence[dict], batch_size: int, seed: int, mesh: Mesh | None = None
 ) -> LengthBucketedBatches:
-    """Returns batches of rows of cached features, in another random order in each epoch."""
+    """Returns batches of rows of cached features, shuffled anew in each epoch."""
     shard = sharding.process_data_shard(mesh)
     return LengthBucketedBatches(
         rows, [1] * len(rows), lambda row, length: {k: v for k, v in row.items() if k != "index"},
@@ -137,10 +138,10 @@ def feature_batches(
 
 
 def write_predictions(path: Path, lines: Sequence[dict]) -> None:
-    """Writes one JSON object a line, in the order of the data.
+    """Writes one JSON object per line, in the order of the data.
 
-    Answers to questions are also written to the same name with the suffix .json, as the
-    `{id: text}` that SQuAD's evaluation script reads.
+    Answers to questions are also written to a file of the same name with the suffix .json, as the
+    dict `{id: text}` that SQuAD's evaluation script reads.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),

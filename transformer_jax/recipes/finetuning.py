@@ -63,17 +63,17 @@ class FinetuneConfig:
         dataset: the labeled data.
         training: settings of the training.
         trainable: trainable spec, which selects the parameters to train (`finetuning.select`).
-        from_scratch: train from new parameters instead of a copy of the pre-trained ones.
-        labels_per_class: number of training examples of each class; None for all.
+        from_scratch: train newly initialized parameters instead of the pre-trained ones.
+        labels_per_class: number of training examples per class; None for all.
         examples: number of training examples, as balanced as the classes allow; None for all.
-        dropout_rate: dropout rate, also of attention weights, in place of the model's own.
-        pooling: input of BERT's classifier, in place of the model's own: "first", the pooled first
-            token, or "mean", the mean over all tokens, with which sentence encoders are trained.
+        dropout_rate: overrides the model's dropout rate, also that of attention weights.
+        pooling: overrides the input of BERT's classifier: "first" for the pooled first token, or
+            "mean" for the mean over all tokens, with which sentence encoders are trained.
         retention_data: text on which the pre-training loss of a checkpoint is measured before and
             after fine-tuning (`retention`); for a run of this library, its own held-out rows are
             used instead. None skips the measurement.
         mesh: number of devices along each mesh axis.
-        seed: seed of the choice of examples, new parameters, data order and dropout.
+        seed: seed of the selection of examples, new parameters, data order and dropout.
     """
 
     pretrained: str
@@ -101,16 +101,15 @@ class FinetuneResult:
     Attributes:
         model: the model with the head of the task.
         params: fine-tuned parameters, PEFT parameters included.
-        mask: True at trainable parameters.
+        mask: True for trainable parameters.
         tokenizer: the model's tokenizer.
         task: task type, label names and metric.
-        input_config: settings of the conversion of a text to a row of token ids.
-        metrics: scores on the validation examples, the main metric first, figures of the run
-            (`finetuning_run.FinetunedParams`), and the pre-training loss "held_out_before" and
-            "held_out_after" where it was measured.
+        input_config: settings for converting an example to rows of token ids.
+        metrics: scores on the validation examples, the main metric first; statistics of the run
+            (`finetuning_run.FinetunedParams`); and, if it was measured, the pre-training loss as
+            "held_out_before" and "held_out_after".
         predictions: one dict for each validation example, as in `predictions.jsonl`.
-        history: rows of the training loop, with step, loss and so on; empty if all steps had been
-            run before.
+        history: history of `train.loop.fit`; empty if the run was already complete.
     """
 
     model: Model
@@ -139,8 +138,8 @@ class FinetuneResult:
         """Saves a checkpoint in the Hugging Face format, with merged PEFT parameters.
 
         Raises:
-            ValueError: PEFT parameters that cannot be merged, such as adapters and prefixes; save
-                them with `finetuning.adapter_io.save_adapter`.
+            ValueError: there are PEFT parameters that cannot be merged, such as adapters and
+                prefixes; save them with `finetuning.adapter_io.save_adapter`.
         """
         model, params = peft.fold_tokens(self.model, quantize.dequantize(self.params))
         save_pretrained(path, model, peft.merge(params), self.tokenizer)
@@ -152,25 +151,25 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tunes a copy of a pre-trained model on labeled data and evaluates it.
 
-    With `out`, checkpoints (from which the same call resumes), predictions, figures, results, and
-    the trained parameters alone, as an adapter, are written to that folder; without it no files are
-    written.
+    If `out` is given, that folder receives checkpoints, from which the same call resumes; the
+    predictions, figures and results; and an adapter, which holds only the trained parameters.
+    Otherwise no files are written.
 
     Args:
         pretrained: a run's folder, a checkpoint (a folder, an id on the Hugging Face Hub, or
-            "package:NAME/FOLDER"), or a loaded (model, params, tokenizer). Or a `FinetuneConfig`
-            with all settings, as the only argument.
+            "package:NAME/FOLDER"), or a loaded (model, params, tokenizer). Alternatively, a
+            `FinetuneConfig`, which must be the only argument.
         data: a list of dicts, a pandas DataFrame, a `datasets.Dataset` or `DatasetDict`, a file or
             folder, a name such as "hf:glue/sst2", or a `LabeledDataset`.
         trainable: trainable spec, such as "full", "head", "last_k:2" or "lora:8+bitfit".
-        validation: validation examples, of the same kinds, or the name of a split. If it is None
-            and the data is in memory without a validation split, a tenth of it is held out.
+        validation: validation examples in one of these forms, or the name of a split. If None and
+            the data is in memory without a validation split, a tenth of the data is held out.
         out: folder of the run.
         options: fields of `FinetuneConfig`, `DatasetConfig`, `TrainingConfig` and
             `FinetuneOptimizerConfig`, such as epochs=3, peak_lr=1e-4, max_length=128,
             columns={"text": "sentence"}. The defaults, 100 steps with a peak_lr of 1e-3, are for
-            small models and few parameters; Devlin et al. 2018, appendix A.3, fine-tune all
-            parameters of BERT with 2e-5 to 5e-5. The pre-training loss is measured only if
+            small models or few trainable parameters; Devlin et al. 2018, appendix A.3, fine-tune
+            all parameters of BERT with 2e-5 to 5e-5. The pre-training loss is measured only if
             `retention_data` is given.
 
     Raises:
@@ -180,11 +179,11 @@ def finetune(
     if isinstance(pretrained, FinetuneConfig):
         if data is not None or validation is not None or out is not None or options or (
                 trainable != "full"):
-            raise ValueError("finetune was given a FinetuneConfig and other settings; change the "
-                             "config with dataclasses.replace instead")
+            raise ValueError("finetune was given a FinetuneConfig and other settings; set them in "
+                             "the config with dataclasses.replace")
         return _finetune(pretrained, pretrained.pretrained, None, None)
     if data is None:
-        raise ValueError("data is None; give the labeled examples, or the name of a dataset")
+        raise ValueError("data is None; give labeled examples or the name of a dataset")
     config = finetune_config(
         pretrained if isinstance(pretrained, (str, Path)) else type(pretrained[0]).__name__,
         trainable=trainable, out=out,
@@ -198,7 +197,7 @@ def finetune(
 def finetune_config(
     pretrained: str | Path, *, out: str | Path | None = None, **options: Any
 ) -> FinetuneConfig:
-    """Returns a `FinetuneConfig` from flat options.
+    """Returns a `FinetuneConfig` whose nested settings are given as flat keyword arguments.
 
     Args:
         pretrained: a run's folder or a checkpoint.
@@ -236,7 +235,7 @@ def finetune_config(
 def _finetune(
     config: FinetuneConfig, source: Source, data: Any, validation: Any
 ) -> FinetuneResult:
-    """Runs `config`; `data` and `validation` replace its dataset where they are not None."""
+    """Runs `config`; `data` and `validation` override those of its dataset if not None."""
     began = time.perf_counter()
     mesh = config.mesh.make()
     base = load_base(source, dropout_rate=config.dropout_rate, pooling=config.pooling)
@@ -248,7 +247,7 @@ def _finetune(
             dataset.train, config.labels_per_class, config.seed, total=config.examples))
     model, pretrained = add_task_head(base, dataset)
     encoded = encode_for_training(dataset, model, base.tokenizer, config.training)
-    # Before training, so that a missing text is an error at once.
+    # Before training, so that missing retention data raises an error immediately.
     retention = (None if config.from_scratch or config.retention_data is None
                  else make_retention_eval(source, base, config.retention_data))
     before = None if retention is None else retention.loss()
@@ -300,7 +299,7 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
 
 
 def _save_figures(config: FinetuneConfig, result: FinetuneResult) -> None:
-    """Draws the loss curve and, for classification, the confusion matrix and the calibration."""
+    """Plots the loss curve and, for classification, the confusion matrix and the calibration."""
     out, metrics = config.out, result.metrics
     if result.history:
         points = [(h["step"], h["loss"]) for h in result.history if "loss" in h]

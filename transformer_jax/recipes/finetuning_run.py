@@ -1,7 +1,7 @@
 """One fine-tuning run: initial parameters, compiled step, training loop and evaluation.
 
-`finetuning.finetune` also loads the model and the data and writes files; `sweep` and `quickstart`
-call `finetune_params` many times, and runs of equal arguments share their compiled steps.
+`finetuning.finetune` adds the loading of model and data and the writing of files; `sweep` and
+`quickstart` call `finetune_params` repeatedly. Runs with the same settings share compiled steps.
 """
 
 import functools
@@ -40,13 +40,13 @@ class FinetunedParams(NamedTuple):
 
     Attributes:
         params: fine-tuned parameters, PEFT parameters included.
-        mask: True at trainable parameters.
-        metrics: scores on the validation examples, the main metric first, and figures of the run:
-            "labels" (number of training examples), "steps", "trained" and "share_trained" (number
-            and fraction of trainable parameters), "cut" and "cut_validation" (numbers of truncated
-            rows), "seconds" of training, "seconds_per_step".
+        mask: True for trainable parameters.
+        metrics: scores on the validation examples, the main metric first, and statistics of the
+            run: "labels" (number of training examples), "steps", "trained" and "share_trained"
+            (number and fraction of trainable parameters), "cut" and "cut_validation" (numbers of
+            truncated rows), "seconds" of training, "seconds_per_step" (median).
         predictions: one line of the prediction file for each validation example.
-        history: rows of the training loop.
+        history: history of `train.loop.fit`.
     """
 
     params: dict
@@ -70,18 +70,27 @@ def encode_for_training(
     """Tokenizes a labeled dataset for a fine-tuning run.
 
     Raises:
-        ValueError: the model or the settings do not fit the data; see also
+        ValueError: the settings do not fit the model or the task; see also
             `encoding.encode_dataset`.
     """
+    check_training_config(training, dataset, model)
+    return encode_dataset(dataset, model, tokenizer, training.input_config())
+
+
+def check_training_config(training: TrainingConfig, dataset: LabeledDataset, model: Model) -> None:
+    """Checks that the settings fit the model and the task.
+
+    Raises:
+        ValueError: they do not.
+    """
     if training.max_length > model.config.max_length:
-        raise ValueError(f"max_length is {training.max_length}, and the model has "
+        raise ValueError(f"max_length is {training.max_length}, but the model has only "
                          f"{model.config.max_length} positions; lower max_length")
     if training.aux_lm_loss_weight and not (
             isinstance(model, GPT) and dataset.task_type in TEXT_TASK_TYPES):
         raise ValueError(
-            f"aux_lm_loss_weight is for GPT on {', '.join(TEXT_TASK_TYPES)}, and this is a "
-            f"{type(model).__name__} on {dataset.task_type}; leave it out")
-    return encode_dataset(dataset, model, tokenizer, training.input_config())
+            f"aux_lm_loss_weight is for GPT on {', '.join(TEXT_TASK_TYPES)}, but this is a "
+            f"{type(model).__name__} on {dataset.task_type}; remove the option")
 
 
 def init_finetune_params(
@@ -90,8 +99,8 @@ def init_finetune_params(
 ) -> dict:
     """Returns the parameters before the first step.
 
-    They consist of the pre-trained parameters, initial values for all others, and the PEFT
-    parameters of the trainable spec; frozen parameters have `training.frozen_dtype`.
+    These are the pre-trained parameters, initial values for all others, and the PEFT parameters of
+    the trainable spec. Frozen kernels and embeddings have `training.frozen_dtype`.
     """
     rngs = jax.random.split(rng, 3)
     params = init_params(model, rngs[0])
@@ -113,10 +122,10 @@ def make_finetune_step(
 ) -> FinetuneStep:
     """Returns the mask, optimizer and train step of a trainable spec.
 
-    Equal arguments return the same object, so that its step is compiled once.
+    Calls with equal arguments return the same object, so that the step is compiled only once.
 
     Args:
-        cached_features: whether the batches contain the features of the body instead of tokens.
+        cached_features: whether the batches contain cached features instead of tokens.
     """
     init = functools.partial(init_finetune_params, model, trainable, training)
     mask = select.trainable_mask(jax.eval_shape(init, jax.random.key(0)), trainable)
@@ -143,17 +152,17 @@ def finetune_params(
     """Trains the parameters that the spec selects and evaluates them on all validation examples.
 
     Args:
-        data: the encoded dataset, of a model with the head of its task.
+        data: the dataset, encoded for the model with its task head.
         pretrained: pre-trained parameters, which are copied; None trains from scratch.
         trainable: trainable spec, such as "lora:8" (`finetuning.select`).
         training: settings of the run.
         seed: seed of new parameters, data order and dropout.
-        quiet: whether to print neither progress nor the table of trainable parameters.
-        checkpoint_dir: folder for checkpoints, from which the same run is resumed; None saves none.
+        quiet: whether to suppress the progress display and the table of trainable parameters.
+        checkpoint_dir: folder of checkpoints, from which the same run resumes; None saves none.
         mesh: device mesh; None trains on the default device.
 
     Raises:
-        ValueError: a setting is out of range, or the checkpoints are of another run.
+        ValueError: a setting is out of range, or the checkpoints belong to another run.
     """
     model, task_type = data.encoder.model, data.dataset.task_type
     training = training.with_num_steps(len(data.train))

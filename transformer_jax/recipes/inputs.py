@@ -1,4 +1,4 @@
-"""Inputs of `prediction.predict` as examples: texts, pairs, dicts, tables and files."""
+"""Conversion of inputs of `prediction.predict` (texts, pairs, dicts, tables, files) to examples."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ INPUT_FIELDS = {
     "classification": ("text", "text_b"), "regression": ("text", "text_b"),
     "multiple_choice": ("text", "choices"), "token_classification": ("words",),
     "question_answering": ("question", "context"), "seq2seq": ("source",)}
-"""Task type -> the fields of an input, in the order of a tuple."""
+"""Task type -> the fields of an input, in the order of an input tuple."""
 OPTIONAL_FIELDS = {"text_b"}
 _TEXT_SUFFIX = ".txt"
 
@@ -23,11 +23,11 @@ def to_examples(task: TaskInfo, inputs: Any, columns: Mapping[str, str]) -> list
     Args:
         task: the task of the model.
         inputs: see `prediction.predict`.
-        columns: field of the example -> column of the inputs; for the other fields, the usual names
-            of their columns (`data.columns`).
+        columns: field of the example -> column of the inputs. Other fields are read from their
+            usual columns (`data.columns`).
 
     Raises:
-        ValueError: there are no inputs, or one does not fit the task.
+        ValueError: there are no inputs, or an input does not fit the task.
 
     Example:
         >>> to_examples(TaskInfo("classification", ("no", "yes")), [("a", "b"), "c"], {})
@@ -40,7 +40,7 @@ def to_examples(task: TaskInfo, inputs: Any, columns: Mapping[str, str]) -> list
 
 
 def _load_rows(inputs: Any) -> list:
-    """Returns one str, tuple, list of words or dict for each input."""
+    """Returns a list with one str, tuple, list of words or dict for each input."""
     if isinstance(inputs, Path) or (isinstance(inputs, str) and _is_file(inputs)):
         if str(inputs).removesuffix(".gz").endswith(_TEXT_SUFFIX):
             texts = sources.load_text_files(inputs, document_separator="newline")

@@ -1,4 +1,4 @@
-"""Predictions and scores of fine-tuned models, and the loss of pre-trained ones.
+"""Predictions and scores of fine-tuned models, and the loss of pre-trained models.
 
     from transformer_jax.recipes import evaluate, predict
 
@@ -6,7 +6,7 @@
     evaluate("runs/sst2", "reviews.csv")             # {"accuracy": 0.89, ...}
     evaluate("runs/gpt")                             # {"objective": "causal_lm", "loss": 4.38, ...}
 
-`generation.generate` continues texts, and `generation.fill_mask` fills masks.
+To continue a text, use `generation.generate`; to fill masks, `generation.fill_mask`.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from transformer_jax.recipes.inputs import to_examples
 from transformer_jax.recipes.retention import make_retention_eval, make_text_eval
 from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo
 
-MAX_TARGET_LENGTH = 128  # number of tokens, for models without a saved InputConfig
+MAX_TARGET_LENGTH = 128  # in tokens, for models without a saved InputConfig
 
 
 class TaskModel(NamedTuple):
@@ -40,8 +40,8 @@ class TaskModel(NamedTuple):
         model: the model.
         params: its parameters.
         tokenizer: its tokenizer.
-        task: the task of its head; None for a pre-trained model.
-        input_config: settings of the conversion of an input to a row of token ids.
+        task: the task of its head; None for a model without a task head.
+        input_config: settings for converting an input to rows of token ids.
     """
 
     model: Model
@@ -72,11 +72,11 @@ def predict(
             params, tokenizer), or a `FinetuneResult`.
         inputs: one input or a list of inputs, as in the table, or dicts with the columns text,
             text_b, choices, words, question, context or source; a pandas DataFrame or a
-            `datasets.Dataset` of these columns; or the path of a .tsv, .csv, .jsonl or .txt file
-            (one text a line). A tuple is one input.
+            `datasets.Dataset` with these columns; or the path of a .tsv, .csv, .jsonl or .txt file
+            (one text per line). A tuple is one input.
         columns: field of the example -> column of the inputs, such as `{"text": "sentence"}`.
-        options: fields of `InputConfig`, in place of those of training, such as max_length=256 or
-            num_beams=1.
+        options: fields of `InputConfig` that override the settings of training, such as
+            max_length=256 or num_beams=1.
 
     Raises:
         ValueError: the model has no task head, an input does not fit the task, or an option is
@@ -99,16 +99,17 @@ def predict(
 
 
 def evaluate(source: Any, data: Any = None, **options: Any) -> dict[str, Any]:
-    """Returns the scores of a fine-tuned model, or the loss of a pre-trained one.
+    """Returns the scores of a fine-tuned model, or the loss of a pre-trained model.
 
     Args:
-        source: as in `predict`, or a pre-trained run or checkpoint.
+        source: as in `predict`; or a pre-training run, or a checkpoint without a task head.
         data: labeled examples, in any form that `finetuning.finetune` accepts; if there are several
             splits, the validation split is used. For a pre-trained model: a text file or folder,
             the name of a text dataset, or a list of texts; None evaluates a run on its held-out
             rows.
         options: fields of `DatasetConfig` and `InputConfig`, such as columns={"text": "sentence"}
-            or max_length=256. For a pre-trained model: num_rows, the number of rows (256).
+            or max_length=256. For a pre-trained model: num_rows, the number of rows to evaluate on
+            (default 256).
 
     Returns:
         The scores, the main metric first. For a pre-trained model: "objective", "loss" in nats, the
@@ -156,7 +157,7 @@ def load_task_model(source: Any) -> TaskModel:
 
     Raises:
         FileNotFoundError: the source does not exist.
-        ValueError: it has no tokenizer.
+        ValueError: the source has no tokenizer.
     """
     if hasattr(source, "task") and hasattr(source, "input_config"):  # TaskModel, FinetuneResult
         return TaskModel(source.model, source.params, source.tokenizer, source.task,
@@ -183,7 +184,7 @@ def _load_run(folder: Path) -> TaskModel:
                         None if label_range is None else tuple(label_range),
                         has_unanswerable=values["has_unanswerable"])
         return TaskModel(*run[:3], task, InputConfig(**values["input"]))
-    # Older runs record their settings in results.json only.
+    # Older runs store their settings only in results.json.
     results = run_dir.load_results(folder)["config"] if (
         folder / run_dir.RESULTS).is_file() else {}
     if "objective" in values | results:
@@ -198,7 +199,7 @@ def _load_run(folder: Path) -> TaskModel:
 
 
 def _task_of_head(base: LoadedRun) -> TaskInfo | None:
-    """Returns the task of a model's head; None for a head of pre-training."""
+    """Returns the task of a model's head; None if the model has no task head."""
     model = base.model
     if isinstance(model, Transformer) and model.task == "seq2seq_lm":
         return TaskInfo("seq2seq", metric="rouge")
@@ -208,7 +209,7 @@ def _task_of_head(base: LoadedRun) -> TaskInfo | None:
     task_type = model.task
     if task_type == "classification" and (
             model.num_classes == 1 or source.get("problem_type") == "regression"):
-        return TaskInfo("regression", label_range=(0.0, 1.0))  # the model's own units
+        return TaskInfo("regression", label_range=(0.0, 1.0))  # outputs are not rescaled
     if task_type not in ("classification", "token_classification"):
         return TaskInfo(task_type)
     names = source.get("id2label", {})
@@ -228,7 +229,7 @@ def _default_input_config(base: LoadedRun) -> InputConfig:
 
 
 def _load_labeled(task: TaskInfo, data: Any, options: dict[str, Any]) -> LabeledDataset:
-    """Loads labeled data, of which the validation split is to be evaluated."""
+    """Loads labeled data; the model is evaluated on its validation split."""
     if isinstance(data, LabeledDataset):
         return data
     defaults: dict[str, Any] = {"task_type": task.task_type, "allow_empty_classes": True}
@@ -247,16 +248,16 @@ def _load_labeled(task: TaskInfo, data: Any, options: dict[str, Any]) -> Labeled
 
 
 def _align_labels(task: TaskInfo, dataset: LabeledDataset) -> list[dict]:
-    """Returns the validation examples with the class ids of the model, matched by name."""
+    """Returns the validation examples, with labels mapped by name to the model's class ids."""
     if dataset.task_type != task.task_type:
-        raise ValueError(f"the task type of the data is {dataset.task_type}, and that of the model "
+        raise ValueError(f"the task type of the data is {dataset.task_type}, but that of the model "
                          f"is {task.task_type}; evaluate on data of the same task type")
     names = tuple(dataset.label_names)
     examples = [dataset.validation[i] for i in range(len(dataset.validation))]
     if names == task.label_names or not task.label_names:
         return examples
     if unknown := [name for name in names if name not in task.label_names]:
-        raise ValueError(f"the data has the label {unknown[0]!r}, and the model only has "
+        raise ValueError(f"the data has the label {unknown[0]!r}, but the model only has "
                          f"{', '.join(task.label_names)}; map it to one of them with label_names")
     index = [task.label_names.index(name) for name in names]
     key = "tags" if task.task_type == "token_classification" else "label"

@@ -41,26 +41,26 @@ class PretrainConfig:
         tokenizer: "bpe", "wordpiece" or "chars", trained on the training text with the model's
             vocab_size; or the folder of a saved tokenizer.
         max_length: number of tokens of a row.
-        batch_size: number of rows of a step, over all devices.
+        batch_size: number of rows per step, over all devices.
         num_steps: number of updates.
         out: folder of the run.
         data: "python_docs/documents", "tfds:NAME", "hf:NAME", or a text file or folder.
         tokenized_cache_dir: folder in which the tokenized corpus is saved, and from which it is
             loaded if it exists. Tokens are then read from disk on demand, for corpora larger than
             memory, and interrupted tokenization is resumed.
-        document_separator: how text files are divided into documents: at blank lines, with one
-            sentence in each line ("blank_line"), at every line end ("newline"), or not at all, with
-            the text unchanged ("file").
+        document_separator: how text files are split into documents: "blank_line" at blank lines,
+            where each line is a sentence; "newline" at every line end; "file" does not split or
+            change the text.
         validation_fraction: fraction at the end of the text files that is held out for evaluation.
         mask_rate: fraction of the tokens that masked language modeling predicts.
         whole_word_masking: mask whole words instead of tokens (masked language modeling and
             denoising).
-        noise: how denoising corrupts a text.
-        sentence_end: separator of the sentences of a line for denoising, such as " . " in tokenized
+        noise: settings of the corruption of texts by denoising.
+        sentence_end: end of a sentence within a line, for denoising, such as " . " in tokenized
             text; if empty, each line is one sentence.
         accumulate: number of microbatches whose gradients are accumulated in each step.
-        scan_layers: stack the parameters of all layers and scan over them, so that one layer is
-            compiled instead of all: for deep models on accelerators.
+        scan_layers: stack the parameters of all layers and scan over them, so that only one layer
+            is compiled; for deep models on accelerators.
         optimizer: AdamW and its learning-rate schedule.
         mesh: number of devices along each mesh axis.
         eval_every: number of updates between evaluations on the held-out rows.
@@ -68,7 +68,7 @@ class PretrainConfig:
         save_every: number of updates between checkpoints.
         log_every: number of updates between rows of the history.
         seed: seed of initialization, data order, masking and dropout.
-        profile_steps: number of steps whose profile is written to `<out>/trace`.
+        profile_steps: number of steps to profile; the trace is written to `<out>/trace`.
         allow_config_mismatch: resume from a checkpoint that was saved with other settings or data.
         anomaly_policy: action on non-finite losses and on loss spikes (`train.anomalies`).
         replay_step: number of a step to repeat from the last checkpoint before it, for debugging;
@@ -108,7 +108,7 @@ class PretrainConfig:
         convert_paths(self, "out", "tokenized_cache_dir")
 
 
-# Family of models -> its objective and tokenizer, and a starting point for its optimizer.
+# Model family -> default objective, tokenizer and optimizer.
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt": {"objective": "causal_lm", "tokenizer": "bpe",
             "optimizer": OptimizerConfig(peak_lr=2.5e-4, b2=0.95, weight_decay=0.1)},
@@ -121,19 +121,19 @@ FAMILY_DEFAULTS["transformer"] = FAMILY_DEFAULTS["bart"]
 
 
 def pretrain_config(preset: str, **changes: Any) -> PretrainConfig:
-    """Returns the settings to pre-train a preset, with the defaults of its family.
+    """Returns the settings for pre-training a preset, with the defaults of its model family.
 
     The objective and tokenizer are causal_lm with BPE for GPT, mlm_nsp with WordPiece for BERT, and
-    denoising with BPE for BART and the Transformer. By default, the corpus is the embedded
-    documentation of Python, and a run has 10,000 steps of 32 rows; the first tenth of the steps, at
-    most 1,000, are warm-up.
+    denoising with BPE for BART and the Transformer. By default, the corpus is the documentation
+    that comes with Python, and a run has 10,000 steps of 32 rows; the first tenth of the steps, at
+    most 1,000, is warm-up.
 
     Args:
         preset: a name of `models.presets`, such as "gpt2", "bert_base" or "bart_base".
         changes: fields of `PretrainConfig`.
 
     Raises:
-        ValueError: an unknown preset or field; the message suggests known ones.
+        ValueError: the preset or a field is unknown; the message suggests known ones.
 
     Example:
         >>> config = pretrain_config("bert_tiny", num_steps=100)
@@ -156,7 +156,7 @@ def pretrain_config(preset: str, **changes: Any) -> PretrainConfig:
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
-    """Pre-trains a model and returns the content of `results.json`.
+    """Pre-trains a model and evaluates it on held-out rows.
 
     Checkpoints, TensorBoard events, the loss curve and the results are written to `config.out`. If
     that folder has checkpoints of the same run, training resumes from the last one.
@@ -170,7 +170,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         FileNotFoundError: the data does not exist.
     """
     began = time.perf_counter()
-    optimizer = config.optimizer.make(config.num_steps)  # checks its settings
+    optimizer = config.optimizer.make(config.num_steps)  # raises on invalid settings
     train_texts, held_out_texts = corpus.load_texts(config)
     saved = config.out / "tokenizer"
     tokenizer = (tokenizers.load(saved) if saved.is_dir()
@@ -194,9 +194,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
     rows_per_device = config.batch_size // sharding.num_batch_shards(mesh)
     print(f"{tree.count(params):,} parameters, {len(train.rows):,} rows of {config.max_length} "
-          f"tokens, global batch {config.batch_size} = {rows_per_device} a device, "
+          f"tokens, global batch {config.batch_size} ({rows_per_device} per device), "
           f"{config.num_steps} steps, {len(held_out.rows):,} rows held out", flush=True)
-    before = None if config.replay_step else held_out_loss(params)
+    before = None if config.replay_step is not None else held_out_loss(params)
     state, history = _fit(config, optimizer, params, loss_fn, train, mesh, held_out_loss)
     if config.replay_step is not None:
         print(json.dumps(history[-1]))
@@ -208,8 +208,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     print(f"held-out loss before {before['loss']:.3f}, after {after['loss']:.3f}", flush=True)
     if waits := [h["data_wait_fraction"] for h in history if "data_wait_fraction" in h]:
         measured["data_wait_fraction"] = sum(waits) / len(waits)
-        print(f"at most {100 * measured['data_wait_fraction']:.2f} % of a step's time devices "
-              "waited for the host", flush=True)
+        print("devices waited for the host in at most "
+              f"{100 * measured['data_wait_fraction']:.2f} % of the step time", flush=True)
     plots.curves(config.out / "loss.png", loss_curves(history, before),
                  title=f"Pre-training by {config.objective}")
     return run_dir.write_results(config.out, config, measured, time.perf_counter() - began)
@@ -253,7 +253,7 @@ def _fit(
 
 
 def loss_curves(history: list[dict], before: dict) -> dict[str, tuple]:
-    """Returns the training and held-out loss by step, as `report.plots.curves` takes them."""
+    """Returns the training and held-out loss by step, in the format of `report.plots.curves`."""
     train = [(h["step"], h["loss"]) for h in history if "loss" in h]
     held_out = [(0, before["loss"])]
     held_out += [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h]

@@ -1,4 +1,4 @@
-"""Encoder of extractive question answering, with overlapping windows over long contexts."""
+"""Encoder for extractive question answering, with overlapping windows over long contexts."""
 
 import functools
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from transformer_jax.recipes.task_encoder import (
 
 
 class QuestionEncoder(TaskEncoder):
-    """Encodes each question with every window over its context as one row.
+    """Encodes a question with each window over its context as one row.
 
     Raises:
-        ValueError: the model is a GPT without a delimiter token between question and context.
+        ValueError: the model is a GPT, and `gpt_special_tokens` is not set.
     """
 
     def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
         super().__init__(task, model, tokenizer, config)
         if self.is_causal and not config.gpt_special_tokens:
             raise ValueError("GPT needs a delimiter token between question and context; set "
-                             "gpt_special_tokens (start, delimiter and extract, as in its paper)")
+                             "gpt_special_tokens (GPT paper, section 3.3)")
         self._special_tokens = special_tokens(model, config)
         self._make_windows = functools.partial(
             question_answering.make_windows, tokenizer=tokenizer, length=config.max_length,
@@ -37,21 +37,21 @@ class QuestionEncoder(TaskEncoder):
 
     def encode(self, examples: Sequence[dict], split: str = "validation") -> list:
         if split != "training":
-            # The windows do not depend on the answers, which may be invalid in validation data.
+            # Windows do not depend on the answers, which may be invalid in validation data.
             return self._make_windows([{**e, "answers": []} for e in examples])
         windows = self._make_windows(examples, strict=False)
         if dropped := len(examples) - len({window.example_index for window in windows}):
-            print(f"{dropped} of {len(examples)} training questions are left out: no token has a "
-                  "character of their answer", flush=True)
+            print(f"{dropped} of {len(examples)} training questions are left out: no token "
+                  "overlaps their answer", flush=True)
         return windows
 
     def lengths(self, items: Sequence) -> list[int]:
         return [3 + len(w.question_ids) + len(w.context_ids) for w in items]
 
     def make_row(self, item: Any, length: int) -> dict[str, np.ndarray]:
-        row = classification.make_input_packer(
+        pack_input = classification.make_input_packer(
             self.model, self.tokenizer, length, self._special_tokens)
-        return question_answering.prepare(item, pack_input=row, causal=self.is_causal)
+        return question_answering.prepare(item, pack_input=pack_input, causal=self.is_causal)
 
     def _answers(self, examples, items, outputs: Outputs) -> list[question_answering.Answer]:
         return question_answering.decode_answers(
@@ -66,12 +66,12 @@ class QuestionEncoder(TaskEncoder):
         gold = [[g["text"] for g in e["answers"]] for e in examples]
         scores = metrics.squad_scores([a.text for a in answers], gold)
         if self.task.has_unanswerable:
-            # The best span of each question, also of those that the model leaves unanswered.
-            spans = [next((b for b in a.candidates if b[2]), None) for a in answers]
-            margins = [a.no_answer_score - (b[3] if b else -np.inf)
-                       for a, b in zip(answers, spans)]
+            # The best non-empty span of each question, also if the prediction is "no answer".
+            spans = [next((c for c in a.candidates if c.end_char), None) for a in answers]
+            margins = [a.no_answer_score - (span.score if span else -np.inf)
+                       for a, span in zip(answers, spans)]
             scores |= metrics.squad_best_thresholds(
-                [b[0] if b else "" for b in spans], margins, gold)
+                [span.text if span else "" for span in spans], margins, gold)
         lines = [{"id": example_id(e, i), "prediction": a.text, "start": a.start_char,
                   "stop": a.end_char, "score": a.score, "no_answer": a.no_answer_score,
                   "best": a.candidates[:5]} for i, (e, a) in enumerate(zip(examples, answers))]

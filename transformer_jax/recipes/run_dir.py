@@ -1,4 +1,4 @@
-"""The folder of a run: results, identity of its checkpoints, files of older versions.
+"""The folder of a run: results, identity of its checkpoints, compatibility with older versions.
 
 A run writes `results.json` (config, versions, device, metrics), `config.json` and `tokenizer/`
 (`pretrained.runs`), `checkpoints/`, `events/` for TensorBoard, and figures.
@@ -52,7 +52,7 @@ NOT_IDENTITY = {
     "log_every", "profile_steps", "retention_data", "pretrained", "quiet", "tokenized_cache_dir",
     "allow_config_mismatch", "anomaly_policy", "replay_step"}
 """Settings that may differ when a run is resumed: paths, evaluation, logging and devices. Data is
-identified by its content instead of its path."""
+identified by its content instead."""
 
 
 def setup() -> None:
@@ -83,8 +83,9 @@ def add_to_run_config(out: Path, **values: Any) -> None:
 def to_json(value: Any) -> Any:
     """Converts a value to JSON types.
 
-    Dataclasses and NamedTuples become dicts, arrays lists, paths strings; the config of a model
-    keeps its family; NaN and infinity become None, because JSON has neither.
+    Dataclasses and NamedTuples become dicts, arrays become lists, and paths become strings. The
+    dict of a model config includes its family. NaN and infinity become None, because JSON has
+    neither.
 
     Example:
         >>> to_json({"loss": np.float32(0.5), "path": Path("a"), "bad": math.nan})
@@ -124,7 +125,7 @@ def write_results(out: Path, config: Any, metrics: dict, seconds: float) -> dict
 
 
 def load_results(out: str | Path) -> dict[str, Any]:
-    """Returns the content of `<out>/results.json`; settings of older runs get their present names.
+    """Returns the content of `<out>/results.json`, with the current names of settings.
 
     Raises:
         FileNotFoundError: the folder has no results of a finished run.
@@ -143,13 +144,13 @@ def load_results(out: str | Path) -> dict[str, Any]:
 def run_metadata(config: Any, rows: Any, *more: Any) -> dict[str, Any]:
     """Returns the identity of a run, which is saved with its checkpoints.
 
-    A run is resumed only from a checkpoint with the same identity. It consists of the settings that
-    the result depends on (all but `NOT_IDENTITY`) and of fingerprints of the data.
+    A run resumes only from a checkpoint with the same identity. The identity consists of the
+    settings that affect the result (all but `NOT_IDENTITY`) and of fingerprints of the data.
 
     Args:
         config: the settings of the run, a dataclass.
         rows: the training rows.
-        more: further data that the result depends on, such as pre-trained parameters.
+        more: other data that affects the result, such as pre-trained parameters.
     """
     def identity(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -161,9 +162,9 @@ def run_metadata(config: Any, rows: Any, *more: Any) -> dict[str, Any]:
 
 
 def fingerprint(rows: Any) -> str:
-    """Hash (SHA-256, 16 hexadecimal digits) of a corpus, of rows, or of any tree of arrays.
+    """Returns a hash of a corpus, of rows, or of any tree of arrays: 16 digits of its SHA-256.
 
-    Only 64 evenly spaced blocks of long arrays are hashed.
+    Of a long array, only about 64 evenly spaced blocks are hashed.
 
     Example:
         >>> fingerprint([1, 2]) == fingerprint([1, 2]), fingerprint([1, 2]) == fingerprint([2, 1])
@@ -175,7 +176,7 @@ def fingerprint(rows: Any) -> str:
         if not hasattr(leaf, "dtype"):
             digest.update(repr(leaf).encode())
             continue
-        # A corpus in a token cache is not an array; its slices are.
+        # A corpus in a token cache is not an array, but its slices are arrays.
         flat = np.asarray(leaf).reshape(-1) if hasattr(leaf, "shape") else leaf
         digest.update(f"{flat.dtype}{len(flat)}".encode())
         block = max(len(flat) // 64, 2**18)
@@ -188,17 +189,17 @@ def fingerprint(rows: Any) -> str:
 
 
 def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of an older run under their present names.
+    """Returns the settings of an older run under their current names.
 
     Example:
         >>> with_present_names({"length": 64, "optimizer": {"peak": 0.1}, "unit": "document"})
         {'max_length': 64, 'optimizer': {'peak_lr': 0.1}, 'document_separator': 'blank_line'}
     """
-    present = {old: new for new, old in OLD_NAMES.items()}
+    current = {old: new for new, old in OLD_NAMES.items()}
     renamed = {}
     for old, value in config.items():
         # "data" is the old name of "dataset" in fine-tuning; in pre-training it is a string.
-        name = old if old == "data" and not isinstance(value, Mapping) else present.get(old, old)
+        name = old if old == "data" and not isinstance(value, Mapping) else current.get(old, old)
         values = {old: new for new, old in OLD_VALUES.get(name, {}).items()}
         renamed[name] = (with_present_names(value) if isinstance(value, Mapping)
                        else values.get(value, value) if isinstance(value, str) else value)
@@ -206,11 +207,11 @@ def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_old_names(settings: Any, saved: Any = None) -> Any:
-    """Returns settings under the names of older runs.
+    """Returns settings under the names that older runs use.
 
     Args:
         settings: settings in JSON types.
-        saved: the settings of an older run; if given, only names that it has are replaced.
+        saved: the settings of an older run; if given, only old names that it contains are used.
 
     Example:
         >>> with_old_names({"max_length": 32, "seed": 1}, saved={"length": 64, "seed": 0})
@@ -232,10 +233,10 @@ def with_old_names(settings: Any, saved: Any = None) -> Any:
 
 
 def resumable_metadata(checkpoint_dir: str | Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Returns `metadata` under the names of settings in the last checkpoint of a folder.
+    """Returns `metadata` with the setting names of the last checkpoint in a folder.
 
-    `train.loop.fit` compares the metadata of the run with those of the checkpoint by name, and
-    older versions used other names.
+    `train.loop.fit` compares the metadata of a run with that of the checkpoint by name, and older
+    versions used other names.
     """
     if checkpointing.latest_step(checkpoint_dir) is None:
         return metadata

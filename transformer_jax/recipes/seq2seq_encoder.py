@@ -1,4 +1,4 @@
-"""Encoder of sequence-to-sequence tasks: target texts by an encoder-decoder or by GPT."""
+"""Encoder for sequence-to-sequence tasks; an encoder-decoder or a GPT generates the targets."""
 
 import functools
 from collections.abc import Sequence
@@ -28,23 +28,24 @@ class Seq2SeqEncoder(TaskEncoder):
     A GPT continues the source; its end-of-text token separates source and target.
 
     Raises:
-        ValueError: the model is a BERT, the tokenizer of a GPT has no end-of-text token, or a row
-            has no room for a source beside the target.
+        ValueError: the model is a BERT, the tokenizer of a GPT has no end-of-text token, or
+            `max_length` or `target_length` is out of range.
     """
 
     def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
         super().__init__(task, model, tokenizer, config)
         if isinstance(model, BERT):
-            raise ValueError("BERT generates no texts; fine-tune a GPT or an encoder-decoder for "
-                             "seq2seq")
-        # The row of a causal model holds the target too.
-        self._source_length = config.max_length - (config.target_length if self.is_causal else 2)
+            raise ValueError("BERT does not generate text; fine-tune a GPT or an encoder-decoder "
+                             "for seq2seq")
+        # A row of a causal model contains both the source and the target.
+        num_reserved = config.target_length if self.is_causal else 2
+        self._source_length = config.max_length - num_reserved
         if self._source_length < 1:
-            raise ValueError(f"max_length {config.max_length} has no room for a source beside a "
-                             f"target of {config.target_length} tokens; raise max_length")
+            raise ValueError(f"max_length {config.max_length} leaves no tokens for the source; "
+                             f"raise it above {num_reserved}")
         if not self.is_causal and config.target_length > model.config.max_length:
-            raise ValueError(f"target_length is {config.target_length}, and the model has "
-                             f"{model.config.max_length} positions; lower it")
+            raise ValueError(f"target_length is {config.target_length}, but the model has only "
+                             f"{model.config.max_length} positions; lower target_length")
         if self.is_causal and tokenizer.eos_id is None:
             raise ValueError("the tokenizer has no end-of-text token to separate source and "
                              "target; use a GPT whose tokenizer has one")
@@ -55,7 +56,7 @@ class Seq2SeqEncoder(TaskEncoder):
         if self.is_causal:
             return functools.partial(causal_lm.prepare_continuation, eos_id=tokenizer.eos_id,
                                      delimiter_id=tokenizer.eos_id)
-        # The same start token as `generation.generate` uses.
+        # The start token that `generation.generate` uses by default.
         start_id = next(i for i in (c.decoder_start_token_id, c.bos_token_id, tokenizer.sep_id)
                         if i is not None)
         return functools.partial(
@@ -77,12 +78,12 @@ class Seq2SeqEncoder(TaskEncoder):
         return self._prepare(item, **{"length" if self.is_causal else "source_length": length})
 
     def predict(self, params: dict, items: Sequence[dict]) -> Outputs:
-        """Returns {"texts": the generated target of every item}."""
+        """Returns the generated target of each item, as `{"texts": array of str}`."""
         tokenizer, model = self.tokenizer, self.model
         prefix = [tokenizer.cls_id] if isinstance(model, BART) else []
         eos_id = tokenizer.eos_id if self.is_causal else tokenizer.sep_id
         if self.is_causal and "prompt" in params:
-            params = peft.fold_prompt(model, params)  # decoding with a KV cache needs prefixes
+            params = peft.fold_prompt(model, params)  # a KV cache supports prefixes, not prompts
         rows = [[*prefix, *item["source"][: self._source_length], eos_id] for item in items]
         params = transpose_kernels_for_decoding(model, params)
         texts: dict[int, str] = {}
@@ -112,10 +113,10 @@ class Seq2SeqEncoder(TaskEncoder):
 
 
 def length_sorted_batches(rows: Sequence[Sequence[int]], batch_size: int):
-    """Yields (indices, rows) of batches of rows of similar lengths.
+    """Yields batches of rows of similar lengths, as (indices, rows).
 
-    The last batch is padded with copies of its last row, so that all batches have the same size and
-    no further program is compiled.
+    The last batch is padded with copies of its last row, so that all batches have the same size,
+    which avoids a recompilation.
 
     Example:
         >>> list(length_sorted_batches([[1, 2, 3], [4], [5, 6]], batch_size=2))

@@ -1,7 +1,7 @@
-"""Training of encoder-decoders on pairs of texts, with evaluation by BLEU: translation.
+"""Translation: training of encoder-decoders on pairs of texts, evaluated by BLEU.
 
-Batches have a budget of tokens, and the result is the average of the last checkpoints (Vaswani et
-al. 2017, sections 5.1 and 6.1).
+The size of a batch is a number of tokens, and the result is the average of the last checkpoints
+(Vaswani et al. 2017, sections 5.1 and 6.1).
 """
 
 import dataclasses
@@ -42,12 +42,12 @@ TOKENIZERS = {
 
 @dataclass(frozen=True)
 class TranslateConfig:
-    """Settings of a run on pairs of texts: translation, or summarization.
+    """Settings of a training run on pairs of texts, for translation or summarization.
 
     Attributes:
         model: the config of the model; its vocabulary size is replaced by the tokenizer's.
-        source: file suffix or column of the source texts.
-        target: file suffix or column of the target texts.
+        source: file suffix or column name of the source texts.
+        target: file suffix or column name of the target texts.
         num_steps: number of updates.
         out: folder of the run.
         data: a folder with aligned files (train.de, train.en, val.de, ...) or with one .jsonl, .tsv
@@ -56,16 +56,16 @@ class TranslateConfig:
             model's vocab_size; or the folder of a saved tokenizer.
         train_split: name of the split to train on.
         validation_split: name of the split to evaluate on.
-        length_buckets: lengths that batches are padded to; each is compiled once.
-        tokens_per_batch: largest number of tokens of a batch, padding included, over all devices.
-        label_smoothing: probability that the smoothed target spreads over the vocabulary.
+        length_buckets: lengths to which batches are padded; the step is compiled once for each.
+        tokens_per_batch: maximum number of tokens of a batch, including padding, over all devices.
+        label_smoothing: probability mass that is distributed uniformly over the vocabulary.
         accumulate: number of microbatches whose gradients are accumulated in each step.
         optimizer: AdamW and its learning-rate schedule.
         mesh: number of devices along each mesh axis.
-        num_averaged_checkpoints: number of the last checkpoints whose average is the result.
+        num_averaged_checkpoints: number of last checkpoints whose average is the result.
         num_beams: number of beams of the beam search.
-        length_penalty: exponent of the length by which the score of a sequence is divided.
-        max_new_tokens: largest number of tokens of a translation.
+        length_penalty: beam scores are divided by length ** length_penalty.
+        max_new_tokens: maximum number of tokens of a translation.
         eval_pairs: number of validation pairs to translate; None for all.
         eval_every: number of updates between evaluations of the loss on the validation split.
         save_every: number of updates between checkpoints.
@@ -130,6 +130,12 @@ def train_translation(config: TranslateConfig) -> dict[str, Any]:
     """
     began = time.perf_counter()
     metrics.require_library("bleu")
+    # The decoder also reads the start token.
+    for name, value in (("length_buckets", max(config.length_buckets)),
+                        ("max_new_tokens", config.max_new_tokens + 1)):
+        if value > config.model.max_length:
+            raise ValueError(f"{name} needs {value} positions, but model.max_length is "
+                             f"{config.model.max_length}; lower {name} or raise model.max_length")
     texts, validation = (
         pairs.load_pairs(config.data, split, config.source, config.target)
         for split in (config.train_split, config.validation_split))
@@ -142,14 +148,14 @@ def train_translation(config: TranslateConfig) -> dict[str, Any]:
         config.length_buckets[-1], target_length=config.max_new_tokens + 1,
         num_beams=config.num_beams))
     model, params, history, loss = train_on_pairs(config, tokenizer, texts, validation)
-    print(f"held-out loss {loss['nll']:.3f} nats a token, accuracy {loss['accuracy']:.3f}, "
-          "parameters averaged", flush=True)
+    print(f"averaged parameters: held-out loss {loss['nll']:.3f} nats per token, accuracy "
+          f"{loss['accuracy']:.3f}", flush=True)
     trained = time.perf_counter()
     validation = validation[: config.eval_pairs]
     outputs = generate_targets(
         model, params, tokenizer, [pair["source"] for pair in validation],
         num_beams=config.num_beams, length_penalty=config.length_penalty,
-        max_new_tokens=config.max_new_tokens)
+        max_new_tokens=config.max_new_tokens, max_source_length=config.length_buckets[-1])
     (config.out / "translations.jsonl").write_text("".join(
         json.dumps({**pair, "translation": text}, ensure_ascii=False) + "\n"
         for pair, text in zip(validation, outputs)))
@@ -169,7 +175,7 @@ def train_translation(config: TranslateConfig) -> dict[str, Any]:
 
 
 def train_tokenizer(config: TranslateConfig, texts: Sequence[dict]) -> tokenizers.Tokenizer:
-    """Returns one tokenizer for both sides of the pairs, trained on them or loaded."""
+    """Returns one tokenizer for sources and targets, trained on the pairs or loaded."""
     if config.tokenizer not in TOKENIZERS:
         return tokenizers.load(config.tokenizer)
     both = [pair[side] for side in ("source", "target") for pair in texts]
@@ -200,10 +206,10 @@ def train_on_pairs(
     """Trains the model, resuming from `<out>/checkpoints`.
 
     Args:
-        tokenizer: tokenizer of both sides; its vocabulary size is that of `config.model`.
+        tokenizer: tokenizer of sources and targets, with the vocabulary size of `config.model`.
         texts: training pairs `{"source", "target"}`.
         validation: pairs to evaluate the loss on.
-        pretrained: parameters to start from, which are copied; None starts from new ones.
+        pretrained: initial parameters, which are copied; None trains from scratch.
 
     Returns:
         The model, the average of its last checkpoints, the history, and the loss and metrics on the
@@ -222,7 +228,7 @@ def train_on_pairs(
     optimizer = config.optimizer.make(config.num_steps)
     eval_step = step.make_eval_step(loss_fn)
     print(f"{tree.count(params):,} parameters, {len(texts):,} pairs ({data.num_truncated} "
-          f"truncated to {config.length_buckets[-1]} tokens), {data.batches_per_epoch} batches an "
+          f"truncated to {config.length_buckets[-1]} tokens), {data.batches_per_epoch} batches per "
           f"epoch, {config.num_steps} steps, {len(validation):,} pairs held out", flush=True)
     checkpoint_dir = config.out / "checkpoints"
     metadata = {"model": config_to_dict(config.model)} | run_dir.run_metadata(config, texts)
@@ -249,10 +255,10 @@ def generate_targets(
     model: Transformer, params: dict, tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *,
     batch_size: int = 64, max_source_length: int = 128, bos_id: int | None = None, **options: Any,
 ) -> list[str]:
-    """Returns the model's target for each source text.
+    """Generates a target for each source text.
 
     Args:
-        batch_size: number of rows that are decoded together; they have similar lengths.
+        batch_size: number of sources, of similar lengths, that are decoded together.
         max_source_length: number of tokens to which longer sources are truncated.
         bos_id: first token of each source, if any.
         options: options of `generation.generate`, such as num_beams.
@@ -272,7 +278,7 @@ def plot_cross_attention(
     path: Path, model: Transformer, params: dict, tokenizer: tokenizers.Tokenizer, source: str,
     target: str,
 ) -> None:
-    """Draws the cross-attention weights of each layer for one pair, as the mean over heads."""
+    """Plots the cross-attention weights of each layer for one pair, averaged over heads."""
     source_ids = [*tokenizer.encode(source), tokenizer.sep_id]
     target_ids = [*tokenizer.encode(target), tokenizer.sep_id]
     decoder_ids = [model.config.decoder_start_token_id, *target_ids[:-1]]
@@ -286,7 +292,7 @@ def plot_cross_attention(
 
 
 def loss_curves(histories: dict[str, list[dict]]) -> dict[str, tuple]:
-    """Returns (steps, losses) of the training and the held-out loss of each run, by name.
+    """Returns the curves (steps, losses) of the training and held-out loss of each run, by name.
 
     The training loss includes label smoothing; the held-out loss does not.
     """

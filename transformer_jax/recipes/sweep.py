@@ -1,8 +1,8 @@
-"""Comparison of trainable specs on one labeled dataset, for numbers of examples and seeds.
+"""Comparison of trainable specs on one labeled dataset, for several training sizes and seeds.
 
-A cell is one fine-tuning run: a spec with a number of examples and a seed. It is written to
-`cells.jsonl` when it is done, and the same call continues with the missing ones. Runs that differ
-in the seed alone share their compiled steps.
+A cell is one fine-tuning run, with a given spec, number of examples and seed. Each cell is appended
+to `cells.jsonl` when it is complete, and the same call resumes an interrupted sweep. Runs that
+differ only in the seed share compiled steps.
 """
 
 import dataclasses
@@ -26,20 +26,24 @@ from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.base_model import add_task_head, load_base
 from transformer_jax.recipes.config import DatasetConfig, TrainingConfig, convert_paths
 from transformer_jax.recipes.encoding import EncodedDataset, write_predictions
-from transformer_jax.recipes.finetuning_run import encode_for_training, finetune_params
+from transformer_jax.recipes.finetuning_run import (
+    check_training_config,
+    encode_for_training,
+    finetune_params,
+)
 from transformer_jax.recipes.retention import RetentionEval, make_retention_eval
 from transformer_jax.report import plots
 
 SCRATCH = "scratch"
-"""Trainable spec of `SweepConfig` that trains all parameters of a new model of the same size."""
+"""Spec in `SweepConfig.trainable` that trains a newly initialized model of the same size."""
 CELL_METRICS = (
     "rouge", "rouge1", "rouge2", "bleu", "accuracy", "macro_f1", "matthews", "f1", "exact_match",
     "pearson_spearman", "pearson", "spearman", "precision", "recall", "labels", "steps", "trained",
     "share_trained", "cut", "cut_validation", "seconds", "seconds_per_step")
-"""Metrics of a run that its line in `cells.jsonl` keeps."""
+"""Metrics of a run that are stored in `cells.jsonl`."""
 AVERAGED = ("score", "exact_match", "f1", "accuracy", "matthews", "spearman", "ece",
             "held_out_after", "seconds", "seconds_per_step")
-"""Metrics whose mean and standard deviation over seeds are in `results.json`."""
+"""Metrics whose mean and standard deviation over seeds are stored in `results.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +55,18 @@ class SweepConfig:
         out: folder of the sweep.
         dataset: the labeled data.
         training: settings of the training.
-        dropout_rate: dropout rate, also of attention weights, in place of the model's own.
-        pooling: input of BERT's classifier, in place of the model's own: "first" or "mean".
+        dropout_rate: overrides the model's dropout rate, also that of attention weights.
+        pooling: overrides the input of BERT's classifier: "first" or "mean".
         retention_data: text on which the pre-training loss of a checkpoint is measured.
-        trainable: trainable specs; "scratch" trains a new model of the same size.
+        trainable: trainable specs; "scratch" trains a newly initialized model of the same size.
         peak_lrs: peak learning rate for each spec; if empty, that of `training`.
         epochs: number of passes over the examples for each spec; if empty, that of `training`.
         aux_lm_loss_weights: weight of GPT's auxiliary language-model loss for each spec; if empty,
             that of `training`.
         examples: numbers of training examples, as balanced as the classes allow; empty for all.
-        seeds: number of runs of each spec, which differ in the choice of examples, new parameters,
-            data order and dropout.
-        quiet: whether to print no progress.
+        seeds: number of runs of each spec, which differ in the selection of examples, new
+            parameters, data order and dropout.
+        quiet: whether to suppress the progress display.
 
     Example:
         >>> config = SweepConfig(pretrained="gpt2", out=Path("sweep"), trainable=("full", "lora:8"),
@@ -94,6 +98,9 @@ class SweepConfig:
             if values and len(values) != len(self.trainable):
                 raise ValueError(f"there are {len(values)} {name} for {len(self.trainable)} "
                                  "trainable specs; give one for each")
+        if len(self.variants) < len(self.trainable):
+            raise ValueError(f"trainable is {', '.join(self.trainable)}; each spec may occur once, "
+                             "or once for each value of aux_lm_loss_weights")
 
     @property
     def variants(self) -> dict[str, tuple[str, TrainingConfig]]:
@@ -115,10 +122,10 @@ class SweepConfig:
 
 
 def sweep(config: SweepConfig) -> dict[str, Any]:
-    """Runs all cells that are not done yet, and writes the table and the figures.
+    """Runs all cells that are not complete, prints the table, and writes results and figures.
 
-    Written to `config.out`: `cells.jsonl`, the predictions and figures of the first seed, and
-    `results.json` with means and standard deviations over seeds of the scores and of the
+    Writes to `config.out`: `cells.jsonl`; the predictions and figures of the first seed; and
+    `results.json` with the means and standard deviations over seeds of the scores and of the
     pre-training loss after fine-tuning.
 
     Returns:
@@ -133,6 +140,8 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     base = load_base(config.pretrained, dropout_rate=config.dropout_rate, pooling=config.pooling)
     dataset = config.dataset.load()
     model, pretrained = add_task_head(base, dataset)
+    for _, training in config.variants.values():
+        check_training_config(training, dataset, model)
     retention = make_retention_eval(config.pretrained, base, config.retention_data)
     before = retention.loss()
     console.print(f"{len(dataset.train):,} examples, {len(dataset.validation):,} to evaluate on; "
@@ -146,7 +155,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
 
     for num_examples in config.examples or (None,):
         cached_encode = functools.cache(functools.partial(encode, num_examples))
-        # The loop over seeds is the inner one, so that the steps of a variant are compiled once.
+        # The runs of a variant with different seeds share compiled steps.
         for name in config.variants:
             for seed in range(config.seeds):
                 cell = _cell_key(config, name, num_examples, seed)
@@ -192,7 +201,7 @@ def _run_cell(config: SweepConfig, cell: dict, data: EncodedDataset, pretrained:
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "cells.jsonl"
     if path.is_file() and not (text := path.read_text()).endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1])  # drops a line that was interrupted
+        path.write_text(text[: text.rfind("\n") + 1])  # drops an incomplete line
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
     return line
@@ -202,14 +211,14 @@ def _cell_key(config: SweepConfig, name: str, num_examples: int | None, seed: in
     """Returns the identity of a cell, with a hash of the settings that it depends on."""
     settings = [config.pretrained, config.dataset, config.variants[name], config.dropout_rate,
                 config.pooling, config.retention_data]
-    # Under the old names, so that sweeps of older versions can be completed.
+    # With the old names of settings, so that sweeps of older versions can be resumed.
     text = json.dumps(run_dir.with_old_names(run_dir.to_json(settings)), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return {"recipe": name, "examples": num_examples, "seed": seed, "config": digest[:16]}
 
 
 def _load_cells(config: SweepConfig) -> list[dict]:
-    """Returns all complete lines of `cells.jsonl`; the last one may have been interrupted."""
+    """Returns all lines of `cells.jsonl`, except a last line that is incomplete."""
     path = config.out / "cells.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -224,7 +233,7 @@ def summarize(config: SweepConfig, cells: Sequence[dict]) -> list[dict]:
     for num_examples in config.examples or (None,):
         for name in config.variants:
             keys = [_cell_key(config, name, num_examples, seed) for seed in range(config.seeds)]
-            # The first of each, because two processes may have shared the folder.
+            # Two processes that share the folder may write a cell twice; the first is used.
             found = [next(x for x in cells if x.items() >= key.items()) for key in keys]
             row = {"recipe": name, "labels": found[0]["labels"], "seeds": len(found),
                    "trained": found[0]["trained"], "share_trained": found[0]["share_trained"],
@@ -238,7 +247,7 @@ def summarize(config: SweepConfig, cells: Sequence[dict]) -> list[dict]:
 
 
 def _percent_scale(metric: str) -> int:
-    """Returns the factor from a metric to percent: some are fractions, others percentages."""
+    """Returns the factor that converts a metric to percent; some are already in percent."""
     return 1 if metric in ("squad", "rouge", "bleu") else 100
 
 
@@ -246,7 +255,7 @@ def make_table(config: SweepConfig, rows: Sequence[dict], metric: str, before: f
     """Returns the table of a sweep for the terminal.
 
     Args:
-        rows: from `summarize`.
+        rows: result of `summarize`.
         metric: the main metric.
         before: the pre-training loss before fine-tuning.
     """
@@ -270,11 +279,11 @@ def _dataset_name(config: SweepConfig) -> str:
 
 
 def _save_figures(config: SweepConfig, rows: Sequence[dict], dataset: LabeledDataset) -> None:
-    """Draws the scores by number of examples; for a single number, by fraction of parameters."""
+    """Plots scores by number of examples or, for one number, by fraction of parameters trained."""
     name, metric = _dataset_name(config), dataset.metric
     scale = _percent_scale(metric)
     if len(config.examples) > 1:
-        # The figure multiplies by 100 itself.
+        # `label_efficiency` multiplies by 100.
         lines = {variant: tuple(zip(*[
             (r["labels"], scale / 100 * r["score"], scale / 100 * r["score_std"])
             for r in rows if r["recipe"] == variant])) for variant in config.variants}

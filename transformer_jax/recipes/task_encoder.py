@@ -1,8 +1,8 @@
 """Base class of the task encoders, which convert labeled examples to rows of token ids.
 
-An encoder also converts the outputs of the model to predictions and scores. There is one for whole
-texts (`text_encoder`), one for words (`word_encoder`), one for questions (`question_encoder`) and
-one for target texts (`seq2seq_encoder`); `encoding.make_encoder` selects it.
+An encoder also converts the outputs of the model to predictions and scores. There are encoders for
+whole texts (`text_encoder`), words (`word_encoder`), questions (`question_encoder`) and target
+texts (`seq2seq_encoder`); `encoding.make_encoder` selects the one for a task.
 """
 
 import abc
@@ -22,22 +22,22 @@ from transformer_jax.models import GPT, Model
 from transformer_jax.objectives import classification
 
 Outputs = dict[str, np.ndarray]
-"""Outputs of a model by name: arrays `[n, ...]`, with one row for each item."""
+"""Outputs of a model by name: arrays `[n, ...]`, with one entry for each of n items."""
 PREDICT_BATCH_SIZE = 64
 
 
 class InputConfig(NamedTuple):
-    """Settings of the conversion of an example to rows of token ids.
+    """Settings for converting an example to rows of token ids.
 
     Attributes:
-        max_length: largest number of tokens of a row; longer texts are truncated, longer contexts
-            of questions are divided into windows.
-        gpt_special_tokens: whether the texts have start, delimiter and extract tokens (GPT paper,
+        max_length: maximum number of tokens of a row; longer texts are truncated, and longer
+            contexts of questions are split into windows.
+        gpt_special_tokens: whether rows have start, delimiter and extract tokens (GPT paper,
             section 3.3).
         both_orders: whether each pair of texts is encoded in both orders (GPT paper, section 3.3).
         stride: distance in tokens between the starts of consecutive windows over a long context.
         max_question_length: number of tokens to which longer questions are truncated.
-        target_length: largest number of tokens of a target text.
+        target_length: maximum number of tokens of a target text.
         num_beams: number of beams of the beam search that generates target texts.
     """
 
@@ -58,8 +58,8 @@ class TaskInfo(NamedTuple):
             "question_answering" or "seq2seq".
         label_names: names of the classes or tags, in order; empty for the other task types.
         metric: the main metric.
-        label_range: least and greatest label of a regression.
-        num_choices: largest number of choices of a multiple-choice example.
+        label_range: lowest and highest label of a regression.
+        num_choices: maximum number of choices of a multiple-choice example.
         has_unanswerable: whether some questions have no answer in their context.
     """
 
@@ -93,7 +93,7 @@ class TaskEncoder(abc.ABC):
         task: the task.
         model: the model, with the head of the task.
         tokenizer: the model's tokenizer.
-        config: settings of the conversion.
+        config: settings of the encoding.
     """
 
     def __init__(self, task: TaskInfo, model: Model, tokenizer: Tokenizer, config: InputConfig):
@@ -109,13 +109,13 @@ class TaskEncoder(abc.ABC):
             split: "training" or "validation".
 
         Returns:
-            The items, of which each becomes one row: the examples in token ids, or windows over
-            long contexts.
+            The items, each of which becomes one row: tokenized examples or, for question
+            answering, windows over their contexts.
         """
 
     @abc.abstractmethod
     def lengths(self, items: Sequence) -> list[int]:
-        """Returns the number of tokens of the row of each item, special tokens included."""
+        """Returns the number of tokens of each item's row, including special tokens."""
 
     @abc.abstractmethod
     def make_row(self, item: Any, length: int) -> dict[str, np.ndarray]:
@@ -145,9 +145,9 @@ class TaskEncoder(abc.ABC):
     ) -> LengthBucketedBatches:
         """Returns batches of rows of similar lengths.
 
-        The step is compiled once for each bucket of lengths, so there is at most one bucket for
-        every 64 steps. For a single pass over the items (`num_steps` is None), which has no
-        backward pass and therefore compiles faster, there is one for every 4 batches.
+        The step is compiled once for each length bucket. To limit the time of compilation, there is
+        at most one bucket per 64 steps; for a single pass over the items (`num_steps` is None),
+        which has no backward pass and compiles faster, one per 4 batches; and at most 8.
 
         Args:
             items: items from `encode`.
@@ -185,10 +185,10 @@ def _jitted_predict(model: Model, task_type: str) -> Callable:
 def predict_batches(
     model: Model, params: dict, task_type: str, batches: Sequence[dict]
 ) -> Outputs:
-    """Returns the outputs of a model for all rows of the batches, in the order of their "index".
+    """Returns the outputs of a model for all rows of the batches, sorted by the entry "index".
 
-    Rows with a negative index are padding of a batch and are left out. Outputs of different lengths
-    are padded with zeros.
+    Rows with a negative index are padding and are left out. Outputs of different lengths are padded
+    with zeros.
     """
     rows: dict[int, dict] = {}
     for batch in batches:

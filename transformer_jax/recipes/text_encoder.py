@@ -1,4 +1,4 @@
-"""Encoder of tasks on whole texts: classification, regression and multiple choice."""
+"""Encoder for tasks on whole texts: classification, regression and multiple choice."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,14 +23,15 @@ class TextEncoder(TaskEncoder):
     """Encodes a text, a pair of texts, or a text with choices as one row of token ids.
 
     Raises:
-        ValueError: the model is a GPT whose tokenizer has no token at whose position to classify.
+        ValueError: the model is a GPT, `gpt_special_tokens` is not set, and the tokenizer has no
+            end-of-text token.
     """
 
     def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
         super().__init__(task, model, tokenizer, config)
         if self.is_causal and not config.gpt_special_tokens and tokenizer.eos_id is None:
-            raise ValueError("the tokenizer has no end-of-text token, at whose position GPT is "
-                             "classified; set gpt_special_tokens")
+            raise ValueError("GPT classifies a text at its end-of-text token, but the tokenizer "
+                             "has none; set gpt_special_tokens")
         self._special_tokens = special_tokens(model, config)
         self._prepare = classification.TASK_TYPES[task.task_type].prepare
         self._options: dict[str, Any] = {
@@ -44,7 +45,7 @@ class TextEncoder(TaskEncoder):
         if self.is_causal and not self.config.gpt_special_tokens and any(
                 "text_b" in e for e in examples):
             raise ValueError("GPT needs a delimiter token between the two texts of a pair; set "
-                             "gpt_special_tokens (start, delimiter and extract, as in its paper)")
+                             "gpt_special_tokens (GPT paper, section 3.3)")
         texts = [text for e in examples
                  for text in [e["text"], *e.get("choices", ()), *filter(None, [e.get("text_b")])]]
         ids = iter(self.tokenizer.encode_batch(texts))
@@ -63,12 +64,12 @@ class TextEncoder(TaskEncoder):
                 + (max(map(len, e["choices"])) + 1 if "choices" in e else 0) for e in items]
 
     def make_row(self, item: dict, length: int) -> dict[str, np.ndarray]:
-        row = classification.make_input_packer(
+        pack_input = classification.make_input_packer(
             self.model, self.tokenizer, length, self._special_tokens)
-        return self._prepare(item, pack_input=row, **self._options)
+        return self._prepare(item, pack_input=pack_input, **self._options)
 
     def _scores(self, outputs: Outputs) -> np.ndarray:
-        """Predicted scores `[n]` in the units of the labels."""
+        """Returns the predicted scores `[n]`, in the units of the labels."""
         low, high = self.task.label_range
         return low + (high - low) * outputs["scores"]
 

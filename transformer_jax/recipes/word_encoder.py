@@ -1,4 +1,4 @@
-"""Encoder of token classification: a class for every word of a text."""
+"""Encoder for token classification, which assigns a class to each word of a text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from transformer_jax.recipes.task_encoder import (
 class WordEncoder(TaskEncoder):
     """Encodes the words of a text as subwords.
 
-    The class of a word is predicted at its first subword, in GPT at its last.
+    The class of a word is predicted at its first subword; GPT predicts it at the last.
     """
 
     def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
@@ -34,8 +34,8 @@ class WordEncoder(TaskEncoder):
         for i, n in enumerate(self.lengths(items)):
             if n > self.config.max_length:
                 raise ValueError(
-                    f"{split} example {example_id(examples[i], i)!r} has {n} tokens, more than the "
-                    f"max_length {self.config.max_length}, and truncation would lose tagged words; "
+                    f"{split} example {example_id(examples[i], i)!r} has {n} tokens, more than "
+                    f"max_length {self.config.max_length}, and truncation would drop tagged words; "
                     "raise max_length, or split the text")
         return items
 

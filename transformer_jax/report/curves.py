@@ -1,4 +1,4 @@
-"""Curves of a run: one plot for each metric, since losses and scores have different scales."""
+"""Curves of a run: one plot per metric, because losses and scores have different scales."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -6,7 +6,7 @@ from transformer_jax.report import markup, plots
 from transformer_jax.report.summary import display_name
 
 SIZE = (5.2, 3.2)  # inches
-# Columns of the history that are not metrics of the model, or constant.
+# Columns of the history that are not plotted: no metrics of the model, or constant.
 _HIDDEN = {"step", "seconds", "compilations", "seconds_per_step", "host_share",
            "data_wait_fraction", "skipped"}
 _LOSSES = ("loss", "nll", "nats")
@@ -15,10 +15,10 @@ _LOSSES = ("loss", "nll", "nats")
 def curve_figures(
     rows: Sequence[Mapping[str, float]], before: Mapping[str, float] | None = None
 ) -> list[markup.Html]:
-    """Returns a plot of each metric over the steps, training and held-out rows together.
+    """Returns a plot of each metric by step, with the training and the held-out curve together.
 
     Args:
-        rows: the history; held-out metrics have the prefix "eval_".
+        rows: rows of the history; held-out metrics have the prefix "eval_".
         before: held-out metrics before the first step.
     """
     names = {name.removeprefix("eval_") for row in rows for name in row} - _HIDDEN
@@ -51,7 +51,7 @@ def _unit(name: str) -> str:
 
 
 def _order(name: str) -> tuple:
-    """Sorts the loss first, then its parts, scores, and figures of training."""
+    """Sort key: the loss, its terms, accuracies, other scores, gradient norm and throughput."""
     kinds = (name == "loss", name.endswith(_LOSSES), "accuracy" in name)
     rank = next((i for i, found in enumerate(kinds) if found), 3)
     return rank + 2 * (name in ("grad_norm", "tokens_per_second")), name

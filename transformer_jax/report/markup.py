@@ -1,6 +1,6 @@
 """Building blocks of an HTML page without external files: tables, figures, number formats.
 
-All functions return HTML and escape the text that they are given.
+Functions that return HTML escape the text in their arguments, except `Html`.
 """
 
 import base64
@@ -44,7 +44,7 @@ details { margin: .6rem 0 } summary { cursor: pointer; color: #0550ae }
 
 
 class Html(str):
-    """Text that is HTML already, which `escape` does not escape."""
+    """A string of HTML, which `escape` does not escape again."""
 
 
 def escape(value: Any) -> Html:
@@ -58,7 +58,7 @@ def escape(value: Any) -> Html:
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """Returns a whole HTML document."""
+    """Returns a complete HTML document."""
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
@@ -66,13 +66,13 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def section(title: str, *parts: str) -> Html:
-    """Returns a heading and its content; nothing if there is no content."""
+    """Returns a heading and its content, or an empty string if there is no content."""
     content = "".join(parts)
     return Html(f"<h2>{escape(title)}</h2>{content}" if content else "")
 
 
 def folded(title: str, content: str) -> Html:
-    """Returns content that is shown when its title is clicked."""
+    """Returns collapsed content, which a click on its title expands."""
     return Html(f"<details><summary>{escape(title)}</summary>{content}</details>")
 
 
@@ -100,7 +100,7 @@ def format_score(value: Any) -> str:
 
 
 def format_setting(value: Any) -> str:
-    """Formats a setting, with all its digits.
+    """Formats a setting without rounding.
 
     Example:
         >>> [format_setting(x) for x in (1e-06, None, [16, 32], True, "")]
@@ -131,7 +131,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class Tile(NamedTuple):
-    """A number that is shown large: its name, its value and a remark."""
+    """A number shown in large type, with its name and a note."""
 
     name: str
     value: Any
@@ -139,24 +139,24 @@ class Tile(NamedTuple):
 
 
 def tiles(found: Sequence[Tile]) -> Html:
-    """Returns numbers side by side."""
+    """Returns tiles side by side."""
     return Html("" if not found else '<div class="tiles">' + "".join(
         f'<div class="tile"><b>{escape(format_score(tile.value))}</b><span>{escape(tile.name)}'
         f"</span><span>{escape(tile.note)}</span></div>" for tile in found) + "</div>")
 
 
 def key_value_table(values: Mapping[str, Any], format_value: Callable = format_score) -> Html:
-    """Returns a table of two columns; numbers are aligned on the right."""
+    """Returns a table of two columns; numbers are right-aligned."""
     return table([], [[name, value] for name, value in values.items()], format_value)
 
 
 def table(
     header: Sequence[str], rows: Sequence[Sequence[Any]], format_value: Callable = format_score
 ) -> Html:
-    """Returns a table, which scrolls sideways where it is wider than the page.
+    """Returns a table, which scrolls horizontally if it is wider than the page.
 
     Args:
-        header: names of the columns; empty for none.
+        header: column names; empty for no header.
         rows: one value for each column; `Html` is not escaped.
         format_value: formats numbers.
     """
@@ -184,12 +184,12 @@ def _cell(value: Any, format_value: Callable) -> str:
 
 
 def figure(png: bytes, caption: str, is_wide: bool = False) -> Html:
-    """Returns a PNG with its caption.
+    """Returns a PNG image with its caption.
 
     Args:
-        png: content of the file.
-        caption: title, and alternative text.
-        is_wide: as wide as the page, instead of side by side with others.
+        png: content of the PNG file.
+        caption: title, also used as alternative text.
+        is_wide: use the full width of the page instead of one column of the grid.
     """
     data = base64.b64encode(png).decode()
     return Html(f"<figure{' class=wide' if is_wide else ''}>"
@@ -198,12 +198,12 @@ def figure(png: bytes, caption: str, is_wide: bool = False) -> Html:
 
 
 def figures(found: Sequence[str]) -> Html:
-    """Returns figures side by side, as many as the page is wide."""
+    """Returns figures in a grid with as many columns as fit the page."""
     return Html(f'<div class="figures">{"".join(found)}</div>' if found else "")
 
 
 def plot(draw: Callable[[Path], Any], caption: str, is_wide: bool = False) -> Html:
-    """Returns a figure of what `draw` saves at the path that it is given."""
+    """Returns a figure of the PNG that `draw` saves at its argument, a path."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plot.png"
         draw(path)

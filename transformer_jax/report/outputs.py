@@ -1,4 +1,4 @@
-"""Outputs of a run: recorded predictions, and what its model computes for a text."""
+"""Outputs of a run: recorded predictions, and model outputs for a given text."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from transformer_jax.report import markup, plots
 from transformer_jax.report.summary import display_name
 
 DEFAULT_TEXT = "Return the number of bytes that were written to the file."
-MAX_TOKENS = 20  # of the text whose attention is shown
+MAX_TOKENS = 20  # of an input text, and of a generated target
 MAX_NEW_TOKENS = 60
 MAX_ROWS = 8  # of a table of predictions
 HEADS = ("classifier", "lm_head", "mlm_head", "nsp_head", "pooler")
-"""Modules that attention does not depend on; without them, all tasks share one compiled program."""
+"""Modules that attention does not depend on; without them, all tasks share a compiled program."""
 
 
 # Recorded predictions -----------------------------------------------------------------------------
@@ -68,9 +68,9 @@ def _tagged(words: Sequence[str], tags: Sequence[str]) -> markup.Html:
 
 
 def records_table(rows: Sequence[Mapping[str, Any]]) -> markup.Html:
-    """Returns a table of dicts, such as the cells of a sweep; "x_std" is shown beside "x".
+    """Returns a table of dicts, such as the results of a sweep; "x_std" is shown beside "x".
 
-    Nested values are left out, and the score of a sweep, which is there by its own name too.
+    Omits nested values, "seconds_per_step", and "score", which repeats the metric of a sweep.
     """
     names = [name for name, value in rows[0].items()
              if not name.endswith("_std") and not isinstance(value, list | dict)
@@ -86,18 +86,18 @@ def _with_deviation(row: Mapping[str, Any], name: str) -> Any:
     return f"{markup.format_score(value)} ± {markup.format_score(deviation)}"
 
 
-# A text -------------------------------------------------------------------------------------------
+# Generated sample ---------------------------------------------------------------------------------
 
 
 def sample(run: LoadedRun, text: str) -> markup.Html:
     """Returns what a model with a pre-training or seq2seq head generates for a text.
 
-    GPT continues it, BERT fills a mask in its middle, BART restores a masked word, and the
-    Transformer generates a target. A model with a task head generates nothing.
+    GPT continues it, BERT fills a mask in its middle, BART restores a masked token, and the
+    Transformer generates a target. For a model with a task head, the result is empty.
     """
     model, params, tokenizer, _ = run
     ids = _encode(run, text)
-    if not ids or model.num_classes or "prompt" in params:  # a KV cache has no slots for a prompt
+    if not ids or model.num_classes or "prompt" in params:  # no KV cache with prompt tuning
         return markup.Html("")
     given = tokenizer.decode(ids)
     if isinstance(model, GPT):
@@ -164,7 +164,7 @@ def _filled_mask(run: LoadedRun, ids: Sequence[int]) -> markup.Html:
 def attention_figures(run: LoadedRun, text: str) -> list[markup.Html]:
     """Returns attention maps of the first and the last layer for a text, as the mean over heads.
 
-    Only the body of the model is applied, so that every head, or none, may be there.
+    Only the body of the model is applied, so models with any head, or none, are supported.
     """
     ids = _encode(run, text)
     if not ids:
@@ -183,7 +183,7 @@ def attention_figures(run: LoadedRun, text: str) -> list[markup.Html]:
 
 
 def _attention(run: LoadedRun, ids: list[int]) -> dict[str, tuple]:
-    """Returns kind of attention -> (weights of each layer, query tokens, key tokens or None)."""
+    """Returns kind of attention -> (weights by layer, query tokens, key tokens or None)."""
     model, params, tokenizer, _ = run
     body = {name: leaves for name, leaves in params.items() if name not in HEADS}
     apply = functools.partial(_apply_to_row, type(model)(model.config), body)
@@ -194,7 +194,7 @@ def _attention(run: LoadedRun, ids: list[int]) -> dict[str, tuple]:
         return {"self-attention": (apply("encode", row).attention, row, None)}
     assert isinstance(model, Transformer)
     source = _source(run, ids)
-    if model.num_classes:  # the decoder of a model with a task head has the same input
+    if model.num_classes:  # with a task head, the decoder input is the shifted source
         target = [model.config.decoder_start_token_id or 0, *source[:-1]]
     else:
         limit = min(MAX_TOKENS, model.config.max_length - 1)
@@ -207,7 +207,7 @@ def _attention(run: LoadedRun, ids: list[int]) -> dict[str, tuple]:
 
 
 def _apply_to_row(model: Model, params: dict, method: str, *rows: Sequence[int]) -> Any:
-    """Returns the outputs of a method of the model for one row of tokens, or source and target."""
+    """Returns the outputs of a model method for one row of tokens, or one source and target."""
     return _jitted_apply(model, params, method, *(np.array([row], np.int32) for row in rows))
 
 
@@ -217,6 +217,6 @@ def _jitted_apply(model, params, method, *tokens):
 
 
 def _words(run: LoadedRun, ids: Sequence[int]) -> list[str]:
-    """Returns the text of each token, as labels of an axis."""
+    """Returns the text of each token, for use as axis labels."""
     words = [run.tokenizer.decode([int(i)], skip_special_tokens=False) for i in ids]
     return [word.strip().replace("\n", " ") or "·" for word in words]

@@ -1,7 +1,7 @@
 """The report of a run: one HTML page that needs no other files.
 
-It opens with what was trained and how it ended, followed by curves, predictions, figures, samples
-and attention maps of the model, all results and all settings.
+A summary of the run is followed by curves, predictions, figures, samples and attention maps of the
+model, all results and all settings.
 """
 
 import re
@@ -30,17 +30,17 @@ def write_report(
 ) -> Path:
     """Writes the report of a run and returns its path.
 
-    Runs of all recipes are supported, finished or not, also those that older versions wrote.
+    Supports runs of all recipes, finished or not, including those written by older versions.
 
     Args:
         folder: the folder of the run.
         out: the HTML file; report.html in the folder if None.
-        text: input of the model for the sample and the attention maps. If None, the first source of
-            a translation run, otherwise an English sentence.
+        text: input text for the sample and the attention maps. If None, the first source text of a
+            translation run, or `outputs.DEFAULT_TEXT` for other runs.
 
     Raises:
         FileNotFoundError: the folder has neither results nor events.
-        ValueError: results.json is damaged.
+        ValueError: results.json or config.json is damaged.
     """
     folder = Path(folder)
     run = load_run_files(folder)
@@ -92,7 +92,7 @@ def _sections(run: RunFiles, model: LoadedRun | None, text: str | None) -> Itera
 
 
 def _records(metrics: Mapping[str, Any]) -> Iterator[tuple[str, list[dict]]]:
-    """Yields (title, rows) of the tables in the results that are not histories."""
+    """Yields (title, rows) of the tables in the results, except training histories."""
     for name, value in metrics.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping) and (
                 "step" not in value[0]):
@@ -100,7 +100,7 @@ def _records(metrics: Mapping[str, Any]) -> Iterator[tuple[str, list[dict]]]:
 
 
 def _saved_figures(run: RunFiles) -> Iterator[markup.Html]:
-    """Yields the PNG files of the folder; the loss is already among the curves."""
+    """Yields the PNG files of the folder, except the loss if it is among the curves."""
     for path in sorted(run.folder.glob("*.png")):
         if path.stem == "loss" and run.histories:
             continue

@@ -1,6 +1,6 @@
 """Plots of runs, models and plans. Each function saves one PNG and returns its path.
 
-Matplotlib is imported when the first plot is drawn, and used without display or pyplot state.
+Matplotlib is imported when the first plot is drawn, and used without a display or pyplot.
 """
 
 import itertools
@@ -18,7 +18,7 @@ DPI = 130
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Returns an empty figure of a size in inches."""
+    """Returns an empty figure of the given size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -32,7 +32,7 @@ def save(figure: "Figure", path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
-        # Tokens may have characters that the font does not have; they are drawn as boxes.
+        # Characters of tokens that are missing in the font are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(path, dpi=DPI, bbox_inches="tight")
     return path
@@ -51,7 +51,7 @@ def curves(
 
     Args:
         path: the PNG.
-        series: label -> (x, y). Labels that contain "held-out", and short lines, get markers.
+        series: label -> (x, y). Lines with "held-out" in the label, and short lines, get markers.
         title: title of the plot.
         xlabel: label of the x axis.
         ylabel: label of the y axis.
@@ -136,7 +136,7 @@ def label_efficiency(
 ) -> Path:
     """Plots a score over the number of labeled examples: one panel per model, one line per spec.
 
-    Bands are standard deviations over seeds. Labels that contain "scratch" are dashed.
+    Bands are standard deviations over seeds. Lines with "scratch" in the label are dashed.
 
     Args:
         path: the PNG.
@@ -184,7 +184,7 @@ def confusion(
 ) -> Path:
     """Plots a confusion matrix of counts, shaded by the fraction of the true class.
 
-    With more than 8 classes, only the diagonal has percentages, and zeros are left out.
+    With more than 8 classes, percentages are shown only on the diagonal, and zeros are omitted.
 
     Args:
         path: the PNG.
@@ -223,7 +223,7 @@ def confusion(
 
 
 def calibration(path: str | Path, found: Mapping[str, np.ndarray], *, title: str) -> Path:
-    """Plots a reliability diagram: accuracy by predicted probability, and examples in each bin.
+    """Plots a reliability diagram: accuracy and number of examples by predicted probability.
 
     Args:
         path: the PNG.
@@ -282,13 +282,13 @@ def trainable_specs(
 def label(axes, points: Mapping[str, tuple[float, float]], ink: Sequence[tuple]) -> None:
     """Labels points without overlaps.
 
-    Each label gets the first position near its point that overlaps neither another label nor
-    `ink`, or the position with the fewest overlaps.
+    Each label gets the first position near its point that lies within the axes and overlaps neither
+    another label nor `ink`; if there is none, the position with the fewest overlaps.
 
     Args:
-        axes: Matplotlib axes, whose layout has been computed.
+        axes: Matplotlib axes; the layout of their figure must have been computed.
         points: label -> (x, y).
-        ink: points (x, y) of the plot that should stay visible.
+        ink: points (x, y) of the plot that labels should not cover.
     """
     ink = axes.transData.transform(ink)
     taken: list = []

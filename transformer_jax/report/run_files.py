@@ -1,4 +1,4 @@
-"""The files of a run that its report is made of: results.json, events, and tables of outputs."""
+"""Run files that a report reads: results.json, events, and tables of outputs."""
 
 import json
 import struct
@@ -19,7 +19,7 @@ class RunFiles(NamedTuple):
     Attributes:
         folder: the folder of the run.
         results: content of results.json; None for a run that is not finished.
-        histories: rows of the training loop, by the name of their stage ("" if there is one).
+        histories: rows of the training loop by stage name; the name is "" for a run of one stage.
         run_config: content of config.json; empty if there is none.
     """
 
@@ -43,7 +43,7 @@ def load_run_files(folder: str | Path) -> RunFiles:
     """Loads the results of a run, or the TensorBoard events of a run that is not finished.
 
     Raises:
-        FileNotFoundError: the folder has neither.
+        FileNotFoundError: the folder has neither results.json nor events.
         ValueError: results.json or config.json is damaged.
     """
     folder = Path(folder)
@@ -89,7 +89,7 @@ def _find_histories(metrics: Any, name: str = "") -> Iterator[tuple[str, list[di
 def read_events(folder: Path) -> Iterator[dict[str, float]]:
     """Yields {"step": step, name: scalar, ...} of TensorBoard files, in the order of steps.
 
-    A last record that is incomplete, because the run was interrupted, is left out.
+    An incomplete last record, which an interrupted run may leave, is skipped.
     """
     # Imported here because results.json can be read without protocol buffers.
     from tensorboardX.proto import event_pb2
@@ -111,7 +111,7 @@ def read_events(folder: Path) -> Iterator[dict[str, float]]:
 
 
 def load_outputs(folder: Path) -> list[dict]:
-    """Returns the predictions or translations of a run; an empty list if it has none."""
+    """Returns the predictions or translations of a run, or an empty list if it has none."""
     for name in OUTPUT_FILES:
         path = folder / name
         if path.is_file():
@@ -120,9 +120,9 @@ def load_outputs(folder: Path) -> list[dict]:
 
 
 def setting(config: Mapping[str, Any], *names: str, default: Any = None) -> Any:
-    """Returns the first of several settings that is there.
+    """Returns the first setting of `names` that is in the config, or the default.
 
-    Runs that older versions wrote have other names for some settings.
+    Some settings have other names in runs of older versions.
 
     Example:
         >>> setting({"length": 64}, "max_length", "length")

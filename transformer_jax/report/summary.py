@@ -1,4 +1,4 @@
-"""The top of a report: what was trained, and how it ended."""
+"""Summary of a report: what was trained, and the final results."""
 
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +22,8 @@ NAMES = {
     "tokens_per_second": "tokens per second", "recipe": "trainable", "labels": "examples",
     "share_trained": "fraction trained", "trained": "parameters trained",
     "held_out_before": "pre-training loss before", "held_out_after": "pre-training loss after"}
-"""Name in results.json -> name in the report, where it is not the same with spaces."""
-# Numbers of a fine-tuning run that are not scores.
+"""Name in results.json -> name in the report, if it differs by more than underscores."""
+# Numbers in the results of a fine-tuning run that are not scores.
 _RUN_FIGURES = {
     "labels", "steps", "trained", "share_trained", "cut", "cut_validation", "seconds",
     "seconds_per_step", "held_out_before", "held_out_after", "host_share", "data_wait_fraction"}
@@ -31,7 +31,7 @@ MAX_TILES = 6
 
 
 def display_name(name: str) -> str:
-    """Returns the name of a metric or column for readers.
+    """Returns the name of a metric or column as shown in the report.
 
     Example:
         >>> display_name("nsp_loss"), display_name("exact_match")
@@ -54,10 +54,10 @@ def job_of(run: RunFiles) -> str:
 
 
 def summary(run: RunFiles, num_params: int | None) -> list[str]:
-    """Returns the sentences, the main results and the table of facts at the top of a report.
+    """Returns the HTML at the top of a report: two sentences, main results and a table of facts.
 
     Args:
-        run: the results.
+        run: the files of the run.
         num_params: number of parameters of the model; None if unknown.
     """
     return [f'<p class="lead">{markup.escape(_trained(run))}</p>',
@@ -122,7 +122,7 @@ def _dataset(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main_results(run: RunFiles) -> Iterator[markup.Tile]:
-    """Yields the final losses and scores, the main one first."""
+    """Yields the final losses and scores, the most important first."""
     metrics, job = run.metrics, job_of(run)
     held_out = metrics.get("held_out")
     if job == "translation" and "bleu" in metrics:
