@@ -64,7 +64,7 @@ class TranslateConfig:
         mesh: number of devices along each mesh axis.
         num_averaged_checkpoints: number of last checkpoints whose average is the result.
         num_beams: number of beams of the beam search.
-        length_penalty: beam scores are divided by length ** length_penalty.
+        length_penalty: beam scores are divided by length ** length_penalty; unused with one beam.
         max_new_tokens: maximum number of tokens of a translation.
         eval_pairs: number of validation pairs to translate; None for all.
         eval_every: number of updates between evaluations of the loss on the validation split.
@@ -154,8 +154,9 @@ def train_translation(config: TranslateConfig) -> dict[str, Any]:
     validation = validation[: config.eval_pairs]
     outputs = generate_targets(
         model, params, tokenizer, [pair["source"] for pair in validation],
-        num_beams=config.num_beams, length_penalty=config.length_penalty,
-        max_new_tokens=config.max_new_tokens, max_source_length=config.length_buckets[-1])
+        max_new_tokens=config.max_new_tokens, max_source_length=config.length_buckets[-1],
+        num_beams=config.num_beams,
+        **({"length_penalty": config.length_penalty} if config.num_beams > 1 else {}))
     (config.out / "translations.jsonl").write_text("".join(
         json.dumps({**pair, "translation": text}, ensure_ascii=False) + "\n"
         for pair, text in zip(validation, outputs)))
@@ -279,8 +280,9 @@ def plot_cross_attention(
     target: str,
 ) -> None:
     """Plots the cross-attention weights of each layer for one pair, averaged over heads."""
-    source_ids = [*tokenizer.encode(source), tokenizer.sep_id]
-    target_ids = [*tokenizer.encode(target), tokenizer.sep_id]
+    source_ids, target_ids = (
+        [*tokenizer.encode(text)[: model.config.max_length - 1], tokenizer.sep_id]
+        for text in (source, target))
     decoder_ids = [model.config.decoder_start_token_id, *target_ids[:-1]]
     out = jax.jit(model.apply)({"params": params}, np.array([source_ids]), np.array([decoder_ids]))
     maps = {f"layer {i}": np.asarray(weights)[0].mean(0)
