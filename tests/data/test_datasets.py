@@ -165,10 +165,11 @@ GOOD = [["a", "x"], ["b", "y"]]
 
 @pytest.mark.parametrize(("train", "options", "message"), [
     (GOOD, {"columns": {"text": "sentense", "label": "label"}},
-     r"train\.tsv line 2: no column 'sentense'; did you mean 'sentence'; it has 'sentence', 'label'"
+     r"train\.tsv line 2: no column 'sentense'; did you mean 'sentence'; the columns are "
+     r"'sentence', 'label'"
      ),
     (GOOD, {"columns": {"text": "sentence", "label": "lable"}},
-     r"line 2: no column 'lable'; did you mean 'label'; it has"),
+     r"line 2: no column 'lable'; did you mean 'label'; the columns are"),
     (GOOD, {"columns": {"texd": "sentence"}},
      r"columns has the unknown field 'texd'; did you mean 'text'\? The fields of classification"),
     (GOOD, {"task_type": "seq2seq"}, "no column for source, target of seq2seq; set it in columns"),

@@ -275,7 +275,8 @@ def test_errors_of_data_frames():
     with pytest.raises(ValueError, match="data has two columns 'label'; rename one of them"):
         load_dataset(frame, validation=frame)
     frame = pandas.DataFrame([["a", 1], ["b", 0]])
-    with pytest.raises(ValueError, match="row 0 of validation: no column 'text'; it has '0', '1'"):
+    with pytest.raises(ValueError, match="row 0 of validation: no column 'text'; the columns are "
+                                         "'0', '1'"):
         load_dataset(REVIEWS, validation=frame)
     found = load_dataset(frame, validation=frame, columns={"text": "0", "label": "1"})
     assert found.train[0] == {"text": "a", "label": 1}

@@ -96,7 +96,7 @@ def load_dataset(
             - a sequence of dicts, a pandas DataFrame or a `datasets.Dataset`;
             - a dict of such sequences, or a `datasets.DatasetDict`, with the key "train" and, for
               the validation split, one of the words above as key;
-            - a `LabeledDataset`, which is returned unchanged.
+            - a `LabeledDataset`, which is returned unchanged unless `validation` is given.
         task_type: a key of `known_datasets.METRICS`. If None, it is inferred from the columns. A
             dataset whose labels are numbers is a regression if one of them is not an integer, else
             a classification.

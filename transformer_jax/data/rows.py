@@ -81,7 +81,8 @@ def get_value(row: Example, column: str) -> Any:
         if not isinstance(value, Mapping) or key not in value:
             near = difflib.get_close_matches(column, row, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(map(repr, near))}; " if near else ""
-            raise ValueError(f"no column {column!r}; {hint}it has {', '.join(map(repr, row))}")
+            raise ValueError(f"no column {column!r}; {hint}the columns are "
+                             f"{', '.join(map(repr, row))}")
         value = value[key]
     return to_python(value)
 
