@@ -33,7 +33,7 @@ import bench
 import interleave
 
 from transformer_jax.planner import plan, throughput
-from transformer_jax.train import profiling
+from transformer_jax.train import compiled_step
 
 WORKER = "--worker"
 LIBRARIES = {
@@ -174,7 +174,7 @@ def run_worker(name: str, options_json: str) -> None:
         dtype=options["dtype"], dropout_rate=options["dropout_rate"]))
     interleave.serve(
         workload.run, min_seconds=options["round_seconds"], units_per_call=workload.units,
-        peak_bytes=profiling.peak_memory, tokens=workload.tokens, flops=workload.flops,
+        peak_bytes=compiled_step.peak_memory, tokens=workload.tokens, flops=workload.flops,
         bytes_read=workload.bytes_read)
 
 

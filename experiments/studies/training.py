@@ -19,6 +19,7 @@ from transformer_jax.recipes.corpus import (
 )
 from transformer_jax.recipes.pretraining import PretrainConfig
 from transformer_jax.train import loop, step
+from transformer_jax.train.callbacks import Logging
 from transformer_jax.tree import PyTree
 
 Curve = tuple[Sequence[int], Sequence[float]]
@@ -95,7 +96,7 @@ def train(
     state, history = loop.fit(
         step.init_state(params, transformation, mask),
         step.make_train_step(loss_fn, transformation, mask), batches, rng=jax.random.key(seed),
-        num_steps=num_steps, log_every=max(num_steps // num_log_rows, 1), quiet=True)
+        num_steps=num_steps, callbacks=[Logging(max(num_steps // num_log_rows, 1))])
     print(f"{name}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}, "
           f"{time.perf_counter() - start_time:.0f} s", flush=True)
     return TrainingResult(state.params, history)

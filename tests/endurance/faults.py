@@ -33,7 +33,7 @@ import numpy as np
 import optax
 
 from transformer_jax import storage
-from transformer_jax.train import checkpoint_dirs, checkpointing, step
+from transformer_jax.train import checkpoint_files, checkpointing, step
 
 STEPS = (10, 20, 30)
 COMPLETION_MARKER = "_CHECKPOINT_METADATA"
@@ -120,7 +120,7 @@ def restore_outcome(root: Path) -> str:
             leaf, expected_leaf, err_msg=f"silent corruption at step {number}")
     assert found.data_state == {"at": number} and found.metadata == {"run": "this"}
     assert number == STEPS[-1] or "is corrupted" in stderr.getvalue() or number in STEPS
-    checkpoint_dirs.quarantine_incomplete(root, after=number)
+    checkpoint_files.quarantine_incomplete(root, after=number)
     checkpointing.save(root, number + 10, state_at(number + 10))
     assert checkpointing.latest_step(root) == number + 10
     return f"step {number}"

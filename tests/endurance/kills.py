@@ -94,7 +94,7 @@ def train(mode: str, num_devices: int, folder: Path) -> None:
     from transformer_jax.finetuning import peft
     from transformer_jax.models import GPTConfig, build_model, init_params
     from transformer_jax.objectives import causal_lm
-    from transformer_jax.train import loop, optimizers, step
+    from transformer_jax.train import Checkpointer, Logging, loop, optimizers, step
 
     model = build_model(GPTConfig(
         vocab_size=40, max_length=8, num_layers=2, d_model=16, num_heads=2, mlp_dim=32,
@@ -103,7 +103,8 @@ def train(mode: str, num_devices: int, folder: Path) -> None:
     if mode != "pretrain":
         params, mask = peft.add_and_mask(params, mode, jax.random.key(5))
     schedule = optimizers.make_schedule("cosine", PEAK_LRS[mode], NUM_STEPS, 20)
-    optimizer = optimizers.make_optimizer(schedule, ema=0.9)
+    optimizer = optimizers.make_optimizer(
+        schedule, finetuning=optimizers.FinetuningOptions(ema=0.9))
     losses = (folder / ("losses.jsonl" if process_index == 0 else os.devnull)).open("a")
 
     def log(row):
@@ -121,9 +122,10 @@ def train(mode: str, num_devices: int, folder: Path) -> None:
         step.init_state(params, optimizer, mask),
         step.make_train_step(functools.partial(causal_lm.loss, model.apply), optimizer, mask),
         Journal(batches, folder / f"rows_{process_index}.jsonl", process_count),
-        rng=jax.random.key(1), num_steps=NUM_STEPS, mesh=mesh, log_every=1, quiet=True,
-        on_log=log, checkpoint_dir=folder / "checkpoints", save_every=SAVE_EVERY,
-        metadata={"mode": mode, "steps": NUM_STEPS})
+        rng=jax.random.key(1), num_steps=NUM_STEPS, mesh=mesh,
+        checkpoint=Checkpointer(folder / "checkpoints", save_every=SAVE_EVERY,
+                                metadata={"mode": mode, "steps": NUM_STEPS}),
+        callbacks=[Logging(every=1), log])
     if process_index == 0:
         leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
         np.savez(folder / "unfinished.npz", **leaves)

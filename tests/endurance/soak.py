@@ -28,7 +28,7 @@ from transformer_jax import distributed
 from transformer_jax.data import batching, packing, sources, tokenizers
 from transformer_jax.models import build_model, init_params, presets
 from transformer_jax.objectives import causal_lm
-from transformer_jax.train import loop, optimizers, step
+from transformer_jax.train import Checkpointer, Evaluation, Logging, loop, optimizers, step
 
 KEYS = ("resident", "in_use", "seconds_per_step")
 
@@ -87,10 +87,11 @@ def run(num_steps: int, log_every: int, folder: Path, **sizes: Any) -> list[dict
     loop.fit(
         step.init_state(init_params(model, jax.random.key(0)), optimizer),
         step.make_train_step(loss_fn, optimizer), batching.make_loader(rows, 12),
-        rng=jax.random.key(1), num_steps=num_steps, log_every=log_every, quiet=True,
-        on_log=record_memory,
-        eval_fn=lambda params: step.evaluate(eval_step, params, held_out),
-        eval_every=5 * log_every, checkpoint_dir=folder, save_every=10 * log_every)
+        rng=jax.random.key(1), num_steps=num_steps,
+        evaluation=Evaluation(lambda params: step.evaluate(eval_step, params, held_out),
+                              5 * log_every),
+        checkpoint=Checkpointer(folder, save_every=10 * log_every),
+        callbacks=[Logging(log_every), record_memory])
     return history
 
 

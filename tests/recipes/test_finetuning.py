@@ -11,7 +11,7 @@ from transformer_jax.finetuning import adapter_io
 from transformer_jax.models import build_model
 from transformer_jax.pretrained import load_pretrained
 from transformer_jax.pretrained.runs import load_run
-from transformer_jax.recipes import finetuning, finetuning_run, retention
+from transformer_jax.recipes import encoding, finetuning, finetuning_run, retention
 from transformer_jax.recipes.base_model import initial_params
 from transformer_jax.recipes.config import DatasetConfig, TrainingConfig
 from transformer_jax.recipes.finetuning import FinetuneConfig, finetune, finetune_config
@@ -161,3 +161,42 @@ def test_runs_that_differ_in_the_seed_share_their_step(pretrained):
     steps = [finetuning_run.make_finetune_step(model, "bitfit", training, "classification", False)
              for training in (SHORT, TrainingConfig(max_length=16, num_steps=2))]
     assert steps[0] is steps[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_evaluation_while_training_early_stopping_and_the_best_parameters(
+        pretrained, tmp_path, monkeypatch, ema):
+    evaluate, evaluated = encoding.EncodedDataset.evaluate, []
+
+    def scripted(self, params):
+        evaluated.append(jax.tree.map(np.asarray, params))
+        scores, lines = evaluate(self, params)
+        return scores | {"accuracy": values[len(evaluated) - 1]}, lines
+
+    monkeypatch.setattr(encoding.EncodedDataset, "evaluate", scripted)
+    folder = pretrained("bert_python_docs")
+    options = OPTIONS | {"num_steps": 20, "eval_every": 2, "patience": 2, "keep_best": True,
+                         "ema": ema, "peak_lr": 1e-2}
+    for out in (None, tmp_path / "run"):
+        values, _ = [0.5, 0.9, 0.6, 0.7, 0.9, 0.9], evaluated.clear()
+        result = finetune(folder, EXAMPLES, validation=EXAMPLES, out=out, **options)
+        assert len(evaluated) == 5  # at steps 2, 4, 6, 8, and of the result
+        assert (result.metrics["best_step"], result.metrics["steps"]) == (4, 8)
+        assert result.metrics["stopped_early"].startswith("eval_accuracy has not improved since "
+                                                          "step 4 (2 evaluations)")
+        assert [row["eval_accuracy"] for row in result.history
+                if "eval_accuracy" in row] == values[:4]
+        jax.tree.map(np.testing.assert_array_equal, result.params, evaluated[1])
+        assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, evaluated[1:3])))
+    metrics = json.loads((out / "results.json").read_text())["metrics"]
+    assert metrics["best_step"] == 4 and "eval_accuracy" in metrics["history"][-1]
+    again = finetune(folder, EXAMPLES, validation=EXAMPLES, out=out, **options)
+    assert again.history == [] and again.metrics["best_step"] == 4
+    jax.tree.map(np.testing.assert_array_equal, again.params, result.params)
+
+
+@pytest.mark.parametrize("options", [{"patience": 2}, {"keep_best": True}])
+def test_early_stopping_needs_evaluations(pretrained, options):
+    with pytest.raises(ValueError, match=r"eval_every is 0, but patience is .* set eval_every"):
+        finetune(pretrained("bert_python_docs"), EXAMPLES, **OPTIONS, **options)

@@ -15,7 +15,7 @@ from transformer_jax import distributed, sharding
 from transformer_jax.data import batching, packing
 from transformer_jax.models import GPTConfig, build_model, init_params
 from transformer_jax.objectives import causal_lm
-from transformer_jax.train import loop, optimizers, step
+from transformer_jax.train import Checkpointer, Logging, loop, optimizers, step
 
 CONFIG = GPTConfig(vocab_size=40, max_length=8, num_layers=1, d_model=16, num_heads=2, mlp_dim=32,
                    dropout_rate=0.1, attention_dropout_rate=0.0, norm_first=True)
@@ -46,9 +46,9 @@ def main(devices: int, sizes: dict, out: str, num_steps: int = 5) -> None:
     state, history = loop.fit(
         step.init_state(params, optimizer),
         step.make_train_step(functools.partial(causal_lm.loss, model.apply), optimizer),
-        batches, rng=jax.random.key(1), num_steps=num_steps, mesh=mesh, log_every=1, quiet=True,
-        checkpoint_dir=f"{out}.checkpoints", save_every=10,
-        on_log=lambda row: print(row["step"], flush=True))
+        batches, rng=jax.random.key(1), num_steps=num_steps, mesh=mesh,
+        checkpoint=Checkpointer(f"{out}.checkpoints", save_every=10),
+        callbacks=[Logging(every=1), lambda row: print(row["step"], flush=True)])
     squared_norm = jax.jit(lambda p: sum((x**2).sum() for x in jax.tree.leaves(p)))(state.params)
     if jax.process_index() == 0:
         results = {"losses": [row["loss"] for row in history],

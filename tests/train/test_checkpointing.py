@@ -17,7 +17,7 @@ import toy
 
 from transformer_jax import sharding
 from transformer_jax.finetuning.select import trainable_mask
-from transformer_jax.train import checkpoint_dirs, checkpointing, optimizers, step
+from transformer_jax.train import checkpoint_files, checkpointing, optimizers, step
 
 
 @functools.cache
@@ -280,6 +280,6 @@ def test_quarantine_renames_corrupted_steps_and_deletes_aborted_saves(tmp_path):
     three_steps(tmp_path)
     (tmp_path / "4.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "3.damaged").mkdir()
-    checkpoint_dirs.quarantine_incomplete(tmp_path, after=1)
+    checkpoint_files.quarantine_incomplete(tmp_path, after=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "1", "2.damaged", "3.damaged", "3.damaged-1"]

@@ -22,6 +22,13 @@ def params() -> dict:
     })
 
 
+def make_optimizer(schedule, *, weight_decay=0.01, eps=1e-6, clip_norm=1.0, **options):
+    """An optimizer with these `FinetuningOptions`."""
+    return optimizers.make_optimizer(
+        schedule, weight_decay=weight_decay, eps=eps, clip_norm=clip_norm,
+        finetuning=optimizers.FinetuningOptions(**options))
+
+
 def seq2seq() -> dict:
     return {
         "token_embed": {"embedding": jnp.ones((2, 2))},
@@ -118,16 +125,16 @@ def one_step(optimizer, start, grads, steps: int = 1) -> dict:
 
 def test_layerwise_rates_scale_the_step():
     """Adam's first step has the size of the learning rate, for any gradient."""
-    optimizer = optimizers.make_optimizer(0.1, weight_decay=0.0, clip_norm=None, layer_decay=0.5,
-                                          head_lr_multiplier=3.0, eps=1e-12)
+    optimizer = make_optimizer(0.1, weight_decay=0.0, clip_norm=None, layer_decay=0.5,
+                               head_lr_multiplier=3.0, eps=1e-12)
     moved = one_step(optimizer, params(), params())
     for path, rate in {layer(2): 0.05, layer(0): 0.0125, "classifier/kernel": 0.3}.items():
         np.testing.assert_allclose(1 - moved[path], rate, rtol=1e-5)
 
 
 def test_gradual_unfreezing_is_one_program_and_starts_each_group_with_new_moments():
-    optimizer = optimizers.make_optimizer(0.1, weight_decay=0.5, clip_norm=1.0, unfreeze_every=3,
-                                          eps=1e-12)
+    optimizer = make_optimizer(0.1, weight_decay=0.5, clip_norm=1.0, unfreeze_every=3,
+                               eps=1e-12)
     traces = []
 
     @jax.jit
@@ -167,7 +174,7 @@ def test_frozen_gradients_are_not_in_the_clipped_norm():
 
 def test_moments_are_kept_when_more_layers_are_unfrozen():
     p, grads = params(), jax.tree.map(jnp.ones_like, params())
-    optimizer = optimizers.make_optimizer(1e-3, clip_norm=None, unfreeze_every=2)
+    optimizer = make_optimizer(1e-3, clip_norm=None, unfreeze_every=2)
     state, moments = optimizer.init(p), []
     for _ in range(4):
         _, state = optimizer.update(grads, state, p)
@@ -186,8 +193,8 @@ def counts(state) -> dict:
 
 def test_bias_correction_starts_when_a_layer_is_unfrozen_and_the_schedule_does_not():
     p, grads = params(), jax.tree.map(jnp.ones_like, params())
-    optimizer = optimizers.make_optimizer(lambda n: 0.1 * (n + 1), weight_decay=0.0, clip_norm=None,
-                                          unfreeze_every=2, eps=1e-12)
+    optimizer = make_optimizer(lambda n: 0.1 * (n + 1), weight_decay=0.0, clip_norm=None,
+                               unfreeze_every=2, eps=1e-12)
     state = optimizer.init(p)
     for _ in range(3):
         updates, state = optimizer.update(grads, state, p)
@@ -199,7 +206,7 @@ def test_bias_correction_starts_when_a_layer_is_unfrozen_and_the_schedule_does_n
 
 
 def test_l2_sp_decays_toward_the_start_and_new_parameters_toward_zero():
-    optimizer = optimizers.make_optimizer(1.0, weight_decay=0.25, l2_sp=0.5, clip_norm=None)
+    optimizer = make_optimizer(1.0, weight_decay=0.25, l2_sp=0.5, clip_norm=None)
     start = {
         "encoder": {"layer_0": {"mlp": {"wi": {"kernel": 3.0, "bias": 3.0, "lora_a": 3.0},
                                         "wo": {"ia3_input": 3.0}},
@@ -223,8 +230,7 @@ def test_l2_sp_decays_toward_the_start_and_new_parameters_toward_zero():
 
 def test_new_parameters_of_l2_sp():
     def decay_update(start, **options):
-        optimizer = optimizers.make_optimizer(1.0, weight_decay=0.25, l2_sp=0.5, clip_norm=None,
-                                              **options)
+        optimizer = make_optimizer(1.0, weight_decay=0.25, l2_sp=0.5, clip_norm=None, **options)
         zero = jax.tree.map(jnp.zeros_like, start)
         return tree.flatten_paths(optimizer.update(zero, optimizer.init(start), start)[0])
 
@@ -237,8 +243,7 @@ def test_new_parameters_of_l2_sp():
 
 
 def test_the_average_by_hand_and_with_frozen_parameters():
-    optimizer = optimizers.make_optimizer(1.0, weight_decay=0.0, clip_norm=None, ema=0.75,
-                                          eps=1e-12)
+    optimizer = make_optimizer(1.0, weight_decay=0.0, clip_norm=None, ema=0.75, eps=1e-12)
     start = {"a": {"kernel": jnp.zeros(())}, "b": None}
     state = optimizer.init(start)
     for expected in (-0.25, -0.6875):  # the parameters are 0, -1, -2
@@ -263,7 +268,7 @@ BATCH = {"x": np.full((8, 2, 2), 0.1, np.float32)}
 
 
 def test_the_optimizer_state_resumes_bit_for_bit(tmp_path):
-    optimizer = optimizers.make_optimizer(1e-2, **ALL)
+    optimizer = make_optimizer(1e-2, **ALL)
     train_step = jax.jit(step.make_train_step(product_loss, optimizer, MASK))
     state = step.init_state(params(), optimizer, MASK)
     for n in range(5):
@@ -282,7 +287,7 @@ def test_the_optimizer_state_resumes_bit_for_bit(tmp_path):
 
 def test_the_average_of_frozen_parameters_is_unchanged_bit_for_bit():
     start = jax.tree.map(lambda x: x / 3, params())
-    optimizer = optimizers.make_optimizer(1e-2, ema=0.9, unfreeze_every=50)
+    optimizer = make_optimizer(1e-2, ema=0.9, unfreeze_every=50)
     state = optimizer.init(start)
     for _ in range(3):
         _, state = optimizer.update(start, state, start)
@@ -294,7 +299,7 @@ def test_the_average_of_frozen_parameters_is_unchanged_bit_for_bit():
 
 def test_many_devices_equal_one():
     """Sharded over a mesh, and under `pmap` with a copy of the state on each device."""
-    optimizer = optimizers.make_optimizer(1e-2, **ALL)
+    optimizer = make_optimizer(1e-2, **ALL)
     state = step.init_state(params(), optimizer, MASK)
     single = jax.jit(step.make_train_step(product_loss, optimizer, MASK))
     mesh = sharding.make_mesh(data=2, fsdp=4)
@@ -320,12 +325,12 @@ def test_many_devices_equal_one():
 ])
 def test_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}"):
-        optimizers.make_optimizer(1e-3, **{name: value})
+        make_optimizer(1e-3, **{name: value})
 
 
 def test_without_these_options_the_optimizer_is_that_of_optax():
     """Bit for bit, and with the same state structure, which is part of the checkpoint format."""
-    optimizer = optimizers.make_optimizer(1e-2, weight_decay=0.1)
+    optimizer = make_optimizer(1e-2, weight_decay=0.1)
     expected = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
         1e-2, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.1, mask=optimizers.decay_mask))
     p = params()

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from transformer_jax.planner import throughput
-from transformer_jax.train import profiling
+from transformer_jax.train import compiled_step
 
 
 class Chip(NamedTuple):
@@ -61,7 +61,7 @@ def get_chip(topology: str, dtype: str) -> Chip:
     if topology != LOCAL:
         return CHIPS[topology.partition(":")[0]]
     bandwidth = throughput.memory_bandwidth()
-    return Chip(throughput.matmul_flops_per_second(dtype), profiling.memory_limit(), bandwidth,
+    return Chip(throughput.matmul_flops_per_second(dtype), compiled_step.memory_limit(), bandwidth,
                 bandwidth)
 
 

@@ -81,12 +81,13 @@ class OptimizerConfig:
         """Returns the optimizer of a run of `num_steps` updates."""
         return self._make(num_steps, self.warmup_steps)
 
-    def _make(self, num_steps: int, warmup_steps: int, **options: Any):
+    def _make(self, num_steps: int, warmup_steps: int,
+              finetuning: optimizers.FinetuningOptions | None = None):
         schedule = optimizers.make_schedule(
             self.schedule, self.peak_lr, num_steps, warmup_steps, self.end_lr)
         return optimizers.make_optimizer(
             schedule, weight_decay=self.weight_decay, b2=self.b2, eps=self.eps,
-            clip_norm=self.clip_norm, **options)
+            clip_norm=self.clip_norm, finetuning=finetuning)
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,9 @@ class FinetuneOptimizerConfig(OptimizerConfig):
         """Returns the optimizer of a run of `num_steps` updates."""
         warmup_steps = (self.warmup_steps if self.warmup_fraction is None
                         else int(self.warmup_fraction * num_steps))
-        return self._make(
-            num_steps, warmup_steps, layer_decay=self.layer_decay,
-            head_lr_multiplier=self.head_lr_multiplier, unfreeze_every=self.unfreeze_every,
-            l2_sp=self.l2_sp, ema=self.ema)
+        return self._make(num_steps, warmup_steps, optimizers.FinetuningOptions(
+            layer_decay=self.layer_decay, head_lr_multiplier=self.head_lr_multiplier,
+            unfreeze_every=self.unfreeze_every, l2_sp=self.l2_sp, ema=self.ema))
 
 
 @dataclass(frozen=True)
@@ -232,6 +232,13 @@ class TrainingConfig:
         max_question_length: number of tokens to which longer questions are truncated.
         target_length: maximum number of tokens of a target text.
         num_beams: number of beams of the beam search that generates target texts.
+        eval_every: number of updates between evaluations on the validation examples; 0 evaluates
+            the result only.
+        patience: stop after this number of evaluations without a better main metric; None trains
+            for all steps.
+        keep_best: return the parameters of the evaluation with the best main metric (of equal ones,
+            the last) instead of the last parameters. The best value is then chosen on the
+            validation examples and therefore optimistic.
         save_every: number of updates between checkpoints; 0 saves at the end only.
         allow_config_mismatch: resume from a checkpoint that was saved with other settings or data.
         anomaly_policy: action on non-finite losses and on loss spikes (`train.anomalies`).
@@ -253,6 +260,9 @@ class TrainingConfig:
     max_question_length: int = 64
     target_length: int = 64
     num_beams: int = 4
+    eval_every: int = 0
+    patience: int | None = None
+    keep_best: bool = False
     save_every: int = 0
     allow_config_mismatch: bool = False
     anomaly_policy: anomalies.AnomalyPolicy = anomalies.DEFAULT_POLICY

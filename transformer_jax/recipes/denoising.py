@@ -201,20 +201,14 @@ def _finetune_pairs(
     def held_out_loss(params):
         return step.evaluate(eval_step, params, eval_batches, mesh)
 
-    checkpoint_dir = out / "checkpoints"
     metadata = {"model": config_to_dict(base.model.config)} | run_dir.run_metadata(
         f, train.rows, params)
-    from tensorboardX import SummaryWriter  # imports PyTorch where it is installed
-
-    with SummaryWriter(str(out / "events")) as writer:
-        state, history = loop.fit(
-            step.init_state(params, f.optimizer.make(f.num_steps)), train_step,
-            train.loader(f.batch_size, mesh, seed=f.seed), rng=jax.random.key(f.seed + 1),
-            num_steps=f.num_steps, mesh=mesh, eval_fn=held_out_loss, eval_every=f.eval_every,
-            save_every=f.save_every, log_every=f.log_every, checkpoint_dir=checkpoint_dir,
-            writer=writer, allow_config_mismatch=f.allow_config_mismatch,
-            anomaly_policy=f.anomaly_policy,
-            metadata=run_dir.resumable_metadata(checkpoint_dir, metadata))
+    state, history = loop.fit(
+        step.init_state(params, f.optimizer.make(f.num_steps)), train_step,
+        train.loader(f.batch_size, mesh, seed=f.seed), rng=jax.random.key(f.seed + 1),
+        num_steps=f.num_steps, mesh=mesh, evaluation=loop.Evaluation(held_out_loss, f.eval_every),
+        checkpoint=run_dir.make_checkpointer(f, metadata, out / "checkpoints"),
+        anomalies=f.anomaly_policy, callbacks=run_dir.make_callbacks(f, out))
     return _FinetunedPairs(state.params, history, held_out_loss(state.params))
 
 

@@ -301,8 +301,7 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
 def _save_figures(config: FinetuneConfig, result: FinetuneResult) -> None:
     """Plots the loss curve and, for classification, the confusion matrix and the calibration."""
     out, metrics = config.out, result.metrics
-    if result.history:
-        points = [(h["step"], h["loss"]) for h in result.history if "loss" in h]
+    if points := [(h["step"], h["loss"]) for h in result.history if "loss" in h]:
         plots.curves(out / "loss.png", {"training": tuple(zip(*points))},
                      title=f"Fine-tuning by {config.trainable}")
     if "confusion" in metrics and result.label_names:

@@ -31,6 +31,9 @@ from transformer_jax.recipes.encoding import (
 )
 from transformer_jax.recipes.text_encoder import TASK_TYPES as TEXT_TASK_TYPES
 from transformer_jax.train import loop, step, transforms
+from transformer_jax.train.callbacks import EarlyStopping, KeepBest, Logging, Progress
+from transformer_jax.train.checkpointer import Checkpointer
+from transformer_jax.train.run import Callback
 
 NUM_SPECIAL_TOKENS = 3  # GPT's start, delimiter and extract tokens
 
@@ -44,7 +47,9 @@ class FinetunedParams(NamedTuple):
         metrics: scores on the validation examples, the main metric first, and statistics of the
             run: "labels" (number of training examples), "steps", "trained" and "share_trained"
             (number and fraction of trainable parameters), "cut" and "cut_validation" (numbers of
-            truncated rows), "seconds" of training, "seconds_per_step" (median).
+            truncated rows), "seconds" of training, "seconds_per_step" (median); with
+            `keep_best`, "best_step", the step whose parameters these are; and "stopped_early", the
+            reason, if the run was stopped early.
         predictions: one line of the prediction file for each validation example.
         history: history of `train.loop.fit`.
     """
@@ -91,6 +96,9 @@ def check_training_config(training: TrainingConfig, dataset: LabeledDataset, mod
         raise ValueError(
             f"aux_lm_loss_weight is for GPT on {', '.join(TEXT_TASK_TYPES)}, but this is a "
             f"{type(model).__name__} on {dataset.task_type}; remove the option")
+    if not training.eval_every and (training.patience is not None or training.keep_best):
+        raise ValueError(f"eval_every is 0, but patience is {training.patience} and keep_best is "
+                         f"{training.keep_best}, which need evaluations; set eval_every")
 
 
 def init_finetune_params(
@@ -184,32 +192,81 @@ def finetune_params(
                   f"{len(data.validation)} validation rows have more than {training.max_length} "
                   "tokens and are truncated", flush=True)
     began = time.perf_counter()
-    metadata = None if checkpoint_dir is None else run_dir.resumable_metadata(checkpoint_dir, {
+    metadata = None if checkpoint_dir is None else {
         "model": config_to_dict(model.config), "recipe": trainable, "seed": seed,
-        **run_dir.run_metadata(training, data.train, params)})
+        **run_dir.run_metadata(training, data.train, params)}
     batches = (
         feature_batches(cache_features(params, data), training.batch_size, seed, mesh)
         if cached else data.encoder.batches(
             data.train, batch_size=training.batch_size, seed=seed, num_steps=training.num_steps,
             mesh=mesh))
-    state, history = loop.fit(
-        step.init_state(params, finetune_step.optimizer, finetune_step.mask),
-        finetune_step.train_step, batches.loader(), rng=jax.random.key(seed + 1),
-        num_steps=training.num_steps, quiet=quiet, log_every=max(training.num_steps // 10, 1),
-        checkpoint_dir=checkpoint_dir, mesh=mesh, save_every=training.save_every, keep=2,
-        metadata=metadata, allow_config_mismatch=training.allow_config_mismatch,
-        anomaly_policy=training.anomaly_policy)
-    params = state.params
-    if (average := transforms.get_ema_params(state.opt_state)) is not None:
-        params = tree.combine(average, tree.partition(params, finetune_step.mask)[1])
+    params, history, statistics = _fit(
+        data, training, finetune_step, step.init_state(
+            params, finetune_step.optimizer, finetune_step.mask), batches.loader(), seed, mesh,
+        run_dir.make_checkpointer(
+            training, metadata, checkpoint_dir, keep=2,
+            keep_best=(main_metric(data.dataset), "max") if training.keep_best else None), quiet)
     seconds = time.perf_counter() - began
     scores, lines = data.evaluate(params)
     step_times = [h["seconds_per_step"] for h in history if "seconds_per_step" in h]
     trained = tree.count(tree.partition(params, finetune_step.mask)[0])
     return FinetunedParams(params, finetune_step.mask, {
-        **scores, "labels": len(data.dataset.train), "steps": training.num_steps,
+        **scores, "labels": len(data.dataset.train), **statistics,
         "trained": trained, "share_trained": trained / total_count, "cut": truncated[0],
         "cut_validation": truncated[1],
         "seconds_per_step": float(np.median(step_times)) if step_times else None,
         "seconds": seconds,
     }, lines, history)
+
+
+def main_metric(dataset: LabeledDataset) -> str:
+    """Returns the name of the main metric in the scores; higher is better for all of them."""
+    return "f1" if dataset.metric == "squad" else dataset.metric
+
+
+def _fit(
+    data: EncodedDataset, training: TrainingConfig, finetune_step: FinetuneStep,
+    state: step.TrainState, batches: loop.Batches, seed: int, mesh: Mesh | None,
+    checkpoint: Checkpointer, quiet: bool,
+) -> tuple[dict, list[dict], dict[str, Any]]:
+    """Runs the training loop, with evaluation, early stopping and the best parameters on request.
+
+    Returns:
+        The resulting parameters, the history, and the metrics "steps", "best_step" and
+        "stopped_early".
+    """
+    def trained_params(state: step.TrainState) -> dict:
+        average = transforms.get_ema_params(state.opt_state)
+        return (tree.partition(state.params, finetune_step.mask)[0] if average is None
+                else average)
+
+    def with_frozen_params(trained: dict, state: step.TrainState) -> dict:
+        return tree.combine(trained, tree.partition(state.params, finetune_step.mask)[1])
+
+    def scores(params: dict) -> dict[str, float]:
+        return {name: value for name, value in data.evaluate(params)[0].items()
+                if isinstance(value, int | float)}
+
+    callbacks: list[Callback] = [Logging(max(training.num_steps // 10, 1))]
+    callbacks += [] if quiet else [Progress()]
+    best = KeepBest(main_metric(data.dataset), "max", trained_params)
+    if training.keep_best:
+        callbacks.append(best)
+    if training.patience is not None:
+        callbacks.append(EarlyStopping(main_metric(data.dataset), "max", training.patience))
+    evaluation = loop.Evaluation(
+        scores, training.eval_every,
+        lambda state: with_frozen_params(trained_params(state), state))
+    state, history = loop.fit(
+        state, finetune_step.train_step, batches, rng=jax.random.key(seed + 1),
+        num_steps=training.num_steps, mesh=mesh, checkpoint=checkpoint,
+        evaluation=evaluation if training.eval_every else None,
+        anomalies=training.anomaly_policy, callbacks=callbacks)
+    statistics: dict[str, Any] = {"steps": int(state.step)}
+    if training.keep_best:
+        statistics["best_step"] = best.step
+        if not quiet and best.step is not None:
+            print(f"best {best.metric} {best.value:.3f} at step {best.step}", flush=True)
+    if statistics["steps"] < training.num_steps:
+        statistics["stopped_early"] = callbacks[-1].reason
+    return with_frozen_params(best.best(state), state), history, statistics

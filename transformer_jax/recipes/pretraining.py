@@ -170,6 +170,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         FileNotFoundError: the data does not exist.
     """
     began = time.perf_counter()
+    if config.replay_step is not None and not 0 < config.replay_step <= config.num_steps:
+        raise ValueError(f"replay_step is {config.replay_step}; it must be from 1 to "
+                         f"{config.num_steps}, the number of steps of the run")
     optimizer = config.optimizer.make(config.num_steps)  # raises on invalid settings
     train_texts, held_out_texts = corpus.load_texts(config)
     saved = config.out / "tokenizer"
@@ -232,24 +235,22 @@ def _fit(
     train: corpus.ObjectiveRows, mesh, held_out_loss: Callable,
 ) -> tuple[step.TrainState, list[dict]]:
     """Runs the training loop; returns the final state and the history."""
-    checkpoint_dir = config.out / "checkpoints"
     metadata = {"model": config_to_dict(config.model)} | run_dir.run_metadata(config, train.rows)
-    from tensorboardX import SummaryWriter  # imports PyTorch where it is installed
-
-    with SummaryWriter(str(config.out / "events")) as writer:
-        return loop.fit(
-            step.init_state(params, optimizer),
-            step.make_train_step(loss_fn, optimizer, accumulate=config.accumulate),
-            train.loader(config.batch_size, mesh, seed=config.seed),
-            rng=jax.random.key(config.seed + 1), num_steps=config.num_steps, mesh=mesh,
-            eval_fn=held_out_loss, eval_every=config.eval_every, save_every=config.save_every,
-            log_every=config.log_every, checkpoint_dir=checkpoint_dir, writer=writer,
-            tokens_per_batch=config.batch_size * train.tokens_per_row,
-            metadata=run_dir.resumable_metadata(checkpoint_dir, metadata),
-            allow_config_mismatch=config.allow_config_mismatch,
-            anomaly_policy=config.anomaly_policy, keep_best=("loss", "min"),
-            replay_step=config.replay_step,
-            profile=(config.out / "trace", config.profile_steps) if config.profile_steps else None)
+    arguments = (step.init_state(params, optimizer),
+                 step.make_train_step(loss_fn, optimizer, accumulate=config.accumulate),
+                 train.loader(config.batch_size, mesh, seed=config.seed))
+    options = {"rng": jax.random.key(config.seed + 1), "mesh": mesh,
+               "anomalies": config.anomaly_policy,
+               "checkpoint": run_dir.make_checkpointer(
+                   config, metadata, config.out / "checkpoints", keep_best=("loss", "min"))}
+    if config.replay_step is not None:
+        state, row = loop.replay_step(*arguments, step=config.replay_step, **options)
+        return state, [row]
+    return loop.fit(
+        *arguments, num_steps=config.num_steps, **options,
+        evaluation=loop.Evaluation(held_out_loss, config.eval_every),
+        callbacks=run_dir.make_callbacks(
+            config, config.out, config.batch_size * train.tokens_per_row))
 
 
 def loss_curves(history: list[dict], before: dict) -> dict[str, tuple]:

@@ -22,7 +22,9 @@ from transformer_jax import distributed
 from transformer_jax.models import config_to_dict
 from transformer_jax.models.build import RENAMED_FIELDS
 from transformer_jax.models.config import Config
-from transformer_jax.train import checkpointing
+from transformer_jax.train import callbacks, checkpointing
+from transformer_jax.train.checkpointer import Checkpointer
+from transformer_jax.train.run import Callback
 
 CONFIG, RESULTS = "config.json", "results.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets",
@@ -49,8 +51,8 @@ OLD_VALUES = {"document_separator": {"blank_line": "document", "newline": "line"
 
 NOT_IDENTITY = {
     "out", "data", "tokenizer", "mesh", "eval_every", "eval_batches", "eval_pairs", "save_every",
-    "log_every", "profile_steps", "retention_data", "pretrained", "quiet", "tokenized_cache_dir",
-    "allow_config_mismatch", "anomaly_policy", "replay_step"}
+    "log_every", "patience", "keep_best", "profile_steps", "retention_data", "pretrained", "quiet",
+    "tokenized_cache_dir", "allow_config_mismatch", "anomaly_policy", "replay_step"}
 """Settings that may differ when a run is resumed: paths, evaluation, logging and devices. Data is
 identified by its content instead."""
 
@@ -122,6 +124,22 @@ def write_results(out: Path, config: Any, metrics: dict, seconds: float) -> dict
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def make_callbacks(
+    config: Any, out: Path, tokens_per_batch: int | None = None
+) -> list[Callback]:
+    """Returns the callbacks of a run with events for TensorBoard in `<out>/events`.
+
+    Args:
+        config: the settings: log_every, and profile_steps if it has them.
+        out: folder of the run.
+        tokens_per_batch: number of tokens in a global batch.
+    """
+    profile_steps = getattr(config, "profile_steps", 0)
+    found = [callbacks.Logging(config.log_every, tokens_per_batch), callbacks.Progress(),
+             callbacks.TensorBoard(out / "events")]
+    return found + ([callbacks.Profiler(out / "trace", profile_steps)] if profile_steps else [])
 
 
 def load_results(out: str | Path) -> dict[str, Any]:
@@ -232,12 +250,22 @@ def with_old_names(settings: Any, saved: Any = None) -> Any:
     return renamed
 
 
-def resumable_metadata(checkpoint_dir: str | Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Returns `metadata` with the setting names of the last checkpoint in a folder.
+def make_checkpointer(
+    config: Any, metadata: dict[str, Any] | None, directory: Path | None, **options: Any
+) -> Checkpointer:
+    """Returns a checkpointer that also resumes runs of older versions.
 
-    `train.loop.fit` compares the metadata of a run with that of the checkpoint by name, and older
-    versions used other names.
+    A run resumes only if its metadata equals that of the checkpoint, whose names of settings are
+    therefore used.
+
+    Args:
+        config: the settings: save_every and allow_config_mismatch.
+        metadata: the identity of the run (`run_metadata`), with the model config.
+        directory: the checkpoint directory; None saves nothing.
+        options: options of `Checkpointer`.
     """
-    if checkpointing.latest_step(checkpoint_dir) is None:
-        return metadata
-    return with_old_names(metadata, checkpointing.load_metadata(checkpoint_dir) or {})
+    if directory is not None and checkpointing.latest_step(directory) is not None:
+        metadata = with_old_names(metadata, checkpointing.load_metadata(directory) or {})
+    return Checkpointer(
+        directory, save_every=config.save_every, metadata=metadata,
+        allow_config_mismatch=config.allow_config_mismatch, **options)

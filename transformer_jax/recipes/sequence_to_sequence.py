@@ -234,25 +234,22 @@ def train_on_pairs(
     print(f"{tree.count(params):,} parameters, {len(texts):,} pairs ({data.num_truncated} "
           f"truncated to {config.length_buckets[-1]} tokens), {data.batches_per_epoch} batches per "
           f"epoch, {config.num_steps} steps, {len(validation):,} pairs held out", flush=True)
-    checkpoint_dir = config.out / "checkpoints"
     metadata = {"model": config_to_dict(config.model)} | run_dir.run_metadata(config, texts)
-    from tensorboardX import SummaryWriter  # imports PyTorch where it is installed
+    checkpoint = run_dir.make_checkpointer(
+        config, metadata, config.out / "checkpoints", keep=config.num_averaged_checkpoints)
 
-    with SummaryWriter(str(config.out / "events")) as writer:
-        state, history = loop.fit(
-            step.init_state(params, optimizer),
-            step.make_train_step(loss_fn, optimizer, accumulate=config.accumulate), data.loader(),
-            rng=jax.random.key(config.seed + 1), num_steps=config.num_steps, mesh=mesh,
-            eval_fn=lambda params: step.evaluate(eval_step, params, eval_batches, mesh),
-            eval_every=config.eval_every, save_every=config.save_every,
-            keep=config.num_averaged_checkpoints, log_every=config.log_every,
-            checkpoint_dir=checkpoint_dir, writer=writer,
-            metadata=run_dir.resumable_metadata(checkpoint_dir, metadata),
-            allow_config_mismatch=config.allow_config_mismatch,
-            anomaly_policy=config.anomaly_policy)
+    def held_out_loss(params):
+        return step.evaluate(eval_step, params, eval_batches, mesh)
+
+    state, history = loop.fit(
+        step.init_state(params, optimizer),
+        step.make_train_step(loss_fn, optimizer, accumulate=config.accumulate), data.loader(),
+        rng=jax.random.key(config.seed + 1), num_steps=config.num_steps, mesh=mesh,
+        evaluation=loop.Evaluation(held_out_loss, config.eval_every), checkpoint=checkpoint,
+        anomalies=config.anomaly_policy, callbacks=run_dir.make_callbacks(config, config.out))
     params = checkpointing.average_params(
-        checkpoint_dir, config.num_saved_checkpoints, state.params)
-    return model, params, history, step.evaluate(eval_step, params, eval_batches, mesh)
+        checkpoint.directory, config.num_saved_checkpoints, state.params)
+    return model, params, history, held_out_loss(params)
 
 
 def generate_targets(

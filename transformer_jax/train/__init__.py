@@ -5,13 +5,18 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "anomalies", "checkpoint_dirs", "checkpoint_items", "checkpointing", "compiled_step",
-        "lock", "loop", "optimizers", "preemption", "profiling", "progress", "step", "step_timer",
-        "transforms",
+        "anomalies", "callbacks", "checkpoint_files", "checkpointer", "checkpointing",
+        "compiled_step", "loop", "optimizers", "preemption", "run", "step", "transforms",
     ],
     submod_attrs={
-        "loop": ["fit"],
-        "optimizers": ["make_optimizer", "make_schedule"],
+        "callbacks": [
+            "EarlyStopping", "HistoryFile", "KeepBest", "Logging", "Profiler", "Progress",
+            "TensorBoard",
+        ],
+        "checkpointer": ["Checkpointer"],
+        "loop": ["Evaluation", "fit", "replay_step"],
+        "optimizers": ["FinetuningOptions", "make_optimizer", "make_schedule"],
+        "run": ["Callback", "Run"],
         "step": ["TrainState", "evaluate", "init_state", "make_eval_step", "make_train_step"],
     },
 )

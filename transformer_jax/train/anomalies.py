@@ -105,7 +105,7 @@ class Anomaly(NamedTuple):
 
 
 def skip_bad_updates(train_step: Callable, policy: AnomalyPolicy) -> Callable:
-    """Wraps a train step so that it discards the updates of anomalous steps.
+    """Wraps a train step so that it discards the updates of anomalous steps, if `policy` skips any.
 
     Similar to `optax.apply_if_finite`, but for the whole train state, and also for loss spikes. A
     discarded step increments only `state.step`.
@@ -116,8 +116,11 @@ def skip_bad_updates(train_step: Callable, policy: AnomalyPolicy) -> Callable:
 
     Returns:
         `guarded_step(state, batch, rng, spike_threshold) -> (state, metrics)`, where a loss above
-        `spike_threshold` is a spike. The added metric "skipped" is 1 or 0.
+        `spike_threshold` is a spike. The added metric "skipped" is 1 or 0. If `policy` skips no
+        steps, `train_step` itself (see also `AnomalyDetector.step_args`).
     """
+    if not policy.skips:
+        return train_step
 
     def guarded_step(state, batch, rng, spike_threshold):
         new_state, metrics = train_step(state, batch, rng)
@@ -160,6 +163,10 @@ class AnomalyDetector:
         if self.policy.spike is None or len(losses) < MIN_HISTORY:
             return math.inf
         return statistics.fmean(losses) + self.policy.spike * statistics.pstdev(losses)
+
+    def step_args(self, step: int) -> tuple[np.float32, ...]:
+        """Returns the last arguments of a step from `skip_bad_updates`."""
+        return (np.float32(self.spike_threshold(step)),) if self.policy.skips else ()
 
     def update(self, step: int, metrics: dict[str, float]) -> Anomaly | None:
         """Adds the metrics of a step, and returns the anomaly or None if the step is normal.
@@ -232,3 +239,17 @@ def save_batch(folder: str | Path | None, step: int, batch: PyTree, kind: str = 
     file.parent.mkdir(parents=True, exist_ok=True)
     np.savez(file, **{path: np.asarray(x) for path, x in flatten_paths(batch).items()})
     return f"the batch is saved in {file}"
+
+
+def handle(anomaly: Anomaly, step: int, batch: PyTree, folder: str | Path | None) -> None:
+    """Saves the batch of an anomalous step, then raises its error or prints the action taken.
+
+    Raises:
+        BadStepError: the action is "stop".
+    """
+    location = save_batch(folder, step, batch)
+    if anomaly.action == "stop":
+        raise anomaly.error_type(
+            f"{anomaly.message}; {location}; no checkpoint was saved after this step. Lower the "
+            "learning rate, or inspect the batch", step, batch)
+    print(f"{anomaly.message}: {anomaly.action}; {location}", flush=True)

@@ -19,6 +19,7 @@ checkpoint. Restoring verifies the files against the manifest and falls back to 
 one is corrupted.
 """
 
+import math
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,8 +30,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from transformer_jax import storage
-from transformer_jax.train import checkpoint_items
-from transformer_jax.train.checkpoint_dirs import (
+from transformer_jax.train import checkpoint_files
+from transformer_jax.train.checkpoint_files import (
     SaveError,
     check_disk_space,
     checkpoint_path,
@@ -154,32 +155,18 @@ def save(
         ...     latest_step(directory), restore(directory, like=state).metadata
         (0, {'seed': 1})
     """
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep is {keep}; it must be at least 1, or None to keep all checkpoints")
     metrics = dict(metrics or {})
-    if keep_best is not None and (keep_best[1] not in ("min", "max")
-                                  or (metrics and keep_best[0] not in metrics)):
-        raise ValueError(f"keep_best is {keep_best}; it must be the name of a metric "
-                         f"({', '.join(metrics) or 'of the evaluation'}) and min or max")
+    check_retention(keep, keep_best, metrics)
     root = Path(directory).absolute()
     if step in saved_steps(root):
         raise ValueError(f"{root} already has a checkpoint of step {step}; choose another "
                          "directory or step")
-    items = {
-        "params": checkpoint_items.nested_dict(state.params),
-        # Orbax cannot save an empty tree.
-        "opt_state": checkpoint_items.nested_dict(state.opt_state) or None,
-        "step": int(state.step),
-        "rng": checkpoint_items.rng_to_json(rng),
-        "data": checkpoint_items.to_json(data_state, "data_state"),
-        "metadata": checkpoint_items.to_json(metadata, "metadata"),
-    }
-    items = {name: item for name, item in items.items() if item is not None}
+    items = checkpoint_files.make_items(state, rng, data_state, metadata)
     check_disk_space(root, step, jax.tree.leaves([state.params, state.opt_state]))
     try:
         checkpointer = ocp.training.Checkpointer(
             root,
-            context=checkpoint_items.orbax_context(),
+            context=checkpoint_files.orbax_context(),
             # The caller decides when to save, so every call saves.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=_preservation_policy(keep, keep_best),
@@ -194,6 +181,24 @@ def save(
     return pending
 
 
+def check_best(best: str, name: str = "best") -> None:
+    """Raises ValueError if `best`, the option `name`, is neither "min" nor "max"."""
+    if best not in ("min", "max"):
+        raise ValueError(f"{name} is {best!r}; it must be 'min' or 'max'")
+
+
+def check_retention(
+    keep: int | None, keep_best: tuple[str, str] | None, metrics: Mapping[str, float] | None = None
+) -> None:
+    """Raises ValueError if `keep` or `keep_best` of `save` is out of range."""
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep is {keep}; it must be at least 1, or None to keep all checkpoints")
+    if keep_best is not None and (keep_best[1] not in ("min", "max")
+                                  or (metrics and keep_best[0] not in metrics)):
+        raise ValueError(f"keep_best is {keep_best}; it must be the name of a metric "
+                         f"({', '.join(metrics or ()) or 'of the evaluation'}) and min or max")
+
+
 def _preservation_policy(keep: int | None, best: tuple[str, str] | None):
     policies = ocp.training.preservation_policies
     if keep is None:
@@ -201,25 +206,37 @@ def _preservation_policy(keep: int | None, best: tuple[str, str] | None):
     if best is None:
         return policies.LatestN(keep)
     return policies.AnyPreservationPolicy([policies.LatestN(keep), policies.BestN(
-        get_metric_fn=lambda metrics: metrics[best[0]], reverse=best[1] == "min", n=1,
+        get_metric_fn=lambda metrics: _rank(metrics[best[0]], best[1]), n=1,
         keep_checkpoints_without_metrics=False)])
+
+
+def _rank(value: float, best: str) -> float:
+    """Returns a number that is greater for better values; NaN is worst."""
+    return -math.inf if math.isnan(value) else value if best == "max" else -value
 
 
 def best_step(directory: str | Path, metric: str, best: str = "min") -> int | None:
     """Returns the step with the best value of a metric, or None if no saved step has the metric.
 
+    Of equal values, the last step is returned.
+
     Args:
         directory: the checkpoint directory.
         metric: the name of an evaluation metric.
         best: "min" or "max".
+
+    Raises:
+        ValueError: `best` is neither.
     """
+    check_best(best)
     root = Path(directory).absolute()
     if not saved_steps(root):
         return None
-    with ocp.training.Checkpointer(root, context=checkpoint_items.orbax_context()) as checkpointer:
-        found = [(saved.metrics[metric], saved.step) for saved in checkpointer.checkpoints
+    with ocp.training.Checkpointer(root, context=checkpoint_files.orbax_context()) as checkpointer:
+        found = [(_rank(saved.metrics[metric], best), saved.step)
+                 for saved in checkpointer.checkpoints
                  if saved.metrics and metric in saved.metrics and saved.step in saved_steps(root)]
-    return {"min": min, "max": max}[best](found)[1] if found else None
+    return max(found)[1] if found else None
 
 
 def latest_step(directory: str | Path) -> int | None:
@@ -247,15 +264,15 @@ def restore(directory: str | Path, like: TrainState, step: int | None = None) ->
     """
     path = verified_checkpoint_path(directory, step)
     trees = {"params": like.params, "opt_state": like.opt_state}
-    loaded = checkpoint_items.load_items(
-        path, {name: checkpoint_items.abstract_arrays(tree) for name, tree in trees.items()})
-    restored = {name: checkpoint_items.copy_structure(loaded[name], tree)
+    loaded = checkpoint_files.load_items(
+        path, {name: checkpoint_files.abstract_arrays(tree) for name, tree in trees.items()})
+    restored = {name: checkpoint_files.copy_structure(loaded[name], tree)
                 for name, tree in trees.items()}
     number = np.asarray(loaded["step"], np.int32)
-    placed = jax.device_put(number, checkpoint_items.target_sharding(like.step))
+    placed = jax.device_put(number, checkpoint_files.target_sharding(like.step))
     return Checkpoint(
         TrainState(placed, **restored),
-        checkpoint_items.rng_from_json(loaded.get("rng")),
+        checkpoint_files.rng_from_json(loaded.get("rng")),
         loaded.get("data"),
         loaded.get("metadata"),
     )
@@ -278,14 +295,14 @@ def load_params(
     """
     path = verified_checkpoint_path(directory, step)
     if like is not None:
-        abstract = checkpoint_items.abstract_arrays(like)
-        loaded = checkpoint_items.load_items(path, {"params": abstract})["params"]
-        return checkpoint_items.copy_structure(loaded, like)
+        abstract = checkpoint_files.abstract_arrays(like)
+        loaded = checkpoint_files.load_items(path, {"params": abstract})["params"]
+        return checkpoint_files.copy_structure(loaded, like)
     # The saved shardings are not used, because their devices may not exist on this machine.
     saved = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-             for name, leaf in checkpoint_items.saved_arrays(path, "params").items()}
-    abstract = checkpoint_items.abstract_arrays(unflatten_paths(saved))
-    return checkpoint_items.load_items(path, {"params": abstract})["params"]
+             for name, leaf in checkpoint_files.saved_arrays(path, "params").items()}
+    abstract = checkpoint_files.abstract_arrays(unflatten_paths(saved))
+    return checkpoint_files.load_items(path, {"params": abstract})["params"]
 
 
 def average_params(directory: str | Path, last: int, like: PyTree | None = None) -> PyTree:
@@ -323,4 +340,4 @@ def load_metadata(directory: str | Path, step: int | None = None) -> Any:
     Raises:
         FileNotFoundError: as in `restore`.
     """
-    return checkpoint_items.load_items(checkpoint_path(directory, step), {}).get("metadata")
+    return checkpoint_files.load_items(checkpoint_path(directory, step), {}).get("metadata")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +15,17 @@ from transformer_jax.tree import PyTree, first_match, map_paths
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
-# Schedule name -> function (step, number of warm-up steps, number of steps) -> value in [0, 1], for
-# steps after the warm-up. A value of 1 means the learning rate peak_lr, and 0 means end_lr.
-DECAYS: dict[str, Callable[[jax.Array, int, int], jax.Array]] = {
-    "constant": lambda step, warmup, last: jnp.ones_like(step),
-    "linear": lambda step, warmup, last: 1 - _progress(step, warmup, last),
-    "cosine": lambda step, warmup, last: (1 + jnp.cos(jnp.pi * _progress(step, warmup, last))) / 2,
-    "inverse_sqrt": lambda step, warmup, last: jnp.sqrt(max(warmup, 1) / (step + 1)),
+# Schedule name -> function (peak_lr, number of steps after the warm-up, end_lr, number of warm-up
+# steps) that returns a schedule of the steps after the warm-up, counted from 0.
+DECAYS: dict[str, Callable[[float, int, float, int], Schedule]] = {
+    "constant": lambda peak_lr, num_steps, end_lr, warmup: optax.constant_schedule(peak_lr),
+    "linear": lambda peak_lr, num_steps, end_lr, warmup: optax.linear_schedule(
+        peak_lr, end_lr, num_steps),
+    "cosine": lambda peak_lr, num_steps, end_lr, warmup: optax.cosine_decay_schedule(
+        peak_lr, num_steps, alpha=end_lr / peak_lr if peak_lr else 0.0),
+    "inverse_sqrt": lambda peak_lr, num_steps, end_lr, warmup: lambda step: (
+        end_lr + (peak_lr - end_lr) * jnp.sqrt(max(warmup, 1) / (step + warmup + 1))),
 }
-
-
-def _progress(step: jax.Array, warmup: int, last: int) -> jax.Array:
-    """Fraction of the steps after warm-up that are completed, from 0 to 1."""
-    return jnp.clip((step - warmup) / (last - warmup), 0.0, 1.0)
 
 
 def make_schedule(
@@ -76,15 +75,12 @@ def make_schedule(
         )
     if not 0 <= end_lr <= peak_lr:
         raise ValueError(f"end_lr is {end_lr}; it must be from 0 to peak_lr = {peak_lr}")
-    decay = DECAYS[name]
-
-    def schedule(step: jax.Array | int) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        decayed_lr = end_lr + (peak_lr - end_lr) * decay(step, warmup_steps, num_steps)
-        warmup_lr = peak_lr * (step + 1) / max(warmup_steps, 1)
-        return jnp.where(step < warmup_steps, warmup_lr, decayed_lr)
-
-    return schedule
+    decay = DECAYS[name](peak_lr, num_steps - warmup_steps, end_lr, warmup_steps)
+    if warmup_steps:
+        # `optax.linear_schedule` rounds the first values to multiples of peak_lr * 2^-24.
+        decay = optax.join_schedules(
+            [lambda step: peak_lr * (step + 1) / warmup_steps, decay], [warmup_steps])
+    return lambda step: jnp.asarray(decay(step), jnp.float32)
 
 
 DECAY_RULES = ((r"(^|/)(kernel|embedding)$", True), (r"", False))
@@ -112,6 +108,49 @@ def decay_mask(params: PyTree) -> PyTree:
     return map_paths(lambda path, leaf: first_match(DECAY_RULES, path), params)
 
 
+@dataclass(frozen=True)
+class FinetuningOptions:
+    """Options of an optimizer for fine-tuning; `train.transforms` has the formulas.
+
+    Attributes:
+        layer_decay: ratio of the learning rates of a layer and the layer above it, in (0, 1].
+        head_lr_multiplier: factor of the learning rate of the parameters whose path matches
+            `head_pattern`.
+        head_pattern: a regular expression; by default the classifier.
+        unfreeze_every: gradual unfreezing: number of updates after which one more layer is
+            unfrozen, from the top layer down. The schedule and `ema` also count updates in which a
+            layer is still frozen.
+        l2_sp: strength of the decay of parameters, including biases, toward their values at `init`.
+            Parameters whose path matches `new_pattern` have weight decay instead. None disables it.
+        new_pattern: a regular expression; by default the classifier and the PEFT parameters.
+        ema: decay of an exponential moving average of the trainable parameters, in (0, 1); see
+            `transforms.get_ema_params`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    layer_decay: float | None = None
+    head_lr_multiplier: float = 1.0
+    head_pattern: str = transforms.HEAD_PARAMS
+    unfreeze_every: int | None = None
+    l2_sp: float | None = None
+    new_pattern: str = transforms.NEW_PARAMS
+    ema: float | None = None
+
+    def __post_init__(self):
+        for name, is_valid, allowed in (
+            ("layer_decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("head_lr_multiplier", lambda x: 0 < x < math.inf, "above 0"),
+            ("unfreeze_every", lambda x: x >= 1, "at least 1 step"),
+            ("l2_sp", lambda x: 0 < x < math.inf, "above 0"),
+            ("ema", lambda x: 0 < x < 1, "above 0 and below 1"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not is_valid(value):
+                raise ValueError(f"{name} is {value}; it must be {allowed}")
+
+
 def make_optimizer(
     schedule: Schedule | float,
     *,
@@ -120,13 +159,7 @@ def make_optimizer(
     b2: float = 0.999,
     eps: float = 1e-6,
     clip_norm: float | None = 1.0,
-    layer_decay: float | None = None,
-    head_lr_multiplier: float = 1.0,
-    head_pattern: str = transforms.HEAD_PARAMS,
-    unfreeze_every: int | None = None,
-    l2_sp: float | None = None,
-    new_pattern: str = transforms.NEW_PARAMS,
-    ema: float | None = None,
+    finetuning: FinetuningOptions | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm.
 
@@ -134,8 +167,6 @@ def make_optimizer(
 
     `make_train_step` applies the optimizer to the trainable parameters only. The global norm
     therefore excludes frozen parameters, which also have no moments.
-
-    The options from `layer_decay` on are for fine-tuning and are documented in `train.transforms`.
 
     Args:
         schedule: a schedule, for instance from `make_schedule`, or a constant learning rate.
@@ -146,22 +177,7 @@ def make_optimizer(
         eps: added to the denominator of Adam's update.
         clip_norm: largest global norm of the gradients; larger gradients are scaled down to it.
             None disables clipping.
-        layer_decay: ratio of the learning rates of a layer and the layer above it, in (0, 1].
-        head_lr_multiplier: factor of the learning rate of the parameters whose path matches
-            `head_pattern`.
-        head_pattern: a regular expression; by default the classifier.
-        unfreeze_every: gradual unfreezing: number of updates after which one more layer is
-            unfrozen, from the top layer down. The schedule and `ema` also count updates
-            in which a layer is still frozen.
-        l2_sp: strength of the decay of parameters, including biases, toward their values at `init`.
-            Parameters whose path matches `new_pattern` have `weight_decay` instead. None disables
-            it.
-        new_pattern: a regular expression; by default the classifier and the PEFT parameters.
-        ema: decay of an exponential moving average of the trainable parameters, in (0, 1); see
-            `transforms.get_ema_params`.
-
-    Raises:
-        ValueError: a value is out of range.
+        finetuning: options for fine-tuning; None for none of them.
 
     Example:
         >>> optimizer = make_optimizer(make_schedule("cosine", 1e-3, num_steps=100))
@@ -169,34 +185,26 @@ def make_optimizer(
         >>> jax.tree.map(jnp.shape, optax.tree.get(opt_state, "mu"))
         {'bias': (3,), 'kernel': (2, 3)}
     """
-    for name, value, is_valid, allowed in (
-        ("layer_decay", layer_decay, lambda x: 0 < x <= 1, "above 0 and at most 1"),
-        ("head_lr_multiplier", head_lr_multiplier, lambda x: 0 < x < math.inf, "above 0"),
-        ("l2_sp", l2_sp, lambda x: 0 < x < math.inf, "above 0"),
-        ("ema", ema, lambda x: 0 < x < 1, "above 0 and below 1"),
-    ):
-        if value is not None and not is_valid(value):
-            raise ValueError(f"{name} is {value}; it must be {allowed}")
-    if unfreeze_every is not None and unfreeze_every < 1:
-        raise ValueError(f"unfreeze_every is {unfreeze_every}; it must be at least 1 step")
+    options = finetuning or FinetuningOptions()
     moments = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-    decay = (optax.add_decayed_weights(weight_decay, decay_mask) if l2_sp is None
-             else transforms.l2_sp(l2_sp, weight_decay, decay_mask, new_pattern))
-    if unfreeze_every is not None:
+    decay = (optax.add_decayed_weights(weight_decay, decay_mask) if options.l2_sp is None
+             else transforms.l2_sp(options.l2_sp, weight_decay, decay_mask, options.new_pattern))
+    # The structure of the chain determines the paths of the optimizer state in checkpoints.
+    if options.unfreeze_every is not None:
         chain = [transforms.gradual_unfreezing(
-                     optax.chain(moments, decay), unfreeze_every, clip_norm),
+                     optax.chain(moments, decay), options.unfreeze_every, clip_norm),
                  optax.scale_by_learning_rate(schedule)]
-    elif l2_sp is not None:
+    elif options.l2_sp is not None:
         chain = [moments, decay, optax.scale_by_learning_rate(schedule)]
     else:
         chain = [optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay,
                              mask=decay_mask)]
-    if clip_norm is not None and unfreeze_every is None:
+    if clip_norm is not None and options.unfreeze_every is None:
         chain = [clip_by_global_norm(clip_norm), *chain]
-    if layer_decay is not None or head_lr_multiplier != 1.0:
+    if options.layer_decay is not None or options.head_lr_multiplier != 1.0:
         chain.append(transforms.scale_by_path(
             lambda tree: transforms.layerwise_lr_multipliers(
-                tree, layer_decay, head_lr_multiplier, head_pattern)))
-    if ema is not None:
-        chain.append(transforms.params_ema(ema))
+                tree, options.layer_decay, options.head_lr_multiplier, options.head_pattern)))
+    if options.ema is not None:
+        chain.append(transforms.params_ema(options.ema))
     return chain[0] if len(chain) == 1 else optax.chain(*chain)

@@ -12,6 +12,7 @@ weight) pairs that are reduced in the same way. Weights must not depend on the p
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -110,6 +111,63 @@ def _divide_totals(
     return result | {"loss": sum(terms.values())}
 
 
+def _sum_over_devices(values: PyTree, axis_name: str | None) -> PyTree:
+    return values if axis_name is None else jax.lax.psum(values, axis_name)
+
+
+def _to_varying(values: PyTree, axis_name: str | None) -> PyTree:
+    """Marks values as varying over devices, so that JAX does not sum their gradients."""
+    return values if axis_name is None else jax.lax.pcast(values, axis_name, to="varying")
+
+
+def _compute_grads(
+    loss_fn: LossFn, axis_name: str | None, trainable_params: PyTree, frozen_params: PyTree,
+    batch: PyTree, rng: Any, weights: dict | None = None,
+):
+    """Returns (grads, (sums, weights, metrics)) of these rows, not summed over devices.
+
+    `weights` are the total weights to divide by. None computes them from these rows, which must
+    then be all rows of the device.
+    """
+
+    def objective(trainable_params: PyTree) -> tuple[jax.Array, tuple]:
+        params = tree.combine(trainable_params, frozen_params)
+        sums, batch_weights, metrics = loss_and_metrics(loss_fn, params, batch, rng)
+        divisor = (jax.lax.stop_gradient(_sum_over_devices(batch_weights, axis_name))
+                   if weights is None else weights)
+        loss = sum(_safe_divide(sums[name], divisor[name]) for name in sums)
+        return loss, (sums, batch_weights, metrics)
+
+    return jax.grad(objective, has_aux=True)(trainable_params)
+
+
+def _accumulate_grads(
+    num_microbatches: int, loss_fn: LossFn, axis_name: str | None, trainable_params: PyTree,
+    frozen_params: PyTree, batch: PyTree, rng: Any,
+):
+    """Like `_compute_grads`, but computed one microbatch at a time and summed.
+
+    The total weights must be known before the first gradient, so `loss_fn` is called once on all
+    rows. The sums that it returns are not used, so XLA removes that forward pass and keeps only the
+    computation of the weights.
+    """
+    params = tree.combine(trainable_params, frozen_params)
+    weights = _sum_over_devices(loss_and_metrics(loss_fn, params, batch, rng)[1], axis_name)
+    microbatches = _split_microbatches(batch, num_microbatches)
+    compute_grads = functools.partial(_compute_grads, loss_fn, axis_name)
+
+    def add(total: PyTree, item: tuple[jax.Array, PyTree]) -> tuple[PyTree, None]:
+        index, rows = item
+        key = None if rng is None else jax.random.fold_in(rng, index)
+        result = compute_grads(trainable_params, frozen_params, rows, key, weights)
+        return jax.tree.map(jnp.add, total, result), None
+
+    first = jax.tree.map(lambda rows: rows[0], microbatches)
+    shapes = jax.eval_shape(compute_grads, trainable_params, frozen_params, first, rng, weights)
+    zeros = _to_varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), axis_name)
+    return jax.lax.scan(add, zeros, (jnp.arange(num_microbatches), microbatches))[0]
+
+
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -167,55 +225,8 @@ def make_train_step(
     if trainable is not None and not any(jax.tree.leaves(trainable)):
         raise ValueError("the mask `trainable` selects no parameter; select at least one")
 
-    def sum_over_devices(values: PyTree) -> PyTree:
-        return values if axis_name is None else jax.lax.psum(values, axis_name)
-
-    def to_varying(values: PyTree) -> PyTree:
-        """Marks values as varying over devices, so that JAX does not sum their gradients."""
-        return values if axis_name is None else jax.lax.pcast(values, axis_name, to="varying")
-
-    def compute_grads(
-        trainable_params: PyTree, frozen_params: PyTree, batch: PyTree, rng: Any,
-        weights: dict | None,
-    ):
-        """Returns (grads, (sums, weights, metrics)) of these rows, not summed over devices.
-
-        `weights` are the total weights to divide by. None computes them from these rows, which must
-        then be all rows of the device.
-        """
-
-        def objective(trainable_params: PyTree) -> tuple[jax.Array, tuple]:
-            params = tree.combine(trainable_params, frozen_params)
-            sums, batch_weights, metrics = loss_and_metrics(loss_fn, params, batch, rng)
-            divisor = (jax.lax.stop_gradient(sum_over_devices(batch_weights)) if weights is None
-                       else weights)
-            loss = sum(_safe_divide(sums[name], divisor[name]) for name in sums)
-            return loss, (sums, batch_weights, metrics)
-
-        return jax.grad(objective, has_aux=True)(trainable_params)
-
-    def accumulate_grads(trainable_params: PyTree, frozen_params: PyTree, batch: PyTree, rng: Any):
-        """Like `compute_grads`, but computed one microbatch at a time and summed.
-
-        The total weights must be known before the first gradient, so `loss_fn` is called once on
-        all rows. The sums that it returns are not used, so XLA removes that forward pass and keeps
-        only the computation of the weights.
-        """
-        params = tree.combine(trainable_params, frozen_params)
-        weights = sum_over_devices(loss_and_metrics(loss_fn, params, batch, rng)[1])
-        microbatches = _split_microbatches(batch, accumulate)
-
-        def add(total: PyTree, item: tuple[jax.Array, PyTree]) -> tuple[PyTree, None]:
-            index, rows = item
-            key = None if rng is None else jax.random.fold_in(rng, index)
-            result = compute_grads(trainable_params, frozen_params, rows, key, weights)
-            return jax.tree.map(jnp.add, total, result), None
-
-        first = jax.tree.map(lambda rows: rows[0], microbatches)
-        shapes = jax.eval_shape(
-            compute_grads, trainable_params, frozen_params, first, rng, weights)
-        zeros = to_varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
-        return jax.lax.scan(add, zeros, (jnp.arange(accumulate), microbatches))[0]
+    compute_grads = (_compute_grads if accumulate == 1
+                     else functools.partial(_accumulate_grads, accumulate))
 
     def train_step(state: TrainState, batch: PyTree, rng: Any):
         if rng is not None:
@@ -224,11 +235,9 @@ def make_train_step(
                 rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
         mask = jax.tree.map(lambda _: True, state.params) if trainable is None else trainable
         trainable_params, frozen_params = tree.partition(state.params, mask)
-        if accumulate == 1:
-            result = compute_grads(to_varying(trainable_params), frozen_params, batch, rng, None)
-        else:
-            result = accumulate_grads(to_varying(trainable_params), frozen_params, batch, rng)
-        grads, (sums, weights, metrics) = sum_over_devices(result)
+        result = compute_grads(loss_fn, axis_name, _to_varying(trainable_params, axis_name),
+                               frozen_params, batch, rng)
+        grads, (sums, weights, metrics) = _sum_over_devices(result, axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable_params)
         params = tree.combine(optax.apply_updates(trainable_params, updates), frozen_params)
         metrics = _divide_totals(sums, weights, metrics) | {"grad_norm": optax.tree.norm(grads)}
