@@ -53,7 +53,7 @@ TRAIN, TESTS, STEPS, MAX_LENGTH = (16, 4, 2, 8) if SMALLEST else (8000, 100, 200
 
 model, params, tokenizer = load_pretrained(MODEL)
 print(f"{MODEL}: {model.config.num_layers} layers of width {model.config.d_model}")
-print("recommended options of generate:", generation_options(model.config))
+print("recommended options of generate:", generation_options(model))
 
 # %% [markdown]
 # ## 1. Translate

@@ -104,7 +104,7 @@ def index(folder: Path) -> Target:
 def config(folder: Path) -> Target:
     """config.json of each family; the model is built without parameters."""
     size = {"num_layers": 1, "d_model": 8, "num_heads": 2, "mlp_dim": 32, "vocab_size": 20}
-    valid = [config_conversion.config_to_hf(presets.get(name, **size), task, 0)
+    valid = [config_conversion.config_to_hf(build_model(presets.get(name, **size), task=task))
              for name, task in (("gpt2", "causal_lm"), ("gpt1", "causal_lm"),
                                 ("bert_base", "pretraining"), ("bart_base", "seq2seq_lm"))]
     bart = {name: value for name, value in valid[-1].items() if name != "model_type"}

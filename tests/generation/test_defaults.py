@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 from pretrained.files import golden, write
-from small_models import BART
+from small_models import BART as CONFIG
 
 from transformer_jax import load_pretrained
 from transformer_jax.cli.generation import target_options
 from transformer_jax.generation import generate, generation_options
+from transformer_jax.models import BART
 
 # generation_config.json of a well-known summarizer, and the options that it sets.
 SUMMARIZER = {
@@ -24,7 +25,7 @@ SUMMARIZER_OPTIONS = {
 
 
 def options_of(values):
-    return generation_options(BART.replace(source=json.dumps(values)))
+    return generation_options(BART(CONFIG, hf_config=json.dumps(values)))
 
 
 @pytest.mark.parametrize(("values", "expected"), [
@@ -42,22 +43,23 @@ def test_options_of_a_checkpoint(values, expected):
 
 
 def test_a_model_without_a_checkpoint_has_no_options():
-    assert generation_options(BART) == {}
+    assert generation_options(BART(CONFIG)) == {}
 
 
 def test_command_line_options_override_those_of_the_checkpoint():
-    config = BART.replace(max_length=100, source=json.dumps({"generation_config": SUMMARIZER}))
+    model = BART(CONFIG.replace(max_length=100),
+                 hf_config=json.dumps({"generation_config": SUMMARIZER}))
     defaults = {"num_beams": 5, "length_penalty": 0.6, "max_length": 129}
     single_text = {"do_sample": False, "num_return_sequences": 1}
-    found = target_options(config, {"num_beams": None}, defaults)
+    found = target_options(model, {"num_beams": None}, defaults)
     assert found == SUMMARIZER_OPTIONS | single_text | {"max_length": 100}  # number of positions
     given = {"num_beams": 2, "max_new_tokens": 300, "min_new_tokens": 0}
-    assert target_options(config, given, defaults) == single_text | {
+    assert target_options(model, given, defaults) == single_text | {
         "num_beams": 2, "max_new_tokens": 99, "min_new_tokens": 0, "early_stopping": True,
         "length_penalty": 2.0, "no_repeat_ngram_size": 3}
-    greedy = target_options(config, {"num_beams": 1}, defaults)
+    greedy = target_options(model, {"num_beams": 1}, defaults)
     assert "length_penalty" not in greedy and "early_stopping" not in greedy
-    assert target_options(BART, {}, defaults) == defaults | single_text | {"max_length": 32}
+    assert target_options(BART(CONFIG), {}, defaults) == defaults | single_text | {"max_length": 32}
 
 
 @pytest.mark.slow
@@ -67,7 +69,7 @@ def test_generate_accepts_the_options(tmp_path):
         {"decoder_start_token_id": 2, "num_beams": 2, "max_new_tokens": 5, "min_new_tokens": 5}))
     model, params, _ = load_pretrained(tmp_path, "seq2seq_lm")
     ids = golden("bart")["inputs"]["input_ids"][:1]
-    out = generate(model, params, ids, **generation_options(model.config))
+    out = generate(model, params, ids, **generation_options(model))
     np.testing.assert_array_equal(
         out, generate(model, params, ids, num_beams=2, max_new_tokens=5, min_new_tokens=5))
     assert out.shape == (1, 6)

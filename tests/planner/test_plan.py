@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 from small_models import BART, BERT, GPT2
 
@@ -139,4 +140,35 @@ def test_local_devices_are_measured(monkeypatch):
 @pytest.mark.parametrize("topology", ["v9z:4x4", "16"])
 def test_unknown_chips_are_rejected(topology, capsys):
     assert cli.main(["plan", "gpt2", "--topology", topology]) == 2
-    assert "has an unknown chip; give one of v4, v5e, v5p, v6e" in capsys.readouterr().err
+    assert "choose one of v4, v5e, v5p, v6e, local" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"topology {topology!r} has an unknown chip"):
+        chips.get_chip(topology, "float32")
+
+
+def test_similar_chips_are_suggested():
+    with pytest.raises(ValueError, match=r"such as v5e:16x16.*did you mean v5p or v5e\?"):
+        chips.get_chip("v5:4x4", "float32")
+
+
+def test_an_error_of_the_compiler_that_is_not_about_memory_is_raised(monkeypatch):
+    def fail(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile the kernel")
+
+    monkeypatch.setattr(plan, "_compile", fail)
+    config = PlanConfig(GPT2.replace(num_layers=1), {"data": 8}, batch_size=8, length=16)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic failed"):
+        plan.compile_plan(config, jax.devices(), CHIP)
+
+
+def test_costs_are_extrapolated_from_two_and_three_layers(monkeypatch):
+    """One layer costs 10 more than it does in a deeper model, as if XLA fused it differently."""
+    def cost(config, mesh, num_layers, num_decoder_layers=0):
+        layers = 5 * num_layers + 7 * num_decoder_layers
+        return np.array([1.0, 2.0]) * (100 + layers + 10 * (num_layers == 1))
+
+    monkeypatch.setattr(plan, "_unrolled_cost", cost)
+    for num_layers, expected in ((1, 115), (2, 110), (3, 115), (12, 160)):
+        config = PlanConfig(GPT2.replace(num_layers=num_layers), {}, batch_size=8, length=16)
+        assert plan._per_device_cost(config, None) == (expected, 2 * expected)
+    config = PlanConfig(BART.replace(num_layers=4, num_decoder_layers=6), {}, 8, 16)
+    assert plan._per_device_cost(config, None) == (162, 324)

@@ -117,6 +117,21 @@ def test_config_fields_can_be_overridden(tmp_path):
     assert (config.dropout_rate, config.dtype) == (0.3, "bfloat16")
 
 
+def test_configs_and_models_of_one_architecture_are_equal(tmp_path):
+    """What else config.json contains does not lead to another compilation."""
+    notes = {"one": {"my_note": 1}, "two": {"my_note": 2, "id2label": dict.fromkeys("0123", "x")}}
+    models = [load_pretrained(write(tmp_path / name, "roberta", config=note)).model
+              for name, note in notes.items()]
+    assert models[0].hf_config != models[1].hf_config
+    assert models[0].config == models[1].config and models[0] == models[1]
+    assert len({hash(model) for model in models}) == 1
+    assert len({hash(model.config) for model in models}) == 1
+    run = jax.jit(lambda model, x: model.num_classes * x, static_argnums=0)
+    assert [int(run(model, 1)) for model in models] == [4, 4]
+    assert run._cache_size() == 1
+    assert models[0] != models[0].clone(num_classes=3)
+
+
 def test_parameters_are_sharded_over_a_mesh(tmp_path):
     write(tmp_path, "bart")
     mesh = sharding.make_mesh(data=2, fsdp=4)
@@ -142,7 +157,7 @@ def test_special_ids_come_from_both_files(tmp_path):
     model, params, _ = load_pretrained(tmp_path)
     assert model.config.forced_bos_token_id == 5
     assert (model.config.pad_token_id, model.config.eos_token_id) == (1, 2)
-    assert json.loads(model.config.source)["generation_config"]["num_beams"] == 4
+    assert json.loads(model.hf_config)["generation_config"]["num_beams"] == 4
     save_pretrained(tmp_path / "saved", model, params)
     assert json.loads((tmp_path / "saved" / path.name).read_text())["num_beams"] == 4
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from transformer_jax import tree
-from transformer_jax.finetuning import adapter_io
+from transformer_jax.finetuning import adapter_io, peft
+from transformer_jax.generation import generation_options
 from transformer_jax.models import build_model
-from transformer_jax.pretrained import load_pretrained
+from transformer_jax.pretrained import load_pretrained, save_pretrained
 from transformer_jax.pretrained.runs import load_run
 from transformer_jax.recipes import encoding, finetuning, finetuning_run, retention
 from transformer_jax.recipes.base_model import initial_params
@@ -117,6 +118,26 @@ def test_export_merges_lora(exportable, tmp_path):
     logits = [model.apply({"params": params}, tokens, method="classification_logits")
               for model, params in ((result.model, result.params), (found.model, found.params))]
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_config_of_a_checkpoint_is_kept_in_its_exports(exportable, tmp_path):
+    """What its config.json and generation_config.json contain beyond the architecture."""
+    save_pretrained(tmp_path / "base", *exportable)
+    path, other = tmp_path / "base" / "config.json", tmp_path / "base" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"my_note": [1]}))
+    other.write_text('{"max_new_tokens": 7}')
+    result = finetune(tmp_path / "base", EXAMPLES, validation=EXAMPLES, **OPTIONS,
+                      out=tmp_path / "run", dropout_rate=0.2)
+    assert load_run(tmp_path / "run").model == result.model
+    assert generation_options(result.model) == {"max_new_tokens": 7}
+    result.export(tmp_path / "exported")
+    model, params, tokenizer, _ = load_run(tmp_path / "run")
+    save_pretrained(tmp_path / "converted", model, peft.merge(params), tokenizer)
+    for folder in ("exported", "converted"):
+        fields = json.loads((tmp_path / folder / "config.json").read_text())
+        assert (fields["my_note"], fields["hidden_dropout_prob"]) == ([1], 0.2)
+        assert (tmp_path / folder / other.name).read_text() == '{\n  "max_new_tokens": 7\n}\n'
 
 
 def test_options_by_name():

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from transformer_jax.data.packing import Corpus
-from transformer_jax.models import presets
+from transformer_jax.models import config_from_dict, config_to_dict, presets
 from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.config import (
     DatasetConfig,
@@ -55,6 +55,16 @@ def test_fingerprint_of_a_corpus_depends_on_its_blocks():
         other[index] = -1
         assert run_dir.fingerprint(Corpus(other, starts, starts)) != found
     assert run_dir.fingerprint(Corpus(tokens.astype(np.int64), starts, starts)) != found
+
+
+def test_model_configs_of_older_runs_have_a_field_more():
+    """Theirs is not compared when they are resumed."""
+    settings = {"model": config_to_dict(RUN.model), "data": {"source": "de"}}
+    saved = {"model": settings["model"] | {"source": "{}"}, "data": {"source": "de"}}
+    assert run_dir.with_old_names(settings, saved) == saved
+    assert config_from_dict(saved["model"]) == RUN.model
+    other = settings | {"model": settings["model"] | {"num_layers": 77}}
+    assert run_dir.with_old_names(other, saved) != saved
 
 
 def test_old_names_are_translated_in_both_directions():

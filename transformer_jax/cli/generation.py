@@ -16,7 +16,7 @@ from transformer_jax.cli.inputs import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from transformer_jax.models import Config
+    from transformer_jax.models import Model
 
 
 def generate(
@@ -226,7 +226,7 @@ def _generate_targets(
     model, params, tokenizer, _ = load_model(source, "seq2seq_lm")
     check_family(model, "Transformer")
     max_length = model.config.max_length
-    options = target_options(model.config, given, defaults)
+    options = target_options(model, given, defaults)
     for start in range(0, len(texts), batch_size):
         rows = tokenizer.encode_batch(texts[start : start + batch_size], add_special_tokens=True)
         for i, row in enumerate(rows):
@@ -239,12 +239,12 @@ def _generate_targets(
 
 
 def target_options(
-    config: "Config", given: dict[str, Any], defaults: dict[str, Any]
+    model: "Model", given: dict[str, Any], defaults: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the options of `generation.generate` for one target text per source.
 
     Args:
-        config: the model's config, which holds the options of its checkpoint.
+        model: the model, which holds the options of its checkpoint.
         given: options that replace those of the checkpoint unless they are None.
         defaults: values of options that neither `given` nor the checkpoint has.
     """
@@ -252,7 +252,8 @@ def target_options(
 
     given = {name: value for name, value in given.items() if value is not None}
     single_text = {"do_sample": False, "num_return_sequences": 1}
-    options = drop_unused_options(defaults | generation_options(config) | given | single_text)
-    limits = {"max_new_tokens": config.max_length - 1, "max_length": config.max_length}
+    options = drop_unused_options(defaults | generation_options(model) | given | single_text)
+    max_length = model.config.max_length
+    limits = {"max_new_tokens": max_length - 1, "max_length": max_length}
     return options | {
         name: min(options[name], limit) for name, limit in limits.items() if name in options}

@@ -328,7 +328,7 @@ def fold_tokens(model: Model, params: PyTree) -> tuple[Model, PyTree]:
         if path in leaves:
             leaves[path] = jnp.pad(leaves[path], (0, len(extra)))
     config = model.config.replace(vocab_size=token_table.shape[0])
-    return type(model)(config, model.num_classes, model.task), unflatten_paths(leaves)
+    return model.clone(config=config), unflatten_paths(leaves)
 
 
 def fold_prompt(model: GPT, params: PyTree) -> PyTree:

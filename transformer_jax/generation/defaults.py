@@ -8,33 +8,33 @@ from transformer_jax.generation.options import (
     OPTION_RULES,
     SAMPLING_DEFAULTS,
 )
-from transformer_jax.models import Config
+from transformer_jax.models import Model
 
 # Special token ids are not included: `generate` takes them from the model's config.
 OPTION_NAMES = {*OPTION_RULES, "do_sample", "bad_words_ids", "suppress_tokens",
                 "begin_suppress_tokens"}
 
 
-def generation_options(config: Config) -> dict[str, Any]:
+def generation_options(model: Model) -> dict[str, Any]:
     """Returns the options of `generate` in a checkpoint's generation_config.json.
 
     If there is no such file, the options in config.json are used. Options that have no effect, such
     as a temperature without sampling, are omitted.
 
     Args:
-        config: config of a model that was loaded from a checkpoint.
+        model: a model from `load_pretrained`.
 
     Returns:
         Keyword arguments for `generate`; `{}` for a model that was not loaded from a checkpoint.
 
     Example:
-        >>> from transformer_jax.models import presets
-        >>> source = '{"num_beams": 4, "max_length": 60, "temperature": 0.7}'
-        >>> config = presets.get("bart_base", source=source)
-        >>> sorted(generation_options(config).items())
+        >>> from transformer_jax.models import BART, presets
+        >>> model = BART(presets.get("bart_base"),
+        ...              hf_config='{"num_beams": 4, "max_length": 60, "temperature": 0.7}')
+        >>> sorted(generation_options(model).items())
         [('max_length', 60), ('num_beams', 4)]
     """
-    values = json.loads(config.source or "{}")
+    values = json.loads(model.hf_config or "{}")
     values = values.get("generation_config", values)
     options = {name: values[name] for name in OPTION_NAMES & values.keys()
                if values[name] is not None}

@@ -10,6 +10,7 @@ Understanding".
 Shape suffixes: B batch, T length, D d_model, N heads, V vocabulary, P masked positions, C classes.
 """
 
+import dataclasses
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -88,6 +89,9 @@ class BERT(nn.Module):
         num_classes: the number of outputs of the classifier; 0 for no classifier.
         task: the task whose head `init_params` initializes, a key of `METHODS`. It does not
             restrict which methods can be called.
+        hf_config: for a model that was loaded from a Hugging Face checkpoint, the text of its
+            config.json, which `save_pretrained` keeps. Not part of the architecture: models that
+            differ only in it are equal.
         METHODS: the method of each task.
 
     Example:
@@ -105,6 +109,7 @@ class BERT(nn.Module):
     config: BERTConfig
     num_classes: int = 0
     task: str = "pretraining"
+    hf_config: str = dataclasses.field(default="", compare=False, repr=False)
 
     METHODS: ClassVar[dict[str, str]] = {
         "base": "encode_and_pool",

@@ -26,6 +26,8 @@ MODEL_FAMILIES = {
 
 # Config fields that saved configs may have under a former name: former name -> name.
 RENAMED_FIELDS = {"kernel": "attention_impl", "context_size": "attention_window"}
+# Fields of saved configs that are no longer part of a config; `pretrained.runs` reads `source`.
+REMOVED_FIELDS = ("source",)
 
 
 def family_name(config: Config) -> str:
@@ -75,12 +77,12 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def config_from_dict(values: dict[str, Any]) -> Config:
     """Creates a config from the output of `config_to_dict`, which may have been saved as JSON.
 
-    Former names of fields (`RENAMED_FIELDS`) are accepted.
+    Former names of fields (`RENAMED_FIELDS`) are accepted, and `REMOVED_FIELDS` are ignored.
 
     Raises:
         ValueError: an unknown family or field, a missing field, or a value out of range.
     """
-    values = dict(values)
+    values = {name: value for name, value in values.items() if name not in REMOVED_FIELDS}
     for former_name, name in RENAMED_FIELDS.items():
         if former_name in values and name not in values:
             values[name] = values.pop(former_name)

@@ -69,7 +69,6 @@ class Config:
             recomputes all activations inside a block, which takes a third more arithmetic.
         pad_token_id, bos_token_id, eos_token_id: special tokens of a checkpoint, for generation and
             for tasks that need the end of a text. None if the checkpoint does not define them.
-        source: the text of the config.json of an imported checkpoint, kept for export.
 
     Raises:
         ValueError: a value has the wrong type or is out of range.
@@ -105,7 +104,6 @@ class Config:
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | tuple | None = None
-    source: str = dataclasses.field(default="", repr=False)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -9,6 +9,7 @@ scaled initialization). Both are one model with two configs; see `presets`.
 Shape suffixes: B batch, T length, S cache length, D d_model, N heads, V vocabulary, C classes.
 """
 
+import dataclasses
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -60,6 +61,9 @@ class GPT(nn.Module):
         num_classes: the number of outputs of the classifier; 0 for no classifier.
         task: the task whose head `init_params` initializes, a key of `METHODS`. It does not
             restrict which methods can be called.
+        hf_config: for a model that was loaded from a Hugging Face checkpoint, the text of its
+            config.json, which `save_pretrained` keeps. Not part of the architecture: models that
+            differ only in it are equal.
         METHODS: the method of each task.
 
     Example:
@@ -77,6 +81,7 @@ class GPT(nn.Module):
     config: GPTConfig
     num_classes: int = 0
     task: str = "causal_lm"
+    hf_config: str = dataclasses.field(default="", compare=False, repr=False)
 
     METHODS: ClassVar[dict[str, str]] = {
         "base": "decode",

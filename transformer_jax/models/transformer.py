@@ -12,6 +12,7 @@ Shape suffixes: B batch, T target length, S source length, D d_model, N heads, V
 C classes.
 """
 
+import dataclasses
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -84,6 +85,9 @@ class Transformer(nn.Module):
         num_classes: the number of outputs of the classifier; 0 for no classifier.
         task: the task whose head `init_params` initializes, a key of `METHODS`. It does not
             restrict which methods can be called.
+        hf_config: for a model that was loaded from a Hugging Face checkpoint, the text of its
+            config.json, which `save_pretrained` keeps. Not part of the architecture: models that
+            differ only in it are equal.
         METHODS: the method of each task.
 
     Example:
@@ -102,6 +106,7 @@ class Transformer(nn.Module):
     config: TransformerConfig
     num_classes: int = 0
     task: str = "seq2seq_lm"
+    hf_config: str = dataclasses.field(default="", compare=False, repr=False)
 
     METHODS: ClassVar[dict[str, str]] = {
         "base": "encode_decode",

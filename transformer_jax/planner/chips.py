@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from transformer_jax.errors import did_you_mean
 from transformer_jax.planner import throughput
 from transformer_jax.train import compiled_step
 
@@ -51,7 +52,7 @@ def get_chip(topology: str, dtype: str) -> Chip:
         dtype: dtype of the matrix product that is measured on a local device; not used for TPUs.
 
     Raises:
-        KeyError: the chip is not in `CHIPS`.
+        ValueError: the chip is not in `CHIPS`.
 
     Example:
 
@@ -59,10 +60,20 @@ def get_chip(topology: str, dtype: str) -> Chip:
         16
     """
     if topology != LOCAL:
-        return CHIPS[topology.partition(":")[0]]
+        return CHIPS[_chip_name(topology)]
     bandwidth = throughput.memory_bandwidth()
     return Chip(throughput.matmul_flops_per_second(dtype), compiled_step.memory_limit(), bandwidth,
                 bandwidth)
+
+
+def _chip_name(topology: str) -> str:
+    """Returns the key of `CHIPS` of a TPU slice."""
+    name = topology.partition(":")[0]
+    if name not in CHIPS:
+        raise ValueError(f"topology {topology!r} has an unknown chip; give a chip and the shape of "
+                         f"a slice, such as v5e:16x16, or {LOCAL!r} for the devices of this "
+                         f"machine; {did_you_mean(name, [*CHIPS, LOCAL])}")
+    return name
 
 
 def get_devices(topology: str) -> Sequence[Any]:
@@ -80,10 +91,7 @@ def get_devices(topology: str) -> Sequence[Any]:
 
     if topology == LOCAL:
         return jax.devices()
-    if topology.partition(":")[0] not in CHIPS:
-        raise ValueError(f"topology {topology!r} has an unknown chip; give one of "
-                         f"{', '.join(CHIPS)} and the shape of a slice, such as v5e:16x16, or "
-                         f"{LOCAL!r} for the devices of this machine")
+    _chip_name(topology)  # raises ValueError if it is unknown
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # the TPU compiler raises exceptions of many types

@@ -107,7 +107,7 @@ def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan
 
     Memory and collectives are those of the full step, compiled as in training, with a scan over the
     layers. XLA counts the FLOPs of a loop body once, so FLOPs and bytes accessed are extrapolated
-    from models with one and two unrolled layers, whose difference is the cost of a layer.
+    from models with two and three unrolled layers, whose difference is the cost of a layer.
 
     If the program does not fit into device memory, the plan has no collectives, and its memory is
     taken from the error message of the compiler.
@@ -120,6 +120,7 @@ def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan
     Raises:
         ValueError: the mesh does not have as many devices as given, the batch size is not a
             multiple of batch shards times microbatches, or the sequences are too long.
+        jax.errors.JaxRuntimeError: the compiler failed, for another reason than memory.
     """
     config = _resolve_attention_impl(config, devices)
     mesh = _make_mesh(config, devices)
@@ -131,6 +132,8 @@ def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan
     try:
         compiled = _compile(train_step, state, batch, mesh)
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
         # If a program does not fit into memory, the compiler reports the size that it needs.
         peak_bytes = _bytes_needed(str(error))
         temporary_bytes = max(peak_bytes - state_bytes, 0)
@@ -139,7 +142,7 @@ def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan
         temporary_bytes = memory.temp_size_in_bytes
         peak_bytes = state_bytes + temporary_bytes
         if devices[0].platform == "tpu":  # other backends omit donated buffers from the peak
-            peak_bytes = getattr(memory, "peak_memory_in_bytes", 0) or peak_bytes
+            peak_bytes = memory.peak_memory_in_bytes
         for collective in hlo.parse_collectives(compiled.as_text()):
             collective_bytes[collective.kind] = (
                 collective_bytes.get(collective.kind, 0.0) + collective.bytes_sent)
@@ -272,6 +275,10 @@ def _num_masked(length: int) -> int:
 def _per_device_cost(config: PlanConfig, mesh: Mesh) -> tuple[float, float]:
     """(FLOPs, bytes accessed) of a step on one device, extrapolated from models of few layers.
 
+    The cost of a layer is the difference between three and two layers: in a model of one layer, XLA
+    fuses the layer with both the embedding and the output layer, unlike those of deeper models.
+    Models of at most three layers are not extrapolated.
+
     To avoid loops, the steps of these models have one microbatch, unrolled layers and unchunked
     logits. The bytes therefore do not include reading the parameters again in each microbatch.
     """
@@ -280,19 +287,23 @@ def _per_device_cost(config: PlanConfig, mesh: Mesh) -> tuple[float, float]:
     if isinstance(c, TransformerConfig):
         num_layers["num_decoder_layers"] = c.decoder_stack.num_layers
 
-    def cost(**changes) -> np.ndarray:
-        small = config._replace(model=c.replace(**changes), accumulate=1)
-        compiled = _compile(
-            *abstract_train_step(small, mesh, scan=False, logits_per_chunk=2**62), mesh)
-        analysis = compiled.cost_analysis()
-        return (np.array([analysis["flops"], analysis["bytes accessed"]])
-                + hlo.library_call_costs(compiled.as_text()))
-
-    one_layer = dict.fromkeys(num_layers, 1)
-    total = one_layer_cost = cost(**one_layer)
+    few_layers = {name: min(number, 2) for name, number in num_layers.items()}
+    total = few_layers_cost = _unrolled_cost(config, mesh, **few_layers)
     for name, number in num_layers.items():
-        total = total + (cost(**one_layer | {name: 2}) - one_layer_cost) * (number - 1)
+        if number > 2:
+            more = _unrolled_cost(config, mesh, **few_layers | {name: 3})
+            total = total + (more - few_layers_cost) * (number - 2)
     return float(total[0]), float(total[1])
+
+
+def _unrolled_cost(config: PlanConfig, mesh: Mesh, **num_layers: int) -> np.ndarray:
+    """FLOPs and bytes accessed of a step without loops on one device."""
+    config = config._replace(model=config.model.replace(**num_layers), accumulate=1)
+    compiled = _compile(
+        *abstract_train_step(config, mesh, scan=False, logits_per_chunk=2**62), mesh)
+    analysis = compiled.cost_analysis()
+    return (np.array([analysis["flops"], analysis["bytes accessed"]])
+            + hlo.library_call_costs(compiled.as_text()))
 
 
 def model_flops(config: PlanConfig) -> float:

@@ -6,7 +6,7 @@ A field that config.json omits has its default value in Transformers.
 import json
 from typing import Any
 
-from transformer_jax.models import Config, GPTConfig
+from transformer_jax.models import Config, GPTConfig, Model
 from transformer_jax.pretrained.families import (
     FAMILIES,
     SEQ2SEQ_TOKEN_IDS,
@@ -79,7 +79,7 @@ def config_from_hf(hf_config: dict[str, Any], **changes) -> Config:
                          f"config.json; supported: the vocab_size {values['vocab_size']}, one "
                          "vocabulary for encoder and decoder")
     _add_token_ids(values, hf_config.get("generation_config", {}))
-    return family.config_class(**{**values, "source": json.dumps(hf_config), **changes})
+    return family.config_class(**values | changes)
 
 
 def _add_token_ids(values: dict[str, Any], generation_config: Any) -> None:
@@ -124,16 +124,11 @@ def _hf_fields(config: Config, model_type: str) -> dict[str, Any]:
     return values
 
 
-def config_to_hf(config: Config, task: str, num_classes: int) -> dict[str, Any]:
-    """Converts a config of this library to the fields of config.json.
+def config_to_hf(model: Model) -> dict[str, Any]:
+    """Converts the config and task of a model to the fields of config.json.
 
-    If the config was loaded from a checkpoint (`Config.source`), only fields whose values have
-    changed are updated; all other fields of the checkpoint's config.json are kept.
-
-    Args:
-        config: the config.
-        task: the model's task.
-        num_classes: the number of classes, used for classification tasks.
+    If the model was loaded from a checkpoint (`hf_config`), only fields whose values have changed
+    are updated; all other fields of the checkpoint's config.json are kept.
 
     Raises:
         ValueError: the model family does not support the value of a field, or does not support the
@@ -141,26 +136,24 @@ def config_to_hf(config: Config, task: str, num_classes: int) -> dict[str, Any]:
 
     Example:
 
-        >>> config = config_from_hf({"model_type": "gpt2", "n_layer": 6})
-        >>> config_to_hf(config, "causal_lm", 0)["architectures"]
+        >>> from transformer_jax.models import build_model
+        >>> model = build_model(config_from_hf({"model_type": "gpt2", "n_layer": 6}))
+        >>> config_to_hf(model)["architectures"]
         ['GPT2LMHeadModel']
     """
-    hf_config = json.loads(config.source or "{}")
-    model_type = hf_config.get("model_type") or _infer_model_type(config)
-    hf_config["model_type"] = model_type
+    config = model.config
+    original = json.loads(model.hf_config) if model.hf_config else None
+    model_type = original["model_type"] if original else _infer_model_type(config)
     _check_supported(config, model_type)
-    new_fields = _hf_fields(config, model_type)
-    source_fields = {}
-    if config.source:
-        source_fields = _hf_fields(config_from_hf(json.loads(config.source)), model_type)
-    missing = object()
+    unchanged = _hf_fields(config_from_hf(original), model_type).items() if original else ()
+    hf_config = {**(original or {}), "model_type": model_type}
     hf_config |= {name: list(value) if isinstance(value, tuple) else value
-                  for name, value in new_fields.items()
-                  if source_fields.get(name, missing) != value}
-    hf_config["architectures"] = [hf_class_name(model_type, task)]
-    if (task in ("classification", "token_classification")
-            and config_num_labels(hf_config) != num_classes):
-        label_names = [f"LABEL_{i}" for i in range(num_classes)]
+                  for name, value in _hf_fields(config, model_type).items()
+                  if (name, value) not in unchanged}
+    hf_config["architectures"] = [hf_class_name(model_type, model.task)]
+    if (model.task in ("classification", "token_classification")
+            and config_num_labels(hf_config) != model.num_classes):
+        label_names = [f"LABEL_{i}" for i in range(model.num_classes)]
         hf_config["id2label"] = {str(i): name for i, name in enumerate(label_names)}
         hf_config["label2id"] = {name: i for i, name in enumerate(label_names)}
         hf_config.pop("num_labels", None)

@@ -7,6 +7,7 @@ never holds the model twice, and with a mesh each device holds only its shard.
 
 import dataclasses
 import importlib.resources
+import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,22 +108,31 @@ def load_pretrained(
         ('causal_lm', (30, 8))
     """
     folder = _find_folder(source, revision)
-    hf_config = _read_json(folder / CONFIG_FILE)
-    if (folder / GENERATION_CONFIG_FILE).is_file():
-        hf_config["generation_config"] = _read_json(folder / GENERATION_CONFIG_FILE)
-    family = get_family(hf_config.get("model_type"))
-    model_type = hf_config["model_type"]
+    hf_config = _read_config(folder)
     entries = safetensors_io.list_tensors(folder)
     hf_config = _with_dtype(hf_config, entries)
     task = _resolve_task(hf_config, task)
-    _check_fields(changes, family.config_class)
-    config = config_from_hf(hf_config, **changes)
-    model = build_model(config, _num_classes(hf_config, task, num_labels), task)
+    _check_fields(changes, get_family(hf_config["model_type"]).config_class)
+    model = build_model(config_from_hf(hf_config, **changes),
+                        _num_classes(hf_config, task, num_labels), task)
+    model = model.clone(hf_config=json.dumps(hf_config))
+    rng = jax.random.key(0) if rng is None else rng
+    params, report = _load_params(entries, hf_config["model_type"], model, mesh, rng,
+                                  new_classifier=num_labels is not None)
+    if report.new or report.unused:
+        print(f"{source}: {report}", file=sys.stderr)
+    return Pretrained(model, params, tokenizer.load(folder, hf_config))
+
+
+def _load_params(
+    entries: dict[str, TensorEntry], model_type: str, model: Model, mesh: Mesh | None,
+    rng: jax.Array, *, new_classifier: bool,
+) -> tuple[dict, LoadReport]:
+    """Loads the parameters from the tensors of a checkpoint, and initializes those without one."""
     abstract_params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
     shapes = {path: leaf.shape for path, leaf in flatten_paths(abstract_params).items()}
-
-    matched, unused = match_tensors(entries, model_type, task, config, shapes,
-                                    new_classifier=num_labels is not None)
+    matched, unused = match_tensors(entries, model_type, model.task, model.config, shapes,
+                                    new_classifier=new_classifier)
     shardings = dict.fromkeys(shapes) if mesh is None else (
         flatten_paths(param_shardings(abstract_params, mesh)))
     params: dict[str, Any] = dict.fromkeys(shapes)
@@ -130,14 +140,10 @@ def load_pretrained(
         tensor = safetensors_io.load_tensor(entry)
         for path, value in zip(weight_map.paths, weight_map.to_params(tensor, shapes)):
             params[path] = _to_device(value, shardings[path])
-    new = [path for path, value in params.items() if value is None]
-    if new:
-        rng = jax.random.key(0) if rng is None else rng
+    if new := [path for path, value in params.items() if value is None]:
         params |= _init_some(model, rng, new, [shardings[path] for path in new])
-    if new or unused:
-        loaded = sorted(params.keys() - set(new))
-        print(f"{source}: {LoadReport(loaded, new, unused)}", file=sys.stderr)
-    return Pretrained(model, unflatten_paths(params), tokenizer.load(folder, hf_config))
+    loaded = sorted(params.keys() - set(new))
+    return unflatten_paths(params), LoadReport(loaded, new, unused)
 
 
 def match_tensors(
@@ -197,7 +203,7 @@ def match_tensors(
     unused = sorted(names[canonical] for canonical in names.keys() - used
                     if not weight_maps.IGNORED_BUFFERS.search(canonical)
                     and not (canonical in table_names and config.positions != "learned"))
-    num_layers = max(config.num_layers, getattr(config, "num_decoder_layers", None) or 0)
+    num_layers = max(weight_maps.num_layers(config).values())
     for name in unused:
         if (weight_maps.layer_index(name) or 0) >= num_layers:
             raise ValueError(f"the weights contain {name}, but the model of config.json has "
@@ -302,11 +308,17 @@ def _find_in_package(name: str) -> Path:
     return folder
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Returns the fields of config.json, with those of generation_config.json as one field."""
+    path, generation_path = folder / CONFIG_FILE, folder / GENERATION_CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; the folder of a checkpoint must contain "
                                 f"{CONFIG_FILE} and {WEIGHTS_FILE}")
-    return storage.read_json(path)
+    hf_config = storage.read_json(path)
+    if generation_path.is_file():
+        hf_config["generation_config"] = storage.read_json(generation_path)
+    get_family(hf_config.get("model_type"))  # raises ValueError if it is not supported
+    return hf_config
 
 
 def _resolve_task(hf_config: dict[str, Any], task: str | None) -> str:

@@ -82,7 +82,7 @@ class _TensorNames(NamedTuple):
 
 
 def _tensor_names(model: Model) -> _TensorNames:
-    model_type = config_to_hf(model.config, model.task, model.num_classes)["model_type"]
+    model_type = config_to_hf(model)["model_type"]
     family = FAMILIES[model_type]
     abstract_params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
     shapes = {path: leaf.shape for path, leaf in flatten_paths(abstract_params).items()}

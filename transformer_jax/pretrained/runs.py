@@ -40,6 +40,7 @@ def save_run_config(
     num_averaged_checkpoints: int = 1,
     task: str | None = None,
     num_classes: int | None = None,
+    hf_config: str = "",
 ) -> None:
     """Saves config.json and the tokenizer of a training run.
 
@@ -56,6 +57,7 @@ def save_run_config(
         task: the model's task; if None, classification if there are label names, otherwise the
             pre-training task.
         num_classes: number of classes of the model's head; if None, the number of label names.
+        hf_config: the model's attribute of this name.
 
     Example:
 
@@ -69,7 +71,7 @@ def save_run_config(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     run_config = {
-        "model": config_to_dict(config), "label_names": list(label_names),
+        "model": config_to_dict(config) | {"source": hf_config}, "label_names": list(label_names),
         "average": num_averaged_checkpoints, "task": task, "num_classes": num_classes}
     (out / "config.json").write_text(json.dumps(run_config, indent=2) + "\n")
     tokenizer.save(out / "tokenizer")
@@ -94,13 +96,15 @@ def load_run(folder: str | Path) -> LoadedRun:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the --out folder of a finished run")
-    run_config = json.loads(path.read_text())
-    label_names = run_config["label_names"]
-    num_classes = run_config.get("num_classes")
+    # Older runs lack the last three fields.
+    defaults = {"average": 1, "task": None, "num_classes": None}
+    run_config = defaults | storage.read_json(path)
+    label_names, num_classes = run_config["label_names"], run_config["num_classes"]
     model = build_model(
         config_from_dict(run_config["model"]),
         len(label_names) if num_classes is None else num_classes,
-        run_config.get("task") or ("classification" if label_names else None))
-    params = checkpointing.average_params(folder / "checkpoints", run_config.get("average", 1))
+        run_config["task"] or ("classification" if label_names else None))
+    model = model.clone(hf_config=run_config["model"].get("source", ""))
+    params = checkpointing.average_params(folder / "checkpoints", run_config["average"])
     params = tree.unstack_layers(params)  # the layers are stacked if the run scanned over them
     return LoadedRun(model, params, tokenizers.load(folder / "tokenizer"), label_names)

@@ -32,8 +32,8 @@ def save_pretrained(
     """Saves a model as a folder that Transformers and `load_pretrained` can load.
 
     If the model was loaded from a checkpoint, the new checkpoint has the same dtype,
-    generation_config.json and config.json, except for fields that were changed. `Config.source`
-    stores them. Other models are saved in float32.
+    generation_config.json and config.json, except for fields that were changed. The model
+    stores them (`hf_config`). Other models are saved in float32.
 
     Args:
         path: the folder, which is created if needed.
@@ -60,45 +60,23 @@ def save_pretrained(
         >>> sorted(os.listdir(folder))
         ['config.json', 'model.safetensors']
     """
-    config = model.config
     leaves = flatten_paths(params)
     abstract_params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
     shapes = {name: leaf.shape for name, leaf in flatten_paths(abstract_params).items()}
     _check_params(leaves, shapes, model)
-    hf_config = config_to_hf(config, model.task, model.num_classes)
+    hf_config = config_to_hf(model)
     generation_config = hf_config.pop("generation_config", None)
     dtype = _DTYPES.get(hf_config.get("torch_dtype") or hf_config.setdefault("dtype", "float32"),
                         np.dtype(np.float32))
-    model_type = hf_config["model_type"]
-    family = FAMILIES[model_type]
-    base = "" if family.class_suffixes[model.task] == "Model" else family.base_prefix
-    # Spec of a tensor -> its values, or the weight map that computes them from the parameters.
-    sources: dict[TensorSpec, WeightMap | np.ndarray] = {}
-
-    def add(hf_name: str, shape: tuple[int, ...], source: WeightMap | np.ndarray) -> None:
-        sources[TensorSpec(hf_name.replace("{base}", base), dtype, shape)] = source
-
-    maps = list(weight_maps.for_model(model_type, model.task, config, shapes))
-    for weight_map in maps:
-        add(weight_map.hf_name, weight_map.hf_shape(shapes), weight_map)
-    if unmapped := sorted(shapes.keys() - {path for m in maps for path in m.paths}):
-        raise ValueError(f"unsupported parameter {unmapped[0]}: {model_type} checkpoints for "
-                         f"{model.task} have no tensor for it; build the model without it")
-    if model.task in weight_maps.TASKS_WITH_POSITION_TABLES.get(model_type, ()):
-        table = weight_maps.sinusoidal_table(config)
-        for position_table in weight_maps.POSITION_TABLES:
-            add(position_table.hf_name, table.shape, table)
-    if model.task == "seq2seq_lm" and "output/bias" not in shapes:
-        add("final_logits_bias", (1, config.vocab_size), np.zeros((1, config.vocab_size)))
+    sources = _tensor_sources(model, hf_config["model_type"], shapes, dtype)
+    specs = sorted(sources)
 
     def iter_values() -> Iterator[np.ndarray]:
-        for spec in specs:
-            source = sources[spec]
+        for source in map(sources.get, specs):
             if isinstance(source, WeightMap):
                 source = source.to_hf([np.asarray(leaves[path]) for path in source.paths])
             yield source
 
-    specs = sorted(sources)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors_io.save_tensors(folder, specs, iter_values(), shard_bytes)
@@ -107,6 +85,33 @@ def save_pretrained(
         _save_json(folder / GENERATION_CONFIG_FILE, generation_config)
     if tokenizer is not None:
         tokenizer.save(folder)
+
+
+def _tensor_sources(
+    model: Model, model_type: str, shapes: dict[str, tuple[int, ...]], dtype: np.dtype
+) -> dict[TensorSpec, WeightMap | np.ndarray]:
+    """Spec of a tensor -> its values, or the weight map that computes them from the parameters."""
+    family = FAMILIES[model_type]
+    base = "" if family.class_suffixes[model.task] == "Model" else family.base_prefix
+    sources: dict[TensorSpec, WeightMap | np.ndarray] = {}
+
+    def add(hf_name: str, shape: tuple[int, ...], source: WeightMap | np.ndarray) -> None:
+        sources[TensorSpec(hf_name.replace("{base}", base), dtype, shape)] = source
+
+    maps = list(weight_maps.for_model(model_type, model.task, model.config, shapes))
+    for weight_map in maps:
+        add(weight_map.hf_name, weight_map.hf_shape(shapes), weight_map)
+    if unmapped := sorted(shapes.keys() - {path for m in maps for path in m.paths}):
+        raise ValueError(f"unsupported parameter {unmapped[0]}: {model_type} checkpoints for "
+                         f"{model.task} have no tensor for it; build the model without it")
+    if model.task in weight_maps.TASKS_WITH_POSITION_TABLES.get(model_type, ()):
+        table = weight_maps.sinusoidal_table(model.config)
+        for position_table in weight_maps.POSITION_TABLES:
+            add(position_table.hf_name, table.shape, table)
+    if model.task == "seq2seq_lm" and "output/bias" not in shapes:
+        vocab_size = model.config.vocab_size
+        add("final_logits_bias", (1, vocab_size), np.zeros((1, vocab_size)))
+    return sources
 
 
 def _check_params(leaves: dict, shapes: dict[str, tuple[int, ...]], model: Model) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transformer_jax.models import Config
+from transformer_jax.models import Config, TransformerConfig
 from transformer_jax.nn.positions import sinusoidal_positions
 
 
@@ -303,6 +303,13 @@ def layer_index(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def num_layers(config: Config) -> dict[str, int]:
+    """Stack ("encoder" or "decoder") -> its number of layers."""
+    if isinstance(config, TransformerConfig):
+        return {"encoder": config.num_layers, "decoder": config.decoder_stack.num_layers}
+    return dict.fromkeys(("encoder", "decoder"), config.num_layers)
+
+
 def for_model(
     model_type: str, task: str, config: Config, shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[WeightMap]:
@@ -317,9 +324,7 @@ def for_model(
     Yields:
         Weight maps whose tensor names still contain "{base}".
     """
-    num_layers = {
-        "encoder": config.num_layers,
-        "decoder": getattr(config, "num_decoder_layers", None) or config.num_layers}
+    layer_counts = num_layers(config)
     base_maps = BASE_WEIGHT_MAPS[model_type]
     if not config.tie_embeddings:
         base_maps = [
@@ -332,7 +337,7 @@ def for_model(
     replaced = {weight_map.paths for weight_map in head_maps}
     for weight_map in [*(m for m in base_maps if m.paths not in replaced), *head_maps]:
         stack = weight_map.paths[0].partition("/")[0]
-        for i in range(num_layers[stack] if "{i}" in weight_map.hf_name else 1):
+        for i in range(layer_counts[stack] if "{i}" in weight_map.hf_name else 1):
             layer_map = weight_map._replace(
                 hf_name=weight_map.hf_name.replace("{i}", str(i)),
                 paths=tuple(path.replace("{i}", str(i)) for path in weight_map.paths))

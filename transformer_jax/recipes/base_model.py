@@ -40,15 +40,11 @@ def load_base(
     changes |= {} if pooling is None else {"pooling": pooling}
     if isinstance(source, tuple) or is_run(source):
         base = LoadedRun(*source[:3], []) if isinstance(source, tuple) else load_run(source)
-        return base._replace(model=_replace_config(base.model, changes)) if changes else base
+        return base._replace(model=base.model.clone(config=base.model.config.replace(**changes)))
     model, params, tokenizer = load_pretrained(source, **changes)
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer; add its tokenizer.json or vocabulary files")
     return LoadedRun(model, params, tokenizer, [])
-
-
-def _replace_config(model: Model, changes: dict[str, Any]) -> Model:
-    return type(model)(model.config.replace(**changes), model.num_classes, model.task)
 
 
 def add_task_head(base: LoadedRun, dataset: LabeledDataset) -> tuple[Model, dict]:
@@ -60,6 +56,7 @@ def add_task_head(base: LoadedRun, dataset: LabeledDataset) -> tuple[Model, dict
     task_type = dataset.task_type
     head = None if task_type == "seq2seq" else classification.TASK_TYPES[task_type].task
     model = build_model(base.model.config, TaskInfo.of(dataset).num_outputs, head)
+    model = model.clone(hf_config=base.model.hf_config)
     shapes = tree.flatten_paths(_initial_shapes(model))
     params = {path: leaf for path, leaf in tree.flatten_paths(base.params).items()
               if not path.startswith("classifier/")

@@ -277,7 +277,7 @@ def _save(config: FinetuneConfig, result: FinetuneResult, base_params: dict | No
     """Writes config.json, the predictions, and, if `base_params` is given, the adapter."""
     out, model = config.out, result.model
     save_run_config(out, model.config, result.tokenizer, result.label_names, task=model.task,
-                    num_classes=model.num_classes)
+                    num_classes=model.num_classes, hf_config=model.hf_config)
     prediction.save_task(out, result.task, result.input_config)
     write_predictions(out / "predictions.jsonl", result.predictions)
     if base_params is not None:

@@ -205,7 +205,7 @@ def _task_of_head(base: LoadedRun) -> TaskInfo | None:
         return TaskInfo("seq2seq", metric="rouge")
     if not model.num_classes:
         return None
-    source = json.loads(model.config.source or "{}")
+    source = json.loads(model.hf_config or "{}")
     task_type = model.task
     if task_type == "classification" and (
             model.num_classes == 1 or source.get("problem_type") == "regression"):

@@ -20,7 +20,7 @@ import numpy as np
 
 from transformer_jax import distributed
 from transformer_jax.models import config_to_dict
-from transformer_jax.models.build import RENAMED_FIELDS
+from transformer_jax.models.build import REMOVED_FIELDS, RENAMED_FIELDS
 from transformer_jax.models.config import Config
 from transformer_jax.train import callbacks, checkpointing
 from transformer_jax.train.checkpointer import Checkpointer
@@ -247,7 +247,9 @@ def with_old_names(settings: Any, saved: Any = None) -> Any:
                 value = OLD_VALUES.get(name, {}).get(value, value)
             name = old
         renamed[name] = with_old_names(value, None if saved is None else saved.get(name, ""))
-    return renamed
+    # Model configs of older runs have the config.json of their checkpoint in the field `source`.
+    return renamed | {name: saved[name] for name in REMOVED_FIELDS
+                      if saved and "family" in settings and name in saved}
 
 
 def make_checkpointer(
