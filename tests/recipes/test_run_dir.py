@@ -39,6 +39,12 @@ def test_identity_has_the_settings_that_the_result_depends_on():
     assert "data" not in run_dir.run_metadata(DatasetConfig(), ROWS)["settings"]
 
 
+def test_identity_of_fine_tuning_does_not_change_with_the_evaluation():
+    """So that runs of versions without these settings can be resumed."""
+    assert run_dir.run_metadata(TrainingConfig(), ROWS) == run_dir.run_metadata(
+        TrainingConfig(eval_every=5, patience=2, keep_best=True), ROWS)
+
+
 def test_fingerprint_depends_on_the_rows():
     assert run_dir.fingerprint(ROWS) == run_dir.fingerprint([dict(row) for row in ROWS])
     assert run_dir.fingerprint(ROWS) != run_dir.fingerprint(ROWS[::-1])

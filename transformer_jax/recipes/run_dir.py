@@ -49,6 +49,9 @@ OLD_NAMES = {
 OLD_VALUES = {"document_separator": {"blank_line": "document", "newline": "line"}}
 """Name of a setting -> its value -> that value in the files of older runs."""
 
+NEW_SETTINGS = {"eval_every": 0, "patience": None, "keep_best": False}
+"""Settings of fine-tuning that older versions do not have -> the values with which they agree."""
+
 NOT_IDENTITY = {
     "out", "data", "tokenizer", "mesh", "eval_every", "eval_batches", "eval_pairs", "save_every",
     "log_every", "patience", "keep_best", "profile_steps", "retention_data", "pretrained", "quiet",
@@ -222,6 +225,21 @@ def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
         renamed[name] = (with_present_names(value) if isinstance(value, Mapping)
                        else values.get(value, value) if isinstance(value, str) else value)
     return renamed
+
+
+def without_new_settings(settings: Any) -> Any:
+    """Returns settings in JSON types without `NEW_SETTINGS` that have their default values.
+
+    Example:
+        >>> without_new_settings([{"batch_size": 8, "eval_every": 0, "keep_best": True}])
+        [{'batch_size': 8, 'keep_best': True}]
+    """
+    if isinstance(settings, list):
+        return [without_new_settings(x) for x in settings]
+    if not isinstance(settings, Mapping):
+        return settings
+    return {name: without_new_settings(value) for name, value in settings.items()
+            if name not in NEW_SETTINGS or value != NEW_SETTINGS[name]}
 
 
 def with_old_names(settings: Any, saved: Any = None) -> Any:

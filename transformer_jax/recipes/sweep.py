@@ -30,6 +30,7 @@ from transformer_jax.recipes.finetuning_run import (
     check_training_config,
     encode_for_training,
     finetune_params,
+    main_metric,
 )
 from transformer_jax.recipes.retention import RetentionEval, make_retention_eval
 from transformer_jax.report import plots
@@ -38,8 +39,9 @@ SCRATCH = "scratch"
 """Spec in `SweepConfig.trainable` that trains a newly initialized model of the same size."""
 CELL_METRICS = (
     "rouge", "rouge1", "rouge2", "bleu", "accuracy", "macro_f1", "matthews", "f1", "exact_match",
-    "pearson_spearman", "pearson", "spearman", "precision", "recall", "labels", "steps", "trained",
-    "share_trained", "cut", "cut_validation", "seconds", "seconds_per_step")
+    "pearson_spearman", "pearson", "spearman", "precision", "recall", "labels", "steps",
+    "best_step", "stopped_early", "trained", "share_trained", "cut", "cut_validation", "seconds",
+    "seconds_per_step")
 """Metrics of a run that are stored in `cells.jsonl`."""
 AVERAGED = ("score", "exact_match", "f1", "accuracy", "matthews", "spearman", "ece",
             "held_out_after", "seconds", "seconds_per_step")
@@ -195,7 +197,7 @@ def _run_cell(config: SweepConfig, cell: dict, data: EncodedDataset, pretrained:
             plots.calibration(config.out / f"calibration_{name}.png", m["calibration"],
                               title=title)
     line = run_dir.to_json(cell | {name: m[name] for name in CELL_METRICS if name in m} | {
-        "score": m[dataset.metric if dataset.metric in m else "f1"],
+        "score": m[main_metric(dataset)],
         "ece": m["calibration"]["ece"] if "calibration" in m else None,
         "held_out_after": retention.loss(result.params)})
     config.out.mkdir(parents=True, exist_ok=True)
@@ -212,7 +214,9 @@ def _cell_key(config: SweepConfig, name: str, num_examples: int | None, seed: in
     settings = [config.pretrained, config.dataset, config.variants[name], config.dropout_rate,
                 config.pooling, config.retention_data]
     # With the old names of settings, so that sweeps of older versions can be resumed.
-    text = json.dumps(run_dir.with_old_names(run_dir.to_json(settings)), sort_keys=True)
+    text = json.dumps(
+        run_dir.with_old_names(run_dir.without_new_settings(run_dir.to_json(settings))),
+        sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return {"recipe": name, "examples": num_examples, "seed": seed, "config": digest[:16]}
 
