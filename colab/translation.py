@@ -41,7 +41,7 @@ import os
 from IPython.display import Image, Markdown
 
 from transformer_jax import evaluate, finetune, generation_options, load_pretrained, predict
-from transformer_jax.data import pairs
+from transformer_jax.data import load_pairs
 from transformer_jax.recipes.sequence_to_sequence import plot_cross_attention
 
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # a few steps, for the tests
@@ -83,8 +83,8 @@ Image("cross_attention.png")
 # ## 3. BLEU of the published model
 
 # %%
-train = pairs.load_pairs(DATA, "train", "de", "en")[:TRAIN]
-tests = pairs.load_pairs(DATA, VALIDATION, "de", "en")[:TESTS]
+train = load_pairs(DATA, "train", "de", "en")[:TRAIN]
+tests = load_pairs(DATA, VALIDATION, "de", "en")[:TESTS]
 options = {"metric": "bleu", "num_beams": 4, **lengths}
 before = evaluate(base, tests, **options)
 print(f"BLEU {before['bleu']:.1f} ({before['signature']})")

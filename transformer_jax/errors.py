@@ -3,6 +3,7 @@
 import difflib
 import traceback
 from collections.abc import Iterable
+from typing import Any
 
 USER_ERRORS = (ValueError, OSError, ModuleNotFoundError, FloatingPointError)
 """Exceptions that commands report in one line, without a traceback: a value is out of range, a file
@@ -32,8 +33,13 @@ def is_user_error(error: BaseException) -> bool:
     return isinstance(error, USER_ERRORS)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[Any], *, show_all: bool = False) -> str:
     """Returns a suggestion for an error message about an unknown name: similar names, or all names.
+
+    Args:
+        word: the unknown name.
+        known: the known names, of which at most 30 are shown.
+        show_all: whether to show the known names after the similar ones too.
 
     Example:
         >>> did_you_mean("casual_lm", ["causal_lm", "mlm_nsp"])
@@ -41,7 +47,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         >>> did_you_mean("x", ["causal_lm", "mlm_nsp"])
         'choose one of causal_lm, mlm_nsp'
     """
-    known = list(known)
-    similar = difflib.get_close_matches(word, known, n=3)
-    return (f"did you mean {' or '.join(similar)}?" if similar
-            else f"choose one of {', '.join(known)}")
+    known = list(map(str, known))
+    similar = difflib.get_close_matches(str(word), known, n=3, cutoff=0.5)
+    names = f"hoose one of {', '.join([*known[:30], *(['...'] if known[30:] else [])])}"
+    if not similar:
+        return f"c{names}"
+    return f"did you mean {' or '.join(similar)}?" + (f" C{names}" if show_all else "")

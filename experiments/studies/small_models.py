@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from studies import training
-from transformer_jax.data import LabeledDataset, sources, subsample_balanced
+from transformer_jax.data import LabeledDataset, load_dataset, sources, subsample_balanced
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.models import GPT, Config, build_model, init_params, presets
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
@@ -187,7 +187,7 @@ def pretrain(
 
 def load_topics(protocol: ProtocolConfig) -> LabeledDataset:
     """Returns the task: classify which of twelve parts of the library a text documents."""
-    dataset = DatasetConfig().load()
+    dataset = load_dataset(DatasetConfig())
     return dataset._replace(validation=dataset.validation[: protocol.test_examples])
 
 

@@ -45,6 +45,7 @@ from studies import small_models, training
 from studies.figures import Line, Lines, save_panels
 from transformer_jax.data import (
     LabeledDataset,
+    load_dataset,
     packing,
     sources,
     subsample_balanced,
@@ -200,7 +201,7 @@ def load_task(config: Transfer, name: str, texts: Sequence[str]) -> Task:
         dataset_config = TASK_CONFIGS[name].config().dataset
         dataset_config = dataclasses.replace(
             dataset_config, data=str(config.data / dataset_config.data))
-    dataset = dataset_config.load()
+    dataset = load_dataset(dataset_config)
 
     def shuffle(split: Sequence[dict]) -> list[dict]:
         order = np.random.default_rng(config.seed).permutation(len(split))

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from transformer_jax.data import known_datasets, load_dataset, subsample_balanced
+from transformer_jax.data import DatasetConfig, known_datasets, load_dataset, subsample_balanced
 
 # Files
 
@@ -82,7 +82,7 @@ def test_validation_rows_are_held_out_from_the_training_file(tmp_path):
 
     for options, message in [
         ({"validation_filter": {"fold": [7]}}, "selects 0 of 20 rows"),
-        ({"validation_filter": {"fould": [1]}}, "line 1: no column 'fould'; did you mean 'fold'"),
+        ({"validation_filter": {"fould": [1]}}, "line 1: no column 'fould'; did you mean fold"),
         ({"validation_fraction": 1.5}, "validation_fraction is 1.5; it must be between 0 and 1"),
         ({"validation_fraction": 0.1, "validation_filter": {"fold": [1]}},
          "give one of validation, validation_filter"),
@@ -165,13 +165,12 @@ GOOD = [["a", "x"], ["b", "y"]]
 
 @pytest.mark.parametrize(("train", "options", "message"), [
     (GOOD, {"columns": {"text": "sentense", "label": "label"}},
-     r"train\.tsv line 2: no column 'sentense'; did you mean 'sentence'; the columns are "
-     r"'sentence', 'label'"
-     ),
+     r"train\.tsv line 2: no column 'sentense'; did you mean sentence\? Choose one of "
+     "sentence, label"),
     (GOOD, {"columns": {"text": "sentence", "label": "lable"}},
-     r"line 2: no column 'lable'; did you mean 'label'; the columns are"),
+     r"line 2: no column 'lable'; did you mean label"),
     (GOOD, {"columns": {"texd": "sentence"}},
-     r"columns has the unknown field 'texd'; did you mean 'text'\? The fields of classification"),
+     r"columns has the unknown field 'texd'; did you mean text or text_b\? Choose one of id"),
     (GOOD, {"task_type": "seq2seq"}, "no column for source, target of seq2seq; set it in columns"),
     (GOOD, {"task_type": "sorting"}, "unknown task_type 'sorting'; choose one of classification"),
     (GOOD, {"on_bad_rows": "skip"}, "unknown on_bad_rows 'skip'; choose one of error, drop"),
@@ -182,7 +181,7 @@ GOOD = [["a", "x"], ["b", "y"]]
     ([["a", "1.5"], ["b", "1.5"]], {}, r"all training labels are 1\.5; a regression needs"),
     ([["a", "1.5"], ["b", ""]], {}, "line 3: the label is empty"),
     (GOOD, {"metric": "acuracy"},
-     "metric 'acuracy' is not supported for classification; choose one of acc"),
+     "metric 'acuracy' is not supported for classification; did you mean accuracy"),
     (GOOD, {"metric": "bleu"}, "metric 'bleu' is not supported for classification"),
     ([*GOOD, [" ", "x"]], {}, "line 4: the text in column 'sentence' is empty"),
     ([*GOOD, ["c", ""]], {}, "line 4: the label is empty"),
@@ -192,7 +191,7 @@ GOOD = [["a", "x"], ["b", "y"]]
     (GOOD, {"label_names": ("x", "w")}, "line 3: label 'y' is not among the training labels x, w"),
     (GOOD, {"validation_label_names": ("x", "w")},
      "the validation split has a class 'w' that is missing in the training split, which has x, y"),
-    (GOOD, {"like": "hf:snly"}, "unknown labeled dataset 'hf:snly'; choose from hf:snli"),
+    (GOOD, {"like": "hf:snly"}, "unknown labeled dataset 'hf:snly'; did you mean hf:snli"),
     (GOOD, {"like": "hf:snli"}, "no column 'premise'"),
 ])
 def test_errors_name_the_line_and_the_column(tmp_path, train, options, message):
@@ -279,6 +278,35 @@ def test_unlabeled_rows_are_dropped_and_counted(tmp_path):
     assert found.label_names == ("x", "y", "z")
     signs = write(tmp_path / "b.tsv", [["a", "-1"], ["b", "1"]], ["text", "label"])
     assert load_dataset(signs, validation=signs).label_names == ("-1", "1")
+
+
+def test_texts_are_not_lists_or_dicts(tmp_path):
+    for value in (["a", "b"], {"de": "a"}):
+        path = write(tmp_path / "t.jsonl", [{"source": value, "target": "b"}])
+        with pytest.raises(ValueError, match=r"line 1: column 'source' holds a .*; name"):
+            load_dataset(path, validation=path)
+
+
+def test_a_dataset_config_and_its_overrides(folder):
+    config = DatasetConfig(str(folder), label_names={"pos": "good", "neg": "bad"})
+    found = load_dataset(config)
+    assert found.label_names == ("good", "bad") and len(found.train) == 3
+    assert load_dataset(config, limit=1, allow_empty_classes=True).train in (
+        [e] for e in found.train)
+    rows = [{"sentence": "so so", "label": "neg"}, {"sentence": "great", "label": "pos"}]
+    assert load_dataset(config, rows, validation=rows).train[0] == {"text": "so so", "label": 1}
+    joined = load_dataset(rows, validation=rows, columns={"text": "sentence+label"})
+    assert joined.train[0]["text"] == "so so neg"
+    plus = [{"a+b": "x", "a": "y", "b": "z", "label": i} for i in range(2)]
+    assert load_dataset(plus, validation=plus, columns={"text": "a+b"}).train[0]["text"] == "x"
+    folds = [{"text": f"t{i}", "label": i % 2, "fold": i} for i in range(4)]
+    assert [e["text"] for e in load_dataset(folds, validation_folds=(3,)).validation] == ["t3"]
+    for arguments, options, message in (
+            ((config,), {"colums": {}}, "unknown option 'colums'; did you mean columns"),
+            ((str(folder), rows), {}, "two datasets were given"),
+            ((config,), {"label_names": {"pos": "x", "neg": "x"}}, "give at least 2 classes")):
+        with pytest.raises(ValueError, match=message):
+            load_dataset(*arguments, **options)
 
 
 # Subsamples

@@ -33,7 +33,7 @@ def test_columns_of_known_tfds_datasets(name, tmp_path):
         return [made_up(self.info.features, i) for i in range(8)]
 
     with tfds.testing.mock_data(as_data_source_fn=as_data_source):
-        features = sources._tfds_builder(name, data_dir=tmp_path).info.features
+        features = mapped_dataset._tfds_builder(name, data_dir=tmp_path).info.features
         found = load_dataset(f"tfds:{name}", data_dir=tmp_path)
     known = known_datasets.get(f"tfds:{name}")
     assert found.task_type == known.task_type and len(found.train) == len(found.validation) == 8
@@ -66,8 +66,8 @@ def test_known_tfds_datasets_with_mocked_data(name):
 
 def test_validation_splits_and_metrics_of_tfds_datasets():
     """TFDS knows the splits of prepared datasets only, so the expected ones are listed here."""
-    splits = {name: known.validation_split for name, known in known_datasets.TFDS.items()
-              if known.validation_split != "validation"}
+    splits = {name: known.validation for name, known in known_datasets.TFDS.items()
+              if known.validation}
     assert splits == {
         "glue/mnli": "validation_matched", "multi_nli": "validation_matched",
         "imdb_reviews": "test", "yelp_polarity_reviews": "test", "ag_news_subset": "test"}
@@ -124,7 +124,7 @@ def saved(tmp_path, monkeypatch):
         made = datasets.Dataset.from_list(rows)
         for column, feature in (classes or {}).items():
             made = made.cast_column(column, feature(datasets))
-        split = known_datasets.get(f"hf:{name}").validation_split
+        split = known_datasets.get(f"hf:{name}").validation or "validation"
         datasets.DatasetDict({"train": made, split: made}).save_to_disk(tmp_path / "set")
         return load_dataset(f"hf:{tmp_path / 'set'}", like=f"hf:{name}", **options)
 
@@ -173,18 +173,18 @@ def test_hf_other_task_types(saved):
 def test_hf_names_are_resolved_to_paths_and_configs(monkeypatch, tmp_path):
     asked = []
 
-    def load_hf(path, split, config=None, **options):
-        asked.append((path, split, config, options))
+    def load_hf(name, split):
+        asked.append((name, split))
         return [{"sentence": "a", "label": 0, "idx": 0}, {"sentence": "b", "label": 1, "idx": 1}]
 
-    monkeypatch.setattr(sources, "load_hf", load_hf)
+    monkeypatch.setattr(mapped_dataset, "load_hf", load_hf)
     for name in ("glue/cola", "nyu-mll/glue/cola"):
         assert load_dataset(f"hf:{name}").metric == "matthews"
-        assert asked.pop(0) == ("nyu-mll/glue", "train", "cola", {})
-        assert asked.pop(0) == ("nyu-mll/glue", "validation", "cola", {})
-    load_dataset("hf:me/mine", config="big", validation="test")
-    assert asked == [("me/mine", "train", "big", {}), ("me/mine", "test", "big", {})]
-    assert known_datasets.find("hf:conll2003").hub.options == {"revision": "refs/convert/parquet"}
+        assert asked.pop(0) == ("nyu-mll/glue/cola", "train")
+        assert asked.pop(0) == ("nyu-mll/glue/cola", "validation")
+    # `like` describes the columns; the data is still the user's.
+    load_dataset("hf:me/mine/big", validation="test", like="hf:glue/cola")
+    assert asked == [("me/mine/big", "train"), ("me/mine/big", "test")]
     assert known_datasets.find("hf:rajpurkar/squad") is known_datasets.HF["squad"]
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a single split; give validation_filter or"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from transformer_jax.data import python_docs, sources
+from transformer_jax.data import mapped_dataset, python_docs
 from transformer_jax.data.python_docs import builder, examples, extract, prose
 
 # Prose
@@ -161,7 +161,7 @@ def test_summaries_have_distinct_bodies(docs_dir):
 @pytest.mark.slow
 def test_tfds_loads_the_built_dataset(docs_dir):
     folder = python_docs.build(docs_dir)
-    source = sources.load_tfds("python_docs/topics", "test", folder)
+    source = mapped_dataset.load_tfds("python_docs/topics", "test", folder)
     assert source[0] == python_docs.load("topics", "test", docs_dir)[0]
     assert (folder.stat().st_mode & 0o777) == 0o755
     info = tfds.builder("python_docs/topics", data_dir=folder).info

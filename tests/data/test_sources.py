@@ -6,7 +6,7 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
-from transformer_jax.data import sources
+from transformer_jax.data import mapped_dataset, sources
 
 
 @pytest.fixture
@@ -146,16 +146,16 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("tfds")
-    sources.load_tfds("tiny", "train", data_dir, download=True)
+    mapped_dataset.load_tfds("tiny", "train", data_dir, download=True)
     return data_dir
 
 
 def test_tfds_without_tensorflow(tiny):
-    source = sources.load_tfds("tiny", "train", tiny)
+    source = mapped_dataset.load_tfds("tiny", "train", tiny)
     assert len(source) == 5 and source.label_names == ("no", "yes")
     assert sorted(e["text"] for e in source) == [f"né {i}" for i in range(5)]
     assert source[-1] == source[4] and source[0]["words"] == ["a", "né"] and source[0]["label"] == 1
-    assert len(sources.load_tfds("tiny", "train[:2]", tiny)) == 2
+    assert len(mapped_dataset.load_tfds("tiny", "train[:2]", tiny)) == 2
     assert "tensorflow" not in sys.modules
     with pytest.raises(IndexError, match="example 5 is out of range; there are 5"):
         source[5]
@@ -163,14 +163,14 @@ def test_tfds_without_tensorflow(tiny):
 
 def test_tfds_with_mocked_data():
     with tfds.testing.mock_data(num_examples=3):
-        source = sources.load_tfds("mnist", "train")
+        source = mapped_dataset.load_tfds("mnist", "train")
         assert len(source) == 3 and len(source.label_names) == 10
         assert source[0]["image"].shape == (28, 28, 1)
 
 
 def test_tfds_builders_whose_modules_are_not_imported(tmp_path):
     with pytest.raises(FileNotFoundError, match="glue/sst2 is not prepared"):
-        sources.load_tfds("glue/sst2", "train", tmp_path)
+        mapped_dataset.load_tfds("glue/sst2", "train", tmp_path)
     assert "tensorflow" not in sys.modules
 
 
@@ -178,9 +178,9 @@ def test_tfds_errors(tiny, tmp_path):
     with pytest.raises(ValueError, match="unknown TFDS dataset 'tinyy'; did you mean"):
         sources.load_source("tfds:tinyy", "train")
     with pytest.raises(ValueError, match="unknown split of tiny 'trian'; did you mean train"):
-        sources.load_tfds("tiny", "trian", tiny)
+        mapped_dataset.load_tfds("tiny", "trian", tiny)
     with pytest.raises(FileNotFoundError, match=r"tiny is not prepared.*download=True"):
-        sources.load_tfds("tiny", "train", tmp_path)
+        mapped_dataset.load_tfds("tiny", "train", tmp_path)
 
 
 # Hugging Face
@@ -205,11 +205,11 @@ def test_hf_local_folders(tmp_path, monkeypatch):
         source = sources.load_source(f"hf:{tmp_path / name}", "train")
         assert len(source) == 1 and source[0] == {"text": "né", "label": 1}
         assert source.label_names == ("no", "yes")
-    with pytest.raises(ValueError, match=r"unknown split of .* 'test'; choose from train"):
-        sources.load_hf(tmp_path / "split", "test")
+    with pytest.raises(ValueError, match=r"unknown split of .* 'test'; choose one of train"):
+        mapped_dataset.load_hf(tmp_path / "split", "test")
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    found = sources.load_hf(tmp_path / "json", "train", cache_dir=str(tmp_path / "cache"))
+    found = mapped_dataset.load_hf(tmp_path / "json", "train", cache_dir=str(tmp_path / "cache"))
     assert [e["text"] for e in found] == ["a", "b"] and found.label_names is None
 
 

@@ -7,11 +7,11 @@ import pytest
 from small_configs import ROWS
 
 from transformer_jax import models
-from transformer_jax.data import LabeledDataset
+from transformer_jax.data import LabeledDataset, load_dataset
 from transformer_jax.pretrained.runs import load_run
 from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.base_model import add_task_head, include_new_modules, load_base
-from transformer_jax.recipes.config import DatasetConfig, TrainingConfig
+from transformer_jax.recipes.config import TrainingConfig
 from transformer_jax.recipes.encoding import write_predictions
 from transformer_jax.recipes.finetuning_run import (
     encode_for_training,
@@ -33,7 +33,7 @@ def test_every_task_type(task_type, name, pretrained, tmp_path):
         rows = [ROWS[task_type][i % 2] for i in range(count)]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     base = load_run(pretrained(name))
-    dataset = DatasetConfig(str(tmp_path), task_type=task_type).load()
+    dataset = load_dataset(str(tmp_path), task_type=task_type)
     model, params = add_task_head(base, dataset)
     training = TrainingConfig(
         max_length=24, batch_size=4, num_steps=2, gpt_special_tokens="gpt" in name,
@@ -77,7 +77,7 @@ def test_unsupported_combinations_are_errors_before_training(
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[task_type]))
     base = load_run(pretrained(f"{name}_python_docs"))
-    dataset = DatasetConfig(str(path), validation=str(path), task_type=task_type).load()
+    dataset = load_dataset(path, validation=path, task_type=task_type)
     model, _ = add_task_head(base, dataset)
     with pytest.raises(ValueError, match=message):
         encode_for_training(dataset, model, base.tokenizer,

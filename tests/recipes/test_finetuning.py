@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from transformer_jax import tree
+from transformer_jax.data import load_dataset
 from transformer_jax.finetuning import adapter_io, peft
 from transformer_jax.generation import generation_options
 from transformer_jax.models import build_model
@@ -31,7 +32,7 @@ def write_tsv(path) -> str:
 
 
 class FakeDataset:
-    """The methods of a `datasets.Dataset` that `data.in_memory` uses."""
+    """The methods of a `datasets.Dataset` that `data.splits` uses."""
 
     features: dict = {"sentence": None, "label": None}  # noqa: RUF012
 
@@ -83,7 +84,7 @@ def test_all_kinds_of_data_give_the_same_result(pretrained, tmp_path):
     results = {name: finetune(folder, data, validation=data, **OPTIONS)
                for name, data in kinds.items()}
     results["loaded"] = finetune(tuple(load_run(folder))[:3], EXAMPLES, validation=path, **OPTIONS)
-    labeled = DatasetConfig(columns={"text": "sentence"}).load(EXAMPLES, EXAMPLES)
+    labeled = load_dataset(EXAMPLES, validation=EXAMPLES, columns={"text": "sentence"})
     results["labeled"] = finetune(folder, labeled, **{
         name: x for name, x in OPTIONS.items() if name != "columns"})
     expected = results["list"]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from transformer_jax.data import load_dataset
 from transformer_jax.models import GPTConfig, TransformerConfig
 from transformer_jax.pretrained.runs import load_run
 from transformer_jax.recipes.config import (
@@ -102,7 +103,7 @@ def test_a_fine_tuned_run_predicts_and_is_evaluated(name, folder):
     assert found["label"] in expected["answers"][0]
     assert evaluate(name, "topics.tsv")["accuracy"] >= 0
     # Their validation examples are a quarter of the file, drawn with the same seed.
-    dataset = TASK["dataset"].load()
+    dataset = load_dataset(TASK["dataset"])
     assert evaluate(name, dataset)["accuracy"] == pytest.approx(expected["metrics"]["accuracy"])
 
 

@@ -5,13 +5,14 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "batching", "columns", "datasets", "in_memory", "known_datasets", "labels",
-        "length_buckets", "mapped_dataset", "packing", "pairs", "python_docs", "rows", "sources",
+        "batching", "columns", "datasets", "known_datasets", "labels", "length_buckets",
+        "mapped_dataset", "packing", "python_docs", "rows", "sources",
         "splits", "token_cache", "tokenizer_backends", "tokenizers",
     ],
     submod_attrs={
         "batching": ["check_batch_ids", "make_loader"],
-        "datasets": ["LabeledDataset", "load_dataset", "subsample_balanced"],
+        "datasets": ["LabeledDataset", "load_dataset", "load_pairs", "subsample_balanced"],
+        "known_datasets": ["DatasetConfig"],
         "packing": ["Corpus", "PackedTokens", "tokenize_corpus"],
         "sources": ["load_source"],
         "tokenizers": ["Tokenizer"],

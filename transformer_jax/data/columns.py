@@ -1,15 +1,15 @@
 """Inference of the task type, the columns and the label encoders of a labeled dataset."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from transformer_jax.data import labels, rows
-from transformer_jax.data.known_datasets import Columns, KnownDataset
+from transformer_jax.data.known_datasets import Columns, DatasetConfig
 from transformer_jax.data.labels import EncodeLabel, LabelEncoder
-from transformer_jax.data.splits import Split, column_values
+from transformer_jax.data.splits import Split
+from transformer_jax.errors import did_you_mean
 
 USUAL_COLUMNS = {
     "text": ("text", "sentence", "sentence1", "question1", "premise"),
@@ -24,28 +24,27 @@ For all other fields, the name of the column is the name of the field."""
 
 
 def resolve_columns(
-    train: Split, task_type: str | None, columns: Columns | None, known: KnownDataset | None
+    train: Split, config: DatasetConfig, known: DatasetConfig | None
 ) -> tuple[str, dict[str, str | tuple[str, ...]]]:
     """Returns the task type, and the column of each field for which the data has a column.
 
     Args:
         train: the training split.
-        task_type: the task type; inferred from the columns if None.
-        columns: columns that take precedence over the known or inferred ones.
-        known: description of the dataset, if it has one.
+        config: description of the dataset; its columns take precedence over all others.
+        known: description of the dataset as a known one.
 
     Raises:
-        ValueError: `columns` names a field that the task type does not have, a required field has
-            no column, or the task type cannot be inferred.
+        ValueError: `config.columns` names a field that the task type does not have, a required
+            field has no column, or the task type cannot be inferred.
 
     Example:
         >>> row = {"sentence": "good", "label": "pos"}
-        >>> resolve_columns(Split([row], str, {}), None, None, None)
+        >>> resolve_columns(Split([row], str), DatasetConfig(), None)
         ('classification', {'text': 'sentence', 'label': 'label'})
     """
-    row = train.rows[0]
-    given = {field: c if isinstance(c, str) else tuple(c)
-             for field, c in (columns or {}).items()}
+    row, task_type = train.rows[0], config.task_type
+    given = {field: _split_names(c, row) if isinstance(c, str) else tuple(c)
+             for field, c in config.columns.items()}
     if known is not None and task_type in (None, known.task_type):
         task_type, column_of = known.task_type, dict(known.columns)
     else:
@@ -58,10 +57,8 @@ def resolve_columns(
     task_type = task_type or _infer_task_type(train, column_of)
     allowed = {*rows.REQUIRED_FIELDS[task_type], *rows.OPTIONAL_FIELDS.get(task_type, ()), "id"}
     if unknown := sorted(set(given) - allowed):
-        near = difflib.get_close_matches(unknown[0], allowed, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"columns has the unknown field {unknown[0]!r}; {hint}The fields of "
-                         f"{task_type} are {', '.join(sorted(allowed))}")
+        raise ValueError(f"columns has the unknown field {unknown[0]!r}; "
+                         f"{did_you_mean(unknown[0], sorted(allowed), show_all=True)}")
     required = set(rows.REQUIRED_FIELDS[task_type])
     if {"answer", "start"} <= column_of.keys() and "answers" not in column_of:
         required = required - {"answers"} | {"answer", "start"}
@@ -69,6 +66,11 @@ def resolve_columns(
         raise ValueError(f"{train.describe(0)}: no column for {', '.join(missing)} of {task_type}; "
                          f"set it in columns; the data has {', '.join(map(repr, row))}")
     return task_type, {field: c for field, c in column_of.items() if field in allowed}
+
+
+def _split_names(column: str, row: Mapping[str, Any]) -> str | tuple[str, ...]:
+    """Returns the names of several columns that are joined by "+"."""
+    return tuple(column.split("+")) if "+" in column and column not in row else column
 
 
 def _infer_task_type(train: Split, column_of: Mapping[str, Any]) -> str:
@@ -84,7 +86,7 @@ def _infer_task_type(train: Split, column_of: Mapping[str, Any]) -> str:
             f"{', '.join(map(repr, train.rows[0]))}; give task_type, and columns such as "
             "{'text': ..., 'label': ...}")
     if (task_type == "classification" and column_of["label"] not in train.class_names
-            and labels.are_scores(column_values(train, column_of["label"]))):
+            and labels.are_scores(train.column(column_of["label"]))):
         return "regression"
     return task_type
 
@@ -122,7 +124,7 @@ def make_encoders(
     column = columns["tags" if task_type == "token_classification" else "label"]
     class_names = [split.class_names.get(column) for split in splits]
     if names is None and class_names[0] is None:
-        values = column_values(splits[0], column)
+        values = splits[0].column(column)
         if task_type == "token_classification":
             values = [tag for tags in values
                       for tag in (tags.split() if isinstance(tags, str) else tags)]

@@ -14,7 +14,7 @@ Examples also have an "id" if the data has one.
 """
 
 import collections
-import functools
+import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from transformer_jax.data import in_memory, known_datasets, labels, rows, sources
-from transformer_jax.data import splits as splits_lib
+from transformer_jax.data import known_datasets, labels, rows, sources, splits
 from transformer_jax.data.columns import make_encoders, resolve_columns
-from transformer_jax.data.known_datasets import METRICS, Columns, KnownDataset
+from transformer_jax.data.known_datasets import METRICS, Columns, DatasetConfig
 from transformer_jax.data.labels import EncodeLabel, LabelEncoder
 from transformer_jax.data.mapped_dataset import MappedDataset
 from transformer_jax.data.sources import Example
 from transformer_jax.data.splits import Split
+from transformer_jax.errors import did_you_mean
 
 
 class LabeledDataset(NamedTuple):
@@ -58,90 +58,46 @@ class LabeledDataset(NamedTuple):
 
 
 def load_dataset(
-    data: Any,
+    dataset: DatasetConfig | Any,
+    data: Any = None,
     *,
-    task_type: str | None = None,
-    columns: Columns | None = None,
     validation: Any = None,
     validation_filter: Mapping[str, Collection] | None = None,
-    validation_fraction: float | None = None,
-    header: Sequence[str] | None = None,
-    validation_header: Sequence[str] | None = None,
-    label_names: Sequence[str] | Mapping[str, str] | None = None,
-    validation_label_names: Sequence[str] | Mapping[str, str] | None = None,
-    label_range: tuple[float, float] | None = None,
-    metric: str | None = None,
-    limit: int | None = None,
     seed: int = 0,
-    on_bad_rows: str | None = None,
-    allow_empty_classes: bool = False,
-    like: str | None = None,
-    config: str | None = None,
     data_dir: str | Path | None = None,
     download: bool = False,
+    **options: Any,
 ) -> LabeledDataset:
     """Loads the training and validation split of a labeled dataset.
 
-    The arguments override the description of a known dataset (`known_datasets.KNOWN`). For other
-    data, give the arguments that cannot be inferred from the column names.
-
     Args:
-        data: one of
+        dataset: a `DatasetConfig`, or one of
 
-            - "tfds:NAME", "hf:NAME", "hf:FOLDER" for a folder of `save_to_disk`, or
-              "python_docs/topics";
-            - a .tsv, .csv, .jsonl or tab-separated .txt file, or .gz of one;
-            - a folder with such a file that has the word train in its name, and such a file that
-              has the word validation, valid, val, dev, trial or test in its name;
+            - a name or path as in `DatasetConfig.data`;
             - a sequence of dicts, a pandas DataFrame or a `datasets.Dataset`;
             - a dict of such sequences, or a `datasets.DatasetDict`, with the key "train" and, for
-              the validation split, one of the words above as key;
+              the validation split, one of the words validation, valid, val, dev, trial and test;
             - a `LabeledDataset`, which is returned unchanged unless `validation` is given.
-        task_type: a key of `known_datasets.METRICS`. If None, it is inferred from the columns. A
-            dataset whose labels are numbers is a regression if one of them is not an integer, else
-            a classification.
-        columns: field of the example -> column of the data, as `{"text": "sentence"}`. A dot in the
-            name of a column selects an item of a dict. A tuple names several columns, whose texts
-            are joined by spaces; for the field "choices", each column is one choice.
+        data: data in any of these forms, which replaces the field `data` of a `DatasetConfig`.
         validation: the validation split: another file, the name of a split, or data in memory as
-            above. If `data` is in memory without a validation split, 10 % of its rows, at least
+            above. If the data is in memory without a validation split, 10 % of its rows, at least
             one, are held out for validation, and their number is printed.
         validation_filter: column -> values, as `{"fold": [0]}`: the training rows whose value in
             each of these columns is one of the given values become the validation split.
-        validation_fraction: fraction of the training rows, in (0, 1), that is drawn at random as
-            the validation split.
-        header: column names of .tsv and .csv files without a header line.
-        validation_header: the same for the validation file, if its columns differ.
-        label_names: names of the classes in the order of their ids; or label in the data -> name
-            of its class, as `{"1": "neutral", ...}`. By default, the class names of the data if it
-            has them, else the sorted labels of the training split. If the data has class names or
-            `label_names` is given, rows with the label -1 or "-" count as unlabeled and are left
-            out.
-        validation_label_names: the same for the validation split, if its labels differ.
-        label_range: lowest and highest label of a regression.
-        metric: a metric of the task type in `known_datasets.METRICS`. The default for token
-            classification is the F1 of entities if the tags are in a scheme such as BIO, else
-            accuracy.
-        limit: maximum number of rows of each split; the rows are drawn at random.
         seed: seed of all random draws of rows.
-        on_bad_rows: what to do with rows that have an empty text, an empty label, or an answer that
-            is not at its position in the context: "error" raises an error, and "drop" leaves them
-            out and counts them. The default is "drop" for known datasets and "error" for others.
-        allow_empty_classes: whether a class may have no training example.
-        like: name of a known dataset whose description applies to this data, such as "hf:snli" for
-            a local copy of it.
-        config: config of an "hf:NAME" dataset.
         data_dir: folder of TFDS's data; see `sources.load_tfds`.
         download: whether TFDS may download the dataset.
+        options: fields of `DatasetConfig`, such as columns={"text": "sentence"}.
 
     Returns:
         The dataset, whose rows have all been converted to examples and checked.
 
     Raises:
         FileNotFoundError: a path does not exist, or there is no dataset of this name.
-        ValueError: there is no validation split, a column is missing, a row is invalid (the message
-            has the line of the file or the index of the row), a label does not occur in the
-            training split, a class has no example, or the metric does not belong to the task type.
+        ValueError: an option is unknown, there is no validation split, a column is missing, a row
+            is invalid (the message has the line of the file or the index of the row), a label does
+            not occur in the training split, a class has no example, or the metric does not belong
+            to the task type.
 
     Example:
         >>> rows = [{"sentence": "good", "label": "pos"}, {"sentence": "bad", "label": "neg"}]
@@ -149,74 +105,112 @@ def load_dataset(
         >>> dataset.task_type, dataset.label_names, dataset.validation
         ('classification', ('neg', 'pos'), [{'text': 'good', 'label': 1}])
     """
+    config = _apply_options(dataset, data, options)
+    if data is None:
+        data = dataset.data if isinstance(dataset, DatasetConfig) else dataset
+    validation = config.validation if validation is None else validation
+    if config.validation_folds:
+        validation_filter = {"fold": config.validation_folds, **(validation_filter or {})}
     if isinstance(data, LabeledDataset):
         if validation is None:
-            _check_unused(task_type=task_type, columns=columns, like=like, limit=limit,
-                          validation_filter=validation_filter, label_names=label_names,
-                          validation_fraction=validation_fraction, label_range=label_range,
-                          metric=metric)
+            _check_unused(config, validation_filter)
             return data
-        task_type, metric = task_type or data.task_type, metric or data.metric
-        label_range, allow_empty_classes = label_range or data.label_range, True
+        config = dataclasses.replace(
+            config, task_type=config.task_type or data.task_type, allow_empty_classes=True,
+            metric=config.metric or data.metric, label_range=config.label_range or data.label_range)
     data, validation = _as_splits(data), _as_splits(validation)
-    if sum(x is not None for x in (validation, validation_filter, validation_fraction)) > 1:
-        raise ValueError("give one of validation, validation_filter and validation_fraction")
-    for option, value, allowed in (("task_type", task_type, METRICS),
-                                   ("on_bad_rows", on_bad_rows, ("error", "drop"))):
+    is_name = not splits.is_in_memory(data) and not sources.is_local(data)
+    known = known_datasets.get(config.like) if config.like else (
+        known_datasets.find(str(data)) if is_name else None)
+    holds_out = validation_filter is not None or config.validation_fraction is not None
+    if validation is None and is_name and not holds_out:
+        validation = (known and known.validation) or "validation"
+    found = _load_splits(config, data, validation, validation_filter, seed=seed,
+                         data_dir=data_dir, download=download)
+    return _convert_splits(config, known, found,
+                           "data" if splits.is_in_memory(data) else str(data))
+
+
+def load_pairs(data: str | Path, split: str, source: str, target: str) -> list[Example]:
+    """Loads a split of a parallel dataset as `{"source", "target"}` texts.
+
+    Args:
+        data: one of
+
+            - "tfds:NAME" or "hf:NAME";
+            - a table (see `sources.load_table`), which is loaded for any `split`;
+            - a folder with a table named after the split, such as train.jsonl;
+            - a folder with two line-aligned files per split, as train.de and train.en (or .gz).
+        split: name of the split.
+        source: column of the source texts, or suffix of their file, such as "de" for
+            "tfds:wmt14_translate/de-en" and "article" for "tfds:cnn_dailymail". If the dataset has
+            a column "translation" of dicts, the columns are keys of these dicts.
+        target: the same for the target texts.
+
+    Raises:
+        FileNotFoundError: the dataset or file does not exist, or the folder has no such split.
+        ValueError: a column is missing, the files are not line-aligned, or a text is empty.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "train.de").write_text("Ein Hund.")
+        >>> _ = (folder / "train.en").write_text("A dog.")
+        >>> load_pairs(folder, "train", source="de", target="en")
+        [{'source': 'Ein Hund.', 'target': 'A dog.'}]
+    """
+    path = Path(data)
+    if not sources.is_local(data):
+        texts = sources.load_source(data, split)
+        found = Split(texts, lambda i: f"{data} {split} example {i}")
+    elif path.is_file():
+        found = splits.load_file(path)
+    elif files := splits.find_aligned_files(path, split, (source, target)):
+        found = splits.load_aligned_files(files)
+    elif file := sources.find_split_file(path, split):
+        found = splits.load_file(file)
+    else:
+        raise FileNotFoundError(f"{path} has no split {split!r}; give a folder with {split}."
+                                f"{source} and {split}.{target}, or with {split}.jsonl")
+    columns = {"source": source, "target": target}
+
+    def to_pair(row: Example) -> Example:
+        texts = row.get("translation")
+        return rows.to_example("seq2seq", texts if isinstance(texts, Mapping) else row, columns,
+                               labels.encode_choice)
+
+    return found.map(to_pair)
+
+
+# Options and splits -------------------------------------------------------------------------------
+
+
+def _apply_options(dataset: Any, data: Any, options: Mapping[str, Any]) -> DatasetConfig:
+    """Returns the config with options in place of its fields, and checks its values."""
+    config = dataset if isinstance(dataset, DatasetConfig) else DatasetConfig()
+    if data is not None and config is not dataset:
+        raise ValueError("two datasets were given, and the first is not a DatasetConfig; give one")
+    names = [f.name for f in dataclasses.fields(DatasetConfig) if f.name != "data"]
+    for name in options:
+        if name not in names:
+            raise ValueError(f"unknown option {name!r}; {did_you_mean(name, names)}")
+    config = dataclasses.replace(
+        config, **{name: value for name, value in options.items() if value is not None})
+    for name, value, allowed in (("task_type", config.task_type, METRICS),
+                                 ("on_bad_rows", config.on_bad_rows, ("error", "drop"))):
         if value is not None and value not in allowed:
-            raise ValueError(f"unknown {option} {value!r}; choose one of {', '.join(allowed)}")
-    is_named = not in_memory.is_in_memory(data) and not sources.is_local(data)
-    known = known_datasets.get(like) if like else (
-        known_datasets.find(str(data)) if is_named else None)
-    holds_out = validation_filter is not None or validation_fraction is not None
-    splits = _load_splits(data, validation, known, holds_out, header, validation_header,
-                          config=config, data_dir=data_dir, download=download)
-    if holds_out:
-        splits = splits_lib.hold_out(splits[0], validation_filter, validation_fraction, seed)
-    elif len(splits) == 1:
-        splits = _hold_out_tenth(splits[0], seed)
-    if limit is not None:
-        if limit < 1:
-            raise ValueError(f"limit is {limit}; it must be at least 1")
-        splits = [split.take(np.sort(np.random.default_rng(seed).permutation(len(split.rows))
-                                     [:limit])) for split in splits]
-    task_type, columns = resolve_columns(splits[0], task_type, columns, known)
-    if known and known.task_type == task_type and (
-            known.columns.get("label") == columns.get("label")):
-        label_names = label_names or known.label_names or None
-    label_range = label_range or (known.label_range if known else None)
-    encoders = make_encoders(task_type, columns, splits, label_names,
-                             validation_label_names or label_names, label_range)
-    examples, dropped = [], {}
-    for name, split, encode_label in zip(("train", "validation"), splits, encoders):
-        converted, counts = _convert_rows(task_type, split, columns, encode_label,
-                                          on_bad_rows or ("drop" if known else "error"))
-        examples.append(converted)
-        dropped[name] = dict(counts)
-    names = encoders[0].names if isinstance(encoders[0], LabelEncoder) else ()
-    origin = "data" if in_memory.is_in_memory(data) else str(data)
-    if task_type == "classification" and not allow_empty_classes:
-        _check_classes(examples[0], names, origin)
-    if task_type == "multiple_choice":
-        _check_choices(examples, origin)
-    if task_type == "regression":
-        scores = [example["label"] for example in examples[0]]
-        label_range = label_range or (min(scores), max(scores))
-        if label_range[0] == label_range[1]:
-            raise ValueError(f"{origin}: all training labels are {label_range[0]:g}; a regression "
-                             "needs different ones, or a label_range")
-    return LabeledDataset(
-        task_type, *examples, dropped=dropped,
-        metric=_choose_metric(task_type, names, metric, known),
-        label_names=names if task_type.endswith("classification") else (),
-        label_range=label_range if task_type == "regression" else None)
+            raise ValueError(f"unknown {name} {value!r}; {did_you_mean(value, allowed)}")
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"limit is {config.limit}; it must be at least 1")
+    return config
 
 
-# Splits -------------------------------------------------------------------------------------------
-
-
-def _check_unused(**options: Any) -> None:
-    if given := [name for name, value in options.items() if value is not None]:
+def _check_unused(config: DatasetConfig, validation_filter: Any) -> None:
+    given = [f.name for f in dataclasses.fields(config) if f.name != "data"
+             and getattr(config, f.name) != getattr(DatasetConfig(), f.name)]
+    if validation_filter is not None:
+        given.append("validation_filter")
+    if given:
         raise ValueError(f"data is a LabeledDataset, which is used as it is; {', '.join(given)} "
                          "would have no effect: leave it out")
 
@@ -232,65 +226,74 @@ def _as_splits(data: Any) -> Any:
 
 
 def _load_splits(
-    data: Any, validation: Any, known: KnownDataset | None, holds_out: bool,
-    header: Sequence[str] | None, validation_header: Sequence[str] | None, **options: Any,
+    config: DatasetConfig, data: Any, validation: Any, validation_filter: Any, *, seed: int,
+    **options: Any,
 ) -> list[Split]:
-    """Returns the training split and the validation split.
-
-    Returns only the training split if validation rows must be held out from it: if `holds_out` is
-    True, or if `data` is in memory and has no validation split. `options` are those of
-    `splits.load_library_split`.
-    """
-    validation_in_memory = validation is not None and in_memory.is_in_memory(validation)
-    train_only = holds_out or validation_in_memory
-    if header is not None and (in_memory.is_in_memory(data) or not sources.is_local(data)):
-        raise ValueError(f"header is {list(header)}, but data is not a file; leave header out")
-    if in_memory.is_in_memory(data):
-        name = None if validation is None or train_only else str(validation)
-        is_split = isinstance(data, Mapping) and name in data
-        if name is not None and not is_split and Path(name).is_file():
-            splits = [*in_memory.load_splits(data, None, train_only=True),
-                      splits_lib.load_file(Path(name), validation_header)]
-        else:
-            splits = in_memory.load_splits(data, name, train_only)
-    elif sources.is_local(data):
-        splits = splits_lib.load_files(Path(data), None if train_only else validation, train_only,
-                                       header, validation_header or header)
-    else:
-        load = functools.partial(splits_lib.load_library_split, str(data), known,
-                                 train_only=train_only, **options)
-        name = validation or (known.validation_split if known else "validation")
-        splits = [load(split=split) for split in ("train", *([] if train_only else [str(name)]))]
-    if validation_in_memory:
-        splits.append(in_memory.load_validation(validation))
-    return splits
+    """Returns the training and the validation split, of at most `config.limit` rows each."""
+    fraction = config.validation_fraction
+    if sum(x is not None for x in (validation, validation_filter, fraction)) > 1:
+        raise ValueError("give one of validation, validation_filter and validation_fraction")
+    holds_out = validation_filter is not None or fraction is not None
+    found = splits.load_splits(config, data, validation, holds_out, **options)
+    if not holds_out and len(found) == 1:
+        num_rows = len(found[0].rows)
+        if num_rows < 2:
+            raise ValueError("data has 1 row and no validation split; give at least 2 rows, or "
+                             "validation")
+        num_validation = max(round(num_rows / 10), 1)
+        print(f"no validation data was given: {num_validation} of {num_rows} rows, drawn at random "
+              f"with seed {seed}, are held out for validation")
+        fraction = num_validation / num_rows
+    if len(found) == 1:
+        found = splits.hold_out(found[0], validation_filter, fraction, seed)
+    if config.limit is None:
+        return found
+    return [split.take(np.sort(np.random.default_rng(seed).permutation(len(split.rows))
+                               [:config.limit])) for split in found]
 
 
-def _hold_out_tenth(train: Split, seed: int) -> list[Split]:
-    num_rows = len(train.rows)
-    if num_rows < 2:
-        raise ValueError("data has 1 row and no validation split; give at least 2 rows, or "
-                         "validation")
-    num_validation = max(round(num_rows / 10), 1)
-    print(f"no validation data was given: {num_validation} of {num_rows} rows, drawn at random "
-          f"with seed {seed}, are held out for validation")
-    return splits_lib.hold_out(train, None, num_validation / num_rows, seed)
+def _convert_splits(
+    config: DatasetConfig, known: DatasetConfig | None, found: Sequence[Split], origin: str
+) -> LabeledDataset:
+    """Converts the rows of both splits to examples."""
+    task_type, columns = resolve_columns(found[0], config, known)
+    on_bad_rows = config.on_bad_rows or ("drop" if known else "error")
+    known = known if known and known.task_type == task_type else None
+    label_names = config.label_names
+    if known and known.columns.get("label") == columns.get("label"):
+        label_names = label_names or known.label_names
+    label_range = config.label_range or (known.label_range if known else None)
+    encoders = make_encoders(task_type, columns, found, label_names or None,
+                             config.validation_label_names or label_names or None, label_range)
+    (train, train_dropped), (validation, validation_dropped) = (
+        _convert_rows(task_type, split, columns, encode_label, on_bad_rows)
+        for split, encode_label in zip(found, encoders))
+    names = encoders[0].names if isinstance(encoders[0], LabelEncoder) else ()
+    if task_type == "classification" and not config.allow_empty_classes:
+        _check_classes(train, names, origin)
+    if task_type == "multiple_choice":
+        _check_choices((train, validation), origin)
+    if task_type == "regression":
+        scores = [example["label"] for example in train]
+        label_range = label_range or (min(scores), max(scores))
+        if label_range[0] == label_range[1]:
+            raise ValueError(f"{origin}: all training labels are {label_range[0]:g}; a regression "
+                             "needs different ones, or a label_range")
+    return LabeledDataset(
+        task_type, train, validation,
+        label_names=names if task_type.endswith("classification") else (),
+        metric=_choose_metric(task_type, names, config.metric or (known and known.metric)),
+        label_range=label_range if task_type == "regression" else None,
+        dropped={"train": train_dropped, "validation": validation_dropped})
 
 
-# Metrics ------------------------------------------------------------------------------------------
-
-
-def _choose_metric(
-    task_type: str, label_names: Sequence[str], metric: str | None, known: KnownDataset | None
-) -> str:
-    known_metric = known.metric if known and known.task_type == task_type else ""
-    has_entities = all(map(_is_entity_tag, label_names))
-    metric = metric or known_metric or (
-        "accuracy" if task_type == "token_classification" and not has_entities
-        else METRICS[task_type][0])
+def _choose_metric(task_type: str, label_names: Sequence[str], metric: str | None) -> str:
+    is_plain_tagging = task_type == "token_classification" and not all(
+        map(_is_entity_tag, label_names))
+    metric = metric or ("accuracy" if is_plain_tagging else METRICS[task_type][0])
     if metric not in METRICS[task_type]:
-        raise ValueError(f"metric {metric!r} is not supported for {task_type}; choose one of "
-                         f"{', '.join(METRICS[task_type])}")
+        raise ValueError(f"metric {metric!r} is not supported for {task_type}; "
+                         f"{did_you_mean(metric, METRICS[task_type])}")
     return metric
 
 
@@ -304,7 +307,7 @@ def _is_entity_tag(tag: str) -> bool:
 
 def _convert_rows(
     task_type: str, split: Split, columns: Columns, encode_label: EncodeLabel, on_bad_rows: str
-) -> tuple[list[Example], collections.Counter]:
+) -> tuple[list[Example], dict[str, int]]:
     """Returns the examples of a split, and the number of dropped rows for each reason."""
     examples, dropped = [], collections.Counter()
     for i in range(len(split.rows)):
@@ -321,7 +324,7 @@ def _convert_rows(
     if not examples:
         raise ValueError(f"{split.describe(0)} and all other rows of this split were left out: "
                          f"{dict(dropped)}; give a split with labels")
-    return examples, dropped
+    return examples, dict(dropped)
 
 
 def _check_classes(train: Sequence[Example], names: Sequence[str], origin: str) -> None:

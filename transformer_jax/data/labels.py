@@ -105,7 +105,7 @@ def encoder_from_names(
             keys are the class names.
 
     Raises:
-        ValueError: `names` is a sequence of fewer than two names, or of names that are not all
+        ValueError: `names` has fewer than two classes, a sequence has names that are not all
             different, or its length is not the number of classes of the dataset.
 
     Example:
@@ -116,6 +116,8 @@ def encoder_from_names(
     if isinstance(names, Mapping):
         name_of = {label_text(key): str(name) for key, name in names.items()}
         unique = tuple(dict.fromkeys(name_of.values()))
+        if len(unique) < 2:
+            raise ValueError(f"label_names is {dict(names)!r}; give at least 2 classes")
         class_ids = {label: unique.index(name) for label, name in name_of.items()}
         if class_names is not None:
             class_ids |= {str(i): class_ids[name] for i, name in enumerate(class_names)

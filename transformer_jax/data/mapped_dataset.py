@@ -1,9 +1,16 @@
-"""Random access to TFDS and Hugging Face datasets, with examples as dicts of Python values."""
+"""TFDS and Hugging Face datasets, with random access and with examples as dicts of Python values.
 
+This module does not import TensorFlow: TFDS reads array_record files without it.
+"""
+
+import importlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from transformer_jax.errors import did_you_mean
 
 
 class MappedDataset:
@@ -90,3 +97,103 @@ def _decode_bytes(value: Any) -> Any:
     if isinstance(value, list):
         return [_decode_bytes(item) for item in value]
     return value
+
+
+# Loading by name --------------------------------------------------------------------------------
+
+
+def load_tfds(
+    name: str, split: str, data_dir: str | Path | None = None, download: bool = False
+) -> MappedDataset:
+    """Loads a split of a TFDS dataset through `tfds.data_source`, without TensorFlow.
+
+    The dataset must be prepared in the array_record format. Byte strings are decoded to str; class
+    labels are integers.
+
+    Args:
+        name: name of the dataset, such as "glue/sst2".
+        split: name of the split; TFDS slices such as "train[:10%]" work.
+        data_dir: folder of TFDS's data; TFDS's default if None.
+        download: whether to download and prepare the dataset first if necessary.
+
+    Raises:
+        ValueError: unknown dataset or split.
+        FileNotFoundError: the dataset is not prepared.
+    """
+    import tensorflow_datasets as tfds
+
+    where = "" if data_dir is None else f" in {data_dir}"
+    options: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
+    try:
+        # The file format is chosen when a dataset is prepared. Later, TFDS detects it.
+        if download:
+            options["file_format"] = "array_record"
+        builder = _tfds_builder(name, **options)
+        if download:
+            builder.download_and_prepare()
+    except tfds.core.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)
+        raise ValueError(f"unknown TFDS dataset {name!r}; "
+                         f"{did_you_mean(name, sorted(known))}") from None
+    splits = builder.info.splits
+    if splits and split not in splits and "[" not in split and "+" not in split:
+        raise ValueError(f"unknown split of {name} {split!r}; {did_you_mean(split, splits)}")
+    try:
+        return from_tfds_builder(builder, split)
+    except (AssertionError, ValueError) as error:
+        if splits:
+            raise
+        raise FileNotFoundError(f"the TFDS dataset {name} is not prepared{where}; prepare it with "
+                                "tfds.builder(..., file_format='array_record'), or use "
+                                "download=True") from error
+
+
+def _tfds_builder(name: str, **options: Any) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, **options)
+    except tfds.core.DatasetNotFoundError:
+        # Many builders, such as those of GLUE, are registered only when their module is imported.
+        for module in ("text", "summarization", "translate", "question_answering"):
+            importlib.import_module(f"tensorflow_datasets.{module}")
+        return tfds.builder(name, **options)
+
+
+def load_hf(name: str | Path, split: str, **options: Any) -> MappedDataset:
+    """Loads a split of a Hugging Face dataset.
+
+    Args:
+        name: "OWNER/NAME", "OWNER/NAME/CONFIG", or the path of a folder. A folder of
+            `DatasetDict.save_to_disk`, or of `Dataset.save_to_disk`, which has no splits, is loaded
+            by `datasets.load_from_disk`, and anything else by `datasets.load_dataset`. A revision
+            on the Hub may follow after "@".
+        split: name of the split.
+        options: options of `datasets.load_dataset`.
+
+    Raises:
+        ImportError: the `datasets` library is not installed.
+        ValueError: unknown split.
+    """
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise ImportError(f"loading {name!r} needs the datasets library; "
+                          "pip install transformer_jax[hf]") from None
+    folder = Path(name)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        dataset = datasets.load_from_disk(str(folder))
+    else:
+        path, config = str(name), None
+        if not folder.exists():
+            path, _, revision = path.partition("@")
+            owner, _, rest = path.partition("/")
+            path, _, config = rest.partition("/")
+            path = f"{owner}/{path}" if path else owner
+            options |= {"revision": revision} if revision else {}
+        dataset = datasets.load_dataset(path, config or None, **options)
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise ValueError(f"unknown split of {name} {split!r}; {did_you_mean(split, dataset)}")
+        dataset = dataset[split]
+    return from_hf_dataset(dataset)

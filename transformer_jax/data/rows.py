@@ -1,6 +1,5 @@
 """Conversion of a row of a labeled dataset, with any column names, to an example."""
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from transformer_jax.data.labels import (
     to_python,
 )
 from transformer_jax.data.sources import Example
+from transformer_jax.errors import did_you_mean
 
 REQUIRED_FIELDS = {
     "classification": ("text", "label"),
@@ -79,10 +79,7 @@ def get_value(row: Example, column: str) -> Any:
     value: Any = row
     for key in [column] if column in row else column.split("."):
         if not isinstance(value, Mapping) or key not in value:
-            near = difflib.get_close_matches(column, row, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(map(repr, near))}; " if near else ""
-            raise ValueError(f"no column {column!r}; {hint}the columns are "
-                             f"{', '.join(map(repr, row))}")
+            raise ValueError(f"no column {column!r}; {did_you_mean(column, row, show_all=True)}")
         value = value[key]
     return to_python(value)
 
@@ -95,10 +92,14 @@ def get_text(row: Example, column: str | Sequence[str], *, may_be_empty: bool = 
         ValueError: there is no such column.
     """
     parts = [get_value(row, name) for name in ([column] if isinstance(column, str) else column)]
+    if unsupported := [part for part in parts if isinstance(part, (Mapping, list, tuple, bytes))]:
+        raise ValueError(f"column {column!r} holds a {type(unsupported[0]).__name__}, "
+                         f"{str(unsupported[0])[:100]}; name a column of texts")
     text = " ".join(str(part) for part in parts if part is not None and str(part).strip())
     if not text and not may_be_empty:
         raise DroppableRowError("empty text", f"the text in column {column!r} is empty; add text, "
-                                              "or drop such rows with on_bad_rows='drop'")
+                                              "or leave out the row (load_dataset does so with "
+                                              "on_bad_rows='drop')")
     return text
 
 

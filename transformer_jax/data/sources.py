@@ -1,27 +1,21 @@
-"""Data sources: sequences of dicts, loaded from files, TFDS or the Hugging Face Hub.
+"""Data sources: sequences of dicts, loaded from files or by name.
 
 A source has `len(source)` and `source[i]`. Text is always str. Labels of a dataset with class names
-are integers, and `source.label_names` has the names. This module does not import TensorFlow: TFDS
-reads array_record files without it.
+are integers, and `source.label_names` has the names.
 """
 
 import csv
-import difflib
 import gzip
-import importlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformer_jax.data import python_docs
-from transformer_jax.data.mapped_dataset import (
-    MappedDataset,
-    from_hf_dataset,
-    from_tfds_builder,
-)
+from transformer_jax.data.mapped_dataset import load_hf, load_tfds
+from transformer_jax.errors import did_you_mean
 
 Example = dict[str, Any]
 
@@ -235,96 +229,6 @@ def _parse_jsonl(text: str, path: Path) -> Iterator[tuple[int, Example]]:
         yield number, row
 
 
-# Dataset libraries --------------------------------------------------------------------------------
-
-
-def load_tfds(
-    name: str, split: str, data_dir: str | Path | None = None, download: bool = False
-) -> MappedDataset:
-    """Loads a split of a TFDS dataset through `tfds.data_source`, without TensorFlow.
-
-    The dataset must be prepared in the array_record format. Byte strings are decoded to str; class
-    labels are integers.
-
-    Args:
-        name: name of the dataset, such as "glue/sst2".
-        split: name of the split; TFDS slices such as "train[:10%]" work.
-        data_dir: folder of TFDS's data; TFDS's default if None.
-        download: whether to download and prepare the dataset first if necessary.
-
-    Raises:
-        ValueError: unknown dataset or split.
-        FileNotFoundError: the dataset is not prepared.
-    """
-    import tensorflow_datasets as tfds
-
-    where = "" if data_dir is None else f" in {data_dir}"
-    options: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
-    try:
-        # The file format is chosen when a dataset is prepared. Later, TFDS detects it.
-        if download:
-            options["file_format"] = "array_record"
-        builder = _tfds_builder(name, **options)
-        if download:
-            builder.download_and_prepare()
-    except tfds.core.DatasetNotFoundError:
-        known = tfds.list_builders(with_community_datasets=False)
-        raise ValueError(_unknown("TFDS dataset", name, known)) from None
-    splits = builder.info.splits
-    if splits and split not in splits and "[" not in split and "+" not in split:
-        raise ValueError(_unknown(f"split of {name}", split, splits))
-    try:
-        return from_tfds_builder(builder, split)
-    except (AssertionError, ValueError) as error:
-        if splits:
-            raise
-        raise FileNotFoundError(f"the TFDS dataset {name} is not prepared{where}; prepare it with "
-                                "tfds.builder(..., file_format='array_record'), or use "
-                                "download=True") from error
-
-
-def _tfds_builder(name: str, **options: Any) -> Any:
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.builder(name, **options)
-    except tfds.core.DatasetNotFoundError:
-        # Many builders, such as those of GLUE, are registered only when their module is imported.
-        for module in ("text", "summarization", "translate", "question_answering"):
-            importlib.import_module(f"tensorflow_datasets.{module}")
-        return tfds.builder(name, **options)
-
-
-def load_hf(
-    name_or_path: str, split: str, config: str | None = None, **options: Any
-) -> MappedDataset:
-    """Loads a split of a Hugging Face dataset: a name on the Hub, or a local folder.
-
-    A folder of `DatasetDict.save_to_disk`, or of `Dataset.save_to_disk`, which has no splits, is
-    loaded by `datasets.load_from_disk`. Anything else is loaded by `datasets.load_dataset`, with
-    `config` and `options`.
-
-    Raises:
-        ImportError: the `datasets` library is not installed.
-        ValueError: unknown split.
-    """
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise ImportError(f"loading {name_or_path!r} needs the datasets library; "
-                          "pip install transformer_jax[hf]") from None
-    folder = Path(name_or_path)
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        dataset = datasets.load_from_disk(str(folder))
-    else:
-        dataset = datasets.load_dataset(str(name_or_path), config, **options)
-    if isinstance(dataset, datasets.DatasetDict):
-        if split not in dataset:
-            raise ValueError(_unknown(f"split of {name_or_path}", split, dataset))
-        dataset = dataset[split]
-    return from_hf_dataset(dataset)
-
-
 # By name ------------------------------------------------------------------------------------------
 
 LIBRARY_PREFIXES = ("tfds:", "hf:")
@@ -373,28 +277,24 @@ def load_source(spec: str | Path, split: str) -> Source:
         return loaders[spec]()
     path = Path(spec)
     if not path.exists():
-        raise FileNotFoundError(_unknown("dataset", spec, loaders) + " (also supported: tfds:NAME, "
-                                "hf:NAME, and the path of an existing .txt, .tsv, .csv or .jsonl "
-                                "file or of a folder of them)")
-    if path.is_dir():
-        suffixes = [s + gz for s in (".txt", *TABLE_SUFFIXES) for gz in ("", ".gz")]
-        files = [path / (split + end) for end in suffixes if (path / (split + end)).is_file()]
-        if files:
-            return _load_path(files[0])
+        raise FileNotFoundError(f"unknown dataset {spec!r}; {did_you_mean(spec, loaders)} (also "
+                                "supported: tfds:NAME, hf:NAME, and the path of an existing .txt, "
+                                ".tsv, .csv or .jsonl file or of a folder of them)")
+    if path.is_dir() and (file := find_split_file(path, split)):
+        return _load_path(file)
     if split != "train":
         raise ValueError(f"{path} has no split {split!r}; give a folder with files such as "
                          f"train.txt and {split}.txt, or use the split 'train'")
     return _load_path(path)
 
 
+def find_split_file(folder: Path, split: str) -> Path | None:
+    """Returns the file in a folder that is named after a split, such as train.tsv, or None."""
+    files = [folder / f"{split}{suffix}{gz}" for suffix in (".txt", *TABLE_SUFFIXES)
+             for gz in ("", ".gz")]
+    return next((file for file in files if file.is_file()), None)
+
+
 def _load_path(path: Path) -> list[Example]:
     is_table = path.name.removesuffix(".gz").endswith(TABLE_SUFFIXES)
     return load_table(path) if is_table else load_text_files(path)
-
-
-def _unknown(what: str, word: str, known: Iterable[Any]) -> str:
-    """Returns the error message for an unknown name, with the most similar known names."""
-    known = sorted(map(str, known))
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    return f"unknown {what} {word!r}; " + (
-        f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known[:12])}")

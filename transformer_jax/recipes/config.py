@@ -1,4 +1,7 @@
-"""Settings shared by several recipes: device mesh, optimizer, labeled dataset and training."""
+"""Settings shared by several recipes: device mesh, optimizer and training.
+
+`DatasetConfig`, the description of a labeled dataset, is defined in `data.known_datasets`.
+"""
 
 import dataclasses
 import math
@@ -10,9 +13,12 @@ import optax
 from jax.sharding import Mesh
 
 from transformer_jax import sharding
-from transformer_jax.data import datasets
+from transformer_jax.data.known_datasets import DatasetConfig
 from transformer_jax.recipes.task_encoder import InputConfig
 from transformer_jax.train import anomalies, optimizers
+
+__all__ = ["DatasetConfig", "FinetuneOptimizerConfig", "MeshConfig", "OptimizerConfig",
+           "TrainingConfig", "convert_paths"]
 
 
 def convert_paths(config: Any, *fields: str) -> None:
@@ -121,91 +127,6 @@ class FinetuneOptimizerConfig(OptimizerConfig):
         return self._make(num_steps, warmup_steps, optimizers.FinetuningOptions(
             layer_decay=self.layer_decay, head_lr_multiplier=self.head_lr_multiplier,
             unfreeze_every=self.unfreeze_every, l2_sp=self.l2_sp, ema=self.ema))
-
-
-@dataclass(frozen=True)
-class DatasetConfig:
-    """A labeled dataset: the arguments of `data.datasets.load_dataset`.
-
-    Attributes:
-        data: "tfds:NAME", "hf:NAME", "python_docs/topics", a .tsv, .csv or .jsonl file, or a folder
-            with one file for each split.
-        validation: file of the validation split, or its name.
-        task_type: "classification", "regression", "multiple_choice", "token_classification",
-            "question_answering" or "seq2seq"; inferred from the columns if None.
-        columns: field of the example -> column of the data, such as `{"text": "sentence"}`. Several
-            columns joined by "+" are concatenated for a text, or are the choices of a
-            multiple-choice example.
-        header: column names of files without a header line.
-        validation_header: column names of the validation file, if they differ.
-        label_names: label in the data -> name of its class, in the order of the classes, for data
-            without class names.
-        validation_label_names: the same for the validation file, if its labels differ.
-        like: name of a known dataset of which this is a copy, such as "hf:snli".
-        metric: main metric: accuracy, f1, macro_f1 or matthews for classes; rouge or bleu for
-            texts.
-        label_range: lowest and highest label of a regression; those of the training split if None.
-        allow_empty_classes: whether a class may have no training example.
-        validation_folds: values of the column "fold" that select the rows of the validation split.
-        validation_fraction: fraction of the training rows that is drawn at random as the validation
-            split.
-        limit: maximum number of rows of each split; the rows are drawn at random.
-        on_bad_rows: "drop" or "error" for rows with an empty text, an empty label or an answer that
-            is not at its position; None drops them from known datasets only.
-    """
-
-    data: str = "python_docs/topics"
-    validation: str | None = None
-    task_type: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    header: tuple[str, ...] = ()
-    validation_header: tuple[str, ...] = ()
-    label_names: dict[str, str] = field(default_factory=dict)
-    validation_label_names: dict[str, str] = field(default_factory=dict)
-    like: str | None = None
-    metric: str | None = None
-    label_range: tuple[float, float] | None = None
-    allow_empty_classes: bool = False
-    validation_folds: tuple[int, ...] = ()
-    validation_fraction: float | None = None
-    limit: int | None = None
-    on_bad_rows: str | None = None
-
-    def load(self, data: Any = None, validation: Any = None) -> datasets.LabeledDataset:
-        """Returns the training and validation examples, in memory.
-
-        Args:
-            data: overrides the field `data`: anything that `load_dataset` accepts, such as a list
-                of dicts, a pandas DataFrame, or a `datasets.Dataset` or `DatasetDict`.
-            validation: overrides the field `validation` in the same way.
-
-        Raises:
-            FileNotFoundError: a path or a dataset name does not exist.
-            ValueError: the data is not a valid labeled dataset; the message names the column, row
-                or option.
-
-        Example:
-            >>> rows = [{"text": "good", "label": "yes"}, {"text": "bad", "label": "no"}]
-            >>> DatasetConfig().load(rows, rows).label_names
-            ('no', 'yes')
-        """
-        names = ("task_type", "header", "validation_header", "label_names",
-                 "validation_label_names", "like", "metric", "label_range", "validation_fraction",
-                 "limit", "on_bad_rows")
-        options: dict[str, Any] = {name: getattr(self, name) or None for name in names}
-        options["columns"] = {
-            name: tuple(column.split("+")) if isinstance(column, str) and "+" in column else column
-            for name, column in self.columns.items()} or None
-        if self.validation_folds:
-            options["validation_filter"] = {"fold": self.validation_folds}
-        holds_out = bool(self.validation_folds or self.validation_fraction)
-        data = self.data if data is None else data
-        validation = self.validation if validation is None else validation
-        if validation is None and not holds_out and isinstance(data, str) and (
-                data.startswith("python_docs/")):
-            validation = "test"
-        return datasets.load_dataset(
-            data, validation=validation, allow_empty_classes=self.allow_empty_classes, **options)
 
 
 @dataclass(frozen=True)

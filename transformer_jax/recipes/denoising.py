@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from transformer_jax import metrics, sharding, tree
-from transformer_jax.data import pairs
+from transformer_jax.data import load_pairs
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.models import Transformer, config_to_dict, init_params
 from transformer_jax.objectives import seq2seq
@@ -128,7 +128,7 @@ def denoise(config: DenoiseConfig) -> dict[str, Any]:
     began = time.perf_counter()
     metrics.require_library("rouge")
     f = config.finetune
-    texts, validation = (pairs.load_pairs(f.data, split, f.source, f.target)
+    texts, validation = (load_pairs(f.data, split, f.source, f.target)
                          for split in (f.train_split, f.validation_split))
     tokenizer_dir = train_joint_tokenizer(config, texts)
     denoised = pretrain(dataclasses.replace(

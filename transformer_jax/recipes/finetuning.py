@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from transformer_jax import sharding
-from transformer_jax.data.datasets import subsample_balanced
+from transformer_jax.data.datasets import load_dataset, subsample_balanced
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.errors import did_you_mean
 from transformer_jax.finetuning import adapter_io, peft, quantize
@@ -241,7 +241,7 @@ def _finetune(
     base = load_base(source, dropout_rate=config.dropout_rate, pooling=config.pooling)
     base = base._replace(params=jax.device_put(
         base.params, sharding.param_shardings(base.params, mesh)))
-    dataset = config.dataset.load(data, validation)
+    dataset = load_dataset(config.dataset, data, validation=validation)
     if config.labels_per_class is not None or config.examples is not None:
         dataset = dataset._replace(train=subsample_balanced(
             dataset.train, config.labels_per_class, config.seed, total=config.examples))

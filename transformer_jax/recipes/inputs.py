@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformer_jax.data import in_memory, sources
+from transformer_jax.data import sources, splits
 from transformer_jax.data.columns import USUAL_COLUMNS
 from transformer_jax.recipes.task_encoder import TaskInfo
 
@@ -50,7 +50,7 @@ def _load_rows(inputs: Any) -> list:
         return [inputs]
     if isinstance(inputs, list):
         return inputs
-    rows = in_memory.load_split(inputs, "inputs").rows
+    rows = splits.from_table(inputs, "inputs").rows
     return [rows[i] for i in range(len(rows))]
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from transformer_jax import metrics
 from transformer_jax.data import sources
-from transformer_jax.data.datasets import LabeledDataset
+from transformer_jax.data.datasets import LabeledDataset, load_dataset
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.errors import did_you_mean
 from transformer_jax.models import Model, Transformer
@@ -238,13 +238,12 @@ def _load_labeled(task: TaskInfo, data: Any, options: dict[str, Any]) -> Labeled
     is_name = isinstance(data, (str, Path)) and not sources.is_local(str(data))
     if task.label_names and not is_name and not hasattr(data, "features"):
         defaults["label_names"] = task.label_names
-    config = DatasetConfig(**{**defaults, **options})
-    if isinstance(data, (str, Path)):
-        config = dataclasses.replace(config, data=str(data))
-        if Path(data).is_file() and config.validation is None:
-            config = dataclasses.replace(config, validation=str(data))
-        return config.load()
-    return config.load(data, None if isinstance(data, Mapping) else data)
+    options = {**defaults, **options}
+    is_table = Path(data).is_file() if isinstance(data, (str, Path)) else (
+        not isinstance(data, Mapping))
+    if is_table and options.get("validation") is None:
+        options["validation"] = data
+    return load_dataset(data, **options)
 
 
 def _align_labels(task: TaskInfo, dataset: LabeledDataset) -> list[dict]:

@@ -19,7 +19,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from transformer_jax.data.datasets import LabeledDataset, subsample_balanced
+from transformer_jax.data.datasets import (
+    LabeledDataset,
+    load_dataset,
+    subsample_balanced,
+)
 from transformer_jax.generation import fill_mask, generate
 from transformer_jax.models import GPT, presets
 from transformer_jax.nn.attention import Mask
@@ -164,7 +168,7 @@ def compare_specs(
     Returns:
         One dict for each cell of the table, with means and standard deviations over seeds.
     """
-    dataset = DatasetConfig().load()
+    dataset = load_dataset(DatasetConfig())
     dataset = dataset._replace(validation=dataset.validation[: config.test_examples])
     model, pretrained = add_task_head(base, dataset)
     retention = make_retention_eval(folder, base, num_rows=config.retention_rows)

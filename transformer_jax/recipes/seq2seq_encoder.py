@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from transformer_jax import metrics
+from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.finetuning import peft
 from transformer_jax.generation import generate, transpose_kernels_for_decoding
-from transformer_jax.models import BART, BERT
+from transformer_jax.models import BART, BERT, GPT, Model
 from transformer_jax.objectives import causal_lm, seq2seq
 from transformer_jax.recipes.task_encoder import (
     InputConfig,
@@ -86,16 +87,10 @@ class Seq2SeqEncoder(TaskEncoder):
             # Decoding with a KV cache supports trained prefixes, but not trained prompts.
             params = peft.fold_prompt(model, params)
         rows = [[*prefix, *item["source"][: self._source_length], eos_id] for item in items]
-        params = transpose_kernels_for_decoding(model, params)
-        texts: dict[int, str] = {}
-        for members, batch in length_sorted_batches(rows, GENERATE_BATCH_SIZE):
-            output_ids = generate(
-                model, params, batch, max_new_tokens=self.config.target_length - 1,
-                num_beams=self.config.num_beams, eos_token_id=eos_id)
-            start = max(map(len, batch)) if self.is_causal else 0
-            for i, row in zip(members, output_ids):
-                texts[i] = tokenizer.decode(row[start:]).strip()
-        return {"texts": np.array([texts[i] for i in range(len(rows))], dtype=object)}
+        texts = generate_texts(
+            model, params, tokenizer, rows, max_new_tokens=self.config.target_length - 1,
+            num_beams=self.config.num_beams, eos_token_id=eos_id)
+        return {"texts": np.array(texts, dtype=object)}
 
     def predictions(self, examples, items, outputs) -> list[dict]:
         return [{"text": text} for text in outputs["texts"]]
@@ -111,6 +106,26 @@ class Seq2SeqEncoder(TaskEncoder):
         lines = [{"id": example_id(e, i), "prediction": text, "target": e["target"]}
                  for i, (e, text) in enumerate(zip(examples, texts))]
         return scores, lines
+
+
+def generate_texts(
+    model: Model, params: dict, tokenizer: Tokenizer, rows: Sequence[Sequence[int]], *,
+    batch_size: int = GENERATE_BATCH_SIZE, **options: Any,
+) -> list[str]:
+    """Generates a text for each row of token ids: the target of an encoder-decoder, or the
+    continuation of a GPT.
+
+    Args:
+        batch_size: number of rows, of similar lengths, that are decoded together.
+        options: options of `generation.generate`, such as num_beams.
+    """
+    params = transpose_kernels_for_decoding(model, params)
+    texts: dict[int, str] = {}
+    for members, batch in length_sorted_batches(rows, batch_size):
+        start = max(map(len, batch)) if isinstance(model, GPT) else 0
+        for i, row in zip(members, generate(model, params, batch, **options)):
+            texts[i] = tokenizer.decode(row[start:]).strip()
+    return [texts[i] for i in range(len(rows))]
 
 
 def length_sorted_batches(rows: Sequence[Sequence[int]], batch_size: int):

@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from transformer_jax import metrics, sharding, tree
-from transformer_jax.data import pairs, tokenizers
-from transformer_jax.generation import generate, transpose_kernels_for_decoding
+from transformer_jax.data import load_pairs, tokenizers
+from transformer_jax.data.length_buckets import TokenBudgetBatches
 from transformer_jax.models import Transformer, build_model, config_to_dict, init_params
 from transformer_jax.models.config import TransformerConfig
 from transformer_jax.objectives import seq2seq
@@ -28,7 +28,7 @@ from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.config import MeshConfig, OptimizerConfig, convert_paths
 from transformer_jax.recipes.corpus import with_vocabulary
 from transformer_jax.recipes.prediction import save_task
-from transformer_jax.recipes.seq2seq_encoder import length_sorted_batches
+from transformer_jax.recipes.seq2seq_encoder import generate_texts
 from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo
 from transformer_jax.report import plots
 from transformer_jax.train import anomalies, checkpointing, loop, step
@@ -140,7 +140,7 @@ def train_translation(config: TranslateConfig) -> dict[str, Any]:
             raise ValueError(f"{name} needs {value} positions, but model.max_length is "
                              f"{config.model.max_length}; lower {name} or raise model.max_length")
     texts, validation = (
-        pairs.load_pairs(config.data, split, config.source, config.target)
+        load_pairs(config.data, split, config.source, config.target)
         for split in (config.train_split, config.validation_split))
     saved = config.out / "tokenizer"
     tokenizer = tokenizers.load(saved) if saved.is_dir() else train_tokenizer(config, texts)
@@ -188,16 +188,19 @@ def train_tokenizer(config: TranslateConfig, texts: Sequence[dict]) -> tokenizer
 
 def pair_batches(
     config: TranslateConfig, texts: Sequence[dict], tokenizer: tokenizers.Tokenizer, mesh: Mesh
-) -> pairs.TokenBudgetBatches:
+) -> TokenBudgetBatches:
     """Tokenizes pairs and returns batches of at most `config.tokens_per_batch` tokens."""
     sides = [tokenizer.encode_batch([pair[side] for pair in texts])
              for side in ("source", "target")]
     ids = [{"source": s, "target": t} for s, t in zip(*sides)]
-    make_row = functools.partial(
-        seq2seq.prepare, start_id=config.model.decoder_start_token_id, eos_id=tokenizer.sep_id,
-        pad_id=tokenizer.pad_id)
+
+    def make_row(pair: dict, length: int) -> dict[str, np.ndarray]:
+        return seq2seq.prepare(
+            pair, source_length=length, target_length=length, eos_id=tokenizer.sep_id,
+            start_id=config.model.decoder_start_token_id, pad_id=tokenizer.pad_id)
+
     shard = sharding.process_data_shard(mesh)
-    return pairs.TokenBudgetBatches(
+    return TokenBudgetBatches(
         ids, make_row, buckets=config.length_buckets, tokens_per_batch=config.tokens_per_batch,
         seed=config.seed, batch_size_multiple=sharding.num_batch_shards(mesh) * config.accumulate,
         process_index=shard.index, process_count=shard.count)
@@ -254,12 +257,11 @@ def train_on_pairs(
 
 def generate_targets(
     model: Transformer, params: dict, tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *,
-    batch_size: int = 64, max_source_length: int = 128, bos_id: int | None = None, **options: Any,
+    max_source_length: int = 128, bos_id: int | None = None, **options: Any,
 ) -> list[str]:
     """Generates a target for each source text.
 
     Args:
-        batch_size: number of sources, of similar lengths, that are decoded together.
         max_source_length: number of tokens to which longer sources are truncated.
         bos_id: first token of each source, if any.
         options: options of `generation.generate`, such as num_beams.
@@ -267,12 +269,7 @@ def generate_targets(
     prefix = [] if bos_id is None else [bos_id]
     rows = [[*prefix, *ids[: max_source_length - 1 - len(prefix)], tokenizer.sep_id]
             for ids in tokenizer.encode_batch(list(texts))]
-    params = transpose_kernels_for_decoding(model, params)
-    targets: dict[int, str] = {}
-    for members, batch in length_sorted_batches(rows, batch_size):
-        for i, row in zip(members, generate(model, params, batch, **options)):
-            targets[i] = tokenizer.decode(row).strip()
-    return [targets[i] for i in range(len(texts))]
+    return generate_texts(model, params, tokenizer, rows, batch_size=64, **options)
 
 
 def plot_cross_attention(

@@ -21,7 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from transformer_jax import metrics
-from transformer_jax.data.datasets import LabeledDataset, subsample_balanced
+from transformer_jax.data.datasets import (
+    LabeledDataset,
+    load_dataset,
+    subsample_balanced,
+)
 from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.base_model import add_task_head, load_base
 from transformer_jax.recipes.config import DatasetConfig, TrainingConfig, convert_paths
@@ -140,7 +144,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     began = time.perf_counter()
     console = Console(width=120)
     base = load_base(config.pretrained, dropout_rate=config.dropout_rate, pooling=config.pooling)
-    dataset = config.dataset.load()
+    dataset = load_dataset(config.dataset)
     model, pretrained = add_task_head(base, dataset)
     for _, training in config.variants.values():
         check_training_config(training, dataset, model)
