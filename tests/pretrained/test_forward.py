@@ -13,7 +13,7 @@ from transformer_jax.pretrained.forward import default_decoder_input_ids
 def loaded(tmp_path_factory):
     return {name: load_pretrained(write(tmp_path_factory.mktemp(name), name), **options)
             for name, options in (("gpt2", {}), ("bert", {}), ("bart", {}), ("mbart", {}),
-                                  ("roberta", {"task": "multiple_choice"}))}
+                                  ("distilbert", {}), ("roberta", {"task": "multiple_choice"}))}
 
 
 run = jax.jit(forward, static_argnums=0, static_argnames="output_hidden_states")
@@ -40,6 +40,11 @@ IDS = np.array([[3, 4, 5, 6], [7, 8, 9, 3]])
          r"decoder_attention_mask has shape \(2, 4\).* of decoder_input_ids, \(2, 2\)"),
         ("bert", {"input_ids": np.ones((1, 13), int)}, "13 tokens is longer than.*12"),
         ("roberta", {"input_ids": IDS}, "it must have 3 axes"),
+        ("gpt2", {"input_ids": IDS, "position_ids": IDS + 3},
+         "position_ids contain 12; ids must be from 0 to 11"),
+        ("bert", {"input_ids": IDS, "position_ids": IDS - 4}, "position_ids contain -1; ids must"),
+        ("distilbert", {"input_ids": IDS, "token_type_ids": IDS * 0},
+         "unsupported input 'token_type_ids': the model has no segment embeddings"),
     ],
 )
 def test_invalid_inputs_are_rejected(loaded, name, inputs, message):

@@ -61,11 +61,10 @@ def forward(
           Encoder-decoders have "encoder_hidden_states" and "decoder_hidden_states" instead.
 
     Raises:
-        ValueError: an input is missing, not supported by the model or of the wrong shape, or token
-            or segment ids are out of range (not checked under `jit`). Position ids are not checked.
+        ValueError: an input is missing, not supported by the model or of the wrong shape, or ids
+            are out of range (not checked under `jit`).
 
     Example:
-
         >>> from transformer_jax import models
         >>> config = models.presets.get("gpt2", num_layers=1, d_model=8, num_heads=2, mlp_dim=32,
         ...                             vocab_size=30, max_length=16)
@@ -79,14 +78,7 @@ def forward(
     """
     forward_fn, supported = next(
         entry for model_class, entry in _FORWARD_FNS.items() if isinstance(model, model_class))
-    inputs = {name: value for name, value in inputs.items() if value is not None}
-    for name in inputs:
-        if name not in supported:
-            raise ValueError(f"unsupported input {name!r} of {type(model).__name__}; supported: "
-                             f"{', '.join(supported)}")
-    if "input_ids" not in inputs:
-        raise ValueError(f"input_ids are missing; {type(model).__name__} requires them")
-    inputs = {name: _checked_input(model, name, value, inputs) for name, value in inputs.items()}
+    inputs = _checked_inputs(model, supported, inputs)
     num_choices = None
     if model.task == "multiple_choice":
         num_choices = inputs["input_ids"].shape[1]
@@ -108,6 +100,23 @@ def forward(
     return out | hidden_states
 
 
+def _checked_inputs(
+    model: Model, supported: tuple[str, ...], inputs: dict[str, Array | None]
+) -> dict[str, Array]:
+    """Returns the inputs that are not None as arrays, and checks them."""
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    for name in inputs:
+        if name not in supported:
+            raise ValueError(f"unsupported input {name!r} of {type(model).__name__}; supported: "
+                             f"{', '.join(supported)}")
+    if "input_ids" not in inputs:
+        raise ValueError(f"input_ids are missing; {type(model).__name__} requires them")
+    if "token_type_ids" in inputs and not model.config.num_segments:
+        raise ValueError("unsupported input 'token_type_ids': the model has no segment embeddings "
+                         "(as DistilBERT); omit it")
+    return {name: _checked_input(model, name, value, inputs) for name, value in inputs.items()}
+
+
 def _checked_input(model: Model, name: str, value: Array, inputs: dict[str, Array]) -> Array:
     """Converts an input to an array and checks its shape and, outside of `jit`, its ids."""
     value = value if isinstance(value, jax.Array) else jnp.asarray(np.asarray(value))
@@ -122,8 +131,11 @@ def _checked_input(model: Model, name: str, value: Array, inputs: dict[str, Arra
             raise ValueError(f"{name} has shape {value.shape}; it must have the shape of "
                              f"{ids_name}, {shape}")
     config = model.config
+    # BERT's position ids are rows of the table, which RoBERTa numbers from its offset.
+    offset = config.position_offset if isinstance(model, BERT) else 0
     num_ids = {"input_ids": config.vocab_size, "decoder_input_ids": config.vocab_size,
-               "token_type_ids": getattr(config, "num_segments", 0)}
+               "token_type_ids": getattr(config, "num_segments", 0),
+               "position_ids": config.max_length + offset}
     # XLA does not report an index out of range: the lookup returns another row, or NaN.
     if name in num_ids and not isinstance(value, jax.core.Tracer) and value.size:
         low, high = int(value.min()), int(value.max())
