@@ -46,8 +46,11 @@ def test_the_same_call_resumes(tmp_path, sentences):
     """A run that lost everything after step 5 ends with the same bits."""
     config = make_config("gpt_python_docs", tmp_path / "run", sentences, num_steps=10,
                          save_every=5)
-    pretrain(config)
+    history = pretrain(config)["metrics"]["history"]
     uninterrupted = jax.tree.leaves(load_run(config.out).params)
+    replayed = pretrain(dataclasses.replace(config, replay_step=10))
+    assert replayed["loss"] == [row["loss"] for row in history if "loss" in row][-1]
+    assert (config.out / "checkpoints" / "replayed_batch_step10.npz").is_file()
     shutil.rmtree(config.out / "checkpoints" / "10")
     pretrain(config)
     for a, b in zip(uninterrupted, jax.tree.leaves(load_run(config.out).params)):
@@ -69,6 +72,9 @@ def test_unknown_objective_and_missing_run(tmp_path, sentences):
     config = make_config("gpt_python_docs", tmp_path / "run", sentences)
     with pytest.raises(ValueError, match=r"'sorting'.*causal_lm, mlm_nsp"):
         pretrain(dataclasses.replace(config, objective="sorting"))
+    for step in (0, 3):
+        with pytest.raises(ValueError, match=f"replay_step is {step}; it must be from 1 to 2"):
+            pretrain(dataclasses.replace(config, replay_step=step))
     with pytest.raises(FileNotFoundError, match=r"--out folder"):
         load_run(tmp_path / "nowhere")
 

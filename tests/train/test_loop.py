@@ -329,6 +329,8 @@ def test_two_runs_cannot_use_the_same_directory(tmp_path):
     message = rf"in use by another run \(process {os.getpid()} on .*\); wait until it ends"
     with directory_lock(tmp_path), pytest.raises(DirectoryInUseError, match=message):
         train(5, directory=tmp_path)
+    assert not (tmp_path / "lock.owner").exists()
+    (tmp_path / "lock.owner").write_text("process 1 on a machine that was switched off\n")
     train(5, directory=tmp_path)
 
 
