@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "finetuning.select": ["trainable_mask"],
         "generation.api": ["generate"],
-        "generation.defaults": ["generation_options"],
+        "generation.options": ["generation_options"],
         "generation.mask_filling": ["fill_mask"],
         "models": ["presets"],
         "models.bart": ["BART"],

@@ -1,13 +1,23 @@
 """Beam search against exhaustive search, and against a textbook implementation without a cache."""
 
+import dataclasses
 import itertools
 
 import jax
 import numpy as np
 import pytest
-from generation_models import FAMILIES, GPT, NUM_NEW, PROMPTS, new_tokens, next_logits, run
+from generation_models import (
+    FAMILIES,
+    GPT,
+    NUM_NEW,
+    PROMPTS,
+    new_tokens,
+    next_logits,
+    run,
+    varied_model,
+)
 
-from transformer_jax.generation import api, beam_search
+from transformer_jax.generation import api, decode
 
 BEAMS = 3
 TINY = GPT.replace(vocab_size=4)
@@ -137,30 +147,31 @@ def test_one_beam_is_greedy(monkeypatch):
     """Greedy decoding equals beam search with one beam."""
     ends = rare_tokens(GPT)
     expected = run(eos_token_id=ends)
+    original = api._run_compiled
 
-    def search(model, params, inputs, processor_params, rng, *, static_config):
-        divisor = np.ones(static_config.cache_length, np.float32)
-        finished = beam_search.beam_search(
-            model, params, inputs, processor_params,
-            beam_search.BeamSearchParams(divisor, divisor, np.bool_(True)), rng,
-            static_config=static_config._replace(num_beam_candidates=4))
-        return finished.tokens[:, 0], finished.lengths[:, 0]
+    def search(model, params, inputs, options):
+        divisor = np.ones(options.cache_length, np.float32)
+        return original(model, params, inputs, dataclasses.replace(
+            options, length_divisor=divisor, best_case_divisor=divisor,
+            early_stopping=np.bool_(True), num_beam_candidates=4))
 
-    monkeypatch.setattr(api.decode_loop, "decode", search)
+    monkeypatch.setattr(api, "_run_compiled", search)
     np.testing.assert_array_equal(run(eos_token_id=ends), expected)
 
 
-def test_scores_are_those_of_the_sequences(monkeypatch):
-    results = []
-    original = beam_search.beam_search
-    monkeypatch.setattr(
-        api.beam_search, "beam_search",
-        lambda *a, **k: results.append(original(*a, **k)) or results[-1])
-    ends = rare_tokens(GPT)
-    run(num_beams=BEAMS, num_return_sequences=2, eos_token_id=ends, length_penalty=0.6)
-    expected = [score for prompt in PROMPTS
-                for score, _ in textbook(GPT, prompt, ends, penalty=0.6)]
-    np.testing.assert_allclose(results[0].scores.ravel(), expected, rtol=1e-5)
+def test_scores_are_those_of_the_sequences():
+    ends, longest = rare_tokens(GPT), max(map(len, PROMPTS))
+    padded = np.array([prompt + [0] * (longest - len(prompt)) for prompt in PROMPTS])
+    out = decode(*varied_model(GPT), padded, np.array([len(prompt) for prompt in PROMPTS]),
+                 num_beams=BEAMS, num_return_sequences=2, eos_token_id=ends, length_penalty=0.6,
+                 max_new_tokens=NUM_NEW, pad_token_id=0)
+    expected = [best for prompt in PROMPTS
+                for best in textbook(GPT, prompt, ends, penalty=0.6)[:2]]
+    np.testing.assert_allclose(out.scores, [score for score, _ in expected], rtol=1e-5)
+    for i, (row, length, (_, sequence)) in enumerate(zip(out.tokens, out.lengths, expected)):
+        found = np.asarray(row)[:length].tolist()
+        assert found == [*PROMPTS[i // 2], *sequence]
+        assert not np.asarray(row)[length:].any()
 
 
 def test_forced_tokens_and_minimum_length():

@@ -1,18 +1,16 @@
 """Each logits processor on numbers worked out by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from transformer_jax.generation import logits_processors as processors
-from transformer_jax.generation.logits_processors import (
-    LogitsProcessorParams,
-    Sequences,
-    StaticGenerationConfig,
-)
+from transformer_jax.generation.logits_processors import DecodingOptions, Sequences
 
-jitted = jax.jit(processors.apply_logits_processors, static_argnames="static_config")
+jitted = jax.jit(processors.apply_logits_processors)
 V = 6
 SCORES = np.array([[0.5, -1.0, 2.0, 0.0, -0.5, 1.0]], np.float32)
 NEG_INF = -np.inf
@@ -135,16 +133,17 @@ def test_ties_are_kept_together():
 # ---- all processors together
 
 
-def make(**changes) -> LogitsProcessorParams:
+def make(**changes) -> DecodingOptions:
     none = np.zeros(V, bool)
-    neutral = LogitsProcessorParams(
-        max_new_tokens=np.int32(4), min_new_tokens=np.int32(0), pad_token_id=np.int32(0),
+    neutral = DecodingOptions(
+        rng=jax.random.key(0), cache_length=8, max_new_tokens=np.int32(4),
+        min_new_tokens=np.int32(0), pad_token_id=np.int32(0),
         is_eos=none, forced_bos=none, forced_eos=none, suppressed=none, begin_suppressed=none,
         begin_index=np.int32(0), repetition_penalty=np.float32(1),
         bad_words=np.zeros((0, 1), np.int32),
         temperature=np.float32(1), top_k=np.int32(V), top_p=np.float32(1), min_p=np.float32(0),
     )
-    return neutral._replace(**changes)
+    return dataclasses.replace(neutral, **changes)
 
 
 def only(*tokens):
@@ -153,7 +152,7 @@ def only(*tokens):
 
 def test_neutral_parameters_change_nothing():
     for do_sample in (False, True):
-        out = jitted(SCORES, sequences([1, 1, 1]), make(), StaticGenerationConfig(8, do_sample))
+        out = jitted(SCORES, sequences([1, 1, 1]), make(do_sample=do_sample))
         np.testing.assert_array_equal(out, SCORES)
 
 
@@ -162,8 +161,7 @@ def test_processors_depend_on_the_number_of_new_tokens():
     rows = sequences([1], [1, 1], [1, 1, 1], [1, 1, 1, 1])
 
     def run(**changes):
-        params, static_config = make(**changes), StaticGenerationConfig(8)
-        return forbidden(jitted(repeated_scores(4), rows, params, static_config))
+        return forbidden(jitted(repeated_scores(4), rows, make(**changes)))
 
     assert run(is_eos=only(2, 3), min_new_tokens=np.int32(2)) == [[2, 3], [2, 3], [], []]
     assert run(forced_bos=only(2)) == [[0, 1, 3, 4, 5], [], [], []]
@@ -182,13 +180,12 @@ def test_sampling_processors_apply_in_order():
     logits = np.log(P).astype(np.float32)
 
     def kept(**changes):
-        params = make(top_k=np.int32(4))._replace(**changes)
-        params = params._replace(**{name: np.zeros(4, bool) for name in (
-            "is_eos", "forced_bos", "forced_eos", "suppressed", "begin_suppressed")})
-        static_config = StaticGenerationConfig(8, do_sample=True)
-        out = np.asarray(jitted(logits, sequences([1]), params, static_config))[0]
+        masks = {name: np.zeros(4, bool) for name in (
+            "is_eos", "forced_bos", "forced_eos", "suppressed", "begin_suppressed")}
+        options = make(do_sample=True, **{"top_k": np.int32(4), **masks, **changes})
+        out = np.asarray(jitted(logits, sequences([1]), options))[0]
         best = np.flatnonzero(np.isfinite(out))
-        np.testing.assert_allclose(out[best], logits[0, best] / params.temperature, rtol=1e-6)
+        np.testing.assert_allclose(out[best], logits[0, best] / options.temperature, rtol=1e-6)
         return best.tolist()
 
     half = np.float32(0.5)
@@ -204,5 +201,36 @@ def test_sampling_processors_apply_in_order():
 
 
 def test_greedy_decoding_ignores_sampling_parameters():
-    out = jitted(SCORES, sequences([1]), make(top_k=np.int32(1)), StaticGenerationConfig(8))
+    out = jitted(SCORES, sequences([1]), make(top_k=np.int32(1)))
     np.testing.assert_array_equal(out, SCORES)
+
+
+# ---- users' own processors
+
+
+def test_own_processors_are_applied_before_the_sampling_processors():
+    def double(scores, sequences):
+        return jnp.where(sequences.num_new_tokens[:, None] == 0, 2 * scores, scores)
+
+    def forbid_last(scores, sequences):
+        return scores.at[jnp.arange(len(scores)), sequences.last_tokens].set(-jnp.inf)
+
+    rows = sequences([1], [1, 2])
+    own = {"logits_processors": (double, forbid_last)}
+    out = jitted(repeated_scores(2), rows, make(**own))
+    expected = np.concatenate([2 * SCORES, SCORES])
+    expected[[0, 1], [1, 2]] = NEG_INF
+    np.testing.assert_array_equal(out, expected)
+    # With top_k=1, the best token that is left is kept.
+    out = jitted(repeated_scores(2), rows, make(top_k=np.int32(1), do_sample=True, **own))
+    assert [np.flatnonzero(np.isfinite(row)).tolist() for row in out] == [[2], [5]]
+
+
+@pytest.mark.parametrize(("processor", "found"), [
+    (lambda scores, sequences: scores[:, :3], r"shape \(1, 3\)"),
+    (lambda scores, sequences: None, "a NoneType"),
+])
+def test_own_processors_must_return_scores_of_the_same_shape(processor, found):
+    with pytest.raises(ValueError, match=rf"<lambda> returned {found}; it must return scores of"):
+        processors.apply_logits_processors(
+            SCORES, sequences([1]), make(logits_processors=(processor,)))

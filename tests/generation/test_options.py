@@ -7,18 +7,11 @@ import small_models
 from generation_models import FAMILIES, GPT, PROMPTS, new_tokens, run, varied_model
 from small_models import VOCAB
 
-from transformer_jax.generation import (
-    beam_search,
-    decode_loop,
-    generate,
-    options,
-    power_of_two_length,
-    speculative,
-)
+from transformer_jax.generation import api, generate, options
+from transformer_jax.generation.padding import bad_words_table, power_of_two_length
 
 BART = FAMILIES["bart"]
-COMPILED = (decode_loop.decode, decode_loop._start_streaming, beam_search.beam_search,
-            speculative.decode_speculative, speculative._start_streaming)
+COMPILED = (api._run_compiled, api._start_compiled)
 
 
 def num_programs() -> int:
@@ -118,19 +111,22 @@ def test_default_padding_token_is_the_end_token():
 
 def test_number_of_beam_candidates():
     """Enough for every end token and `num_beams` others, up to the vocabulary size of 4."""
-    values = {"num_beams": 3, "do_sample": False, "num_return_sequences": 2,
-              "no_repeat_ngram_size": 0, "assistant_model": None}
-    counts = [options.make_static_config(values, num_ends, 4, 16).num_beam_candidates
-              for num_ends in (0, 1, 2, 5)]
-    assert counts == [6, 6, 9, 12]
+    def num_candidates(ends):
+        found, _ = options.prepare(
+            GPT.replace(vocab_size=4), api._DEFAULTS | {"num_beams": 3, "eos_token_id": ends},
+            is_encoder_decoder=False, num_rows=1, width=3, longest=3, max_positions=40,
+            round_up=True)
+        return found.num_beam_candidates
+
+    assert [num_candidates(ends) for ends in ([], [1], [1, 2], [0, 1, 2, 3])] == [6, 6, 9, 12]
 
 
 def test_bad_words_table_has_power_of_two_sizes():
-    table = options.bad_words_table([[4], [1, 2, 3], [7], [5, 6]], [7], VOCAB)
+    table = bad_words_table([[4], [1, 2, 3], [7], [5, 6]], [7], VOCAB)
     np.testing.assert_array_equal(table, [
         [-1, -1, -1, 4], [-1, 1, 2, 3], [-1, -1, 5, 6], [-1, -1, -1, -1]])
-    assert options.bad_words_table([[7]], [7], VOCAB).shape == (0, 1)
-    assert options.bad_words_table(None, [], VOCAB).shape == (0, 1)
+    assert bad_words_table([[7]], [7], VOCAB).shape == (0, 1)
+    assert bad_words_table(None, [], VOCAB).shape == (0, 1)
 
 
 # ---- invalid input
@@ -209,6 +205,8 @@ BERT = small_models.BERT
         ([[1]], {**BEAMS, "streamer": print}, "streamer is given but num_beams is 2; beam"),
         ([[1]], {**BEAMS, "assistant_model": varied_model(GPT)}, "assistant_model is given but"),
         ([[1]], {"streamer": 3}, "streamer is 3; give a function that takes an array"),
+        ([[1]], {"logits_processors": len},
+         r"logits_processors is <.*>; give a list of functions \(scores, sequences\) -> scores"),
         ([[1]], {"num_assistant_tokens": 0}, "num_assistant_tokens is 0; it must be"),
         ([[1]], {"assistant_model": varied_model(GPT)[0]}, "assistant_model is a GPT; give"),
         ([[1]], {"assistant_model": varied_model(BART)},

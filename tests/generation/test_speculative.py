@@ -38,16 +38,16 @@ def drafts(config):
 
 @pytest.fixture
 def rounds(monkeypatch):
-    """The number of rounds of each call."""
+    """The number of forward passes of the target model in each call."""
     counts = []
-    original = speculative.decode_speculative
+    original = api._run_compiled
 
-    def spy(*args, **options):
-        out = original(*args, **options)
-        counts.append(int(out[2]))
+    def spy(*args):
+        out = original(*args)
+        counts.append(int(out.num_steps))
         return out
 
-    monkeypatch.setattr(api.speculative, "decode_speculative", spy)
+    monkeypatch.setattr(api, "_run_compiled", spy)
     return counts
 
 
@@ -56,11 +56,12 @@ def rounds(monkeypatch):
 def test_greedy_tokens_are_those_of_the_target_model(family, rounds):
     """These drafts have the architecture of the target, so all share one program."""
     config = FAMILIES[family]
-    expected = run(config=config)
+    expected = run(config=config)  # in `NUM_NEW` passes
     for draft in ("near", "random", "itself"):
         out = run(config=config, assistant_model=drafts(config)[draft], num_assistant_tokens=G)
         np.testing.assert_array_equal(out, expected, err_msg=draft)
-    near, random, itself = rounds
+    near, random, itself = rounds[1:]
+    assert rounds[0] == NUM_NEW
     assert itself == 1 + -(-(NUM_NEW - 1) // (G + 1))  # every draft token is accepted
     assert itself < near < random <= NUM_NEW
 

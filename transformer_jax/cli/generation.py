@@ -248,7 +248,7 @@ def target_options(
         given: options that replace those of the checkpoint unless they are None.
         defaults: values of options that neither `given` nor the checkpoint has.
     """
-    from transformer_jax.generation.defaults import drop_unused_options, generation_options
+    from transformer_jax.generation.options import drop_unused_options, generation_options
 
     given = {name: value for name, value in given.items() if value is not None}
     single_text = {"do_sample": False, "num_return_sequences": 1}

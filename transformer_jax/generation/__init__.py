@@ -5,18 +5,14 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "api", "beam_search", "decode_loop", "defaults", "kernel_layout", "logits_processors",
-        "mask_filling", "options", "padding", "prefill", "speculative",
+        "api", "beam_search", "decoding", "logits_processors", "mask_filling", "options", "padding",
+        "speculative",
     ],
     submod_attrs={
-        "api": ["generate"],
-        "defaults": ["generation_options"],
-        "kernel_layout": ["transpose_kernels_for_decoding"],
-        "logits_processors": [
-            "LogitsProcessorParams", "Sequences", "StaticGenerationConfig",
-            "apply_logits_processors",
-        ],
+        "api": ["DecodeOutput", "decode", "generate"],
+        "decoding": ["Cache", "decode_step", "prefill", "transpose_kernels_for_decoding"],
+        "logits_processors": ["LogitsProcessor", "Sequences"],
         "mask_filling": ["MaskPrediction", "fill_mask"],
-        "padding": ["check_token_ids", "power_of_two_length"],
+        "options": ["generation_options"],
     },
 )

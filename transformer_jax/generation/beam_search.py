@@ -12,40 +12,27 @@ Shape suffixes: B batch, K beams, C candidates, L token slots of a sequence, N =
 sequences, V vocabulary, M = K * V continuations of a row.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int
 
-from transformer_jax.generation.decode_loop import init_sequences
-from transformer_jax.generation.kernel_layout import transpose_kernels
+from transformer_jax.generation.decoding import (
+    Cache,
+    GenerationInputs,
+    decode_step,
+    prefill_rows,
+    transpose_kernels,
+)
 from transformer_jax.generation.logits_processors import (
-    LogitsProcessorParams,
+    DecodingOptions,
     Sequences,
-    StaticGenerationConfig,
     apply_logits_processors,
 )
-from transformer_jax.generation.prefill import Cache, GenerationInputs, decode_step, prefill
 
 NEG_INF = -1e9  # score of invalid entries; finite, so that sums with it keep their order
-
-
-class BeamSearchParams(NamedTuple):
-    """Length normalization and stopping rule. Traced, so that new values do not recompile.
-
-    Attributes:
-        length_divisor: at index n - 1, n ** length_penalty.
-        best_case_divisor: at index n - 1, length ** length_penalty for the final length that the
-            stopping rule assumes for a running sequence of n tokens.
-        early_stopping: stop when K sequences are finished, even if better ones may follow.
-    """
-
-    length_divisor: Float[Array, "L"]
-    best_case_divisor: Float[Array, "L"]
-    early_stopping: Bool[Array, ""]
 
 
 class FinishedBeams(NamedTuple):
@@ -73,7 +60,8 @@ class BeamState(NamedTuple):
         finished: the best finished sequences.
         can_improve: True at rows where a running sequence may still score higher than a finished
             one.
-        should_continue: False when the search is over.
+        is_finished: True when the search is over.
+        num_steps: number of forward passes, the prefill included.
         cache: keys and values of the running sequences.
     """
 
@@ -81,34 +69,31 @@ class BeamState(NamedTuple):
     scores: Float[Array, "B K"]
     finished: FinishedBeams
     can_improve: Bool[Array, "B"]
-    should_continue: Bool[Array, ""]
+    is_finished: Bool[Array, ""]
+    num_steps: Int[Array, ""]
     cache: Cache
 
 
 def _extend_beams(
-    state: BeamState,
-    logits_NV: Float[Array, "N V"],
-    processor_params: LogitsProcessorParams,
-    search_params: BeamSearchParams,
-    rng: Key[Array, ""],
-    static_config: StaticGenerationConfig,
+    state: BeamState, logits_NV: Float[Array, "N V"], options: DecodingOptions
 ) -> BeamState:
     """Extends every running sequence by one token and updates the finished sequences."""
-    (B, K), C = state.scores.shape, static_config.num_beam_candidates
+    (B, K), C = state.scores.shape, options.num_beam_candidates
     V, L = logits_NV.shape[-1], state.sequences.tokens.shape[-1]
     rows_B1 = jnp.arange(B)[:, None]
-    step = state.sequences.num_new_tokens[0]
+    step = state.num_steps  # tokens generated so far
 
     # Candidates: the C best continuations of each row.
     log_probs_NV = apply_logits_processors(
-        jax.nn.log_softmax(logits_NV, axis=-1), state.sequences, processor_params, static_config)
+        jax.nn.log_softmax(logits_NV, axis=-1), state.sequences, options)
     scores_BKV = log_probs_NV.reshape(B, K, V) + state.scores[:, :, None]
     scores_BM = scores_BKV.reshape(B, K * V)
     ranking_BM = scores_BM
-    if static_config.do_sample:
+    if options.do_sample:
         # The C largest scores with Gumbel noise are C samples without replacement (Kool et al.
         # 2019, "Stochastic Beams and Where to Find Them", section 2.3).
-        ranking_BM = scores_BM + jax.random.gumbel(jax.random.fold_in(rng, step), scores_BM.shape)
+        key = jax.random.fold_in(options.rng, step)
+        ranking_BM = scores_BM + jax.random.gumbel(key, scores_BM.shape)
     indices_BC = jax.lax.top_k(ranking_BM, C)[1]
     scores_BC = jnp.take_along_axis(scores_BM, indices_BC, axis=1)
     parents_BC, tokens_BC = indices_BC // V, indices_BC % V
@@ -117,13 +102,13 @@ def _extend_beams(
     positions_B = state.sequences.lengths[::K]
     sequences_BCL = sequences_BCL.at[rows_B1, jnp.arange(C), positions_B[:, None]].set(
         tokens_BC, mode="drop")
-    is_end_BC = processor_params.is_eos[tokens_BC] | (step + 1 >= processor_params.max_new_tokens)
+    is_end_BC = options.is_eos[tokens_BC] | (step + 1 >= options.max_new_tokens)
 
     # Finished sequences: only the first K candidates may finish; the others only continue.
     can_finish_BC = is_end_BC & (jnp.arange(C) < K)
     old = state.finished
-    is_closed_B = (old.is_valid.all(-1) & search_params.early_stopping) | ~state.can_improve
-    final_scores_BC = scores_BC / search_params.length_divisor[step]
+    is_closed_B = (old.is_valid.all(-1) & options.early_stopping) | ~state.can_improve
+    final_scores_BC = scores_BC / options.length_divisor[step]
     final_scores_BC = (final_scores_BC + jnp.where(is_closed_B[:, None], NEG_INF, 0)
                        + jnp.where(can_finish_BC, 0, NEG_INF))
     lengths_BC = jnp.full((B, C), step + 1)
@@ -140,66 +125,51 @@ def _extend_beams(
     sequences = state.sequences._replace(
         tokens=sequences_BCL[rows_B1, next_BK].reshape(B * K, L),
         lengths=state.sequences.lengths + 1)
-    cache = jax.tree.map(lambda x: x[parents_N], state.cache)
+    cache = state.cache._replace(  # beams of a row have the same source
+        self_attention=jax.tree.map(lambda x: x[parents_N], state.cache.self_attention))
 
     # Stopping rule.
-    best_case_B1 = scores_BK[:, :1] / search_params.best_case_divisor[step]
+    best_case_B1 = scores_BK[:, :1] / options.best_case_divisor[step]
     worst_BK = jnp.where(finished.is_valid, finished.scores.min(-1, keepdims=True), NEG_INF)
     can_improve_B = state.can_improve & (best_case_B1 > worst_BK).any(-1)
-    is_full = finished.is_valid.all() & search_params.early_stopping
-    should_continue = can_improve_B.any() & ~is_full & ~is_end_BC.all()
-    return BeamState(sequences, scores_BK, finished, can_improve_B, should_continue, cache)
+    is_full = finished.is_valid.all() & options.early_stopping
+    is_over = ~can_improve_B.any() | is_full | is_end_BC.all()
+    return BeamState(sequences, scores_BK, finished, can_improve_B, is_over, step + 1, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "static_config"))
-def beam_search(
-    model,
-    params: dict,
-    inputs: GenerationInputs,
-    processor_params: LogitsProcessorParams,
-    search_params: BeamSearchParams,
-    rng: Key[Array, ""],
-    *,
-    static_config: StaticGenerationConfig,
-) -> FinishedBeams:
-    """Runs beam search in a single compiled loop.
+def start(
+    model, params: dict, inputs: GenerationInputs, options: DecodingOptions
+) -> tuple[dict, BeamState]:
+    """Processes the prompts and extends the beams by their first tokens.
 
     Args:
         model: GPT or encoder-decoder.
         params: its parameters.
         inputs: the prompts, and the sources of an encoder-decoder.
-        processor_params: parameters of the logits processors.
-        search_params: length normalization and stopping rule.
-        rng: for sampling candidates; unused without `do_sample`.
-        static_config: compile-time configuration; `rows_per_prompt` is the number of beams.
+        options: options of decoding; `rows_per_prompt` is the number of beams.
 
     Returns:
-        The best finished sequences of each row.
+        The parameters in the layout for `step`, and the state.
     """
-    B, K = len(inputs.prompt), static_config.rows_per_prompt
-    logits_NV, cache, encoder_memory = prefill(
-        model, params, inputs, static_config.cache_length, K)
-    sequences = init_sequences(inputs, processor_params, static_config)
+    B, K = len(inputs.prompts), options.rows_per_prompt
+    logits_NV, cache, sequences = prefill_rows(
+        model, params, inputs, options)
     # All beams start with the same prompt. Only the first one is extended in the first step, as
     # the others would yield duplicates.
     scores_BK = jnp.where(jnp.arange(K) == 0, jnp.zeros((B, 1)), NEG_INF)
     finished = FinishedBeams(
         sequences.tokens.reshape(B, K, -1), jnp.full((B, K), NEG_INF),
-        jnp.zeros((B, K), jnp.int32), jnp.zeros((B, K), bool),
-    )
-    state = BeamState(
-        sequences, scores_BK, finished, jnp.ones(B, bool), jnp.bool_(True), cache)
-    state = _extend_beams(state, logits_NV, processor_params, search_params, rng, static_config)
+        jnp.zeros((B, K), jnp.int32), jnp.zeros((B, K), bool))
+    state = BeamState(sequences, scores_BK, finished, can_improve=jnp.ones(B, bool),
+                      is_finished=jnp.bool_(False), num_steps=jnp.int32(0), cache=cache)
+    state = _extend_beams(state, logits_NV, options)
+    return transpose_kernels(params, model.config.compute_dtype), state
 
-    params = transpose_kernels(params, model.config.compute_dtype)
 
-    def decode_next_token(state):
-        positions_N1 = state.sequences.lengths[:, None] - 1
-        logits_N1V, cache = decode_step(
-            model, params, state.sequences.tokens_at(positions_N1), positions_N1, state.cache,
-            encoder_memory)
-        return _extend_beams(state._replace(cache=cache), logits_N1V[:, 0], processor_params,
-                             search_params, rng, static_config)
-
-    return jax.lax.while_loop(
-        lambda state: state.should_continue, decode_next_token, state).finished
+def step(model, params: dict, state: BeamState, options: DecodingOptions) -> BeamState:
+    """Extends the beams by one token; arguments as for `start`."""
+    positions_N1 = state.sequences.lengths[:, None] - 1
+    logits_N1V, cache = decode_step(
+        model, params, state.sequences.tokens_at(positions_N1), positions_N1, state.cache)
+    return _extend_beams(
+        state._replace(cache=cache), logits_N1V[:, 0], options)

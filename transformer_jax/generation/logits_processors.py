@@ -2,18 +2,26 @@
 
 A processor takes scores `[B, V]` (logits, or log-probabilities in a beam search) and returns scores
 of the same shape, in which forbidden tokens are -inf. `apply_logits_processors` applies all of them
-in the order of Hugging Face Transformers.
+in the order of Hugging Face Transformers. Users' own processors are `LogitsProcessor` functions:
 
-Shape suffixes: B batch, L token slots of a row, V vocabulary, W n-gram windows or forbidden token
-sequences, M length of the longest forbidden token sequence.
+    def forbid_token_7(scores, sequences):
+        return scores.at[:, 7].set(-jnp.inf)
+
+    generate(model, params, prompts, logits_processors=[forbid_token_7])
+
+Shape suffixes: B decoded rows (each beam or sample of a prompt is one), L token slots of a row,
+V vocabulary, W n-gram windows or forbidden token sequences, M length of the longest forbidden
+token sequence.
 """
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Key
 
 
 class Sequences(NamedTuple):
@@ -46,19 +54,34 @@ class Sequences(NamedTuple):
         """Returns the tokens at `positions`, which are clipped to the slots of the row."""
         return jnp.take_along_axis(self.tokens, positions, axis=1, mode="clip")
 
-    def append(self, token_B: Int[Array, "B"]) -> "Sequences":
-        """Appends one token to each row. Tokens beyond the last slot are dropped."""
-        rows_B = jnp.arange(len(token_B))
-        tokens_BL = self.tokens.at[rows_B, self.lengths].set(token_B, mode="drop")
-        return self._replace(tokens=tokens_BL, lengths=self.lengths + 1)
+    def append(
+        self, token_B: Int[Array, "B"], is_extended_B: Bool[Array, "B"] | bool = True
+    ) -> "Sequences":
+        """Appends one token to some rows. Tokens beyond the last slot are dropped."""
+        B, L = self.tokens.shape
+        slots_B = jnp.where(is_extended_B, self.lengths, L)
+        tokens_BL = self.tokens.at[jnp.arange(B), slots_B].set(token_B, mode="drop")
+        return self._replace(tokens=tokens_BL, lengths=self.lengths + is_extended_B)
 
 
-class LogitsProcessorParams(NamedTuple):
-    """Parameters of the logits processors.
+LogitsProcessor = Callable[[Float[Array, "B V"], Sequences], Float[Array, "B V"]]
+"""A function `(scores, sequences) -> scores`: the float32 scores of the next token, and the tokens
+of each row so far (`sequences.tokens` up to `sequences.lengths`, `sequences.num_new_tokens`)."""
 
-    They are traced arguments of the compiled functions, so that new values do not recompile.
+
+def _static(default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodingOptions:
+    """Options of the decoding algorithms: a pytree of arrays, with static fields.
+
+    New values of the arrays do not recompile; new values of the static fields do.
 
     Attributes:
+        rng: key for sampling.
         max_new_tokens: maximum number of generated tokens.
         min_new_tokens: number of tokens before which no end-of-sequence token is generated.
         pad_token_id: token id that fills rows which are finished.
@@ -74,8 +97,24 @@ class LogitsProcessorParams(NamedTuple):
         top_k: V for no limit.
         top_p: 1 for no limit.
         min_p: 0 for no limit.
+        length_divisor: beam search only: at index n - 1, n ** length_penalty.
+        best_case_divisor: beam search only: at index n - 1, length ** length_penalty for the final
+            length that the stopping rule assumes for a running sequence of n tokens.
+        early_stopping: beam search only: stop when all beams of a row are finished, even if better
+            ones may follow.
+        cache_length: static; number of slots of the KV cache, and of tokens, of each row.
+        do_sample: static; sample instead of taking the argmax.
+        rows_per_prompt: static; sequences decoded in parallel for each prompt (beams or samples).
+        no_repeat_ngram_size: static; length of n-grams that may not repeat; 0 for no limit.
+        num_beam_candidates: static; continuations considered at each step of a beam search, for
+            each prompt; 0 without beam search.
+        num_draft_tokens: static; tokens that the draft model proposes in one round of speculative
+            decoding; 0 without a draft model.
+        min_tokens_to_keep: static; minimum number of tokens that `top_k`, `top_p` and `min_p` keep.
+        logits_processors: static; the user's own processors.
     """
 
+    rng: Key[Array, ""]
     max_new_tokens: Int[Array, ""]
     min_new_tokens: Int[Array, ""]
     pad_token_id: Int[Array, ""]
@@ -91,54 +130,42 @@ class LogitsProcessorParams(NamedTuple):
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     min_p: Float[Array, ""]
-
-
-class StaticGenerationConfig(NamedTuple):
-    """Static (compile-time) configuration of a decoding loop: new values recompile.
-
-    Attributes:
-        cache_length: number of slots of the KV cache, and of tokens, of each row.
-        do_sample: sample instead of taking the argmax.
-        rows_per_prompt: sequences decoded in parallel for each prompt (beams or samples).
-        no_repeat_ngram_size: length of n-grams that may not repeat; 0 for no limit.
-        num_beam_candidates: continuations considered at each step of a beam search, for each
-            prompt; 0 without beam search.
-        num_draft_tokens: tokens that the draft model proposes in one round of speculative decoding.
-        min_tokens_to_keep: minimum number of tokens that `top_k`, `top_p` and `min_p` keep.
-    """
-
-    cache_length: int
-    do_sample: bool = False
-    rows_per_prompt: int = 1
-    no_repeat_ngram_size: int = 0
-    num_beam_candidates: int = 0
-    num_draft_tokens: int = 0
-    min_tokens_to_keep: int = 1
+    length_divisor: Float[Array, "L"] | None = None
+    best_case_divisor: Float[Array, "L"] | None = None
+    early_stopping: Bool[Array, ""] | None = None
+    cache_length: int = _static(0)
+    do_sample: bool = _static(False)
+    rows_per_prompt: int = _static(1)
+    no_repeat_ngram_size: int = _static(0)
+    num_beam_candidates: int = _static(0)
+    num_draft_tokens: int = _static(0)
+    min_tokens_to_keep: int = _static(1)
+    logits_processors: tuple[LogitsProcessor, ...] = _static(())
 
 
 def apply_logits_processors(
-    scores: Float[Array, "B V"],
-    sequences: Sequences,
-    processor_params: LogitsProcessorParams,
-    static_config: StaticGenerationConfig,
+    scores: Float[Array, "B V"], sequences: Sequences, options: DecodingOptions
 ) -> Float[Array, "B V"]:
     """Applies all logits processors, in the order of Hugging Face Transformers.
 
-    Temperature, top-k, top-p and min-p apply only if `static_config.do_sample`.
+    The user's own processors follow the constraints. Temperature, top-k, top-p and min-p come last,
+    and only if `options.do_sample`.
 
     Args:
         scores: logits or log-probabilities of the next token.
         sequences: the tokens of each row so far.
-        processor_params: parameters of the processors.
-        static_config: compile-time configuration.
+        options: which processors apply, and their parameters.
 
     Returns:
         The processed scores; -inf at forbidden tokens.
+
+    Raises:
+        ValueError: a user's processor does not return scores of the same shape.
     """
-    p, step_B1 = processor_params, sequences.num_new_tokens[:, None]
+    p, step_B1 = options, sequences.num_new_tokens[:, None]
     scores = penalize_repetition(scores, sequences, p.repetition_penalty)
-    if static_config.no_repeat_ngram_size:
-        scores = forbid_repeated_ngrams(scores, sequences, static_config.no_repeat_ngram_size)
+    if p.no_repeat_ngram_size:
+        scores = forbid_repeated_ngrams(scores, sequences, p.no_repeat_ngram_size)
     if len(p.bad_words):
         scores = forbid_bad_words(scores, sequences, p.bad_words)
     scores = suppress_tokens(scores, p.is_eos & (step_B1 < p.min_new_tokens))
@@ -146,13 +173,23 @@ def apply_logits_processors(
     scores = force_tokens(scores, p.forced_eos, step_B1 == p.max_new_tokens - 1)
     scores = suppress_tokens(scores, p.suppressed)
     scores = suppress_tokens(scores, p.begin_suppressed & (step_B1 == p.begin_index))
-    if static_config.do_sample:
-        min_tokens_to_keep = static_config.min_tokens_to_keep
+    for processor in p.logits_processors:
+        scores = _apply_custom(processor, scores, sequences)
+    if p.do_sample:
         scores = scores / p.temperature
-        scores = keep_top_k(scores, p.top_k, min_tokens_to_keep)
-        scores = keep_top_p(scores, p.top_p, min_tokens_to_keep)
-        scores = keep_min_p(scores, p.min_p, min_tokens_to_keep)
+        scores = keep_top_k(scores, p.top_k, p.min_tokens_to_keep)
+        scores = keep_top_p(scores, p.top_p, p.min_tokens_to_keep)
+        scores = keep_min_p(scores, p.min_p, p.min_tokens_to_keep)
     return scores
+
+
+def _apply_custom(processor: LogitsProcessor, scores: Array, sequences: Sequences) -> Any:
+    out = processor(scores, sequences)
+    if getattr(out, "shape", None) != scores.shape:
+        found = f"shape {out.shape}" if hasattr(out, "shape") else f"a {type(out).__name__}"
+        raise ValueError(f"the logits processor {getattr(processor, '__name__', processor)} "
+                         f"returned {found}; it must return scores of shape {scores.shape}")
+    return out
 
 
 def suppress_tokens(scores: Float[Array, "B V"], mask: Bool[Array, "..."]) -> Float[Array, "B V"]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from transformer_jax.generation.padding import check_token_ids, power_of_two_length
+from transformer_jax.generation.padding import check_token_ids, pad, power_of_two_length
 from transformer_jax.models.bert import BERT
 
 
@@ -77,15 +77,10 @@ def fill_mask(
         raise ValueError(f"text of {len(ids)} tokens is longer than the model's max_length of "
                          f"{max_length}; shorten it")
     length = power_of_two_length(len(ids), max_length)
-    row = np.zeros((1, length), np.int32)
-    row[0, : len(ids)] = ids
-    positions = np.zeros((1, power_of_two_length(len(masks), length)), np.int32)
-    positions[0, : len(masks)] = masks
+    row = pad([ids], length, 0)
+    positions = pad([masks], power_of_two_length(len(masks), length), 0)
     padding_mask = np.arange(length)[None] < len(ids)
-    probabilities, token_ids = _top_k_predictions(
-        model, params, row, padding_mask, positions, min(top_k, vocab_size)
-    )
-    return [
-        MaskPrediction(int(position), np.asarray(token_ids)[0, i], np.asarray(probabilities)[0, i])
-        for i, position in enumerate(masks)
-    ]
+    probabilities, token_ids = map(np.asarray, _top_k_predictions(
+        model, params, row, padding_mask, positions, min(top_k, vocab_size)))
+    return [MaskPrediction(int(position), token_ids[0, i], probabilities[0, i])
+            for i, position in enumerate(masks)]

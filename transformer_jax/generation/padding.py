@@ -78,22 +78,45 @@ def check_token_ids(rows: Sequence[np.ndarray], vocab_size: int, name: str = "ro
                              f"of {vocab_size}; use the tokenizer the model was trained with")
 
 
-def pad_right(rows: Sequence[np.ndarray], length: int, pad_id: int) -> Int[np.ndarray, "B length"]:
-    """Pads rows on the right to `length`."""
+def pad(
+    rows: Sequence[np.ndarray], length: int, pad_id: int, side: str = "right"
+) -> Int[np.ndarray, "B length"]:
+    """Pads rows on the left or right to `length`."""
     out = np.full((len(rows), length), pad_id, np.int32)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
+    for out_row, row in zip(out, rows):
+        out_row[slice(len(row)) if side == "right" else slice(length - len(row), None)] = row
     return out
 
 
-def pad_left(rows: Sequence[np.ndarray], length: int, pad_id: int) -> Int[np.ndarray, "B length"]:
-    """Pads rows on the left to `length`."""
-    out = np.full((len(rows), length), pad_id, np.int32)
-    for i, row in enumerate(rows):
-        out[i, length - len(row) :] = row
-    return out
+def bad_words_table(
+    bad_words_ids: Sequence[Sequence[int]] | None, eos_token_ids, vocab_size: int
+) -> np.ndarray:
+    """Returns forbidden token sequences as rows, aligned on the right and padded with -1.
 
+    Both sizes of the table are powers of two, to bound the number of shapes to compile for. A
+    sequence that consists of one end-of-sequence token is ignored; use `min_new_tokens` instead.
 
-def row_lengths(rows: Sequence[np.ndarray]) -> Int[np.ndarray, "B"]:
-    """Returns the number of tokens of each row."""
-    return np.array([len(row) for row in rows], np.int32)
+    Args:
+        bad_words_ids: forbidden token sequences.
+        eos_token_ids: end-of-sequence tokens.
+        vocab_size: number of valid ids.
+
+    Raises:
+        ValueError: a sequence is empty, or an id is outside the vocabulary.
+
+    Example:
+        >>> bad_words_table([[4], [1, 2]], [], 10)
+        array([[-1,  4],
+               [ 1,  2]], dtype=int32)
+    """
+    if bad_words_ids is None:
+        return np.zeros((0, 1), np.int32)
+    rows = [np.atleast_1d(np.asarray(word)) for word in bad_words_ids]
+    if empty := [i for i, row in enumerate(rows) if not row.size]:
+        raise ValueError(f"bad_words_ids {empty} have no tokens; omit them")
+    check_token_ids(rows, vocab_size, "bad_words_ids {}")
+    rows = [row for row in rows if not (len(row) == 1 and row[0] in eos_token_ids)]
+    if not rows:
+        return np.zeros((0, 1), np.int32)
+    height, width = (1 << (n - 1).bit_length() for n in (len(rows), max(map(len, rows))))
+    return pad([*rows, *[[]] * (height - len(rows))], width, -1, side="left")

@@ -10,25 +10,21 @@ Shape suffixes: B batch, L token slots of a row, G draft tokens, P = G + 1 verif
 V vocabulary.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Float, Int, Key
 
-from transformer_jax.generation.decode_loop import init_sequences, select_token
-from transformer_jax.generation.kernel_layout import transpose_kernels
+from transformer_jax.generation import decoding
+from transformer_jax.generation.decoding import DecodeState, decode_step, select_token
 from transformer_jax.generation.logits_processors import (
-    LogitsProcessorParams,
-    Sequences,
-    StaticGenerationConfig,
+    DecodingOptions,
     apply_logits_processors,
 )
-from transformer_jax.generation.prefill import decode_step, prefill
+from transformer_jax.models.gpt import GPT
+from transformer_jax.models.transformer import Transformer
 
 
 class ModelPair(NamedTuple):
@@ -38,20 +34,29 @@ class ModelPair(NamedTuple):
     draft: Any
 
 
-class SpeculativeState(NamedTuple):
-    """State of speculative decoding between two rounds.
+def pair_with_draft(
+    model: GPT | Transformer, params: dict, assistant_model: tuple[GPT | Transformer, dict]
+) -> tuple[ModelPair, ModelPair]:
+    """Returns the pairs of models and of their parameters.
 
-    Attributes:
-        sequences: the tokens of each row; finished rows are not extended.
-        is_finished: True at rows with an end-of-sequence token or `max_new_tokens` tokens.
-        num_rounds: number of passes of the target model, the prefill included.
-        caches: the KV caches of both models.
+    Raises:
+        ValueError: `assistant_model` is not a pair, or its type or vocabulary differs from the
+            model's.
     """
-
-    sequences: Sequences
-    is_finished: Bool[Array, "B"]
-    num_rounds: Int[Array, ""]
-    caches: ModelPair
+    try:
+        draft, draft_params = assistant_model
+    except TypeError:
+        raise ValueError(f"assistant_model is a {type(assistant_model).__name__}; give the pair "
+                         "(model, params)") from None
+    if not any(isinstance(model, t) and isinstance(draft, t) for t in (GPT, Transformer)):
+        raise ValueError(f"assistant_model is a {type(draft).__name__} and model a "
+                         f"{type(model).__name__}; both must be GPT models, or both "
+                         "encoder-decoders")
+    sizes = model.config.vocab_size, draft.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"assistant_model has a vocabulary of {sizes[1]} and model one of "
+                         f"{sizes[0]}; they must share a tokenizer")
+    return ModelPair(model, draft), ModelPair(params, draft_params)
 
 
 def verify_greedy(
@@ -121,26 +126,39 @@ def _num_leading_true(flags_BG):
     return jnp.cumprod(flags_BG.astype(jnp.int32), axis=-1).sum(-1)
 
 
-def _prefill_and_first_token(models, params, inputs, processor_params, rng, static_config):
-    (logits_BV, cache, encoder_memory), (_, draft_cache, draft_encoder_memory) = (
-        prefill(models[i], params[i], inputs[i], static_config.cache_length,
-                static_config.rows_per_prompt)
-        for i in (0, 1))
-    sequences = init_sequences(inputs.target, processor_params, static_config)
-    key = jax.random.fold_in(rng, 0)
-    scores_BV = apply_logits_processors(logits_BV, sequences, processor_params, static_config)
-    token_B = select_token(scores_BV, key, static_config)
-    is_finished_B = processor_params.is_eos[token_B] | (processor_params.max_new_tokens <= 1)
-    state = SpeculativeState(sequences.append(token_B), is_finished_B, jnp.int32(1),
-                             ModelPair(cache, draft_cache))
-    return state, ModelPair(encoder_memory, draft_encoder_memory)
+def start(
+    models: ModelPair,
+    params: ModelPair,
+    inputs: decoding.GenerationInputs,
+    options: DecodingOptions,
+) -> tuple[ModelPair, DecodeState]:
+    """Processes the prompts with both models; the target model selects the first tokens.
+
+    Args:
+        models: target and draft model, of the same vocabulary.
+        params: their parameters.
+        inputs: the prompts, and the sources of encoder-decoders.
+        options: options of decoding.
+
+    Returns:
+        The parameters in the layout for `step`, and the state, whose cache is a `ModelPair`.
+    """
+    (target_params, state), (draft_params, draft_state) = (
+        decoding.start(*pair, inputs, options)
+        for pair in zip(models, params))
+    state = state._replace(cache=ModelPair(state.cache, draft_state.cache))
+    return ModelPair(target_params, draft_params), state
 
 
-def _run_round(models, params, encoder_memories, state, processor_params, rng, static_config):
-    """Runs one round: drafts G tokens, verifies them, and appends at least one token to each
-    unfinished row."""
-    G, sequences = static_config.num_draft_tokens, state.sequences
-    draft_key, verify_key = jax.random.split(jax.random.fold_in(rng, state.num_rounds))
+def step(
+    models: ModelPair, params: ModelPair, state: DecodeState, options: DecodingOptions
+) -> DecodeState:
+    """Drafts G tokens, verifies them, and appends at least one token to each unfinished row.
+
+    Arguments as for `start`.
+    """
+    G, sequences = options.num_draft_tokens, state.sequences
+    draft_key, verify_key = jax.random.split(jax.random.fold_in(options.rng, state.num_steps))
 
     def draft_token(carry, key):
         # The last token is not in the draft cache, and neither is the one before it if all draft
@@ -148,16 +166,15 @@ def _run_round(models, params, encoder_memories, state, processor_params, rng, s
         sequences, cache = carry
         positions_B2 = sequences.lengths[:, None] + jnp.array([-2, -1])
         logits_B2V, cache = decode_step(
-            models.draft, params.draft, sequences.tokens_at(positions_B2), positions_B2, cache,
-            encoder_memories.draft)
+            models.draft, params.draft, sequences.tokens_at(positions_B2), positions_B2, cache)
         scores_BV = apply_logits_processors(
-            logits_B2V[:, 1], sequences, processor_params, static_config)
-        token_B = select_token(scores_BV, key, static_config)
-        outputs = token_B, scores_BV if static_config.do_sample else None
+            logits_B2V[:, 1], sequences, options)
+        token_B = select_token(scores_BV, key, options.do_sample)
+        outputs = token_B, scores_BV if options.do_sample else None
         return (sequences.append(token_B), cache), outputs
 
     (drafted, draft_cache), (draft_tokens_GB, draft_scores_GBV) = jax.lax.scan(
-        draft_token, (sequences, state.caches.draft), jax.random.split(draft_key, G))
+        draft_token, (sequences, state.cache.draft), jax.random.split(draft_key, G))
     draft_tokens_BG = draft_tokens_GB.T
 
     offsets_P = jnp.arange(G + 1)
@@ -165,15 +182,13 @@ def _run_round(models, params, encoder_memories, state, processor_params, rng, s
     tokens_BP = jnp.concatenate(
         [sequences.tokens_at(positions_BP[:, :1]), draft_tokens_BG], axis=1)
     logits_BPV, cache = decode_step(
-        models.target, params.target, tokens_BP, positions_BP, state.caches.target,
-        encoder_memories.target)
+        models.target, params.target, tokens_BP, positions_BP, state.cache.target)
     scores_BPV = jax.vmap(
         lambda logits_BV, offset: apply_logits_processors(
-            logits_BV, drafted._replace(lengths=sequences.lengths + offset), processor_params,
-            static_config),
+            logits_BV, drafted._replace(lengths=sequences.lengths + offset), options),
         in_axes=(1, 0), out_axes=1,
     )(logits_BPV, offsets_P)
-    if static_config.do_sample:
+    if options.do_sample:
         draft_scores_BGV = jnp.moveaxis(draft_scores_GBV, 0, 1)
         new_BP, num_accepted_B = verify_sampled(
             scores_BPV, draft_scores_BGV, draft_tokens_BG, verify_key)
@@ -182,10 +197,10 @@ def _run_round(models, params, encoder_memories, state, processor_params, rng, s
 
     # Append up to the first end-of-sequence token, and at most `max_new_tokens` in all.
     is_new_BP = offsets_P <= num_accepted_B[:, None]
-    is_eos_BP = processor_params.is_eos[new_BP]
+    is_eos_BP = options.is_eos[new_BP]
     is_after_eos_BP = (jnp.cumsum(is_eos_BP, axis=1) - is_eos_BP) > 0
     num_new_B = sequences.num_new_tokens
-    is_within_BP = num_new_B[:, None] + offsets_P < processor_params.max_new_tokens
+    is_within_BP = num_new_B[:, None] + offsets_P < options.max_new_tokens
     is_new_BP &= ~is_after_eos_BP & is_within_BP & ~state.is_finished[:, None]
     rows_B1 = jnp.arange(len(new_BP))[:, None]
     out_of_range = sequences.tokens.shape[1]
@@ -195,92 +210,6 @@ def _run_round(models, params, encoder_memories, state, processor_params, rng, s
         lengths=sequences.lengths + is_new_BP.sum(-1),
     )
     is_finished_B = (state.is_finished | (is_eos_BP & is_new_BP).any(-1)
-                     | (sequences.num_new_tokens >= processor_params.max_new_tokens))
-    return SpeculativeState(
-        sequences, is_finished_B, state.num_rounds + 1, ModelPair(cache, draft_cache))
-
-
-@functools.partial(jax.jit, static_argnames="models")
-def _transpose_kernels(models, params):
-    return ModelPair(*(
-        transpose_kernels(p, m.config.compute_dtype) for m, p in zip(models, params)))
-
-
-@functools.partial(jax.jit, static_argnames=("models", "static_config"))
-def decode_speculative(
-    models: ModelPair,
-    params: ModelPair,
-    inputs: ModelPair,
-    processor_params: LogitsProcessorParams,
-    rng: Key[Array, ""],
-    *,
-    static_config: StaticGenerationConfig,
-) -> tuple[Int[Array, "B L"], Int[Array, "B"], Int[Array, ""]]:
-    """Decodes one sequence per row by speculative decoding, in a single compiled loop.
-
-    Args:
-        models: target and draft model, of the same vocabulary.
-        params: their parameters.
-        inputs: the `GenerationInputs` of each.
-        processor_params: parameters of the logits processors.
-        rng: for sampling.
-        static_config: compile-time configuration.
-
-    Returns:
-        The tokens of each row by position, the number of new tokens of each row, and the number of
-        rounds.
-    """
-    state, encoder_memories = _prefill_and_first_token(
-        models, params, inputs, processor_params, rng, static_config)
-    params = _transpose_kernels(models, params)
-    state = jax.lax.while_loop(
-        lambda state: ~state.is_finished.all(),
-        lambda state: _run_round(
-            models, params, encoder_memories, state, processor_params, rng, static_config),
-        state,
-    )
-    return state.sequences.tokens, state.sequences.num_new_tokens, state.num_rounds
-
-
-_start_streaming = jax.jit(_prefill_and_first_token, static_argnames=("models", "static_config"))
-_stream_round = jax.jit(
-    _run_round, static_argnames=("models", "static_config"), donate_argnames="state")
-
-
-def decode_speculative_streaming(
-    models: ModelPair,
-    params: ModelPair,
-    inputs: ModelPair,
-    processor_params: LogitsProcessorParams,
-    rng: Key[Array, ""],
-    *,
-    static_config: StaticGenerationConfig,
-    streamer: Callable[[Int[np.ndarray, "B"]], None],
-) -> tuple[Int[Array, "B L"], Int[Array, "B"], Int[Array, ""]]:
-    """Like `decode_speculative`, with one compiled call per round.
-
-    Args:
-        streamer: called on the host with the next token of each row, int32 `[B]`, as soon as it is
-            known for every unfinished row.
-        models, params, inputs, processor_params, rng, static_config: as for `decode_speculative`.
-
-    Returns:
-        As `decode_speculative`.
-    """
-    state, encoder_memories = _start_streaming(
-        models, params, inputs, processor_params, rng, static_config=static_config)
-    params = _transpose_kernels(models, params)
-    num_streamed = 0
-    while True:
-        sequences = state.sequences
-        tokens, num_new, is_finished = (np.array(x) for x in (
-            sequences.tokens, sequences.num_new_tokens, state.is_finished))
-        starts = np.array(sequences.prompt_lengths)
-        num_ready = num_new.max() if is_finished.all() else num_new[~is_finished].min()
-        for step in range(num_streamed, num_ready):  # slots after the end of a row hold padding
-            streamer(tokens[np.arange(len(num_new)), starts + step])
-        num_streamed = max(num_streamed, num_ready)
-        if is_finished.all():
-            return sequences.tokens, sequences.num_new_tokens, state.num_rounds
-        state = _stream_round(models, params, encoder_memories, state, processor_params, rng,
-                              static_config=static_config)
+                     | (sequences.num_new_tokens >= options.max_new_tokens))
+    return DecodeState(
+        sequences, is_finished_B, state.num_steps + 1, ModelPair(cache, draft_cache))

@@ -9,7 +9,7 @@ Layers also apply parameters that `init` never creates, if they are present in t
 - frozen kernels and embeddings in another dtype, or as int8 values with a scale
   (`finetuning.quantize`);
 - for decoding, transposed kernels `kernel_t`, and int8 embedding tables `embedding_t`; an output
-  layer with such a table also quantizes its inputs to int8 (`generation.kernel_layout`).
+  layer with such a table also quantizes its inputs to int8 (`generation.decoding`).
 
 Shape suffixes: B batch, T length, D d_model, V vocabulary.
 """

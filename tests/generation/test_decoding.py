@@ -1,7 +1,6 @@
 """Greedy and sampled decoding of GPT and encoder-decoders against full passes without a cache."""
 
 import itertools
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ from generation_models import (
 )
 from small_models import VOCAB, forward
 
-from transformer_jax.generation import decode_loop, generate
+from transformer_jax.generation import decoding, generate
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +59,7 @@ def test_targets_are_the_argmax_of_full_passes(family):
 
 def test_of_equal_scores_the_first_is_selected():
     scores = np.asarray([[1, 3, 3, 0], [2, 2, 2, 2], [0, 1, 2, 3], [-np.inf] * 3 + [-5.0]])
-    token = decode_loop.select_token(
-        jax.numpy.asarray(scores), None, SimpleNamespace(do_sample=False))
+    token = decoding.select_token(jax.numpy.asarray(scores), None, do_sample=False)
     assert token.tolist() == [1, 0, 3, 3] == scores.argmax(-1).tolist()
 
 

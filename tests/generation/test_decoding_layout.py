@@ -8,7 +8,7 @@ from small_models import GPT2
 
 from transformer_jax import sharding
 from transformer_jax.finetuning import peft, quantize
-from transformer_jax.generation import generate, kernel_layout
+from transformer_jax.generation import decoding, generate
 from transformer_jax.models import GPT, init_params
 from transformer_jax.nn import matmul
 from transformer_jax.tree import flatten_paths
@@ -50,7 +50,7 @@ def test_logits_are_equal(spec):
     if spec:
         params = jax.tree.map(lambda x: x + 0.01, peft.add_peft_params(
             params, spec, jax.random.key(1)))
-    converted = kernel_layout.transpose_kernels(params, jnp.float32)
+    converted = decoding.transpose_kernels(params, jnp.float32)
     paths = flatten_paths(converted)
     assert ("decoder/layer_0/mlp/wi/kernel_t" in paths) == ("dora" not in spec)
     assert ("decoder/layer_0/mlp/wi/kernel" in paths) == ("dora" in spec)
@@ -62,7 +62,7 @@ def test_logits_are_equal(spec):
 
 
 def test_kernels_have_the_compute_dtype():
-    converted = flatten_paths(kernel_layout.transpose_kernels(PARAMS, jnp.bfloat16))
+    converted = flatten_paths(decoding.transpose_kernels(PARAMS, jnp.bfloat16))
     kernel = PARAMS["decoder"]["layer_0"]["self_attention"]["out"]["kernel"]
     found = converted["decoder/layer_0/self_attention/out/kernel_t"]
     np.testing.assert_array_equal(found, kernel.astype(jnp.bfloat16).transpose(2, 0, 1))
@@ -73,8 +73,8 @@ def test_kernels_have_the_compute_dtype():
 @pytest.mark.slow
 def test_parameters_converted_once():
     expected = generate(MODEL, PARAMS, [[5, 9], [7]], max_new_tokens=5)
-    once = kernel_layout.transpose_kernels_for_decoding(MODEL, PARAMS)
-    twice = kernel_layout.transpose_kernels_for_decoding(MODEL, once)
+    once = decoding.transpose_kernels_for_decoding(MODEL, PARAMS)
+    twice = decoding.transpose_kernels_for_decoding(MODEL, once)
     for params in (once, twice):
         np.testing.assert_array_equal(
             expected, generate(MODEL, params, [[5, 9], [7]], max_new_tokens=5))
@@ -82,7 +82,7 @@ def test_parameters_converted_once():
 
     quantized = quantize.quantize_frozen(PARAMS, jax.tree.map(lambda x: False, PARAMS), "int8")[0]
     expected = generate(MODEL, quantized, [[5, 9], [7]], max_new_tokens=5)
-    once = kernel_layout.transpose_kernels_for_decoding(MODEL, quantized)
+    once = decoding.transpose_kernels_for_decoding(MODEL, quantized)
     assert flatten_paths(once)["token_embed/embedding_t"].dtype == jnp.int8
     np.testing.assert_array_equal(
         expected, generate(MODEL, once, [[5, 9], [7]], max_new_tokens=5))
@@ -90,7 +90,7 @@ def test_parameters_converted_once():
 
 def test_donated_arrays_are_deleted():
     given = jax.tree.map(jnp.copy, PARAMS)
-    converted = kernel_layout.transpose_kernels_for_decoding(MODEL, given, donate=True)
+    converted = decoding.transpose_kernels_for_decoding(MODEL, given, donate=True)
     deleted = {path for path, leaf in flatten_paths(given).items() if leaf.is_deleted()}
     assert deleted == {path for path in flatten_paths(given) if path.endswith("/kernel")}
     assert generate(MODEL, converted, [[5]], max_new_tokens=2).shape == (1, 3)
@@ -98,7 +98,7 @@ def test_donated_arrays_are_deleted():
 
 def test_kernels_are_not_transposed_on_a_mesh():
     with jax.set_mesh(sharding.make_mesh(8, 1)):
-        converted = flatten_paths(kernel_layout.transpose_kernels(PARAMS, jnp.bfloat16))
+        converted = flatten_paths(decoding.transpose_kernels(PARAMS, jnp.bfloat16))
     for path, leaf in flatten_paths(PARAMS).items():
         assert converted[path].shape == leaf.shape
         assert converted[path].dtype == (
@@ -129,7 +129,7 @@ def test_int8_parameters_give_nearly_equal_logits(spec):
     if spec:
         quantized = jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 else x,
                              peft.add_peft_params(QUANTIZED, spec, jax.random.key(1)))
-    converted = kernel_layout.transpose_kernels(quantized, jnp.float32)
+    converted = decoding.transpose_kernels(quantized, jnp.float32)
     paths = flatten_paths(converted)
     assert paths["decoder/layer_0/mlp/wi/kernel_t"].dtype == jnp.int8
     assert paths["token_embed/embedding_t"].dtype == jnp.int8
@@ -144,7 +144,7 @@ def test_int8_parameters_give_nearly_equal_logits(spec):
 
 def test_int8_parameters_are_unchanged_on_a_mesh():
     with jax.set_mesh(sharding.make_mesh(8, 1)):
-        converted = kernel_layout.transpose_kernels(QUANTIZED, jnp.float32)
+        converted = decoding.transpose_kernels(QUANTIZED, jnp.float32)
     assert flatten_paths(converted).keys() == flatten_paths(QUANTIZED).keys()
 
 
