@@ -9,13 +9,13 @@ from transformer_jax.errors import did_you_mean
 from transformer_jax.metrics.classification import (
     accuracy,
     confusion_matrix,
+    entity_f1,
     f1,
     macro_f1,
     matthews,
 )
-from transformer_jax.metrics.entities import entity_f1
-from transformer_jax.metrics.squad import squad_scores
 from transformer_jax.metrics.statistics import regression_scores
+from transformer_jax.metrics.text import squad_scores
 
 CLASSIFICATION_METRICS: dict[str, dict[str, Callable]] = {
     "accuracy": {"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews},
