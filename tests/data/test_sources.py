@@ -2,6 +2,7 @@
 
 import gzip
 import sys
+import types
 
 import pyarrow
 import pytest
@@ -244,6 +245,26 @@ def test_hf_local_folders(tmp_path, monkeypatch):
     (tmp_path / "json" / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     found = mapped_dataset.load_hf(tmp_path / "json", "train", cache_dir=str(tmp_path / "cache"))
     assert [e["text"] for e in found] == ["a", "b"] and found.label_names is None
+
+
+def test_hf_names_have_a_config_and_a_revision(monkeypatch):
+    asked = []
+
+    class Datasets(types.ModuleType):
+        DatasetDict = dict
+
+        def load_dataset(self, path, config, **options):
+            asked.append((path, config, options))
+            return {"train": types.SimpleNamespace(features={})}
+
+    monkeypatch.setitem(sys.modules, "datasets", Datasets("datasets"))
+    for name in ("imdb", "me/mine", "me/mine/big", "me/mine/a/b@refs/convert/parquet",
+                 "me/mine@v1"):
+        sources.load_source(f"hf:{name}", "train")
+    assert asked == [
+        ("imdb", None, {}), ("me/mine", None, {}), ("me/mine", "big", {}),
+        ("me/mine", "a/b", {"revision": "refs/convert/parquet"}),
+        ("me/mine", None, {"revision": "v1"})]
 
 
 # By name
