@@ -88,6 +88,7 @@ def test_correlations():
     assert np.isnan(metrics.pearson([0.1, 0.1, 0.1], [1, 2, 3]))  # their computed mean is not 0.1
     assert np.isnan(metrics.spearman([1, 2, 3], [2, 2, 2]))
     assert np.isnan(metrics.pearson([], []))
+    assert np.isnan(metrics.spearman([np.nan, 1, 2], [1, 2, 3]))
     found = metrics.regression_scores(np.array(a), np.array(b))
     assert found["pearson_spearman"] == pytest.approx(0.8) and found["mse"] == pytest.approx(0.5)
 
@@ -211,7 +212,7 @@ def test_macro_f1_includes_classes_that_never_occur():
 
 
 def test_invalid_predictions():
-    with pytest.raises(ValueError, match="unknown metric 'acuracy', did you mean 'accuracy'"):
+    with pytest.raises(ValueError, match="unknown metric 'acuracy'; did you mean accuracy"):
         metrics.evaluate_predictions("acuracy", [0], [0])
     with pytest.raises(ValueError, match="unknown metric 'squad'"):
         metrics.classification_scores("squad", np.eye(2))

@@ -44,3 +44,15 @@ def test_invalid_json_is_an_error_of_one_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         storage.read_json(path)
     assert "\n" not in str(error.value)
+
+
+def test_an_interrupted_write_keeps_the_earlier_file(tmp_path):
+    path = tmp_path / "a.json"
+    for content in (b"first", b"second"):
+        with storage.atomic_write(path) as file:
+            file.write(content)
+        assert path.read_bytes() == content
+    with pytest.raises(OSError, match="disk full"), storage.atomic_write(path) as file:
+        file.write(b"third")
+        raise OSError("disk full")
+    assert path.read_bytes() == b"second"

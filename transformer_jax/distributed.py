@@ -71,7 +71,12 @@ def initialize(environment: Mapping[str, str] = os.environ, timeout_seconds: int
 
 
 def _has_multiple_processes(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher that JAX supports has started more than one process."""
+    """Whether a launcher that JAX supports has started more than one process.
+
+    JAX gets the addresses, but does not decide whether to initialize: its detection would wait for
+    other processes in a Slurm batch script that starts only one, would query a metadata server on
+    every TPU machine, and is an error once a backend has started, as in a notebook.
+    """
     counts = [environment.get(name, "1") for name in
               ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES", ""))

@@ -1,16 +1,41 @@
-"""Manifests with the SHA-256 checksums of the files in a folder, and JSON files.
+"""Atomic writes, manifests with the SHA-256 checksums of a folder's files, and JSON files.
 
 Every complete checkpoint has a manifest, because Orbax detects missing files but not bit errors in
 arrays. The tokenizer of a run has a manifest too.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MANIFEST = "digests.json"
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing, which appears under its name only when it is complete.
+
+    The bytes are written to PATH.partial, which replaces `path` at the end of the block. If the
+    block raises an error, an earlier file at `path` is unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.json"
+        >>> with atomic_write(path) as file:
+        ...     _ = file.write(b"{}")
+        >>> path.read_bytes()
+        b'{}'
+    """
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def write_manifest(folder: Path) -> None:
@@ -30,12 +55,8 @@ def write_manifest(folder: Path) -> None:
         (None, 'a.txt is corrupted: its SHA-256 differs from digests.json')
     """
     checksums = {_relative_path(folder, path): sha256(path) for path in _files(folder)}
-    temporary = folder / f"{MANIFEST}.tmp"
-    with temporary.open("w") as file:
-        json.dump(checksums, file, indent=0)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / MANIFEST)
+    with atomic_write(folder / MANIFEST) as file:
+        file.write(json.dumps(checksums, indent=0).encode())
 
 
 def has_manifest(folder: Path) -> bool:

@@ -59,7 +59,7 @@ def test_help_all_has_all_flags(name, flags, capsys):
     (["generate", "x", "--top-n", "3"], "Unrecognized options: --top-n, 3; did you mean --top-"),
     (["plan", "gpt2", "--remat", "some"], "invalid choice 'some' for argument '--remat'"),
     (["pretrain"], "PRESET is missing; choose one of gpt1, gpt2,"),
-    (["pretrain", "gpt22"], "unknown preset 'gpt22'; choose one of: gpt2"),
+    (["pretrain", "gpt22"], "unknown preset 'gpt22'; did you mean gpt2"),
     (["pretrain", "gpt2", "--model.num-layer", "3"], "did you mean --model.num-layers"),
     (["pretrain", "gpt2", "--model.dropout-rate", "2"], "dropout_rate is 2.0; it must be"),
     (["pretrain", "gpt2", "--data", "nowhere.txt"], "nowhere.txt"),

@@ -2,9 +2,12 @@
 
 import gzip
 import sys
+import types
 
+import pyarrow
 import pytest
 import tensorflow_datasets as tfds
+from pyarrow import parquet
 
 from transformer_jax.data import mapped_dataset, sources
 
@@ -93,7 +96,7 @@ def test_tables_without_a_header_line(tmp_path):
     ("t.tsv", "a\tc\n1\t2\n", "line 2 has no column 'b'; it has 'a', 'c'"),
     ("t.jsonl", '{"b": 1}\n{\n', r"line 2 is not JSON"),
     ("t.jsonl", "[1]\n", "line 1 is a list"),
-    ("t.xls", "a", r"its suffix is '.xls'; supported: .tsv, .csv, .jsonl"),
+    ("t.xls", "a", r"its suffix is '.xls'; supported: .tsv, .csv, .jsonl, .parquet"),
 ])
 def test_errors_in_tables(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
@@ -113,6 +116,37 @@ def test_unicode_line_ends_do_not_end_a_row(tmp_path):
     assert [row["text"] for row in sources.load_table(tmp_path / "q.csv")] == [
         'two\nlines, "quoted"', "x"]
     assert [line for line, _ in sources.load_numbered_rows(tmp_path / "q.csv")] == [3, 4]
+
+
+def test_parquet(tmp_path):
+    rows = [{"text": "a", "label": 1, "tags": ["x"], "score": None},
+            {"text": "2020-01-02", "label": 2**60, "tags": [], "score": 0.5}]
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert sources.load_table(path) == rows and sources.load_source(path, "train") == rows
+    assert [number for number, _ in sources.load_numbered_rows(path)] == [1, 2]
+    with pytest.raises(ValueError, match="line 1 has no column 'b'"):
+        sources.load_table(path, columns=["b"])
+    (tmp_path / "t.parquet").write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is not a complete Parquet file"):
+        sources.load_table(path)
+    parquet.write_table(pyarrow.table({"a": []}), path)
+    with pytest.raises(ValueError, match="has 0 rows"):
+        sources.load_table(path)
+    parquet.write_table(pyarrow.Table.from_arrays([[1], [2]], names=["a", "a"]), path)
+    with pytest.raises(ValueError, match="two columns 'a'"):
+        sources.load_table(path)
+
+
+@pytest.mark.parametrize(("name", "text", "rows"), [
+    ("t.csv", "a,b\n007,NA\n1e3,\n", [{"a": "007", "b": "NA"}, {"a": "1e3", "b": ""}]),
+    ("t.jsonl", '{"a": "2020-01-02"}\n{"b": 12345678901234567890}\n{"a": {"x": 1}}\n',
+     [{"a": "2020-01-02"}, {"b": 12345678901234567890}, {"a": {"x": 1}}]),
+])
+def test_values_are_not_converted(tmp_path, name, text, rows):
+    """As PyArrow's readers do; see `load_table`."""
+    (tmp_path / name).write_text(text)
+    assert sources.load_table(tmp_path / name) == rows
 
 
 def test_a_corrupted_gzip_file(tmp_path):
@@ -211,6 +245,26 @@ def test_hf_local_folders(tmp_path, monkeypatch):
     (tmp_path / "json" / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     found = mapped_dataset.load_hf(tmp_path / "json", "train", cache_dir=str(tmp_path / "cache"))
     assert [e["text"] for e in found] == ["a", "b"] and found.label_names is None
+
+
+def test_hf_names_have_a_config_and_a_revision(monkeypatch):
+    asked = []
+
+    class Datasets(types.ModuleType):
+        DatasetDict = dict
+
+        def load_dataset(self, path, config, **options):
+            asked.append((path, config, options))
+            return {"train": types.SimpleNamespace(features={})}
+
+    monkeypatch.setitem(sys.modules, "datasets", Datasets("datasets"))
+    for name in ("imdb", "me/mine", "me/mine/big", "me/mine/a/b@refs/convert/parquet",
+                 "me/mine@v1"):
+        sources.load_source(f"hf:{name}", "train")
+    assert asked == [
+        ("imdb", None, {}), ("me/mine", None, {}), ("me/mine", "big", {}),
+        ("me/mine", "a/b", {"revision": "refs/convert/parquet"}),
+        ("me/mine", None, {"revision": "v1"})]
 
 
 # By name

@@ -242,7 +242,7 @@ def test_a_labeled_dataset_with_another_validation_split(name):
 
 @pytest.mark.parametrize(("data", "options", "message"), [
     (42, {}, "data is of type int, which is not supported; supported: a list of dicts, a pandas"),
-    (None, {}, "data is of type NoneType.*hf:NAME, .*or the path of a .tsv, .csv, .jsonl or .txt"),
+    (None, {}, "data is of type NoneType.*hf:NAME, .*or the path of a .tsv"),
     (b"data.csv", {}, "data is of type bytes"),
     ([], {}, "data has 0 rows; give at least 1"),
     (REVIEWS, {"validation": []}, "validation has 0 rows"),

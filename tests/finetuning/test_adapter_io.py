@@ -12,7 +12,7 @@ import small_models
 from safetensors.numpy import load, save
 from trained_models import BART, BERT, DORA, trained
 
-from transformer_jax import __version__
+from transformer_jax import __version__, storage
 from transformer_jax.finetuning import adapter_io, peft
 from transformer_jax.finetuning.quantize import quantize_frozen
 from transformer_jax.finetuning.select import trainable_mask
@@ -175,8 +175,9 @@ def test_frozen_parameters_must_equal_the_base(tmp_path):
 
 def test_an_adapter_is_replaced_atomically(tmp_path, monkeypatch):
     _, base, params = saved(tmp_path)
-    monkeypatch.setattr(adapter_io, "_write", lambda path, content: (
-        path.write_bytes(content) if path.name != adapter_io.MANIFEST else 1 / 0))
+    write = storage.atomic_write
+    monkeypatch.setattr(storage, "atomic_write", lambda path: (
+        write(path) if path.name != adapter_io.MANIFEST else 1 / 0))
     _, _, other, mask = trained(BERT, "ia3")
     with pytest.raises(ZeroDivisionError):
         adapter_io.save_adapter(tmp_path, other, mask, base, spec="ia3")

@@ -111,8 +111,8 @@ def test_changes_are_validated():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gpt2_meduim", "unknown preset 'gpt2_meduim'; choose one of: gpt2_medium"),
-        ("xyz", "choose one of: gpt1, gpt2, gpt2_medium, .*bert_large"),
+        ("gpt2_meduim", "unknown preset 'gpt2_meduim'; did you mean gpt2_medium"),
+        ("xyz", "choose one of gpt1, gpt2, gpt2_medium, .*bert_large"),
     ],
 )
 def test_unknown_preset(name, message):

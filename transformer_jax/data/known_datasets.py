@@ -34,7 +34,7 @@ class DatasetConfig:
 
             - "tfds:NAME"; "hf:NAME", also "hf:OWNER/NAME/CONFIG@REVISION"; "hf:FOLDER" for a folder
               of `save_to_disk`; or "python_docs/topics";
-            - a .tsv, .csv, .jsonl or tab-separated .txt file, or .gz of one;
+            - a .tsv, .csv, .jsonl, tab-separated .txt (or .gz of one) or .parquet file;
             - a folder with such a file that has the word train in its name, and such a file that
               has the word validation, valid, val, dev, trial or test in its name; for seq2seq, also
               a folder with line-aligned files such as train.de, train.en, dev.de and dev.en.

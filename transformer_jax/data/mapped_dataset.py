@@ -187,11 +187,10 @@ def load_hf(name: str | Path, split: str, **options: Any) -> MappedDataset:
         path, config = str(name), None
         if not folder.exists():
             path, _, revision = path.partition("@")
-            owner, _, rest = path.partition("/")
-            path, _, config = rest.partition("/")
-            path = f"{owner}/{path}" if path else owner
+            parts = path.split("/", 2)
+            path, config = "/".join(parts[:2]), "".join(parts[2:]) or None
             options |= {"revision": revision} if revision else {}
-        dataset = datasets.load_dataset(path, config or None, **options)
+        dataset = datasets.load_dataset(path, config, **options)
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise ValueError(f"unknown split of {name} {split!r}; {did_you_mean(split, dataset)}")

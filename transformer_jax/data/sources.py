@@ -110,18 +110,23 @@ def _split_at_blank_lines(text: str) -> list[str]:
 # Tables -------------------------------------------------------------------------------------------
 
 DELIMITERS = {".tsv": "\t", ".csv": ","}
-TABLE_SUFFIXES = (*DELIMITERS, ".jsonl")
+TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".parquet")
 
 
 def load_table(
     path: str | Path, columns: Sequence[str] | Mapping[str, str] | None = None,
     *, header: Sequence[str] | None = None,
 ) -> list[Example]:
-    r"""Loads the rows of a .tsv, .csv or .jsonl file (or .gz of one) as dicts.
+    r"""Loads the rows of a .tsv, .csv or .jsonl file (or .gz of one) or a .parquet file as dicts.
 
     The first line of a .tsv or .csv file has the column names. Quotes are ordinary characters in
-    .tsv files and quote fields in .csv files. Values are str, or JSON values in .jsonl files. A
-    .txt file is read like a .tsv file.
+    .tsv files and quote fields in .csv files. Values are str, but JSON values in .jsonl files, and
+    the values of the columns' types in .parquet files. A .txt file is read like a .tsv file.
+
+    Only Parquet is read by PyArrow, because its other readers change values without an error:
+    that of CSV joins the rows after an unclosed quote and drops a repeated column, and that of JSON
+    converts texts that look like dates, and large integers to floats, and adds keys that a row
+    does not have.
 
     Args:
         path: the file.
@@ -155,25 +160,47 @@ def load_table(
 def load_numbered_rows(
     path: str | Path, *, header: Sequence[str] | None = None
 ) -> list[tuple[int, Example]]:
-    """Loads rows as `load_table` does, each with the number of its last line in the file."""
+    """Loads rows as `load_table` does, each with the number of its last line in the file.
+
+    The number of a row of a .parquet file is its position, counted from 1.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a .tsv, .csv or .jsonl file")
+        raise FileNotFoundError(f"{path} does not exist; give a {', '.join(TABLE_SUFFIXES)} file")
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix == ".txt":
         suffix = ".tsv"
     if suffix not in TABLE_SUFFIXES:
         raise ValueError(f"{path} is not a table: its suffix is {suffix!r}; "
                          f"supported: {', '.join(TABLE_SUFFIXES)}")
-    if header is not None and (suffix == ".jsonl" or isinstance(header, str)):
+    if header is not None and (suffix not in DELIMITERS or isinstance(header, str)):
         raise ValueError(f"header is {header!r} for {path}; give the column names as a sequence, "
                          "and only for .tsv and .csv files")
+    if suffix == ".parquet":
+        return _load_parquet(path)
     text = load_text(path)
     rows = list(_parse_jsonl(text, path) if suffix == ".jsonl"
                 else _parse_delimited(text, path, DELIMITERS[suffix], header))
     if not rows:
         raise ValueError(f"{path} has 0 rows below its header; add at least 1")
     return rows
+
+
+def _load_parquet(path: Path) -> list[tuple[int, Example]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            table = file.read()
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise ValueError(f"{path} is not a complete Parquet file ({str(error).splitlines()[0]}); "
+                         "copy it again, uncompressed") from None
+    if not table.num_rows:
+        raise ValueError(f"{path} has 0 rows; add at least 1")
+    if repeated := {name for name in table.column_names if table.column_names.count(name) > 1}:
+        raise ValueError(f"{path} has two columns {min(repeated)!r}; rename one of them")
+    return list(enumerate(table.to_pylist(), 1))
 
 
 def _parse_delimited(
@@ -252,7 +279,8 @@ def load_source(spec: str | Path, split: str) -> Source:
     Args:
         spec: "tfds:NAME", "hf:NAME", "python_docs/CONFIG", or a path. If a folder has a file named
             after the split (train.txt, train.tsv, ...), that file is loaded. Any other path is the
-            split "train": .tsv, .csv and .jsonl files are tables, and all others are text files.
+            split "train": .tsv, .csv, .jsonl and .parquet files are tables, and all others are text
+            files.
         split: name of the split.
 
     Raises:
@@ -279,7 +307,7 @@ def load_source(spec: str | Path, split: str) -> Source:
     if not path.exists():
         raise FileNotFoundError(f"unknown dataset {spec!r}; {did_you_mean(spec, loaders)} (also "
                                 "supported: tfds:NAME, hf:NAME, and the path of an existing .txt, "
-                                ".tsv, .csv or .jsonl file or of a folder of them)")
+                                ".tsv, .csv, .jsonl or .parquet file or of a folder of them)")
     if path.is_dir() and (file := find_split_file(path, split)):
         return _load_path(file)
     if split != "train":

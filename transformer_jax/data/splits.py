@@ -24,7 +24,7 @@ from transformer_jax.data.sources import Example
 SUPPORTED = (
     "a list of dicts, a pandas DataFrame, a datasets.Dataset or DatasetDict, a dict of such splits "
     "with the key 'train', tfds:NAME, hf:NAME, python_docs/topics, or the path of a .tsv, .csv, "
-    ".jsonl or .txt file or of a folder of them")
+    ".jsonl, .parquet or .txt file or of a folder of them")
 """Description, for error messages, of the data that `datasets.load_dataset` accepts."""
 TRAIN_WORDS = ("train", "training")
 VALIDATION_WORDS = ("validation", "valid", "val", "dev", "trial", "test")

@@ -245,7 +245,6 @@ def _load_json(file: Path) -> dict[str, Any]:
                          "again") from None
 
 
-def _save_json(file: Path, value: Any) -> None:
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(value))
-    unfinished.replace(file)
+def _save_json(path: Path, value: Any) -> None:
+    with storage.atomic_write(path) as file:
+        file.write(json.dumps(value).encode())

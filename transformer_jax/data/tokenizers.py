@@ -1,8 +1,9 @@
 """Tokenizers, which convert text to token ids and back, based on the `tokenizers` library.
 
 Four kinds can be trained: byte-level BPE (GPT-2, section 2.2), WordPiece (BERT, section 3),
-characters, and Unigram (Kudo 2018). Except for Unigram, training is deterministic: the same texts
-give the same files. All functions that train or load a tokenizer return a `Tokenizer`.
+characters, and Unigram (Kudo 2018). Except for Unigram (see `train_unigram`), training is
+deterministic: the same texts give the same files. All functions that train or load a tokenizer
+return a `Tokenizer`.
 """
 
 import functools
@@ -234,9 +235,14 @@ def train_unigram(
 
     As in SentencePiece, a space is represented by "▁", and consecutive spaces become one.
 
+    Training is not exactly deterministic: the `tokenizers` library sums in the order of a hash map,
+    so the last digits of the scores of tokens differ between runs, and tokens of equal score could
+    differ. The ids do not depend on the scores.
+
     Args:
         texts: the training texts.
-        vocab_size: the maximum vocabulary size; the special tokens have the first ids.
+        vocab_size: the maximum vocabulary size; the special tokens have the first ids, followed by
+            the other tokens in the order of their code points.
         special_tokens: the special tokens, which must include "<unk>".
 
     Raises:
@@ -252,7 +258,10 @@ def train_unigram(
         vocab_size=vocab_size, special_tokens=list(special_tokens), unk_token=UNKNOWN_TOKEN,
         show_progress=False)
     backend.train_from_iterator(_check_texts(texts), trainer)
-    return Tokenizer(backends.append_eos(backend))
+    definition = json.loads(backend.to_str())
+    vocab, num_special = definition["model"]["vocab"], len(special_tokens)
+    definition["model"]["vocab"] = vocab[:num_special] + sorted(vocab[num_special:])
+    return Tokenizer(backends.append_eos(Backend.from_str(json.dumps(definition))))
 
 
 def train_wordpiece(

@@ -150,18 +150,12 @@ def save_adapter(
                          "lists and dicts") from None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / manifest["weights"], weights)
-    _write(folder / MANIFEST, text.encode())  # from here on, readers find the new adapter
+    for name, content in ((manifest["weights"], weights), (MANIFEST, text.encode())):
+        with storage.atomic_write(folder / name) as file:  # the manifest last: readers look for it
+            file.write(content)
     weights_files = set(folder.glob(f"{_WEIGHTS_PREFIX}*.safetensors"))
     for path in weights_files - {folder / manifest["weights"]}:
         path.unlink(missing_ok=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file atomically."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _frozen_dtype(leaves: Leaves) -> str:

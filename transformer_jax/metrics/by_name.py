@@ -1,21 +1,21 @@
 """Metrics by name: each name selects a main metric and the metrics that are reported with it."""
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int
 
+from transformer_jax.errors import did_you_mean
 from transformer_jax.metrics.classification import (
     accuracy,
     confusion_matrix,
+    entity_f1,
     f1,
     macro_f1,
     matthews,
 )
-from transformer_jax.metrics.entities import entity_f1
-from transformer_jax.metrics.squad import squad_scores
 from transformer_jax.metrics.statistics import regression_scores
+from transformer_jax.metrics.text import squad_scores
 
 CLASSIFICATION_METRICS: dict[str, dict[str, Callable]] = {
     "accuracy": {"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews},
@@ -88,6 +88,4 @@ def evaluate_predictions(
 
 def _check_metric(metric: str, known: Iterable[str]) -> None:
     if metric not in known:
-        similar = difflib.get_close_matches(metric, known, n=1)
-        hint = f", did you mean {similar[0]!r}?" if similar else ";"
-        raise ValueError(f"unknown metric {metric!r}{hint} choose from {', '.join(known)}")
+        raise ValueError(f"unknown metric {metric!r}; {did_you_mean(metric, known, show_all=True)}")

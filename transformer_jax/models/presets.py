@@ -7,9 +7,9 @@ Example:
     12
 """
 
-import difflib
 from collections.abc import Callable
 
+from transformer_jax.errors import did_you_mean
 from transformer_jax.models.config import (
     BARTConfig,
     BERTConfig,
@@ -105,6 +105,5 @@ def get(name: str, **changes) -> Config:
         ValueError: there is no such preset. The message lists similar names.
     """
     if name not in PRESETS:
-        similar = difflib.get_close_matches(name, PRESETS, n=3) or PRESETS
-        raise ValueError(f"unknown preset {name!r}; choose one of: {', '.join(similar)}")
+        raise ValueError(f"unknown preset {name!r}; {did_you_mean(name, PRESETS)}")
     return PRESETS[name](**changes)

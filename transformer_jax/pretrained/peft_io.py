@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
+from transformer_jax import storage
 from transformer_jax.finetuning.peft import PEFT_PARAM, column_norms, float32_matrix, merge
 from transformer_jax.models import Model, init_params
 from transformer_jax.pretrained import peft_config, safetensors_io, weight_maps
@@ -177,9 +178,8 @@ def _save_files(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, 
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in ((WEIGHTS_FILE, weights), (CONFIG_FILE, text.encode())):
-        partial = folder / f"{name}.partial"
-        partial.write_bytes(data)
-        partial.replace(folder / name)
+        with storage.atomic_write(folder / name) as file:
+            file.write(data)
 
 
 def _split_shape(layer: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

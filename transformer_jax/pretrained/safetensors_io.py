@@ -262,10 +262,7 @@ def _save_file(path: Path, specs: Sequence[TensorSpec], values: Iterator[np.ndar
                              "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    # The bytes are saved to a temporary file first, so that an interrupted save does not change an
-    # earlier file.
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with storage.atomic_write(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for spec in specs:
             array = np.asarray(next(values), spec.dtype, order="C")
@@ -273,4 +270,3 @@ def _save_file(path: Path, specs: Sequence[TensorSpec], values: Iterator[np.ndar
                 raise ValueError(f"tensor {spec.name!r} has shape {array.shape}; its spec requires "
                                  f"{spec.shape}")
             file.write(memoryview(array.reshape(-1).view(np.uint8)))
-    partial.replace(path)
