@@ -116,9 +116,10 @@ for p in plans:
 # ## Results
 #
 # MFU (model FLOPs utilization) is the FLOP/s of the model's matrix products as a fraction of the
-# chip's peak, if computation, memory traffic and communication overlap fully. Memory traffic is
-# extrapolated from models of one and two layers, which the compiler may fuse differently. In the
-# stored output, it is too low for `remat none`, and that config's MFU is therefore too high.
+# chip's peak, if computation, memory traffic and communication overlap fully. Arithmetic and memory
+# traffic are extrapolated from models of two and three layers. The stored output is older: it was
+# extrapolated from one and two layers, so that its memory traffic for `remat none` is too low, and the
+# MFU of that config too high.
 
 # %%
 rows = []

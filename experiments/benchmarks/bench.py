@@ -39,7 +39,7 @@ from transformer_jax.finetuning import peft, quantize
 from transformer_jax.generation import generate, transpose_kernels_for_decoding
 from transformer_jax.models import Config, build_model, init_params, presets
 from transformer_jax.objectives import classification
-from transformer_jax.planner import plan, throughput
+from transformer_jax.planner import chips, plan
 from transformer_jax.train import compiled_step, optimizers, step
 from transformer_jax.train.compiled_step import CompiledStep
 
@@ -244,8 +244,8 @@ def _random_batch(case: Case, shapes: dict, vocab_size: int) -> dict[str, np.nda
 def time_case(name: str, config: BenchConfig) -> dict[str, Any]:
     """Times one case in this process and returns its measurements."""
     case = CASES[name]
-    peak_flops = throughput.matmul_flops_per_second(config.dtype)
-    bandwidth = throughput.memory_bandwidth()
+    peak_flops = chips.matmul_flops_per_second(config.dtype)
+    bandwidth = chips.memory_bandwidth()
     with compiled_step.CompilationCounter() as compilations:
         workload = make_workload(case, config)
         seconds_before = compilations.seconds

@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple
 import bench
 import interleave
 
-from transformer_jax.planner import plan, throughput
+from transformer_jax.planner import chips, plan
 from transformer_jax.train import compiled_step
 
 WORKER = "--worker"
@@ -166,8 +166,8 @@ def run_worker(name: str, options_json: str) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     options = json.loads(options_json)
     if name in MACHINE_WORKERS:
-        work, amount = (throughput.matmul_benchmark(options["dtype"]) if name == "matmul"
-                        else throughput.memory_read_benchmark())
+        work, amount = (chips.matmul_benchmark(options["dtype"]) if name == "matmul"
+                        else chips.memory_read_benchmark())
         interleave.serve(work, min_seconds=1.0, amount=amount)
         return
     workload = bench.make_workload(bench.CASES[name], bench.BenchConfig(

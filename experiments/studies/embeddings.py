@@ -40,12 +40,12 @@ from transformer_jax.objectives import causal_lm
 from transformer_jax.pretrained.runs import LoadedRun
 from transformer_jax.recipes.base_model import add_task_head
 from transformer_jax.recipes.config import FinetuneOptimizerConfig, TrainingConfig
-from transformer_jax.recipes.encoding import EncodedDataset
 from transformer_jax.recipes.finetuning_run import (
     NUM_SPECIAL_TOKENS,
     encode_for_training,
     finetune_params,
 )
+from transformer_jax.recipes.task_encoder import EncodedDataset
 
 WORD_GROUPS = {
     "types": ["integer", "string", "list", "tuple", "dictionary", "bytes", "float", "boolean",

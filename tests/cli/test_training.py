@@ -69,8 +69,11 @@ def test_finetune_settings_are_those_of_the_recipe():
 def test_common_flags_have_the_names_and_defaults_of_the_recipe(command, defaults):
     kind = PretrainConfig if command is training.pretrain else FinetuneConfig
     assert {"out", "seed"} <= {f.name for f in dataclasses.fields(kind)}
-    for name, parameter in inspect.signature(command).parameters.items():
-        if name in ("preset", "flags", "pretrained"):
-            continue
+    given = {name: parameter.default
+             for name, parameter in inspect.signature(command).parameters.items()
+             if name not in ("preset", "flags", "pretrained", "training")}
+    if command is training.finetune:
+        given |= vars(training.TrainingFlags())
+    for name, default in given.items():
         assert name in defaults
-        assert parameter.default in (None, defaults[name])
+        assert default in (None, defaults[name])

@@ -11,8 +11,14 @@ import pytest
 import small_models
 
 from transformer_jax.finetuning import peft, select
-from transformer_jax.finetuning.peft_options import LoRA, parse_lora
-from transformer_jax.finetuning.select import NON_TRAINABLE, describe, split_spec, trainable_mask
+from transformer_jax.finetuning.select import (
+    NON_TRAINABLE,
+    LoRA,
+    describe,
+    parse_lora,
+    split_spec,
+    trainable_mask,
+)
 from transformer_jax.generation import generate
 from transformer_jax.nn.layers import Linear
 from transformer_jax.objectives import classification

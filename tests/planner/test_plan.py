@@ -124,9 +124,9 @@ def test_plan_command(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_local_devices_are_measured(monkeypatch):
-    monkeypatch.setattr(chips.throughput, "matmul_flops_per_second",
+    monkeypatch.setattr(chips, "matmul_flops_per_second",
                         lambda dtype: {"float32": 2e11}[dtype])
-    monkeypatch.setattr(chips.throughput, "memory_bandwidth", lambda: 2e10)
+    monkeypatch.setattr(chips, "memory_bandwidth", lambda: 2e10)
     chip = chips.get_chip("local", "float32")
     assert chip._replace(memory_bytes=0) == chips.Chip(2e11, 0, 2e10, 2e10)
     assert 2**26 < chip.memory_bytes < 2**50

@@ -12,12 +12,12 @@ from transformer_jax.pretrained.runs import load_run
 from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.base_model import add_task_head, include_new_modules, load_base
 from transformer_jax.recipes.config import TrainingConfig
-from transformer_jax.recipes.encoding import write_predictions
 from transformer_jax.recipes.finetuning_run import (
     encode_for_training,
     finetune_params,
     make_finetune_step,
 )
+from transformer_jax.recipes.task_encoder import write_predictions
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from transformer_jax.cli.main import main
 from transformer_jax.data import tokenizers
 from transformer_jax.models import build_model, init_params
 from transformer_jax.pretrained.runs import save_run_config
-from transformer_jax.report import markup, outputs, page, plots, run_files
+from transformer_jax.report import markup, outputs, page, plots, summary
 from transformer_jax.train import checkpointing, optimizers, step
 
 OLD_RUNS = Path(__file__).parents[1] / "files" / "before_redesign"
@@ -73,10 +73,10 @@ def test_run_that_is_not_finished(tmp_path):
             writer.add_scalar("train/loss", 5.0 - n, n)
         writer.add_scalar("eval/loss", 2.5, 5)
     (file,) = (tmp_path / "events").iterdir()
-    rows = list(run_files.read_events(tmp_path / "events"))
+    rows = list(summary.read_events(tmp_path / "events"))
     assert rows[-1] == {"step": 5, "loss": 0.0, "eval_loss": 2.5} and len(rows) == 5
     file.write_bytes(file.read_bytes()[:-7])  # incomplete last record
-    assert "eval_loss" not in list(run_files.read_events(tmp_path / "events"))[-1]
+    assert "eval_loss" not in list(summary.read_events(tmp_path / "events"))[-1]
     content = page.write_report(tmp_path, tmp_path / "out" / "page.html").read_text()
     assert "Not finished: step 5 so far." in content and captions(content) == ["loss (nats)"]
     assert "<b>0.000</b><span>training loss</span>" in content

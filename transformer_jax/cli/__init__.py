@@ -5,8 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "analysis", "command", "export", "flags", "generation", "inference", "inputs", "main",
-        "training",
+        "analysis", "command", "flags", "generation", "inference", "main", "training",
     ],
     submod_attrs={
         "command": ["run_command"],

@@ -1,4 +1,4 @@
-"""Commands that analyze a run: `report` (its results) and `plan` (its memory and speed)."""
+"""Commands before and after a run: `plan` (memory and speed), `report` and `convert`."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from transformer_jax.cli.inputs import optional
+from transformer_jax.cli.command import ModelArgument, optional
 
 
 def report(
@@ -32,6 +32,30 @@ def report(
     print(page.write_report(run, out, **({} if text is None else {"text": text})))
 
 
+def convert(
+    model: ModelArgument,
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    /,
+    task: Annotated[str | None, optional("STR")] = None,
+) -> None:
+    """Converts a run or a checkpoint to the Hugging Face format, as safetensors.
+
+        transformer-jax convert runs/bert exported
+
+    Args:
+        model: folder of a run or a checkpoint, or an id on the Hugging Face Hub.
+        out: output folder.
+        task: head to convert, such as causal_lm, masked_lm, seq2seq_lm or classification; by
+            default, that of the checkpoint.
+    """
+    from transformer_jax.pretrained import load_pretrained, save_pretrained
+    from transformer_jax.pretrained.runs import is_run, load_run
+
+    found = load_run(model) if is_run(model) else load_pretrained(model, task)
+    save_pretrained(out, found.model, found.params, found.tokenizer)
+    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
 Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")]
 
 
@@ -45,6 +69,21 @@ class MeshSizes:
     tensor: Sizes = (1,)
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelFlags:
+    """Flags of the model.
+
+    Attributes:
+        attention_impl: attention implementation; auto selects it by platform.
+        dtype: dtype of the computation.
+        attention_dropout_rate: dropout rate of attention weights; splash supports only 0.
+    """
+
+    attention_impl: Literal["auto", "splash", "cudnn", "xla"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention_dropout_rate: float = 0.0
+
+
 def plan(
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")],
     /,
@@ -55,9 +94,7 @@ def plan(
     remat: Annotated[tuple[Literal["none", "dots", "full"], ...],
                      tyro.conf.arg(metavar="{none,dots,full} ...")] = ("none",),
     accumulate: Sizes = (1,),
-    attention_impl: Literal["auto", "splash", "cudnn", "xla"] = "auto",
-    dtype: Literal["float32", "bfloat16"] = "bfloat16",
-    attention_dropout_rate: float = 0.0,
+    model: Annotated[ModelFlags, tyro.conf.arg(name="")] = ModelFlags(),
     out: Annotated[Path | None, optional("PATH")] = None,
 ) -> None:
     """Estimates memory and speed of a training step on a TPU slice, compiled ahead of time.
@@ -75,9 +112,7 @@ def plan(
         length: tokens per row; by default, the model's max_length.
         remat: rematerialization policy.
         accumulate: number of microbatches for gradient accumulation.
-        attention_impl: attention implementation; auto selects it by platform.
-        dtype: dtype of the computation.
-        attention_dropout_rate: dropout rate of attention weights; splash supports only 0.
+        model: flags of the model.
         out: folder for plan.json and plan.png.
     """
     from transformer_jax.models import presets
@@ -85,10 +120,9 @@ def plan(
     from transformer_jax.planner import plan as plan_module
     from transformer_jax.report import plots
 
-    base = presets.get(preset, dtype=dtype, attention_impl=attention_impl, dropout_rate=0.0,
-                       attention_dropout_rate=attention_dropout_rate)
+    base = presets.get(preset, dropout_rate=0.0, **vars(model))
     devices = chips.get_devices(topology)
-    chip = chips.get_chip(topology, dtype)
+    chip = chips.get_chip(topology, model.dtype)
     configs = plan_config.enumerate_configs(
         base, len(devices), meshes=dataclasses.asdict(mesh), batch_sizes=batch_size,
         length=length, remat=remat, accumulate=accumulate)

@@ -1,4 +1,4 @@
-"""Execution of functions as commands, with parameters as flags and one-line user errors.
+"""Execution of functions as commands: parameters as flags, input texts, one-line user errors.
 
 JAX is not imported here, so that `--help` and usage errors are printed without delay.
 """
@@ -11,15 +11,25 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from transformer_jax.errors import is_user_error
 
+if TYPE_CHECKING:
+    from transformer_jax.models import Model
+
 PROGRAM = "transformer-jax"
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as in shells
+
+ModelArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+"""Type of a parameter for a model: the folder of a run, or a checkpoint."""
+TextArguments = Annotated[
+    tuple[str, ...], tyro.conf.Positional,
+    tyro.conf.arg(metavar="[TEXT ...]", help_behavior_hint="")]
+"""Type of a parameter for any number of texts."""
 
 
 class UsageError(ValueError):
@@ -161,3 +171,50 @@ def _to_one_line(box: str) -> str:
         names = [line.split()[0].rstrip(",") for line in suggestion if line.startswith("-")]
         message += f"; did you mean {' or '.join(dict.fromkeys(names))}?"
     return message
+
+
+# Arguments ----------------------------------------------------------------------------------------
+
+
+def optional(metavar: str, default: str = "", **options: Any) -> Any:
+    """Returns the tyro settings, for `Annotated`, of a flag whose default is None.
+
+    Args:
+        metavar: placeholder of the value in the help.
+        default: what None means, which the help shows as the default; empty to show none.
+        options: further options of `tyro.conf.arg`.
+    """
+    hint = f"(default: {default})" if default else ""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint, **options)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Returns the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def check_family(model: "Model", family: str) -> None:
+    """Raises ValueError if a model is not of a family: "GPT", "BERT" or "Transformer"."""
+    from transformer_jax import models
+
+    if not isinstance(model, getattr(models, family)):
+        raise ValueError(f"the model is a {type(model).__name__}; this command needs a {family}")
+
+
+def read_texts(texts: Sequence[str], single: bool = False) -> list[str]:
+    """Returns the texts, or the texts on standard input if `texts` is empty.
+
+    Args:
+        texts: the texts of the command line.
+        single: read standard input as one text instead of one text per line.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    if not texts:
+        content = sys.stdin.read()
+        texts = ([content.strip()] if single
+                 else [line for line in content.splitlines() if line.strip()])
+    if not any(text.strip() for text in texts):
+        raise ValueError("no text is given; pass it as an argument or on standard input")
+    return list(texts)

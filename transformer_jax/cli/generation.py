@@ -4,11 +4,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from transformer_jax.cli.inputs import (
+from transformer_jax.cli.command import (
     ModelArgument,
     TextArguments,
     check_family,
-    load_model,
+    given,
     optional,
     read_texts,
 )
@@ -55,14 +55,14 @@ def generate(
 
     from transformer_jax.finetuning import quantize
     from transformer_jax.generation import generate as generate_tokens
+    from transformer_jax.pretrained.runs import load_model
 
     found = load_model(model, "causal_lm")
     check_family(found.model, "GPT")
     tokenizer, max_length = found.tokenizer, found.model.config.max_length
     all_frozen = jax.tree.map(lambda x: False, found.params)
     params = quantize.quantize_frozen(found.params, all_frozen, weights)[0]
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    options: dict[str, Any] = {name: x for name, x in sampling.items() if x is not None}
+    options = given(temperature=temperature, top_k=top_k, top_p=top_p)
     if options:
         options |= {"do_sample": True, "rng": jax.random.key(seed)}
     eos = found.model.config.eos_token_id
@@ -129,6 +129,7 @@ def fill(model: ModelArgument, texts: TextArguments = (), /, top_k: int = 5) -> 
     """
     from transformer_jax.generation import fill_mask
     from transformer_jax.objectives.input_format import pack_bert_input
+    from transformer_jax.pretrained.runs import load_model
 
     found = load_model(model, "masked_lm")
     check_family(found.model, "BERT")
@@ -172,10 +173,10 @@ def translate(
         max_new_tokens: maximum number of generated tokens.
         no_repeat_ngram_size: size of the n-grams that are not generated twice; 0 for no limit.
     """
-    given = {"num_beams": num_beams, "length_penalty": length_penalty,
-             "max_new_tokens": max_new_tokens, "no_repeat_ngram_size": no_repeat_ngram_size}
+    options = {"num_beams": num_beams, "length_penalty": length_penalty,
+               "max_new_tokens": max_new_tokens, "no_repeat_ngram_size": no_repeat_ngram_size}
     defaults = {"num_beams": 5, "length_penalty": 0.6, "max_length": 129}
-    for line in _generate_targets(model, read_texts(texts), given, defaults):
+    for line in _generate_targets(model, read_texts(texts), options, defaults):
         print(line, flush=True)
 
 
@@ -206,27 +207,28 @@ def summarize(
         min_new_tokens: minimum number of generated tokens.
         no_repeat_ngram_size: size of the n-grams that are not generated twice; 0 for no limit.
     """
-    given = {"num_beams": num_beams, "length_penalty": length_penalty,
-             "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens,
-             "no_repeat_ngram_size": no_repeat_ngram_size}
+    options = {"num_beams": num_beams, "length_penalty": length_penalty,
+               "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens,
+               "no_repeat_ngram_size": no_repeat_ngram_size}
     defaults = {"num_beams": 4, "length_penalty": 2.0, "max_length": 143,
                 "no_repeat_ngram_size": 3}
-    for line in _generate_targets(model, read_texts(texts, single=True), given, defaults):
+    for line in _generate_targets(model, read_texts(texts, single=True), options, defaults):
         print(line, flush=True)
 
 
 def _generate_targets(
-    source: str, texts: Sequence[str], given: dict[str, Any], defaults: dict[str, Any], *,
+    source: str, texts: Sequence[str], options: dict[str, Any], defaults: dict[str, Any], *,
     batch_size: int = 16,
 ) -> Iterator[str]:
     """Yields the target of each text. Sources longer than the model's max_length are truncated,
     with a message on standard error."""
     from transformer_jax.generation import generate as generate_tokens
+    from transformer_jax.pretrained.runs import load_model
 
     model, params, tokenizer, _ = load_model(source, "seq2seq_lm")
     check_family(model, "Transformer")
     max_length = model.config.max_length
-    options = target_options(model, given, defaults)
+    options = target_options(model, options, defaults)
     for start in range(0, len(texts), batch_size):
         rows = tokenizer.encode_batch(texts[start : start + batch_size], add_special_tokens=True)
         for i, row in enumerate(rows):
@@ -239,20 +241,20 @@ def _generate_targets(
 
 
 def target_options(
-    model: "Model", given: dict[str, Any], defaults: dict[str, Any]
+    model: "Model", options: dict[str, Any], defaults: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the options of `generation.generate` for one target text per source.
 
     Args:
         model: the model, which holds the options of its checkpoint.
-        given: options that replace those of the checkpoint unless they are None.
-        defaults: values of options that neither `given` nor the checkpoint has.
+        options: options that replace those of the checkpoint unless they are None.
+        defaults: values of options that neither `options` nor the checkpoint has.
     """
     from transformer_jax.generation.options import drop_unused_options, generation_options
 
-    given = {name: value for name, value in given.items() if value is not None}
     single_text = {"do_sample": False, "num_return_sequences": 1}
-    options = drop_unused_options(defaults | generation_options(model) | given | single_text)
+    options = drop_unused_options(
+        defaults | generation_options(model) | given(**options) | single_text)
     max_length = model.config.max_length
     limits = {"max_new_tokens": max_length - 1, "max_length": max_length}
     return options | {

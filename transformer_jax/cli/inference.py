@@ -1,25 +1,52 @@
 """Commands that apply fine-tuned models: `evaluate`, `predict` and `classify`."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
-from transformer_jax.cli.inputs import ModelArgument, TextArguments, optional, read_texts
+import tyro
+
+from transformer_jax.cli.command import (
+    ModelArgument,
+    TextArguments,
+    given,
+    optional,
+    read_texts,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFlags:
+    """Flags of labeled data.
+
+    Attributes:
+        validation: name of the split to evaluate on.
+        columns: pairs of an example field (text, text_b, label, choices, words, tags, question,
+            context, answers, source or target) and its column in the data.
+        header: column names of files without a header line.
+        label_names: pairs of a label value in the data and the name of its class.
+        like: known data set with the same columns, such as hf:snli.
+        metric: main metric: accuracy, f1, macro_f1 or matthews; for target texts, rouge or bleu.
+        limit: maximum number of examples, sampled at random.
+    """
+
+    validation: Annotated[str | None, optional("STR")] = None
+    columns: Annotated[dict[str, str] | None, optional("FIELD COLUMN ...")] = None
+    header: Annotated[tuple[str, ...] | None, optional("NAME ...")] = None
+    label_names: Annotated[dict[str, str] | None, optional("VALUE NAME ...")] = None
+    like: Annotated[str | None, optional("STR")] = None
+    metric: Annotated[str | None, optional("STR")] = None
+    limit: Annotated[int | None, optional("INT")] = None
 
 
 def evaluate(
     model: ModelArgument,
     /,
     data: Annotated[str | None, optional("STR")] = None,
-    validation: Annotated[str | None, optional("STR")] = None,
-    columns: Annotated[dict[str, str] | None, optional("FIELD COLUMN ...")] = None,
-    header: Annotated[tuple[str, ...] | None, optional("NAME ...")] = None,
-    label_names: Annotated[dict[str, str] | None, optional("VALUE NAME ...")] = None,
-    like: Annotated[str | None, optional("STR")] = None,
-    metric: Annotated[str | None, optional("STR")] = None,
-    limit: Annotated[int | None, optional("INT")] = None,
+    labeled: Annotated[DataFlags, tyro.conf.arg(name="")] = DataFlags(),
     max_length: Annotated[int | None, optional("INT")] = None,
     num_beams: Annotated[int | None, optional("INT")] = None,
     num_rows: Annotated[int | None, optional("INT")] = None,
@@ -34,14 +61,7 @@ def evaluate(
         data: labeled data: python_docs/topics, tfds:NAME, hf:NAME, a .tsv, .csv or .jsonl file,
             or a folder. For a pre-trained model: a text file or folder, or python_docs/documents;
             without --data, a pre-training run is evaluated on its held-out rows.
-        validation: name of the split to evaluate on.
-        columns: pairs of an example field (text, text_b, label, choices, words, tags, question,
-            context, answers, source or target) and its column in the data.
-        header: column names of files without a header line.
-        label_names: pairs of a label value in the data and the name of its class.
-        like: known data set with the same columns, such as hf:snli.
-        metric: main metric: accuracy, f1, macro_f1 or matthews; for target texts, rouge or bleu.
-        limit: maximum number of examples, sampled at random.
+        labeled: flags of labeled data.
         max_length: maximum number of tokens per row; by default, that of training.
         num_beams: number of beams with which target texts are generated.
         num_rows: number of rows on which a pre-trained model is evaluated; 256 by default.
@@ -50,13 +70,9 @@ def evaluate(
     from transformer_jax.recipes import evaluate as evaluate_model
     from transformer_jax.recipes.run_dir import to_json
 
-    options = {
-        "validation": validation, "columns": columns, "header": header,
-        "label_names": label_names, "like": like, "metric": metric, "limit": limit,
-        "max_length": max_length, "num_beams": num_beams, "num_rows": num_rows}
+    options = given(**vars(labeled), max_length=max_length, num_beams=num_beams, num_rows=num_rows)
     _setup()
-    metrics = to_json(evaluate_model(
-        model, data, **{name: x for name, x in options.items() if x is not None}))
+    metrics = to_json(evaluate_model(model, data, **options))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(metrics, indent=2) + "\n")
@@ -92,16 +108,15 @@ def predict(
         out: .jsonl file for the predictions; by default, they are printed.
     """
     from transformer_jax.recipes import predict as predict_inputs
-    from transformer_jax.recipes.encoding import write_predictions
     from transformer_jax.recipes.run_dir import to_json
+    from transformer_jax.recipes.task_encoder import write_predictions
 
     if data is not None and texts:
         raise ValueError("--data and texts are both given; give one of them")
     inputs = [_split_pair(text) for text in read_texts(texts)] if data is None else Path(data)
-    options = {"columns": columns, "max_length": max_length, "num_beams": num_beams}
+    options = given(columns=columns, max_length=max_length, num_beams=num_beams)
     _setup()
-    predictions = to_json(predict_inputs(
-        model, inputs, **{name: x for name, x in options.items() if x is not None}))
+    predictions = to_json(predict_inputs(model, inputs, **options))
     if out is not None:
         write_predictions(out, predictions)
         print(f"{out}: {len(predictions)} predictions")

@@ -4,13 +4,13 @@ The common flags are parameters of the functions. All other flags are fields of 
 they are passed as the parameter `flags` and parsed by `cli.flags`.
 """
 
-from collections.abc import Mapping
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from transformer_jax.cli.inputs import optional
+from transformer_jax.cli.command import given, optional
 
 Flags = tyro.conf.Suppress[tuple[str, ...]]
 
@@ -59,11 +59,30 @@ def pretrain(
     from transformer_jax.recipes import pretrain as run_pretraining
     from transformer_jax.recipes.run_dir import setup
 
-    config = parse_pretrain_flags(preset or "gpt2", _given(
+    config = parse_pretrain_flags(preset or "gpt2", given(
         data=data, out=out, objective=objective, tokenizer=tokenizer, num_steps=num_steps,
         batch_size=batch_size, max_length=max_length, seed=seed), flags)
     setup()
     run_pretraining(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFlags:
+    """Flags of the training.
+
+    Attributes:
+        epochs: number of epochs; overrides --num-steps.
+        num_steps: number of updates.
+        batch_size: rows per step, over all devices.
+        max_length: maximum number of tokens per row.
+        peak_lr: learning rate at the end of warm-up.
+    """
+
+    epochs: Annotated[float | None, optional("FLOAT")] = None
+    num_steps: int = 100
+    batch_size: int = 16
+    max_length: int = 64
+    peak_lr: Annotated[float, tyro.conf.arg(name="optimizer.peak-lr")] = 1e-3
 
 
 def finetune(
@@ -72,11 +91,7 @@ def finetune(
     validation: Annotated[str | None, optional("STR")] = None,
     columns: Annotated[dict[str, str] | None, optional("FIELD COLUMN ...")] = None,
     trainable: Annotated[str, tyro.conf.arg(aliases=("--train",))] = "full",
-    epochs: Annotated[float | None, optional("FLOAT")] = None,
-    num_steps: int = 100,
-    batch_size: int = 16,
-    max_length: int = 64,
-    peak_lr: Annotated[float, tyro.conf.arg(name="optimizer.peak-lr")] = 1e-3,
+    training: Annotated[TrainingFlags, tyro.conf.arg(name="")] = TrainingFlags(),
     seed: int = 0,
     out: Annotated[Path | None,
                    tyro.conf.arg(metavar="PATH", help_behavior_hint="(required)")] = None,
@@ -99,11 +114,7 @@ def finetune(
             context, answers, source or target) and its column in the data.
         trainable: parameters to train: full, head, last_k:LAYERS, bitfit, lora:RANK, dora:RANK,
             ia3, adapter:WIDTH, prefix:LENGTH, ..., joined by "+".
-        epochs: number of epochs; overrides --num-steps.
-        num_steps: number of updates.
-        batch_size: rows per step, over all devices.
-        max_length: maximum number of tokens per row.
-        peak_lr: learning rate at the end of warm-up.
+        training: flags of the training.
         seed: random seed of new parameters, data order and dropout.
         out: folder of the run.
         flags: further flags.
@@ -117,14 +128,8 @@ def finetune(
     from transformer_jax.recipes import finetune as run_finetuning
     from transformer_jax.recipes.run_dir import setup
 
-    config = parse_finetune_flags(pretrained, _given(
-        data=data, validation=validation, columns=columns, trainable=trainable, epochs=epochs,
-        num_steps=num_steps, batch_size=batch_size, max_length=max_length, peak_lr=peak_lr,
+    config = parse_finetune_flags(pretrained, given(
+        data=data, validation=validation, columns=columns, trainable=trainable, **vars(training),
         seed=seed, out=out), flags)
     setup()
     run_finetuning(config)
-
-
-def _given(**options: Any) -> Mapping[str, Any]:
-    """Returns the options that are not None."""
-    return {name: value for name, value in options.items() if value is not None}

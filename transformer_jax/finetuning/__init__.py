@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "adapter_io", "feature_cache", "multi_adapter", "peft", "peft_options", "quantize",
+        "adapter_io", "feature_cache", "multi_adapter", "peft", "quantize",
         "select",
     ],
     submod_attrs={

@@ -6,6 +6,7 @@
     logits = serve(base, stacked, adapter_ids, tokens, padding_mask=padding_mask)
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -134,8 +135,9 @@ _CLASS_LOGITS_METHODS = ("classification_logits", "token_classification_logits",
 
 def _method_name(apply: Callable, kwargs: dict[str, Any]) -> str | None:
     """Returns the name of the model's method, which may be given as a function or in a partial."""
-    method = kwargs.get("method", getattr(apply, "keywords", {}).get("method"))
-    return getattr(method, "__name__", method)
+    given = apply.keywords if isinstance(apply, functools.partial) else {}
+    method = (given | kwargs).get("method")
+    return method.__name__ if callable(method) else method
 
 
 def apply_per_row(

@@ -10,7 +10,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from transformer_jax.finetuning.peft import PEFT_PARAM
+from transformer_jax.finetuning.peft import PEFT_PARAM, float32_matrix
 from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -88,8 +88,8 @@ def dequantize(params: PyTree) -> PyTree:
     for path, leaf in leaves.items():
         if path.endswith("_int8"):
             path = path.removesuffix("_int8")
-            scale = jnp.expand_dims(leaves[f"{path}_scale"], _reduced_axes(path, leaf.ndim))
-            converted[path] = leaf.astype(jnp.float32) * scale
+            layer, _, name = path.rpartition("/")
+            converted[path] = float32_matrix(leaves, layer, name)
         elif not path.endswith(("kernel_scale", "embedding_scale")):
             converted[path] = leaf.astype(jnp.float32)
     return unflatten_paths(converted)

@@ -196,11 +196,8 @@ def prepare(
     *,
     pairs: SentencePairs,
     length: int,
-    max_predictions: int,
     cls_id: int,
     sep_id: int,
-    mask_id: int,
-    vocab_size: int,
     pad_id: int = 0,
     short_sequence_rate: float = 0.1,
     **options,
@@ -212,12 +209,11 @@ def prepare(
         rng: random generator of the pair and the masking.
         pairs: the sentences of the corpus.
         length: length T of the row.
-        max_predictions: see `mask_tokens`.
-        cls_id, sep_id, mask_id, pad_id: ids of the special tokens.
-        vocab_size: see `mask_tokens`.
+        cls_id, sep_id, pad_id: ids of the special tokens.
         short_sequence_rate: fraction of the rows that are truncated to a random shorter length, so
             that pre-training includes short inputs, as fine-tuning does (appendix A.2).
-        **options: `mask_rate`, `word_starts` and `min_random_id` of `mask_tokens`.
+        **options: options of `mask_tokens`, of which `mask_id`, `vocab_size` and `max_predictions`
+            are required.
 
     Returns:
         All arrays of the module's table, without the dimension B.
@@ -238,12 +234,8 @@ def prepare(
     tokens = pad(row["tokens"], length, pad_id)
     padding_mask = pad(row["padding_mask"], length).astype(bool)
     maskable = padding_mask & (tokens != cls_id) & (tokens != sep_id)
-    masked = mask_tokens(
-        tokens, rng, maskable=maskable, vocab_size=vocab_size, mask_id=mask_id,
-        max_predictions=max_predictions, **options,
-    )
     return {
-        **masked,
+        **mask_tokens(tokens, rng, maskable=maskable, **options),
         "segment_ids": pad(row["segment_ids"], length),
         "padding_mask": padding_mask,
         "nsp_labels": np.int32(label),

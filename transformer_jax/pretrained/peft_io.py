@@ -22,14 +22,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
 from transformer_jax import storage
 from transformer_jax.finetuning.peft import PEFT_PARAM, column_norms, float32_matrix, merge
-from transformer_jax.models import Model, init_params
+from transformer_jax.models import Model
 from transformer_jax.pretrained import peft_config, safetensors_io, weight_maps
 from transformer_jax.pretrained.config_conversion import config_to_hf
 from transformer_jax.pretrained.families import FAMILIES
@@ -85,8 +84,7 @@ class _TensorNames(NamedTuple):
 def _tensor_names(model: Model) -> _TensorNames:
     model_type = config_to_hf(model)["model_type"]
     family = FAMILIES[model_type]
-    abstract_params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
-    shapes = {path: leaf.shape for path, leaf in flatten_paths(abstract_params).items()}
+    shapes = weight_maps.param_shapes(model)
     maps = {}
     for weight_map in weight_maps.for_model(model_type, model.task, model.config, shapes):
         names = (weight_map.hf_name.removeprefix("{base}"), *weight_map.aliases)
@@ -314,7 +312,7 @@ def load_peft(folder: str | Path, model: Model, params: PyTree) -> PyTree:
 
     Example:
 
-        >>> import tempfile
+        >>> import tempfile, jax
         >>> from transformer_jax import models
         >>> from transformer_jax.finetuning import peft
         >>> config = models.presets.get("gpt2", num_layers=1, d_model=8, num_heads=2, mlp_dim=32,

@@ -7,11 +7,12 @@ and the number of last checkpoints to average.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformer_jax import storage, tree
 from transformer_jax.data import tokenizers
 from transformer_jax.models import Config, Model, build_model, config_from_dict, config_to_dict
+from transformer_jax.pretrained.load import load_pretrained
 from transformer_jax.train import checkpointing
 
 
@@ -83,6 +84,28 @@ def is_run(folder: str | Path) -> bool:
     path = Path(folder) / "config.json"
     # The file is not parsed, so that `load_run` reports invalid JSON.
     return path.is_file() and b'"label_names"' in path.read_bytes()
+
+
+def load_model(source: str | Path, task: str | None = None, **changes: Any) -> LoadedRun:
+    """Loads the model, parameters and tokenizer of a run or of a checkpoint.
+
+    Args:
+        source: folder of a run, or a checkpoint in the Hugging Face format; see `load_pretrained`.
+        task: task of the head to load from a checkpoint, such as "causal_lm"; None for its own. A
+            run has one head only.
+        changes: fields of the model's config to override, such as `dropout_rate=0.0`.
+
+    Raises:
+        FileNotFoundError: the source does not exist.
+        ValueError: the source has no tokenizer, or no head for the task.
+    """
+    if is_run(source):
+        run = load_run(source)
+        return run._replace(model=run.model.clone(config=run.model.config.replace(**changes)))
+    model, params, tokenizer = load_pretrained(source, task, **changes)
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer; add its tokenizer.json or vocabulary files")
+    return LoadedRun(model, params, tokenizer, [])
 
 
 def load_run(folder: str | Path) -> LoadedRun:

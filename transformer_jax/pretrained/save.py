@@ -4,11 +4,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from transformer_jax.data.tokenizers import Tokenizer
-from transformer_jax.models import Model, init_params
+from transformer_jax.models import Model
 from transformer_jax.pretrained import safetensors_io, weight_maps
 from transformer_jax.pretrained.config_conversion import config_to_hf
 from transformer_jax.pretrained.families import FAMILIES
@@ -48,7 +47,7 @@ def save_pretrained(
 
     Example:
 
-        >>> import os, tempfile
+        >>> import os, tempfile, jax
         >>> from transformer_jax import models
         >>> config = models.presets.get("gpt2", num_layers=1, d_model=8, num_heads=2, mlp_dim=32,
         ...                             vocab_size=30, max_length=16)
@@ -61,8 +60,7 @@ def save_pretrained(
         ['config.json', 'model.safetensors']
     """
     leaves = flatten_paths(params)
-    abstract_params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
-    shapes = {name: leaf.shape for name, leaf in flatten_paths(abstract_params).items()}
+    shapes = weight_maps.param_shapes(model)
     _check_params(leaves, shapes, model)
     hf_config = config_to_hf(model)
     generation_config = hf_config.pop("generation_config", None)

@@ -15,10 +15,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from transformer_jax.models import Config, TransformerConfig
+from transformer_jax.models import Config, Model, TransformerConfig, init_params
 from transformer_jax.nn.positions import sinusoidal_positions
+from transformer_jax.tree import flatten_paths
 
 
 class WeightMap(NamedTuple):
@@ -301,6 +303,12 @@ def layer_index(name: str) -> int | None:
     """Index of the layer that a tensor belongs to; None for tensors outside the layers."""
     match = _LAYER_INDEX.search(name)
     return int(match[1]) if match else None
+
+
+def param_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the parameters of a model."""
+    abstract_params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+    return {path: leaf.shape for path, leaf in flatten_paths(abstract_params).items()}
 
 
 def num_layers(config: Config) -> dict[str, int]:

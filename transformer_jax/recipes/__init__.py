@@ -10,9 +10,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
         "base_model", "config", "corpus", "denoising", "encoding", "finetuning", "finetuning_run",
-        "inputs", "prediction", "pretraining", "question_encoder", "quickstart", "retention",
-        "run_dir", "seq2seq_encoder", "sequence_to_sequence", "sweep", "task_encoder",
-        "text_encoder", "word_encoder",
+        "prediction", "pretraining", "quickstart", "retention", "run_dir",
+        "sequence_to_sequence", "sweep", "task_encoder",
     ],
     submod_attrs={
         "config": ["DatasetConfig", "FinetuneOptimizerConfig", "MeshConfig", "OptimizerConfig",

@@ -11,8 +11,7 @@ from transformer_jax.data.datasets import LabeledDataset
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.models import Model, build_model, init_params
 from transformer_jax.objectives import classification
-from transformer_jax.pretrained import load_pretrained
-from transformer_jax.pretrained.runs import LoadedRun, is_run, load_run
+from transformer_jax.pretrained.runs import LoadedRun, load_model
 from transformer_jax.recipes.task_encoder import TaskInfo
 
 Source = str | Path | tuple[Model, dict, Tokenizer] | LoadedRun
@@ -38,12 +37,10 @@ def load_base(
     changes: dict[str, Any] = {} if dropout_rate is None else {
         "dropout_rate": dropout_rate, "attention_dropout_rate": dropout_rate}
     changes |= {} if pooling is None else {"pooling": pooling}
-    if isinstance(source, tuple) or is_run(source):
-        base = LoadedRun(*source[:3], []) if isinstance(source, tuple) else load_run(source)
-        return base._replace(model=base.model.clone(config=base.model.config.replace(**changes)))
-    model, params, tokenizer = load_pretrained(source, **changes)
-    if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer; add its tokenizer.json or vocabulary files")
+    if not isinstance(source, tuple):
+        return load_model(source, **changes)
+    model, params, tokenizer = source[:3]
+    model = model.clone(config=model.config.replace(**changes))
     return LoadedRun(model, params, tokenizer, [])
 
 

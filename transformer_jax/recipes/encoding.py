@@ -1,66 +1,333 @@
-"""Encoded datasets: labeled datasets as token ids, with their task encoders."""
+"""Task encoders for texts, words, questions and target texts, and encoded datasets."""
 
-import json
+import functools
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from jax.sharding import Mesh
+import numpy as np
 
-from transformer_jax import metrics, sharding
+from transformer_jax import metrics
 from transformer_jax.data.datasets import LabeledDataset
-from transformer_jax.data.length_buckets import LengthBucketedBatches
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.errors import did_you_mean
-from transformer_jax.finetuning import feature_cache
-from transformer_jax.models import GPT, Model
-from transformer_jax.recipes import text_encoder
-from transformer_jax.recipes.question_encoder import QuestionEncoder
-from transformer_jax.recipes.seq2seq_encoder import Seq2SeqEncoder
+from transformer_jax.finetuning import peft
+from transformer_jax.generation.texts import generate_texts
+from transformer_jax.models import BART, BERT, GPT, Model
+from transformer_jax.objectives import (
+    causal_lm,
+    classification,
+    question_answering,
+    seq2seq,
+    token_classification,
+)
 from transformer_jax.recipes.task_encoder import (
-    PREDICT_BATCH_SIZE,
+    EncodedDataset,
     InputConfig,
+    Outputs,
     TaskEncoder,
     TaskInfo,
-    predict_batches,
+    example_id,
 )
-from transformer_jax.recipes.text_encoder import TextEncoder
-from transformer_jax.recipes.word_encoder import WordEncoder
 
-__all__ = ["EncodedDataset", "InputConfig", "TaskEncoder", "TaskInfo", "cache_features",
-           "encode_dataset", "feature_batches", "make_encoder", "predict_batches",
-           "write_predictions"]
+TEXT_TASK_TYPES = ("classification", "regression", "multiple_choice")
+GENERATE_BATCH_SIZE = 16
+
+
+class TextEncoder(TaskEncoder):
+    """Encodes a text, a pair of texts, or a text with choices as one row of token ids.
+
+    Raises:
+        ValueError: the model is a GPT, `gpt_special_tokens` is not set, and the tokenizer has no
+            end-of-text token.
+    """
+
+    def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
+        super().__init__(task, model, tokenizer, config)
+        if self.is_causal and not config.gpt_special_tokens and tokenizer.eos_id is None:
+            raise ValueError("GPT classifies a text at its end-of-text token, but the tokenizer "
+                             "has none; set gpt_special_tokens")
+        self._prepare = classification.TASK_TYPES[task.task_type].prepare
+        self._options: dict[str, Any] = {
+            "classification": {"num_classes": len(task.label_names),
+                               "both_orders": config.both_orders},
+            "regression": {"label_range": task.label_range, "both_orders": config.both_orders},
+            "multiple_choice": {"num_choices": task.num_choices},
+        }[task.task_type]
+
+    def encode(self, examples: Sequence[dict], split: str = "validation") -> list[dict]:
+        if self.is_causal and not self.config.gpt_special_tokens and any(
+                "text_b" in e for e in examples):
+            raise ValueError("GPT needs a delimiter token between the two texts of a pair; set "
+                             "gpt_special_tokens (GPT paper, section 3.3)")
+        texts = [text for e in examples
+                 for text in [e["text"], *e.get("choices", ()), *filter(None, [e.get("text_b")])]]
+        ids = iter(self.tokenizer.encode_batch(texts))
+        items = []
+        for e in examples:
+            item: dict[str, Any] = {"tokens": np.asarray(next(ids), np.int32), "label": e["label"]}
+            if "choices" in e:
+                item["choices"] = [np.asarray(next(ids), np.int32) for _ in e["choices"]]
+            if "text_b" in e:
+                item["tokens_b"] = np.asarray(next(ids), np.int32)
+            items.append(item)
+        return items
+
+    def lengths(self, items: Sequence[dict]) -> list[int]:
+        return [len(e["tokens"]) + len(e.get("tokens_b", ())) + (3 if "tokens_b" in e else 2)
+                + (max(map(len, e["choices"])) + 1 if "choices" in e else 0) for e in items]
+
+    def make_row(self, item: dict, length: int) -> dict[str, np.ndarray]:
+        return self._prepare(item, pack_input=self.input_packer(length), **self._options)
+
+    def _scores(self, outputs: Outputs) -> np.ndarray:
+        """Returns the predicted scores `[n]`, in the units of the labels."""
+        low, high = self.task.label_range
+        return low + (high - low) * outputs["scores"]
+
+    def _names(self, num_classes: int) -> tuple[str, ...]:
+        return self.task.label_names or tuple(map(str, range(num_classes)))
+
+    def predictions(self, examples, items, outputs) -> list[dict]:
+        if self.task.task_type == "regression":
+            return [{"score": float(s)} for s in self._scores(outputs)]
+        predictions = []
+        for e, p in zip(examples, outputs["probabilities"]):
+            best = int(p.argmax())
+            if self.task.task_type == "multiple_choice":
+                p = p[: len(e["choices"])]
+                named = {"label": best, "choice": e["choices"][best]}
+                probabilities = [float(x) for x in p]
+            else:
+                names = self._names(len(p))
+                named = {"label": names[best]}
+                probabilities = {name: float(x) for name, x in zip(names, p)}
+            predictions.append(
+                {**named, "score": float(p[best]), "probabilities": probabilities})
+        return predictions
+
+    def report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
+        labels = np.array([e["label"] for e in examples])
+        if self.task.task_type == "regression":
+            scores = self._scores(outputs)
+            lines = [{"id": example_id(e, i), "prediction": round(float(s), 4),
+                      "label": e["label"]} for i, (e, s) in enumerate(zip(examples, scores))]
+            return metrics.regression_scores(scores, labels), lines
+        probabilities = outputs["probabilities"]
+        num_classes = probabilities.shape[1]
+        predicted, names = probabilities.argmax(-1), self._names(num_classes)
+        table = metrics.confusion_matrix(labels, predicted, num_classes)
+        lines = [{"id": example_id(e, i), "prediction": names[c], "label": names[e["label"]],
+                  **{f"p({name})": round(float(x), 6) for name, x in zip(names, p)}}
+                 for i, (e, c, p) in enumerate(zip(examples, predicted, probabilities))]
+        return {**metrics.classification_scores(self.task.metric, table), "confusion": table,
+                "calibration": metrics.calibration(probabilities, labels)}, lines
+
+
+class WordEncoder(TaskEncoder):
+    """Encodes the words of a text as subwords.
+
+    The class of a word is predicted at its first subword; GPT predicts it at the last.
+    """
+
+    def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
+        super().__init__(task, model, tokenizer, config)
+        # Byte-level BPE encodes the space before a word as part of its first token.
+        self._add_space = tokenizer.encode(" a") != tokenizer.encode("a")
+
+    def encode(self, examples: Sequence[dict], split: str = "validation") -> list[dict]:
+        items = [{"words": token_classification.subword_ids(
+                      e["words"], self.tokenizer, self._add_space), "tags": e["tags"]}
+                 for e in examples]
+        for i, n in enumerate(self.lengths(items)):
+            if n > self.config.max_length:
+                raise ValueError(
+                    f"{split} example {example_id(examples[i], i)!r} has {n} tokens, more than "
+                    f"max_length {self.config.max_length}, and truncation would drop tagged words; "
+                    "raise max_length, or split the text")
+        return items
+
+    def lengths(self, items: Sequence[dict]) -> list[int]:
+        return [2 * (not self.is_causal) + sum(map(len, e["words"])) for e in items]
+
+    def make_row(self, item: dict, length: int) -> dict[str, np.ndarray]:
+        tokenizer = self.tokenizer
+        return token_classification.prepare(
+            item, length=length, num_classes=len(self.task.label_names),
+            label_last_subword=self.is_causal, cls_id=None if self.is_causal else tokenizer.cls_id,
+            sep_id=None if self.is_causal else tokenizer.sep_id, pad_id=tokenizer.pad_id or 0)
+
+    def _predicted_tags(self, outputs: Outputs) -> list[list[str]]:
+        names = self.task.label_names
+        return [[names[t] for t in token_classification.word_predictions(p, w)]
+                for p, w in zip(outputs["probabilities"], outputs["word_mask"])]
+
+    def predictions(self, examples, items, outputs) -> list[dict]:
+        return [{"words": e["words"], "labels": tags,
+                 "scores": [float(x) for x in p[np.asarray(w, bool)].max(-1)]}
+                for e, tags, p, w in zip(examples, self._predicted_tags(outputs),
+                                         outputs["probabilities"], outputs["word_mask"])]
+
+    def report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
+        names, predicted = self.task.label_names, self._predicted_tags(outputs)
+        true = [[names[t] for t in e["tags"]] for e in examples]
+        correct = [a == b for t, c in zip(true, predicted) for a, b in zip(t, c)]
+        lines = [{"id": example_id(e, i), "words": e["words"], "tags": c}
+                 for i, (e, c) in enumerate(zip(examples, predicted))]
+        scores = {"accuracy": float(np.mean(correct)), **metrics.entity_f1(true, predicted)}
+        return {self.task.metric: scores[self.task.metric], **scores}, lines
+
+
+class QuestionEncoder(TaskEncoder):
+    """Encodes a question with each window over its context as one row.
+
+    Raises:
+        ValueError: the model is a GPT, and `gpt_special_tokens` is not set.
+    """
+
+    def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
+        super().__init__(task, model, tokenizer, config)
+        if self.is_causal and not config.gpt_special_tokens:
+            raise ValueError("GPT needs a delimiter token between question and context; set "
+                             "gpt_special_tokens (GPT paper, section 3.3)")
+        self._make_windows = functools.partial(
+            question_answering.make_windows, tokenizer=tokenizer, length=config.max_length,
+            stride=config.stride, max_question_length=config.max_question_length)
+
+    def encode(self, examples: Sequence[dict], split: str = "validation") -> list:
+        if split != "training":
+            # Windows do not depend on the answers, which may be invalid in validation data.
+            return self._make_windows([{**e, "answers": []} for e in examples])
+        windows = self._make_windows(examples, strict=False)
+        if dropped := len(examples) - len({window.example_index for window in windows}):
+            print(f"{dropped} of {len(examples)} training questions are left out: no token "
+                  "overlaps their answer", flush=True)
+        return windows
+
+    def lengths(self, items: Sequence) -> list[int]:
+        return [3 + len(w.question_ids) + len(w.context_ids) for w in items]
+
+    def make_row(self, item: Any, length: int) -> dict[str, np.ndarray]:
+        return question_answering.prepare(
+            item, pack_input=self.input_packer(length), causal=self.is_causal)
+
+    def _answers(self, examples, items, outputs: Outputs) -> list[question_answering.Answer]:
+        return question_answering.decode_answers(
+            examples, items, outputs, allow_no_answer=self.task.has_unanswerable)
+
+    def predictions(self, examples, items, outputs) -> list[dict]:
+        return [{"answer": a.text, "start": a.start_char, "stop": a.end_char,
+                 "score": float(a.probability)} for a in self._answers(examples, items, outputs)]
+
+    def report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
+        answers = self._answers(examples, items, outputs)
+        gold = [[g["text"] for g in e["answers"]] for e in examples]
+        scores = metrics.squad_scores([a.text for a in answers], gold)
+        if self.task.has_unanswerable:
+            # The best non-empty span of each question, also if the prediction is "no answer".
+            spans = [next((c for c in a.candidates if c.end_char), None) for a in answers]
+            margins = [a.no_answer_score - (span.score if span else -np.inf)
+                       for a, span in zip(answers, spans)]
+            scores |= metrics.squad_best_thresholds(
+                [span.text if span else "" for span in spans], margins, gold)
+        lines = [{"id": example_id(e, i), "prediction": a.text, "start": a.start_char,
+                  "stop": a.end_char, "score": a.score, "no_answer": a.no_answer_score,
+                  "best": a.candidates[:5]} for i, (e, a) in enumerate(zip(examples, answers))]
+        return {"f1": scores["f1"], "exact_match": scores["exact_match"], **scores}, lines
+
+
+class Seq2SeqEncoder(TaskEncoder):
+    """Encodes sources and targets; predicts targets by beam search.
+
+    A GPT continues the source; its end-of-text token separates source and target.
+
+    Raises:
+        ValueError: the model is a BERT, the tokenizer of a GPT has no end-of-text token, or
+            `max_length` or `target_length` is out of range.
+    """
+
+    def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
+        super().__init__(task, model, tokenizer, config)
+        if isinstance(model, BERT):
+            raise ValueError("BERT does not generate text; fine-tune a GPT or an encoder-decoder "
+                             "for seq2seq")
+        # A row of a causal model contains both the source and the target.
+        num_reserved = config.target_length if self.is_causal else 2
+        self._source_length = config.max_length - num_reserved
+        if self._source_length < 1:
+            raise ValueError(f"max_length {config.max_length} leaves no tokens for the source; "
+                             f"raise it above {num_reserved}")
+        if not self.is_causal and config.target_length > model.config.max_length:
+            raise ValueError(f"target_length is {config.target_length}, but the model has only "
+                             f"{model.config.max_length} positions; lower target_length")
+        if self.is_causal and tokenizer.eos_id is None:
+            raise ValueError("the tokenizer has no end-of-text token to separate source and "
+                             "target; use a GPT whose tokenizer has one")
+        self._prepare = self._make_prepare()
+
+    def _make_prepare(self):
+        tokenizer, c = self.tokenizer, self.model.config
+        if self.is_causal:
+            return functools.partial(causal_lm.prepare_continuation, eos_id=tokenizer.eos_id,
+                                     delimiter_id=tokenizer.eos_id)
+        # The start token that `generation.generate` uses by default.
+        start_id = next(i for i in (c.decoder_start_token_id, c.bos_token_id, tokenizer.sep_id)
+                        if i is not None)
+        return functools.partial(
+            seq2seq.prepare, start_id=start_id, eos_id=tokenizer.sep_id, pad_id=tokenizer.pad_id,
+            bos_id=tokenizer.cls_id if isinstance(self.model, BART) else None,
+            target_length=self.config.target_length)
+
+    def encode(self, examples: Sequence[dict], split: str = "validation") -> list[dict]:
+        sides = [self.tokenizer.encode_batch([e[side] for e in examples])
+                 for side in ("source", "target")]
+        return [{"source": s, "target": t} for s, t in zip(*sides)]
+
+    def lengths(self, items: Sequence[dict]) -> list[int]:
+        if self.is_causal:
+            return [len(e["source"]) + len(e["target"]) + 2 for e in items]
+        return [len(e["source"]) + 2 for e in items]
+
+    def make_row(self, item: dict, length: int) -> dict[str, np.ndarray]:
+        return self._prepare(item, **{"length" if self.is_causal else "source_length": length})
+
+    def predict(self, params: dict, items: Sequence[dict]) -> Outputs:
+        """Returns the generated target of each item, as `{"texts": array of str}`."""
+        tokenizer, model = self.tokenizer, self.model
+        prefix = [tokenizer.cls_id] if isinstance(model, BART) else []
+        eos_id = tokenizer.eos_id if self.is_causal else tokenizer.sep_id
+        if self.is_causal and "prompt" in params:
+            # Decoding with a KV cache supports trained prefixes, but not trained prompts.
+            params = peft.fold_prompt(model, params)
+        rows = [[*prefix, *item["source"][: self._source_length], eos_id] for item in items]
+        texts = generate_texts(
+            model, params, tokenizer, rows, batch_size=GENERATE_BATCH_SIZE,
+            max_new_tokens=self.config.target_length - 1, num_beams=self.config.num_beams,
+            eos_token_id=eos_id)
+        return {"texts": np.array(texts, dtype=object)}
+
+    def predictions(self, examples, items, outputs) -> list[dict]:
+        return [{"text": text} for text in outputs["texts"]]
+
+    def report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
+        texts, references = list(outputs["texts"]), [e["target"] for e in examples]
+        if self.task.metric == "bleu":
+            bleu = metrics.bleu(texts, references)
+            scores = {"bleu": bleu.score, "signature": bleu.signature}
+        else:
+            rouge = metrics.rouge(texts, references)
+            scores = {"rouge": rouge["rougeL"], **rouge}
+        lines = [{"id": example_id(e, i), "prediction": text, "target": e["target"]}
+                 for i, (e, text) in enumerate(zip(examples, texts))]
+        return scores, lines
+
 
 ENCODERS: dict[str, type[TaskEncoder]] = {
-    **dict.fromkeys(text_encoder.TASK_TYPES, TextEncoder),
+    **dict.fromkeys(TEXT_TASK_TYPES, TextEncoder),
     "token_classification": WordEncoder,
     "question_answering": QuestionEncoder,
     "seq2seq": Seq2SeqEncoder,
 }
 """Task type -> class of its encoder."""
-
-
-class EncodedDataset(NamedTuple):
-    """A labeled dataset as token ids.
-
-    Attributes:
-        dataset: the labeled examples.
-        encoder: converts items to rows and scores the model's outputs.
-        train: items of the training split: tokenized examples or, for question answering, windows
-            over their contexts.
-        validation: items of the validation split.
-    """
-
-    dataset: LabeledDataset
-    encoder: TaskEncoder
-    train: list
-    validation: list
-
-    def evaluate(self, params: dict) -> tuple[dict, list[dict]]:
-        """Returns the scores on the validation examples, the main metric first, and one line of the
-        prediction file for each example."""
-        outputs = self.encoder.predict(params, self.validation)
-        return self.encoder.report(self.dataset.validation, self.validation, outputs)
 
 
 def make_encoder(
@@ -110,43 +377,3 @@ def encode_dataset(
     metrics.require_library(dataset.metric)
     return EncodedDataset(dataset, encoder, encoder.encode(dataset.train, "training"),
                           encoder.encode(dataset.validation))
-
-
-def cache_features(params: dict, data: EncodedDataset) -> list[dict]:
-    """Computes the outputs of the body (features) for all training items, without dropout.
-
-    Runs that train only the head use them instead of evaluating the body in every step.
-
-    Returns:
-        The rows of the items, in order; the entry "tokens" of each holds its features `[D]`.
-    """
-    encoder = data.encoder
-    batches = encoder.batches(data.train, batch_size=PREDICT_BATCH_SIZE).evaluation_batches()
-    rows = feature_cache.compute_features(encoder.model, params, batches)
-    return sorted(rows, key=lambda row: int(row["index"]))
-
-
-def feature_batches(
-    rows: Sequence[dict], batch_size: int, seed: int, mesh: Mesh | None = None
-) -> LengthBucketedBatches:
-    """Returns batches of rows of cached features, shuffled anew in each epoch."""
-    shard = sharding.process_data_shard(mesh)
-    return LengthBucketedBatches(
-        rows, [1] * len(rows), lambda row, length: {k: v for k, v in row.items() if k != "index"},
-        buckets=[1], batch_size=batch_size, seed=seed, process_index=shard.index,
-        process_count=shard.count)
-
-
-def write_predictions(path: Path, lines: Sequence[dict]) -> None:
-    """Writes one JSON object per line, in the order of the data.
-
-    Answers to questions are also written to a file of the same name with the suffix .json, as the
-    dict `{id: text}` that SQuAD's evaluation script reads.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
-                    encoding="utf-8")
-    if lines and "no_answer" in lines[0]:
-        answers = {str(line["id"]): line["prediction"] for line in lines}
-        path.with_suffix(".json").write_text(json.dumps(answers, ensure_ascii=False, indent=1),
-                                             encoding="utf-8")

@@ -21,10 +21,8 @@ import jax
 
 from transformer_jax import sharding
 from transformer_jax.data.datasets import load_dataset, subsample_balanced
-from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.errors import did_you_mean
 from transformer_jax.finetuning import adapter_io, peft, quantize
-from transformer_jax.models import Model
 from transformer_jax.pretrained import save_pretrained
 from transformer_jax.pretrained.runs import save_run_config
 from transformer_jax.recipes import prediction, run_dir
@@ -36,14 +34,13 @@ from transformer_jax.recipes.config import (
     TrainingConfig,
     convert_paths,
 )
-from transformer_jax.recipes.encoding import write_predictions
 from transformer_jax.recipes.finetuning_run import (
     FinetunedParams,
     encode_for_training,
     finetune_params,
 )
 from transformer_jax.recipes.retention import make_retention_eval
-from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo
+from transformer_jax.recipes.task_encoder import write_predictions
 from transformer_jax.report import plots
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "FinetunedParams", "encode_for_training", "finetune",
@@ -95,16 +92,11 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneResult:
+class FinetuneResult(prediction.TaskModel):
     """A fine-tuned model and its scores.
 
     Attributes:
-        model: the model with the head of the task.
-        params: fine-tuned parameters, PEFT parameters included.
         mask: True for trainable parameters.
-        tokenizer: the model's tokenizer.
-        task: task type, label names and metric.
-        input_config: settings for converting an example to rows of token ids.
         metrics: scores on the validation examples, the main metric first; statistics of the run
             (`finetuning_run.FinetunedParams`); and, if it was measured, the pre-training loss as
             "held_out_before" and "held_out_after".
@@ -112,12 +104,7 @@ class FinetuneResult:
         history: history of `train.loop.fit`; empty if the run was already complete.
     """
 
-    model: Model
-    params: dict
     mask: dict
-    tokenizer: Tokenizer
-    task: TaskInfo
-    input_config: InputConfig
     metrics: dict[str, Any]
     predictions: list[dict]
     history: list[dict]
@@ -260,8 +247,8 @@ def _finetune(
         metrics |= {"held_out_objective": retention.objective, "held_out_before": before,
                     "held_out_after": retention.loss(trained.params)}
     result = FinetuneResult(
-        model, trained.params, trained.mask, base.tokenizer, encoded.encoder.task,
-        encoded.encoder.config, metrics, trained.predictions, trained.history)
+        model, trained.params, base.tokenizer, encoded.encoder.task, encoded.encoder.config,
+        trained.mask, metrics, trained.predictions, trained.history)
     if config.out is not None:
         _save(config, result, None if config.from_scratch else initial_params(model, pretrained))
     _print_metrics(metrics)

@@ -23,13 +23,8 @@ from transformer_jax.objectives import causal_lm, classification, seq2seq
 from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.base_model import include_new_modules, load_report
 from transformer_jax.recipes.config import TrainingConfig
-from transformer_jax.recipes.encoding import (
-    EncodedDataset,
-    cache_features,
-    encode_dataset,
-    feature_batches,
-)
-from transformer_jax.recipes.text_encoder import TASK_TYPES as TEXT_TASK_TYPES
+from transformer_jax.recipes.encoding import TEXT_TASK_TYPES, encode_dataset
+from transformer_jax.recipes.task_encoder import EncodedDataset, cache_features, feature_batches
 from transformer_jax.train import loop, step, transforms
 from transformer_jax.train.callbacks import EarlyStopping, KeepBest, Logging, Progress
 from transformer_jax.train.checkpointer import Checkpointer

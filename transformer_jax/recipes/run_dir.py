@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from transformer_jax import distributed
+from transformer_jax import distributed, storage
 from transformer_jax.models import config_to_dict
 from transformer_jax.models.build import REMOVED_FIELDS, RENAMED_FIELDS
 from transformer_jax.models.config import Config
@@ -155,7 +155,7 @@ def load_results(out: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the --out folder of a finished "
                                 "pre-training or fine-tuning run")
-    results = json.loads(path.read_text())
+    results = storage.read_json(path)
     return results | {"config": with_present_names(results["config"])}
 
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from transformer_jax import metrics, sharding, tree
 from transformer_jax.data import load_pairs, tokenizers
 from transformer_jax.data.length_buckets import TokenBudgetBatches
+from transformer_jax.generation.texts import generate_texts
 from transformer_jax.models import Transformer, build_model, config_to_dict, init_params
 from transformer_jax.models.config import TransformerConfig
 from transformer_jax.objectives import seq2seq
@@ -28,7 +29,6 @@ from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.config import MeshConfig, OptimizerConfig, convert_paths
 from transformer_jax.recipes.corpus import with_vocabulary
 from transformer_jax.recipes.prediction import save_task
-from transformer_jax.recipes.seq2seq_encoder import generate_texts
 from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo
 from transformer_jax.report import plots
 from transformer_jax.train import anomalies, checkpointing, loop, step

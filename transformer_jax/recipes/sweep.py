@@ -29,7 +29,6 @@ from transformer_jax.data.datasets import (
 from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.base_model import add_task_head, load_base
 from transformer_jax.recipes.config import DatasetConfig, TrainingConfig, convert_paths
-from transformer_jax.recipes.encoding import EncodedDataset, write_predictions
 from transformer_jax.recipes.finetuning_run import (
     check_training_config,
     encode_for_training,
@@ -37,6 +36,7 @@ from transformer_jax.recipes.finetuning_run import (
     main_metric,
 )
 from transformer_jax.recipes.retention import RetentionEval, make_retention_eval
+from transformer_jax.recipes.task_encoder import EncodedDataset, write_predictions
 from transformer_jax.report import plots
 
 SCRATCH = "scratch"

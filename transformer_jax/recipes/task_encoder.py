@@ -1,13 +1,14 @@
 """Base class of the task encoders, which convert labeled examples to rows of token ids.
 
-An encoder also converts the outputs of the model to predictions and scores. There are encoders for
-whole texts (`text_encoder`), words (`word_encoder`), questions (`question_encoder`) and target
-texts (`seq2seq_encoder`); `encoding.make_encoder` selects the one for a task.
+An encoder also converts the outputs of the model to predictions and scores. `encoding` has the
+encoders, and `encoding.make_encoder` selects the one for a task.
 """
 
 import abc
 import functools
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from transformer_jax import sharding
 from transformer_jax.data.datasets import LabeledDataset
 from transformer_jax.data.length_buckets import LengthBucketedBatches, choose_buckets
 from transformer_jax.data.tokenizers import Tokenizer
+from transformer_jax.finetuning import feature_cache
 from transformer_jax.models import GPT, Model
 from transformer_jax.objectives import classification
 
@@ -134,6 +136,13 @@ class TaskEncoder(abc.ABC):
         """Returns the scores, the main metric first, and one line of the prediction file for each
         example."""
 
+    def input_packer(self, length: int) -> Callable:
+        """Returns the function that joins one or two texts, with special tokens, to a row."""
+        added = None  # GPT's start, delimiter and extract tokens
+        if self.is_causal and self.config.gpt_special_tokens:
+            added = classification.SpecialTokens.append_to_vocab(self.model.config.vocab_size)
+        return classification.make_input_packer(self.model, self.tokenizer, length, added)
+
     def predict(self, params: dict, items: Sequence) -> Outputs:
         """Returns the model's outputs for all items, in their order."""
         batches = self.batches(items, batch_size=PREDICT_BATCH_SIZE).evaluation_batches()
@@ -162,13 +171,6 @@ class TaskEncoder(abc.ABC):
         return LengthBucketedBatches(
             items, lengths, self.make_row, buckets=buckets, batch_size=batch_size, seed=seed,
             process_index=shard.index, process_count=shard.count)
-
-
-def special_tokens(model: Model, config: InputConfig) -> classification.SpecialTokens | None:
-    """Returns the ids of GPT's added start, delimiter and extract tokens; None without them."""
-    if not (isinstance(model, GPT) and config.gpt_special_tokens):
-        return None
-    return classification.SpecialTokens.append_to_vocab(model.config.vocab_size)
 
 
 def example_id(example: dict, index: int) -> Any:
@@ -207,3 +209,66 @@ def _pad_and_stack(values: list[np.ndarray]) -> np.ndarray:
     for i, value in enumerate(values):
         out[(i, *map(slice, value.shape))] = value
     return out
+
+
+class EncodedDataset(NamedTuple):
+    """A labeled dataset as token ids.
+
+    Attributes:
+        dataset: the labeled examples.
+        encoder: converts items to rows and scores the model's outputs.
+        train: items of the training split: tokenized examples or, for question answering, windows
+            over their contexts.
+        validation: items of the validation split.
+    """
+
+    dataset: LabeledDataset
+    encoder: TaskEncoder
+    train: list
+    validation: list
+
+    def evaluate(self, params: dict) -> tuple[dict, list[dict]]:
+        """Returns the scores on the validation examples, the main metric first, and one line of the
+        prediction file for each example."""
+        outputs = self.encoder.predict(params, self.validation)
+        return self.encoder.report(self.dataset.validation, self.validation, outputs)
+
+
+def cache_features(params: dict, data: EncodedDataset) -> list[dict]:
+    """Computes the outputs of the body (features) for all training items, without dropout.
+
+    Runs that train only the head use them instead of evaluating the body in every step.
+
+    Returns:
+        The rows of the items, in order; the entry "tokens" of each holds its features `[D]`.
+    """
+    encoder = data.encoder
+    batches = encoder.batches(data.train, batch_size=PREDICT_BATCH_SIZE).evaluation_batches()
+    rows = feature_cache.compute_features(encoder.model, params, batches)
+    return sorted(rows, key=lambda row: int(row["index"]))
+
+
+def feature_batches(
+    rows: Sequence[dict], batch_size: int, seed: int, mesh: Mesh | None = None
+) -> LengthBucketedBatches:
+    """Returns batches of rows of cached features, shuffled anew in each epoch."""
+    shard = sharding.process_data_shard(mesh)
+    return LengthBucketedBatches(
+        rows, [1] * len(rows), lambda row, length: {k: v for k, v in row.items() if k != "index"},
+        buckets=[1], batch_size=batch_size, seed=seed, process_index=shard.index,
+        process_count=shard.count)
+
+
+def write_predictions(path: Path, lines: Sequence[dict]) -> None:
+    """Writes one JSON object per line, in the order of the data.
+
+    Answers to questions are also written to a file of the same name with the suffix .json, as the
+    dict `{id: text}` that SQuAD's evaluation script reads.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+                    encoding="utf-8")
+    if lines and "no_answer" in lines[0]:
+        answers = {str(line["id"]): line["prediction"] for line in lines}
+        path.with_suffix(".json").write_text(json.dumps(answers, ensure_ascii=False, indent=1),
+                                             encoding="utf-8")

@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "curves", "markup", "outputs", "page", "plots", "run_files", "summary",
+        "markup", "outputs", "page", "plots", "summary",
     ],
     submod_attrs={
         "page": ["write_report"],
