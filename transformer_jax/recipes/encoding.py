@@ -27,6 +27,7 @@ from transformer_jax.recipes.task_encoder import (
     TaskEncoder,
     TaskInfo,
     example_id,
+    length_sorted_batches,
 )
 
 TEXT_TASK_TYPES = ("classification", "regression", "multiple_choice")
@@ -296,7 +297,8 @@ class Seq2SeqEncoder(TaskEncoder):
         prefix = [tokenizer.cls_id] if isinstance(model, BART) else []
         eos_id = tokenizer.eos_id if self.is_causal else tokenizer.sep_id
         if self.is_causal and "prompt" in params:
-            params = peft.fold_prompt(model, params)  # a KV cache supports prefixes, not prompts
+            # Decoding with a KV cache supports trained prefixes, but not trained prompts.
+            params = peft.fold_prompt(model, params)
         rows = [[*prefix, *item["source"][: self._source_length], eos_id] for item in items]
         params = transpose_kernels_for_decoding(model, params)
         texts: dict[int, str] = {}
@@ -323,23 +325,6 @@ class Seq2SeqEncoder(TaskEncoder):
         lines = [{"id": example_id(e, i), "prediction": text, "target": e["target"]}
                  for i, (e, text) in enumerate(zip(examples, texts))]
         return scores, lines
-
-
-def length_sorted_batches(rows: Sequence[Sequence[int]], batch_size: int):
-    """Yields batches of rows of similar lengths, as (indices, rows).
-
-    The last batch is padded with copies of its last row, so that all batches have the same size,
-    which avoids a recompilation.
-
-    Example:
-        >>> list(length_sorted_batches([[1, 2, 3], [4], [5, 6]], batch_size=2))
-        [([1, 2], [[4], [5, 6]]), ([0], [[1, 2, 3], [1, 2, 3]])]
-    """
-    order = np.argsort([len(row) for row in rows], kind="stable")
-    for k in range(0, len(order), batch_size):
-        members = [int(i) for i in order[k : k + batch_size]]
-        yield members, [rows[i] for i in members] + (
-            [rows[members[-1]]] * (batch_size - len(members)))
 
 
 ENCODERS: dict[str, type[TaskEncoder]] = {

@@ -27,9 +27,8 @@ from transformer_jax.pretrained.runs import save_run_config
 from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.config import MeshConfig, OptimizerConfig, convert_paths
 from transformer_jax.recipes.corpus import with_vocabulary
-from transformer_jax.recipes.encoding import length_sorted_batches
 from transformer_jax.recipes.prediction import save_task
-from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo
+from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo, length_sorted_batches
 from transformer_jax.report import plots
 from transformer_jax.train import anomalies, checkpointing, loop, step
 
