@@ -29,7 +29,7 @@ from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.config import MeshConfig, OptimizerConfig, convert_paths
 from transformer_jax.recipes.corpus import with_vocabulary
 from transformer_jax.recipes.prediction import save_task
-from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo
+from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo, length_sorted_batches
 from transformer_jax.report import plots
 from transformer_jax.train import anomalies, checkpointing, loop, step
 
