@@ -82,13 +82,14 @@ for text in texts:
 # %% [markdown]
 # ## 3. Attention
 #
-# A model is a pure function, `model.apply({"params": params}, tokens)`, and its output includes the
-# attention weights of each layer. Weights above the diagonal are zero because the causal mask
-# excludes later tokens.
+# A model is a pure function, `model.apply({"params": params}, tokens)`. With `output_attentions=True`,
+# its output includes the attention weights of each layer. Weights above the diagonal are zero because
+# the causal mask excludes later tokens.
 
 # %%
 ids = tokenizer.encode("Return the number of bytes that were written to the file.")
-outputs = jax.jit(model.apply)({"params": params}, np.array([ids]))
+apply = jax.jit(lambda params, ids: model.apply({"params": params}, ids, output_attentions=True))
+outputs = apply(params, np.array([ids]))
 maps = {f"layer {i}": np.asarray(weights[0]).mean(0) for i, weights in enumerate(outputs.attention)}
 Image(plots.attention("attention.png", maps, [tokenizer.decode([i]) or "·" for i in ids],
                       title="Attention weights, mean over heads"))

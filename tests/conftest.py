@@ -17,7 +17,7 @@ os.environ["XLA_FLAGS"] = " ".join([
 import jax
 import pytest
 
-# JAX_PLATFORMS=cuda runs the tests of a GPU's kernels (tests/nn/test_fused_attention.py).
+# JAX_PLATFORMS=cuda runs the tests of a GPU's kernels (tests/nn/test_backends.py).
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "float32")

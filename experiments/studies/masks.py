@@ -230,7 +230,7 @@ def train_speller(config: Masks) -> tuple[dict[str, Any], dict[str, np.ndarray]]
 
     apply = jax.jit(lambda batch: model.apply(
         {"params": result.params}, batch["tokens"], batch["decoder_tokens"],
-        padding_mask=batch["padding_mask"]))
+        padding_mask=batch["padding_mask"], output_attentions=True))
     batch = to_batch(held_out)
     is_correct = np.asarray(apply(batch).logits.argmax(-1)) == batch["targets"]
     output = apply(to_batch([to_example(config.word)] * 2))

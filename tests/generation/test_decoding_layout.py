@@ -10,7 +10,8 @@ from transformer_jax import sharding
 from transformer_jax.finetuning import peft, quantize
 from transformer_jax.generation import decoding, generate
 from transformer_jax.models import GPT, init_params
-from transformer_jax.nn import matmul
+from transformer_jax.nn import matmul, quantized
+from transformer_jax.nn.backends.cpu import MATVEC_MAX_ROWS
 from transformer_jax.tree import flatten_paths
 
 MODEL = GPT(GPT2)
@@ -18,7 +19,7 @@ PARAMS = init_params(MODEL, jax.random.key(0))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 2, matmul.MATVEC_MAX_ROWS, matmul.MATVEC_MAX_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, MATVEC_MAX_ROWS, MATVEC_MAX_ROWS + 1])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_matmul_transposed(rows, dtype):
     x = jax.random.normal(jax.random.key(0), (rows, 1, 24), dtype)
@@ -114,12 +115,12 @@ def test_matmul_transposed_int8():
     scale = jnp.asarray(rng.uniform(0.01, 0.02, 40), jnp.float32)
     for rows in (1, 2, 5):
         x = jnp.asarray(rng.normal(size=(rows, 1, 96)) * 3, jnp.float32).at[0, 0, 0].set(0)
-        found = jax.jit(matmul.matmul_transposed_int8)(x, matrix, scale)
+        found = jax.jit(quantized.matmul_transposed_int8)(x, matrix, scale)
         expected = np.einsum("btd,fd->btf", x, matrix) * scale
         assert found.shape == (rows, 1, 40) and found.dtype == jnp.float32
         # The rounding error of each input is at most half a step.
         assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
-    assert not matmul.matmul_transposed_int8(jnp.zeros((1, 96)), matrix, scale).any()
+    assert not quantized.matmul_transposed_int8(jnp.zeros((1, 96)), matrix, scale).any()
 
 
 @pytest.mark.slow

@@ -174,8 +174,11 @@ def test_last_token_positions():
     assert last_token_positions(np.zeros((3, 3)), None).tolist() == [2, 2, 2]
 
 
-def test_attention_weights():
-    out = run(TRANSFORMER, padding_mask=MASK)
+def test_attention_weights_on_request():
+    assert run(TRANSFORMER, padding_mask=MASK).cross_attention == ()
+    model, params = build(TRANSFORMER)
+    apply = jax.jit(functools.partial(model.apply, output_attentions=True))
+    out = apply({"params": params}, SOURCE, TARGET, padding_mask=MASK)
     assert [w.shape for w in out.cross_attention] == [(2, 3, T, S)] * 2
     np.testing.assert_allclose(np.asarray(out.cross_attention[0]).sum(-1), 1, rtol=1e-5)
     assert not np.asarray(out.cross_attention[1])[1, :, :, 4:].any()

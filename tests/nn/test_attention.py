@@ -8,13 +8,12 @@ import pytest
 from transformer_jax.nn.attention import (
     KVCache,
     Mask,
-    _num_query_blocks,
     causal_mask,
     dot_product_attention,
     init_cache,
 )
+from transformer_jax.nn.backends.cpu import num_query_blocks
 from transformer_jax.nn.dropout import keep_mask
-from transformer_jax.sharding import make_mesh
 
 ROW = np.arange(4)[None]
 
@@ -62,6 +61,16 @@ def test_every_query_attends_to_prefix_keys():
     assert Mask().with_prefix(2, 3, 3).to_dense(3, 5) is None
 
 
+def test_masks_of_prompts():
+    """Two prompt vectors before two tokens."""
+    causal = Mask(causal=True).with_prompt(2, 2, causal=True)
+    assert as_text(causal.to_dense(4, 4)) == ["x...", "xx..", "xxx.", "xxxx"]
+    assert Mask().with_prompt(2, 2, causal=False).to_dense(4, 4) is None
+    dense = Mask(dense_mask=np.array([[[[False, True], [False, True]]]]))
+    assert as_text(dense.with_prompt(1, 2, causal=False).to_dense(3, 3)) == ["x.x"] * 3
+    assert as_text(dense.with_prompt(1, 2, causal=True).to_dense(3, 3)) == ["x..", "x.x", "x.x"]
+
+
 def test_no_query_attends_to_padding():
     padding_mask = np.array([[1, 1, 0]])  # integers, as tokenizers return them
     mask = Mask(padding_mask=padding_mask).to_dense(1, 3)
@@ -80,7 +89,7 @@ def test_attention_by_hand():
     query = one_head([[2, 0, 0, 0]])
     key = one_head([[0, 5, 5, 5], [np.log(3), 7, 7, 7]])
     value = one_head([[4, 0, 0, 0], [8, 0, 0, 4]])
-    out, weights = dot_product_attention(query, key, value, Mask())
+    out, weights = dot_product_attention(query, key, value, Mask(), return_weights=True)
     np.testing.assert_allclose(weights.ravel(), [0.25, 0.75], rtol=1e-6)
     np.testing.assert_allclose(out.ravel(), [7, 0, 0, 3], rtol=1e-6)
 
@@ -89,7 +98,7 @@ def test_masked_keys_have_weight_zero():
     query = one_head([[1.0]])
     out, weights = dot_product_attention(
         query, one_head([[0.0], [300.0]]), one_head([[2.0], [1e30]]),
-        Mask(dense_mask=jnp.asarray([True, False])))
+        Mask(dense_mask=jnp.asarray([True, False])), return_weights=True)
     assert weights.ravel().tolist() == [1, 0]
     assert out.ravel().tolist() == [2]
 
@@ -107,7 +116,8 @@ def test_output_and_gradient_are_finite_without_any_allowed_key():
 
 def test_attention_weights_of_bfloat16_inputs_are_float32():
     x = jnp.ones((1, 3, 1, 4), jnp.bfloat16)
-    out, weights = dot_product_attention(x, x, x, Mask())
+    assert dot_product_attention(x, x, x, Mask())[1] is None
+    out, weights = dot_product_attention(x, x, x, Mask(), return_weights=True)
     assert (out.dtype, weights.dtype) == (jnp.bfloat16, jnp.float32)
 
 
@@ -129,7 +139,7 @@ def reference_attention(query, key, value, mask, dropout=1.0):
     """Attention as in the paper, without blocks."""
     scores = jnp.einsum("BTNH,BSNH->BNTS", query, key) / query.shape[-1] ** 0.5
     weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights * dropout, value), weights
+    return jnp.einsum("BNTS,BSNH->BTNH", weights * dropout, value)
 
 
 @pytest.mark.slow
@@ -143,32 +153,28 @@ def test_query_blocks_equal_the_reference(T, num_blocks, case):
         mask = mask.replace(attention_window=40)
     if case == "documents":
         mask = mask.replace(query_document_ids=document_ids, key_document_ids=document_ids)
-    assert _num_query_blocks(mask, T, T) == num_blocks
+    assert num_query_blocks(mask, T, T) == num_blocks
     options = {"dropout_rate": 0.3, "dropout_rng": jax.random.key(9)} if case == "dropout" else {}
     dropout = keep_mask(jax.random.key(9), (2, 3, T, T), 0.3) / 0.7 if options else 1.0
     *args, cotangent = jax.random.normal(jax.random.key(0), (4, 2, T, 3, 8))
 
     def by_blocks(*args):
-        out, weights = dot_product_attention(*args, mask, **options)
-        return (out * cotangent).sum(), weights
+        return (dot_product_attention(*args, mask, **options)[0] * cotangent).sum()
 
     def reference(*args):
-        out, weights = reference_attention(*args, mask.to_dense(T, T), dropout)
-        return (out * cotangent).sum(), weights
+        return (reference_attention(*args, mask.to_dense(T, T), dropout) * cotangent).sum()
 
-    actual, expected = (jax.jit(jax.value_and_grad(fn, (0, 1, 2), has_aux=True))(*args)
+    actual, expected = (jax.jit(jax.value_and_grad(fn, (0, 1, 2)))(*args)
                         for fn in (by_blocks, reference))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), actual, expected)
 
 
-def test_query_blocks_are_for_causal_self_attention_without_a_mesh():
+def test_query_blocks_are_for_causal_self_attention():
     causal = Mask(causal=True)
-    assert _num_query_blocks(Mask(), 512, 512) == 1  # every query attends to every key
-    assert _num_query_blocks(causal, 1, 512) == 1
-    assert _num_query_blocks(causal, 257, 257) == 1  # 257 is not divisible by 2
-    with jax.set_mesh(make_mesh(8, 1)):
-        assert _num_query_blocks(causal, 512, 512) == 1
+    assert num_query_blocks(Mask(), 512, 512) == 1  # every query attends to every key
+    assert num_query_blocks(causal, 1, 512) == 1
+    assert num_query_blocks(causal, 257, 257) == 1  # 257 is not divisible by 2
 
 
 def test_query_blocks_skip_masked_scores():

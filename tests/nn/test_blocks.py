@@ -72,7 +72,9 @@ def test_stack_equals_the_formula(norm_first, block):
 
     out = jax.jit(stack.apply)({"params": params}, x, mask)
     np.testing.assert_allclose(out.hidden[0], expected, rtol=1e-4, atol=1e-5)
-    assert out.cache is None
+    assert out.cache is None and out.attention == ()
+    apply = jax.jit(functools.partial(stack.apply, output_attentions=True))
+    out = apply({"params": params}, x, mask)
     assert [w.shape for w in out.attention] == [(1, 2, 5, 5)] * 2
     np.testing.assert_allclose(out.attention[1].sum(-1), 1, rtol=1e-6)
 
@@ -103,7 +105,7 @@ def test_cross_attention_takes_keys_and_values_from_the_encoder_output(norm_firs
     expected = residual("mlp", lambda y: mlp(p["mlp"], y), expected)
     if norm_first:
         expected = norm(params["final_norm"], expected)
-    out = stack.apply({"params": params}, x, mask, **options)
+    out = stack.apply({"params": params}, x, mask, **options, output_attentions=True)
     np.testing.assert_allclose(out.hidden[0], expected, rtol=1e-4, atol=1e-5)
     # The returned keys and values can replace the encoder output.
     cached = stack.apply(
@@ -112,7 +114,8 @@ def test_cross_attention_takes_keys_and_values_from_the_encoder_output(norm_firs
     np.testing.assert_array_equal(cached.hidden, out.hidden)
     assert out.cross_attention[0].shape == (1, 2, 5, 4)
     # Without a mask, queries attend to all of the encoder output.
-    unmasked = stack.apply({"params": params}, x, mask, encoder_output=encoder_output)
+    unmasked = stack.apply({"params": params}, x, mask, encoder_output=encoder_output,
+                           output_attentions=True)
     assert (np.asarray(unmasked.cross_attention[0]) > 0).all()
     assert not np.asarray(out.cross_attention[0])[..., 1].any()
 

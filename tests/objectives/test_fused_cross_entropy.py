@@ -7,22 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer_jax.objectives import chunked_cross_entropy, fused_cross_entropy
+from transformer_jax.nn import backends
+from transformer_jax.nn.backends import gpu
+from transformer_jax.objectives import chunked_cross_entropy
 from transformer_jax.objectives.cross_entropy import (
     cross_entropy,
     smoothed_cross_entropy,
     top1_correct,
 )
-from transformer_jax.objectives.fused_cross_entropy import fused_softmax_cross_entropy
 
 ON_GPU = jax.default_backend() == "gpu"
 
 
 def fused(monkeypatch, V, block_size, *args, label_smoothing=0.0, dtype=jnp.float32):
-    monkeypatch.setattr(fused_cross_entropy, "BLOCK_SIZE", block_size)
+    monkeypatch.setattr(gpu, "CROSS_ENTROPY_BLOCK_SIZE", block_size)
     return jax.jit(functools.partial(
-        fused_softmax_cross_entropy, num_classes=V, label_smoothing=label_smoothing, dtype=dtype,
-        interpret=not ON_GPU))(*args)
+        gpu.softmax_cross_entropy_and_grad, num_classes=V, label_smoothing=label_smoothing,
+        dtype=dtype, interpret=not ON_GPU))(*args)
 
 
 def reference(logits, bias, targets, weights, V, label_smoothing):
@@ -75,14 +76,12 @@ def test_chunked_cross_entropy_with_and_without_the_fused_kernel(monkeypatch):
     from test_chunked_cross_entropy import assert_close, inputs, values_and_grads
 
     def run(use_fused_kernel):
-        monkeypatch.setattr(
-            chunked_cross_entropy, "_fused_kernel_available", lambda: use_fused_kernel)
+        kernel = functools.partial(gpu.softmax_cross_entropy_and_grad, interpret=not ON_GPU)
+        variant = backends.Variant(kernel, lambda *args, **kwargs: use_fused_kernel)
+        monkeypatch.setitem(backends.VARIANTS, "softmax_cross_entropy_and_grad", (variant,))
         return values_and_grads(functools.partial(
             chunked_cross_entropy.chunked_cross_entropy, label_smoothing=0.1, tokens_per_chunk=5),
             *inputs())
 
     expected = run(False)
-    if not ON_GPU:
-        monkeypatch.setattr(fused_cross_entropy, "fused_softmax_cross_entropy",
-                            functools.partial(fused_softmax_cross_entropy, interpret=True))
     assert_close(run(True), expected)

@@ -60,7 +60,7 @@ def compare(golden: dict) -> None:
             total, weight, _ = OBJECTIVES[family].loss(model.apply, params, batch)
             return cross_entropy.mean_loss(total, weight)
 
-        out = model.apply({"params": params}, batch["tokens"], **inputs)
+        out = model.apply({"params": params}, batch["tokens"], **inputs, output_attentions=True)
         return out, *jax.value_and_grad(loss)(params)
 
     out, loss, gradient = run(nested(params))

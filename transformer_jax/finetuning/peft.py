@@ -35,7 +35,7 @@ from transformer_jax.finetuning.select import (
     trainable_mask,
 )
 from transformer_jax.models import GPT, Model
-from transformer_jax.nn.layers import dequantize
+from transformer_jax.nn.quantized import dequantize
 from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
 
 # Matches the paths of PEFT parameters, the embeddings of added tokens included.

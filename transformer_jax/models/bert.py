@@ -13,30 +13,33 @@ Shape suffixes: B batch, T length, D d_model, N heads, V vocabulary, P masked po
 import dataclasses
 from typing import ClassVar, NamedTuple
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from transformer_jax.models.config import BERTConfig, check_num_classes, check_sequence_length
+from transformer_jax.models.config import (
+    BERTConfig,
+    check_attention_mask,
+    check_sequence_length,
+)
 from transformer_jax.models.heads import (
+    ClassificationHeads,
     MLMHead,
     gather_positions,
     mean_pool,
-    prepend_prompt,
-    remove_prompt,
 )
 from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import (
-    ACTIVATIONS,
     INITIALIZERS,
     Embed,
     LayerNorm,
     LazyLogits,
     Linear,
+    get_activation,
 )
+from transformer_jax.nn.peft import prepend_prompt, remove_prompt
 from transformer_jax.nn.positions import make_position_embed
 
 
@@ -46,7 +49,7 @@ class BERTEncoderOutput(NamedTuple):
     Attributes:
         hidden: hidden states.
         pooled: the hidden state of the first token after the pooler (a linear layer and tanh).
-        attention: attention weights for each layer.
+        attention: attention weights for each layer if `output_attentions`, else empty.
     """
 
     hidden: Float[Array, "B T D"]
@@ -64,7 +67,7 @@ class BERTOutput(NamedTuple):
             it is a random sentence.
         hidden: hidden states.
         pooled: the hidden state of the first token after the pooler (a linear layer and tanh).
-        attention: attention weights for each layer.
+        attention: attention weights for each layer if `output_attentions`, else empty.
         lazy_mlm_logits: the unevaluated form of `mlm_logits`.
     """
 
@@ -76,7 +79,7 @@ class BERTOutput(NamedTuple):
     lazy_mlm_logits: LazyLogits
 
 
-class BERT(nn.Module):
+class BERT(ClassificationHeads):
     """BERT with its pre-training heads and an optional classifier.
 
     Methods named after a task take tokens and run the entire model: `masked_lm_logits`,
@@ -152,7 +155,9 @@ class BERT(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         padding_mask: Bool[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        attention_mask: Bool[Array, "B 1 T T"] | None = None,
         deterministic: bool = True,
+        output_attentions: bool = False,
     ) -> StackOutput:
         """Computes the hidden states of all tokens.
 
@@ -164,11 +169,15 @@ class BERT(nn.Module):
             positions: the position of each token. If None, it is 0 ... T-1; with a
                 `position_offset` and a `padding_mask`, it is the index of each token among the
                 tokens that are not padding.
+            attention_mask: a mask that broadcasts to `[B, N, T, T]`, beside `padding_mask`: True
+                where a query attends to a key.
             deterministic: whether to disable dropout. If False, pass `rngs={"dropout": key}` to
                 `apply`.
+            output_attentions: whether to return the attention weights of all layers.
 
         Raises:
-            ValueError: T is larger than `max_length`.
+            ValueError: T is larger than `max_length`, or `attention_mask` is not boolean or of
+                another shape.
         """
         c = self.config
         B, T = tokens.shape
@@ -184,9 +193,12 @@ class BERT(nn.Module):
         if c.num_segments:
             segment_ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
             x_BTD = x_BTD + self.segment_embed(segment_ids)
-        x_BTD, mask, prompt_length = prepend_prompt(self, x_BTD, Mask(padding_mask=padding_mask))
+        mask = Mask(padding_mask=padding_mask,
+                    dense_mask=check_attention_mask(attention_mask, B, T, T))
+        x_BTD, mask, prompt_length = prepend_prompt(self, x_BTD, mask)
         x_BTD = self.embed_dropout(self.embed_norm(x_BTD), deterministic=deterministic)
-        out = self.encoder(x_BTD, mask, deterministic=deterministic)
+        out = self.encoder(x_BTD, mask, positions, deterministic=deterministic,
+                           output_attentions=output_attentions)
         return remove_prompt(out, prompt_length)
 
     def pool(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
@@ -194,7 +206,7 @@ class BERT(nn.Module):
 
         `config.pooler_activation` can replace tanh.
         """
-        return ACTIVATIONS[self.config.pooler_activation](self.pooler(hidden[:, 0]))
+        return get_activation(self.config.pooler_activation)(self.pooler(hidden[:, 0]))
 
     def encode_and_pool(self, tokens: Int[Array, "B T"], **options) -> BERTEncoderOutput:
         """Computes hidden states and the pooled first token; `options` as for `encode`."""
@@ -261,22 +273,9 @@ class BERT(nn.Module):
         return self.mlm_head(
             hidden, self.token_embed if self.config.tie_embeddings else self.lm_head)
 
-    def classification_logits(
-        self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
-    ) -> Float[Array, "B C"]:
-        """Computes class logits of each row (Devlin et al. 2018, section 4.1).
-
-        Args:
-            tokens: token ids.
-            deterministic: whether to disable dropout.
-            **options: as for `encode`.
-
-        Raises:
-            ValueError: the model has no classifier, or T is larger than `max_length`.
-        """
-        check_num_classes(self.num_classes)
-        features_BD = self.features(tokens, deterministic=deterministic, **options)
-        return self.logits_from_features(features_BD, deterministic)
+    def hidden_states(self, tokens: Int[Array, "B T"], **options) -> Float[Array, "B T D"]:
+        """Computes the inputs of the heads; arguments as for `encode`."""
+        return self.encode(tokens, **options).hidden
 
     def features(
         self,
@@ -293,28 +292,3 @@ class BERT(nn.Module):
         if self.config.pooling == "first":
             return self.pool(out.hidden)
         return mean_pool(out.hidden, padding_mask)
-
-    def logits_from_features(
-        self, features: Float[Array, "B D"], deterministic: bool = True
-    ) -> Float[Array, "B C"]:
-        """Computes class logits from the output of `features`."""
-        return self.class_logits(features, deterministic)
-
-    def token_classification_logits(
-        self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
-    ) -> Float[Array, "B T C"]:
-        """Computes class logits of each token; `options` as for `encode`.
-
-        Raises:
-            ValueError: the model has no classifier, or T is larger than `max_length`.
-        """
-        check_num_classes(self.num_classes)
-        hidden_BTD = self.encode(tokens, deterministic=deterministic, **options).hidden
-        return self.class_logits(hidden_BTD, deterministic)
-
-    def class_logits(
-        self, hidden: Float[Array, "... D"], deterministic: bool = True
-    ) -> Float[Array, "... C"]:
-        """Applies dropout and the classifier to hidden states or features."""
-        hidden = self.classifier_dropout(hidden, deterministic=deterministic)
-        return self.classifier(hidden).astype(jnp.float32)

@@ -70,8 +70,17 @@ def config_to_dict(config: Config) -> dict[str, Any]:
         ('gpt', 12)
         >>> config_from_dict(values) == presets.gpt2()
         True
+
+    Raises:
+        ValueError: a field is a function or a class.
     """
-    return {"family": family_name(config), **dataclasses.asdict(config)}
+    values = dataclasses.asdict(config)
+    for name, value in values.items():
+        if callable(value):
+            raise ValueError(f"{name} is {value!r}; configs with functions or classes cannot be "
+                             "saved. Save the parameters, and build the config in code")
+    del values["block"]
+    return {"family": family_name(config), **values}
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:

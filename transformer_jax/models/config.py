@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from transformer_jax.nn.attention import ATTENTION_IMPLS
 from transformer_jax.nn.blocks import REMAT_POLICIES, StackConfig
-from transformer_jax.nn.fused_attention import ATTENTION_IMPLS
 from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, embedding_init
 
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves")
@@ -39,8 +39,9 @@ class Config:
         dropout_rate: the rate of dropout on embeddings, and on the output of each sublayer before
             the residual sum.
         attention_dropout_rate: the rate of dropout on attention weights.
-        positions: "learned"; "sinusoidal" (fixed, Vaswani et al. 2017, section 3.5); or
-            "sinusoidal_halves", in which all sines precede all cosines, as in Marian checkpoints.
+        positions: "learned"; "sinusoidal" (fixed, Vaswani et al. 2017, section 3.5);
+            "sinusoidal_halves", in which all sines precede all cosines, as in Marian checkpoints;
+            or a function, see `nn.positions.make_position_embed`.
         position_offset: the number of rows of the position table before that of position 0: 2 in
             BART and RoBERTa. The table has `max_length + position_offset` rows.
         scale_embedding: whether to multiply token embeddings by sqrt(d_model) (Vaswani et al. 2017,
@@ -49,7 +50,9 @@ class Config:
         tie_embeddings: whether the output layer is the token embedding (Press & Wolf 2017). If
             False, it is a separate matrix, `lm_head`.
         activation: the activation function of the MLPs: "gelu" (exact), "gelu_tanh", "relu",
-            "swish" or "tanh".
+            "swish", "tanh", or a function of an array.
+        block: the class of the blocks, with the interface of `nn.Block`; None for `nn.Block`.
+            Configs with a block class or with functions cannot be saved.
         norm_first: whether LayerNorm precedes each sublayer and follows the last block (pre-norm,
             GPT-2). If False, it follows each residual sum (post-norm: the Transformer, GPT, BERT).
         residual: whether sublayers have residual connections (He et al. 2016, "Deep Residual
@@ -88,11 +91,12 @@ class Config:
     mlp_dim: int
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
-    positions: str = "learned"
+    positions: str | Callable = "learned"
     position_offset: int = 0
     scale_embedding: bool | None = None
     tie_embeddings: bool = True
-    activation: str = "gelu"
+    activation: str | Callable = "gelu"
+    block: Callable | None = None
     norm_first: bool = False
     residual: bool = True
     norm_epsilon: float = 1e-5
@@ -124,10 +128,11 @@ class Config:
                    "attention_impl": ATTENTION_IMPLS, "remat": tuple(REMAT_POLICIES)}
         for name, supported in choices.items():
             value = getattr(self, name)
-            _require(value in supported, name, repr(value), f"one of {', '.join(supported)}")
+            _require(callable(value) or value in supported, name, repr(value),
+                     f"one of {', '.join(supported)}")
         _require(self.d_model % self.num_heads == 0, "d_model", self.d_model,
                  f"a multiple of num_heads {self.num_heads}")
-        if self.positions != "learned":
+        if self.has_sinusoidal_positions:
             _require(self.d_model % 2 == 0, "d_model", self.d_model,
                      "even for sinusoidal positions")
 
@@ -137,10 +142,15 @@ class Config:
         return self.init_std
 
     @property
+    def has_sinusoidal_positions(self) -> bool:
+        """Whether positions are fixed sinusoids."""
+        return self.positions in ("sinusoidal", "sinusoidal_halves")
+
+    @property
     def embedding_scale(self) -> float:
         """The factor by which token embeddings are multiplied."""
         scale = self.scale_embedding
-        scale = self.positions != "learned" if scale is None else scale
+        scale = self.has_sinusoidal_positions if scale is None else scale
         return self.d_model**0.5 if scale else 1.0
 
     @property
@@ -162,7 +172,7 @@ class Config:
         """The hyperparameters of the stack; of the encoder in an encoder-decoder."""
         not_copied = StackConfig._field_defaults.keys() | {"dtype"}
         copied = {f: getattr(self, f) for f in StackConfig._fields if f not in not_copied}
-        return StackConfig(**copied, dtype=self.compute_dtype)
+        return StackConfig(**copied, dtype=self.compute_dtype, block=self.block)
 
     def replace(self, **changes) -> "Config":
         """Returns a copy with some fields changed. The new values are checked."""
@@ -181,7 +191,7 @@ class GPTConfig(Config):
         classifier_bias: whether the classifier has a bias for the task "classification".
     """
 
-    activation: str = "gelu_tanh"
+    activation: str | Callable = "gelu_tanh"
     attention_window: int | None = None
     scale_residual_init: bool = False
     classifier_bias: bool = True
@@ -197,6 +207,11 @@ class GPTConfig(Config):
         num_residual_layers = 2 * self.num_layers  # attention and MLP of each block
         scale = num_residual_layers**0.5 if self.scale_residual_init else 1.0
         return self.init_std / scale
+
+    @property
+    def decoder_stack(self) -> StackConfig:
+        """The hyperparameters of the decoder, the only stack."""
+        return self.stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,8 +260,8 @@ class TransformerConfig(Config):
         forced_eos_token_id: the last token of a generated text that reaches the maximum length.
     """
 
-    positions: str = "sinusoidal"
-    activation: str = "relu"
+    positions: str | Callable = "sinusoidal"
+    activation: str | Callable = "relu"
     initializer: str = "xavier_uniform"
     num_decoder_layers: int | None = None
     num_decoder_heads: int | None = None
@@ -285,9 +300,9 @@ class BARTConfig(TransformerConfig):
     LayerNorm and not scaled.
     """
 
-    positions: str = "learned"
+    positions: str | Callable = "learned"
     position_offset: int = 2
-    activation: str = "gelu"
+    activation: str | Callable = "gelu"
     initializer: str = "normal"
     embed_norm: bool = True
 
@@ -323,6 +338,24 @@ def check_sequence_length(length: int, max_length: int) -> None:
     if length > max_length:
         raise ValueError(f"sequence of {length} tokens is longer than the model's {max_length} "
                          "positions; shorten it, or build the model with a larger max_length")
+
+
+def check_attention_mask(
+    attention_mask: jax.Array | None, batch_size: int, T: int, S: int
+) -> jax.Array | None:
+    """Returns a dense attention mask `[1 or B, 1 or N, T, S]`; raises a ValueError if invalid."""
+    if attention_mask is None:
+        return None
+    shape = jnp.shape(attention_mask)
+    if not jnp.issubdtype(jnp.result_type(attention_mask), jnp.bool_):
+        raise ValueError(f"attention_mask has dtype {jnp.result_type(attention_mask)}; it must be "
+                         "bool, True where a query attends to a key: attention_mask.astype(bool)")
+    full = (1,) * (4 - len(shape)) + shape
+    if len(full) > 4 or full[0] not in (1, batch_size) or full[2] not in (1, T) or (
+            full[3] not in (1, S)):
+        raise ValueError(f"attention_mask has shape {shape}; it must broadcast to [batch, heads, "
+                         f"queries, keys], here [{batch_size}, heads, {T}, {S}]")
+    return jnp.broadcast_to(attention_mask, (*full[:2], T, S))
 
 
 def init_params(model: nn.Module, rng: jax.Array, method: str | None = None) -> dict:

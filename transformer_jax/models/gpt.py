@@ -12,22 +12,21 @@ Shape suffixes: B batch, T length, S cache length, D d_model, N heads, V vocabul
 import dataclasses
 from typing import ClassVar, NamedTuple
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from transformer_jax.models.config import GPTConfig, check_num_classes, check_sequence_length
-from transformer_jax.models.heads import (
-    gather_positions,
-    last_token_positions,
-    prepend_prompt,
-    remove_prompt,
+from transformer_jax.models.config import (
+    GPTConfig,
+    check_attention_mask,
+    check_sequence_length,
 )
-from transformer_jax.nn.attention import KVCache, Mask, causal_mask, init_cache
+from transformer_jax.models.heads import DecoderHeads
+from transformer_jax.nn.attention import KVCache, Mask, causal_mask
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import INITIALIZERS, Embed, LazyLogits, Linear
+from transformer_jax.nn.peft import prepend_prompt, remove_prompt
 from transformer_jax.nn.positions import make_position_embed
 
 
@@ -38,7 +37,8 @@ class GPTOutput(NamedTuple):
         logits: `logits[:, t]` are the float32 logits of the token at t + 1.
         hidden: hidden states before the language model head.
         cache: the given cache with the keys and values of this call added; None if none was given.
-        attention: attention weights for each layer; S is T without a cache.
+        attention: attention weights for each layer if `output_attentions`, else empty; S is T
+            without a cache.
         lazy_logits: the unevaluated form of `logits`.
     """
 
@@ -49,7 +49,7 @@ class GPTOutput(NamedTuple):
     lazy_logits: LazyLogits
 
 
-class GPT(nn.Module):
+class GPT(DecoderHeads):
     """GPT or GPT-2, with an optional classifier.
 
     Methods named after a task, such as `classification_logits`, take tokens and run the entire
@@ -115,8 +115,10 @@ class GPT(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         padding_mask: Bool[Array, "B T"] | None = None,
         document_ids: Int[Array, "B T"] | None = None,
+        attention_mask: Bool[Array, "B 1 T S"] | None = None,
         cache: dict[str, KVCache] | None = None,
         deterministic: bool = True,
+        output_attentions: bool = False,
     ) -> StackOutput:
         """Computes the hidden states `[B, T, D]` before the head.
 
@@ -128,14 +130,19 @@ class GPT(nn.Module):
             document_ids: the document of each token in packed rows; tokens attend only to tokens
                 of the same document. The causal mask follows the order in the row, so positions
                 may restart in each document. Not supported with `cache`.
+            attention_mask: a mask that broadcasts to `[B, N, T, S]`, in the place of the causal
+                mask and of `config.attention_window`: True where a query attends to a key. S is T,
+                or the number of slots of `cache`. `padding_mask` and `document_ids` still apply.
             cache: keys and values of the previous tokens (`init_cache`). `positions` are then also
                 the slots that these tokens fill.
             deterministic: whether to disable dropout. If False, pass `rngs={"dropout": key}` to
                 `apply`.
+            output_attentions: whether to return the attention weights of all layers.
 
         Raises:
-            ValueError: T is larger than `max_length`, or the cache is combined with
-                `document_ids`, `padding_mask` or a soft prompt.
+            ValueError: T is larger than `max_length`, `attention_mask` is not boolean or of
+                another shape, or the cache is combined with `document_ids`, `padding_mask` or a
+                soft prompt.
         """
         c = self.config
         B, T = tokens.shape
@@ -148,22 +155,27 @@ class GPT(nn.Module):
                              "padding. Pass only tokens, with their positions")
         row_indices_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         positions_BT = row_indices_BT if positions is None else positions
-        if cache is None:
-            mask = Mask(causal=True, attention_window=c.attention_window,
-                        query_document_ids=document_ids, key_document_ids=document_ids,
-                        padding_mask=padding_mask)
+        S = T if cache is None else cache["layer_0"].length
+        attention_mask = check_attention_mask(attention_mask, B, T, S)
+        if attention_mask is not None:
+            mask = Mask(dense_mask=attention_mask)
+        elif cache is None:
+            mask = Mask(causal=True, attention_window=c.attention_window)
         else:
-            slots_1S = jnp.arange(cache["layer_0"].length)[None]
+            slots_1S = jnp.arange(S)[None]
             mask = Mask(dense_mask=causal_mask(positions_BT, slots_1S, c.attention_window))
+        mask = mask.replace(query_document_ids=document_ids, key_document_ids=document_ids,
+                            padding_mask=padding_mask)
         x_BTD = self.token_embed(tokens) * c.embedding_scale
         x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
         if cache is not None and self.has_variable("params", "prompt"):
             raise ValueError("the parameters have a soft prompt, and a cache has no slots for it; "
                              "fold it into prefixes first: "
                              "finetuning.peft.fold_prompt(model, params)")
-        x_BTD, mask, prompt_length = prepend_prompt(self, x_BTD, mask)
+        x_BTD, mask, prompt_length = prepend_prompt(self, x_BTD, mask, causal=True)
         x_BTD = self.embed_dropout(x_BTD, deterministic=deterministic)
-        out = self.decoder(x_BTD, mask, positions_BT, cache, deterministic=deterministic)
+        out = self.decoder(x_BTD, mask, positions_BT, cache, deterministic=deterministic,
+                           output_attentions=output_attentions)
         return remove_prompt(out, prompt_length)
 
     def prompt_cache(self, cache: dict[str, KVCache]) -> dict[str, KVCache]:
@@ -180,114 +192,18 @@ class GPT(nn.Module):
         P = cache["layer_0"].length
         slots_1P = jnp.arange(P)[None]
         x_1PD, _, _ = prepend_prompt(
-            self, jnp.zeros((1, 0, self.config.d_model), self.config.compute_dtype), Mask())
+            self, jnp.zeros((1, 0, self.config.d_model), self.config.compute_dtype),
+            Mask(causal=True), causal=True)
         # As in `prepend_prompt`, the attention window does not apply to the prompt.
         mask = Mask(dense_mask=causal_mask(slots_1P, slots_1P))
         return self.decoder(x_1PD, mask, slots_1P, cache).cache
 
-    def lazy_lm_logits(self, hidden: Float[Array, "... D"]) -> LazyLogits:
-        """Returns the unevaluated logits of the next token for hidden states.
-
-        The output layer is the token embedding if `config.tie_embeddings`.
-        """
-        return (self.token_embed if self.config.tie_embeddings else self.lm_head).project(hidden)
-
-    def lm_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Computes the float32 logits of the next token for hidden states."""
-        return self.lazy_lm_logits(hidden).logits()
+    def hidden_states(self, tokens: Int[Array, "B T"], **options) -> Float[Array, "B T D"]:
+        """Computes the inputs of the heads; arguments as for `decode`."""
+        return self.decode(tokens, **options).hidden
 
     def __call__(self, tokens: Int[Array, "B T"], **options) -> GPTOutput:
         """Applies the language model; `options` as for `decode`."""
         out = self.decode(tokens, **options)
         lazy_logits = self.lazy_lm_logits(out.hidden)
         return GPTOutput(lazy_logits.logits(), out.hidden, out.cache, out.attention, lazy_logits)
-
-    def classification_logits(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        padding_mask: Bool[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        last_positions: Int[Array, "B"] | None = None,
-        deterministic: bool = True,
-    ) -> Float[Array, "B C"]:
-        """Computes class logits of each row; arguments as for `features`.
-
-        Raises:
-            ValueError: the model has no classifier, or T is larger than `max_length`.
-        """
-        check_num_classes(self.num_classes)
-        features_BD = self.features(
-            tokens, padding_mask=padding_mask, segment_ids=segment_ids,
-            last_positions=last_positions, deterministic=deterministic)
-        return self.logits_from_features(features_BD, deterministic)
-
-    def features(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        padding_mask: Bool[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        last_positions: Int[Array, "B"] | None = None,
-        deterministic: bool = True,
-    ) -> Float[Array, "B D"]:
-        """Computes the classifier's input: the hidden state of the last token of each row.
-
-        Radford et al. 2018, section 3.2.
-
-        Args:
-            tokens: token ids.
-            padding_mask: True at tokens, False at padding.
-            segment_ids: ignored, since GPT has no segments. The argument is accepted so that one
-                batch serves all model families.
-            last_positions: the position whose hidden state is used; the last token that is not
-                padding if None.
-            deterministic: whether to disable dropout.
-
-        Raises:
-            ValueError: T is larger than `max_length`.
-        """
-        del segment_ids
-        hidden_BTD = self.decode(
-            tokens, padding_mask=padding_mask, deterministic=deterministic).hidden
-        if last_positions is None:
-            last_positions = last_token_positions(tokens, padding_mask)
-        return gather_positions(hidden_BTD, last_positions[:, None])[:, 0]
-
-    def logits_from_features(
-        self, features: Float[Array, "B D"], deterministic: bool = True
-    ) -> Float[Array, "B C"]:
-        """Computes class logits from the output of `features`."""
-        return self.class_logits(features, deterministic)
-
-    def token_classification_logits(
-        self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
-    ) -> Float[Array, "B T C"]:
-        """Computes class logits of each token; `options` as for `decode`.
-
-        Raises:
-            ValueError: the model has no classifier, or T is larger than `max_length`.
-        """
-        check_num_classes(self.num_classes)
-        hidden_BTD = self.decode(tokens, deterministic=deterministic, **options).hidden
-        return self.class_logits(hidden_BTD, deterministic)
-
-    def class_logits(
-        self, hidden: Float[Array, "... D"], deterministic: bool = True
-    ) -> Float[Array, "... C"]:
-        """Applies dropout and the classifier to hidden states."""
-        hidden = self.classifier_dropout(hidden, deterministic=deterministic)
-        return self.classifier(hidden).astype(jnp.float32)
-
-    @staticmethod
-    def init_cache(config: GPTConfig, batch_size: int, length: int) -> dict[str, KVCache]:
-        """Creates an empty cache for `length` tokens in each row.
-
-        Raises:
-            ValueError: `length` is larger than `max_length`.
-        """
-        check_sequence_length(length, config.max_length)
-        s = config.stack
-        return init_cache(
-            s.num_layers, batch_size, length, s.num_heads, s.head_dim, config.compute_dtype
-        )

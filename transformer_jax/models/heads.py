@@ -1,20 +1,24 @@
-"""Pooling, soft prompts, and the masked language modeling head.
+"""Heads of the models, and pooling.
 
-Shape suffixes: B batch, T length, D d_model, V vocabulary, P number of selected positions, or the
-length of a soft prompt.
+Shape suffixes: B batch, T length, D d_model, V vocabulary, C classes, P number of selected
+positions.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from transformer_jax.nn.attention import Mask
-from transformer_jax.nn.blocks import StackOutput
-from transformer_jax.nn.layers import ACTIVATIONS, Bias, Embed, LayerNorm, LazyLogits, Linear
+from transformer_jax.models.config import (
+    GPTConfig,
+    TransformerConfig,
+    check_num_classes,
+    check_sequence_length,
+)
+from transformer_jax.nn.attention import KVCache, init_cache
+from transformer_jax.nn.layers import Bias, Embed, LayerNorm, LazyLogits, Linear, get_activation
 
 
 def gather_positions(
@@ -58,50 +62,121 @@ def mean_pool(
     return (hidden_BTD * weights_BT1).sum(1) / jnp.maximum(weights_BT1.sum(1), 1)
 
 
-class PromptedInput(NamedTuple):
-    """The input of a stack after `prepend_prompt`.
+class ClassificationHeads(nn.Module):
+    """The classifier of a model, for whole texts and for single tokens.
 
-    Attributes:
-        x: embeddings, with the soft prompt in front.
-        mask: the attention mask for `x`.
-        prompt_length: P; 0 without a soft prompt.
+    A subclass defines the attributes `config` and `num_classes`, the submodules `classifier` and
+    `classifier_dropout`, and the methods `hidden_states` (`[B, T, D]`) and `features` (`[B, D]`).
     """
 
-    x: Float[Array, "B P+T D"]
-    mask: Mask
-    prompt_length: int
+    def classification_logits(
+        self, tokens: Int[Array, "B T"], *, deterministic: bool = True, **options
+    ) -> Float[Array, "B C"]:
+        """Computes class logits of each row (Radford et al. 2018, 3.2; Devlin et al. 2018, 4.1).
+
+        Args:
+            tokens: token ids.
+            deterministic: whether to disable dropout.
+            **options: as for `features`.
+
+        Raises:
+            ValueError: the model has no classifier, or T is larger than `max_length`.
+        """
+        check_num_classes(self.num_classes)
+        features_BD = self.features(tokens, deterministic=deterministic, **options)
+        return self.logits_from_features(features_BD, deterministic)
+
+    def logits_from_features(
+        self, features: Float[Array, "B D"], deterministic: bool = True
+    ) -> Float[Array, "B C"]:
+        """Computes class logits from the output of `features`."""
+        return self.class_logits(features, deterministic)
+
+    def token_classification_logits(
+        self, tokens: Int[Array, "B T"], *args, deterministic: bool = True, **options
+    ) -> Float[Array, "B T C"]:
+        """Computes class logits of each token; arguments as for `hidden_states`.
+
+        Raises:
+            ValueError: the model has no classifier, or T is larger than `max_length`.
+        """
+        check_num_classes(self.num_classes)
+        hidden_BTD = self.hidden_states(tokens, *args, deterministic=deterministic, **options)
+        return self.class_logits(hidden_BTD, deterministic)
+
+    def class_logits(
+        self, hidden: Float[Array, "... D"], deterministic: bool = True
+    ) -> Float[Array, "... C"]:
+        """Applies dropout and the classifier to hidden states or features."""
+        hidden = self.classifier_dropout(hidden, deterministic=deterministic)
+        return self.classifier(hidden).astype(jnp.float32)
 
 
-def prepend_prompt(model: nn.Module, x_BTD: Float[Array, "B T D"], mask: Mask) -> PromptedInput:
-    """Prompt tuning: prepends a soft prompt to the embeddings (Lester et al. 2021, section 2).
+class DecoderHeads(ClassificationHeads):
+    """The heads of a decoder: the output layer, and a classifier of the last token.
 
-    The soft prompt is the PEFT parameter `prompt` `[P, D]` of the model; without it, the arguments
-    are returned unchanged. All tokens attend to the prompt. It is scaled like token embeddings and
-    has no position embeddings. If the mask is causal, each vector of the prompt attends only to
-    itself and those before it.
+    A subclass also defines the submodules `token_embed` and, without tied embeddings, `lm_head`.
     """
-    if not model.has_variable("params", "prompt"):
-        return PromptedInput(x_BTD, mask, 0)
-    prompt_PD = model.get_variable("params", "prompt").astype(x_BTD.dtype)
-    prompt_PD = prompt_PD * model.config.embedding_scale
-    P, T = len(prompt_PD), x_BTD.shape[1]
-    prompt_BPD = jnp.broadcast_to(prompt_PD, (len(x_BTD), *prompt_PD.shape))
-    x_BTD = jnp.concatenate([prompt_BPD, x_BTD], axis=1)
-    prompted_mask = mask.with_prefix(P, T, T)
-    if mask.causal:
-        token_rows = prompted_mask.dense_mask
-        prompt_rows = jnp.tril(jnp.ones((P, P + T), bool))
-        prompt_rows = jnp.broadcast_to(prompt_rows, (*token_rows.shape[:2], P, P + T))
-        prompted_mask = Mask(dense_mask=jnp.concatenate([prompt_rows, token_rows], axis=2))
-    return PromptedInput(x_BTD, prompted_mask, P)
 
+    def lazy_lm_logits(self, hidden: Float[Array, "... D"]) -> LazyLogits:
+        """Returns the unevaluated logits of the next token for hidden states.
 
-def remove_prompt(out: StackOutput, prompt_length: int) -> StackOutput:
-    """Removes the soft prompt from hidden states and attention weights."""
-    if not prompt_length:
-        return out
-    attention = tuple(weights[..., prompt_length:, prompt_length:] for weights in out.attention)
-    return out._replace(hidden=out.hidden[:, prompt_length:], attention=attention)
+        The output layer is the token embedding if `config.tie_embeddings`.
+        """
+        return (self.token_embed if self.config.tie_embeddings else self.lm_head).project(hidden)
+
+    def lm_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Computes the float32 logits of the next token for hidden states."""
+        return self.lazy_lm_logits(hidden).logits()
+
+    def features(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        padding_mask: Bool[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        last_positions: Int[Array, "B"] | None = None,
+        deterministic: bool = True,
+        **options,
+    ) -> Float[Array, "B D"]:
+        """Computes the classifier's input: the decoder's hidden state of the last token.
+
+        Radford et al. 2018, section 3.2. In an encoder-decoder, the same text is the input of
+        encoder and decoder (Lewis et al. 2019, "BART", section 3.1).
+
+        Args:
+            tokens: token ids.
+            padding_mask: True at tokens, False at padding.
+            segment_ids: ignored, since decoders have no segments. The argument is accepted so that
+                one batch serves all model families.
+            last_positions: the position whose hidden state is used; the last token that is not
+                padding if None.
+            deterministic: whether to disable dropout.
+            **options: as for `hidden_states`.
+
+        Raises:
+            ValueError: T is larger than `max_length`.
+        """
+        del segment_ids
+        hidden_BTD = self.hidden_states(
+            tokens, padding_mask=padding_mask, deterministic=deterministic, **options)
+        if last_positions is None:
+            last_positions = last_token_positions(tokens, padding_mask)
+        return gather_positions(hidden_BTD, last_positions[:, None])[:, 0]
+
+    @staticmethod
+    def init_cache(
+        config: GPTConfig | TransformerConfig, batch_size: int, length: int
+    ) -> dict[str, KVCache]:
+        """Creates an empty cache of the decoder for `length` tokens in each row.
+
+        Raises:
+            ValueError: `length` is larger than `max_length`.
+        """
+        check_sequence_length(length, config.max_length)
+        s = config.decoder_stack
+        return init_cache(
+            s.num_layers, batch_size, length, s.num_heads, s.head_dim, config.compute_dtype)
 
 
 class MLMHead(nn.Module):
@@ -111,7 +186,7 @@ class MLMHead(nn.Module):
     layer is the embedding that is passed to `__call__`, usually the token embedding (tied).
     """
 
-    activation: str
+    activation: str | Callable
     epsilon: float
     kernel_init: Callable
     dtype: jnp.dtype
@@ -120,6 +195,6 @@ class MLMHead(nn.Module):
     def __call__(self, hidden: Float[Array, "... D"], output_embed: Embed) -> LazyLogits:
         features = (hidden.shape[-1],)
         x = Linear(features, kernel_init=self.kernel_init, dtype=self.dtype, name="dense")(hidden)
-        x = ACTIVATIONS[self.activation](x)
+        x = get_activation(self.activation)(x)
         x = LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
         return Bias(output_embed.num_embeddings, name="output")(output_embed.project(x))

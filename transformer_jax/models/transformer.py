@@ -15,26 +15,21 @@ C classes.
 import dataclasses
 from typing import ClassVar, NamedTuple
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from transformer_jax.models.config import (
     TransformerConfig,
-    check_num_classes,
+    check_attention_mask,
     check_sequence_length,
 )
-from transformer_jax.models.heads import (
-    gather_positions,
-    last_token_positions,
-    prepend_prompt,
-    remove_prompt,
-)
-from transformer_jax.nn.attention import KVCache, Mask, causal_mask, init_cache
+from transformer_jax.models.heads import DecoderHeads
+from transformer_jax.nn.attention import KVCache, Mask, causal_mask
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import INITIALIZERS, Bias, Embed, LayerNorm, LazyLogits, Linear
+from transformer_jax.nn.peft import prepend_prompt, remove_prompt
 from transformer_jax.nn.positions import make_position_embed
 
 
@@ -46,9 +41,8 @@ class Seq2SeqOutput(NamedTuple):
             `decoder_tokens[:, t]`.
         hidden: hidden states of the decoder.
         encoder_hidden: hidden states of the encoder.
-        encoder_attention: attention weights of the encoder for each layer.
-        attention: self-attention weights of the decoder for each layer.
-        cross_attention: cross-attention weights of the decoder for each layer.
+        encoder_attention, attention, cross_attention: weights of the self-attention of encoder and
+            decoder, and of cross-attention, for each layer; empty without `output_attentions`.
         lazy_logits: the unevaluated form of `logits`.
     """
 
@@ -73,7 +67,7 @@ def shift_right(tokens: Int[Array, "B T"], start_id: int) -> Int[Array, "B T"]:
     return jnp.concatenate([jnp.full_like(tokens[:, :1], start_id), tokens[:, :-1]], axis=1)
 
 
-class Transformer(nn.Module):
+class Transformer(DecoderHeads):
     """The encoder-decoder Transformer, with an optional classifier.
 
     Methods named after a task, such as `classification_logits`, take tokens and run the entire
@@ -157,25 +151,35 @@ class Transformer(nn.Module):
         tokens: Int[Array, "B S"],
         *,
         padding_mask: Bool[Array, "B S"] | None = None,
+        attention_mask: Bool[Array, "B 1 S S"] | None = None,
         deterministic: bool = True,
+        output_attentions: bool = False,
     ) -> StackOutput:
         """Computes the hidden states `[B, S, D]` of the encoder, to which the decoder attends.
 
         Args:
             tokens: token ids of the source.
             padding_mask: True at tokens, False at padding; all True if None.
+            attention_mask: a mask that broadcasts to `[B, N, S, S]`, beside `padding_mask`: True
+                where a query attends to a key.
             deterministic: whether to disable dropout. If False, pass `rngs={"dropout": key}` to
                 `apply`.
+            output_attentions: whether to return the attention weights of all layers.
 
         Raises:
-            ValueError: S is larger than `max_length`.
+            ValueError: S is larger than `max_length`, or `attention_mask` is not boolean or of
+                another shape.
         """
-        check_sequence_length(tokens.shape[1], self.config.max_length)
-        positions_BS = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        B, S = tokens.shape
+        check_sequence_length(S, self.config.max_length)
+        positions_BS = jnp.broadcast_to(jnp.arange(S), tokens.shape)
         x_BSD = self._embed("encoder", tokens, positions_BS)
-        x_BSD, mask, prompt_length = prepend_prompt(self, x_BSD, Mask(padding_mask=padding_mask))
+        mask = Mask(padding_mask=padding_mask,
+                    dense_mask=check_attention_mask(attention_mask, B, S, S))
+        x_BSD, mask, prompt_length = prepend_prompt(self, x_BSD, mask)
         x_BSD = self._normalize_embeddings("encoder", x_BSD, deterministic)
-        out = self.encoder(x_BSD, mask, deterministic=deterministic)
+        out = self.encoder(x_BSD, mask, positions_BS, deterministic=deterministic,
+                           output_attentions=output_attentions)
         return remove_prompt(out, prompt_length)
 
     def decode(
@@ -185,9 +189,11 @@ class Transformer(nn.Module):
         *,
         encoder_padding_mask: Bool[Array, "B S"] | None = None,
         padding_mask: Bool[Array, "B T"] | None = None,
+        attention_mask: Bool[Array, "B 1 T T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         cache: dict[str, KVCache] | None = None,
         deterministic: bool = True,
+        output_attentions: bool = False,
     ) -> StackOutput:
         """Computes the hidden states `[B, T, D]` of the decoder, before the output layer.
 
@@ -199,13 +205,18 @@ class Transformer(nn.Module):
                 None.
             padding_mask: True at tokens of the target, False at padding. It is required only for
                 padding on the left. Not supported with `cache`.
+            attention_mask: a mask for self-attention that broadcasts to `[B, N, T, K]`, in the
+                place of the causal mask: True where a query attends to a key. K is T, or the
+                number of slots of `cache`. `padding_mask` still applies.
             positions: the position of each token; 0 ... T-1 if None.
             cache: keys and values of the previous tokens (`init_cache`). `positions` are then also
                 the slots that these tokens fill.
             deterministic: whether to disable dropout.
+            output_attentions: whether to return the attention weights of all layers.
 
         Raises:
-            ValueError: T is larger than `max_length`, or `padding_mask` and `cache` are both given.
+            ValueError: T is larger than `max_length`, `attention_mask` is not boolean or of
+                another shape, or `padding_mask` and `cache` are both given.
         """
         B, T = tokens.shape
         check_sequence_length(T, self.config.max_length)
@@ -214,30 +225,21 @@ class Transformer(nn.Module):
                              "padding. Pass only tokens, with their positions")
         row_indices_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         positions_BT = row_indices_BT if positions is None else positions
-        if cache is None:
+        num_slots = T if cache is None else cache["layer_0"].length
+        attention_mask = check_attention_mask(attention_mask, B, T, num_slots)
+        if attention_mask is not None:
+            mask = Mask(dense_mask=attention_mask, padding_mask=padding_mask)
+        elif cache is None:
             mask = Mask(causal=True, padding_mask=padding_mask)
         else:
-            slots_1S = jnp.arange(cache["layer_0"].length)[None]
-            mask = Mask(dense_mask=causal_mask(positions_BT, slots_1S))
+            mask = Mask(dense_mask=causal_mask(positions_BT, jnp.arange(num_slots)[None]))
         x_BTD = self._embed("decoder", tokens, positions_BT)
         x_BTD = self._normalize_embeddings("decoder", x_BTD, deterministic)
         cross_attention_mask = Mask(padding_mask=encoder_padding_mask)
         return self.decoder(
-            x_BTD, mask, positions_BT, cache, encoder_output, cross_attention_mask, deterministic
+            x_BTD, mask, positions_BT, cache, encoder_output, cross_attention_mask, deterministic,
+            output_attentions,
         )
-
-    def lazy_lm_logits(self, hidden: Float[Array, "... D"]) -> LazyLogits:
-        """Returns the unevaluated logits of the next token for hidden states of the decoder.
-
-        The output layer is the token embedding if `config.tie_embeddings`.
-        """
-        c = self.config
-        lazy_logits = (self.token_embed if c.tie_embeddings else self.lm_head).project(hidden)
-        return self.output(lazy_logits) if c.output_bias else lazy_logits
-
-    def lm_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Computes the float32 logits of the next token for hidden states of the decoder."""
-        return self.lazy_lm_logits(hidden).logits()
 
     def encode_decode(
         self,
@@ -246,7 +248,10 @@ class Transformer(nn.Module):
         *,
         padding_mask: Bool[Array, "B S"] | None = None,
         decoder_padding_mask: Bool[Array, "B T"] | None = None,
+        attention_mask: Bool[Array, "B 1 S S"] | None = None,
+        decoder_attention_mask: Bool[Array, "B 1 T T"] | None = None,
         deterministic: bool = True,
+        output_attentions: bool = False,
     ) -> tuple[StackOutput, StackOutput]:
         """Computes the outputs of the encoder and of the decoder.
 
@@ -256,7 +261,9 @@ class Transformer(nn.Module):
                 target, as BART does for tasks without a target text.
             padding_mask: True at tokens of the source, False at its padding; all True if None.
             decoder_padding_mask: the same for the target.
+            attention_mask, decoder_attention_mask: as `attention_mask` of `encode` and `decode`.
             deterministic: whether to disable dropout.
+            output_attentions: whether to return the attention weights of all layers.
 
         Returns:
             (output of the encoder, output of the decoder).
@@ -266,11 +273,12 @@ class Transformer(nn.Module):
         """
         if decoder_tokens is None:
             decoder_tokens = shift_right(tokens, self.config.decoder_start_token_id or 0)
-        encoder_out = self.encode(tokens, padding_mask=padding_mask, deterministic=deterministic)
+        options = {"deterministic": deterministic, "output_attentions": output_attentions}
+        encoder_out = self.encode(
+            tokens, padding_mask=padding_mask, attention_mask=attention_mask, **options)
         decoder_out = self.decode(
             decoder_tokens, encoder_out.hidden, encoder_padding_mask=padding_mask,
-            padding_mask=decoder_padding_mask, deterministic=deterministic,
-        )
+            padding_mask=decoder_padding_mask, attention_mask=decoder_attention_mask, **options)
         return encoder_out, decoder_out
 
     def __call__(
@@ -287,78 +295,16 @@ class Transformer(nn.Module):
             decoder_out.attention, decoder_out.cross_attention, lazy_logits,
         )
 
-    def classification_logits(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        padding_mask: Bool[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        last_positions: Int[Array, "B"] | None = None,
-        deterministic: bool = True,
-        **options,
-    ) -> Float[Array, "B C"]:
-        """Computes class logits of each row; arguments as for `features`.
+    def hidden_states(
+        self, tokens: Int[Array, "B S"], decoder_tokens: Int[Array, "B T"] | None = None, **options
+    ) -> Float[Array, "B T D"]:
+        """Computes the inputs of the heads; arguments as for `encode_decode`."""
+        return self.encode_decode(tokens, decoder_tokens, **options)[1].hidden
 
-        Raises:
-            ValueError: the model has no classifier, or T is larger than `max_length`.
-        """
-        check_num_classes(self.num_classes)
-        features_BD = self.features(
-            tokens, padding_mask=padding_mask, segment_ids=segment_ids,
-            last_positions=last_positions, deterministic=deterministic, **options)
-        return self.logits_from_features(features_BD, deterministic)
-
-    def features(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        padding_mask: Bool[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        last_positions: Int[Array, "B"] | None = None,
-        deterministic: bool = True,
-        **options,
-    ) -> Float[Array, "B D"]:
-        """Computes the classifier's input: the decoder's hidden state of the last token.
-
-        The same text is the input of encoder and decoder (BART paper, section 3.1).
-
-        Args:
-            tokens: token ids.
-            padding_mask: True at tokens, False at padding; all True if None.
-            segment_ids: ignored, since the model has no segments. The argument is accepted so that
-                one batch serves all model families.
-            last_positions: the position whose hidden state is used; the last token that is not
-                padding if None.
-            deterministic: whether to disable dropout.
-            **options: as for `encode_decode`.
-
-        Raises:
-            ValueError: T is larger than `max_length`.
-        """
-        del segment_ids
-        hidden_BTD = self.encode_decode(
-            tokens, padding_mask=padding_mask, deterministic=deterministic, **options)[1].hidden
-        if last_positions is None:
-            last_positions = last_token_positions(tokens, padding_mask)
-        return gather_positions(hidden_BTD, last_positions[:, None])[:, 0]
-
-    def token_classification_logits(
-        self,
-        tokens: Int[Array, "B T"],
-        decoder_tokens: Int[Array, "B T"] | None = None,
-        *,
-        deterministic: bool = True,
-        **options,
-    ) -> Float[Array, "B T C"]:
-        """Computes class logits of each decoder token; arguments as for `encode_decode`.
-
-        Raises:
-            ValueError: the model has no classifier, or S or T is larger than `max_length`.
-        """
-        check_num_classes(self.num_classes)
-        hidden_BTD = self.encode_decode(
-            tokens, decoder_tokens, deterministic=deterministic, **options)[1].hidden
-        return self.class_logits(hidden_BTD, deterministic)
+    def lazy_lm_logits(self, hidden: Float[Array, "... D"]) -> LazyLogits:
+        """Returns the unevaluated logits of the next token for hidden states of the decoder."""
+        lazy_logits = super().lazy_lm_logits(hidden)
+        return self.output(lazy_logits) if self.config.output_bias else lazy_logits
 
     def logits_from_features(
         self, features: Float[Array, "B D"], deterministic: bool = True
@@ -369,25 +315,3 @@ class Transformer(nn.Module):
         """
         features = self.classifier_dropout(features, deterministic=deterministic)
         return self.class_logits(jnp.tanh(self.pooler(features)), deterministic)
-
-    def class_logits(
-        self, hidden: Float[Array, "... D"], deterministic: bool = True
-    ) -> Float[Array, "... C"]:
-        """Applies dropout and the classifier to hidden states, without the pooler."""
-        hidden = self.classifier_dropout(hidden, deterministic=deterministic)
-        return self.classifier(hidden).astype(jnp.float32)
-
-    @staticmethod
-    def init_cache(
-        config: TransformerConfig, batch_size: int, length: int
-    ) -> dict[str, KVCache]:
-        """Creates an empty cache of the decoder for `length` tokens in each row.
-
-        Raises:
-            ValueError: `length` is larger than `max_length`.
-        """
-        check_sequence_length(length, config.max_length)
-        s = config.decoder_stack
-        return init_cache(
-            s.num_layers, batch_size, length, s.num_heads, s.head_dim, config.compute_dtype
-        )

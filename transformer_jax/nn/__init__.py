@@ -9,11 +9,12 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "attention", "blocks", "dropout", "fused_attention", "layers", "matmul", "positions",
+        "attention", "backends", "blocks", "dropout", "layers", "matmul", "peft", "positions",
+        "quantized",
     ],
     submod_attrs={
         "attention": ["KVCache", "Mask", "causal_mask", "dot_product_attention"],
-        "blocks": ["Block", "Stack", "StackConfig"],
+        "blocks": ["Attention", "Block", "MLP", "Stack", "StackConfig"],
         "dropout": ["Dropout"],
         "layers": ["Embed", "LayerNorm", "LazyLogits", "Linear"],
         "positions": ["sinusoidal_positions"],

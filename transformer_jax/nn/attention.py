@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
-from transformer_jax.nn import fused_attention
-from transformer_jax.nn.dropout import keep_mask
+from transformer_jax.nn import backends
+from transformer_jax.nn.dropout import dropout
+
+ATTENTION_IMPLS = ("auto", "xla", "cudnn", "splash")
 
 
 @functools.partial(
@@ -71,6 +73,21 @@ class Mask:
         padding = [(0, 0)] * 3 + [(P, 0)]
         return Mask(dense_mask=jnp.pad(dense_mask, padding, constant_values=True))
 
+    def with_prompt(self, P: int, T: int, causal: bool) -> "Mask":
+        """Returns the mask for P prompt vectors followed by T tokens, which attend to the prompt.
+
+        With `causal`, a prompt vector attends only to itself and those before it; otherwise to the
+        prompt and to all tokens that any token attends to.
+        """
+        prefixed = self.with_prefix(P, T, T)
+        rows = prefixed.dense_mask
+        if not causal and (rows is None or rows.shape[2] == 1):
+            return prefixed
+        prompt_rows = jnp.tril(jnp.ones((P, P + T), bool)) if causal else rows.any(2, keepdims=True)
+        prompt_rows, rows = (jnp.broadcast_to(x, (*rows.shape[:2], n, P + T))
+                             for x, n in ((prompt_rows, P), (rows, T)))
+        return Mask(dense_mask=jnp.concatenate([prompt_rows, rows], axis=2))
+
     def to_dense(self, T: int, S: int) -> Bool[Array, "..."] | None:
         """Returns booleans that broadcast to `[B, N, T, S]`, or None if nothing is masked."""
         masks = []
@@ -110,6 +127,7 @@ def causal_mask(
     return mask if attention_window is None else mask & (distance < attention_window)
 
 
+@backends.dispatched
 def dot_product_attention(
     query_BTNH: Float[Array, "B T N H"],
     key_BSNH: Float[Array, "B S N H"],
@@ -119,7 +137,8 @@ def dot_product_attention(
     attention_impl: str = "auto",
     dropout_rate: float = 0.0,
     dropout_rng: Key[Array, ""] | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
+    return_weights: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"] | None]:
     """Scaled dot-product attention: softmax(Q K^T / sqrt(H)) V.
 
     Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1. The softmax is computed in
@@ -131,101 +150,35 @@ def dot_product_attention(
         key_BSNH: keys.
         value_BSNH: values.
         mask: the keys that each query attends to.
-        attention_impl: "xla" for matmuls and a softmax as written above; "cudnn" or "splash" for a
-            fused implementation, which never stores the weights `[T, S]` (Dao et al. 2022,
+        attention_impl: "xla" for matmuls and a softmax; "cudnn" or "splash" for a fused
+            implementation, which never stores the weights `[T, S]` (Dao et al. 2022,
             "FlashAttention"); "auto" for the default of the platform. For inputs that the fused
             implementation does not support, "xla" is used instead; see
-            `fused_attention.select_implementation`.
+            `backends.tpu.supports_splash` and `backends.gpu.supports_cudnn`.
         dropout_rate: the rate of dropout on attention weights.
         dropout_rng: the key for dropout; None disables dropout.
+        return_weights: whether to return the attention weights.
 
     Returns:
-        The output, and the attention weights before dropout, in float32. Fused implementations,
-        and "xla" where it splits the queries into blocks (long causal rows on a CPU), do not
-        produce the weights; they are then computed separately. Under `jax.jit`, XLA removes this
-        computation if the weights are unused.
+        The output; and the attention weights before dropout, in float32, or None if they are not
+        requested.
 
     Example:
         >>> x = jnp.ones((2, 5, 4, 8))  # B, T, N, H
-        >>> out, weights = dot_product_attention(x, x, x, Mask(causal=True))
+        >>> out, weights = dot_product_attention(x, x, x, Mask(causal=True), return_weights=True)
         >>> out.shape, weights.shape
         ((2, 5, 4, 8), (2, 4, 5, 5))
     """
-    has_dropout = dropout_rng is not None and dropout_rate > 0
-    implementation = fused_attention.select_implementation(
-        attention_impl, query_BTNH, key_BSNH, mask, has_dropout)
-    T, S = query_BTNH.shape[1], key_BSNH.shape[1]
-    mask_BNTS = mask.to_dense(T, S)
-    query_BNTH, key_BNSH, value_BNSH = (
-        x.swapaxes(1, 2) for x in (query_BTNH, key_BSNH, value_BSNH))
-    dropout_BNTS = None
-    if has_dropout:
-        keep_BNTS = keep_mask(dropout_rng, (*query_BNTH.shape[:3], S), dropout_rate)
-        dropout_BNTS = jnp.where(keep_BNTS, 1 / (1 - dropout_rate), 0)
-    num_blocks = _num_query_blocks(mask, T, S)
-    if implementation == "xla" and num_blocks == 1:
-        out_BNTH, weights_BNTS = _softmax_weighted_sum(
-            query_BNTH, key_BNSH, value_BNSH, mask_BNTS, dropout_BNTS)
-        return out_BNTH.swapaxes(1, 2), weights_BNTS
-    weights_BNTS = jax.nn.softmax(_scores(query_BNTH, key_BNSH, mask_BNTS), axis=-1)
-    if implementation != "xla":
-        fused = fused_attention.IMPLEMENTATIONS[implementation]
-        return fused(query_BTNH, key_BSNH, value_BSNH, mask), weights_BNTS
-    blocks = []
-    for start in range(0, T, T // num_blocks):
-        end = start + T // num_blocks
-        block_mask, block_dropout = (
-            x if x is None else x[:, :, start:end, :end] for x in (mask_BNTS, dropout_BNTS))
-        blocks.append(_softmax_weighted_sum(
-            query_BNTH[:, :, start:end], key_BNSH[:, :, :end], value_BNSH[:, :, :end],
-            block_mask, block_dropout)[0])
-    return jnp.concatenate(blocks, axis=2).swapaxes(1, 2), weights_BNTS
-
-
-def _scores(query_BNTH, key_BNSH, mask_BNTS):
-    """Computes Q K^T / sqrt(H) in float32, with the smallest finite number at masked keys."""
-    scores_BNTS = _batched_matmul(query_BNTH, key_BNSH, 3) * (query_BNTH.shape[-1] ** -0.5)
-    if mask_BNTS is None:
-        return scores_BNTS
-    return jnp.where(mask_BNTS, scores_BNTS, jnp.finfo(jnp.float32).min)
-
-
-def _batched_matmul(x, y, axis):
-    """Contracts the last axis of x with `axis` of y, batched over B and N, in float32.
-
-    `dot_general` keeps the order of the operands. `einsum` swaps them, and XLA on CPU then
-    transposes the operands and the result.
-    """
-    dimension_numbers = ((3,), (axis,)), ((0, 1), (0, 1))
-    return jax.lax.dot_general(x, y, dimension_numbers, preferred_element_type=jnp.float32)
-
-
-def _softmax_weighted_sum(query_BNTH, key_BNSH, value_BNSH, mask_BNTS, dropout_BNTS):
-    """Returns the weighted sum of values and the softmax weights.
-
-    The denominator of the softmax divides the weighted sum instead of the weights. This saves one
-    write and one read of an array `[T, S]` where the weights are unused.
-    """
-    scores_BNTS = _scores(query_BNTH, key_BNSH, mask_BNTS)
-    max_BNT1 = jax.lax.stop_gradient(scores_BNTS.max(-1, keepdims=True))
-    exp_BNTS = jnp.exp(scores_BNTS - max_BNT1)
-    sum_BNT1 = exp_BNTS.sum(-1, keepdims=True)
-    dropped_BNTS = exp_BNTS if dropout_BNTS is None else exp_BNTS * dropout_BNTS
-    out_BNTH = _batched_matmul(dropped_BNTS.astype(value_BNSH.dtype), value_BNSH, 2) / sum_BNT1
-    return out_BNTH.astype(value_BNSH.dtype), exp_BNTS / sum_BNT1
-
-
-def _num_query_blocks(mask: Mask, T: int, S: int) -> int:
-    """Returns the number of query blocks of causal self-attention on a CPU; 1 in all other cases.
-
-    The scores of a block are computed only for the keys up to the end of the block, so that part
-    of the masked scores is never computed. On accelerators, fused implementations do the same.
-    """
-    num_blocks = min(4, T // 128)
-    is_cpu_without_mesh = (
-        jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty)
-    is_divisible = num_blocks and T % num_blocks == 0
-    return num_blocks if is_cpu_without_mesh and mask.causal and T == S and is_divisible else 1
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", query_BTNH, key_BSNH,
+                             preferred_element_type=jnp.float32) / query_BTNH.shape[-1] ** 0.5
+    mask_BNTS = mask.to_dense(*scores_BNTS.shape[2:])
+    if mask_BNTS is not None:
+        scores_BNTS = jnp.where(mask_BNTS, scores_BNTS, jnp.finfo(jnp.float32).min)
+    weights_BNTS = dropped_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
+    if dropout_rng is not None and dropout_rate > 0:
+        dropped_BNTS = dropout(weights_BNTS, dropout_rate, dropout_rng)
+    out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", dropped_BNTS.astype(value_BSNH.dtype), value_BSNH)
+    return out_BTNH, weights_BNTS if return_weights else None
 
 
 class KVCache(NamedTuple):

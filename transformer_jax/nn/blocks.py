@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from transformer_jax.nn import peft
 from transformer_jax.nn.attention import UNMASKED, KVCache, Mask, dot_product_attention
 from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import (
-    ACTIVATIONS,
     INITIALIZERS,
     LayerNorm,
     Linear,
+    get_activation,
     materialize_cotangent,
 )
 from transformer_jax.sharding import BATCH_AXES, constrain, constrain_hidden
@@ -44,7 +45,7 @@ class StackConfig(NamedTuple):
     d_model: int
     num_heads: int
     mlp_dim: int
-    activation: str
+    activation: str | Callable[[Array], Array]
     norm_first: bool
     residual: bool
     norm_epsilon: float
@@ -57,6 +58,7 @@ class StackConfig(NamedTuple):
     attention_impl: str
     remat: str
     cross_attention: bool = False  # whether blocks attend to the output of an encoder
+    block: Callable | None = None  # the class of blocks; None for `Block`
 
     @property
     def head_dim(self) -> int:
@@ -86,7 +88,8 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         encoder_output: Float[Array, "B S D"] | KVCache | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "B N T S"]]:
+        return_weights: bool = False,
+    ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "B N T S"] | None]:
         """Computes queries from `x_BTD`, and keys and values from `encoder_output` or `x_BTD`.
 
         Args:
@@ -97,11 +100,12 @@ class Attention(nn.Module):
             encoder_output: for cross-attention, the hidden states of the encoder, or the keys and
                 values that an earlier call computed from them. None for self-attention.
             deterministic: whether to disable dropout.
+            return_weights: whether to return the attention weights.
 
         Returns:
-            (output, keys and values, attention weights). In self-attention, the keys and values
-            are those of `cache`, if it is given, and of this call. In cross-attention, they are
-            those of `encoder_output`; later calls can pass them as `encoder_output`.
+            (output, keys and values, attention weights or None). In self-attention, the keys and
+            values are those of `cache`, if it is given, and of this call. In cross-attention, they
+            are those of `encoder_output`; later calls can pass them as `encoder_output`.
         """
         c = self.config
 
@@ -111,6 +115,8 @@ class Attention(nn.Module):
             )(source_BSD, deterministic)
 
         query_BTNH = constrain(project("query", x_BTD), BATCH_AXES, "sequence", "tensor", None)
+        if encoder_output is None:
+            query_BTNH = self.encode_positions(query_BTNH, positions_BT)
         if isinstance(encoder_output, KVCache):
             new_cache = encoder_output
             key_BSNH, value_BSNH = encoder_output.as_bsnh()
@@ -121,12 +127,14 @@ class Attention(nn.Module):
                 constrain(project(name, source_BSD), BATCH_AXES, None, "tensor", None)
                 for name in KVCache._fields
             )
+            if encoder_output is None:
+                key_BSNH = self.encode_positions(key_BSNH, positions_BT)
             if cache is None:
                 new_cache = KVCache.from_bsnh(key_BSNH, value_BSNH)
             else:
                 new_cache = cache.update(key_BSNH, value_BSNH, positions_BT)
                 key_BSNH, value_BSNH = new_cache.as_bsnh()
-        key_BSNH, value_BSNH, mask, prefix_length = prepend_prefix(
+        key_BSNH, value_BSNH, mask, prefix_length = peft.prepend_prefix(
             self, key_BSNH, value_BSNH, mask, x_BTD.shape[1])
         use_dropout = not deterministic and c.attention_dropout_rate > 0
         out_BTNH, weights_BNTS = dot_product_attention(
@@ -137,6 +145,7 @@ class Attention(nn.Module):
             attention_impl=c.attention_impl,
             dropout_rate=c.attention_dropout_rate,
             dropout_rng=self.make_rng("dropout") if use_dropout else None,
+            return_weights=return_weights,
         )
         out_BTD = Linear(
             (c.d_model,),
@@ -145,52 +154,16 @@ class Attention(nn.Module):
             dtype=c.dtype,
             name="out",
         )(out_BTNH, deterministic)
-        return out_BTD, new_cache, weights_BNTS[..., prefix_length:]
+        return out_BTD, new_cache, weights_BNTS[..., prefix_length:] if return_weights else None
 
+    def encode_positions(
+        self, x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T N H"]:
+        """Encodes positions in the queries and keys of self-attention; here, the identity.
 
-def prepend_prefix(
-    module: nn.Module,
-    key_BSNH: Float[Array, "B S N H"],
-    value_BSNH: Float[Array, "B S N H"],
-    mask: Mask,
-    T: int,
-) -> tuple[Float[Array, "B P+S N H"], Float[Array, "B P+S N H"], Mask, int]:
-    """Prefix tuning (Li & Liang 2021, "Prefix-Tuning", section 4.2).
-
-    Prepends the parameters `prefix_key` and `prefix_value` `[P, N, H]` of an attention module to
-    its keys and values. All queries attend to the prefix. Without these parameters, the arguments
-    are returned unchanged. T is the number of queries.
-
-    Returns:
-        (keys, values, the mask that includes the prefix, P); P is 0 without a prefix.
-    """
-    if not module.has_variable("params", "prefix_key"):
-        return key_BSNH, value_BSNH, mask, 0
-    prefixes = [module.get_variable("params", f"prefix_{name}") for name in KVCache._fields]
-    key_BSNH, value_BSNH = (
-        jnp.concatenate(
-            [jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape)), x], axis=1)
-        for prefix, x in zip(prefixes, (key_BSNH, value_BSNH))
-    )
-    P = prefixes[0].shape[0]
-    return key_BSNH, value_BSNH, mask.with_prefix(P, T, key_BSNH.shape[1] - P), P
-
-
-class Adapter(nn.Module):
-    """Bottleneck adapter: x + up(f(down(x))) (Houlsby et al. 2019, section 2.1).
-
-    The bottleneck width follows from the shape of the parameters. `finetuning.peft` initializes
-    them so that the adapter starts as the identity.
-    """
-
-    config: StackConfig
-
-    @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        c = self.config
-        width = self.get_variable("params", "down")["bias"].shape[-1]
-        hidden = ACTIVATIONS[c.activation](Linear((width,), dtype=c.dtype, name="down")(x_BTD))
-        return x_BTD + Linear((c.d_model,), dtype=c.dtype, name="up")(hidden)
+        Subclasses can override it, for instance by a rotation (Su et al. 2021, "RoFormer").
+        """
+        return x_BTNH
 
 
 class MLP(nn.Module):
@@ -210,7 +183,7 @@ class MLP(nn.Module):
         wo = Linear((c.d_model,), kernel_init=c.residual_kernel_init(), dtype=c.dtype, name="wo")
         hidden_BTF = constrain(wi(x_BTD, deterministic), BATCH_AXES, "sequence", "tensor")
         hidden_BTF = materialize_cotangent(hidden_BTF)
-        return wo(ACTIVATIONS[c.activation](hidden_BTF), deterministic)
+        return wo(get_activation(c.activation)(hidden_BTF), deterministic)
 
 
 class BlockOutput(NamedTuple):
@@ -219,14 +192,15 @@ class BlockOutput(NamedTuple):
     Attributes:
         hidden: hidden states.
         cache: keys and values of self-attention.
-        attention: attention weights of self-attention; S is T without a cache.
+        attention: attention weights of self-attention, or None if they are not requested; S is T
+            without a cache.
         cross_attention_cache: keys and values of the encoder output; None without cross-attention.
-        cross_attention: attention weights of cross-attention; None without cross-attention.
+        cross_attention: attention weights of cross-attention, or None.
     """
 
     hidden: Float[Array, "B T D"]
     cache: KVCache
-    attention: Float[Array, "B N T S"]
+    attention: Float[Array, "B N T S"] | None
     cross_attention_cache: KVCache | None
     cross_attention: Float[Array, "B N T S"] | None
 
@@ -234,15 +208,18 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     """Self-attention, optional cross-attention, and MLP.
 
-    Each of these sublayers is inside a residual connection with dropout and LayerNorm.
+    Each of these sublayers is inside a residual connection with dropout and LayerNorm. Subclasses
+    can replace `attention` and `mlp`, the classes of the sublayers, or `__call__`.
     """
 
     config: StackConfig
+    attention: type[nn.Module] = Attention
+    mlp: type[nn.Module] = MLP
 
     @nn.compact
     def __call__(
         self, x_BTD, mask, positions_BT=None, cache=None, encoder_output=None,
-        cross_attention_mask=UNMASKED, deterministic=True,
+        cross_attention_mask=UNMASKED, deterministic=True, output_attentions=False,
     ) -> BlockOutput:
         """Applies the block; arguments as for `Stack.__call__`, with the cache of one layer."""
         c = self.config
@@ -254,23 +231,25 @@ class Block(nn.Module):
             out_BTD, *rest = sublayer(constrain(in_BTD, BATCH_AXES, "sequence", None))
             out_BTD = Dropout(c.dropout_rate)(out_BTD, deterministic=deterministic)
             if self.has_variable("params", f"{name}_adapter"):
-                out_BTD = Adapter(c, name=f"{name}_adapter")(out_BTD)
+                out_BTD = peft.Adapter(
+                    Linear, get_activation(c.activation), c.dtype, name=f"{name}_adapter")(out_BTD)
             x_BTD = constrain_hidden(x_BTD + out_BTD if c.residual else out_BTD)
             return x_BTD if c.norm_first else norm(x_BTD), *rest
 
         def self_attention(x_BTD):
-            return Attention(c, name="self_attention")(
-                x_BTD, mask, positions_BT, cache, deterministic=deterministic
+            return self.attention(c, name="self_attention")(
+                x_BTD, mask, positions_BT, cache, deterministic=deterministic,
+                return_weights=output_attentions,
             )
 
         def cross_attention(x_BTD):
-            return Attention(c, name="cross_attention")(
+            return self.attention(c, name="cross_attention")(
                 x_BTD, cross_attention_mask, encoder_output=encoder_output,
-                deterministic=deterministic,
+                deterministic=deterministic, return_weights=output_attentions,
             )
 
         def mlp(x_BTD):
-            return (MLP(c, name="mlp")(x_BTD, deterministic),)
+            return (self.mlp(c, name="mlp")(x_BTD, deterministic),)
 
         x_BTD, new_cache, weights_BNTS = residual("attention", self_attention, x_BTD)
         cross_attention_cache = cross_weights_BNTS = None
@@ -288,7 +267,8 @@ class StackOutput(NamedTuple):
     Attributes:
         hidden: hidden states.
         cache: the given cache with the keys and values of this call added; None if none was given.
-        attention: attention weights of self-attention for each layer; S is T without a cache.
+        attention: attention weights of self-attention for each layer, if they are requested, else
+            empty; S is T without a cache.
         cross_attention_cache: keys and values of the encoder output for each layer, which later
             calls can take as `encoder_output`; None without cross-attention.
         cross_attention: attention weights of cross-attention for each layer.
@@ -296,7 +276,7 @@ class StackOutput(NamedTuple):
 
     hidden: Float[Array, "B T D"]
     cache: dict[str, KVCache] | None
-    attention: tuple[Float[Array, "B N T S"], ...]
+    attention: tuple[Float[Array, "B N T S"], ...] = ()
     cross_attention_cache: dict[str, KVCache] | None = None
     cross_attention: tuple[Float[Array, "B N T S"], ...] = ()
 
@@ -306,7 +286,7 @@ class Stack(nn.Module):
 
     If `tree.stack_layers` has stacked the parameters, `jax.lax.scan` runs the layers, and XLA
     compiles one layer instead of `num_layers`. Stacked layers return no attention weights and take
-    no cache.
+    no cache. `config.block` is the class of the blocks; a subclass of `Block` can replace parts.
 
     Example:
         >>> from transformer_jax.models import GPTConfig
@@ -314,9 +294,8 @@ class Stack(nn.Module):
         ...                    mlp_dim=10)
         >>> stack, x = Stack(config.stack), jnp.ones((1, 5, 6))
         >>> variables = jax.eval_shape(stack.init, jax.random.key(0), x, Mask(causal=True))
-        >>> out = jax.eval_shape(stack.apply, variables, x, Mask(causal=True))
-        >>> out.hidden.shape, out.attention[0].shape
-        ((1, 5, 6), (1, 2, 5, 5))
+        >>> jax.eval_shape(stack.apply, variables, x, Mask(causal=True)).hidden.shape
+        (1, 5, 6)
     """
 
     config: StackConfig
@@ -331,6 +310,7 @@ class Stack(nn.Module):
         encoder_output: Float[Array, "B S D"] | dict[str, KVCache] | None = None,
         cross_attention_mask: Mask = UNMASKED,
         deterministic: bool = True,
+        output_attentions: bool = False,
     ) -> StackOutput:
         """Applies all blocks.
 
@@ -344,21 +324,25 @@ class Stack(nn.Module):
                 keys and values.
             cross_attention_mask: the keys that each query attends to in cross-attention.
             deterministic: whether to disable dropout.
+            output_attentions: whether to return the attention weights.
 
         Raises:
-            ValueError: the parameters are stacked and a cache is given.
+            ValueError: the parameters are stacked, and a cache is given or attention weights are
+                requested.
         """
         c = self.config
-        block = Block
+        block = c.block or Block
         if c.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], static_argnums=(7,))
+            block = nn.remat(block, policy=REMAT_POLICIES[c.remat], static_argnums=(7, 8))
         outputs: dict[str, BlockOutput] = {}
         if is_stacked := self.has_variable("params", LAYERS):
-            if cache is not None or isinstance(encoder_output, dict):
-                raise ValueError("a KV cache is given, but the parameters of the layers are "
-                                 "stacked; pass tree.unstack_layers(params)")
+            if cache is not None or isinstance(encoder_output, dict) or output_attentions:
+                raise ValueError("a KV cache is given or output_attentions is True, but the "
+                                 "parameters of the layers are stacked; pass "
+                                 "tree.unstack_layers(params)")
             x_BTD = self._scan(
-                block, x_BTD, mask, encoder_output, cross_attention_mask, deterministic)
+                block, x_BTD, mask, positions_BT, encoder_output, cross_attention_mask,
+                deterministic)
         for i in range(0 if is_stacked else c.num_layers):
             name = f"layer_{i}"
             outputs[name] = out = block(c, name=name)(
@@ -369,6 +353,7 @@ class Stack(nn.Module):
                 encoder_output[name] if isinstance(encoder_output, dict) else encoder_output,
                 cross_attention_mask,
                 deterministic,
+                output_attentions,
             )
             x_BTD = out.hidden
         if c.norm_first:
@@ -377,13 +362,15 @@ class Stack(nn.Module):
         return StackOutput(
             x_BTD,
             {name: out.cache for name, out in outputs.items()} if cache else None,
-            tuple(out.attention for out in outputs.values()),
+            tuple(out.attention for out in outputs.values()) if output_attentions else (),
             {name: out.cross_attention_cache for name, out in outputs.items()}
             if has_cross_attention else None,
-            tuple(out.cross_attention for out in outputs.values()) if has_cross_attention else (),
+            tuple(out.cross_attention for out in outputs.values())
+            if has_cross_attention and output_attentions else (),
         )
 
-    def _scan(self, block, x_BTD, mask, encoder_output, cross_attention_mask, deterministic):
+    def _scan(self, block, x_BTD, mask, positions_BT, encoder_output, cross_attention_mask,
+              deterministic):
         """Applies stacked layers with `jax.lax.scan`; returns the hidden states."""
         c = self.config
         rng = None if deterministic or not self.has_rng("dropout") else self.make_rng("dropout")
@@ -392,8 +379,8 @@ class Stack(nn.Module):
             i, params = layer
             rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, i)}
             out = block(c, parent=None).apply(
-                {"params": params}, x_BTD, mask, None, None, encoder_output, cross_attention_mask,
-                deterministic, rngs=rngs)
+                {"params": params}, x_BTD, mask, positions_BT, None, encoder_output,
+                cross_attention_mask, deterministic, False, rngs=rngs)
             return out.hidden, None
 
         layers = self.get_variable("params", LAYERS)

@@ -63,18 +63,23 @@ class SinusoidalEmbed(nn.Module):
 
 
 def make_position_embed(
-    kind: str, max_length: int, features: int, *, embedding_init: Callable, dtype: jnp.dtype
-) -> nn.Module:
-    """Creates the position embedding module of a model.
+    kind: str | Callable, max_length: int, features: int, *, embedding_init: Callable,
+    dtype: jnp.dtype,
+) -> Callable:
+    """Creates the position embedding of a model, a function from positions `[B, T]` to `[B, T, D]`.
 
     Args:
         kind: "learned" for a table of parameters; "sinusoidal" for fixed sinusoids;
-            "sinusoidal_halves" for fixed sinusoids in which all sines precede all cosines.
+            "sinusoidal_halves" for fixed sinusoids in which all sines precede all cosines; or a
+            function or Flax module class that takes the other arguments of this function and
+            returns the position embedding.
         max_length: the number of positions.
         features: the dimension of an embedding.
         embedding_init: the initializer of a learned table.
         dtype: the dtype of the embeddings.
     """
+    if callable(kind):
+        return kind(max_length, features, embedding_init=embedding_init, dtype=dtype)
     if kind != "learned":
         return SinusoidalEmbed(max_length, features, kind == "sinusoidal", dtype)
     return Embed(max_length, features, embedding_init, dtype)

@@ -20,8 +20,8 @@ functions of all fine-tuning tasks, with a `predict` for each. The docstring of 
 the keys of its batches with dtype, shape and meaning.
 
 The remaining modules are shared: `input_format` (special tokens, truncation, padding),
-`cross_entropy` (losses as sums and weights), and `chunked_cross_entropy` and `fused_cross_entropy`
-(the same losses with less memory and time).
+`cross_entropy` (losses as sums and weights), and `chunked_cross_entropy` (the same losses with less
+memory).
 
 ## `prepare(example, rng, **options) -> row`
 
@@ -81,7 +81,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
         "causal_lm", "chunked_cross_entropy", "classification", "contrastive", "cross_entropy",
-        "denoising", "fused_cross_entropy", "input_format", "mlm_nsp", "question_answering",
-        "seq2seq", "token_classification",
+        "denoising", "input_format", "mlm_nsp", "question_answering", "seq2seq",
+        "token_classification",
     ],
 )

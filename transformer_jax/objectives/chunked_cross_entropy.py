@@ -22,9 +22,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from transformer_jax import sharding
-from transformer_jax.nn import fused_attention
+from transformer_jax.nn import backends
+from transformer_jax.nn.backends.gpu import CrossEntropyAndGrad
 from transformer_jax.nn.layers import LazyLogits
-from transformer_jax.objectives import fused_cross_entropy
 
 LOGITS_PER_CHUNK = {"gpu": 2**27, "cpu": 2**25, "tpu": 2**25}
 """Default number of logits of a chunk on one device, by backend: 128 MiB in float32, and 512 MiB on
@@ -149,67 +149,34 @@ def _local_sums_and_grads(label_smoothing, tokens_per_chunk, grad_names, axis_na
         return x.reshape(num_chunks, K, *x.shape[1:])
 
     embedding_VD = _pad_and_shard_vocab(embedding.astype(dtype))
-    padded_V = len(embedding_VD)
-
-    use_fused_kernel = bool(grad_names) and scale is None and _fused_kernel_available()
-
-    def add_grads(sums, d_embedding, d_scale, d_bias, d_logits_KV, hidden_KD):
-        """The result of a scan step: the new carry and the gradient of the chunk's `hidden`."""
-        if "embedding" in grad_names:
-            d_embedding = d_embedding + jnp.einsum(
-                "KV,KD->VD", d_logits_KV, hidden_KD, preferred_element_type=jnp.float32)
-        d_hidden = (jnp.einsum("KV,VD->KD", d_logits_KV, embedding_VD) if "hidden" in grad_names
-                    else None)
-        return (sums, (d_embedding, d_scale, d_bias)), d_hidden
+    # Gradients of bias and scale are sums over tokens, so their terms are float32.
+    is_float32 = scale is not None or "bias" in grad_names
+    grad_dtype = (jnp.float32 if is_float32 else dtype) if grad_names else None
 
     def step(carry, chunk):
         sums, (d_embedding, d_scale, d_bias) = carry
         hidden_KD, targets_K, weights_K = chunk
         unscaled_KV = jnp.einsum(
             "KD,VD->KV", hidden_KD, embedding_VD, preferred_element_type=jnp.float32)
-        if use_fused_kernel:
-            out = fused_cross_entropy.fused_softmax_cross_entropy(
-                unscaled_KV, bias, targets_K, weights_K, num_classes=V,
-                label_smoothing=label_smoothing, dtype=dtype)
-            sums = [s + (x * weights_K).sum() for s, x in zip(sums, out)]
-            d_logits_KV = out.logits_grad
-            if "bias" in grad_names:
-                d_bias = d_bias + d_logits_KV.sum(0, dtype=jnp.float32)
-            return add_grads(sums, d_embedding, d_scale, d_bias, d_logits_KV, hidden_KD)
         logits_KV = unscaled_KV if scale is None else unscaled_KV * _pad_and_shard_vocab(scale)
-        if bias is not None:
-            logits_KV = logits_KV + _pad_and_shard_vocab(bias)
-        class_ids = jax.lax.broadcasted_iota(jnp.int32, (K, padded_V), 1)
-        if padded_V > V:
-            logits_KV = jnp.where(class_ids < V, logits_KV, jnp.finfo(jnp.float32).min)
-        is_target_KV = class_ids == targets_K[:, None]
-        target_logits_K = jnp.where(is_target_KV, logits_KV, 0).sum(-1)
-        log_normalizer_K = jax.nn.logsumexp(logits_KV, axis=-1)
-        nll_K = log_normalizer_K - target_logits_K
-        loss_K = nll_K
-        if label_smoothing:
-            mean_logits_K = jnp.where(class_ids < V, logits_KV, 0).sum(-1) / V
-            loss_K = (log_normalizer_K - (1 - label_smoothing) * target_logits_K
-                      - label_smoothing * mean_logits_K)
-        # Of tied logits the lowest id wins, as in `cross_entropy.top1_correct`.
-        is_max_KV = logits_KV == logits_KV.max(-1, keepdims=True)
-        argmax_K = jnp.where(is_max_KV, class_ids, padded_V).min(-1)
-        correct_K = (argmax_K == targets_K).astype(jnp.float32)
-        sums = [s + (x * weights_K).sum() for s, x in zip(sums, (loss_K, nll_K, correct_K))]
-        if not grad_names:
-            return (sums, (d_embedding, d_scale, d_bias)), None
-        target_probs_KV = (1 - label_smoothing) * is_target_KV
-        if label_smoothing:
-            target_probs_KV = target_probs_KV + jnp.where(class_ids < V, label_smoothing / V, 0)
-        probs_KV = jnp.exp(logits_KV - log_normalizer_K[:, None])
-        d_logits_KV = (probs_KV - target_probs_KV) * weights_K[:, None]
+        *values, d_logits_KV = softmax_cross_entropy_and_grad(
+            logits_KV, bias, targets_K, weights_K, num_classes=V, label_smoothing=label_smoothing,
+            dtype=grad_dtype)
+        sums = [s + (x * weights_K).sum() for s, x in zip(sums, values)]
         if "bias" in grad_names:
             d_bias = d_bias + d_logits_KV.sum(0)
         if "scale" in grad_names:
             d_scale = d_scale + (d_logits_KV * unscaled_KV).sum(0)
-        if scale is not None:
+        if grad_names and scale is not None:
             d_logits_KV = d_logits_KV * _pad_and_shard_vocab(scale)
-        return add_grads(sums, d_embedding, d_scale, d_bias, d_logits_KV.astype(dtype), hidden_KD)
+        if "embedding" in grad_names:
+            d_embedding = d_embedding + jnp.einsum(
+                "KV,KD->VD", d_logits_KV.astype(dtype), hidden_KD,
+                preferred_element_type=jnp.float32)
+        d_hidden_KD = None
+        if "hidden" in grad_names:
+            d_hidden_KD = jnp.einsum("KV,VD->KD", d_logits_KV.astype(dtype), embedding_VD)
+        return (sums, (d_embedding, d_scale, d_bias)), d_hidden_KD
 
     zero_sums = [jnp.zeros((), jnp.float32)] * 3
     zero_grads = [
@@ -238,10 +205,58 @@ def _local_sums_and_grads(label_smoothing, tokens_per_chunk, grad_names, axis_na
     return tuple(sums), grads
 
 
-def _fused_kernel_available() -> bool:
-    """Whether `fused_cross_entropy` can be used: it requires an NVIDIA GPU that Triton supports and
-    a vocabulary that is not sharded."""
-    return fused_attention.is_ampere_or_newer_gpu() and sharding.axis_size("tensor") == 1
+@backends.dispatched
+def softmax_cross_entropy_and_grad(
+    logits: Float[Array, "K W"],
+    bias: Float[Array, "V"] | None,
+    targets: Int[Array, "K"],
+    weights: Float[Array, "K"],
+    *,
+    num_classes: int,
+    label_smoothing: float,
+    dtype: jnp.dtype | None,
+) -> CrossEntropyAndGrad:
+    """Cross-entropy, top-1 accuracy and gradient of the logits of a chunk of tokens.
+
+    It is not differentiable itself.
+
+    Args:
+        logits: float32, without `bias`; the columns after the first V = `num_classes` are padding.
+        bias: added to the logits, or None.
+        targets: token ids in `[0, V)`.
+        weights: weight of each target in the gradient.
+        num_classes: V.
+        label_smoothing: see `cross_entropy.smoothed_cross_entropy`.
+        dtype: dtype of the gradient; None for no gradient.
+    """
+    V, logits_KW = num_classes, logits
+    if bias is not None:
+        bias_W = jnp.pad(bias, (0, logits.shape[1] - V))
+        logits_KW = logits_KW + sharding.constrain(bias_W, "tensor")
+    class_ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    is_class = class_ids < V
+    if logits.shape[1] > V:
+        logits_KW = jnp.where(is_class, logits_KW, jnp.finfo(jnp.float32).min)
+    is_target_KW = class_ids == targets[:, None]
+    target_logits_K = jnp.where(is_target_KW, logits_KW, 0).sum(-1)
+    log_normalizer_K = jax.nn.logsumexp(logits_KW, axis=-1)
+    nll_K = loss_K = log_normalizer_K - target_logits_K
+    if label_smoothing:
+        mean_logits_K = jnp.where(is_class, logits_KW, 0).sum(-1) / V
+        loss_K = (log_normalizer_K - (1 - label_smoothing) * target_logits_K
+                  - label_smoothing * mean_logits_K)
+    # Of tied logits the lowest id wins, as in `cross_entropy.top1_correct`.
+    is_max_KW = logits_KW == logits_KW.max(-1, keepdims=True)
+    argmax_K = jnp.where(is_max_KW, class_ids, logits.shape[1]).min(-1)
+    correct_K = (argmax_K == targets).astype(jnp.float32)
+    if dtype is None:
+        return CrossEntropyAndGrad(loss_K, nll_K, correct_K, None)
+    target_probs_KW = (1 - label_smoothing) * is_target_KW
+    if label_smoothing:
+        target_probs_KW = target_probs_KW + jnp.where(is_class, label_smoothing / V, 0)
+    probs_KW = jnp.exp(logits_KW - log_normalizer_K[:, None])
+    grad_KW = (probs_KW - target_probs_KW) * weights[:, None]
+    return CrossEntropyAndGrad(loss_K, nll_K, correct_K, grad_KW.astype(dtype))
 
 
 def _psum(x, axis_names):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Key
 
+from transformer_jax.nn import backends
 from transformer_jax.nn.layers import LazyLogits
 from transformer_jax.objectives.chunked_cross_entropy import (
     LOGITS_PER_CHUNK,
@@ -129,8 +130,8 @@ def token_losses(
     """The weighted sum of token losses, and the metrics "nll" and "accuracy".
 
     If `lazy_logits` is given and a device has more than `2 * logits_per_chunk` logits, the loss is
-    computed in chunks of tokens (`chunked_cross_entropy`). `logits` is then unused, and inside
-    `jax.jit` the full array is never materialized.
+    computed in chunks of tokens (`chunked_cross_entropy`), unless `backends.use("reference")`.
+    `logits` is then unused, and inside `jax.jit` the full array is never materialized.
 
     Args:
         logits: unnormalized log probabilities.
@@ -146,7 +147,8 @@ def token_losses(
     """
     logits_per_chunk = logits_per_chunk or LOGITS_PER_CHUNK[jax.default_backend()]
     num_tokens = lazy_logits and num_local_tokens(targets.shape)
-    if num_tokens and num_tokens * lazy_logits.embedding.shape[0] > 2 * logits_per_chunk:
+    if (num_tokens and not backends.is_reference()
+            and num_tokens * lazy_logits.embedding.shape[0] > 2 * logits_per_chunk):
         V = lazy_logits.embedding.shape[0]
         tokens_per_chunk = max(logits_per_chunk // V // 128 * 128, 128)
         sums = chunked_cross_entropy(lazy_logits, targets, weights,

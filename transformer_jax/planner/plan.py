@@ -30,8 +30,9 @@ from jax.sharding import Mesh
 from transformer_jax import sharding, tree
 from transformer_jax.models import build_model, init_params
 from transformer_jax.models.config import BERTConfig, Config, GPTConfig, TransformerConfig
-from transformer_jax.nn import fused_attention
+from transformer_jax.nn import backends
 from transformer_jax.nn.attention import Mask
+from transformer_jax.nn.backends import gpu, tpu
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
 from transformer_jax.planner import hlo
 from transformer_jax.planner.chips import Chip
@@ -358,14 +359,16 @@ def _fused_attention_flops(config: PlanConfig, mesh: Mesh) -> float:
     query = jax.ShapeDtypeStruct((config.batch_size, config.length, c.num_heads, c.stack.head_dim),
                                  c.compute_dtype)
     with jax.set_mesh(mesh):
-        implementation = fused_attention.select_implementation(
-            c.attention_impl, query, query, Mask(), c.attention_dropout_rate > 0)
-    if implementation == "xla":
+        rng = jax.ShapeDtypeStruct((), jax.dtypes.prng_key) if c.attention_dropout_rate else None
+        implementation = backends.select(
+            "dot_product_attention", query, query, query, Mask(), attention_impl=c.attention_impl,
+            dropout_rate=c.attention_dropout_rate, dropout_rng=rng)
+    if implementation not in (tpu.splash_attention, gpu.cudnn_attention):
         return 0.0
     forward_passes = 1 + (c.remat != "none") + 5 / 2
-    block_size = fused_attention.LANES
-    if implementation == "splash":
-        block_size = fused_attention.splash_block_size(config.length)
+    block_size = tpu.LANES
+    if implementation is tpu.splash_attention:
+        block_size = tpu.splash_block_size(config.length)
     num_blocks = math.ceil(config.length / block_size)
     return forward_passes * _attention_flops(
         config, causal_fraction=(num_blocks + 1) / (2 * num_blocks))

@@ -28,6 +28,7 @@ def forward(
     *,
     rng: jax.Array | None = None,
     output_hidden_states: bool = False,
+    output_attentions: bool = False,
     **inputs: Array,
 ) -> dict[str, Any]:
     """Applies a model and returns its outputs, named as in Transformers.
@@ -39,6 +40,8 @@ def forward(
         params: its parameters.
         rng: key for dropout; None for no dropout.
         output_hidden_states: whether to return the hidden states of all layers. Static under `jit`.
+        output_attentions: whether to return the attention weights of all layers. Static under
+            `jit`.
         inputs: "input_ids" `[B, S]`; optionally, if the model takes them, "attention_mask" (1 for
             tokens, 0 for padding), "token_type_ids" and "position_ids" `[B, S]`, and
             "decoder_input_ids" and "decoder_attention_mask" `[B, T]`. For multiple choice, all
@@ -59,6 +62,9 @@ def forward(
         - If `output_hidden_states`: "hidden_states", a tuple of the embeddings and the output of
           each layer, each `[B, S, D]`. The last layer's output includes the final LayerNorm.
           Encoder-decoders have "encoder_hidden_states" and "decoder_hidden_states" instead.
+        - If `output_attentions`: "attentions", a tuple of the attention weights of each layer, each
+          `[B, N, S, S]`, before dropout. Encoder-decoders have "encoder_attentions",
+          "decoder_attentions" `[B, N, T, T]` and "cross_attentions" `[B, N, T, S]` instead.
 
     Raises:
         ValueError: an input is missing, not supported by the model or of the wrong shape, or ids
@@ -85,7 +91,8 @@ def forward(
         inputs = {name: x.reshape(-1, x.shape[-1]) for name, x in inputs.items()}
 
     def call(module):
-        return forward_fn(module, deterministic=rng is None, **inputs)
+        return forward_fn(module, deterministic=rng is None, output_attentions=output_attentions,
+                          **inputs)
 
     hidden_states: dict[str, Any] = {}
     rngs = None if rng is None else {"dropout": rng}
@@ -161,13 +168,20 @@ def _token_outputs(m: Model, hidden_BTD: Array, deterministic: bool) -> dict[str
     return {}
 
 
+def _attentions(**weights: tuple[Array, ...]) -> dict[str, tuple[Array, ...]]:
+    """Outputs with attention weights; without those that were not requested, which are empty."""
+    return {name: layers for name, layers in weights.items() if layers}
+
+
 def _gpt(
-    m: GPT, input_ids, attention_mask=None, position_ids=None, *, deterministic
+    m: GPT, input_ids, attention_mask=None, position_ids=None, *, deterministic, output_attentions
 ) -> dict[str, Array]:
     mask = _padding_mask(attention_mask)
-    hidden_BTD = m.decode(input_ids, positions=position_ids, padding_mask=mask,
-                          deterministic=deterministic).hidden
-    out = {"last_hidden_state": hidden_BTD, **_token_outputs(m, hidden_BTD, deterministic)}
+    decoded = m.decode(input_ids, positions=position_ids, padding_mask=mask,
+                       deterministic=deterministic, output_attentions=output_attentions)
+    hidden_BTD = decoded.hidden
+    out = {"last_hidden_state": hidden_BTD, **_token_outputs(m, hidden_BTD, deterministic),
+           **_attentions(attentions=decoded.attention)}
     if m.task == "classification":
         # As in Transformers, padding is identified by the padding id. The attention mask is used
         # only if the config has no padding id.
@@ -180,7 +194,7 @@ def _gpt(
 
 def _bert(
     m: BERT, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *,
-    deterministic,
+    deterministic, output_attentions,
 ) -> dict[str, Array]:
     offset = m.config.position_offset
     if position_ids is not None:
@@ -190,10 +204,12 @@ def _bert(
         # identified by the padding id and not by the attention mask.
         is_token = input_ids != offset - 1
         position_ids = jnp.where(is_token, jnp.cumsum(is_token, -1), 0) - 1
-    hidden_BTD = m.encode(input_ids, segment_ids=token_type_ids,
-                          padding_mask=_padding_mask(attention_mask), positions=position_ids,
-                          deterministic=deterministic).hidden
-    out = {"last_hidden_state": hidden_BTD, **_token_outputs(m, hidden_BTD, deterministic)}
+    encoded = m.encode(input_ids, segment_ids=token_type_ids,
+                       padding_mask=_padding_mask(attention_mask), positions=position_ids,
+                       deterministic=deterministic, output_attentions=output_attentions)
+    hidden_BTD = encoded.hidden
+    out = {"last_hidden_state": hidden_BTD, **_token_outputs(m, hidden_BTD, deterministic),
+           **_attentions(attentions=encoded.attention)}
     if m.task in ("base", "pretraining", "next_sentence", "classification", "multiple_choice"):
         out["pooler_output"] = pooled_BD = m.pool(hidden_BTD)
     if m.task in ("classification", "multiple_choice"):
@@ -210,7 +226,7 @@ def _bert(
 
 def _transformer(
     m: Transformer, input_ids, attention_mask=None, decoder_input_ids=None,
-    decoder_attention_mask=None, *, deterministic,
+    decoder_attention_mask=None, *, deterministic, output_attentions,
 ) -> dict[str, Array]:
     c = m.config
     if decoder_input_ids is None:
@@ -218,10 +234,13 @@ def _transformer(
     mask = _padding_mask(attention_mask)
     encoded, decoded = m.encode_decode(
         input_ids, decoder_input_ids, padding_mask=mask,
-        decoder_padding_mask=_padding_mask(decoder_attention_mask), deterministic=deterministic)
+        decoder_padding_mask=_padding_mask(decoder_attention_mask), deterministic=deterministic,
+        output_attentions=output_attentions)
     hidden_BTD = decoded.hidden
     out = {"last_hidden_state": hidden_BTD, "encoder_last_hidden_state": encoded.hidden,
-           **_token_outputs(m, hidden_BTD, deterministic)}
+           **_token_outputs(m, hidden_BTD, deterministic),
+           **_attentions(encoder_attentions=encoded.attention, decoder_attentions=decoded.attention,
+                         cross_attentions=decoded.cross_attention)}
     if m.task == "classification":
         # The hidden state of the last end-of-sequence token is classified.
         is_end = mask if c.eos_token_id is None else jnp.isin(

@@ -27,7 +27,6 @@ from transformer_jax.recipes.task_encoder import (
     TaskEncoder,
     TaskInfo,
     example_id,
-    length_sorted_batches,
 )
 
 TEXT_TASK_TYPES = ("classification", "regression", "multiple_choice")

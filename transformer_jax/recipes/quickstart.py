@@ -7,6 +7,7 @@ same size is trained from scratch for comparison.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -26,8 +26,6 @@ from transformer_jax.data.datasets import (
 )
 from transformer_jax.generation import fill_mask, generate
 from transformer_jax.models import GPT, presets
-from transformer_jax.nn.attention import Mask
-from transformer_jax.nn.blocks import Stack
 from transformer_jax.nn.positions import sinusoidal_positions
 from transformer_jax.objectives.input_format import pack_bert_input
 from transformer_jax.pretrained.runs import LoadedRun, load_run
@@ -301,16 +299,11 @@ def _save_figures(
 
 
 def attention_maps(model: GPT, params: dict, ids: Sequence[int]) -> dict[str, np.ndarray]:
-    """Returns attention weights `[T, T]` of the last layer with and without the causal mask.
-
-    The mask is an argument of `Stack`, so both use the same parameters.
-    """
-    x = params["token_embed"]["embedding"][jnp.array(ids)] * model.config.embedding_scale
-    x += params["position_embed"]["embedding"][: len(ids)]
-    masks = {"with the causal mask": Mask(causal=True), "without it": Mask()}
-    stack = Stack(model.config.stack)
+    """Returns attention weights `[T, T]` of the last layer with and without the causal mask."""
+    apply = jax.jit(functools.partial(model.apply, output_attentions=True))
+    masks = {"with the causal mask": None, "without it": np.ones((1, 1, 1, 1), bool)}
     return {
-        name: np.asarray(jax.jit(stack.apply)({"params": params["decoder"]}, x[None], mask)
+        name: np.asarray(apply({"params": params}, np.array([ids]), attention_mask=mask)
                          .attention[-1]).mean((0, 1))
         for name, mask in masks.items()
     }

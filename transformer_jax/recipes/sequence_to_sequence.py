@@ -29,7 +29,7 @@ from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.config import MeshConfig, OptimizerConfig, convert_paths
 from transformer_jax.recipes.corpus import with_vocabulary
 from transformer_jax.recipes.prediction import save_task
-from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo, length_sorted_batches
+from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo
 from transformer_jax.report import plots
 from transformer_jax.train import anomalies, checkpointing, loop, step
 
@@ -281,7 +281,8 @@ def plot_cross_attention(
         [*tokenizer.encode(text)[: model.config.max_length - 1], tokenizer.sep_id]
         for text in (source, target))
     decoder_ids = [model.config.decoder_start_token_id, *target_ids[:-1]]
-    out = jax.jit(model.apply)({"params": params}, np.array([source_ids]), np.array([decoder_ids]))
+    apply = jax.jit(functools.partial(model.apply, output_attentions=True))
+    out = apply({"params": params}, np.array([source_ids]), np.array([decoder_ids]))
     maps = {f"layer {i}": np.asarray(weights)[0].mean(0)
             for i, weights in enumerate(out.cross_attention)}
     tokens = [[tokenizer.decode([i], skip_special_tokens=False) for i in ids]

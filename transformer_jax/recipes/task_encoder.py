@@ -211,23 +211,6 @@ def _pad_and_stack(values: list[np.ndarray]) -> np.ndarray:
     return out
 
 
-def length_sorted_batches(rows: Sequence[Sequence[int]], batch_size: int):
-    """Yields batches of rows of similar lengths, as (indices, rows).
-
-    The last batch is padded with copies of its last row, so that all batches have the same size,
-    which avoids a recompilation.
-
-    Example:
-        >>> list(length_sorted_batches([[1, 2, 3], [4], [5, 6]], batch_size=2))
-        [([1, 2], [[4], [5, 6]]), ([0], [[1, 2, 3], [1, 2, 3]])]
-    """
-    order = np.argsort([len(row) for row in rows], kind="stable")
-    for k in range(0, len(order), batch_size):
-        members = [int(i) for i in order[k : k + batch_size]]
-        yield members, [rows[i] for i in members] + (
-            [rows[members[-1]]] * (batch_size - len(members)))
-
-
 class EncodedDataset(NamedTuple):
     """A labeled dataset as token ids.
 

@@ -171,8 +171,6 @@ def attention_figures(run: LoadedRun, text: str) -> list[markup.Html]:
         return []
     figures = []
     for name, (weights, queries, keys) in _attention(run, ids).items():
-        if not weights or weights[0] is None:
-            continue
         words, others = (None if row is None else _words(run, row) for row in (queries, keys))
         for layer in sorted({0, len(weights) - 1}):
             maps = {"": np.asarray(weights[layer])[0].mean(0)}
@@ -213,7 +211,7 @@ def _apply_to_row(model: Model, params: dict, method: str, *rows: Sequence[int])
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _jitted_apply(model, params, method, *tokens):
-    return model.apply({"params": params}, *tokens, method=method)
+    return model.apply({"params": params}, *tokens, method=method, output_attentions=True)
 
 
 def _words(run: LoadedRun, ids: Sequence[int]) -> list[str]:

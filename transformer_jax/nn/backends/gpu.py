@@ -1,23 +1,83 @@
-"""Softmax cross-entropy fused with its gradient, a Pallas kernel for NVIDIA GPUs (Triton).
+"""Variants for NVIDIA GPUs.
 
-XLA reads the logits three times (maximum, sum, gradient), and they are the largest array of a
-training step: for GPT-2 with 32 x 1024 tokens on an H100 this takes 9.2 of the 74 ms of a step.
-The kernel reads each row twice, the second time partly from the cache: once for the sums, with a
-running maximum (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax",
-algorithm 3), and once for the gradient. This takes 5.7 ms.
-
-Shape suffixes: K tokens of a chunk, V classes, W columns of the logits (V and padding).
+Shape suffixes: B batch, T target length (queries), S source length (keys and values), N heads,
+H head_dim, K tokens of a chunk, V classes, W columns of the logits (V and padding).
 """
 
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-BLOCK_SIZE = 8192  # columns that are processed at a time; 4096 with 8 warps is as fast
-NUM_WARPS = 16  # warps that share a block
+from transformer_jax.nn.backends import xla
+from transformer_jax.sharding import BATCH_AXES, axis_size, constraint_spec
+
+# Columns that the cross-entropy kernel processes at a time; 4096 with 8 warps is as fast.
+CROSS_ENTROPY_BLOCK_SIZE = 8192
+CROSS_ENTROPY_NUM_WARPS = 16  # warps that share a block
+
+
+def is_default(*args, **kwargs) -> bool:
+    """Returns whether GPUs are the default devices."""
+    return jax.default_backend() == "gpu"
+
+
+def is_ampere_or_newer_gpu() -> bool:
+    """Returns whether the local devices are NVIDIA GPUs of compute capability 8.0 or higher.
+
+    The flash attention of cuDNN and the library's Triton kernels require it.
+    """
+    if jax.default_backend() != "gpu":
+        return False
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    match = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD GPUs report names such as "gfx942"
+    return bool(match) and int(match[1]) >= 8
+
+
+def cudnn_attention(
+    query: Float[Array, "B T N H"], key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
+    mask: Any, **_,
+) -> tuple[Float[Array, "B T N H"], None]:
+    """`attention.dot_product_attention` by the flash attention of cuDNN (Dao et al. 2022).
+
+    It never stores attention weights. The causal and sliding-window parts of `mask` are passed as
+    flags, all other parts as booleans `[B, 1, T, S]`, shared by all heads.
+    """
+    T, S = query.shape[1], key.shape[1]
+    dense_mask = mask.replace(causal=False, attention_window=None).to_dense(T, S)
+    if dense_mask is not None:
+        dense_mask = jnp.broadcast_to(dense_mask, (*dense_mask.shape[:-2], T, S))
+    window = None if mask.attention_window is None else (mask.attention_window - 1, 0)
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=dense_mask, is_causal=mask.causal, local_window_size=window,
+        implementation="cudnn"), None
+
+
+def supports_cudnn(
+    query, key, value, mask: Any, *, attention_impl: str = "auto", dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None, return_weights: bool = False,
+) -> bool:
+    """Returns whether `cudnn_attention` applies: by default on GPUs since Ampere.
+
+    It supports neither dropout nor `return_weights`. Inputs must be 16-bit, with a head_dim that is
+    a multiple of 8 and at most 128, more than one query, even T and S, and queries that are not
+    sharded over the sequence axis.
+    """
+    is_chosen = attention_impl == "cudnn" or (attention_impl == "auto" and is_ampere_or_newer_gpu())
+    if not is_chosen or return_weights or (dropout_rng is not None and dropout_rate > 0):
+        return False
+    T, S, H = query.shape[1], key.shape[1], query.shape[-1]
+    sequence_axes = constraint_spec((BATCH_AXES, "sequence", "tensor", None), query.shape)[1]
+    return (query.dtype in (jnp.bfloat16, jnp.float16) and H % 8 == 0 and H <= 128
+            and T > 1 and T % 2 == S % 2 == 0 and not sequence_axes)
+
+
+# The barrier saves the statistics for the backward pass. Without it, XLA recomputes them for each
+# gradient and stores arrays derived from them, and GPT-2's training step takes 3 % longer.
+standardize = xla.closed_form_standardize(jax.lax.optimization_barrier)
 
 
 class CrossEntropyAndGrad(NamedTuple):
@@ -28,15 +88,25 @@ class CrossEntropyAndGrad(NamedTuple):
         nll: cross-entropy without label smoothing, in nats, float32.
         correct: 1.0 where the target has the highest logit, else 0.0.
         logits_grad: gradient of `(loss * weights).sum()` with respect to the logits; 0 at padding.
+            None if it was not requested.
     """
 
     loss: Float[Array, "K"]
     nll: Float[Array, "K"]
     correct: Float[Array, "K"]
-    logits_grad: Float[Array, "K W"]
+    logits_grad: Float[Array, "K W"] | None
 
 
-def fused_softmax_cross_entropy(
+def supports_fused_cross_entropy(*args, dtype: jnp.dtype | None, **_) -> bool:
+    """Returns whether `softmax_cross_entropy_and_grad` applies.
+
+    It requires a GPU that Triton supports, a vocabulary that is not sharded, and that the gradient
+    is requested.
+    """
+    return dtype is not None and is_ampere_or_newer_gpu() and axis_size("tensor") == 1
+
+
+def softmax_cross_entropy_and_grad(
     logits: Float[Array, "K W"],
     bias: Float[Array, "V"] | None,
     targets: Int[Array, "K"],
@@ -47,22 +117,19 @@ def fused_softmax_cross_entropy(
     dtype: jnp.dtype,
     interpret: bool = False,
 ) -> CrossEntropyAndGrad:
-    """Cross-entropy, top-1 accuracy and gradient of the logits of a chunk of tokens.
+    """`chunked_cross_entropy.softmax_cross_entropy_and_grad`, a Pallas kernel (Triton).
 
-    `chunked_cross_entropy` calls it for every chunk. It is not differentiable itself.
+    XLA reads the logits three times (maximum, sum, gradient), and they are the largest array of a
+    training step: for GPT-2 with 32 x 1024 tokens on an H100 this takes 9.2 of the 74 ms of a step.
+    The kernel reads each row twice, the second time partly from the cache: once for the sums, with
+    a running maximum (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax",
+    algorithm 3), and once for the gradient. This takes 5.7 ms.
 
-    Args:
-        logits: float32, without `bias`; the columns after the first V = `num_classes` are padding.
-        bias: added to the logits, or None.
-        targets: token ids in `[0, V)`.
-        weights: weight of each target in the gradient.
-        num_classes: V.
-        label_smoothing: see `cross_entropy.smoothed_cross_entropy`.
-        dtype: dtype of the gradient.
-        interpret: run in the interpreter of Pallas, for tests without a GPU.
+    Args as of the reference; `interpret` runs the kernel in the interpreter of Pallas, for tests
+    without a GPU.
 
     Example:
-        >>> out = fused_softmax_cross_entropy(
+        >>> out = softmax_cross_entropy_and_grad(
         ...     jnp.zeros((2, 4)), None, jnp.array([0, 1]), jnp.ones(2), num_classes=4,
         ...     label_smoothing=0.0, dtype=jnp.float32, interpret=True)
         >>> out.logits_grad[0].tolist(), out.correct.tolist()
@@ -73,7 +140,8 @@ def fused_softmax_cross_entropy(
     from jax.experimental.pallas import triton
 
     (num_tokens, W), V = logits.shape, num_classes
-    block_size = min(BLOCK_SIZE, 2 ** (W.bit_length() - 1))  # a power of two, at most W
+    # A power of two, at most W.
+    block_size = min(CROSS_ENTROPY_BLOCK_SIZE, 2 ** (W.bit_length() - 1))
     has_bias = bias is not None
 
     def kernel(logits_ref, bias_ref, target_ref, weight_ref, loss_ref, nll_ref, correct_ref,
@@ -149,5 +217,5 @@ def fused_softmax_cross_entropy(
         out_specs=[scalar_spec, scalar_spec, scalar_spec, row_spec],
         out_shape=[scalar_shape, scalar_shape, scalar_shape,
                    jax.ShapeDtypeStruct((num_tokens, W), dtype)],
-        compiler_params=triton.CompilerParams(num_warps=NUM_WARPS), interpret=interpret,
-        name="fused_softmax_cross_entropy")(logits, bias, targets, weights))
+        compiler_params=triton.CompilerParams(num_warps=CROSS_ENTROPY_NUM_WARPS),
+        interpret=interpret, name="fused_softmax_cross_entropy")(logits, bias, targets, weights))

@@ -1,17 +1,9 @@
-"""Fused attention implementations for accelerators, and the selection between them.
-
-A fused implementation computes `(query, key, value, mask) -> out` without storing the attention
-weights `[T, S]`. It equals `attention.dot_product_attention` without dropout, in value and
-gradient, up to rounding. On NVIDIA GPUs it is the flash attention of cuDNN; on TPUs it is splash
-attention, a Pallas kernel, which skips blocks of scores that a causal or sliding-window mask
-excludes.
+"""Variants for TPUs.
 
 Shape suffixes: B batch, T target length (queries), S source length (keys and values), N heads,
 H head_dim.
 """
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,93 +14,18 @@ from jaxtyping import Float
 
 from transformer_jax.sharding import BATCH_AXES, constraint_spec, num_shards, varying_axes
 
-ATTENTION_IMPLS = ("auto", "xla", "cudnn", "splash")
 LANES = 128  # block sizes of splash attention are multiples of the number of TPU lanes
 MAX_BLOCK_SIZE = 512
 
 
-def select_implementation(
-    name: str, query: Array, key: Array, mask: Any, has_dropout: bool
-) -> str:
-    """Returns `name` if that implementation supports the inputs, else "xla".
-
-    - No fused implementation supports attention dropout.
-    - "splash" requires key and per-device query lengths that are multiples of 128, a mask without
-      `dense_mask`, T == S if the mask is causal, and, inside `jax.shard_map`, `check_vma=False`.
-      It takes 16-bit inputs only if `jax_default_matmul_precision` is not above bfloat16.
-    - "cudnn" requires 16-bit inputs, a head_dim that is a multiple of 8 and at most 128, more than
-      one query, even T and S, and queries that are not sharded over the sequence axis.
-
-    Args:
-        name: one of `ATTENTION_IMPLS`; "auto" is the default of the platform.
-        query: queries `[B, T, N, H]`, or their shape and dtype.
-        key: keys `[B, S, N, H]`, or their shape and dtype.
-        mask: an `attention.Mask`.
-        has_dropout: whether dropout is applied to attention weights.
-    """
-    if name == "auto":
-        name = _platform_default()
-    T, S, H = query.shape[1], key.shape[1], query.shape[-1]
-    precision = jax.config.jax_default_matmul_precision
-    is_high_precision = precision not in (None, "default", "bfloat16", "fastest")
-    sequence_axes = _query_spec(query)[1]
-    is_supported = {
-        "xla": True,
-        "splash": mask.dense_mask is None and (T == S or not mask.causal) and S % LANES == 0
-        and T // num_shards(sequence_axes) % LANES == 0 and not varying_axes(query)
-        and (query.dtype == jnp.float32 or not is_high_precision),
-        "cudnn": query.dtype in (jnp.bfloat16, jnp.float16) and H % 8 == 0 and H <= 128
-        and T > 1 and T % 2 == S % 2 == 0 and not sequence_axes,
-    }
-    return name if is_supported[name] and not has_dropout else "xla"
-
-
-def _platform_default() -> str:
-    if is_ampere_or_newer_gpu():
-        return "cudnn"
-    return "splash" if jax.default_backend() == "tpu" else "xla"
-
-
-def is_ampere_or_newer_gpu() -> bool:
-    """Returns whether the local devices are NVIDIA GPUs of compute capability 8.0 or higher.
-
-    The flash attention of cuDNN and the library's Triton kernels require it.
-    """
-    if jax.default_backend() != "gpu":
-        return False
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-    match = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD GPUs report names such as "gfx942"
-    return bool(match) and int(match[1]) >= 8
-
-
-def _query_spec(query: Array) -> P:
-    return constraint_spec((BATCH_AXES, "sequence", "tensor", None), query.shape)
-
-
-def cudnn_attention(
-    query: Float[Array, "B T N H"], key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
-    mask: Any,
-) -> Float[Array, "B T N H"]:
-    """Flash attention of cuDNN.
-
-    The causal and sliding-window parts of `mask` are passed as flags, all other parts as booleans
-    `[B, 1, T, S]`, shared by all heads.
-    """
-    T, S = query.shape[1], key.shape[1]
-    dense_mask = mask.replace(causal=False, attention_window=None).to_dense(T, S)
-    if dense_mask is not None:
-        dense_mask = jnp.broadcast_to(dense_mask, (*dense_mask.shape[:2], T, S))
-    window = None if mask.attention_window is None else (mask.attention_window - 1, 0)
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=dense_mask, is_causal=mask.causal, local_window_size=window,
-        implementation="cudnn")
-
-
 def splash_attention(
     query: Float[Array, "B T N H"], key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
-    mask: Any,
-) -> Float[Array, "B T N H"]:
-    """Splash attention. On a mesh, each device computes its own rows, heads and queries.
+    mask: Any, **_,
+) -> tuple[Float[Array, "B T N H"], None]:
+    """`attention.dot_product_attention` by splash attention, a Pallas kernel.
+
+    It skips blocks of scores that a causal or sliding-window mask excludes, and never stores
+    attention weights. On a mesh, each device computes its own rows, heads and queries.
 
     On platforms other than TPUs the Pallas kernel is interpreted, for tests. A program that is
     compiled ahead of time for a TPU on another platform contains the compiled kernel.
@@ -116,11 +33,40 @@ def splash_attention(
     segment_ids = _segment_ids(query, key, mask)
     query = query * query.shape[-1] ** -0.5
     if jax.default_backend() == "tpu":
-        return _splash(query, key, value, segment_ids, mask.causal, mask.attention_window, False)
+        out = _splash(query, key, value, segment_ids, mask.causal, mask.attention_window, False)
+        return out, None
     return jax.lax.platform_dependent(
         query, key, value, segment_ids,
         tpu=lambda *args: _splash(*args, mask.causal, mask.attention_window, False),
-        default=lambda *args: _splash(*args, mask.causal, mask.attention_window, True))
+        default=lambda *args: _splash(*args, mask.causal, mask.attention_window, True)), None
+
+
+def supports_splash(
+    query, key, value, mask: Any, *, attention_impl: str = "auto", dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None, return_weights: bool = False,
+) -> bool:
+    """Returns whether `splash_attention` applies: by default on TPUs.
+
+    It supports neither dropout nor `return_weights`. Key and per-device query lengths must be
+    multiples of 128, the mask must have no `dense_mask`, T == S if it is causal, and inside
+    `jax.shard_map`, `check_vma` must be False. 16-bit inputs are supported only if
+    `jax_default_matmul_precision` is not above bfloat16.
+    """
+    name = "splash" if attention_impl == "auto" and jax.default_backend() == "tpu" else (
+        attention_impl)
+    if name != "splash" or return_weights or (dropout_rng is not None and dropout_rate > 0):
+        return False
+    T, S = query.shape[1], key.shape[1]
+    precision = jax.config.jax_default_matmul_precision
+    is_high_precision = precision not in (None, "default", "bfloat16", "fastest")
+    T_per_device = T // num_shards(_query_spec(query)[1])
+    return (mask.dense_mask is None and (T == S or not mask.causal) and S % LANES == 0
+            and T_per_device % LANES == 0 and not varying_axes(query)
+            and (query.dtype == jnp.float32 or not is_high_precision))
+
+
+def _query_spec(query: Array) -> P:
+    return constraint_spec((BATCH_AXES, "sequence", "tensor", None), query.shape)
 
 
 def _segment_ids(query: Array, key: Array, mask: Any) -> tuple[Array, Array] | None:
@@ -194,8 +140,3 @@ def splash_block_size(length: int) -> int:
     """
     sizes = range(LANES, MAX_BLOCK_SIZE + 1, LANES)
     return max(size for size in sizes if length % size == 0)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
-    "cudnn": cudnn_attention, "splash": splash_attention,
-}

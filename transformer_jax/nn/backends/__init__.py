@@ -1,0 +1,127 @@
+"""Faster implementations of operations for single backends, and the selection between them.
+
+An operation is a function that is written as in the papers: its reference implementation. It is
+decorated with `dispatched`. `VARIANTS` lists its faster implementations, which have the same
+signature and equal the reference in value and gradient, up to rounding. The first variant that
+supports the arguments is called, and the reference if there is none. `use("reference")` switches
+all variants off, for debugging and for tests; so does the environment variable
+`TRANSFORMER_JAX_IMPLEMENTATION=reference`, which is read when the library is imported.
+
+Example:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from transformer_jax.nn.attention import Mask, dot_product_attention
+    >>> x = jnp.ones((2, 256, 4, 8))
+    >>> attend = jax.jit(lambda x: dot_product_attention(x, x, x, Mask(causal=True))[0])
+    >>> with use("reference"):
+    ...     expected = attend(x)
+    >>> bool(jnp.allclose(attend(x), expected))
+    True
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from transformer_jax.nn.backends import cpu, gpu, tpu, xla
+
+__all__ = ["VARIANTS", "Variant", "cpu", "dispatched", "gpu", "is_reference", "select", "tpu",
+           "use", "xla"]
+
+IMPLEMENTATIONS = ("auto", "reference")
+
+
+class Variant(NamedTuple):
+    """A faster implementation of an operation.
+
+    Attributes:
+        implementation: a function with the signature of the reference.
+        supports: a function of the same arguments that returns whether to use the implementation.
+    """
+
+    implementation: Callable
+    supports: Callable[..., bool]
+
+
+# Operation -> its variants; the first one that supports the arguments is used.
+VARIANTS: dict[str, tuple[Variant, ...]] = {
+    "dot_product_attention": (
+        Variant(tpu.splash_attention, tpu.supports_splash),
+        Variant(gpu.cudnn_attention, gpu.supports_cudnn),
+        Variant(cpu.blockwise_attention, cpu.supports_blocks),
+        Variant(xla.attention, xla.supports_all),
+    ),
+    "matmul": (Variant(xla.matmul, xla.has_no_mesh),),
+    "matmul_transposed": (
+        Variant(cpu.matmul_transposed, cpu.supports_few_rows),
+        Variant(xla.matmul_transposed, xla.has_no_mesh),
+    ),
+    "int8_matmul_transposed": (Variant(cpu.int8_matmul_transposed, cpu.is_default),),
+    "standardize": (
+        Variant(gpu.standardize, gpu.is_default),
+        Variant(xla.standardize, xla.supports_all),
+    ),
+    "materialize_cotangent": (Variant(cpu.materialize_cotangent, cpu.is_default),),
+    "softmax_cross_entropy_and_grad": (
+        Variant(gpu.softmax_cross_entropy_and_grad, gpu.supports_fused_cross_entropy),),
+}
+
+
+def _check(name: str) -> str:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {name!r}; it must be one of "
+                         f"{', '.join(IMPLEMENTATIONS)}")
+    return name
+
+
+# `jax.jit` compiles a function again if the value of the context differs.
+_implementation = jax.make_user_context(
+    _check(os.environ.get("TRANSFORMER_JAX_IMPLEMENTATION", "auto")))
+
+
+def use(name: str) -> contextlib.AbstractContextManager:
+    """Returns a context manager that selects the implementation of all operations.
+
+    It applies to functions that are called or traced inside of it. `jax.jit` compiles a function
+    once for each implementation, so calls with "auto" and "reference" can be compared.
+
+    Args:
+        name: "auto" for the fastest implementation that supports the arguments, "reference" for
+            the reference implementations.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return _implementation(_check(name))
+
+
+def is_reference() -> bool:
+    """Returns whether all variants are switched off."""
+    return _implementation.value == "reference"
+
+
+def select(operation: str, *args, **kwargs) -> Callable | None:
+    """Returns the variant that an operation uses for these arguments; None for the reference.
+
+    Arrays may be given as their shapes and dtypes (`jax.ShapeDtypeStruct`).
+    """
+    variants = () if is_reference() else VARIANTS[operation]
+    return next((variant.implementation for variant in variants
+                 if variant.supports(*args, **kwargs)), None)
+
+
+def dispatched(reference: Callable) -> Callable:
+    """Decorates the reference implementation of an operation, whose name is a key of `VARIANTS`.
+
+    The reference remains available as `operation.__wrapped__`.
+    """
+    @functools.wraps(reference)
+    def operation(*args, **kwargs):
+        implementation = select(reference.__name__, *args, **kwargs) or reference
+        return implementation(*args, **kwargs)
+
+    return operation

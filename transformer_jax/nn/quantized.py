@@ -1,0 +1,131 @@
+"""Frozen weights as int8 values with scales, and the parameter layout for decoding.
+
+A layer uses these parameters instead of `kernel` or `embedding` whenever they are present:
+
+| parameters                       | from                        | meaning                         |
+|----------------------------------|-----------------------------|---------------------------------|
+| `kernel_int8`, `kernel_scale`    | `finetuning.quantize`       | int8, a scale for each output   |
+| `embedding_int8`, `..._scale`    | `finetuning.quantize`       | int8, a scale for each row      |
+| `kernel_t`, `kernel_t_scale`     | `generation.kernel_layout`  | [out, in]; with int8, so inputs |
+| `embedding_t`, `..._t_scale`     | `generation.kernel_layout`  | int8, output layer: int8 inputs |
+
+Shape suffixes: D input features, F output features, M the product of all leading axes.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int8
+
+from transformer_jax.nn import backends
+from transformer_jax.nn.matmul import matmul, matmul_transposed
+
+KERNELS = ("kernel_int8", "kernel_t")  # parameters in the place of `kernel`
+
+
+def optional_param(module: nn.Module, name: str) -> Array | None:
+    """Returns a parameter that `init` does not create (PEFT or quantized), or None if absent."""
+    return module.get_variable("params", name) if module.has_variable("params", name) else None
+
+
+def weight(
+    module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]
+) -> tuple[Array, Array | None]:
+    """Returns (weight, None); or (int8 values, scale) if the weight is quantized."""
+    if (quantized := optional_param(module, f"{name}_int8")) is not None:
+        return quantized, optional_param(module, f"{name}_scale")
+    return module.param(name, init, shape, jnp.float32), None
+
+
+def dequantize(kernel: Array, scale: Array | None) -> Array:
+    """Returns a float32 kernel from int8 values and the scale of each output feature.
+
+    Without a scale, casts the kernel to float32.
+    """
+    kernel = kernel.astype(jnp.float32)
+    return kernel if scale is None else kernel * scale
+
+
+def float32_kernel(module: nn.Module) -> Array:
+    """Returns the kernel of a linear layer in float32; int8 is dequantized."""
+    values = optional_param(module, "kernel_int8")
+    if values is None:
+        return dequantize(module.get_variable("params", "kernel"), None)
+    return dequantize(values, optional_param(module, "kernel_scale"))
+
+
+def product(module: nn.Module, x: Float[Array, "..."], shape: tuple[int, ...]) -> Array:
+    """Computes the product of inputs with the kernel of a linear layer, in any of its forms.
+
+    Args:
+        module: a `layers.Linear`.
+        x: inputs, in the compute dtype.
+        shape: the shape of the kernel.
+    """
+    if (kernel_t := optional_param(module, "kernel_t")) is None:
+        kernel, scale = weight(module, "kernel", module.init_kernel, shape)
+        y = matmul(x, kernel.astype(module.dtype), module.num_contracted_axes)
+        return y if scale is None else y * scale.astype(module.dtype)
+    x = x.reshape(*x.shape[: x.ndim - module.num_contracted_axes], -1)
+    matrix = kernel_t.reshape(-1, x.shape[-1])  # [out, in]
+    if matrix.dtype == jnp.int8:
+        scale = optional_param(module, "kernel_t_scale").reshape(-1)
+        y = matmul_transposed_int8(x, matrix, scale).astype(module.dtype)
+    else:
+        y = matmul_transposed(x, matrix.astype(module.dtype))
+    return y.reshape(*x.shape[:-1], *module.features)
+
+
+class Table(NamedTuple):
+    """The table of an embedding in any of its forms.
+
+    Attributes:
+        values: the table `[V, D]`.
+        scale: the scale of each row of an int8 table, else None.
+        quantize_activations: True if an output layer with this table quantizes its inputs. None
+            instead of False, so that pytrees have no additional leaf.
+    """
+
+    values: Float[Array, "V D"]
+    scale: Float[Array, "V"] | None
+    quantize_activations: bool | None
+
+
+def table(module: nn.Module, init: Callable, shape: tuple[int, int]) -> Table:
+    """Returns the table of an `layers.Embed`."""
+    if (values := optional_param(module, "embedding_t")) is not None:
+        return Table(values, optional_param(module, "embedding_t_scale"), True)
+    return Table(*weight(module, "embedding", init, shape), None)
+
+
+def lookup(table: Table, ids: Array, dtype: jnp.dtype) -> Float[Array, "... D"]:
+    """Returns the rows of a table for ids."""
+    rows = jnp.take(table.values, ids, axis=0).astype(dtype)
+    if table.scale is None:
+        return rows
+    return rows * jnp.take(table.scale, ids, axis=0)[..., None].astype(dtype)
+
+
+def matmul_transposed_int8(
+    x: Float[Array, "... D"], matrix: Int8[Array, "F D"], scale: Float[Array, "F"]
+) -> Float[Array, "... F"]:
+    """Computes x @ matrix.T * scale in float32, for an int8 weight matrix stored as [out, in].
+
+    Each row of x is quantized to int8 by its largest absolute value (Dettmers et al. 2022,
+    "LLM.int8()", section 2.2, vector-wise quantization). With int8 operands, CPUs use their int8
+    instructions and load a quarter of the bytes. The function is not differentiable.
+    """
+    x_MD = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    absmax_M1 = jnp.abs(x_MD).max(-1, keepdims=True)
+    x_scale_M1 = jnp.where(absmax_M1 > 0, absmax_M1 / 127, 1.0)
+    y_MF = int8_matmul_transposed(jnp.round(x_MD / x_scale_M1).astype(jnp.int8), matrix)
+    return (y_MF.astype(jnp.float32) * x_scale_M1 * scale).reshape(*x.shape[:-1], -1)
+
+
+@backends.dispatched
+def int8_matmul_transposed(x_MD: Int8[Array, "M D"], matrix: Int8[Array, "F D"]) -> Array:
+    """Computes x_MD @ matrix.T of int8 operands, in int32."""
+    return jnp.einsum("MD,FD->MF", x_MD, matrix, preferred_element_type=jnp.int32)
