@@ -57,7 +57,7 @@ def execute(name: str, timeout: int = 3600) -> nbformat.NotebookNode:
                                 resources={"metadata": {"path": folder}})
         client.execute(env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))})
     for cell in notebook.cells:
-        cell.metadata = {}  # execution timestamps, which differ between runs
+        cell.metadata = {}  # remove the execution timestamps, which differ between runs
         if cell.cell_type == "code":
             cell.outputs = _remove_local_paths(_merge_streams(cell.outputs))
     return notebook

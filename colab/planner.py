@@ -59,10 +59,10 @@ if importlib.util.find_spec("libtpu") is None:
 # %% [markdown]
 # ## 1. The slice, the mesh and the model
 #
-# `v5e:4x4` is a slice of TPU v5e with 4 x 4 chips. The mesh has 4 devices along `fsdp`, over which
-# the parameters are sharded, and the remaining 4 along `data`. `remat="full"` recomputes activations
-# in the backward pass instead of storing them. A batch has 8 sequences of 1,024 tokens per chip.
-# `enumerate_configs` returns all combinations of the given values.
+# `v5e:4x4` is a slice of TPU v5e with 4 x 4 chips. The mesh has an axis `fsdp` of size 4, over
+# which the parameters are sharded, and an axis `data` of size 4. `remat="full"` recomputes
+# activations in the backward pass instead of storing them. A batch has 8 sequences of 1,024 tokens
+# per chip. `enumerate_configs` returns all combinations of the given values.
 
 # %%
 if SMALLEST:
@@ -91,10 +91,11 @@ for config in configs:
 # %% [markdown]
 # ## 3. Memory and step time
 #
-# Left: memory of one chip, split into state (parameters and optimizer state) and temporary memory
-# (activations and gradients). Right: the step time if a single resource determined it: arithmetic
-# (compute), memory traffic (HBM), or communication between chips (interconnect). Memory traffic
-# includes intermediate results that the compiler may keep in on-chip memory between two operations.
+# Left: the memory that the step needs on each chip, split into state (parameters and optimizer
+# state) and temporary memory (activations and gradients). Right: the step time if a single resource
+# determined it: arithmetic (compute), memory traffic (HBM), or communication between chips
+# (interconnect). Memory traffic includes intermediate results that the compiler may keep in on-chip
+# memory between two operations.
 
 # %%
 Image(plots.plans("plan.png", table.bar_chart_data(plans), limit=chip.memory_bytes / 2**30,
@@ -127,6 +128,6 @@ for p in plans:
                 f"{milliseconds} | {p.mfu:.2f} | {p.tokens_per_day / 1e9:,.3g} |")
 best = plan.best_plan(plans)
 Markdown("\n".join([
-    "| config | GiB of a chip | fits | compute (ms) | HBM (ms) | interconnect (ms) | MFU, at most | "
+    "| config | GiB per chip | fits | compute (ms) | HBM (ms) | interconnect (ms) | MFU, at most | "
     "billion tokens a day |", "|---|---|---|---|---|---|---|---|", *rows,
     "", f"Best config that fits: {best.config if best else 'none'}"]))

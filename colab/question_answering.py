@@ -16,8 +16,9 @@
 # You will fine-tune a published BERT on SQuAD 1.1 to find the answer to a question in a text (the
 # *context*), highlight the predicted answers, and ask questions about your own text.
 #
-# Contexts that are longer than a row are split into overlapping windows, and each answer is mapped
-# back to characters of the context.
+# A row is one input of the model: the tokens of a question and a context. Contexts that do not fit
+# into one row are split into overlapping windows, and each answer is mapped back to characters of
+# the context.
 #
 # Fine-tuned on all 87,599 questions, BERT-base reaches an F1 of 88.5 (Devlin et al. 2018, table 2).
 # Here we train on a small part of them. The stored output is from a run of all-MiniLM-L6-v2, a

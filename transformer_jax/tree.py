@@ -4,9 +4,9 @@ Parameters are nested dicts of arrays. The *path* of a leaf is its keys joined b
 "encoder/layer_0/mlp/wi/kernel". Sharding, freezing, weight decay and conversion select leaves by
 regular expressions on their paths (`first_match`).
 
-Every pytree has paths, not only nested dicts. The key of a field of a named tuple is its name, and
-the key of an element of a sequence is its index. For example, Adam's first moment of that kernel
-has the path "0/mu/encoder/layer_0/mlp/wi/kernel".
+Paths are defined for every pytree, not only for nested dicts. The key of a field of a named tuple
+is its name, and the key of an element of a sequence is its index. For example, Adam's first moment
+of that kernel has the path "0/mu/encoder/layer_0/mlp/wi/kernel".
 """
 
 import re
@@ -254,8 +254,8 @@ def stack_layers(tree: PyTree) -> PyTree:
     """Stacks the subtrees layer_0 ... layer_{n-1} into one subtree "layers" with a leading axis n.
 
     Layers are stacked at any depth of the tree; all other subtrees are unchanged. `jax.lax.scan`
-    over layers needs the stacked form, which the checkpoints of such a run contain. Fine-tuning and
-    conversion need the form with one subtree per layer (`unstack_layers`).
+    over layers needs the stacked form, which checkpoints of models with scanned layers contain.
+    Fine-tuning and conversion need the form with one subtree per layer (`unstack_layers`).
 
     Raises:
         ValueError: the layers are not numbered from 0 without a gap, or differ in structure or

@@ -15,9 +15,9 @@ skipped), and each case in separate processes. All use the same model sizes and 
 float32 unless the name ends in bfloat16.
 
 Two more workers measure the machine in the same rounds: the rate of a large matrix product, to
-which the column "of peak" is relative, and the memory bandwidth, for the column "of bandwidth". A
-ratio is the median over rounds of the ratio of median times. All cases take half an hour on two CPU
-cores.
+which the column "of peak" is relative, and the memory bandwidth, for the column "of bandwidth". For
+the column "time here / library", the median time of each is computed in each round; the median over
+rounds of their ratio is reported. All cases take half an hour on two CPU cores.
 """
 
 import json
@@ -64,8 +64,8 @@ class ReferencesConfig:
         nanogpt: path of model.py in nanoGPT's repository; it runs in the environment `torch`.
         out: folder for results.json and table.md.
         cases: names in `bench.CASES`.
-        dtypes: dtypes of the computation in this library, one worker each. Ratios are relative to
-            the first.
+        dtypes: dtypes of the computation in this library, one worker each. The time of the first
+            is the numerator of all ratios.
         libraries: names in `LIBRARIES`.
         device: device of PyTorch; "cuda" if JAX uses a GPU of this machine.
         dropout_rate: dropout rate in training.

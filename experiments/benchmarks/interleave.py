@@ -30,7 +30,7 @@ class Timings:
 
     Attributes:
         info: constants that the worker reported after warm-up, including "first_seconds".
-        seconds: the durations of each round, in seconds per unit of work.
+        seconds: for each round, the durations of its calls, in seconds per unit of work.
         peak_bytes: peak memory of the process or of its device.
 
     Example:

@@ -127,8 +127,9 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
 def step_time_growth(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Returns the step time on the largest v5e slice divided by that on the smallest.
 
-    Every chip has the same number of tokens on both slices. For each model, the key MODEL has the
-    ratio of the longest of the three times, and the key "MODEL, sum" the ratio of their sums.
+    Every chip has the same number of tokens on both slices. A step has three times: for compute,
+    HBM and interconnect. For each model, the key MODEL has the ratio of the longest of the three,
+    and the key "MODEL, sum" the ratio of their sums.
     """
     growth = {}
     for model in dict.fromkeys(row["model"] for row in rows):

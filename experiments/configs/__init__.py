@@ -9,7 +9,7 @@ import tyro
 
 
 def load(kind: type) -> dict[str, tuple[str, object]]:
-    """Returns name -> (first line of the docstring, settings) of all runs with settings of `kind`.
+    """Returns all configs of type `kind`: name -> (first line of the module docstring, config).
 
     The result is an argument of `tyro.extras.overridable_config_cli`.
     """
@@ -36,7 +36,7 @@ def flat(kind: type, *nested: str) -> type:
 
 
 def load_flat(kind: type, *nested: str) -> dict[str, tuple[str, object]]:
-    """Returns `load(kind)`, with settings converted to the type `flat(kind, *nested)`."""
+    """Returns `load(kind)`, with configs converted to the type `flat(kind, *nested)`."""
     flat_kind = flat(kind, *nested)
     return {name: (title, flat_kind(**{f.name: getattr(config, f.name)
                                        for f in dataclasses.fields(config)}))

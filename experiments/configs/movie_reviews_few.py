@@ -6,8 +6,8 @@
 Reviews are truncated to 128 tokens. Folds 8 and 9 are held out.
 
 With 32, 128 and 512 labels: full 58.3 ± 1.5, 60.2 ± 3.5, 67.6 ± 1.4 %; from scratch 51.4 ± 1.8,
-56.2 ± 1.3, 60.8 ± 0.6 (three seeds; chance is 50). 1,600 labels were not measured. Five minutes per
-cell on one core of an AMD EPYC, about twice that with 1,600 labels; three hours in total.
+56.2 ± 1.3, 60.8 ± 0.6 (three seeds; chance is 50). A cell took five minutes on one core of an AMD
+EPYC. 1,600 labels were not measured; estimated times: ten minutes per cell, three hours in total.
 """
 
 from pathlib import Path

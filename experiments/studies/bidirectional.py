@@ -12,9 +12,9 @@ Result: the claims hold. Accuracy on a word in the middle: BERT 34.8 %, GPT 25.2
 GPT scores the whole text with each of 16 candidates. On the last word: GPT 25.3 %, BERT 14.2 %.
 Whether B follows A, after fine-tuning: BERT 65.1 ± 0.2 %, GPT 52.1 ± 0.8 % (chance 50 %), but BERT
 was also pre-trained on this task. Topics: no difference, BERT 70.1 ± 1.1 %, GPT 71.5 ± 1.7 % (three
-seeds). BERT needs more steps: after 1,200 steps, its accuracy was lower on all of these tasks
-(11.7 % in the middle), because GPT predicts every token and BERT three in ten (Devlin et al. 2018,
-appendix C.1).
+seeds). BERT needs more steps (see also Devlin et al. 2018, appendix C.1): after 1,200 steps, it was
+less accurate than GPT on all of these tasks (11.7 % in the middle), because GPT predicts every
+token and BERT, in this study, three in ten.
 """
 
 from collections.abc import Callable
@@ -197,7 +197,7 @@ def save_figure(config: Bidirectional, in_the_middle: dict[str, float],
         "Fine-tuning": Bars(
             {name: [np.mean(x) for x in accuracies.values()]
              for name, accuracies in finetuned.items()},
-            [f"topic ({protocol.labels} labels)", f"B follows A ({protocol.pairs} pairs)"],
+            [f"topic ({protocol.labels} examples)", f"B follows A ({protocol.pairs} pairs)"],
             {name: [np.std(x) for x in accuracies.values()]
              for name, accuracies in finetuned.items()},
             list(chance.values()), format="{:.1f}", colors=colors),

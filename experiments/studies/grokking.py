@@ -4,7 +4,8 @@
 
 Claims (Power et al. 2022, "Grokking"; Varma et al. 2023, "Explaining grokking through circuit
 efficiency"): on modular addition, the accuracy on unseen pairs rises to 100 % long after that on
-the training pairs. If these are less than a critical fraction of the addition table, it never does.
+the training pairs. If the training pairs are less than a critical fraction of the addition table,
+the accuracy on unseen pairs never rises to 100 %.
 A grokked model forgets the rule when training continues on less than that fraction ("ungrokking").
 
 Full fine-tuning is compared with fine-tuning of few parameters, which preserves the rule.

@@ -258,9 +258,9 @@ def save_figures(config: Masks, metrics: dict[str, dict], curves: dict[str, trai
         "Training loss": Lines({
             name: Line(*curves[name], color=color) for name, color in colors.items()},
             ylabel="training loss (nats per character)"),
-        "Loss with and without later characters": Bars(
+        "Training loss and held-out loss": Bars(
             {name: [metrics[name]["training_loss"], metrics[name]["held_out_causal_loss"]]
-             for name in colors}, ["as in training", "later characters masked"],
+             for name in colors}, ["training", "held-out, later characters masked"],
             format="{:.2f}", colors=colors, ylabel="loss (nats per character)"),
     }, title="Generated text: " + "\n".join(
         f"{name}, {metrics[name]['generated'][:68]!r}" for name in colors))

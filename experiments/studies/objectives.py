@@ -14,9 +14,10 @@ the library a docstring documents, and whether one sentence follows another.
 Hardware and time: one core of an AMD EPYC, 27 minutes.
 
 Result: the claims hold in part. Accuracy on topics, three seeds: GPT from scratch 58.9 ± 0.2 %,
-next token 69.2 ± 1.0, denoising 72.9 ± 0.9; masked tokens 49.8 ± 2.6, with next sentence 52.5 ±
-0.4, without segments 52.0 ± 1.0: after 800 steps, these are worse than GPT from scratch. Next
-sentence alone is not learned (0.693 nats, chance), and no model learns whether B follows A.
+next token 69.2 ± 1.0, denoising 72.9 ± 0.9. Masked tokens 49.8 ± 2.6, masked tokens and next
+sentence 52.5 ± 0.4, the same without segment embeddings 52.0 ± 1.0: after 800 steps, these three
+are worse than GPT from scratch. Next sentence alone is not learned (0.693 nats, chance), and no
+model learns whether B follows A.
 Attention windows of 2 and 8 tokens in each layer hardly raise the next-token loss (4.314 and 4.324
 nats; 4.310 without a window), but a classifier on the last token then sees only the last words:
 15.5 and 44.2 % on topics. With the auxiliary loss, 70.1 ± 1.5 %: no difference.
@@ -38,8 +39,10 @@ class Objectives:
 
     Attributes:
         out: folder for the figure and the results.
-        methods: names in `small_models.METHODS`. The first is also trained from scratch.
-        aux_lm_loss_weight: weight of the auxiliary loss, if the first is GPT; 0 omits that run.
+        methods: names in `small_models.METHODS`. The model of the first is also fine-tuned from
+            random parameters.
+        aux_lm_loss_weight: weight of the auxiliary loss. If the first method is "GPT", its model is
+            also fine-tuned with this loss; 0 omits this.
         protocol: settings of all models, their pre-training and their fine-tuning.
     """
 
@@ -95,7 +98,7 @@ def save_figure(
     config: Objectives, rows: list[dict[str, Any]], chance: dict[str, float]
 ) -> None:
     protocol = config.protocol
-    titles = {"topics": f"Topic of a docstring ({protocol.labels} labels)",
+    titles = {"topics": f"Topic of a docstring ({protocol.labels} examples)",
               "pairs": f"B follows A ({protocol.pairs} pairs)"}
     names = [row["system"] for row in rows]
     save_panels(config.out / "objectives.png", {

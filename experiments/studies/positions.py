@@ -16,7 +16,7 @@ Result: the claims hold in part. Losses in nats per character. GPT within the tr
 learned 1.57, fixed 1.71, none 2.17; beyond it: 3.70, 3.59 and 2.38. The model without encodings
 degrades least, and neither encoding extrapolates. BERT: fixed 2.05 within and 3.27 beyond; learned
 2.93 after 1,500 steps, the same as none. With sinusoids, one linear map relates the encodings of
-neighboring positions, whatever the position; a table has to be learned first.
+neighboring positions, whatever the position; a learned table starts without such a relation.
 """
 
 import functools

@@ -18,10 +18,10 @@ Result: the claims hold, except for the gradient. After 400 steps, the training 
 nats per character for 1 to 32 layers with residual connections. Without them, it is 2.48 with 1
 layer, 2.62 with 2, and 3.10 with 4 or more: these models predict the character frequencies and
 ignore the context. Removing one of 16 layers raises the loss by less than 0.06 nats, except for the
-first (0.82); without residual connections, by 0 or by 5.5. The gradient is not the reason: with
-normalization before each sublayer, it reaches the first layer without residual connections, too.
-Plotted on the same scale, the loss around the trained parameters is bowl-shaped with residual
-connections, and flat with steep steps without.
+first (0.82); without residual connections, by 0 or by 5.5. A vanishing gradient is not the reason
+why models without residual connections do not train: with normalization before each sublayer, the
+gradient reaches their first layer, too. Plotted on the same scale, the loss around the trained
+parameters is bowl-shaped with residual connections; without them, it is flat with steep steps.
 """
 
 import functools

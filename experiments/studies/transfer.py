@@ -8,9 +8,10 @@ task.
 
 Five small GPTs are pre-trained, each on a million characters of one source: film reviews, novels,
 an encyclopedia, plays, or documentation. They are fine-tuned on the sentiment of film reviews
-(SST-2), on natural language inference (SNLI), and on the part of a library that a docstring
-documents (topics), and compared with a model from scratch. For both, the peak learning rate is
-searched on training examples that are not used otherwise.
+(SST-2), on natural language inference (SNLI), and on the classification of docstrings by the part
+of a library that they document (topics), and compared with a model from scratch. The peak learning
+rates of fine-tuning and of training from scratch are searched separately, on training examples that
+are not used otherwise.
 
 `--data` is a folder with `movie_reviews/movie_reviews.jsonl.gz`, `wikitext-2/train.txt.gz`,
 `gutenberg/sentences.train.txt.gz`, `tinyshakespeare/input.txt`, `sst2` and `snli`.
@@ -98,7 +99,8 @@ class Transfer:
         min_steps: minimum number of steps of fine-tuning.
         peak_lrs: candidates for the peak learning rate of fine-tuning.
         tuning_examples: number of held-out training examples for choosing among them.
-        seeds: number of fine-tuning runs of each model and number of examples.
+        seeds: number of fine-tuning runs for each combination of a model and an entry of
+            `examples`.
         seed: seed of pre-training and of the splits.
     """
 

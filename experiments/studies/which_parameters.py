@@ -3,7 +3,7 @@
     python experiments/study.py which_parameters
 
 Claims: fine-tuning needs to change only a small part of the parameters; the fewer it changes, the
-less of the pre-training task is forgotten; with few labels, training all of them is not best.
+less of the pre-training task is forgotten; with few labels, training all parameters is not best.
 
 A GPT of 0.7 million parameters, pre-trained on the documentation of Python (a minute and a half),
 is fine-tuned by each trainable spec to classify which of twelve parts of the library a docstring

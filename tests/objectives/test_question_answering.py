@@ -332,5 +332,5 @@ def test_long_questions_are_truncated():
 def test_windows_that_do_not_match_the_predictions():
     examples, windows, batch = one_window()
     predictions = predict(batch, logits_of_correct_answers(batch))
-    with pytest.raises(ValueError, match="predictions for 1 windows but 2 windows; give"):
+    with pytest.raises(ValueError, match="2 windows but predictions for 1; give"):
         qa.decode_answers(examples, windows * 2, predictions)

@@ -71,7 +71,7 @@ def plan(
         topology: chip and shape of the slice, such as v5e:16x16 or v5p:4x4x4; or local, for the
             devices of this machine.
         mesh: sizes to try for each mesh axis; -1 uses all remaining devices.
-        batch_size: global batch size; by default, 4 rows per batch shard and microbatch.
+        batch_size: global batch size; by default, 4 * data * fsdp * accumulate rows.
         length: tokens per row; by default, the model's max_length.
         remat: rematerialization policy.
         accumulate: number of microbatches for gradient accumulation.

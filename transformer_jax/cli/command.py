@@ -81,7 +81,7 @@ def call_with_arguments(function: Callable[..., Any], arguments: Sequence[str]) 
     prog = f"{PROGRAM} {function.__name__}"
     target, arguments = _bind(function), list(arguments)
     if {"-h", "--help", "--help-all"} & set(arguments):
-        # Printed here, because tyro would change its line breaks.
+        # The docstring is printed here, because tyro would change its line breaks.
         print(inspect.getdoc(function).partition("\n\nArgs:")[0] + "\n")
     if "flags" not in inspect.signature(function).parameters:
         arguments = ["--help" if a == "--help-all" else a for a in arguments]

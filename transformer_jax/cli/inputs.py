@@ -23,7 +23,8 @@ def optional(metavar: str, default: str = "", **options: Any) -> Any:
 
     Args:
         metavar: placeholder of the value in the help.
-        default: what None means, which the help shows as the default; empty to show none.
+        default: what None means; the help shows it as the default. If empty, the help shows no
+            default.
         options: further options of `tyro.conf.arg`.
     """
     hint = f"(default: {default})" if default else ""

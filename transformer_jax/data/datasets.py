@@ -77,7 +77,7 @@ def load_dataset(
             - a sequence of dicts, a pandas DataFrame or a `datasets.Dataset`;
             - a dict of such sequences, or a `datasets.DatasetDict`, with the key "train" and, for
               the validation split, one of the words validation, valid, val, dev, trial and test;
-            - a `LabeledDataset`, which is returned unchanged.
+            - a `LabeledDataset`, which is returned unchanged unless `validation` is given.
         data: data in any of these forms, which replaces the field `data` of a `DatasetConfig`.
         validation: the validation split: another file, the name of a split, or data in memory as
             above. If the data is in memory without a validation split, 10 % of its rows, at least

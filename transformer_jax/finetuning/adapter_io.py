@@ -202,7 +202,7 @@ def load_adapter(folder: str | Path, base: PyTree) -> SavedAdapter:
         raise ValueError(
             f"{folder} was trained on a base with fingerprint {manifest['base'][:16]}..., but this "
             f"base has {base_fingerprint[:16]}...; load the checkpoint that training started from, "
-            "without `quantize_frozen` if only the trained copy was quantized (dtype of the frozen "
+            "without `quantize_frozen` if it was quantized only for training (dtype of the frozen "
             f"weights: {manifest['frozen']})")
     path = folder / manifest["weights"]
     if not path.is_file():

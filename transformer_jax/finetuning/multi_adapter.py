@@ -102,8 +102,8 @@ def _leaf_or_neutral(path: str, i: int, models: Sequence[Leaves]) -> Array:
         return jnp.zeros_like(other)
     if "/ia3_" in path:
         return jnp.ones_like(other)
-    raise ValueError(f"adapter {i} has no {path}, but another adapter has, and it has no neutral "
-                     "value; use separate batches for such adapters")
+    raise ValueError(f"adapter {i} has no {path}, but another adapter has; no default value would "
+                     f"leave the outputs of adapter {i} unchanged, so use separate batches")
 
 
 def _replace_dora(leaves: Leaves) -> Leaves:

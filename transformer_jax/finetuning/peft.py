@@ -43,7 +43,7 @@ Leaves = dict[str, jax.Array]  # path -> parameter
 
 
 def _find_kernels(leaves: Leaves, names: Sequence[str]) -> dict[str, tuple[tuple, tuple]]:
-    """Finds the kernels of linear layers with given names in the stacks.
+    """Finds the kernels of linear layers with given names in layer_0, layer_1, ...
 
     Returns:
         Layer path -> (sizes of the input axes, sizes of the output axes).

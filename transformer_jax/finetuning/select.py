@@ -20,7 +20,8 @@ The sources are on arXiv. All but `regex` also train the newly initialized param
 
 Newly initialized parameters are those that no checkpoint contains: the classifier, the pooler of an
 encoder-decoder, and the embeddings of added tokens. lora, adapter, prefix, prompt and ia3 train
-PEFT parameters, which `peft.add_peft_params` must add first; their arguments are described there.
+PEFT parameters, which `peft.add_peft_params` must add first; the module docstring of `peft` lists
+the arguments of these terms.
 
 A spec consists of one or several terms joined by "+": "lora:8+layernorm" trains the parameters of
 both. A regular expression may itself contain "+", so `regex:` must be the last term:

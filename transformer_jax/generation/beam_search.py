@@ -1,15 +1,15 @@
 """Beam search that gives the same results as Hugging Face Transformers 5.
 
-The algorithm is that of `GenerationMixin._beam_search`. At each step, the candidates are the C best
-continuations of the K running sequences of a row. Candidates that end are added to the finished
-sequences if they are among the first K. The score of a finished sequence is its log-probability
-divided by length ** length_penalty (Wu et al. 2016, "Google's Neural Machine Translation System",
-section 7, without the constant 5). The K best candidates that do not end are the next running
-sequences. C is so large that there are always K such candidates, even if every end-of-sequence
-token is among the candidates.
+The algorithm is that of `GenerationMixin._beam_search`. A row is one prompt of the batch. At each
+step, the candidates are the C best continuations of the K running sequences of a row. Candidates
+that end are added to the finished sequences if they are among the first K. The score of a finished
+sequence is its log-probability divided by length ** length_penalty (Wu et al. 2016, "Google's
+Neural Machine Translation System", section 7, without the constant 5). The K best candidates that
+do not end are the next running sequences. C is so large that there are always K such candidates,
+even if the others extend every running sequence by every end-of-sequence token.
 
-Shape suffixes: B batch, K beams, C candidates, L token slots of a row, N = B * K decoded rows,
-V vocabulary, M = K * V continuations.
+Shape suffixes: B batch, K beams, C candidates, L token slots of a sequence, N = B * K running
+sequences, V vocabulary, M = K * V continuations of a row.
 """
 
 import functools
@@ -38,8 +38,8 @@ class BeamSearchParams(NamedTuple):
 
     Attributes:
         length_divisor: at index n - 1, n ** length_penalty.
-        best_case_divisor: at index n - 1, the divisor of the length at which a running sequence of
-            n tokens can reach its best score.
+        best_case_divisor: at index n - 1, length ** length_penalty for the final length that the
+            stopping rule assumes for a running sequence of n tokens.
         early_stopping: stop when K sequences are finished, even if better ones may follow.
     """
 

@@ -3,8 +3,8 @@ them.
 
 Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", algorithm 1. The
 result is that of the target model alone: the same tokens without sampling, and the same
-distribution with sampling. Rows may accept different numbers of tokens, as cache slots are indexed
-by position.
+distribution with sampling. Rows may accept different numbers of tokens, because cache slots are
+indexed by position.
 
 Shape suffixes: B batch, L token slots of a row, G draft tokens, P = G + 1 verified positions,
 V vocabulary.
@@ -64,8 +64,8 @@ def verify_greedy(
         draft_tokens: the proposed tokens.
 
     Returns:
-        The argmax tokens, and the number of accepted draft tokens in each row. The token after the
-        accepted ones is valid too.
+        The argmax tokens, and the number n of accepted draft tokens in each row. The first n + 1
+        tokens of a row are to be appended; the rest must be ignored.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -97,8 +97,8 @@ def verify_sampled(
         key: for the acceptance and for the token after the accepted ones.
 
     Returns:
-        The tokens, and the number of accepted draft tokens in each row. The token after the
-        accepted ones is valid too.
+        The tokens, and the number n of accepted draft tokens in each row. The first n + 1 tokens of
+        a row are to be appended; the rest must be ignored.
     """
     B, G = draft_tokens.shape
     rows_B = jnp.arange(B)

@@ -169,7 +169,8 @@ class BERT(nn.Module):
         B, T = tokens.shape
         check_sequence_length(T, c.max_length)
         if positions is None and c.position_offset and padding_mask is not None:
-            # Padding gets position -1, whose row in the table is RoBERTa's padding_idx.
+            # Padding gets position -1, which the offset of 2 in RoBERTa maps to row 1 of the table,
+            # its padding_idx.
             positions = jnp.where(padding_mask, jnp.cumsum(padding_mask, -1), 0) - 1
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))

@@ -41,7 +41,7 @@ class Mask:
             attends only to keys of its own document.
         padding_mask: True for keys that are tokens, False for padding.
         dense_mask: a boolean array that broadcasts to `[B, N, T, S]`, for masks that the other
-            fields cannot express, such as the slots of a cache.
+            fields cannot express, such as a causal mask over the slots of a cache.
 
     Example:
         >>> mask = Mask(causal=True, attention_window=2)
@@ -124,7 +124,7 @@ def dot_product_attention(
 
     Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1. The softmax is computed in
     float32. The output of a query with no allowed key, such as a padding token, is the mean of all
-    values: it is finite, and losses exclude these queries by their weights.
+    values: it is finite, and losses exclude these queries by a loss weight of 0.
 
     Args:
         query_BTNH: queries.

@@ -26,8 +26,8 @@ def keep_mask(rng: Key[Array, ""], shape: tuple[int, ...], rate: float) -> Bool[
     for axis in reversed(range(len(shape))):
         index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
-    # The finalizer of Wellons' hash function "lowbias32". The second word of the key is added
-    # between its two rounds.
+    # The two rounds of Wellons' hash function "lowbias32", then a third one like them. The second
+    # word of the key is added before the second multiplication.
     h = index * jnp.uint32(0x9E3779B9) ^ k0
     h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
     h = ((h ^ (h >> 15)) + k1) * jnp.uint32(0x846CA68B)

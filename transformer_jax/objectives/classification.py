@@ -155,8 +155,8 @@ def classification_loss(
         aux_lm_loss_weight: lambda of the auxiliary language modeling loss (GPT only): the loss is
             the mean task loss plus lambda times the mean of -log P(next token) over the same rows
             (GPT paper, section 3.2, L3).
-        vocab_size: new special tokens, whose ids are `vocab_size` or more, are not targets of the
-            language modeling loss. None uses the vocabulary size of the model.
+        vocab_size: size of the vocabulary without new special tokens, which are not targets of the
+            language modeling loss; None uses the vocabulary size of the model.
 
     Returns:
         `(sum, weight, metrics)` with the metric "accuracy". With `aux_lm_loss_weight`, sum and
@@ -279,7 +279,7 @@ def regression_predict(
     apply: Callable, params: dict, batch: dict[str, Array], *,
     label_range: tuple[float, float] = (0.0, 1.0),
 ) -> dict:
-    """The predicted scores `{"scores": [B]}`, scaled from 0 to 1 to `label_range`."""
+    """The predicted scores `{"scores": [B]}`, mapped from [0, 1] to `label_range`."""
     low, high = label_range
     return {"scores": low + (high - low) * _class_logits(apply, params, batch, None)[0][:, 0]}
 

@@ -1,7 +1,7 @@
 """BART's denoising objective: reconstruct a text from a corrupted copy.
 
-Lewis et al. 2019, "BART", section 2.2. There are five kinds of noise. Several of them are applied
-in this order:
+Lewis et al. 2019, "BART", section 2.2. There are five kinds of noise; those that are enabled
+are applied in this order:
 
 - sentence permutation: the sentences are put in random order.
 - text infilling: spans of Poisson-distributed length are replaced by one mask token each; a span

@@ -67,7 +67,7 @@ def mask_tokens(
         >>> row = mask_tokens(np.array([1, 7, 8, 9, 2]), np.random.default_rng(0), mask_id=4,
         ...                   maskable=np.array([False, True, True, True, False]),
         ...                   vocab_size=10, max_predictions=2)
-        >>> row["masked_positions"].shape, row["masked_weights"].tolist()  # one token of P = 2
+        >>> row["masked_positions"].shape, row["masked_weights"].tolist()  # 1 selected, P = 2
         ((2,), [1.0, 0.0])
     """
     candidates = np.flatnonzero(maskable)

@@ -356,9 +356,9 @@ def decode_answers(
     p = {name: np.asarray(value) for name, value in predictions.items()}
     example_index = np.array([window.example_index for window in windows], np.int64)
     if n_best < 1 or len(p["no_answer_score"]) != len(windows):
-        raise ValueError(f"n_best is {n_best} (it must be at least 1), and there are predictions "
-                         f"for {len(p['no_answer_score'])} windows but {len(windows)} windows; "
-                         "give one prediction for each window")
+        raise ValueError(f"n_best is {n_best} (it must be at least 1), and there are "
+                         f"{len(windows)} windows but predictions for "
+                         f"{len(p['no_answer_score'])}; give one prediction for each window")
     num_windows = np.bincount(example_index, minlength=len(examples))
     if len(num_windows) > len(examples) or not num_windows.all():
         raise ValueError(
@@ -386,7 +386,7 @@ def _select_answer(context, spans, no_answer_score, n_best, allow_no_answer,
     """The answer from the spans `(score, start, stop)` of one example, sorted by score."""
     best_scores: dict[tuple[int, int], float] = {}
     for score, start, stop in spans:
-        best_scores.setdefault((start, stop), score)  # overlapping windows have equal spans
+        best_scores.setdefault((start, stop), score)  # overlapping windows share spans
     best = [(score, start, stop) for (start, stop), score in best_scores.items()][:n_best]
     is_empty = not best or (allow_no_answer and no_answer_score - best[0][0] > no_answer_threshold)
     if allow_no_answer or not best:

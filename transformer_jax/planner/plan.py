@@ -1,8 +1,8 @@
 """Ahead-of-time (AOT) compilation of training steps for target hardware: memory and roofline.
 
 The full training step is compiled by the compiler of the target hardware. No arrays are allocated,
-and no TPU is needed (the package `jax[tpu]` contains the compiler). The roofline of the step has
-three times, computed from the compiled program:
+and no TPU is needed (the package `jax[tpu]` contains the compiler). The roofline of the step
+consists of three durations, computed from the compiled program:
 
 - compute: FLOPs divided by the peak rate. This is a lower bound of the step time.
 - hbm: bytes accessed by all operations divided by the memory bandwidth. This is too long if the
@@ -298,9 +298,9 @@ def _per_device_cost(config: PlanConfig, mesh: Mesh) -> tuple[float, float]:
 def model_flops(config: PlanConfig) -> float:
     """FLOPs of the matrix products of a training step on all devices, without recomputation.
 
-    In the forward pass, a Dense kernel takes twice its size per token, and attention of T queries
-    to S keys takes 4 T S D. The backward pass takes twice as many FLOPs as the forward pass.
-    Embedding lookups are not counted.
+    In the forward pass, a Dense kernel takes 2 FLOPs per parameter and token, and attention of T
+    queries to S keys of a layer with width D takes 4 T S D FLOPs. The backward pass takes twice as
+    many FLOPs as the forward pass. Embedding lookups are not counted.
     """
     c, num_tokens = config.model, config.batch_size * config.length
     shapes = jax.eval_shape(lambda: init_params(build_model(c), jax.random.key(0)))
@@ -325,7 +325,7 @@ def _attention_flops(config: PlanConfig, causal_fraction: float) -> float:
 
     Args:
         config: the model and batch size.
-        causal_fraction: fraction of the attention scores that is computed with a causal mask.
+        causal_fraction: fraction of the attention scores that is computed if the mask is causal.
     """
     c = config.model
     unmasked = 4.0 * config.batch_size * config.length**2 * c.d_model

@@ -5,9 +5,8 @@ header (8 bytes, little-endian); the header, a JSON object with dtype, shape and
 tensor; and the bytes of the tensors. The weights of a checkpoint are `model.safetensors`, or
 several such files (shards) and an index that maps each tensor name to its shard.
 
-Files are read instead of memory-mapped, because mapped pages count as used memory: loading would
-appear to need twice the memory of the weights, and on a machine with little free memory it would
-indeed need that much.
+Files are read instead of memory-mapped, because mapped pages count as used memory of the process:
+loading would appear to need twice the memory of the weights.
 """
 
 import json
@@ -246,7 +245,7 @@ def save_tensors(folder: str | Path, specs: Sequence[TensorSpec], values: Iterab
         index = {"metadata": {"total_size": sum(s.num_bytes for s in specs)},
                  "weight_map": {s.name: name for name, shard in zip(names, shards) for s in shard}}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    # Otherwise weights of an earlier save could be loaded in place of the new ones.
+    # Weights of an earlier save are deleted, because they could be loaded in place of the new ones.
     found = {*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS_FILE, folder / INDEX_FILE}
     saved = {folder / name for name in names} | (
         {folder / INDEX_FILE} if len(shards) > 1 else set())

@@ -1,4 +1,4 @@
-"""Encoder for sequence-to-sequence tasks; an encoder-decoder or a GPT generates the targets."""
+"""Task encoder for sequence-to-sequence tasks, whose model is an encoder-decoder or a GPT."""
 
 import functools
 from collections.abc import Sequence
@@ -84,7 +84,8 @@ class Seq2SeqEncoder(TaskEncoder):
         prefix = [tokenizer.cls_id] if isinstance(model, BART) else []
         eos_id = tokenizer.eos_id if self.is_causal else tokenizer.sep_id
         if self.is_causal and "prompt" in params:
-            params = peft.fold_prompt(model, params)  # a KV cache supports prefixes, not prompts
+            # Decoding with a KV cache supports trained prefixes, but not trained prompts.
+            params = peft.fold_prompt(model, params)
         rows = [[*prefix, *item["source"][: self._source_length], eos_id] for item in items]
         texts = generate_texts(
             model, params, tokenizer, rows, max_new_tokens=self.config.target_length - 1,

@@ -52,8 +52,8 @@ class TranslateConfig:
         out: folder of the run.
         data: a folder with aligned files (train.de, train.en, val.de, ...) or with one .jsonl, .tsv
             or .csv file for each split; "tfds:NAME" or "hf:NAME".
-        tokenizer: "bpe" or "unigram", trained on the source and target texts together with the
-            model's vocab_size; or the folder of a saved tokenizer.
+        tokenizer: "bpe" or "unigram", to train one tokenizer of the model's vocab_size on both the
+            source and the target texts; or the folder of a saved tokenizer.
         train_split: name of the split to train on.
         validation_split: name of the split to evaluate on.
         length_buckets: lengths to which batches are padded; the step is compiled once for each.
@@ -105,7 +105,10 @@ class TranslateConfig:
 
     @property
     def num_saved_checkpoints(self) -> int:
-        """Number of checkpoints that are averaged at the end of the run."""
+        """Number of checkpoints that a finished run has, all of which are averaged.
+
+        It is smaller than `num_averaged_checkpoints` if the run is too short to save so many.
+        """
         num_saved = -(-self.num_steps // self.save_every) if self.save_every else 1
         return min(self.num_averaged_checkpoints, num_saved)
 
@@ -130,7 +133,7 @@ def train_translation(config: TranslateConfig) -> dict[str, Any]:
     """
     began = time.perf_counter()
     metrics.require_library("bleu")
-    # The decoder also reads the start token.
+    # 1 is added to max_new_tokens, because the decoder also reads the start token.
     for name, value in (("length_buckets", max(config.length_buckets)),
                         ("max_new_tokens", config.max_new_tokens + 1)):
         if value > config.model.max_length:

@@ -19,7 +19,8 @@ class RunFiles(NamedTuple):
     Attributes:
         folder: the folder of the run.
         results: content of results.json; None for a run that is not finished.
-        histories: rows of the training loop by stage name; the name is "" for a run of one stage.
+        histories: stage name -> rows of the training history, one dict of values for each logged
+            step; the name is "" for a run of one stage.
         run_config: content of config.json; empty if there is none.
     """
 

@@ -140,9 +140,9 @@ def save(
         The save, which is complete if `wait` is True.
 
     Raises:
-        ValueError: the step is saved already, `keep` is below 1, `keep_best` is not a metric of
-            `metrics` with "min" or "max", or `data_state` or `metadata` contains a value that JSON
-            cannot represent.
+        ValueError: the step is saved already, `keep` is below 1, the metric of `keep_best` is not
+            in `metrics`, its second item is not "min" or "max", or `data_state` or `metadata`
+            contains a value that JSON cannot represent.
         SaveError: the directory is not writable or has too little free space.
 
     Example:
