@@ -289,8 +289,8 @@ def transpose_kernels(params: dict, dtype: jnp.dtype, donate: bool = False) -> d
     """Returns parameters with transposed kernels `kernel_t` [out, in], in the compute dtype.
 
     The time of a matmul with few rows is that of reading its weight matrix, once for each generated
-    token; `nn.backends.cpu.matmul_transposed` explains why a transposed matrix is faster. On a CPU this
-    function makes a copy of the kernels, and int8 kernels (`finetuning.quantize`) are later
+    token; `nn.backends.cpu.matmul_transposed` explains why a transposed matrix is faster. On a CPU
+    this function makes a copy of the kernels, and int8 kernels (`finetuning.quantize`) are later
     multiplied by inputs that are rounded to int8. On other backends, and on a mesh, the compiler
     chooses layouts, and kernels are not transposed.
 
