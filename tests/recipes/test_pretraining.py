@@ -70,7 +70,7 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path, sentences):
 
 def test_unknown_objective_and_missing_run(tmp_path, sentences):
     config = make_config("gpt_python_docs", tmp_path / "run", sentences)
-    with pytest.raises(ValueError, match=r"'sorting'.*causal_lm, mlm_nsp"):
+    with pytest.raises(ValueError, match=r"'sorting'.*Choose one of causal_lm, mlm_nsp"):
         pretrain(dataclasses.replace(config, objective="sorting"))
     for step in (0, 3):
         with pytest.raises(ValueError, match=f"replay_step is {step}; it must be from 1 to 2"):

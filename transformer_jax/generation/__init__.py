@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
         "api", "beam_search", "decoding", "logits_processors", "mask_filling", "options", "padding",
-        "speculative",
+        "speculative", "texts",
     ],
     submod_attrs={
         "api": ["DecodeOutput", "decode", "generate"],

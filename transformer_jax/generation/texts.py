@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.generation.api import generate
 from transformer_jax.generation.decoding import transpose_kernels_for_decoding
 from transformer_jax.models import GPT, Model
 
 
 def generate_texts(
-    model: Model, params: dict, tokenizer: Tokenizer, rows: Sequence[Sequence[int]], *,
+    model: Model, params: dict, tokenizer: Any, rows: Sequence[Sequence[int]], *,
     batch_size: int = 64, **options: Any,
 ) -> list[str]:
     """Generates a text for each row: the target of an encoder-decoder, or a GPT's continuation.
@@ -20,7 +19,7 @@ def generate_texts(
     Args:
         model: a GPT or an encoder-decoder.
         params: its parameters.
-        tokenizer: the tokenizer that decodes the generated ids.
+        tokenizer: the tokenizer of the model (`data.tokenizers`), which decodes the generated ids.
         rows: token ids of the prompts, or of the sources of an encoder-decoder.
         batch_size: number of rows, of similar lengths, that are decoded together.
         options: options of `generate`, such as num_beams.
