@@ -153,7 +153,7 @@ def make_objective_rows(
     word_starts = tokenizer.is_word_start if config.whole_word_masking else None
     if config.objective not in LOSSES:
         raise ValueError(
-            f"unknown objective {config.objective!r}; {"
+            f"unknown objective {config.objective!r}; "
             f"{did_you_mean(config.objective, LOSSES, show_all=True)}")
     if config.objective == "causal_lm":
         corpus = tokenize(texts, tokenizer, eos_id=tokenizer.eos_id,
