@@ -22,8 +22,8 @@
 # 3. compare its memory with that of a chip, and estimate the step time with a roofline model,
 # 4. list the communication between the chips.
 #
-# `transformer-jax plan` does the same in a terminal. Compilation took two to three minutes per step
-# on the CPU that produced the stored output.
+# `transformer-jax plan` does the same in a terminal. Compiling each of the two programs took two to
+# three minutes on the CPU that produced the stored output.
 
 # %%
 # Install the package if it is missing, and print the available devices.

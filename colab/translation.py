@@ -92,7 +92,7 @@ print(f"BLEU {before['bleu']:.1f} ({before['signature']})")
 # %% [markdown]
 # ## 4. Fine-tuning
 #
-# The data is a list of dicts with `source` and `target`. All parameters are trained: each target
+# The data is a list of dicts with `source` and `target`. All parameters are trained. Each target
 # token is predicted from the source and the reference tokens before it (teacher forcing). The curve
 # is noisy because each point is the loss of one batch of texts of similar length, and long texts
 # are harder.

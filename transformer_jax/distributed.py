@@ -46,7 +46,8 @@ def initialize(environment: Mapping[str, str] = os.environ, timeout_seconds: int
         Whether there are several processes.
 
     Raises:
-        ValueError: one of the three variables is missing or is not a valid number.
+        ValueError: JAX_NUM_PROCESSES or JAX_PROCESS_ID is set without the other two variables, or
+            has an invalid value.
     """
     import jax
 
@@ -73,7 +74,7 @@ def initialize(environment: Mapping[str, str] = os.environ, timeout_seconds: int
 def _has_multiple_processes(environment: Mapping[str, str]) -> bool:
     """Whether a launcher that JAX supports has started more than one process.
 
-    JAX gets the addresses, but does not decide whether to initialize: its detection would wait for
+    JAX finds the addresses, but does not decide whether to initialize: its detection would wait for
     other processes in a Slurm batch script that starts only one, would query a metadata server on
     every TPU machine, and is an error once a backend has started, as in a notebook.
     """

@@ -49,7 +49,8 @@ def did_you_mean(word: str, known: Iterable[Any], *, show_all: bool = False) -> 
     """
     known = list(map(str, known))
     similar = difflib.get_close_matches(str(word), known, n=3, cutoff=0.5)
-    names = f"hoose one of {', '.join([*known[:30], *(['...'] if known[30:] else [])])}"
+    names = ", ".join([*known[:30], *(["..."] if known[30:] else [])])
     if not similar:
-        return f"c{names}"
-    return f"did you mean {' or '.join(similar)}?" + (f" C{names}" if show_all else "")
+        return f"choose one of {names}"
+    suggestion = f"did you mean {' or '.join(similar)}?"
+    return f"{suggestion} Choose one of {names}" if show_all else suggestion

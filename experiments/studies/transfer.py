@@ -1,4 +1,4 @@
-"""Transfer: pre-training saves labeled examples, especially if its text is similar to the task's.
+"""Transfer: after pre-training, fewer labels suffice, above all on text similar to the task's.
 
     python experiments/study.py transfer --data path/to/data
 
@@ -9,9 +9,9 @@ task.
 Five small GPTs are pre-trained, each on a million characters of one source: film reviews, novels,
 an encyclopedia, plays, or documentation. They are fine-tuned on the sentiment of film reviews
 (SST-2), on natural language inference (SNLI), and on the classification of docstrings by the part
-of a library that they document (topics), and compared with a model from scratch. The peak learning
-rates of fine-tuning and of training from scratch are searched separately, on training examples that
-are not used otherwise.
+of Python's standard library that they document (topics), and compared with a model from scratch.
+The peak learning rates of fine-tuning and of training from scratch are searched separately, on
+training examples that are not used otherwise.
 
 `--data` is a folder with `movie_reviews/movie_reviews.jsonl.gz`, `wikitext-2/train.txt.gz`,
 `gutenberg/sentences.train.txt.gz`, `tinyshakespeare/input.txt`, `sst2` and `snli`.

@@ -45,8 +45,9 @@ def convert(
     Args:
         model: folder of a run or a checkpoint, or an id on the Hugging Face Hub.
         out: output folder.
-        task: head to convert, such as causal_lm, masked_lm, seq2seq_lm or classification; by
-            default, that of the checkpoint.
+        task: head of a checkpoint to convert, such as causal_lm, masked_lm, seq2seq_lm or
+            classification; by default, that of its config.json. Not used for a run, which has one
+            head.
     """
     from transformer_jax.pretrained import load_pretrained, save_pretrained
     from transformer_jax.pretrained.runs import is_run, load_run

@@ -158,13 +158,13 @@ def _to_one_line(box: str) -> str:
     box = re.sub(r"\x1b\[[0-9;]*m", "", box)  # colors
     if "│" in box:
         lines = re.findall(r"^│ ?(.*?) *│$", box, re.MULTILINE)
-    else:  # the terminal has only ASCII characters: a title, a rule and indented lines
+    else:  # in an ASCII terminal, the box is a title, a rule and indented lines
         lines = [line[2:].rstrip() for line in box.splitlines()[2:]]
     sections: list[list[str]] = [[]]
     for line in lines:
         if re.fullmatch(r"[─-]+", line):
             sections.append([])
-        elif not line.startswith(" " * 8):  # the description of a flag
+        elif not line.startswith(" " * 8):  # lines that start so describe a flag
             sections[-1].append(line.strip())
     message = " ".join(sections[0]).rstrip(".")
     if suggestion := next((s for s in sections if s and s[0].startswith("Perhaps")), None):
@@ -181,7 +181,8 @@ def optional(metavar: str, default: str = "", **options: Any) -> Any:
 
     Args:
         metavar: placeholder of the value in the help.
-        default: what None means, which the help shows as the default; empty to show none.
+        default: what None means; the help shows it as the default. If empty, the help shows no
+            default.
         options: further options of `tyro.conf.arg`.
     """
     hint = f"(default: {default})" if default else ""

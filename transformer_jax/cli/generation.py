@@ -217,7 +217,7 @@ def summarize(
 
 
 def _generate_targets(
-    source: str, texts: Sequence[str], options: dict[str, Any], defaults: dict[str, Any], *,
+    model_name: str, texts: Sequence[str], options: dict[str, Any], defaults: dict[str, Any], *,
     batch_size: int = 16,
 ) -> Iterator[str]:
     """Yields the target of each text. Sources longer than the model's max_length are truncated,
@@ -225,7 +225,7 @@ def _generate_targets(
     from transformer_jax.generation import generate as generate_tokens
     from transformer_jax.pretrained.runs import load_model
 
-    model, params, tokenizer, _ = load_model(source, "seq2seq_lm")
+    model, params, tokenizer, _ = load_model(model_name, "seq2seq_lm")
     check_family(model, "Transformer")
     max_length = model.config.max_length
     options = target_options(model, options, defaults)

@@ -31,7 +31,8 @@ def resolve_columns(
     Args:
         train: the training split.
         config: description of the dataset; its columns take precedence over all others.
-        known: description of the dataset as a known one.
+        known: description of the known dataset that this one is, or is a copy of (see
+            `DatasetConfig.like`); None if there is none.
 
     Raises:
         ValueError: `config.columns` names a field that the task type does not have, a required

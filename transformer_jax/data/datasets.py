@@ -85,7 +85,7 @@ def load_dataset(
         validation_filter: column -> values, as `{"fold": [0]}`: the training rows whose value in
             each of these columns is one of the given values become the validation split.
         seed: seed of all random draws of rows.
-        data_dir: folder of TFDS's data; see `sources.load_tfds`.
+        data_dir: folder of TFDS's data; see `mapped_dataset.load_tfds`.
         download: whether TFDS may download the dataset.
         options: fields of `DatasetConfig`, such as columns={"text": "sentence"}.
 

@@ -43,8 +43,9 @@ class DatasetConfig:
             "question_answering" or "seq2seq"; inferred from the columns if None. A dataset whose
             labels are numbers is a regression if one of them is not an integer.
         columns: field of the example -> column of the data, such as `{"text": "sentence"}`. A dot
-            in the name of a column selects an item of a dict. Several columns, joined by "+" or in
-            a tuple, are joined by spaces for a text, and are the choices for "choices".
+            in the name of a column selects an item of a dict. Several columns are
+            written as "a+b" or as a tuple: a text is then their texts joined by spaces, and
+            "choices" has one choice per column.
         header: column names of .tsv and .csv files without a header line.
         validation_header: the same for the validation file, if its columns differ.
         label_names: label in the data -> name of its class, as `{"1": "neutral", ...}`, in the
@@ -67,6 +68,8 @@ class DatasetConfig:
         on_bad_rows: what to do with rows that have an empty text, an empty label, or an answer that
             is not at its position in the context: "error" raises an error, and "drop" leaves them
             out and counts them. The default is "drop" for known datasets and "error" for others.
+            In multiple choice without `label_names`, rows with an empty label or the label -1
+            count as unlabeled and are always left out.
     """
 
     data: str = "python_docs/topics"

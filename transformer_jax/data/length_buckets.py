@@ -2,9 +2,10 @@
 
 Each batch is padded to the smallest bucket (row length) that fits its longest example. The training
 step is compiled once per bucket. The run is an endless sequence of epochs, each in a new random
-order. `LengthBucketedBatches` have a fixed number of rows: groups of consecutive batches are sorted
-by length, so every example occurs once per epoch, even if the dataset is small. The rows of
-`TokenBudgetBatches` depend on the bucket, so that all batches have about the same number of tokens.
+order. In `LengthBucketedBatches`, all batches have the same number of rows. The examples of several
+consecutive batches are sorted by length together, and none is left out: every example occurs once
+per epoch, even if the dataset is small. In `TokenBudgetBatches`, the number of rows depends on the
+bucket, so that all batches have about the same number of tokens.
 """
 
 import abc
@@ -70,8 +71,8 @@ class BucketedBatches(abc.ABC):
         make_row: `make_row(example, length)` returns a dict of arrays padded or truncated to
             `length`.
         buckets: row lengths in ascending order; longer rows are truncated to the last one.
-        process: index of this process, which receives its slice of every batch, and number of
-            processes.
+        process: `(index, count)`: the index of this process, and the number of processes. Each
+            process receives its slice of every batch.
 
     Raises:
         ValueError: there are no examples, or the buckets are not in ascending order.
@@ -162,8 +163,9 @@ class LengthBucketedBatches(BucketedBatches):
         buckets: row lengths in ascending order; longer rows are truncated to the last one.
         batch_size: global batch size, over all processes.
         seed: seed of the order of the examples and batches.
-        group_size: number of batches in a group, whose examples are sorted by length together. It
-            is reduced to a quarter of an epoch, and to 1 if there is only one bucket.
+        group_size: number of batches in a group, whose examples are sorted by length together. A
+            group has at most a quarter of the batches of an epoch (but at least 1 batch), and 1
+            batch if there is only one bucket.
         process_index: index of this process, which receives its slice of every batch.
         process_count: number of processes.
 

@@ -1,4 +1,4 @@
-"""TFDS and Hugging Face datasets, with random access and with examples as dicts of Python values.
+"""TFDS and Hugging Face datasets, with random access and with examples as dicts.
 
 This module does not import TensorFlow: TFDS reads array_record files without it.
 """

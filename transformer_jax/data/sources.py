@@ -120,13 +120,14 @@ def load_table(
     r"""Loads the rows of a .tsv, .csv or .jsonl file (or .gz of one) or a .parquet file as dicts.
 
     The first line of a .tsv or .csv file has the column names. Quotes are ordinary characters in
-    .tsv files and quote fields in .csv files. Values are str, but JSON values in .jsonl files, and
-    the values of the columns' types in .parquet files. A .txt file is read like a .tsv file.
+    .tsv files and quote fields in .csv files. The values of both are str; those of .jsonl files are
+    JSON values, and those of .parquet files have the types of their columns. A .txt file is read
+    like a .tsv file.
 
-    Only Parquet is read by PyArrow, because its other readers change values without an error:
-    that of CSV joins the rows after an unclosed quote and drops a repeated column, and that of JSON
-    converts texts that look like dates, and large integers to floats, and adds keys that a row
-    does not have.
+    PyArrow reads only the Parquet files, because its readers of other formats change values without
+    an error. Its CSV reader joins the rows after an unclosed quote and drops a repeated column. Its
+    JSON reader converts texts that look like dates to timestamps and large integers to floats, and
+    adds keys that a row does not have.
 
     Args:
         path: the file.

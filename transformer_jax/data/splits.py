@@ -76,8 +76,8 @@ def load_splits(
     Args:
         config: description of the dataset.
         data: a name, a path, or data in memory (see `datasets.load_dataset`).
-        validation: the validation split: a name, a path, or data in memory. None searches for it,
-            except in a dataset library.
+        validation: the validation split: a name, a path, or data in memory. None searches for it.
+            In a dataset library, its name is required unless `train_only` is True.
         train_only: whether to load the training split alone.
         options: `data_dir` and `download` of `mapped_dataset.load_tfds`.
 

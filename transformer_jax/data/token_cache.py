@@ -87,12 +87,12 @@ def tokenize_to_cache(
     shards = []
     for number, begin in enumerate(range(0, len(source), documents_per_shard)):
         end = min(begin + documents_per_shard, len(source))
-        texts = [source[i] for i in range(begin, end)]
-        digest = _digest_texts(texts, text_key)
+        examples = [source[i] for i in range(begin, end)]
+        digest = _digest_texts(examples, text_key)
         stem = folder / f"part-{number:05d}"
         shard = _load_intact_shard(stem)
         if shard is None or (shard["options"], shard["texts"]) != (options, digest):
-            shard = _save_shard(stem, texts, tokenizer, options, digest)
+            shard = _save_shard(stem, examples, tokenizer, options, digest)
             if not quiet:
                 print(f"{folder}: {end:,} of {len(source):,} documents", flush=True)
         shards.append(shard)
@@ -190,12 +190,12 @@ class CachedTokens:
 
 
 def _save_shard(
-    stem: Path, texts: Sequence[Mapping], tokenizer: Tokenizer, options: Mapping[str, Any],
+    stem: Path, examples: Sequence[Mapping], tokenizer: Tokenizer, options: Mapping[str, Any],
     digest: str,
 ) -> dict[str, Any]:
     """Tokenizes and saves a shard, and returns its metadata. The metadata file is written last."""
     try:
-        corpus = tokenize_corpus(texts, tokenizer, text_key=options["text_key"],
+        corpus = tokenize_corpus(examples, tokenizer, text_key=options["text_key"],
                                  eos_id=options["eos_id"],
                                  one_sentence_per_line=options["sentences"])
         tokens, documents, sentences = (corpus.tokens, corpus.document_starts,
@@ -229,9 +229,9 @@ def _load_intact_shard(stem: Path) -> dict[str, Any] | None:
     return shard if is_intact else None
 
 
-def _digest_texts(texts: Sequence[Mapping], text_key: str) -> str:
+def _digest_texts(examples: Sequence[Mapping], text_key: str) -> str:
     digest = hashlib.sha256()
-    for example in texts:
+    for example in examples:
         text = str(example.get(text_key)).encode("utf-8", "surrogatepass")
         digest.update(len(text).to_bytes(8, "little") + text)
     return digest.hexdigest()

@@ -49,12 +49,12 @@ def compute_features(
     Args:
         model: a model with a classifier.
         params: its parameters.
-        batches: batches with "tokens" `[B, T]` (`[B, C, T]` for multiple choice), "weights" `[B]`
-            and other arrays with B rows.
+        batches: batches with "tokens" `[B, T]` (`[B, R, T]` for R choices, or for pairs in R = 2
+            orders), "weights" `[B]` and other arrays with B rows.
 
     Returns:
-        One row for each example, in order, with float32 features `[D]` (`[C, D]` for multiple
-        choice) as "tokens". Padding examples, of weight 0, are left out.
+        One row for each example, in order, with float32 features `[D]` or `[R, D]` as "tokens".
+        Padding examples, of weight 0, are left out.
     """
     rows: list[dict[str, np.ndarray]] = []
     for batch in batches:
@@ -68,7 +68,7 @@ def compute_features(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _features(model: Model, params: PyTree, inputs: dict[str, jax.Array]) -> jax.Array:
-    """Computes features `[B, D]`, or `[B, C, D]` for multiple choice."""
+    """Computes features `[B, D]`, or `[B, R, D]` for R rows per example."""
     batch_shape = inputs["tokens"].shape[:-1]
     flat = {name: value.reshape(-1, *value.shape[len(batch_shape):])
             for name, value in inputs.items()}

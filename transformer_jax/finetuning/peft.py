@@ -89,8 +89,8 @@ def _init_adapter(argument: str, leaves: Leaves, rng: jax.Array) -> Leaves:
             continue
         layer, d_model = f"{match[1]}_adapter", leaf.shape[-1]
         key = jax.random.fold_in(rng, len(added))
-        # Normal with standard deviation 0.01 (Houlsby et al. 2019, section 3.6). The up projection
-        # is zero, so that the adapter starts as the identity.
+        # Normal with standard deviation 0.01, truncated at two of them (Houlsby et al. 2019,
+        # section 3.6). The up projection is zero, so that the adapter starts as the identity.
         added |= {
             f"{layer}/down/kernel": 0.01 * jax.random.truncated_normal(
                 key, -2, 2, (d_model, width), jnp.float32),
@@ -264,7 +264,7 @@ def float32_matrix(leaves: Leaves, layer: str, name: str = "kernel") -> jax.Arra
 
 
 def column_norms(kernel: jax.Array, num_input_axes: int) -> jax.Array:
-    """Returns the Euclidean norm of each output's weights, at least the smallest positive float32.
+    """Returns the Euclidean norm of each output's weights, at least the smallest normal float32.
 
     Args:
         kernel: input axes, then output axes.

@@ -37,7 +37,8 @@ class DecodeOutput(NamedTuple):
         tokens: the prompt (for an encoder-decoder, the start token), then the new tokens, then
             padding. L is the number of columns of the prompts plus `max_new_tokens`.
         lengths: number of tokens of each row, the prompt and the end-of-sequence token included.
-        scores: for beam search, log-probability divided by length ** length_penalty; else None.
+        scores: for beam search, log-probability of the new tokens, divided by their number **
+            length_penalty; else None.
         num_steps: number of forward passes of `model`, the prefill included.
     """
 
@@ -56,7 +57,7 @@ def decode(
     rng: Key[Array, ""] | None = None,
     **options,
 ) -> DecodeOutput:
-    """Decodes a batch of one shape. A pure function, for use in `jit`, `vmap` and `scan`.
+    """Decodes a padded batch. A pure function, for use in `jit`, `vmap` and `scan`.
 
     Args:
         model: GPT or an encoder-decoder.
@@ -145,7 +146,7 @@ def generate(
     assistant_model: tuple[GPT | Transformer, dict] | None = None,
     num_assistant_tokens: int = 5,
     logits_processors: Sequence[LogitsProcessor] = (),
-    streamer: Callable[[Int[np.ndarray, "B"]], None] | None = None,
+    streamer: Callable[[Int[np.ndarray, "N"]], None] | None = None,
     rng: Key[Array, ""] | None = None,
 ) -> Int[np.ndarray, "R T+new"]:
     """Generates continuations of prompts (GPT) or targets for sources (encoder-decoders).
@@ -155,10 +156,11 @@ def generate(
     Face Transformers, and without sampling the tokens are the same. Keys and values are cached, and
     a source is encoded once. Token ids that are None are taken from the model's config.
 
-    Lengths are padded to powers of two. One program is compiled for each combination of padded
-    lengths, number of rows, `do_sample`, `num_beams`, `num_return_sequences` (when sampling),
-    `no_repeat_ngram_size`, `num_assistant_tokens`, `logits_processors` (by identity), and number of
-    end-of-sequence tokens in a beam search; changing other options does not recompile.
+    Lengths are padded to powers of two. One program is compiled for each combination of models,
+    padded lengths, number of rows, `do_sample`, `num_beams`, `num_return_sequences` (when
+    sampling), `no_repeat_ngram_size`, size of `bad_words_ids` (rounded up to powers of two),
+    `num_assistant_tokens`, `logits_processors` (by identity), and number of end-of-sequence tokens
+    in a beam search; changing other options does not recompile.
 
     Args:
         model: GPT or an encoder-decoder.
@@ -187,9 +189,11 @@ def generate(
         suppress_tokens: tokens that are not generated.
         begin_suppress_tokens: tokens that are not generated as the first new token.
         early_stopping: when a beam search stops. True: once there are `num_beams` finished
-            sequences. False: when the best running sequence, scored at its current length, is not
-            better than the finished ones. "never": when it cannot become better at any length.
-        length_penalty: scores of finished sequences are divided by length ** length_penalty.
+            sequences. False: when, in addition, the best running sequence, scored at its current
+            length, is not better than any of them. "never": when it cannot become better at any
+            length.
+        length_penalty: the log-probability of a finished sequence is divided by its number of new
+            tokens ** length_penalty.
         forced_bos_token_id: first token after the decoder start token (encoder-decoders only).
         forced_eos_token_id: last token of a sequence of maximum length.
         decoder_start_token_id: first decoder token; one for all rows, or one for each row.
@@ -205,9 +209,9 @@ def generate(
             sequence that is being decoded, so N is B times the number of beams or samples. In
             `sequences`, `tokens[n, :lengths[n]]` are the tokens of row n so far, with the prompt,
             and `num_new_tokens[n]` is the number of new ones; later slots have other contents.
-            They are applied in order, after the options above that constrain tokens and before
-            `temperature`, `top_k`, `top_p` and `min_p`.
-        streamer: called with each column of new tokens, int32 [B], in order, without the prompts.
+            The functions are applied in order, after the options above that constrain tokens and
+            before `temperature`, `top_k`, `top_p` and `min_p`.
+        streamer: called with each column of new tokens, int32 [N], in order, without the prompts.
         rng: key for sampling.
 
     Returns:

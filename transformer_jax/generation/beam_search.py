@@ -3,10 +3,11 @@
 The algorithm is that of `GenerationMixin._beam_search`. A row is one prompt of the batch. At each
 step, the candidates are the C best continuations of the K running sequences of a row. Candidates
 that end are added to the finished sequences if they are among the first K. The score of a finished
-sequence is its log-probability divided by length ** length_penalty (Wu et al. 2016, "Google's
-Neural Machine Translation System", section 7, without the constant 5). The K best candidates that
-do not end are the next running sequences. C is so large that there are always K such candidates,
-even if the others extend every running sequence by every end-of-sequence token.
+sequence is its log-probability divided by length ** length_penalty, where the length is the number
+of new tokens (Wu et al. 2016, "Google's Neural Machine Translation System", section 7, without the
+constant 5). The K best candidates that do not end are the next running sequences. C is so large
+that there are always K such candidates, even if the others extend every running sequence by every
+end-of-sequence token.
 
 Shape suffixes: B batch, K beams, C candidates, L token slots of a sequence, N = B * K running
 sequences, V vocabulary, M = K * V continuations of a row.
@@ -167,7 +168,7 @@ def start(
 
 
 def step(model, params: dict, state: BeamState, options: DecodingOptions) -> BeamState:
-    """Extends the beams by one token; arguments as for `start`."""
+    """Extends the beams by one token; `params` and the first `state` are results of `start`."""
     positions_N1 = state.sequences.lengths[:, None] - 1
     logits_N1V, cache = decode_step(
         model, params, state.sequences.tokens_at(positions_N1), positions_N1, state.cache)

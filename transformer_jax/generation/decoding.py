@@ -85,8 +85,8 @@ def prefill(
         The float32 logits of the first new token, and the cache.
 
     Raises:
-        ValueError: `source` is missing or the model has no encoder, or `cache_length` is below T or
-            above the model's `max_length`.
+        ValueError: `source` is missing for an encoder-decoder or given for GPT, or `cache_length`
+            is below T or above the model's `max_length`.
 
     Example:
         Greedy decoding of five more tokens in a `scan`:
@@ -172,7 +172,7 @@ class DecodeState(NamedTuple):
         sequences: the tokens of each row; finished rows are not extended.
         is_finished: True at rows with an end-of-sequence token or `max_new_tokens` tokens.
         num_steps: number of forward passes, the prefill included.
-        cache: keys and values of the tokens of each row but the last.
+        cache: keys and values of all tokens of each row except its last token.
     """
 
     sequences: Sequences
@@ -205,7 +205,7 @@ def start(
 def step(
     model: GPT | Transformer, params: dict, state: DecodeState, options: DecodingOptions
 ) -> DecodeState:
-    """Selects the next token of each row; arguments as for `start`."""
+    """Selects the next token of each row; `params` and the first `state` are results of `start`."""
     positions_B1 = state.sequences.lengths[:, None] - 1
     logits_B1V, cache = decode_step(
         model, params, state.sequences.tokens_at(positions_B1), positions_B1, state.cache)
@@ -250,8 +250,8 @@ def _append_next_token(state, logits_BV, options) -> DecodeState:
     return DecodeState(sequences, is_finished_B, state.num_steps + 1, state.cache)
 
 
-# Parameter layout for decoding steps. Old -> new names of int8 parameters: layers with the new
-# names also round their inputs to int8.
+# Name of an int8 parameter -> its name in the layout for decoding steps. Layers whose parameters
+# have the latter names also round their inputs to int8.
 _INT8_NAMES = {"kernel_scale": "kernel_t_scale", "embedding_int8": "embedding_t",
                "embedding_scale": "embedding_t_scale"}
 
@@ -261,10 +261,10 @@ def transpose_kernels_for_decoding(
 ) -> dict:
     """Converts parameters to the decoding layout once, for many calls of `generate`.
 
-    Without this, `generate` converts them in each call. On a CPU, this takes 7 % of the time of
-    decoding 64 tokens with GPT-2, and memory for a second copy of the kernels during the call. The
-    result is for `generate` only: its kernels and embeddings have the compute dtype, and on a CPU
-    kernels are transposed to [out, in].
+    Otherwise, `generate` converts them in each call. On a CPU, the conversion takes 7 % of the time
+    of decoding 64 tokens with GPT-2, and memory for a second copy of the kernels during the call.
+    The result is for `generate` only: its kernels and embeddings have the compute dtype, and on a
+    CPU kernels are transposed to [out, in].
 
     Args:
         model: GPT or encoder-decoder.

@@ -86,7 +86,8 @@ class DecodingOptions:
         min_new_tokens: number of tokens before which no end-of-sequence token is generated.
         pad_token_id: token id that fills rows which are finished.
         is_eos: True at the end-of-sequence tokens.
-        forced_bos: the first new token is forced to be one where this is True; all False for none.
+        forced_bos: True at the only tokens allowed as the first new token; all False if it is not
+            forced.
         forced_eos: likewise for the last token of a sequence of `max_new_tokens` tokens.
         suppressed: True at tokens that are never generated.
         begin_suppressed: True at tokens that are not generated as new token number `begin_index`.
@@ -99,7 +100,7 @@ class DecodingOptions:
         min_p: 0 for no limit.
         length_divisor: beam search only: at index n - 1, n ** length_penalty.
         best_case_divisor: beam search only: at index n - 1, length ** length_penalty for the final
-            length that the stopping rule assumes for a running sequence of n tokens.
+            length that the stopping rule assumes for a running sequence of n new tokens.
         early_stopping: beam search only: stop when all beams of a row are finished, even if better
             ones may follow.
         cache_length: static; number of slots of the KV cache, and of tokens, of each row.
@@ -228,8 +229,8 @@ def forbid_repeated_ngrams(
 ) -> Float[Array, "B V"]:
     """Forbids tokens that would complete an n-gram of `size` tokens for the second time.
 
-    Prompt tokens count (Paulus et al. 2017, "A Deep Reinforced Model for Abstractive
-    Summarization", section 2.5).
+    Paulus et al. 2017, "A Deep Reinforced Model for Abstractive Summarization", section 2.5.
+    N-grams of the prompt count.
     """
     L = sequences.tokens.shape[1]
     num_windows = max(L - size + 1, 0)
@@ -279,8 +280,8 @@ def keep_top_k(
 ) -> Float[Array, "B V"]:
     """Keeps the k tokens with the highest scores, and those that tie with the k-th.
 
-    At least `min_tokens_to_keep` tokens are kept (Fan et al. 2018, "Hierarchical Neural Story
-    Generation", section 5.4).
+    Fan et al. 2018, "Hierarchical Neural Story Generation", section 5.4. At least
+    `min_tokens_to_keep` tokens are kept.
 
     Example:
         >>> import jax.numpy as jnp
@@ -302,9 +303,9 @@ def keep_top_p(
 ) -> Float[Array, "B V"]:
     """Keeps the nucleus: the smallest set of most probable tokens with total probability >= p.
 
-    Tokens that tie with the last one of the set are kept too, and at least `min_tokens_to_keep`
-    tokens are kept (Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration",
-    section 3.1).
+    Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration", section 3.1. Tokens that
+    tie with the last one of the set are kept too, and at least `min_tokens_to_keep` tokens are
+    kept.
 
     Example:
         >>> import jax.numpy as jnp
@@ -328,8 +329,8 @@ def keep_min_p(
 ) -> Float[Array, "B V"]:
     """Keeps tokens whose probability is at least `p` times that of the most probable token.
 
-    At least `min_tokens_to_keep` tokens are kept (Nguyen et al. 2024, "Turning Up the Heat: Min-p
-    Sampling", section 3).
+    Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling", section 3. At least
+    `min_tokens_to_keep` tokens are kept.
     """
     probs_BV = jax.nn.softmax(scores, axis=-1)
     is_low_BV = probs_BV < p * probs_BV.max(-1, keepdims=True)

@@ -66,7 +66,7 @@ def check_token_ids(rows: Sequence[np.ndarray], vocab_size: int, name: str = "ro
         name: name of a row in error messages; "{}" stands for its index.
 
     Raises:
-        ValueError: an id is not an integer or outside the vocabulary.
+        ValueError: an id is outside the vocabulary, or is not an integer.
     """
     for i, row in enumerate(rows):
         row = np.asarray(row)

@@ -155,7 +155,7 @@ def step(
 ) -> DecodeState:
     """Drafts G tokens, verifies them, and appends at least one token to each unfinished row.
 
-    Arguments as for `start`.
+    `params` and the first `state` are results of `start`.
     """
     G, sequences = options.num_draft_tokens, state.sequences
     draft_key, verify_key = jax.random.split(jax.random.fold_in(options.rng, state.num_steps))

@@ -22,7 +22,7 @@ def generate_texts(
         tokenizer: the tokenizer of the model (`data.tokenizers`), which decodes the generated ids.
         rows: token ids of the prompts, or of the sources of an encoder-decoder.
         batch_size: number of rows, of similar lengths, that are decoded together.
-        options: options of `generate`, such as num_beams.
+        options: options of `generate` except num_return_sequences, such as num_beams.
     """
     params = transpose_kernels_for_decoding(model, params)
     texts: dict[int, str] = {}

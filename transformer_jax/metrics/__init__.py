@@ -1,7 +1,8 @@
 """Evaluation metrics, in NumPy.
 
 Classification, regression, entity and calibration metrics are fractions or correlations of at most
-1. BLEU, ROUGE and SQuAD metrics are percentages from 0 to 100, as in their official scripts.
+1, except the mean squared error and the Brier score. BLEU, ROUGE and SQuAD metrics are percentages
+from 0 to 100, as in their official scripts.
 
 | module           | metrics                                                                   |
 |------------------|---------------------------------------------------------------------------|

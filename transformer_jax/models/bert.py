@@ -169,15 +169,15 @@ class BERT(ClassificationHeads):
             positions: the position of each token. If None, it is 0 ... T-1; with a
                 `position_offset` and a `padding_mask`, it is the index of each token among the
                 tokens that are not padding.
-            attention_mask: a mask that broadcasts to `[B, N, T, T]`, beside `padding_mask`: True
-                where a query attends to a key.
+            attention_mask: a mask that broadcasts to `[B, N, T, T]`, in addition to `padding_mask`:
+                True where a query attends to a key.
             deterministic: whether to disable dropout. If False, pass `rngs={"dropout": key}` to
                 `apply`.
             output_attentions: whether to return the attention weights of all layers.
 
         Raises:
-            ValueError: T is larger than `max_length`, or `attention_mask` is not boolean or of
-                another shape.
+            ValueError: T is larger than `max_length`, or `attention_mask` is not boolean or does
+                not broadcast to `[B, N, T, T]`.
         """
         c = self.config
         B, T = tokens.shape

@@ -68,8 +68,9 @@ class Config:
             `nn.attention.dot_product_attention`.
         remat: rematerialization: which activations the backward pass recomputes instead of keeping
             them in memory (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
-            "none" recomputes none; "dots" recomputes all but the results of matmuls; "full"
-            recomputes all activations inside a block, which takes a third more arithmetic.
+            "none" recomputes none; "dots" recomputes all but the products with weight
+            matrices; "full" recomputes all activations inside a block, which takes a third more
+            arithmetic.
         pad_token_id, bos_token_id, eos_token_id: special tokens of a checkpoint, for generation and
             for tasks that need the end of a text. None if the checkpoint does not define them.
 
@@ -188,7 +189,8 @@ class GPTConfig(Config):
             None for all.
         scale_residual_init: whether the initial weights of layers whose output is added to the
             residual stream are divided by sqrt(number of such layers) (GPT-2 paper, section 2.3).
-        classifier_bias: whether the classifier has a bias for the task "classification".
+        classifier_bias: whether the classifier of the task "classification" has a bias; those of
+            other tasks always have one.
     """
 
     activation: str | Callable = "gelu_tanh"

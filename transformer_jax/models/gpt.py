@@ -140,9 +140,9 @@ class GPT(DecoderHeads):
             output_attentions: whether to return the attention weights of all layers.
 
         Raises:
-            ValueError: T is larger than `max_length`, `attention_mask` is not boolean or of
-                another shape, or the cache is combined with `document_ids`, `padding_mask` or a
-                soft prompt.
+            ValueError: T is larger than `max_length`, `attention_mask` is not boolean or does not
+                broadcast to `[B, N, T, S]`, or the cache is combined with `document_ids`,
+                `padding_mask` or a soft prompt.
         """
         c = self.config
         B, T = tokens.shape

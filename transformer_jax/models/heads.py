@@ -37,7 +37,7 @@ def gather_positions(
 def last_token_positions(
     tokens: Int[Array, "B T"], padding_mask: Bool[Array, "B T"] | None
 ) -> Int[Array, "B"]:
-    """Returns the position of the last token of each row that is not padding.
+    """Returns, for each row, the position of its last token that is not padding.
 
     The padding may be on either side. `padding_mask` is True at tokens; None means no padding.
 

@@ -56,7 +56,7 @@ class Seq2SeqOutput(NamedTuple):
 
 
 def shift_right(tokens: Int[Array, "B T"], start_id: int) -> Int[Array, "B T"]:
-    """Returns the decoder inputs for target tokens: `start_id`, then the targets but the last.
+    """Returns the decoder inputs for target tokens: `start_id`, then all targets except the last.
 
     The input at t is the target at t - 1, so the prediction of a token does not depend on it.
 
@@ -142,6 +142,7 @@ class Transformer(DecoderHeads):
         return x_BTD + getattr(self, f"{stack}_position_embed")(positions + c.position_offset)
 
     def _normalize_embeddings(self, stack, x_BTD, deterministic):
+        """Applies dropout to embeddings, after LayerNorm if the config has `embed_norm`."""
         if self.config.embed_norm:
             x_BTD = getattr(self, f"{stack}_embed_norm")(x_BTD)
         return self.embed_dropout(x_BTD, deterministic=deterministic)
@@ -160,15 +161,15 @@ class Transformer(DecoderHeads):
         Args:
             tokens: token ids of the source.
             padding_mask: True at tokens, False at padding; all True if None.
-            attention_mask: a mask that broadcasts to `[B, N, S, S]`, beside `padding_mask`: True
-                where a query attends to a key.
+            attention_mask: a mask that broadcasts to `[B, N, S, S]`, in addition to `padding_mask`:
+                True where a query attends to a key.
             deterministic: whether to disable dropout. If False, pass `rngs={"dropout": key}` to
                 `apply`.
             output_attentions: whether to return the attention weights of all layers.
 
         Raises:
-            ValueError: S is larger than `max_length`, or `attention_mask` is not boolean or of
-                another shape.
+            ValueError: S is larger than `max_length`, or `attention_mask` is not boolean or does
+                not broadcast to `[B, N, S, S]`.
         """
         B, S = tokens.shape
         check_sequence_length(S, self.config.max_length)
@@ -189,7 +190,7 @@ class Transformer(DecoderHeads):
         *,
         encoder_padding_mask: Bool[Array, "B S"] | None = None,
         padding_mask: Bool[Array, "B T"] | None = None,
-        attention_mask: Bool[Array, "B 1 T T"] | None = None,
+        attention_mask: Bool[Array, "B 1 T K"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         cache: dict[str, KVCache] | None = None,
         deterministic: bool = True,
@@ -215,8 +216,8 @@ class Transformer(DecoderHeads):
             output_attentions: whether to return the attention weights of all layers.
 
         Raises:
-            ValueError: T is larger than `max_length`, `attention_mask` is not boolean or of
-                another shape, or `padding_mask` and `cache` are both given.
+            ValueError: T is larger than `max_length`, `attention_mask` is not boolean or does not
+                broadcast to `[B, N, T, K]`, or `padding_mask` and `cache` are both given.
         """
         B, T = tokens.shape
         check_sequence_length(T, self.config.max_length)

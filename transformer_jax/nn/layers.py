@@ -122,7 +122,10 @@ def standardize(x: Float[Array, "... D"], epsilon: float) -> Float[Array, "... D
 
 @backends.dispatched
 def materialize_cotangent(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The identity function, at points whose cotangent several gradients use."""
+    """The identity function, for an `x` whose cotangent is used in several gradients.
+
+    The variant of a backend may store the cotangent, so that it is computed only once.
+    """
     return x
 
 

@@ -4,7 +4,7 @@
 present.
 
 Shape suffixes: B batch, T length, S source length, D d_model, N heads, H head_dim, P length of a
-prefix or prompt.
+prefix or prompt, E added tokens.
 """
 
 from collections.abc import Callable
@@ -21,21 +21,21 @@ from transformer_jax.nn.dropout import dropout
 from transformer_jax.nn.matmul import matmul
 from transformer_jax.nn.quantized import optional_param
 
-# Parameters of a linear layer beside kernel and bias.
+# If a linear layer has one of these parameters, `linear` applies it.
 _LINEAR_PARAMS = ("lora_b", "ia3_input", "ia3_output", *quantized.KERNELS)
 
 
 def modifies(module: nn.Module) -> bool:
-    """Returns whether a linear layer has PEFT parameters or a quantized kernel."""
+    """Returns whether a linear layer has PEFT parameters, or an int8 or transposed kernel."""
     return any(module.has_variable("params", name) for name in _LINEAR_PARAMS)
 
 
 def linear(module: nn.Module, x: Float[Array, "..."], deterministic: bool) -> Float[Array, "..."]:
-    """Applies a `layers.Linear` that has PEFT parameters or a quantized kernel.
+    """Applies a `layers.Linear` that has PEFT parameters, or an int8 or transposed kernel.
 
     IA3 scales inputs or outputs (Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is
-    Better and Cheaper than In-Context Learning", section 3.3); LoRA and DoRA add to the product of
-    inputs and kernel.
+    Better and Cheaper than In-Context Learning", section 3.3); LoRA adds to the product of
+    inputs and kernel, and DoRA also rescales the sum.
     """
     kernel_shape = x.shape[-module.num_contracted_axes :] + module.features
     if (ia3_input := optional_param(module, "ia3_input")) is not None:

@@ -6,8 +6,11 @@ A layer uses these parameters instead of `kernel` or `embedding` whenever they a
 |----------------------------------|-----------------------------|---------------------------------|
 | `kernel_int8`, `kernel_scale`    | `finetuning.quantize`       | int8, a scale for each output   |
 | `embedding_int8`, `..._scale`    | `finetuning.quantize`       | int8, a scale for each row      |
-| `kernel_t`, `kernel_t_scale`     | `generation.kernel_layout`  | [out, in]; with int8, so inputs |
-| `embedding_t`, `..._t_scale`     | `generation.kernel_layout`  | int8, output layer: int8 inputs |
+| `kernel_t`, `kernel_t_scale`     | `generation.decoding`       | transposed to [out, in]         |
+| `embedding_t`, `..._t_scale`     | `generation.decoding`       | as `embedding_int8`             |
+
+If `kernel_t` is int8, its layer also rounds its inputs to int8; so does an output layer with
+`embedding_t`.
 
 Shape suffixes: D input features, F output features, M the product of all leading axes.
 """
@@ -27,7 +30,7 @@ KERNELS = ("kernel_int8", "kernel_t")  # parameters in the place of `kernel`
 
 
 def optional_param(module: nn.Module, name: str) -> Array | None:
-    """Returns a parameter that `init` does not create (PEFT or quantized), or None if absent."""
+    """Returns a parameter that `init` does not create (PEFT, int8, transposed); None if absent."""
     return module.get_variable("params", name) if module.has_variable("params", name) else None
 
 
@@ -95,7 +98,7 @@ class Table(NamedTuple):
 
 
 def table(module: nn.Module, init: Callable, shape: tuple[int, int]) -> Table:
-    """Returns the table of an `layers.Embed`."""
+    """Returns the table of a `layers.Embed`."""
     if (values := optional_param(module, "embedding_t")) is not None:
         return Table(values, optional_param(module, "embedding_t_scale"), True)
     return Table(*weight(module, "embedding", init, shape), None)

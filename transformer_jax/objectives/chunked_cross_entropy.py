@@ -8,7 +8,8 @@ output embedding; the backward pass only multiplies these gradients by the scala
 loss. Memory therefore does not grow with tokens x vocabulary, and no matrix product is computed
 twice.
 
-Shape suffixes: B batch, D d_model, V vocabulary, K tokens of a chunk.
+Shape suffixes: B batch, D d_model, V vocabulary, K tokens of a chunk, W columns of the logits (V
+and padding).
 """
 
 import functools
@@ -148,34 +149,34 @@ def _local_sums_and_grads(label_smoothing, tokens_per_chunk, grad_names, axis_na
         x = jnp.pad(x, [(0, num_chunks * K - num_tokens)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(num_chunks, K, *x.shape[1:])
 
-    embedding_VD = _pad_and_shard_vocab(embedding.astype(dtype))
-    # Gradients of bias and scale are sums over tokens, so their terms are float32.
-    is_float32 = scale is not None or "bias" in grad_names
-    grad_dtype = (jnp.float32 if is_float32 else dtype) if grad_names else None
+    embedding_WD = _pad_and_shard_vocab(embedding.astype(dtype))
+    # The gradient of the logits is float32 if it is multiplied by a scale, or summed for a bias.
+    has_float32_grad = scale is not None or "bias" in grad_names
+    grad_dtype = (jnp.float32 if has_float32_grad else dtype) if grad_names else None
 
     def step(carry, chunk):
         sums, (d_embedding, d_scale, d_bias) = carry
         hidden_KD, targets_K, weights_K = chunk
-        unscaled_KV = jnp.einsum(
-            "KD,VD->KV", hidden_KD, embedding_VD, preferred_element_type=jnp.float32)
-        logits_KV = unscaled_KV if scale is None else unscaled_KV * _pad_and_shard_vocab(scale)
-        *values, d_logits_KV = softmax_cross_entropy_and_grad(
-            logits_KV, bias, targets_K, weights_K, num_classes=V, label_smoothing=label_smoothing,
+        unscaled_KW = jnp.einsum(
+            "KD,WD->KW", hidden_KD, embedding_WD, preferred_element_type=jnp.float32)
+        logits_KW = unscaled_KW if scale is None else unscaled_KW * _pad_and_shard_vocab(scale)
+        *values, d_logits_KW = softmax_cross_entropy_and_grad(
+            logits_KW, bias, targets_K, weights_K, num_classes=V, label_smoothing=label_smoothing,
             dtype=grad_dtype)
         sums = [s + (x * weights_K).sum() for s, x in zip(sums, values)]
         if "bias" in grad_names:
-            d_bias = d_bias + d_logits_KV.sum(0)
+            d_bias = d_bias + d_logits_KW.sum(0)
         if "scale" in grad_names:
-            d_scale = d_scale + (d_logits_KV * unscaled_KV).sum(0)
+            d_scale = d_scale + (d_logits_KW * unscaled_KW).sum(0)
         if grad_names and scale is not None:
-            d_logits_KV = d_logits_KV * _pad_and_shard_vocab(scale)
+            d_logits_KW = d_logits_KW * _pad_and_shard_vocab(scale)
         if "embedding" in grad_names:
             d_embedding = d_embedding + jnp.einsum(
-                "KV,KD->VD", d_logits_KV.astype(dtype), hidden_KD,
+                "KW,KD->WD", d_logits_KW.astype(dtype), hidden_KD,
                 preferred_element_type=jnp.float32)
         d_hidden_KD = None
         if "hidden" in grad_names:
-            d_hidden_KD = jnp.einsum("KV,VD->KD", d_logits_KV.astype(dtype), embedding_VD)
+            d_hidden_KD = jnp.einsum("KW,WD->KD", d_logits_KW.astype(dtype), embedding_WD)
         return (sums, (d_embedding, d_scale, d_bias)), d_hidden_KD
 
     zero_sums = [jnp.zeros((), jnp.float32)] * 3

@@ -114,9 +114,9 @@ def top1_correct(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> F
         [1.0, 0.0]
     """
     target_logits, targets = _target_logits(logits, targets)[..., None], targets[..., None]
-    ranks_below = (logits < target_logits) | (
+    is_not_above = (logits < target_logits) | (
         (logits == target_logits) & (_vocab_iota(logits) >= targets))
-    return ranks_below.all(-1).astype(jnp.float32)
+    return is_not_above.all(-1).astype(jnp.float32)
 
 
 def token_losses(

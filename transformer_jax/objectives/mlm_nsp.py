@@ -52,8 +52,8 @@ def mask_tokens(
         maskable: True at tokens that may be selected: not [CLS], [SEP] or padding.
         vocab_size: random tokens are sampled from `[min_random_id, vocab_size)`.
         mask_id: id of [MASK].
-        max_predictions: length P of the result. At most P tokens are selected, and at least one if
-            any is maskable.
+        max_predictions: length P of the `masked_*` arrays. At most P tokens are selected, and at
+            least one if any is maskable.
         mask_rate: fraction of the maskable tokens to select.
         word_starts: for each id of the vocabulary, whether it begins a word. If given, all subwords
             of a selected word are masked together (whole word masking of BERT's 2019 release).
@@ -167,7 +167,7 @@ def sample_pair(
     random, and as many are added as fit into `max_tokens` together with A.
 
     Args:
-        pairs: the sentences of the corpus.
+        pairs: the sentence ranges of the corpus.
         sentence_range: an item of `pairs`.
         rng: random generator.
         max_tokens: number of tokens of A and B, without special tokens.
@@ -207,7 +207,7 @@ def prepare(
     Args:
         sentence_range: an item of `pairs`.
         rng: random generator of the pair and the masking.
-        pairs: the sentences of the corpus.
+        pairs: the sentence ranges of the corpus.
         length: length T of the row.
         cls_id, sep_id, pad_id: ids of the special tokens.
         short_sequence_rate: fraction of the rows that are truncated to a random shorter length, so

@@ -66,9 +66,10 @@ class Collective(NamedTuple):
 def parse_collectives(text: str) -> list[Collective]:
     """Returns the collectives of a compiled program.
 
-    The trip count of a loop is the bound in its condition. This is correct for `jax.lax.scan`, but
-    not for loops whose trip count depends on data. A TPU program may split one asynchronous
-    collective into several operations with the same channel id; they are counted as one.
+    The trip count of a loop is the one that XLA has written into the text, or else the bound in the
+    condition of the loop. That bound is correct for `jax.lax.scan`, but not for loops whose trip
+    count depends on data. A TPU program may split one asynchronous collective into several
+    operations with the same channel id; they are counted as one.
 
     Args:
         text: HLO text of the program, `compiled.as_text()`.

@@ -157,7 +157,10 @@ def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan
 
 
 def _resolve_attention_impl(config: PlanConfig, devices: Sequence[Any]) -> PlanConfig:
-    """Replaces the attention implementation "auto" by the default of the target platform."""
+    """Replaces the attention implementation "auto" by "splash" if the target is a TPU.
+
+    Other targets are the devices of this machine, for which "auto" selects the implementation.
+    """
     c = config.model
     if c.attention_impl == "auto" and devices[0].platform == "tpu":
         return config._replace(model=c.replace(attention_impl="splash"))
@@ -276,8 +279,9 @@ def _num_masked(length: int) -> int:
 def _per_device_cost(config: PlanConfig, mesh: Mesh) -> tuple[float, float]:
     """(FLOPs, bytes accessed) of a step on one device, extrapolated from models of few layers.
 
-    The cost of a layer is the difference between three and two layers: in a model of one layer, XLA
-    fuses the layer with both the embedding and the output layer, unlike those of deeper models.
+    The cost of a layer is the difference between three and two layers, because in a model of one
+    layer, XLA fuses this layer with both the embedding and the output layer. In deeper models, no
+    layer is fused with both.
     Models of at most three layers are not extrapolated.
 
     To avoid loops, the steps of these models have one microbatch, unrolled layers and unchunked

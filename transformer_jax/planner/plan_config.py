@@ -81,11 +81,11 @@ def enumerate_configs(
         if math.prod(sizes) != num_devices:
             continue
         num_shards = math.prod(mesh.get(axis, 1) for axis in sharding.BATCH_AXES)
-        for policy, steps in itertools.product(remat, accumulate):
+        for policy, num_microbatches in itertools.product(remat, accumulate):
             configs += [
                 PlanConfig(model.replace(remat=policy), mesh, batch_size,
-                           length or model.max_length, steps)
-                for batch_size in batch_sizes or (4 * num_shards * steps,)]
+                           length or model.max_length, num_microbatches)
+                for batch_size in batch_sizes or (4 * num_shards * num_microbatches,)]
     if not configs:
         raise ValueError(f"no mesh of {meshes} has {num_devices} devices; the product of the sizes "
                          "must be the number of devices")

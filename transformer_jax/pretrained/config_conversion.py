@@ -86,7 +86,7 @@ def _add_token_ids(values: dict[str, Any], generation_config: Any) -> None:
     """Updates `values` with the special token ids of generation_config.json.
 
     Ids that only generation uses (`SEQ2SEQ_TOKEN_IDS`) override those of config.json. The others
-    are used only if config.json omits them.
+    are used only if they are None in config.json, or omitted there with a default of None.
     """
     if not isinstance(generation_config, dict):
         raise ValueError(f"generation_config in config.json is {generation_config!r}; it must be "

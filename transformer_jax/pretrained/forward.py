@@ -138,7 +138,8 @@ def _checked_input(model: Model, name: str, value: Array, inputs: dict[str, Arra
             raise ValueError(f"{name} has shape {value.shape}; it must have the shape of "
                              f"{ids_name}, {shape}")
     config = model.config
-    # BERT's position ids are rows of the table, which RoBERTa numbers from its offset.
+    # Position ids of BERT are row indices of the position table. In that of RoBERTa, position 0 has
+    # the row `position_offset`.
     offset = config.position_offset if isinstance(model, BERT) else 0
     num_ids = {"input_ids": config.vocab_size, "decoder_input_ids": config.vocab_size,
                "token_type_ids": getattr(config, "num_segments", 0),
@@ -169,7 +170,7 @@ def _token_outputs(m: Model, hidden_BTD: Array, deterministic: bool) -> dict[str
 
 
 def _attentions(**weights: tuple[Array, ...]) -> dict[str, tuple[Array, ...]]:
-    """Outputs with attention weights; without those that were not requested, which are empty."""
+    """Omits the tuples that are empty because the attention weights were not requested."""
     return {name: layers for name, layers in weights.items() if layers}
 
 
@@ -254,8 +255,8 @@ def _transformer(
 def default_decoder_input_ids(c: TransformerConfig, input_ids: Array) -> Array:
     """Decoder input ids [B, S] for a decoder that reconstructs the source, as in denoising.
 
-    They are the source ids, shifted right after a start token: `decoder_start_token_id`, or for
-    mBART the language token at the end of the source.
+    They are a start token, then the source ids without the last one. The start token is
+    `decoder_start_token_id`, or for mBART the language token at the end of the source.
 
     Args:
         c: the model's config.

@@ -1,8 +1,8 @@
 """Loading and saving of LoRA adapters in the format of Hugging Face PEFT.
 
 An adapter is a folder with adapter_config.json and adapter_model.safetensors. The tensors `lora_A`
-[r, in] and `lora_B` [out, r] of a PEFT module correspond to the PEFT parameters `lora_a` and
-`lora_b` of a layer.
+[r, in] and `lora_B` [out, r] of a module correspond to the parameters `lora_a` [in, r] and `lora_b`
+[r, out] of a layer of this library.
 
 The module c_attn of GPT contains the kernels of three layers: query, key and value. When an adapter
 is loaded, `lora_a` of each layer is the complete A, and `lora_b` is one third of the rows of B.
@@ -302,8 +302,8 @@ def load_peft(folder: str | Path, model: Model, params: PyTree) -> PyTree:
         params: its parameters, without LoRA.
 
     Returns:
-        `params` with the adapter's LoRA parameters added, and with the modules and biases that the
-        adapter stores in full replaced.
+        `params` with the adapter's LoRA parameters added. Modules and biases that the adapter
+        stores in full replace those of `params`.
 
     Raises:
         FileNotFoundError: one of the two files is missing.

@@ -17,14 +17,14 @@ from transformer_jax.train import checkpointing
 
 
 class LoadedRun(NamedTuple):
-    """The model of a training run: the result of `load_run`.
+    """The model of a training run or checkpoint: the result of `load_run` and `load_model`.
 
     Attributes:
         model: the model.
         params: its parameters.
         tokenizer: its tokenizer.
-        label_names: names of the classes of a classifier, in the order of their ids; empty for
-            other models.
+        label_names: names of the classes of a run's classifier, in the order of their ids; empty
+            for other models and for checkpoints.
     """
 
     model: Model
@@ -91,13 +91,13 @@ def load_model(source: str | Path, task: str | None = None, **changes: Any) -> L
 
     Args:
         source: folder of a run, or a checkpoint in the Hugging Face format; see `load_pretrained`.
-        task: task of the head to load from a checkpoint, such as "causal_lm"; None for its own. A
-            run has one head only.
+        task: task of the head to load from a checkpoint, such as "causal_lm"; None for its own.
+            Ignored for a run, which has one head only.
         changes: fields of the model's config to override, such as `dropout_rate=0.0`.
 
     Raises:
         FileNotFoundError: the source does not exist.
-        ValueError: the source has no tokenizer, or no head for the task.
+        ValueError: the source has no tokenizer, or its model family does not support the task.
     """
     if is_run(source):
         run = load_run(source)

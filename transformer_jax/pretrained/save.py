@@ -30,9 +30,9 @@ def save_pretrained(
 ) -> None:
     """Saves a model as a folder that Transformers and `load_pretrained` can load.
 
-    If the model was loaded from a checkpoint, the new checkpoint has the same dtype,
-    generation_config.json and config.json, except for fields that were changed. The model
-    stores them (`hf_config`). Other models are saved in float32.
+    If the model was loaded from a checkpoint, its attribute `hf_config` stores that checkpoint's
+    dtype, config.json and generation_config.json. The new checkpoint has the same ones, except for
+    fields that were changed. Other models are saved in float32.
 
     Args:
         path: the folder, which is created if needed.

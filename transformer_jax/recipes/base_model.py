@@ -78,10 +78,10 @@ def include_new_modules(model: Model, pretrained: dict, trainable: str) -> str:
 
 
 def initial_params(model: Model, pretrained: dict) -> dict:
-    """Returns the pre-trained parameters, with initial values for all others but PEFT parameters.
+    """Returns the model's parameters without PEFT: pre-trained if available, otherwise initial.
 
-    They do not depend on the seed of the run: `finetuning.adapter_io` identifies the base model of
-    an adapter by their fingerprint.
+    The initial values do not depend on the seed of the run, because `finetuning.adapter_io`
+    identifies the base model of an adapter by the fingerprint of these parameters.
     """
     return tree.restore_partial(init_params(model, jax.random.key(0)), pretrained)[0]
 

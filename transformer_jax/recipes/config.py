@@ -61,7 +61,8 @@ class OptimizerConfig:
     Attributes:
         schedule: decay after warm-up: "constant", "linear", "cosine" or "inverse_sqrt".
         peak_lr: learning rate at the end of warm-up.
-        end_lr: learning rate at the end of the decay; unused by "constant".
+        end_lr: learning rate at the end of the decay, or, for "inverse_sqrt", its limit after
+            infinitely many steps; unused by "constant".
         warmup_steps: number of steps of linear warm-up; less than the number of steps of the run.
         weight_decay: rate of decoupled weight decay, which applies to matrices only.
         b2: decay rate of the second-moment estimate.
@@ -107,7 +108,7 @@ class FinetuneOptimizerConfig(OptimizerConfig):
         unfreeze_every: number of updates after which gradual unfreezing makes the next layer, from
             the top down, trainable; None disables gradual unfreezing.
         l2_sp: rate of weight decay toward the pre-trained parameters, which replaces decay toward
-            zero.
+            zero for all but new parameters; None disables it.
         ema: decay rate of an exponential moving average of the trainable parameters, which is
             evaluated and returned instead of their last values.
     """
@@ -151,7 +152,7 @@ class TrainingConfig:
         both_orders: encode each pair of texts in both orders (GPT paper, section 3.3).
         stride: distance in tokens between the starts of consecutive windows over a long context.
         max_question_length: number of tokens to which longer questions are truncated.
-        target_length: maximum number of tokens of a target text.
+        target_length: maximum number of tokens of a target text; for GPT, only of a generated one.
         num_beams: number of beams of the beam search that generates target texts.
         eval_every: number of updates between evaluations on the validation examples; 0 evaluates
             the result only.

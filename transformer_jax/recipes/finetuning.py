@@ -67,8 +67,8 @@ class FinetuneConfig:
         pooling: overrides the input of BERT's classifier: "first" for the pooled first token, or
             "mean" for the mean over all tokens, with which sentence encoders are trained.
         retention_data: text on which the pre-training loss of a checkpoint is measured before and
-            after fine-tuning (`retention`); for a run of this library, its own held-out rows are
-            used instead. None skips the measurement.
+            after fine-tuning (`retention`); for a pre-training run of this library, its own
+            held-out rows are used instead. None skips the measurement.
         mesh: number of devices along each mesh axis.
         seed: seed of the selection of examples, new parameters, data order and dropout.
     """
@@ -139,8 +139,8 @@ def finetune(
     """Fine-tunes a copy of a pre-trained model on labeled data and evaluates it.
 
     If `out` is given, that folder receives checkpoints, from which the same call resumes; the
-    predictions, figures and results; and an adapter, which holds only the trained parameters.
-    Otherwise no files are written.
+    predictions, figures and results; and an adapter, the trained parameters without the base model
+    (`finetuning.adapter_io`). Otherwise no files are written.
 
     Args:
         pretrained: a run's folder, a checkpoint (a folder, an id on the Hugging Face Hub, or

@@ -43,7 +43,7 @@ class FinetunedParams(NamedTuple):
             run: "labels" (number of training examples), "steps", "trained" and "share_trained"
             (number and fraction of trainable parameters), "cut" and "cut_validation" (numbers of
             truncated rows), "seconds" of training, "seconds_per_step" (median); with
-            `keep_best`, "best_step", the step whose parameters these are; and "stopped_early", the
+            `keep_best`, "best_step", the step that `params` is from; and "stopped_early", the
             reason, if the run was stopped early.
         predictions: one line of the prediction file for each validation example.
         history: history of `train.loop.fit`.
@@ -215,7 +215,7 @@ def finetune_params(
 
 
 def main_metric(dataset: LabeledDataset) -> str:
-    """Returns the name of the main metric in the scores; higher is better for all of them."""
+    """Returns the name of the main metric in the scores; higher values are better in every task."""
     return "f1" if dataset.metric == "squad" else dataset.metric
 
 

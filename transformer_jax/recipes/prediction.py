@@ -82,7 +82,8 @@ def predict(
         inputs: one input or a list of inputs, as in the table, or dicts with the columns text,
             text_b, choices, words, question, context or source; a pandas DataFrame or a
             `datasets.Dataset` with these columns; or the path of a .tsv, .csv, .jsonl or .txt file
-            (one text per line). A tuple is one input.
+            (one text per line). A tuple is one input; a list is always a list of inputs, so give a
+            single list of words as `[words]`.
         columns: field of the example -> column of the inputs, such as `{"text": "sentence"}`.
         options: fields of `InputConfig` that override the settings of training, such as
             max_length=256 or num_beams=1.

@@ -38,8 +38,8 @@ class PretrainConfig:
     Attributes:
         model: the config of the model; its vocabulary size is replaced by the tokenizer's.
         objective: "causal_lm", "mlm_nsp" or "denoising".
-        tokenizer: "bpe", "wordpiece" or "chars", trained on the training text with the model's
-            vocab_size; or the folder of a saved tokenizer.
+        tokenizer: "bpe", "wordpiece" or "chars", trained on the training text (the first two with
+            the model's vocab_size); or the folder of a saved tokenizer.
         max_length: number of tokens of a row.
         batch_size: number of rows per step, over all devices.
         num_steps: number of updates.
@@ -48,14 +48,14 @@ class PretrainConfig:
         tokenized_cache_dir: folder in which the tokenized corpus is saved, and from which it is
             loaded if it exists. Tokens are then read from disk on demand, for corpora larger than
             memory, and interrupted tokenization is resumed.
-        document_separator: how text files are split into documents: "blank_line" at blank lines,
-            where each line is a sentence; "newline" at every line end; "file" does not split or
-            change the text.
+        document_separator: how text files are split into documents: "blank_line" at blank lines
+            (each line of a document is then a sentence); "newline" at every line end; "file" does
+            not split or change the text.
         validation_fraction: fraction at the end of the text files that is held out for evaluation.
         mask_rate: fraction of the tokens that masked language modeling predicts.
         whole_word_masking: mask whole words instead of tokens (masked language modeling and
             denoising).
-        noise: settings of the corruption of texts by denoising.
+        noise: how texts are corrupted for the denoising objective.
         sentence_end: end of a sentence within a line, for denoising, such as " . " in tokenized
             text; if empty, each line is one sentence.
         accumulate: number of microbatches whose gradients are accumulated in each step.

@@ -50,7 +50,8 @@ OLD_VALUES = {"document_separator": {"blank_line": "document", "newline": "line"
 """Name of a setting -> its value -> that value in the files of older runs."""
 
 NEW_SETTINGS = {"eval_every": 0, "patience": None, "keep_best": False}
-"""Settings of fine-tuning that older versions do not have -> the values with which they agree."""
+"""Settings of fine-tuning that older versions lack -> the value with which a run is the same as in
+those versions."""
 
 NOT_IDENTITY = {
     "out", "data", "tokenizer", "mesh", "eval_every", "eval_batches", "eval_pairs", "save_every",
@@ -228,7 +229,10 @@ def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_new_settings(settings: Any) -> Any:
-    """Returns settings in JSON types without `NEW_SETTINGS` that have their default values.
+    """Returns settings without those that have the value given in `NEW_SETTINGS`.
+
+    Args:
+        settings: settings in JSON types.
 
     Example:
         >>> without_new_settings([{"batch_size": 8, "eval_every": 0, "keep_best": True}])

@@ -57,7 +57,8 @@ class TranslateConfig:
         train_split: name of the split to train on.
         validation_split: name of the split to evaluate on.
         length_buckets: lengths to which batches are padded; the step is compiled once for each.
-        tokens_per_batch: maximum number of tokens of a batch, including padding, over all devices.
+        tokens_per_batch: maximum number of source tokens, and also of target tokens, of a batch,
+            including padding, over all devices.
         label_smoothing: probability mass that is distributed uniformly over the vocabulary.
         accumulate: number of microbatches whose gradients are accumulated in each step.
         optimizer: AdamW and its learning-rate schedule.
@@ -189,7 +190,7 @@ def train_tokenizer(config: TranslateConfig, texts: Sequence[dict]) -> tokenizer
 def pair_batches(
     config: TranslateConfig, texts: Sequence[dict], tokenizer: tokenizers.Tokenizer, mesh: Mesh
 ) -> TokenBudgetBatches:
-    """Tokenizes pairs and returns batches of at most `config.tokens_per_batch` tokens."""
+    """Tokenizes pairs and returns batches of at most `config.tokens_per_batch` tokens per side."""
     sides = [tokenizer.encode_batch([pair[side] for pair in texts])
              for side in ("source", "target")]
     ids = [{"source": s, "target": t} for s, t in zip(*sides)]

@@ -39,7 +39,7 @@ class InputConfig(NamedTuple):
         both_orders: whether each pair of texts is encoded in both orders (GPT paper, section 3.3).
         stride: distance in tokens between the starts of consecutive windows over a long context.
         max_question_length: number of tokens to which longer questions are truncated.
-        target_length: maximum number of tokens of a target text.
+        target_length: maximum number of tokens of a target text; for GPT, only of a generated one.
         num_beams: number of beams of the beam search that generates target texts.
     """
 
@@ -154,9 +154,9 @@ class TaskEncoder(abc.ABC):
     ) -> LengthBucketedBatches:
         """Returns batches of rows of similar lengths.
 
-        The step is compiled once for each length bucket. To limit the time of compilation, there is
-        at most one bucket per 64 steps; for a single pass over the items (`num_steps` is None),
-        which has no backward pass and compiles faster, one per 4 batches; and at most 8.
+        The step is compiled once for each length bucket. To limit the time of compilation, there
+        are at most 8 buckets, and at most one per 64 steps. A single pass over the items
+        (`num_steps` is None) has no backward pass and compiles faster: at most one per 4 batches.
 
         Args:
             items: items from `encode`.
@@ -240,7 +240,8 @@ def cache_features(params: dict, data: EncodedDataset) -> list[dict]:
     Runs that train only the head use them instead of evaluating the body in every step.
 
     Returns:
-        The rows of the items, in order; the entry "tokens" of each holds its features `[D]`.
+        The rows of the items, in order; the entry "tokens" of each holds its features `[D]`, or
+        `[R, D]` for R choices or R = 2 orders.
     """
     encoder = data.encoder
     batches = encoder.batches(data.train, batch_size=PREDICT_BATCH_SIZE).evaluation_batches()

@@ -1,6 +1,6 @@
 """Building blocks of an HTML page without external files: tables, figures, number formats.
 
-Functions that return HTML escape the text in their arguments, except `Html`.
+If a function returns HTML, it escapes the text in its arguments, unless that is `Html`.
 """
 
 import base64

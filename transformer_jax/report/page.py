@@ -30,7 +30,7 @@ from transformer_jax.report.summary import (
 )
 
 CURVE_SIZE = (5.2, 3.2)  # inches
-# Columns of the history that are not plotted: no metrics of the model, or constant.
+# Columns of the history that are not plotted: they are constant, or no metrics of the model.
 _HIDDEN = {"step", "seconds", "compilations", "seconds_per_step", "host_share",
            "data_wait_fraction", "skipped"}
 _LOSSES = ("loss", "nll", "nats")

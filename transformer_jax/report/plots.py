@@ -104,7 +104,7 @@ def attention(
     title: str = "",
     cell_size: float = 0.24,
 ) -> Path:
-    """Plots attention weights side by side: row t is the distribution over keys of query token t.
+    """Plots attention weights side by side: row t has the weights of query token t over the keys.
 
     Args:
         path: the PNG.

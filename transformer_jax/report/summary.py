@@ -32,7 +32,7 @@ NAMES = {
     "held_out_before": "pre-training loss before", "held_out_after": "pre-training loss after"}
 """Name in results.json -> name in the report, if it differs by more than underscores."""
 # Numbers in the results of a fine-tuning run that are not scores.
-_RUN_FIGURES = {
+_NOT_SCORES = {
     "labels", "steps", "trained", "share_trained", "cut", "cut_validation", "seconds",
     "seconds_per_step", "held_out_before", "held_out_after", "host_share", "data_wait_fraction"}
 MAX_TILES = 6
@@ -280,7 +280,7 @@ def _loss_first(name: str) -> tuple:
 
 def _finetuning_results(metrics: Mapping[str, Any]) -> Iterator[markup.Tile]:
     for name, value in metrics.items():
-        if isinstance(value, int | float) and name not in _RUN_FIGURES:
+        if isinstance(value, int | float) and name not in _NOT_SCORES:
             yield markup.Tile(display_name(name), value)
     if calibration := metrics.get("calibration"):
         yield markup.Tile(display_name("ece"), calibration["ece"])
@@ -359,7 +359,7 @@ def _optimizer(optimizer: Mapping[str, Any]) -> str:
 
 
 def flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """Returns the values of nested dicts by dotted name; lists of dicts are left out.
+    """Returns the values of nested dicts by dotted name; lists of dicts or of lists are left out.
 
     Example:
         >>> flatten({"held_out": {"loss": 2.5}, "rows": [{"step": 1}], "seeds": [0, 1]})

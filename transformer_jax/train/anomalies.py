@@ -6,7 +6,7 @@ losses. The batch of an anomalous step is saved in the checkpoint directory, and
 one of these actions:
 
     stop      raise an error, without saving another checkpoint
-    skip      discard the update and increment only the step counter, which happens on the device
+    skip      discard the update (on the device) and increment only the step counter
     rollback  restore the last checkpoint and continue with the batches after the anomalous one
               (Chowdhery et al. 2022, "PaLM", section 5.1)
     record    only log the step and save its batch
@@ -47,7 +47,7 @@ class AnomalyPolicy(NamedTuple):
     on_spike: str = "record"  # action on a loss spike: stop, skip, rollback or record
     spike: float | None = None  # threshold in standard deviations; None disables spike detection
     window: int = 100  # number of normal losses in the mean and the standard deviation
-    patience: int = 5  # stop after more than this many consecutive anomalous steps, or rollbacks
+    patience: int = 5  # stop above this many consecutive anomalous steps, or rollbacks in total
 
     def check(self) -> None:
         """Validates the fields.
@@ -112,7 +112,7 @@ def skip_bad_updates(train_step: Callable, policy: AnomalyPolicy) -> Callable:
 
     Args:
         train_step: a function from `train.step.make_train_step`.
-        policy: the anomalies for which its action is "skip" are discarded.
+        policy: updates are discarded for the anomalies on which its action is "skip".
 
     Returns:
         `guarded_step(state, batch, rng, spike_threshold) -> (state, metrics)`, where a loss above
@@ -165,7 +165,7 @@ class AnomalyDetector:
         return statistics.fmean(losses) + self.policy.spike * statistics.pstdev(losses)
 
     def step_args(self, step: int) -> tuple[np.float32, ...]:
-        """Returns the last arguments of a step from `skip_bad_updates`."""
+        """Returns the arguments that a step from `skip_bad_updates` takes after `rng`."""
         return (np.float32(self.spike_threshold(step)),) if self.policy.skips else ()
 
     def update(self, step: int, metrics: dict[str, float]) -> Anomaly | None:
@@ -233,7 +233,7 @@ def save_batch(folder: str | Path | None, step: int, batch: PyTree, kind: str = 
         A clause for messages that states where the batch is.
     """
     if folder is None:
-        return f"it was batch {step} of the run"
+        return f"the batch was number {step} of the run"
     host = f"_host{jax.process_index()}" if jax.process_count() > 1 else ""
     file = Path(folder) / f"{kind}_batch_step{step}{host}.npz"
     file.parent.mkdir(parents=True, exist_ok=True)

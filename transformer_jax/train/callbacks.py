@@ -50,7 +50,7 @@ class Logging(Callback):
     """Adds rows with the metrics of a step, the throughput and the data wait to the history.
 
     A row has "step", the metrics of the step, the number of "compilations" since the start of the
-    call, and averages since the previous row, without the time of compilation, evaluation and
+    call, and averages since the previous row, without the time of the first step, evaluations and
     saving: "seconds_per_step", "data_wait_fraction" (an upper bound of the fraction of the time in
     which the devices waited for a batch) and, if the number of tokens is known,
     "tokens_per_second". Anomalous steps and step `num_steps` always have a row.
@@ -322,8 +322,9 @@ class EarlyStopping(_BestMetric):
 class KeepBest(_BestMetric):
     """Keeps the parameters of the best evaluation; of equal ones, the last.
 
-    If the run saves checkpoints, each improvement is saved; let the `Checkpointer` keep it with
-    keep_best=(metric, mode). Otherwise a copy of the parameters is held in device memory.
+    If the run saves no checkpoints, a copy of the parameters is held in device memory. Otherwise
+    each improvement is saved as a checkpoint; pass keep_best=(metric, mode) to the `Checkpointer`,
+    so that it keeps the best one.
 
     Args:
         metric: the name of a metric of the evaluation.

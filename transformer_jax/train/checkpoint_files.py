@@ -38,7 +38,7 @@ def saved_steps(root: Path) -> list[int]:
 
 
 def quarantine_incomplete(directory: str | Path, after: int = -1) -> None:
-    """Renames checkpoints that are not resumed from, and deletes temporary files of aborted saves.
+    """Renames the checkpoints after a step, and deletes temporary files of aborted saves.
 
     When training resumes from step `after`, all later checkpoints are corrupted or incomplete. Each
     of them is renamed to "<step>.damaged", or "<step>.damaged-<n>" if that exists, so that the step
@@ -72,8 +72,8 @@ def verified_checkpoint_path(directory: str | Path, step: int | None) -> Path:
 
     Raises:
         FileNotFoundError: the directory, or a checkpoint of that step, does not exist.
-        ValueError: the checkpoint of that step is corrupted, or all checkpoints are if the step is
-            None.
+        ValueError: the checkpoint of that step is corrupted; or, if `step` is None, every
+            checkpoint is.
     """
     path = checkpoint_path(directory, step)
     if jax.process_count() == 1:

@@ -104,14 +104,17 @@ class Checkpointer:
         """Restores the last checkpoint that is not corrupted, if there is one.
 
         Args:
-            state: the initial state, for structure and shardings; returned without a checkpoint.
-            rng: the random key of the run; returned without a checkpoint.
+            state: the initial state, for structure and shardings; returned if there is no
+                checkpoint.
+            rng: the random key of the run; returned if there is no checkpoint.
             stateful: objects by the names of their states in the checkpoint; they are restored too.
             before: restores the last checkpoint before this step, and leaves the directory
-                unchanged. Otherwise, checkpoints that are not resumed from are renamed.
+                unchanged. By default, later checkpoints, which are corrupted or incomplete, are
+                renamed.
 
         Raises:
-            ValueError: the checkpoint does not match the state, or has other metadata.
+            ValueError: the checkpoint does not match the state, has other metadata, or is corrupted
+                and `before` is given; or every checkpoint is corrupted.
         """
         if not self.is_active:
             return state, rng
@@ -153,7 +156,8 @@ class Checkpointer:
         Args:
             state: its arrays are copied to the host before this method returns.
             rng: the random key of the run.
-            stateful: objects by the names of their states in the checkpoint; None is not saved.
+            stateful: objects by the names of their states in the checkpoint; a state that is None
+                is not saved.
             metrics: the metrics of an evaluation of `state`, if there was one.
 
         Raises:

@@ -14,9 +14,9 @@ and digests.json, a manifest of its files with their SHA-256 (`transformer_jax.s
 Arrays are restored with the shardings of a given abstract state, so a checkpoint saved on eight
 devices can be restored on one, and vice versa. All other items are JSON; nothing is pickled.
 Orbax gives a checkpoint its final name only after all of its files are on disk, and the manifest is
-written last, so a process that is killed while saving leaves nothing that counts as a complete
-checkpoint. Restoring verifies the files against the manifest and falls back to the previous step if
-one is corrupted.
+written last. A checkpoint without a manifest counts as incomplete, unless no checkpoint of the
+directory has one (`checkpoint_files.saved_steps`). Restoring verifies the files against the
+manifest and falls back to the previous step if one is corrupted.
 """
 
 import math
@@ -141,9 +141,9 @@ def save(
         The save, which is complete if `wait` is True.
 
     Raises:
-        ValueError: the step is saved already, `keep` is below 1, the metric of `keep_best` is not
-            in `metrics`, its second item is not "min" or "max", or `data_state` or `metadata`
-            contains a value that JSON cannot represent.
+        ValueError: the step is saved already, `keep` is below 1, there are metrics but not that of
+            `keep_best`, the second item of `keep_best` is not "min" or "max", or `data_state` or
+            `metadata` contains a value that JSON cannot represent.
         SaveError: the directory is not writable or has too little free space.
 
     Example:
@@ -182,7 +182,7 @@ def save(
 
 
 def check_best(best: str, name: str = "best") -> None:
-    """Raises ValueError if `best`, the option `name`, is neither "min" nor "max"."""
+    """Raises ValueError if `best`, the value of the option `name`, is not "min" or "max"."""
     if best not in ("min", "max"):
         raise ValueError(f"{name} is {best!r}; it must be 'min' or 'max'")
 

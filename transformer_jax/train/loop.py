@@ -136,8 +136,9 @@ def fit(
 
     Raises:
         Preempted: a signal was received, and a checkpoint was saved. A subclass of SystemExit.
-        BadStepError: a loss or gradient norm is not finite, or a loss is a spike, and the policy is
-            to stop or to roll back before the first checkpoint. No later checkpoint was saved.
+        BadStepError: a loss or gradient norm is not finite, or a loss is a spike, and the action is
+            "stop"; or it is "rollback" and no checkpoint exists yet; or the `patience` of the
+            policy is exceeded. No later checkpoint was saved.
         ValueError: an argument is out of range, the batches end early, or the checkpoint is of
             another run; see also `CompiledStep`.
         OSError: a checkpoint could not be saved, or another run uses the directory.

@@ -39,7 +39,7 @@ def make_schedule(
         constant                      peak_lr
         linear                        end_lr + (peak_lr - end_lr) (1 - p)
         cosine                        end_lr + (peak_lr - end_lr) (1 + cos(pi p)) / 2
-        inverse_sqrt                  end_lr + (peak_lr - end_lr) sqrt(warmup_steps / n)
+        inverse_sqrt                  end_lr + (peak_lr - end_lr) sqrt(max(warmup_steps, 1) / n)
 
     where p = (step - warmup_steps) / (num_steps - warmup_steps), at most 1. The first update
     therefore has a learning rate above 0, and without warm-up it has exactly `peak_lr`.
@@ -118,8 +118,8 @@ class FinetuningOptions:
             `head_pattern`.
         head_pattern: a regular expression; by default the classifier.
         unfreeze_every: gradual unfreezing: number of updates after which one more layer is
-            unfrozen, from the top layer down. The schedule and `ema` also count updates in which a
-            layer is still frozen.
+            unfrozen, from the top layer down. The schedule and the average of `ema` also advance in
+            updates in which a layer is still frozen.
         l2_sp: strength of the decay of parameters, including biases, toward their values at `init`.
             Parameters whose path matches `new_pattern` have weight decay instead. None disables it.
         new_pattern: a regular expression; by default the classifier and the PEFT parameters.

@@ -19,7 +19,7 @@ HistoryRow = dict[str, float]
 class StepResult(NamedTuple):
     """A completed step, with its metrics on the host."""
 
-    step: int  # counted from 1: the number of updates after this step
+    step: int  # counted from 1: the number of updates up to and including this step
     batch: PyTree
     metrics: dict[str, float]
     anomaly: Anomaly | None = None
@@ -31,12 +31,15 @@ class Run:
     Attributes:
         num_steps: the total number of updates.
         start: the number of updates before this call.
-        step: the number of the last step that was dispatched to the devices.
-        state: the train state after that step. The next step donates it: copy what you keep.
+        step: the number of the last step that was dispatched to the devices; in `on_batch`, of the
+            step that is dispatched next.
+        state: the train state after the last dispatched step. The next step donates it: copy what
+            you keep.
         mesh: the device mesh, or None.
         checkpoint: the `Checkpointer`; its directory is None if no checkpoints are saved.
         history: the rows so far.
-        data_wait_seconds: how long the devices were idle while the last batch was fetched.
+        data_wait_seconds: an upper bound of the time in which the devices were idle while the last
+            batch was fetched.
         stop_reason: why the run stops after the current step; None if it continues.
         save_requested: whether a checkpoint is saved after the current evaluation.
     """
@@ -90,7 +93,10 @@ class Run:
         return self.step >= self.num_steps or self.stop_reason is not None
 
     def is_due(self, action: Any) -> bool:
-        """Whether an evaluation or a checkpoint, or None, is due after the current step."""
+        """Whether an evaluation or a checkpoint is due after the current step.
+
+        At the end of the run, the result is always True, even if `action` is None.
+        """
         every = getattr(action, "every", 0)
         return self.is_last or (every > 0 and self.step % every == 0)
 
@@ -142,7 +148,7 @@ class Callback:
         """Called before the first step, after a checkpoint was restored."""
 
     def on_batch(self, run: Run) -> None:
-        """Called when a batch was fetched, before `run.step` is dispatched."""
+        """Called when a batch was fetched, before step number `run.step` is dispatched."""
 
     def on_step(self, run: Run, result: StepResult) -> None:
         """Called when the metrics of a step are known; the next step may be running already."""

@@ -124,10 +124,10 @@ def _compute_grads(
     loss_fn: LossFn, axis_name: str | None, trainable_params: PyTree, frozen_params: PyTree,
     batch: PyTree, rng: Any, weights: dict | None = None,
 ):
-    """Returns (grads, (sums, weights, metrics)) of these rows, not summed over devices.
+    """Returns (grads, (sums, weights, metrics)) of the rows of `batch`, not summed over devices.
 
-    `weights` are the total weights to divide by. None computes them from these rows, which must
-    then be all rows of the device.
+    `weights` are the total weights to divide by. None computes them from `batch`, which must then
+    contain all rows of the device.
     """
 
     def objective(trainable_params: PyTree) -> tuple[jax.Array, tuple]:

@@ -137,9 +137,9 @@ def scale_by_path(factors: Callable[[PyTree], PyTree]) -> optax.GradientTransfor
 def unfreeze_steps(params: PyTree, every: int) -> PyTree:
     """Returns the number of the update at which each parameter is unfrozen (ULMFiT, section 3.3).
 
-    The trainable parameters of the greatest depth, usually those above the layers, are unfrozen at
-    update 0. Then one more layer is unfrozen every `every` updates, from the top down, and the
-    embeddings last. Layers without trainable parameters are skipped.
+    Updates are numbered from 0. The trainable parameters of the greatest depth, usually those above
+    the layers, are unfrozen at update 0. Then one more layer is unfrozen every `every` updates,
+    from the top down, and the embeddings last. Layers without trainable parameters are skipped.
 
     Example:
         >>> unfreeze_steps(
@@ -185,7 +185,7 @@ def gradual_unfreezing(
 ) -> optax.GradientTransformation:
     """Unfreezes one more layer, from the top down, every `every` updates (ULMFiT, section 3.3).
 
-    The t-th update of a parameter that is unfrozen at update s (`unfreeze_steps`) is
+    Update t, counted from 0, of a parameter that is unfrozen at update s (`unfreeze_steps`) is
 
         0                             if t < s
         inner(clip(g_t, clip_norm))   if t >= s

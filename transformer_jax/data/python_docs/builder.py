@@ -95,7 +95,7 @@ def load(config: str, split: str, data_dir: str | Path | None = None) -> MappedD
         config: "documents" with the features "name" and "text", "topics" with "text" and "label",
             or "summaries" with "body" and "summary".
         split: "train", "validation" or "test".
-        data_dir: folder of the built dataset; see `build`.
+        data_dir: where the folder of the dataset is created; see `build`.
 
     Raises:
         ValueError: unknown config or split.

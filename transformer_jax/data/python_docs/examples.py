@@ -9,7 +9,8 @@ from transformer_jax.data.python_docs import extract, prose
 SPLITS = ("train", "validation", "test")
 
 # Shares of (validation, test); the rest is the train split. Few documents are held out because the
-# corpus is small; many topics and summaries are, so that differences in accuracy are measurable.
+# corpus is small. More examples of `topics` and `summaries` are held out, so that differences in
+# accuracy are measurable.
 DOCUMENT_SHARES = (0.05, 0.05)
 EXAMPLE_SHARES = (0.15, 0.25)
 
@@ -29,7 +30,7 @@ TOPICS = {
     "web": ("http", "urllib", "webbrowser", "wsgiref", "xmlrpc"),
     "xml": ("html", "plistlib", "xml"),
 }
-MAX_PER_TOPIC = 300  # keeps the accuracy of the majority class low
+MAX_PER_TOPIC = 300  # keeps the accuracy of always predicting the largest class low
 MIN_TEXT_WORDS = 5
 MIN_BODY_WORDS = 20
 MIN_SUMMARY_WORDS = 3

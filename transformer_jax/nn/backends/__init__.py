@@ -1,7 +1,7 @@
 """Faster implementations of operations for single backends, and the selection between them.
 
-An operation is a function that is written as in the papers: its reference implementation. It is
-decorated with `dispatched`. `VARIANTS` lists its faster implementations, which have the same
+The reference implementation of an operation is a function that is written as in the papers, and
+decorated with `dispatched`. `VARIANTS` lists the faster implementations, which have the same
 signature and equal the reference in value and gradient, up to rounding. The first variant that
 supports the arguments is called, and the reference if there is none. `use("reference")` switches
 all variants off, for debugging and for tests; so does the environment variable

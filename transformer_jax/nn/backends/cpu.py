@@ -49,9 +49,10 @@ def blockwise_attention(
 
 
 def supports_blocks(query, key, value, mask: Any, *, return_weights: bool = False, **_) -> bool:
-    """Returns whether `blockwise_attention` applies: on a CPU, to causal rows of 256 or more.
+    """Returns whether `blockwise_attention` applies: on a CPU without a mesh, to causal rows.
 
-    The number of tokens must be divisible by the number of blocks, and the weights not requested.
+    Rows must have at least 256 tokens, and a number of tokens that is divisible by the number of
+    blocks. Weights must not be requested.
     """
     return (is_default() and xla.has_no_mesh() and not return_weights
             and num_query_blocks(mask, query.shape[1], key.shape[1]) > 1)

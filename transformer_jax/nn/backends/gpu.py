@@ -44,7 +44,7 @@ def cudnn_attention(
     """`attention.dot_product_attention` by the flash attention of cuDNN (Dao et al. 2022).
 
     It never stores attention weights. The causal and sliding-window parts of `mask` are passed as
-    flags, all other parts as booleans `[B, 1, T, S]`, shared by all heads.
+    flags, all other parts as booleans `[1 or B, 1 or N, T, S]`.
     """
     T, S = query.shape[1], key.shape[1]
     dense_mask = mask.replace(causal=False, attention_window=None).to_dense(T, S)
@@ -125,8 +125,8 @@ def softmax_cross_entropy_and_grad(
     a running maximum (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax",
     algorithm 3), and once for the gradient. This takes 5.7 ms.
 
-    Args as of the reference; `interpret` runs the kernel in the interpreter of Pallas, for tests
-    without a GPU.
+    The arguments are those of the reference; `interpret` runs the kernel in the interpreter of
+    Pallas, for tests without a GPU.
 
     Example:
         >>> out = softmax_cross_entropy_and_grad(

@@ -28,7 +28,7 @@ def splash_attention(
     attention weights. On a mesh, each device computes its own rows, heads and queries.
 
     On platforms other than TPUs the Pallas kernel is interpreted, for tests. A program that is
-    compiled ahead of time for a TPU on another platform contains the compiled kernel.
+    compiled for TPUs ahead of time, even on another platform, contains the compiled kernel.
     """
     segment_ids = _segment_ids(query, key, mask)
     query = query * query.shape[-1] ** -0.5

@@ -31,7 +31,7 @@ def attention(
     query_BTNH, key_BSNH, value_BSNH, mask: Any, *, attention_impl: str = "auto",
     dropout_rate: float = 0.0, dropout_rng: Array | None = None, return_weights: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"] | None]:
-    """`attention.dot_product_attention`, with the heads before the tokens and one division less.
+    """`attention.dot_product_attention`, with the axis N before T and S, and a smaller division.
 
     The denominator of the softmax divides the weighted sum instead of the weights, which saves one
     write and one read of an array `[T, S]`.
@@ -49,7 +49,7 @@ def attention(
 def dropout_factors(
     shape: tuple[int, int, int, int], rate: float, rng: Array | None
 ) -> Float[Array, "B N T S"] | None:
-    """Returns the factors of dropout on attention weights: 0 or 1 / (1 - rate); None without."""
+    """Returns the factors of dropout on attention weights, 0 or 1 / (1 - rate); None if off."""
     if rng is None or not rate:
         return None
     return jnp.where(keep_mask(rng, shape, rate), 1 / (1 - rate), 0)
@@ -110,8 +110,8 @@ def matmul_transposed(
 def closed_form_standardize(process_statistics: Callable = lambda statistics: statistics):
     """Returns `layers.standardize` with a derivative in closed form.
 
-    The derivative is self-adjoint, so the backward pass is the same formula, and it saves only two
-    arrays. For the derivative that autodiff would produce, XLA creates strided copies.
+    The derivative is self-adjoint, so the backward pass is the same formula, and needs only two
+    saved arrays. For the derivative that autodiff would produce, XLA creates strided copies.
 
     Args:
         process_statistics: applied to mean and inverse standard deviation.
