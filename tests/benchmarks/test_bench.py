@@ -19,8 +19,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_measurements_of_a_case(monkeypatch, name):
     monkeypatch.setattr(bench, "CASES", CASES)
-    monkeypatch.setattr(bench.throughput, "matmul_flops_per_second", lambda dtype: 1e9)
-    monkeypatch.setattr(bench.throughput, "memory_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(bench.chips, "matmul_flops_per_second", lambda dtype: 1e9)
+    monkeypatch.setattr(bench.chips, "memory_bandwidth", lambda: 1e9)
     line = bench.time_case(name, bench.BenchConfig(rounds=2, dropout_rate=0.1))
     case = CASES[name]
     tokens = case.batch_size * (case.target_length if case.work == "decode"

@@ -207,7 +207,7 @@ def test_which_split_of_a_dict_is_the_validation_split():
     matched = {"train": splits["train"], "validation_matched": splits["test"]}
     assert validation(matched) == "test"
     matched["validation_mismatched"] = splits["other"]
-    with pytest.raises(ValueError, match="several splits with the word validation in their names"):
+    with pytest.raises(ValueError, match="has 2 splits with the word validation in their names"):
         load_dataset(matched)
     assert validation(matched, validation="validation_mismatched") == "other"
     assert validation(splits["train"], validation={"test": splits["test"]}) == "test"

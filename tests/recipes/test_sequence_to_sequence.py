@@ -39,6 +39,9 @@ def test_a_few_steps_of_every_config(name, tmp_path):
     # A finished run is not trained again.
     again = train_translation(config)["metrics"]
     assert again["history"] == [] and again["bleu"] == results["bleu"]
+    # Its predictions are those of the run: same beams, length penalty and source length.
+    found = predict(tmp_path / "run", [json.loads(line)["source"] for line in lines])
+    assert [x["text"] for x in found] == [json.loads(line)["translation"] for line in lines]
     (translation,) = predict(tmp_path / "run", "one two three", num_beams=1)
     assert isinstance(translation["text"], str)
 

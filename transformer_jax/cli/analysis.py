@@ -46,12 +46,13 @@ def convert(
         model: folder of a run or a checkpoint, or an id on the Hugging Face Hub.
         out: output folder.
         task: head of a checkpoint to convert, such as causal_lm, masked_lm, seq2seq_lm or
-            classification; by default, that of its config.json. Not used for a run, which has one
-            head.
+            classification; by default, that of its config.json. A run has one head only.
     """
     from transformer_jax.pretrained import load_pretrained, save_pretrained
     from transformer_jax.pretrained.runs import is_run, load_run
 
+    if is_run(model) and task is not None:
+        raise ValueError(f"task is {task}, but {model} is a run, which has one head; omit --task")
     found = load_run(model) if is_run(model) else load_pretrained(model, task)
     save_pretrained(out, found.model, found.params, found.tokenizer)
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

@@ -145,7 +145,7 @@ def _validation_table(data: Any) -> Split:
 def _find_validation(data: Mapping[str, Any], name: str) -> str | None:
     exact = next((word for word in VALIDATION_WORDS if word in data), None)
     return exact or _find_name([key for key in data if isinstance(key, str)], VALIDATION_WORDS,
-                               f"{name} has several splits", "give one of them as validation")
+                               name, "splits", "give one of them as validation")
 
 
 def from_table(table: Any, name: str) -> Split:
@@ -274,12 +274,14 @@ def _tables(folder: Path) -> list[Path]:
 
 def _find_file(folder: Path, words: Sequence[str]) -> Path | None:
     """Returns the table in a folder with one of these words in its name, or None."""
-    name = _find_name([file.name for file in _tables(folder)], words, f"{folder} has {{}} tables",
+    name = _find_name([file.name for file in _tables(folder)], words, str(folder), "tables",
                       "give the path of one file")
     return None if name is None else folder / name
 
 
-def _find_name(names: Sequence[str], words: Sequence[str], subject: str, fix: str) -> str | None:
+def _find_name(
+    names: Sequence[str], words: Sequence[str], owner: str, kind: str, fix: str
+) -> str | None:
     """Returns the name with one of these words in it, or None.
 
     Words in a name are delimited by characters other than letters. The words are searched in order,
@@ -291,8 +293,8 @@ def _find_name(names: Sequence[str], words: Sequence[str], subject: str, fix: st
     for word in words:
         found = [name for name in names if word in re.split(r"[^a-z]+", name.lower())]
         if len(found) > 1:
-            raise ValueError(f"{subject.format(len(found))} with the word {word} in their names, "
-                             f"{', '.join(found)}; {fix}")
+            raise ValueError(f"{owner} has {len(found)} {kind} with the word {word} in their "
+                             f"names, {', '.join(found)}; {fix}")
         if found:
             return found[0]
     return None

@@ -28,7 +28,7 @@ def spearman(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
 def _correlation(name: str, a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
     from scipy import stats  # takes about a second
 
-    check_same_length(a, b)
+    check_same_length(labels=b, predictions=a)
     # Constant arrays are detected by their range: rounding errors can give them a variance.
     if not len(a) or np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan

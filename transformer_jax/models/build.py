@@ -31,8 +31,16 @@ REMOVED_FIELDS = ("source",)
 
 
 def family_name(config: Config) -> str:
-    """Returns the name of a config's model family, a key of `MODEL_FAMILIES`."""
-    return next(name for name, (_, kind) in MODEL_FAMILIES.items() if type(config) is kind)
+    """Returns the name of a config's model family, a key of `MODEL_FAMILIES`.
+
+    Raises:
+        ValueError: the config is of no family.
+    """
+    for name, (_, kind) in MODEL_FAMILIES.items():
+        if type(config) is kind:
+            return name
+    kinds = ", ".join(kind.__name__ for _, kind in MODEL_FAMILIES.values())
+    raise ValueError(f"config is a {type(config).__name__}; give one of {kinds}")
 
 
 def build_model(config: Config, num_classes: int = 0, task: str | None = None) -> Model:

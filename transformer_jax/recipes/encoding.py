@@ -250,8 +250,10 @@ class Seq2SeqEncoder(TaskEncoder):
         if isinstance(model, BERT):
             raise ValueError("BERT does not generate text; fine-tune a GPT or an encoder-decoder "
                              "for seq2seq")
-        # A row of a causal model contains both the source and the target.
-        num_reserved = config.target_length if self.is_causal else 2
+        # A row of a causal model contains both the source and the target. Other rows end with
+        # eos_id, and those of a BART start with cls_id.
+        num_reserved = (config.target_length if self.is_causal
+                        else 2 if isinstance(model, BART) else 1)
         self._source_length = config.max_length - num_reserved
         if self._source_length < 1:
             raise ValueError(f"max_length {config.max_length} leaves no tokens for the source; "
@@ -299,8 +301,10 @@ class Seq2SeqEncoder(TaskEncoder):
             # Decoding with a KV cache supports trained prefixes, but not trained prompts.
             params = peft.fold_prompt(model, params)
         rows = [[*prefix, *item["source"][: self._source_length], eos_id] for item in items]
+        beams = ({"length_penalty": self.config.length_penalty} if self.config.num_beams > 1
+                 else {})
         texts = generate_texts(
-            model, params, tokenizer, rows, batch_size=GENERATE_BATCH_SIZE,
+            model, params, tokenizer, rows, batch_size=GENERATE_BATCH_SIZE, **beams,
             max_new_tokens=self.config.target_length - 1, num_beams=self.config.num_beams,
             eos_token_id=eos_id)
         return {"texts": np.array(texts, dtype=object)}

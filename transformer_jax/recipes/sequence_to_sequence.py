@@ -150,7 +150,7 @@ def train_translation(config: TranslateConfig) -> dict[str, Any]:
                     num_averaged_checkpoints=config.num_saved_checkpoints)
     save_task(config.out, TaskInfo("seq2seq", metric="bleu"), InputConfig(
         config.length_buckets[-1], target_length=config.max_new_tokens + 1,
-        num_beams=config.num_beams))
+        num_beams=config.num_beams, length_penalty=config.length_penalty))
     model, params, history, loss = train_on_pairs(config, tokenizer, texts, validation)
     print(f"averaged parameters: held-out loss {loss['nll']:.3f} nats per token, accuracy "
           f"{loss['accuracy']:.3f}", flush=True)

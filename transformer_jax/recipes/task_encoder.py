@@ -41,6 +41,7 @@ class InputConfig(NamedTuple):
         max_question_length: number of tokens to which longer questions are truncated.
         target_length: maximum number of tokens of a target text; for GPT, only of a generated one.
         num_beams: number of beams of the beam search that generates target texts.
+        length_penalty: beam scores are divided by length ** length_penalty; unused with one beam.
     """
 
     max_length: int
@@ -50,6 +51,7 @@ class InputConfig(NamedTuple):
     max_question_length: int = 64
     target_length: int = 64
     num_beams: int = 4
+    length_penalty: float = 1.0
 
 
 class TaskInfo(NamedTuple):

@@ -50,7 +50,8 @@ def cudnn_attention(
     dense_mask = mask.replace(causal=False, attention_window=None).to_dense(T, S)
     if dense_mask is not None:
         dense_mask = jnp.broadcast_to(dense_mask, (*dense_mask.shape[:-2], T, S))
-    window = None if mask.attention_window is None else (mask.attention_window - 1, 0)
+    has_window = mask.causal and mask.attention_window is not None
+    window = (mask.attention_window - 1, 0) if has_window else None
     return jax.nn.dot_product_attention(
         query, key, value, mask=dense_mask, is_causal=mask.causal, local_window_size=window,
         implementation="cudnn"), None
