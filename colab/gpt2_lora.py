@@ -122,6 +122,7 @@ Image("runs/lora/loss.png")
 
 # %%
 merged = peft.merge(result.params)
+# In the training rows, the end-of-text token separates the prompt from the completion.
 prompt = [[*tokenizer.encode("email"), tokenizer.eos_id]]
 for name, params in {"base model": base_params, "fine-tuned": merged}.items():
     [ids] = generate(model, params, prompt, **common, do_sample=True, temperature=0.7, top_p=0.9,

@@ -56,7 +56,7 @@ QUESTIONS, TESTS, STEPS, MAX_LENGTH = (8, 4, 2, 48) if SMALLEST else (1600, 120,
 #
 # An example has a question, a context, and the text and character offset of each answer;
 # `on_bad_rows="drop"` drops examples whose answer is not at its offset. To keep the run short, we
-# train on short contexts, which fit into one row. Test contexts have any length.
+# train on short contexts, which usually fit into one row. Test contexts have any length.
 
 # %%
 squad = data.load_dataset(DATA, on_bad_rows="drop", limit=20 * QUESTIONS)

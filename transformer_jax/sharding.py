@@ -226,8 +226,8 @@ def _data_shard(owners: np.ndarray, batch_axes: Sequence[int], process: int) -> 
     if sum(map(len, shards)) != len(blocks):
         raise ValueError(
             f"the devices of different processes hold overlapping rows of a batch (batch shards "
-            f"{sorted(shards)} of {len(blocks)}); choose mesh sizes such that data * fsdp, or "
-            "sequence * tensor, is a multiple of the number of devices per process"
+            f"{sorted(shards)} of {len(blocks)}); choose mesh sizes such that sequence * "
+            "tensor is a multiple or a divisor of the number of devices per process"
         )
     own = next(s for s in sorted(shards) if (blocks[list(s)] == process).any())
     return DataShard(sorted(shards).index(own), len(shards))

@@ -10,14 +10,15 @@
         --libraries hf_torch_bfloat16 nanogpt_compiled_bfloat16
 
 The libraries are Transformers on PyTorch, the Flax models of Transformers 4, KerasHub on JAX, and
-nanoGPT, eager and compiled. Each runs in its own Python environment (libraries without one are
-skipped), and each case in separate processes. All use the same model sizes and random weights, in
-float32 unless the name ends in bfloat16.
+nanoGPT, eager and compiled. Each runs in its own Python environment, except that nanoGPT runs in
+that of PyTorch; libraries without an environment are skipped. Each case runs in separate processes.
+The models have the same sizes in all libraries, and weights that each library draws at random. They
+compute in float32 unless the name ends in bfloat16.
 
 Two more workers measure the machine in the same rounds: the rate of a large matrix product, to
-which the column "of peak" is relative, and the memory bandwidth, for the column "of bandwidth". For
-the column "time here / library", the median time of each is computed in each round; the median over
-rounds of their ratio is reported. All cases take half an hour on two CPU cores.
+which the column "of peak" is relative, and the memory bandwidth, for the column "of bandwidth". The
+column "time here / library" is computed from the ratio of the two median times in each round; it is
+the median of these ratios. All cases take half an hour on two CPU cores.
 """
 
 import json
@@ -63,11 +64,11 @@ class ReferencesConfig:
         keras: Python interpreter of an environment with Keras and KerasHub.
         nanogpt: path of model.py in nanoGPT's repository; it runs in the environment `torch`.
         out: folder for results.json and table.md.
-        cases: names in `bench.CASES`.
+        cases: names in `CASES` or `bench.LARGE_CASES`.
         dtypes: dtypes of the computation in this library, one worker each. The time of the first
             is the numerator of all ratios.
         libraries: names in `LIBRARIES`.
-        device: device of PyTorch; "cuda" if JAX uses a GPU of this machine.
+        device: device of PyTorch; set it to "cuda" if JAX uses a GPU of this machine.
         dropout_rate: dropout rate in training.
         rounds: number of rounds.
         round_seconds: minimum duration of a worker's round, which has at least two calls.

@@ -112,8 +112,8 @@ def finetune(
         validation: file or split to evaluate on.
         columns: pairs of an example field (text, text_b, label, choices, words, tags, question,
             context, answers, source or target) and its column in the data.
-        trainable: parameters to train: full, head, last_k:LAYERS, bitfit, lora:RANK, dora:RANK,
-            ia3, adapter:WIDTH, prefix:LENGTH, ..., joined by "+".
+        trainable: parameters to train: full, head, last_k:LAYERS, bitfit, lora:RANK,
+            lora:RANK:dora, ia3, adapter:WIDTH, prefix:LENGTH, ..., joined by "+".
         training: flags of the training.
         seed: random seed of new parameters, data order and dropout.
         out: folder of the run.

@@ -1,11 +1,11 @@
 """Length-bucketed batches, which reduce padding.
 
 Each batch is padded to the smallest bucket (row length) that fits its longest example. The training
-step is compiled once per bucket. The run is an endless sequence of epochs, each in a new random
-order. In `LengthBucketedBatches`, all batches have the same number of rows. The examples of several
-consecutive batches are sorted by length together, and none is left out: every example occurs once
-per epoch, even if the dataset is small. In `TokenBudgetBatches`, the number of rows depends on the
-bucket, so that all batches have about the same number of tokens.
+step is compiled once per bucket. The batches are an endless sequence of epochs, each in a new
+random order. In `LengthBucketedBatches`, all batches have the same number of rows. The examples of
+several consecutive batches are sorted by length together, and none is left out: every example
+occurs once per epoch, even if the dataset is small. In `TokenBudgetBatches`, the number of rows
+depends on the bucket, so that all batches have about the same number of tokens.
 """
 
 import abc
@@ -247,7 +247,8 @@ class TokenBudgetBatches(BucketedBatches):
             truncated to `length`.
         buckets: lengths of both sides in ascending order, special tokens included; longer pairs are
             truncated to the last one.
-        tokens_per_batch: maximum number of tokens in a global batch: rows times bucket length.
+        tokens_per_batch: maximum number of source tokens, and also of target tokens, in a global
+            batch, padding included: rows times bucket length.
         seed: seed of the order of pairs and batches.
         batch_size_multiple: the number of rows of every global batch is a multiple of this, which
             should be the number of devices of all processes.

@@ -105,7 +105,7 @@ def _decode_bytes(value: Any) -> Any:
 def load_tfds(
     name: str, split: str, data_dir: str | Path | None = None, download: bool = False
 ) -> MappedDataset:
-    """Loads a split of a TFDS dataset through `tfds.data_source`, without TensorFlow.
+    """Loads a split of a TFDS dataset through `as_data_source` of its builder, without TensorFlow.
 
     The dataset must be prepared in the array_record format. Byte strings are decoded to str; class
     labels are integers.
@@ -143,9 +143,9 @@ def load_tfds(
     except (AssertionError, ValueError) as error:
         if splits:
             raise
-        raise FileNotFoundError(f"the TFDS dataset {name} is not prepared{where}; prepare it with "
-                                "tfds.builder(..., file_format='array_record'), or use "
-                                "download=True") from error
+        raise FileNotFoundError(f"the TFDS dataset {name} is not prepared{where}; call "
+                                "download_and_prepare() of tfds.builder(..., "
+                                "file_format='array_record'), or use download=True") from error
 
 
 def _tfds_builder(name: str, **options: Any) -> Any:
@@ -172,14 +172,14 @@ def load_hf(name: str | Path, split: str, **options: Any) -> MappedDataset:
         options: options of `datasets.load_dataset`.
 
     Raises:
-        ImportError: the `datasets` library is not installed.
+        ModuleNotFoundError: the `datasets` library is not installed.
         ValueError: unknown split.
     """
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        raise ImportError(f"loading {name!r} needs the datasets library; "
-                          "pip install transformer_jax[hf]") from None
+        raise ModuleNotFoundError(f"loading {name!r} needs the datasets library; "
+                                  "pip install transformer_jax[hf]") from None
     folder = Path(name)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         dataset = datasets.load_from_disk(str(folder))

@@ -1,4 +1,4 @@
-"""Tokenizer backends: functions that make or load `tokenizers.Tokenizer` objects."""
+"""Tokenizer backends: functions that make or load `Tokenizer` objects of the package tokenizers."""
 
 from collections.abc import Callable
 

@@ -165,10 +165,10 @@ def squad_best_thresholds(
 ) -> dict[str, float]:
     """The highest F1 and exact match over all thresholds of the no-answer margin.
 
-    Also returns these thresholds, as SQuAD 2.0's evaluation script does. A question whose margin is
-    above the threshold gets no answer. The thresholds are chosen on the same questions that are
-    evaluated, so the scores are upper bounds; choose the threshold of a deployed model on other
-    data.
+    Also returns the thresholds of the highest scores, as SQuAD 2.0's evaluation script does. A
+    question whose margin is above the threshold gets no answer. The thresholds are chosen on the
+    same questions that are evaluated, so the scores are upper bounds; choose the threshold of a
+    deployed model on other data.
 
     Args:
         answers: the best non-empty answer to each question, even if "no answer" has a higher score.

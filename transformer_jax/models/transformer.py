@@ -58,7 +58,7 @@ class Seq2SeqOutput(NamedTuple):
 def shift_right(tokens: Int[Array, "B T"], start_id: int) -> Int[Array, "B T"]:
     """Returns the decoder inputs for target tokens: `start_id`, then all targets except the last.
 
-    The input at t is the target at t - 1, so the prediction of a token does not depend on it.
+    The input at t is the target at t - 1, so no token is an input of its own prediction.
 
     Example:
         >>> shift_right(jnp.array([[5, 6, 7]]), start_id=2).tolist()
@@ -211,7 +211,7 @@ class Transformer(DecoderHeads):
                 number of slots of `cache`. `padding_mask` still applies.
             positions: the position of each token; 0 ... T-1 if None.
             cache: keys and values of the previous tokens (`init_cache`). `positions` are then also
-                the slots that these tokens fill.
+                the slots that the keys and values of `tokens` fill.
             deterministic: whether to disable dropout.
             output_attentions: whether to return the attention weights of all layers.
 

@@ -12,7 +12,8 @@ A layer uses these parameters instead of `kernel` or `embedding` whenever they a
 If `kernel_t` is int8, its layer also rounds its inputs to int8; so does an output layer with
 `embedding_t`.
 
-Shape suffixes: D input features, F output features, M the product of all leading axes.
+Shape suffixes: D input features, F output features, V vocabulary (rows of an embedding table),
+M the product of all leading axes.
 """
 
 from collections.abc import Callable
@@ -118,7 +119,7 @@ def matmul_transposed_int8(
     """Computes x @ matrix.T * scale in float32, for an int8 weight matrix stored as [out, in].
 
     Each row of x is quantized to int8 by its largest absolute value (Dettmers et al. 2022,
-    "LLM.int8()", section 2.2, vector-wise quantization). With int8 operands, CPUs use their int8
+    "LLM.int8()", section 3.1, vector-wise quantization). With int8 operands, CPUs use their int8
     instructions and load a quarter of the bytes. The function is not differentiable.
     """
     x_MD = x.reshape(-1, x.shape[-1]).astype(jnp.float32)

@@ -96,8 +96,9 @@ def load_model(source: str | Path, task: str | None = None, **changes: Any) -> L
         changes: fields of the model's config to override, such as `dropout_rate=0.0`.
 
     Raises:
-        FileNotFoundError: the source does not exist.
-        ValueError: the source has no tokenizer, or its model family does not support the task.
+        FileNotFoundError: the source does not exist, or a run is incomplete (see `load_run`).
+        ValueError: a checkpoint has no tokenizer or its model family does not support the task, or
+            a file is corrupted.
     """
     if is_run(source):
         run = load_run(source)

@@ -224,7 +224,10 @@ def _generate(config: PairsConfig, model: Transformer, params: dict, tokenizer: 
 
 def _report(config: DenoiseConfig, scored: Sequence[dict], outputs: dict[str, list[str]],
             histories: dict[str, list[dict]]) -> None:
-    """Prints three targets, writes all to `targets.jsonl`, and plots the loss curves."""
+    """Writes all pairs and generated targets to `targets.jsonl`, and plots the loss curves.
+
+    Prints the first three pairs with their generated targets.
+    """
     lines = [{**pair, **{name: texts[i] for name, texts in outputs.items()}}
              for i, pair in enumerate(scored)]
     (config.out / "targets.jsonl").write_text(

@@ -1,4 +1,4 @@
-"""Plots of runs, models and plans. Each function saves one PNG and returns its path.
+"""Plots of runs, models and plans. Each plot function saves one PNG and returns its path.
 
 Matplotlib is imported when the first plot is drawn, and used without a display or pyplot.
 """
@@ -365,7 +365,7 @@ def plans(path: str | Path, found: Mapping[str, Mapping[str, float]], *, limit: 
     left.set_yticks(rows, list(found))
     left.invert_yaxis()
     left.set(xlabel="memory of one device (GiB)", title=title)
-    right.set(xlabel="lower bound on the time of a step (ms)")
+    right.set(xlabel="step time limited by one resource alone (ms)")
     for axes in (left, right):
         axes.grid(alpha=0.25, axis="x")
         axes.legend(frameon=False, fontsize=8)

@@ -190,8 +190,9 @@ def gradual_unfreezing(
         0                             if t < s
         inner(clip(g_t, clip_norm))   if t >= s
 
-    The gradients of frozen parameters are not part of the clipped norm. Each group of parameters
-    that is unfrozen together has its own state of `inner`. All steps run the same compiled program.
+    The global norm does not include the gradients of parameters that are still frozen. Each group
+    of parameters that is unfrozen together has its own state of `inner`. All steps run the same
+    compiled program.
 
     Args:
         inner: the transformation of the unfrozen parameters, such as Adam.

@@ -1,4 +1,4 @@
-"""Faster implementations of operations for single backends, and the selection between them.
+"""Faster implementations of operations, for single backends or for all, and their selection.
 
 The reference implementation of an operation is a function that is written as in the papers, and
 decorated with `dispatched`. `VARIANTS` lists the faster implementations, which have the same
