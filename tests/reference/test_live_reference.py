@@ -26,7 +26,9 @@ def installed():
 @pytest.mark.parametrize("name", ["gpt2", "gpt1", "bert"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_other_sizes_and_seeds(name, seed):
-    compare(reference(name, seed, **WIDE))
+    # Gradients of these random parameters amplify rounding: for seeds 1 to 6, those of PyTorch in
+    # float32 differ from those in float64 by 4e-6 to 2.4e-5 of the largest, ours by 4e-6 to 1.2e-5.
+    compare(reference(name, seed, **WIDE), gradient_tolerance=3e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt1", "bert"])
