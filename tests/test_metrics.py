@@ -244,3 +244,9 @@ def test_classification_metrics_equal_scikit_learn():
         sklearn_metrics.f1_score(a, b, average="macro"))
     assert metrics.matthews(confusion) == pytest.approx(sklearn_metrics.matthews_corrcoef(a, b))
     assert metrics.f1(confusion) == pytest.approx(sklearn_metrics.f1_score(a == 1, b == 1))
+
+
+def test_errors_of_correlations_count_predictions_and_labels():
+    for score in (metrics.pearson, metrics.spearman):
+        with pytest.raises(ValueError, match="3 predictions for 2 labels"):
+            score(np.arange(3.0), np.arange(2.0))

@@ -213,6 +213,10 @@ def test_errors_in_the_validation_split(folder):
     (folder / "other_dev.tsv").write_text("x")
     with pytest.raises(ValueError, match="has 2 tables with the word dev in their names"):
         load_dataset(folder)
+    braces = folder.rename(folder.with_name("a{b}"))
+    with pytest.raises(ValueError, match=r"a\{b\} has 2 tables with the word dev"):
+        load_dataset(braces)
+    braces.rename(folder)
     (folder / "my_train.tsv").unlink()
     with pytest.raises(FileNotFoundError, match="no table with the word train"):
         load_dataset(folder)

@@ -1,12 +1,20 @@
 """Validation of configs, and their conversion to and from JSON."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import small_models
 
-from transformer_jax.models import BERT, GPT, build_model, config_from_dict, config_to_dict
+from transformer_jax.models import (
+    BERT,
+    GPT,
+    GPTConfig,
+    build_model,
+    config_from_dict,
+    config_to_dict,
+)
 
 
 @pytest.mark.parametrize(
@@ -107,3 +115,11 @@ def test_missing_field():
     del values["d_model"]
     with pytest.raises(ValueError, match="missing fields of a gpt config: d_model"):
         config_from_dict(values)
+
+
+def test_a_config_of_no_family():
+    class MyConfig(GPTConfig):
+        pass
+
+    with pytest.raises(ValueError, match="config is a MyConfig; give one of GPTConfig"):
+        build_model(MyConfig(**dataclasses.asdict(small_models.GPT2)))

@@ -117,3 +117,13 @@ def test_default_of_each_platform(monkeypatch):
 def test_block_sizes_divide_the_length():
     assert [splash_block_size(n) for n in (128, 384, 512, 640, 768, 1024)] == [
         128, 384, 512, 128, 384, 512]
+
+
+def test_cudnn_gets_the_window_of_causal_masks_only(monkeypatch):
+    """As in the reference, a mask that is not causal has no window."""
+    windows = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, *, local_window_size, **_:
+                        windows.append(local_window_size) or q)
+    for causal in (True, False):
+        gpu.cudnn_attention(*arrays(jnp.bfloat16), Mask(causal=causal, attention_window=4))
+    assert windows == [(3, 0), None]

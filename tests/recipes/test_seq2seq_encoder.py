@@ -5,6 +5,7 @@ from small_models import BART, GPT2, TRANSFORMER
 
 from transformer_jax.data import LabeledDataset, tokenizers
 from transformer_jax.models import build_model
+from transformer_jax.recipes import encoding
 from transformer_jax.recipes.encoding import encode_dataset
 from transformer_jax.recipes.task_encoder import InputConfig
 
@@ -38,3 +39,28 @@ def test_gpt_needs_a_token_between_source_and_target():
     model = build_model(GPT2.replace(vocab_size=wordpiece.vocab_size))
     with pytest.raises(ValueError, match="no end-of-text token to separate source and target"):
         encode_dataset(DATASET, model, wordpiece, CONFIG)
+
+
+@pytest.mark.parametrize("config, num_special", [(BART, 2), (TRANSFORMER, 1)],
+                         ids=["bart", "transformer"])
+@pytest.mark.parametrize("num_beams, penalty", [(2, {"length_penalty": 0.6}), (1, {})])
+def test_rows_and_options_of_generation(config, num_special, num_beams, penalty, tokenizer,
+                                        monkeypatch):
+    """Sources fill `max_length`, as in training; the length penalty is that of the config."""
+    calls = []
+
+    def record(model, params, tokenizer, rows, **options):
+        calls.append((rows, options))
+        return ["one"] * len(rows)
+
+    monkeypatch.setattr(encoding, "generate_texts", record)
+    long = [{"source": "one two three " * 9, "target": "one"}]
+    model = build_model(config.replace(vocab_size=tokenizer.vocab_size))
+    encoded = encode_dataset(
+        LabeledDataset("seq2seq", long, long, (), "rouge", None, {}), model, tokenizer,
+        CONFIG._replace(num_beams=num_beams, length_penalty=0.6))
+    encoded.encoder.predict({}, encoded.validation)
+    ((row,), options), = calls
+    assert len(row) == CONFIG.max_length and row[-1] == tokenizer.sep_id
+    assert row[num_special - 1:-1] == encoded.validation[0]["source"][: 16 - num_special]
+    assert {k: v for k, v in options.items() if k == "length_penalty"} == penalty

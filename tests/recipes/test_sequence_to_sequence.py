@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_configs import TINY
 
-from transformer_jax.recipes.prediction import predict
+from transformer_jax.recipes.prediction import load_task_model, predict
 from transformer_jax.recipes.sequence_to_sequence import TranslateConfig, train_translation
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -40,6 +40,8 @@ def test_a_few_steps_of_every_config(name, tmp_path):
     again = train_translation(config)["metrics"]
     assert again["history"] == [] and again["bleu"] == results["bleu"]
     # Its predictions are those of the run: same beams, length penalty and source length.
+    settings = load_task_model(tmp_path / "run").input_config
+    assert settings.max_length == 16 and settings.length_penalty == config.length_penalty == 0.6
     found = predict(tmp_path / "run", [json.loads(line)["source"] for line in lines])
     assert [x["text"] for x in found] == [json.loads(line)["translation"] for line in lines]
     (translation,) = predict(tmp_path / "run", "one two three", num_beams=1)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from transformer_jax.generation.api import generate
@@ -22,11 +23,21 @@ def generate_texts(
         tokenizer: the tokenizer of the model (`data.tokenizers`), which decodes the generated ids.
         rows: token ids of the prompts, or of the sources of an encoder-decoder.
         batch_size: number of rows, of similar lengths, that are decoded together.
-        options: options of `generate` except num_return_sequences, such as num_beams.
+        options: options of `generate`, such as num_beams. A key `rng` is folded with the number of
+            each batch.
+
+    Raises:
+        ValueError: `num_return_sequences` is above 1, or as in `generate`.
     """
+    if (count := options.get("num_return_sequences", 1)) != 1:
+        raise ValueError(f"num_return_sequences is {count}; it must be 1, because one text is "
+                         "returned for each row. Repeat the rows, or call generation.generate")
+    rng = options.pop("rng", None)
     params = transpose_kernels_for_decoding(model, params)
     texts: dict[int, str] = {}
-    for members, batch in length_sorted_batches(rows, batch_size):
+    for k, (members, batch) in enumerate(length_sorted_batches(rows, batch_size)):
+        if rng is not None:
+            options["rng"] = jax.random.fold_in(rng, k)
         start = max(map(len, batch)) if isinstance(model, GPT) else 0
         for i, row in zip(members, generate(model, params, batch, **options)):
             texts[i] = tokenizer.decode(row[start:]).strip()

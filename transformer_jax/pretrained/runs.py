@@ -4,16 +4,26 @@ config.json contains the config, task and number of classes of the model, the na
 and the number of last checkpoints to average.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from transformer_jax import storage, tree
 from transformer_jax.data import tokenizers
-from transformer_jax.models import Config, Model, build_model, config_from_dict, config_to_dict
+from transformer_jax.models import (
+    Config,
+    Model,
+    build_model,
+    config_from_dict,
+    config_to_dict,
+    init_params,
+)
 from transformer_jax.pretrained.load import load_pretrained
-from transformer_jax.train import checkpointing
+from transformer_jax.train import checkpoint_files, checkpointing
 
 
 class LoadedRun(NamedTuple):
@@ -60,6 +70,9 @@ def save_run_config(
         num_classes: number of classes of the model's head; if None, the number of label names.
         hf_config: the model's attribute of this name.
 
+    Raises:
+        ValueError: the folder has checkpoints of a model with other parameters; nothing is changed.
+
     Example:
 
         >>> import tempfile
@@ -70,6 +83,7 @@ def save_run_config(
         True
     """
     out = Path(out)
+    _check_checkpoints_fit(out, config)
     out.mkdir(parents=True, exist_ok=True)
     run_config = {
         "model": config_to_dict(config) | {"source": hf_config}, "label_names": list(label_names),
@@ -77,6 +91,30 @@ def save_run_config(
     (out / "config.json").write_text(json.dumps(run_config, indent=2) + "\n")
     tokenizer.save(out / "tokenizer")
     storage.write_manifest(out / "tokenizer")
+
+
+def _check_checkpoints_fit(out: Path, config: Config) -> None:
+    """Raises ValueError if the folder has checkpoints of a model with other parameter shapes."""
+    path = out / "config.json"
+    if not path.is_file() or not checkpoint_files.saved_steps(out / "checkpoints"):
+        return
+    try:
+        saved = config_from_dict(storage.read_json(path)["model"])
+    except ValueError:
+        return  # invalid JSON is overwritten, so that the run can be resumed
+    if saved == config or _param_shapes(saved) == _param_shapes(config):
+        return
+    then, now = config_to_dict(saved), config_to_dict(config)
+    changes = "; ".join(f"{name} was {then.get(name)} and is {now.get(name)}"
+                        for name in sorted(then.keys() | now.keys())
+                        if then.get(name) != now.get(name))
+    raise ValueError(f"{out} has checkpoints of another model: {changes}; use the same model "
+                     "settings or another output folder")
+
+
+def _param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    params = jax.eval_shape(functools.partial(init_params, build_model(config)), jax.random.key(0))
+    return {name: leaf.shape for name, leaf in tree.flatten_paths(params).items()}
 
 
 def is_run(folder: str | Path) -> bool:

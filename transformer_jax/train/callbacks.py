@@ -24,6 +24,7 @@ Example:
     (8, [4, 8])
 """
 
+import abc
 import json
 import math
 from collections.abc import Callable
@@ -248,7 +249,7 @@ class Profiler(Callback):
         self._is_active = False
 
 
-class _BestMetric(Callback):
+class _BestMetric(Callback, abc.ABC):
     """Tracks the best value of an evaluation metric.
 
     Args:
@@ -279,8 +280,9 @@ class _BestMetric(Callback):
     def is_better(self, value: float) -> bool:
         return value < self.value if self.mode == "min" else value > self.value
 
+    @abc.abstractmethod
     def on_evaluation(self, run: Run) -> None:
-        raise NotImplementedError
+        """Called after each evaluation, when the best value is up to date."""
 
     def get_state(self) -> dict[str, Any]:
         return {"value": self.value, "step": self.step, "num_evaluations": self.num_evaluations}
@@ -315,8 +317,9 @@ class EarlyStopping(_BestMetric):
     @property
     def reason(self) -> str:
         """Why the run is stopped."""
-        return (f"eval_{self.metric} has not improved since step {self.step} "
-                f"({self.num_evaluations} evaluations)")
+        return ((f"eval_{self.metric} was never a number" if self.step is None else
+                 f"eval_{self.metric} has not improved since step {self.step}")
+                + f" ({self.num_evaluations} evaluations)")
 
 
 class KeepBest(_BestMetric):

@@ -92,12 +92,14 @@ class Run:
         """Whether no step follows the current one."""
         return self.step >= self.num_steps or self.stop_reason is not None
 
-    def is_due(self, action: Any) -> bool:
+    def is_due(self, action: Any | None) -> bool:
         """Whether an evaluation or a checkpoint is due after the current step.
 
-        At the end of the run, the result is always True, even if `action` is None.
+        Args:
+            action: an object with the attribute `every`. None is due at the end of the run only, as
+                is every other action with `every` = 0.
         """
-        every = getattr(action, "every", 0)
+        every = 0 if action is None else action.every
         return self.is_last or (every > 0 and self.step % every == 0)
 
     def log(self, row: HistoryRow) -> None:
