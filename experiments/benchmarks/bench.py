@@ -40,8 +40,8 @@ from transformer_jax.generation import generate, transpose_kernels_for_decoding
 from transformer_jax.models import Config, build_model, init_params, presets
 from transformer_jax.objectives import classification
 from transformer_jax.planner import chips, plan
-from transformer_jax.train import compiled_step, optimizers, step
-from transformer_jax.train.compiled_step import CompiledStep
+from transformer_jax.train import optimizers, step
+from transformer_jax.train.step import CompiledStep
 
 CHARACTER_GPT = {"vocab_size": 65, "norm_first": True}
 
@@ -246,7 +246,7 @@ def time_case(name: str, config: BenchConfig) -> dict[str, Any]:
     case = CASES[name]
     peak_flops = chips.matmul_flops_per_second(config.dtype)
     bandwidth = chips.memory_bandwidth()
-    with compiled_step.CompilationCounter() as compilations:
+    with step.CompilationCounter() as compilations:
         workload = make_workload(case, config)
         seconds_before = compilations.seconds
         workload.run()
@@ -270,7 +270,7 @@ def time_case(name: str, config: BenchConfig) -> dict[str, Any]:
         "tokens_per_second": round(workload.tokens / median, 1),
         **{key: round(value, 3) for key, value in utilization.items() if value},
         "matmul_gflops": round(peak_flops / 1e9, 1), "read_gigabytes": round(bandwidth / 1e9, 1),
-        "peak_memory_mib": round((compiled_step.peak_memory() or 0) / 2**20),
+        "peak_memory_mib": round((step.peak_memory() or 0) / 2**20),
         "compilations_after_second": recompilations, "device": jax.devices()[0].device_kind,
         "machine": platform.machine(), "python": platform.python_version(),
         "versions": {package: version(package) for package in ("jax", "jaxlib", "flax")}}

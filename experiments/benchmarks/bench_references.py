@@ -34,7 +34,7 @@ import bench
 import interleave
 
 from transformer_jax.planner import chips, plan
-from transformer_jax.train import compiled_step
+from transformer_jax.train import step
 
 WORKER = "--worker"
 LIBRARIES = {
@@ -175,7 +175,7 @@ def run_worker(name: str, options_json: str) -> None:
         dtype=options["dtype"], dropout_rate=options["dropout_rate"]))
     interleave.serve(
         workload.run, min_seconds=options["round_seconds"], units_per_call=workload.units,
-        peak_bytes=compiled_step.peak_memory, tokens=workload.tokens, flops=workload.flops,
+        peak_bytes=step.peak_memory, tokens=workload.tokens, flops=workload.flops,
         bytes_read=workload.bytes_read)
 
 

@@ -10,7 +10,7 @@ from test_loop import Poisoned, assert_bit_equal, make, train
 
 from transformer_jax.train import anomalies, checkpoint_files, checkpointing
 from transformer_jax.train.anomalies import AnomalyDetector, AnomalyPolicy
-from transformer_jax.train.checkpointer import Checkpointer
+from transformer_jax.train.checkpointing import Checkpointer
 from transformer_jax.train.loop import Evaluation, replay_step
 
 SKIP, ROLLBACK = AnomalyPolicy(not_finite="skip"), AnomalyPolicy(not_finite="rollback")

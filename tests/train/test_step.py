@@ -1,4 +1,6 @@
-"""A train step in microbatches, sharded and mapped; frozen parameters; evaluation."""
+"""A train step in microbatches, sharded and mapped; frozen parameters; evaluation; compilation."""
+
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import optax
 import pytest
 import toy
 from jax.sharding import PartitionSpec as P
+from test_loop import train
 
 from transformer_jax import sharding, tree
 from transformer_jax.finetuning.select import trainable_mask
@@ -331,3 +334,55 @@ def test_evaluation_without_batches_or_weights():
 
     found = step.evaluate(step.make_eval_step(nothing), {}, [{"x": np.ones(1)}])
     assert found == {"loss": 0.0, "accuracy": 0.0}
+
+
+# Compiled steps and memory ---------------------------------------------------------------------
+
+
+def test_a_step_that_needs_more_memory_than_is_free_is_an_error(monkeypatch):
+    monkeypatch.setattr(step, "free_memory", lambda: 100)
+    with pytest.raises(ValueError, match=r"a step needs 0.00 GiB in addition to the 0.00 GiB of "
+                                         r"parameters, optimizer state and batch, and 0.00 GiB are "
+                                         r"free; use"):
+        train(3)
+    analysis = SimpleNamespace(temp_size_in_bytes=60, output_size_in_bytes=50,
+                               alias_size_in_bytes=10, argument_size_in_bytes=0)
+    step.check_memory(analysis, 100)
+    with pytest.raises(ValueError):
+        step.check_memory(analysis, 99)
+    step.check_memory(None, 1)
+    step.check_memory(analysis, None)
+
+
+def test_each_shape_is_compiled_once():
+    def count(state, batch, rng):
+        return state + batch["x"].sum(), {"loss": jnp.float32(0)}
+
+    compiled = step.CompiledStep(count, jnp.float32(0), None)
+    state = jnp.float32(0)
+    with step.CompilationCounter() as compilations:
+        for length in (3, 5, 3, 5, 3):
+            state, _ = compiled(state, {"x": np.ones(length, np.float32)}, None)
+        assert float(state) == 19
+        assert compilations.count <= 3  # two shapes, and one for `float`
+
+
+def test_compilations_are_counted_and_repeated_calls_are_not():
+    with step.CompilationCounter() as compilations:
+        f = jax.jit(lambda x: x * 3 + 1)
+        f(jnp.ones(3)).block_until_ready()
+        first = compilations.count
+        f(jnp.ones(3)).block_until_ready()
+        assert compilations.count == first >= 1 and compilations.seconds > 0
+        f(jnp.ones(4)).block_until_ready()
+        assert compilations.count > first
+        last = compilations.count
+    jax.jit(lambda x: x * 5)(jnp.ones(7)).block_until_ready()
+    assert compilations.count == last
+
+
+def test_peak_memory_is_at_least_the_size_of_the_arrays():
+    before = step.peak_memory()
+    x = jax.device_put(jnp.ones((64, 2**20), jnp.float32))
+    x.block_until_ready()
+    assert step.peak_memory() >= max(before, x.nbytes)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_jax.errors import did_you_mean
-from transformer_jax.train import compiled_step
+from transformer_jax.train import step
 
 
 class Chip(NamedTuple):
@@ -66,7 +66,7 @@ def get_chip(topology: str, dtype: str) -> Chip:
     if topology != LOCAL:
         return CHIPS[_chip_name(topology)]
     bandwidth = memory_bandwidth()
-    return Chip(matmul_flops_per_second(dtype), compiled_step.memory_limit(), bandwidth,
+    return Chip(matmul_flops_per_second(dtype), step.memory_limit(), bandwidth,
                 bandwidth)
 
 

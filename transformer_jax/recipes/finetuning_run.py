@@ -26,9 +26,8 @@ from transformer_jax.recipes.config import TrainingConfig
 from transformer_jax.recipes.encoding import TEXT_TASK_TYPES, encode_dataset
 from transformer_jax.recipes.task_encoder import EncodedDataset, cache_features, feature_batches
 from transformer_jax.train import loop, step, transforms
-from transformer_jax.train.callbacks import EarlyStopping, KeepBest, Logging, Progress
-from transformer_jax.train.checkpointer import Checkpointer
-from transformer_jax.train.run import Callback
+from transformer_jax.train.callbacks import Callback, EarlyStopping, KeepBest, Logging, Progress
+from transformer_jax.train.checkpointing import Checkpointer
 
 NUM_SPECIAL_TOKENS = 3  # GPT's start, delimiter and extract tokens
 

@@ -23,8 +23,8 @@ from transformer_jax.models import config_to_dict
 from transformer_jax.models.build import REMOVED_FIELDS, RENAMED_FIELDS
 from transformer_jax.models.config import Config
 from transformer_jax.train import callbacks, checkpointing
-from transformer_jax.train.checkpointer import Checkpointer
-from transformer_jax.train.run import Callback
+from transformer_jax.train.callbacks import Callback
+from transformer_jax.train.checkpointing import Checkpointer
 
 CONFIG, RESULTS = "config.json", "results.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets",

@@ -17,16 +17,18 @@ Example:
     (20, [10, 20, 20], 0.988)
 """
 
+import contextlib
 import operator
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.sharding import Mesh
 
 from transformer_jax import sharding
-from transformer_jax.train import preemption
 from transformer_jax.train.anomalies import (
     DEFAULT_POLICY,
     AnomalyDetector,
@@ -35,12 +37,80 @@ from transformer_jax.train.anomalies import (
     save_batch,
     skip_bad_updates,
 )
-from transformer_jax.train.callbacks import Logging, Progress
-from transformer_jax.train.checkpointer import Checkpointer
-from transformer_jax.train.compiled_step import CompiledStep
-from transformer_jax.train.run import Callback, HistoryRow, Run, StepResult
-from transformer_jax.train.step import TrainState
+from transformer_jax.train.callbacks import Callback, HistoryRow, Logging, Progress, Run, StepResult
+from transformer_jax.train.checkpointing import Checkpointer
+from transformer_jax.train.step import CompiledStep, TrainState
 from transformer_jax.tree import PyTree
+
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: running the same command later resumes the run
+
+
+class Preempted(SystemExit):
+    """Raised after a run has received a signal and saved a checkpoint.
+
+    If it is not caught, the process exits with `EXIT_STATUS`, so that a scheduler can distinguish a
+    preemption from a failure.
+
+    Attributes:
+        signal_name: "SIGTERM" or "SIGINT".
+        step: the step that was saved.
+    """
+
+    def __init__(self, signal_name: str, step: int):
+        super().__init__(EXIT_STATUS)
+        self.signal_name, self.step = signal_name, step
+
+
+@contextlib.contextmanager
+def catch_signals(active: bool = True) -> Iterator[Callable[[int], str | None]]:
+    """Context manager that catches SIGTERM and SIGINT and yields a function `should_stop(step)`.
+
+    `should_stop` returns the name of the received signal, or None. A second signal has its usual
+    effect, because the previous handlers are restored after the first one.
+
+    With several processes, a scheduler may send the signal to only some of them. JAX's coordination
+    service then makes all processes stop at the same step; it catches SIGTERM only. In a single
+    process, outside the main thread, Python cannot handle signals and `should_stop` always returns
+    None.
+
+    Args:
+        active: whether to catch signals; if False, `should_stop` always returns None.
+
+    Example:
+        >>> with catch_signals() as should_stop:
+        ...     for step in range(1, 4):
+        ...         if should_stop(step):
+        ...             raise Preempted(should_stop(step), step)
+    """
+    if not active or (jax.process_count() == 1
+                      and threading.current_thread() is not threading.main_thread()):
+        yield lambda step: None
+        return
+    if jax.process_count() > 1:
+        # Imported here because it is slow to import and not needed by a single process.
+        from jax.experimental import multihost_utils
+
+        yield lambda step: (
+            "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None)
+        return
+    received: list[str] = []
+    previous_handlers = {}
+
+    def restore_handlers() -> None:
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
+
+    def handle(number, frame) -> None:
+        received.append(signal.Signals(number).name)
+        restore_handlers()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous_handlers[number] = signal.signal(number, handle)
+    try:
+        yield lambda step: received[0] if received else None
+    finally:
+        restore_handlers()
+
 
 TrainStep = Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -153,7 +223,7 @@ def fit(
         run.begin(state)
         like = jax.tree.map(_abstract, state)
         step_fn = CompiledStep(skip_bad_updates(train_step, anomalies), state, mesh)
-        with run.active(), preemption.catch_signals(run.checkpoint.is_active) as should_stop:
+        with run.active(), catch_signals(run.checkpoint.is_active) as should_stop:
             while not run.is_last:
                 run.step += 1
                 batch, placed = _next_batch(run, batches, delayed)
@@ -242,7 +312,7 @@ def _exit(run: Run, signal: str) -> None:
     run.checkpoint.wait()
     print(f"{signal} at step {run.step} of {run.num_steps}: saved a checkpoint in "
           f"{run.checkpoint.directory}; run the same command again to resume", flush=True)
-    raise preemption.Preempted(signal, run.step)
+    raise Preempted(signal, run.step)
 
 
 def replay_step(
