@@ -54,3 +54,8 @@ def did_you_mean(word: str, known: Iterable[Any], *, show_all: bool = False) -> 
         return f"choose one of {names}"
     suggestion = f"did you mean {' or '.join(similar)}?"
     return f"{suggestion} Choose one of {names}" if show_all else suggestion
+
+
+def similar_names(word: str, known: Iterable[Any], n: int = 3) -> list[str]:
+    """Returns at most `n` of the known names that are similar to a word, the most similar first."""
+    return difflib.get_close_matches(str(word), list(map(str, known)), n=n, cutoff=0.5)

@@ -45,7 +45,7 @@ def state_at(number: int) -> step.TrainState:
     return step.init_state(params, optax.adam(1e-3))._replace(step=jnp.int32(number))
 
 
-def save(root: Path, number: int, **options: Any) -> checkpointing.PendingSave:
+def save(root: Path, number: int, **options: Any) -> checkpoint_files.PendingSave:
     return checkpointing.save(root, number, state_at(number), data_state={"at": number},
                               metadata={"run": "this"}, **options)
 

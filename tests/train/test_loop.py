@@ -18,7 +18,8 @@ from transformer_jax import sharding, storage
 from transformer_jax.train import checkpointing, loop, optimizers, step
 from transformer_jax.train.anomalies import DEFAULT_POLICY, NonFiniteLossError
 from transformer_jax.train.callbacks import Logging, Profiler, Progress, TensorBoard
-from transformer_jax.train.checkpointing import Checkpointer, DirectoryInUseError, directory_lock
+from transformer_jax.train.checkpoint_files import DirectoryInUseError, directory_lock
+from transformer_jax.train.checkpointing import Checkpointer
 from transformer_jax.train.loop import Evaluation, fit
 
 

@@ -1,26 +1,63 @@
 """The files of a checkpoint directory: lookup, verification, quarantine, and the stored items."""
 
-import difflib
+import contextlib
 import json
+import os
+import platform
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from transformer_jax import storage
+from transformer_jax.errors import similar_names
 from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
 
 JSON_ITEMS = ("step", "rng", "data", "metadata")
+LOCK_FILE = "lock"
 
 
 class SaveError(OSError):
     """Raised if a checkpoint cannot be saved. Earlier checkpoints are unchanged."""
+
+
+class DirectoryInUseError(OSError):
+    """Another run holds the lock of a checkpoint directory."""
+
+
+@contextlib.contextmanager
+def directory_lock(directory: str | Path) -> Iterator[None]:
+    """Holds an exclusive lock on a directory, which is created if missing.
+
+    The operating system releases the lock when the process ends, even if it is killed. On network
+    file systems without locks, `filelock` uses the existence of the lock file instead.
+
+    Raises:
+        DirectoryInUseError: another process holds the lock.
+    """
+    root = Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    owner = root / f"{LOCK_FILE}.owner"  # the lock file itself may be truncated by others
+    try:
+        with filelock.FileLock(root / LOCK_FILE, timeout=0):
+            owner.write_text(f"process {os.getpid()} on {platform.node()}\n")
+            try:
+                yield
+            finally:
+                owner.unlink(missing_ok=True)
+    except filelock.Timeout:
+        name = owner.read_text().strip() if owner.is_file() else "an unknown process"
+        raise DirectoryInUseError(
+            f"{directory} is in use by another run ({name}); wait until it ends, stop it, or "
+            "choose another directory") from None
 
 
 def saved_steps(root: Path) -> list[int]:
@@ -38,15 +75,10 @@ def saved_steps(root: Path) -> list[int]:
 
 
 def quarantine_incomplete(directory: str | Path, after: int = -1) -> None:
-    """Renames the checkpoints after a step, and deletes temporary files of aborted saves.
+    """Renames the checkpoints after step `after`, and deletes temporary files of aborted saves.
 
-    When training resumes from step `after`, all later checkpoints are corrupted or incomplete. Each
-    of them is renamed to "<step>.damaged", or "<step>.damaged-<n>" if that exists, so that the step
-    can be saved again.
-
-    Args:
-        directory: the checkpoint directory; nothing is done if it does not exist.
-        after: the step that training resumes from; -1 renames all checkpoints.
+    When training resumes from that step, later checkpoints are corrupted or incomplete. They become
+    "<step>.damaged", or "<step>.damaged-<n>" if that exists, so that the step can be saved again.
     """
     root = Path(directory)
     for path in list(root.iterdir()) if root.is_dir() else ():
@@ -60,34 +92,57 @@ def quarantine_incomplete(directory: str | Path, after: int = -1) -> None:
             shutil.rmtree(path)
 
 
-def verified_checkpoint_path(directory: str | Path, step: int | None) -> Path:
-    """Returns the path of a checkpoint whose files match their manifest.
+def check_disk_space(root: Path, step: int, arrays: Iterable[Any]) -> None:
+    """Raises `SaveError` if the file system of `root` has less free space than the arrays need."""
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    needed, free = sum(x.nbytes for x in arrays), shutil.disk_usage(existing).free
+    if free < needed:
+        raise SaveError(
+            f"step {step} needs {needed / 2**20:,.0f} MiB in {root}, which has "
+            f"{free / 2**20:,.0f} MiB free; delete files, keep fewer checkpoints (option keep), or "
+            "choose another directory")
 
-    With several processes, process 0 verifies the files and broadcasts the step.
 
-    Args:
-        directory: the checkpoint directory.
-        step: a step; None selects the latest step that is not corrupted. Corrupted later steps are
-            reported on standard error.
+def checkpoint_path(directory: str | Path, step: int | None) -> Path:
+    """Returns the path of the checkpoint of `step`, by default of the latest step.
 
     Raises:
         FileNotFoundError: the directory, or a checkpoint of that step, does not exist.
-        ValueError: the checkpoint of that step is corrupted; or, if `step` is None, every
-            checkpoint is.
+    """
+    root = Path(directory).absolute()
+    if not root.is_dir():
+        raise FileNotFoundError(f"the checkpoint directory {root} does not exist; check the path, "
+                                "or save a checkpoint there first")
+    saved = saved_steps(root)
+    if not saved:
+        raise FileNotFoundError(f"{root} contains no checkpoint; check the path, or save a "
+                                "checkpoint there first")
+    if step is not None and step not in saved:
+        raise FileNotFoundError(
+            f"{root} has no checkpoint of step {step}; choose one of {', '.join(map(str, saved))}")
+    return root / str(saved[-1] if step is None else step)
+
+
+def verified_checkpoint_path(directory: str | Path, step: int | None) -> Path:
+    """Like `checkpoint_path`, but the files match their manifest; by default the latest such step.
+
+    With several processes, process 0 verifies the files and broadcasts the step.
+
+    Raises:
+        FileNotFoundError: as in `checkpoint_path`.
+        ValueError: the checkpoint of `step` is corrupted; without `step`, every checkpoint is.
     """
     path = checkpoint_path(directory, step)
-    if jax.process_count() == 1:
-        return path.with_name(str(_verified_step(path, step)))
-    # Imported here because it is slow to import and not needed by a single process.
-    from jax.experimental import multihost_utils
-
     error, number = None, -1
     if jax.process_index() == 0:
         try:
             number = _verified_step(path, step)
         except ValueError as found:
             error = found
-    number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils  # slow to import
+
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
     if number < 0:
         raise error or ValueError(f"{path.parent} has no checkpoint that can be restored; see the "
                                   "error of process 0")
@@ -110,36 +165,45 @@ def _verified_step(path: Path, step: int | None) -> int:
                      "restore the files from a backup, or train in another directory")
 
 
-def check_disk_space(root: Path, step: int, arrays: Iterable[Any]) -> None:
-    """Raises `SaveError` if the file system of `root` has less free space than the arrays need."""
-    existing = next(folder for folder in (root, *root.parents) if folder.exists())
-    needed, free = sum(x.nbytes for x in arrays), shutil.disk_usage(existing).free
-    if free < needed:
+class PendingSave:
+    """A save whose files are written in the background; `result` waits until it is complete."""
+
+    def __init__(self, root: Path, step: int, checkpointer: ocp.training.Checkpointer, response):
+        self._root, self._step, self._error = root, step, None
+        self._thread = threading.Thread(target=self._finish, args=(checkpointer, response))
+        self._thread.start()
+
+    def _finish(self, checkpointer, response) -> None:
+        try:
+            try:
+                response.result()
+            finally:
+                checkpointer.close()
+            if jax.process_index() == 0:
+                storage.write_manifest(self._root / str(self._step))
+        except Exception as error:  # raised by `check` in the calling thread
+            self._error = error
+
+    def check(self) -> None:
+        """Raises `SaveError` once if the save has failed, without waiting for it to finish."""
+        if self._error is None or self._thread.is_alive():
+            return
+        error, self._error = self._error, None
+        last = max(saved_steps(self._root), default=None)
         raise SaveError(
-            f"step {step} needs {needed / 2**20:,.0f} MiB in {root}, which has "
-            f"{free / 2**20:,.0f} MiB free; delete files, keep fewer checkpoints (option keep), or "
-            "choose another directory")
+            f"step {self._step} could not be saved in {self._root}: {first_line(error)}; "
+            + ("no earlier checkpoint exists" if last is None
+               else f"the last complete checkpoint is step {last}")
+            + ". Fix the problem and run the same command again to resume") from error
+
+    def result(self) -> None:
+        """Waits until the checkpoint is complete, and raises `SaveError` if the save has failed."""
+        self._thread.join()
+        self.check()
 
 
-def checkpoint_path(directory: str | Path, step: int | None) -> Path:
-    """Returns the path of the checkpoint of `step`, or of the latest step if it is None.
-
-    Raises:
-        FileNotFoundError: the directory, or a checkpoint of that step, does not exist.
-    """
-    root = Path(directory).absolute()
-    if not root.is_dir():
-        raise FileNotFoundError(f"the checkpoint directory {root} does not exist; check the path, "
-                                "or save a checkpoint there first")
-    saved = saved_steps(root)
-    if not saved:
-        raise FileNotFoundError(f"{root} contains no checkpoint; check the path, or save a "
-                                "checkpoint there first")
-    if step is not None and step not in saved:
-        raise FileNotFoundError(
-            f"{root} has no checkpoint of step {step}; choose one of {', '.join(map(str, saved))}"
-        )
-    return root / str(saved[-1] if step is None else step)
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # Items: conversion of train states to and from the contents of an Orbax checkpoint ----------------
@@ -155,19 +219,16 @@ def orbax_context() -> ocp.Context:
     return context
 
 
-def nested_dict(tree: PyTree) -> dict[str, Any]:
-    """Converts any pytree to nested dicts whose keys are the path components of the leaves.
-
-    In this form, a saved optimizer state does not depend on the names of Optax's classes.
-    """
+def _nested_dict(tree: PyTree) -> dict[str, Any]:
+    """Converts a pytree to nested dicts, which do not depend on the names of Optax's classes."""
     return unflatten_paths(flatten_paths(tree))
 
 
 def make_items(state: Any, rng: jax.Array | None, data_state: Any, metadata: Any) -> dict[str, Any]:
     """Returns the items of a checkpoint; see `checkpointing`."""
     items = {
-        "params": nested_dict(state.params),
-        "opt_state": nested_dict(state.opt_state) or None,  # Orbax cannot save an empty tree
+        "params": _nested_dict(state.params),
+        "opt_state": _nested_dict(state.opt_state) or None,  # Orbax cannot save an empty tree
         "step": int(state.step),
         "rng": rng_to_json(rng),
         "data": to_json(data_state, "data_state"),
@@ -181,18 +242,9 @@ def target_sharding(leaf: Any) -> jax.sharding.Sharding:
     return getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
 
 
-def abstract_arrays(tree: PyTree) -> PyTree:
-    """Converts a pytree to nested dicts of abstract arrays, with `target_sharding` of each leaf."""
-    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target_sharding(leaf))
-
-    return jax.tree.map(abstract, nested_dict(tree))
-
-
-def copy_structure(loaded: PyTree, like: PyTree) -> PyTree:
-    """Returns a pytree with the structure of `like` and the leaves of `loaded`, matched by path."""
-    leaves = flatten_paths(loaded)
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[p] for p in flatten_paths(like)])
+def abstract_array(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Returns an abstract array with the shape, dtype and `target_sharding` of a leaf."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target_sharding(leaf))
 
 
 def saved_arrays(path: Path, item: str) -> dict[str, Any]:
@@ -203,26 +255,24 @@ def saved_arrays(path: Path, item: str) -> dict[str, Any]:
 
 
 def load_items(path: Path, trees: Mapping[str, PyTree]) -> dict[str, Any]:
-    """Loads the items in `trees`, and all JSON items, from a checkpoint.
-
-    Args:
-        path: the checkpoint.
-        trees: item name -> nested dicts of abstract arrays, whose shapes, dtypes and shardings the
-            loaded arrays get.
-
-    Returns:
-        Item name -> loaded value.
+    """Loads all JSON items of a checkpoint, and the items in `trees` with the structure, dtypes and
+    shardings of these real or abstract trees.
 
     Raises:
-        ValueError: the saved arrays of an item have other paths or shapes than its abstract arrays.
+        ValueError: the saved arrays of an item have other paths or shapes than its tree.
     """
-    for item, abstract in trees.items():
-        _check_arrays(path, item, flatten_paths(abstract), saved_arrays(path, item))
-    wanted = {item: abstract for item, abstract in trees.items() if abstract}
-    wanted |= {item: None for item in JSON_ITEMS if (path / item).is_dir()}
+    wanted: dict[str, Any] = {item: None for item in JSON_ITEMS if (path / item).is_dir()}
+    for item, like in trees.items():
+        _check_arrays(path, item, flatten_paths(like), saved_arrays(path, item))
+        if abstract := jax.tree.map(abstract_array, _nested_dict(like)):
+            wanted[item] = abstract
     with orbax_context():
-        loaded = ocp.load_checkpointables(path, wanted)
-    return {item: {} for item in trees} | dict(loaded)
+        loaded = dict(ocp.load_checkpointables(path, wanted))
+    for item, like in trees.items():
+        leaves = flatten_paths(loaded.get(item, {}))
+        loaded[item] = jax.tree.unflatten(
+            jax.tree.structure(like), [leaves[name] for name in flatten_paths(like)])
+    return loaded
 
 
 def _check_arrays(
@@ -234,8 +284,7 @@ def _check_arrays(
         if name in saved and tuple(saved[name].shape) != tuple(leaf.shape):
             raise ValueError(
                 f"{where}/{name} has shape {tuple(saved[name].shape)}, not {tuple(leaf.shape)}; "
-                "build the model with the config in the checkpoint's metadata"
-            )
+                "build the model with the config in the checkpoint's metadata")
     cause = "model config" if item == "params" else "optimizer and trainable mask"
     for names, difference, pool in (
         (expected.keys() - saved.keys(), "is missing {} arrays", saved),
@@ -243,36 +292,27 @@ def _check_arrays(
     ):
         if names:
             name = min(names)
-            near = difflib.get_close_matches(name, pool, n=1)
+            near = similar_names(name, pool, 1)
             hint = f" (nearest: {near[0]})" if near else ""
-            raise ValueError(
-                f"{where} {difference.format(len(names))} such as {name}{hint}; "
-                f"use the {cause} that it was saved with"
-            )
+            raise ValueError(f"{where} {difference.format(len(names))} such as {name}{hint}; use "
+                             f"the {cause} that it was saved with")
 
 
 def to_json(value: Any, name: str) -> Any:
     """Converts a value to JSON values: NumPy scalars to Python numbers, and arrays to lists.
 
-    Args:
-        value: numbers, strings, lists and dicts.
-        name: name of the value in the error message.
-
     Raises:
-        ValueError: the value contains something that JSON cannot represent.
+        ValueError: `name`, the value, contains something that JSON cannot represent.
 
     Example:
         >>> to_json({"seed": np.int64(3), "betas": (0.9, 0.999)}, "metadata")
         {'seed': 3, 'betas': [0.9, 0.999]}
     """
-
     def convert(item: Any) -> Any:
         if isinstance(item, np.generic | np.ndarray):
             return item.tolist()
-        raise ValueError(
-            f"{name} contains a {type(item).__name__}, which JSON cannot represent; use numbers, "
-            "strings, lists and dicts"
-        )
+        raise ValueError(f"{name} contains a {type(item).__name__}, which JSON cannot represent; "
+                         "use numbers, strings, lists and dicts")
 
     return json.loads(json.dumps(value, default=convert))
 
@@ -294,6 +334,4 @@ def rng_from_json(values: Mapping[str, Any] | None) -> jax.Array | None:
     if values is None:
         return None
     data = jax.numpy.asarray(values["data"], jax.numpy.uint32)
-    if values["impl"] is None:
-        return data
-    return jax.random.wrap_key_data(data, impl=values["impl"])
+    return data if values["impl"] is None else jax.random.wrap_key_data(data, impl=values["impl"])

@@ -6,7 +6,7 @@ A checkpoint consists of separate items, so that each can be loaded without the 
     opt_state  the optimizer state (absent if the optimizer has none)
     step       the number of updates
     rng        the random key of the run
-    data       the state of the data iterator; `loop.fit` also stores its anomaly detector's state
+    data       the states of the data iterator, the anomaly detector and the callbacks
     metadata   JSON values from the caller, such as the model config and the command line
 
 and digests.json, a manifest of its files with their SHA-256 (`transformer_jax.storage`).
@@ -21,25 +21,22 @@ manifest and falls back to the previous step if one is corrupted.
 
 import contextlib
 import math
-import os
-import platform
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import filelock
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from transformer_jax import storage
 from transformer_jax.train import checkpoint_files
 from transformer_jax.train.anomalies import BadStepError
 from transformer_jax.train.checkpoint_files import (
+    PendingSave,
     SaveError,
-    check_disk_space,
     checkpoint_path,
+    directory_lock,
+    first_line,
     saved_steps,
     verified_checkpoint_path,
 )
@@ -56,94 +53,31 @@ class Checkpoint(NamedTuple):
     metadata: Any
 
 
-class PendingSave:
-    """A save whose files are written in the background.
-
-    Call `result` before relying on the checkpoint.
-    """
-
-    def __init__(self, root: Path, step: int, checkpointer: ocp.training.Checkpointer, response):
-        self._root, self._step, self._error = root, step, None
-        self._thread = threading.Thread(target=self._finish, args=(checkpointer, response))
-        self._thread.start()
-
-    def _finish(self, checkpointer, response) -> None:
-        try:
-            try:
-                response.result()
-            finally:
-                checkpointer.close()
-            if jax.process_index() == 0:
-                storage.write_manifest(self._root / str(self._step))
-        except Exception as error:  # raised by `check` in the calling thread
-            self._error = error
-
-    def check(self) -> None:
-        """Raises the error of the save if it has failed, without waiting for the save to finish.
-
-        The error is raised only once; later calls return.
-
-        Raises:
-            SaveError: the save has failed.
-        """
-        if self._error is None or self._thread.is_alive():
-            return
-        error, self._error = self._error, None
-        last = latest_step(self._root)
-        raise SaveError(
-            f"step {self._step} could not be saved in {self._root}: {_first_line(error)}; "
-            + ("no earlier checkpoint exists" if last is None
-               else f"the last complete checkpoint is step {last}")
-            + ". Fix the problem and run the same command again to resume") from error
-
-    def result(self) -> None:
-        """Waits until the checkpoint is complete.
-
-        Raises:
-            SaveError: the save has failed.
-        """
-        self._thread.join()
-        self.check()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def save(
-    directory: str | Path,
-    step: int,
-    state: TrainState,
-    *,
-    rng: jax.Array | None = None,
-    data_state: Any = None,
-    metadata: Any = None,
-    keep: int | None = 3,
-    metrics: Mapping[str, float] | None = None,
-    keep_best: tuple[str, str] | None = None,
+    directory: str | Path, step: int, state: TrainState, *, rng: jax.Array | None = None,
+    data_state: Any = None, metadata: Any = None, keep: int | None = 3,
+    metrics: Mapping[str, float] | None = None, keep_best: tuple[str, str] | None = None,
     wait: bool = True,
 ) -> PendingSave:
     """Saves a checkpoint, then deletes old checkpoints (see `keep` and `keep_best`).
 
+    The arrays of `state` are copied to the host before this function returns, so they may be
+    donated afterwards.
+
     Args:
         directory: the checkpoint directory of the run; created if necessary.
         step: the number of updates, equal to `state.step`; also the name of the subdirectory.
-        state: the train state. Its arrays are copied to the host before this function returns, so
-            they may be donated afterwards.
+        state: the train state.
         rng: a typed or raw random key.
-        data_state: the result of the data iterator's `get_state()`; JSON values only. With several
-            processes, the state of the first one is saved, so the iterators of all processes must
-            be at the same position, as Grain's sharded iterators are.
+        data_state: JSON values from the data iterator's `get_state()`. With several processes, the
+            state of the first one is saved, so the iterators of all processes must be at the same
+            position, as Grain's sharded iterators are.
         metadata: any JSON values.
         keep: number of most recent checkpoints to keep; None keeps all.
         metrics: evaluation metrics, saved with the checkpoint.
         keep_best: (name of a metric, "min" or "max"): also keep the checkpoint with the best value.
-        wait: whether to return only when the files are complete. If False, the files are written in
-            the background, and the caller must call `result()` on the returned object before the
-            next save and at the end of the run.
-
-    Returns:
-        The save, which is complete if `wait` is True.
+        wait: whether to return only when the files are complete. If False, they are written in the
+            background; call `result()` of the returned object before the next save and at the end.
 
     Raises:
         ValueError: the step is saved already, `keep` is below 1, there are metrics but not that of
@@ -161,24 +95,23 @@ def save(
         (0, {'seed': 1})
     """
     metrics = dict(metrics or {})
-    check_retention(keep, keep_best, metrics)
+    _check_retention(keep, keep_best, metrics)
     root = Path(directory).absolute()
     if step in saved_steps(root):
         raise ValueError(f"{root} already has a checkpoint of step {step}; choose another "
                          "directory or step")
     items = checkpoint_files.make_items(state, rng, data_state, metadata)
-    check_disk_space(root, step, jax.tree.leaves([state.params, state.opt_state]))
+    checkpoint_files.check_disk_space(root, step, jax.tree.leaves([state.params, state.opt_state]))
     try:
         checkpointer = ocp.training.Checkpointer(
             root,
             context=checkpoint_files.orbax_context(),
             # The caller decides when to save, so every call saves.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=_preservation_policy(keep, keep_best),
-        )
+            preservation_policy=_preservation_policy(keep, keep_best))
         response = checkpointer.save_checkpointables_async(step, items, metrics=metrics or None)
     except OSError as error:
-        raise SaveError(f"step {step} cannot be saved in {root}: {_first_line(error)}; choose "
+        raise SaveError(f"step {step} cannot be saved in {root}: {first_line(error)}; choose "
                         "another directory, or make this one writable") from error
     pending = PendingSave(root, step, checkpointer, response)
     if wait:
@@ -192,16 +125,15 @@ def check_best(best: str, name: str = "best") -> None:
         raise ValueError(f"{name} is {best!r}; it must be 'min' or 'max'")
 
 
-def check_retention(
-    keep: int | None, keep_best: tuple[str, str] | None, metrics: Mapping[str, float] | None = None
+def _check_retention(
+    keep: int | None, keep_best: tuple[str, str] | None, metrics: Mapping[str, float]
 ) -> None:
-    """Raises ValueError if `keep` or `keep_best` of `save` is out of range."""
     if keep is not None and keep < 1:
         raise ValueError(f"keep is {keep}; it must be at least 1, or None to keep all checkpoints")
     if keep_best is not None and (keep_best[1] not in ("min", "max")
                                   or (metrics and keep_best[0] not in metrics)):
         raise ValueError(f"keep_best is {keep_best}; it must be the name of a metric "
-                         f"({', '.join(metrics or ()) or 'of the evaluation'}) and min or max")
+                         f"({', '.join(metrics) or 'of the evaluation'}) and min or max")
 
 
 def _preservation_policy(keep: int | None, best: tuple[str, str] | None):
@@ -221,34 +153,24 @@ def _rank(value: float, best: str) -> float:
 
 
 def best_step(directory: str | Path, metric: str, best: str = "min") -> int | None:
-    """Returns the step with the best value of a metric, or None if no saved step has the metric.
+    """Returns the step with the best value of an evaluation metric, or None if no step has it.
 
-    Of equal values, the last step is returned.
-
-    Args:
-        directory: the checkpoint directory.
-        metric: the name of an evaluation metric.
-        best: "min" or "max".
-
-    Raises:
-        ValueError: `best` is neither.
+    `best` is "min" or "max". Of equal values, the last step is returned.
     """
     check_best(best)
     root = Path(directory).absolute()
-    if not saved_steps(root):
+    complete = saved_steps(root)
+    if not complete:
         return None
     with ocp.training.Checkpointer(root, context=checkpoint_files.orbax_context()) as checkpointer:
         found = [(_rank(saved.metrics[metric], best), saved.step)
                  for saved in checkpointer.checkpoints
-                 if saved.metrics and metric in saved.metrics and saved.step in saved_steps(root)]
+                 if saved.metrics and metric in saved.metrics and saved.step in complete]
     return max(found)[1] if found else None
 
 
 def latest_step(directory: str | Path) -> int | None:
-    """Returns the last step with a complete checkpoint, or None if there is none.
-
-    The directory does not need to exist.
-    """
+    """Returns the last step with a complete checkpoint, or None; the directory may not exist."""
     return max(saved_steps(Path(directory)), default=None)
 
 
@@ -268,60 +190,38 @@ def restore(directory: str | Path, like: TrainState, step: int | None = None) ->
             checkpoint of `step` is corrupted; or, without `step`, every checkpoint is.
     """
     path = verified_checkpoint_path(directory, step)
-    trees = {"params": like.params, "opt_state": like.opt_state}
     loaded = checkpoint_files.load_items(
-        path, {name: checkpoint_files.abstract_arrays(tree) for name, tree in trees.items()})
-    restored = {name: checkpoint_files.copy_structure(loaded[name], tree)
-                for name, tree in trees.items()}
-    number = np.asarray(loaded["step"], np.int32)
-    placed = jax.device_put(number, checkpoint_files.target_sharding(like.step))
+        path, {"params": like.params, "opt_state": like.opt_state})
+    number = jax.device_put(np.asarray(loaded["step"], np.int32),
+                            checkpoint_files.target_sharding(like.step))
     return Checkpoint(
-        TrainState(placed, **restored),
-        checkpoint_files.rng_from_json(loaded.get("rng")),
-        loaded.get("data"),
-        loaded.get("metadata"),
-    )
+        TrainState(number, loaded["params"], loaded["opt_state"]),
+        checkpoint_files.rng_from_json(loaded.get("rng")), loaded.get("data"),
+        loaded.get("metadata"))
 
 
 def load_params(
     directory: str | Path, like: PyTree | None = None, step: int | None = None
 ) -> PyTree:
-    """Loads only the parameters, for fine-tuning and generation.
+    """Loads only the parameters, for fine-tuning and generation; arguments and errors of `restore`.
 
-    Args:
-        directory: the checkpoint directory.
-        like: parameters, real or abstract, that determine dtypes and shardings. By default the
-            parameters are loaded with their saved dtypes, as nested dicts on the first device.
-        step: a step; by default the latest one that is not corrupted.
-
-    Raises:
-        FileNotFoundError: as in `restore`.
-        ValueError: as in `restore`.
+    `like` is a tree of parameters, real or abstract. By default the parameters are loaded with
+    their saved dtypes, as nested dicts on the first device.
     """
     path = verified_checkpoint_path(directory, step)
-    if like is not None:
-        abstract = checkpoint_files.abstract_arrays(like)
-        loaded = checkpoint_files.load_items(path, {"params": abstract})["params"]
-        return checkpoint_files.copy_structure(loaded, like)
-    # The saved shardings are not used, because their devices may not exist on this machine.
-    saved = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-             for name, leaf in checkpoint_files.saved_arrays(path, "params").items()}
-    abstract = checkpoint_files.abstract_arrays(unflatten_paths(saved))
-    return checkpoint_files.load_items(path, {"params": abstract})["params"]
+    if like is None:  # the saved shardings may have devices that this machine does not have
+        like = unflatten_paths({
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for name, leaf in checkpoint_files.saved_arrays(path, "params").items()})
+    return checkpoint_files.load_items(path, {"params": like})["params"]
 
 
 def average_params(directory: str | Path, last: int, like: PyTree | None = None) -> PyTree:
-    """Averages the parameters of the last checkpoints, leaf by leaf.
+    """Averages the parameters of the last checkpoints, as `load_params` loads them, leaf by leaf.
 
     With a high learning rate near the end of training, parameters oscillate around a minimum, and
     their mean is closer to it (Vaswani et al. 2017, section 6.1: the last 5 checkpoints, written
     at 10-minute intervals).
-
-    Args:
-        directory: the checkpoint directory.
-        last: the number of checkpoints to average.
-        like: as in `load_params`. The average is computed in the dtypes of `like`, or else in the
-            saved dtypes.
 
     Raises:
         FileNotFoundError: the directory has fewer than `last` checkpoints.
@@ -340,7 +240,7 @@ def average_params(directory: str | Path, last: int, like: PyTree | None = None)
 
 
 def load_metadata(directory: str | Path, step: int | None = None) -> Any:
-    """Loads the metadata of a checkpoint; None if none was saved.
+    """Loads the metadata of a checkpoint, by default the latest one; None if none was saved.
 
     Raises:
         FileNotFoundError: as in `restore`.
@@ -348,11 +248,7 @@ def load_metadata(directory: str | Path, step: int | None = None) -> Any:
     return checkpoint_files.load_items(checkpoint_path(directory, step), {}).get("metadata")
 
 
-LOCK_FILE = "lock"
-
-
-class DirectoryInUseError(OSError):
-    """Another run holds the lock of a checkpoint directory."""
+# The checkpoints of `loop.fit` --------------------------------------------------------------------
 
 
 class Stateful(Protocol):
@@ -362,35 +258,8 @@ class Stateful(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
-@contextlib.contextmanager
-def directory_lock(directory: str | Path) -> Iterator[None]:
-    """Context manager that holds an exclusive lock on a directory, which is created if missing.
-
-    The operating system releases the lock when the process ends, even if it is killed. On network
-    file systems without locks, `filelock` uses the existence of the lock file instead.
-
-    Raises:
-        DirectoryInUseError: another process holds the lock.
-    """
-    root = Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
-    owner = root / f"{LOCK_FILE}.owner"  # the lock file itself may be truncated by others
-    try:
-        with filelock.FileLock(root / LOCK_FILE, timeout=0):
-            owner.write_text(f"process {os.getpid()} on {platform.node()}\n")
-            try:
-                yield
-            finally:
-                owner.unlink(missing_ok=True)
-    except filelock.Timeout:
-        name = owner.read_text().strip() if owner.is_file() else "an unknown process"
-        raise DirectoryInUseError(
-            f"{directory} is in use by another run ({name}); wait until it ends, stop it, or "
-            "choose another directory") from None
-
-
 class Checkpointer:
-    """The checkpoint directory of a run of `loop.fit`.
+    """The checkpoint directory of a run of `loop.fit`: lock, resumption, saves and retention.
 
     Args:
         directory: the directory, which is locked against other runs; None saves no checkpoints.
@@ -413,10 +282,10 @@ class Checkpointer:
     ):
         if save_every < 0:
             raise ValueError(f"save_every is {save_every}; it must be at least 0")
-        check_retention(keep, keep_best)
+        _check_retention(keep, keep_best, {})
         self.directory, self.every = directory, save_every
-        self.keep, self.keep_best = keep, keep_best
         self.metadata, self.allow_config_mismatch = metadata, allow_config_mismatch
+        self._retention = {"keep": keep, "keep_best": keep_best}
         self._pending: PendingSave | None = None
 
     @property
@@ -426,24 +295,19 @@ class Checkpointer:
 
     def lock(self) -> contextlib.AbstractContextManager:
         """Returns a context manager that locks the directory against other runs."""
-        if not self.is_active or jax.process_index() > 0:
-            return contextlib.nullcontext()
-        return directory_lock(self.directory)
+        return (directory_lock(self.directory) if self.is_active and jax.process_index() == 0
+                else contextlib.nullcontext())
 
     def restore(
         self, state: TrainState, rng: jax.Array | None, stateful: Mapping[str, Stateful],
         before: int | None = None,
     ) -> tuple[TrainState, jax.Array | None]:
-        """Restores the last checkpoint that is not corrupted, if there is one.
+        """Restores the last checkpoint that is not corrupted; without one, returns `state` and
+        `rng`.
 
-        Args:
-            state: the initial state, for structure and shardings; returned if there is no
-                checkpoint.
-            rng: the random key of the run; returned if there is no checkpoint.
-            stateful: objects by the names of their states in the checkpoint; they are restored too.
-            before: restores the last checkpoint before this step, and leaves the directory
-                unchanged. By default, later checkpoints, which are corrupted or incomplete, are
-                renamed.
+        The objects in `stateful`, by the names of their states in the checkpoint, are restored too.
+        Later checkpoints, which are corrupted or incomplete, are renamed. With `before`, the last
+        checkpoint before this step is restored, and the directory is unchanged.
 
         Raises:
             ValueError: the checkpoint does not match the state, has other metadata, or is corrupted
@@ -451,11 +315,10 @@ class Checkpointer:
         """
         if not self.is_active:
             return state, rng
-        saved = [step for step in checkpoint_files.saved_steps(Path(self.directory))
+        saved = [step for step in saved_steps(Path(self.directory))
                  if before is None or step < before]
         if saved:
-            found = restore(
-                self.directory, state, None if before is None else saved[-1])
+            found = restore(self.directory, state, None if before is None else saved[-1])
             self._check_metadata(found.metadata)
             state, rng = found.state, found.rng
             for name, item in stateful.items():
@@ -486,12 +349,8 @@ class Checkpointer:
     ) -> None:
         """Starts to save a checkpoint, after the previous one is complete.
 
-        Args:
-            state: its arrays are copied to the host before this method returns.
-            rng: the random key of the run.
-            stateful: objects by the names of their states in the checkpoint; a state that is None
-                is not saved.
-            metrics: the metrics of an evaluation of `state`, if there was one.
+        States of `stateful` that are None are not saved. `metrics` are those of an evaluation of
+        `state`, if there was one.
 
         Raises:
             SaveError: a checkpoint could not be saved.
@@ -503,17 +362,13 @@ class Checkpointer:
         self._pending = save(
             self.directory, int(state.step), state, rng=rng, metadata=self.metadata,
             data_state={name: value for name, value in states.items() if value is not None},
-            keep=self.keep, keep_best=self.keep_best, metrics=metrics, wait=False)
+            metrics=metrics, wait=False, **self._retention)
 
     def roll_back(self, like: TrainState, bad_step: int) -> TrainState:
-        """Returns the state of the last checkpoint.
-
-        Args:
-            like: an abstract state, for structure and shardings.
-            bad_step: the number of the anomalous step, for the error.
+        """Returns the state of the last checkpoint, with the structure and shardings of `like`.
 
         Raises:
-            BadStepError: no checkpoint was saved yet.
+            BadStepError: no checkpoint was saved before the anomalous step `bad_step`.
         """
         self.wait()
         if latest_step(self.directory) is None:

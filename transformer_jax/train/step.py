@@ -27,6 +27,8 @@ from jax.sharding import PartitionSpec as P
 from transformer_jax import distributed, sharding, tree
 from transformer_jax.tree import PyTree
 
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_GIB = 2**30
 LossFn = Callable[[PyTree, PyTree, Any], tuple[Any, Any, dict[str, tuple[Any, Any]]]]
 
 
@@ -44,14 +46,9 @@ def init_state(
     """Returns the state before the first update.
 
     This function is pure, so a state can be initialized directly with its shardings
-    (`sharding.init_sharded`), or as abstract arrays without memory (`jax.eval_shape`).
-
-    Args:
-        params: nested dicts of arrays. They are copied, so that a jitted step may donate the state
-            without deleting the caller's parameters.
-        optimizer: an Optax transformation, for example from `optimizers.make_optimizer`.
-        trainable: a boolean mask with the structure of `params`; None trains all parameters. Frozen
-            parameters have no optimizer state.
+    (`sharding.init_sharded`), or as abstract arrays without memory (`jax.eval_shape`). `params` are
+    copied, so that a jitted step may donate the state without deleting the caller's parameters.
+    Parameters where the boolean mask `trainable` is False have no optimizer state.
 
     Example:
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
@@ -65,11 +62,6 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable_params))
 
 
-def _as_terms(value: Any) -> dict[str, Any]:
-    """Returns a dict of the terms of a loss; a scalar becomes a single term with the key ""."""
-    return value if isinstance(value, dict) else {"": value}
-
-
 def _safe_divide(total: Any, weight: Any) -> Any:
     """total / weight, or 0 if the weight is 0; value and gradient are never NaN."""
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0.0)
@@ -78,26 +70,27 @@ def _safe_divide(total: Any, weight: Any) -> Any:
 def loss_and_metrics(
     loss_fn: LossFn, params: PyTree, batch: PyTree, rng: Any
 ) -> tuple[dict, dict, dict]:
-    """Calls `loss_fn`, and returns (sums, weights, metrics) as dicts of float arrays."""
+    """Calls `loss_fn`, and returns (sums, weights, metrics) as dicts of float arrays.
+
+    A scalar sum and weight become a single term with the key "".
+    """
     sums, weights, metrics = loss_fn(params, batch, rng)
-    totals = (_as_terms(sums), _as_terms(weights), metrics)
-    return jax.tree.map(lambda x: jnp.asarray(x, float), totals)
+    if not isinstance(sums, dict):
+        sums, weights = {"": sums}, {"": weights}
+    return jax.tree.map(lambda x: jnp.asarray(x, float), (sums, weights, metrics))
 
 
 def _split_microbatches(batch: PyTree, num_microbatches: int) -> PyTree:
     """Reshapes [B, ...] to [num_microbatches, B / num_microbatches, ...].
 
-    A strided split: row i is in microbatch i % num_microbatches. Each device then holds the same
-    number of rows of every microbatch of a sharded batch. Consecutive blocks of rows would have to
-    be moved between devices.
+    Row i is in microbatch i % num_microbatches, so that each device holds the same number of rows
+    of every microbatch of a sharded batch. Blocks of rows would be moved between devices.
     """
-
     def split(path: str, rows: jax.Array) -> jax.Array:
         if rows.shape[0] % num_microbatches:
             raise ValueError(
                 f"batch entry {path!r} has {rows.shape[0]} rows, not a multiple of accumulate = "
-                f"{num_microbatches}; change the batch size or accumulate"
-            )
+                f"{num_microbatches}; change the batch size or accumulate")
         return jnp.reshape(rows, (-1, num_microbatches, *rows.shape[1:])).swapaxes(0, 1)
 
     return tree.map_paths(split, batch)
@@ -129,10 +122,8 @@ def _compute_grads(
 ):
     """Returns (grads, (sums, weights, metrics)) of the rows of `batch`, not summed over devices.
 
-    `weights` are the total weights to divide by. None computes them from `batch`, which must then
-    contain all rows of the device.
+    `weights` are the total weights to divide by; by default those of `batch`.
     """
-
     def objective(trainable_params: PyTree) -> tuple[jax.Array, tuple]:
         params = tree.combine(trainable_params, frozen_params)
         sums, batch_weights, metrics = loss_and_metrics(loss_fn, params, batch, rng)
@@ -151,8 +142,7 @@ def _accumulate_grads(
     """Like `_compute_grads`, but computed one microbatch at a time and summed.
 
     The total weights must be known before the first gradient, so `loss_fn` is called once on all
-    rows. The sums that it returns are not used, so XLA removes that forward pass and keeps only the
-    computation of the weights.
+    rows. Its sums are not used, so XLA removes that forward pass except for the weights.
     """
     params = tree.combine(trainable_params, frozen_params)
     weights = _sum_over_devices(loss_and_metrics(loss_fn, params, batch, rng)[1], axis_name)
@@ -172,11 +162,8 @@ def _accumulate_grads(
 
 
 def make_train_step(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    trainable: PyTree | None = None,
-    accumulate: int = 1,
-    axis_name: str | None = None,
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, trainable: PyTree | None = None,
+    accumulate: int = 1, axis_name: str | None = None,
 ) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Makes a train step that computes the gradient of a loss and updates the parameters.
 
@@ -189,17 +176,15 @@ def make_train_step(
     the gradient norm.
 
     The random key of a step is `fold_in(rng, state.step)`, so pass the same `rng` at every step.
-    The index of the device (with `axis_name`) and the index of the microbatch (with `accumulate`
-    above 1) are folded in as well.
+    The indices of the device (`axis_name`) and of the microbatch are folded in as well.
 
     Args:
         loss_fn: `loss_fn(params, batch, rng) -> (sum, weight, metrics)`; see the module docstring.
         optimizer: an Optax transformation. Its gradients, parameters and state are those of the
             trainable parameters only, with None in place of frozen parameters.
         trainable: a boolean mask with the structure of the parameters; None trains all of them.
-        accumulate: number of microbatches that a batch is split into. They are processed one after
-            another, so only the activations of one of them are in memory. The gradients are
-            accumulated in a buffer of the size of the trainable parameters.
+        accumulate: number of microbatches that a batch is split into. Only the activations of one
+            are in memory. The sum of the gradients has the size of the trainable parameters.
         axis_name: the axis of `jax.pmap` or `jax.shard_map` over which totals are summed.
 
     Returns:
@@ -227,7 +212,6 @@ def make_train_step(
         raise ValueError(f"accumulate is {accumulate}; it must be at least 1 microbatch")
     if trainable is not None and not any(jax.tree.leaves(trainable)):
         raise ValueError("the mask `trainable` selects no parameter; select at least one")
-
     compute_grads = (_compute_grads if accumulate == 1
                      else functools.partial(_accumulate_grads, accumulate))
 
@@ -250,40 +234,27 @@ def make_train_step(
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[PyTree, PyTree], tuple[dict, dict, dict]]:
-    """Makes a function that computes the loss sums and weights of one batch, without dropout.
+    """Makes `eval_step(params, batch) -> (sums, weights, metrics)`, which has no dropout.
 
-    Args:
-        loss_fn: as in `make_train_step`.
-
-    Returns:
-        `eval_step(params, batch) -> (sums, weights, metrics)`. `sums` and `weights` have one entry
-        per term of the loss (the key "" if there is a single term), and `metrics` has (sum, weight)
-        pairs. Add all of them over the batches before dividing, as `evaluate` does.
+    `sums` and `weights` have one entry per term of the loss (the key "" if there is a single term),
+    and `metrics` has (sum, weight) pairs. Add all of them over the batches before dividing, as
+    `evaluate` does.
     """
     return lambda params, batch: loss_and_metrics(loss_fn, params, batch, None)
 
 
 def evaluate(
-    eval_step: Callable[[PyTree, PyTree], tuple[dict, dict, dict]],
-    params: PyTree,
-    batches: Iterable[PyTree],
-    mesh: jax.sharding.Mesh | None = None,
+    eval_step: Callable[[PyTree, PyTree], tuple[dict, dict, dict]], params: PyTree,
+    batches: Iterable[PyTree], mesh: Mesh | None = None,
 ) -> dict[str, float]:
-    """Computes the loss and the metrics over all batches.
+    """Computes the loss and the metrics over all batches, which are sharded over `mesh`.
 
     Totals are summed in float64 on the host and divided once, so neither the batch size nor padding
-    rows (of weight 0) change the result.
-
-    Args:
-        eval_step: from `make_eval_step`. It is jitted here, and compiled once for all calls with
-            the same function.
-        params: the parameters.
-        batches: at least one batch.
-        mesh: shards the batches over the mesh.
+    rows (of weight 0) change the result. `eval_step`, from `make_eval_step`, is compiled once for
+    all calls with the same function.
 
     Returns:
-        "loss", "<term>_loss" for each term if the loss has several, and each metric of the loss
-        function.
+        "loss", "<term>_loss" for each term if there are several, and the metrics of the loss.
 
     Raises:
         ValueError: there are no batches.
@@ -312,36 +283,18 @@ def evaluate(
     if pending is None:
         raise ValueError("there are no batches to evaluate; pass at least one")
     return _divide_totals(
-        *add(pending), divide=lambda total, weight: float(total / weight) if weight else 0.0
-    )
+        *add(pending), divide=lambda total, weight: float(total / weight) if weight else 0.0)
 
 
-_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-GIB = 2**30
+# Compilation and memory ---------------------------------------------------------------------------
 
 
 class CompiledStep:
     """Compiles `train_step(state, batch, rng, ...)`, with the state donated.
 
-    Each new batch shape is compiled at its first call. On a mesh, the returned state has the
-    shardings of `state`; without this constraint, XLA could choose other shardings.
-
-    Args:
-        train_step: a function that returns (state, metrics).
-        state: the initial state, for its shardings.
-        mesh: the device mesh; None if the state is on one device.
-
-    Raises:
-        ValueError: a step needs more memory than is free. Raised by the call that compiles it.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> def train_step(state, batch, rng):
-        ...     return state + batch["x"].sum(), {"loss": jnp.float32(0.0)}
-        >>> step = CompiledStep(train_step, jnp.float32(0.0), mesh=None)
-        >>> state, metrics = step(jnp.float32(0.0), {"x": jnp.ones(3)}, None)
-        >>> float(state)
-        3.0
+    Each new batch shape is compiled at its first call, which raises ValueError if a step needs more
+    memory than is free. On a mesh, the returned state has the shardings of `state`, the initial
+    state; without this constraint, XLA could choose others.
     """
 
     def __init__(self, train_step: Callable, state: PyTree, mesh: Mesh | None):
@@ -353,7 +306,6 @@ class CompiledStep:
         self._compiled: dict[Any, Callable] = {}
 
     def __call__(self, state: PyTree, batch: PyTree, *args) -> tuple[PyTree, dict[str, jax.Array]]:
-        """Runs one step, and compiles it first if the shape of the batch is new."""
         leaves, structure = jax.tree.flatten(batch)
         key = (structure, tuple((x.shape, x.dtype) for x in leaves))
         if key not in self._compiled:
@@ -367,10 +319,8 @@ class CompiledStep:
 def check_memory(analysis: Any, free: int | None) -> None:
     """Raises ValueError if a compiled step needs more memory than is free.
 
-    Args:
-        analysis: from `compiled.memory_analysis()`, or None if the backend does not provide one.
-            The arguments of the step are not counted, because they are in memory already.
-        free: free memory in bytes, or None if unknown.
+    `analysis` is `compiled.memory_analysis()`, which is None on some backends, and `free` is in
+    bytes. The arguments of the step are not counted, because they are in memory already.
     """
     if analysis is None or free is None:
         return
@@ -378,24 +328,20 @@ def check_memory(analysis: Any, free: int | None) -> None:
         analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
     if needed > free:
         raise ValueError(
-            f"a step needs {needed / GIB:.2f} GiB in addition to the "
-            f"{analysis.argument_size_in_bytes / GIB:.2f} GiB of parameters, optimizer state and "
-            f"batch, and {free / GIB:.2f} GiB are free; use a smaller batch_size, more "
+            f"a step needs {needed / _GIB:.2f} GiB in addition to the "
+            f"{analysis.argument_size_in_bytes / _GIB:.2f} GiB of parameters, optimizer state and "
+            f"batch, and {free / _GIB:.2f} GiB are free; use a smaller batch_size, more "
             "microbatches (accumulate), remat='full', a 16-bit dtype, or more devices (mesh.fsdp)")
 
 
-class CompilationCounter:
+class CompilationCounter(contextlib.AbstractContextManager):
     """Counts XLA compilations, and programs loaded from the persistent compilation cache.
 
     JAX silently recompiles a function for arguments of new shapes; this counter detects it.
-    Counting starts when the counter is created, and ends with `close` or the `with` block.
-
-    Attributes:
-        count: the number of compilations so far.
-        seconds: the total compilation time.
+    `count` and `seconds` are totals from the creation of the counter until `close`, or the end of
+    the `with` block.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> double, x = jax.jit(lambda x: 2 * x), jnp.ones(3)
         >>> with CompilationCounter() as compilations:
         ...     _ = double(x), double(x)
@@ -416,52 +362,41 @@ class CompilationCounter:
         """Stops counting."""
         monitoring.unregister_event_duration_listener(self._on_event)
 
-    def __enter__(self) -> "CompilationCounter":
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
 
-def peak_memory() -> int | None:
-    """Returns the peak memory use of the first device in bytes.
-
-    On a CPU, it is the peak memory use of this process. None if the platform does not report it.
-    """
-    stats = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
+def _proc_bytes(file: str, field: str) -> int | None:
+    """Returns a field, in bytes, of a file such as /proc/meminfo; None where there is none."""
     try:
-        with open("/proc/self/status") as status:
-            found = [line.split()[1] for line in status if line.startswith("VmHWM:")]
-        return int(found[0]) * 1024
-    except (OSError, IndexError):
+        with open(file) as lines:
+            return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    except (OSError, StopIteration, IndexError):
         return None
 
 
-def memory_limit() -> int:
-    """Returns the bytes that JAX can allocate on the first device.
+def peak_memory() -> int | None:
+    """Returns the peak memory use of the first device, on a CPU that of this process, in bytes."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", _proc_bytes("/proc/self/status", "VmHWM:"))
 
-    On a CPU, it is `free_memory()`. 2**63 if the platform does not report it.
+
+def memory_limit() -> int:
+    """Returns the bytes that JAX can allocate on the first device, on a CPU `free_memory()`.
+
+    2**63 if the platform does not report it.
     """
     stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return free_memory() or 2**63
+    return stats["bytes_limit"] if "bytes_limit" in stats else free_memory() or 2**63
 
 
 def free_memory() -> int | None:
-    """Returns the free memory of the first local device in bytes.
+    """Returns the free memory of the first local device in bytes; None if it is not reported.
 
-    The free memory of a host is divided equally among its CPU devices. None if the platform does
-    not report it.
+    The free memory of a host is divided equally among its CPU devices.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    try:
-        with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    return 1024 * free // jax.local_device_count()
+    free = _proc_bytes("/proc/meminfo", "MemAvailable:")
+    return None if free is None else free // jax.local_device_count()
