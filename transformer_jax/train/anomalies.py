@@ -50,11 +50,7 @@ class AnomalyPolicy(NamedTuple):
     patience: int = 5  # stop above this many consecutive anomalous steps, or rollbacks in total
 
     def check(self) -> None:
-        """Validates the fields.
-
-        Raises:
-            ValueError: a field is out of range.
-        """
+        """Raises ValueError if a field is out of range."""
         for name, allowed in (("not_finite", ACTIONS[:3]), ("on_spike", ACTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose from "
@@ -76,11 +72,9 @@ DEFAULT_POLICY = AnomalyPolicy()
 
 
 class BadStepError(FloatingPointError):
-    """Training stopped at an anomalous step.
+    """Training stopped at the anomalous step `step`, counted from 1, with the batch `batch`.
 
-    Attributes:
-        step: the number of the step, counted from 1.
-        batch: the batch of the step; None if a rollback failed because no checkpoint was saved yet.
+    `batch` is None if a rollback failed because no checkpoint was saved yet.
     """
 
     def __init__(self, message: str, step: int, batch: PyTree):
@@ -105,19 +99,12 @@ class Anomaly(NamedTuple):
 
 
 def skip_bad_updates(train_step: Callable, policy: AnomalyPolicy) -> Callable:
-    """Wraps a train step so that it discards the updates of anomalous steps, if `policy` skips any.
+    """Wraps a train step so that it discards the updates on which the action of `policy` is "skip".
 
-    Similar to `optax.apply_if_finite`, but for the whole train state, and also for loss spikes. A
-    discarded step increments only `state.step`.
-
-    Args:
-        train_step: a function from `train.step.make_train_step`.
-        policy: updates are discarded for the anomalies on which its action is "skip".
-
-    Returns:
-        `guarded_step(state, batch, rng, spike_threshold) -> (state, metrics)`, where a loss above
-        `spike_threshold` is a spike. The added metric "skipped" is 1 or 0. If `policy` skips no
-        steps, `train_step` itself (see also `AnomalyDetector.step_args`).
+    Returns `guarded_step(state, batch, rng, spike_threshold) -> (state, metrics)`, or `train_step`
+    itself if `policy` skips none (`AnomalyDetector.step_args` are the arguments after `rng`). A
+    discarded step increments only `state.step`; its added metric "skipped" is 1. Similar to
+    `optax.apply_if_finite`, but for the whole train state, and also for loss spikes.
     """
     if not policy.skips:
         return train_step
@@ -169,12 +156,7 @@ class AnomalyDetector:
         return (np.float32(self.spike_threshold(step)),) if self.policy.skips else ()
 
     def update(self, step: int, metrics: dict[str, float]) -> Anomaly | None:
-        """Adds the metrics of a step, and returns the anomaly or None if the step is normal.
-
-        Args:
-            step: the number of the step, counted from 1.
-            metrics: "loss" and, where known, "grad_norm".
-        """
+        """Adds the metrics of a step, counted from 1; returns None if the step is normal."""
         non_finite = [name for name in ("loss", "grad_norm")
                       if not math.isfinite(metrics.get(name, 0.0))]
         threshold = self.spike_threshold(step)
@@ -184,9 +166,8 @@ class AnomalyDetector:
             return None
         self._num_consecutive += 1
         if non_finite:
-            name = non_finite[0]
-            anomaly = Anomaly(f"{name} is {metrics[name]} at step {step}", self.policy.not_finite,
-                              NonFiniteLossError)
+            anomaly = Anomaly(f"{non_finite[0]} is {metrics[non_finite[0]]} at step {step}",
+                              self.policy.not_finite, NonFiniteLossError)
         else:
             anomaly = Anomaly(
                 f"loss is {metrics['loss']:.4g} at step {step}, above the spike threshold "
@@ -203,18 +184,15 @@ class AnomalyDetector:
 
     def rewind(self, step: int) -> None:
         """Drops the losses after `step`, because these steps are repeated after a rollback."""
-        kept = [pair for pair in self._normal_losses if pair[0] <= step]
-        self._normal_losses.clear()
-        self._normal_losses.extend(kept)
+        while self._normal_losses and self._normal_losses[-1][0] > step:
+            self._normal_losses.pop()
 
     # The keys are part of the checkpoint format.
     def get_state(self) -> dict[str, Any]:
-        """Returns the state as JSON values."""
         return {"good": [list(pair) for pair in self._normal_losses],
                 "in_a_row": self._num_consecutive, "rolled_back": self._num_rollbacks}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Restores a state from `get_state`."""
         self._normal_losses.clear()
         self._normal_losses.extend((int(n), float(loss)) for n, loss in state["good"])
         self._num_consecutive, self._num_rollbacks = state["in_a_row"], state["rolled_back"]
@@ -223,14 +201,7 @@ class AnomalyDetector:
 def save_batch(folder: str | Path | None, step: int, batch: PyTree, kind: str = "bad") -> str:
     """Saves a batch as `<kind>_batch_step<step>.npz`; with several processes, one file for each.
 
-    Args:
-        folder: the checkpoint directory; None saves nothing.
-        step: the number of the step that received the batch.
-        batch: the rows of this process.
-        kind: the beginning of the file name.
-
-    Returns:
-        A clause for messages that states where the batch is.
+    Returns a clause for messages that states where the batch is. None as the folder saves nothing.
     """
     if folder is None:
         return f"the batch was number {step} of the run"
@@ -242,11 +213,7 @@ def save_batch(folder: str | Path | None, step: int, batch: PyTree, kind: str = 
 
 
 def handle(anomaly: Anomaly, step: int, batch: PyTree, folder: str | Path | None) -> None:
-    """Saves the batch of an anomalous step, then raises its error or prints the action taken.
-
-    Raises:
-        BadStepError: the action is "stop".
-    """
+    """Saves the batch of an anomalous step, then raises its error ("stop") or prints the action."""
     location = save_batch(folder, step, batch)
     if anomaly.action == "stop":
         raise anomaly.error_type(

@@ -10,21 +10,19 @@ import optax
 
 from transformer_jax.errors import did_you_mean
 from transformer_jax.train import transforms
-from transformer_jax.train.transforms import clip_by_global_norm
-from transformer_jax.tree import PyTree, first_match, map_paths
+from transformer_jax.tree import PyTree, map_paths
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
 # Schedule name -> function (peak_lr, number of steps after the warm-up, end_lr, number of warm-up
 # steps) that returns a schedule of the steps after the warm-up, counted from 0.
 DECAYS: dict[str, Callable[[float, int, float, int], Schedule]] = {
-    "constant": lambda peak_lr, num_steps, end_lr, warmup: optax.constant_schedule(peak_lr),
-    "linear": lambda peak_lr, num_steps, end_lr, warmup: optax.linear_schedule(
-        peak_lr, end_lr, num_steps),
-    "cosine": lambda peak_lr, num_steps, end_lr, warmup: optax.cosine_decay_schedule(
-        peak_lr, num_steps, alpha=end_lr / peak_lr if peak_lr else 0.0),
-    "inverse_sqrt": lambda peak_lr, num_steps, end_lr, warmup: lambda step: (
-        end_lr + (peak_lr - end_lr) * jnp.sqrt(max(warmup, 1) / (step + warmup + 1))),
+    "constant": lambda peak, steps, end, warmup: optax.constant_schedule(peak),
+    "linear": lambda peak, steps, end, warmup: optax.linear_schedule(peak, end, steps),
+    "cosine": lambda peak, steps, end, warmup: optax.cosine_decay_schedule(
+        peak, steps, alpha=end / peak if peak else 0.0),
+    "inverse_sqrt": lambda peak, steps, end, warmup: lambda step: (
+        end + (peak - end) * jnp.sqrt(max(warmup, 1) / (step + warmup + 1))),
 }
 
 
@@ -48,10 +46,7 @@ def make_schedule(
     peak_lr = (d_model warmup_steps)^-0.5.
 
     Args:
-        name: "constant", "linear", "cosine" or "inverse_sqrt".
-        peak_lr: the learning rate at the end of the warm-up.
-        num_steps: the total number of updates.
-        warmup_steps: the number of updates with a linearly increasing learning rate.
+        num_steps: the total number of updates, warm-up included.
         end_lr: the learning rate from step `num_steps` on; for "inverse_sqrt", its limit after
             infinitely many steps. Not used by "constant".
 
@@ -71,8 +66,7 @@ def make_schedule(
     if not 0 <= warmup_steps < num_steps:
         raise ValueError(
             f"warmup_steps is {warmup_steps}; it must be from 0 to {num_steps - 1}, less than the "
-            f"{num_steps} steps of the run"
-        )
+            f"{num_steps} steps of the run")
     if not 0 <= end_lr <= peak_lr:
         raise ValueError(f"end_lr is {end_lr}; it must be from 0 to peak_lr = {peak_lr}")
     decay = DECAYS[name](peak_lr, num_steps - warmup_steps, end_lr, warmup_steps)
@@ -83,29 +77,21 @@ def make_schedule(
     return lambda step: jnp.asarray(decay(step), jnp.float32)
 
 
-DECAY_RULES = ((r"(^|/)(kernel|embedding)$", True), (r"", False))
-"""Rules for weight decay: it applies to matrices (kernels and embeddings) only.
-
-Biases and normalization scales have no weight decay, because shrinking an offset or a scale does
-not make a model simpler. Parameters are selected by name and not by number of axes, because kernels
-have head axes, and stacked layers have one more axis.
-
-Among PEFT parameters, only the kernels of bottleneck adapters have weight decay, as in Houlsby et
-al. 2019, where they are trained with BERT's optimizer. The vectors of IA3 and the magnitudes of
-DoRA are scales. The matrices of LoRA, prefixes and prompts have no weight decay either, because
-their rank or length already limits them. (In the released code of LoRA, its matrices do.)"""
-
-
 def decay_mask(params: PyTree) -> PyTree:
-    """Returns the mask of the parameters with weight decay, by `DECAY_RULES`.
+    """Returns the mask of the parameters with weight decay: kernels and embeddings.
 
-    None, the placeholder for a frozen parameter, stays None.
+    Biases and normalization scales have none, because shrinking an offset or a scale does not make
+    a model simpler. Parameters are selected by name, because kernels have head axes, and stacked
+    layers have one more axis. Of the PEFT parameters, only the kernels of bottleneck adapters have
+    weight decay, as in Houlsby et al. 2019: the vectors of IA3 and the magnitudes of DoRA are
+    scales, and the matrices of LoRA, prefixes and prompts are limited by their rank or length. (In
+    the released code of LoRA, its matrices have weight decay.)
 
     Example:
         >>> decay_mask({"classifier": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
         {'classifier': {'bias': False, 'kernel': True}}
     """
-    return map_paths(lambda path, leaf: first_match(DECAY_RULES, path), params)
+    return map_paths(lambda path, leaf: path.rpartition("/")[2] in ("kernel", "embedding"), params)
 
 
 @dataclass(frozen=True)
@@ -114,15 +100,14 @@ class FinetuningOptions:
 
     Attributes:
         layer_decay: ratio of the learning rates of a layer and the layer above it, in (0, 1].
-        head_lr_multiplier: factor of the learning rate of the parameters whose path matches
-            `head_pattern`.
-        head_pattern: a regular expression; by default the classifier.
+        head_lr_multiplier: factor of the learning rate of parameters that match `head_pattern`.
+        head_pattern: a regular expression for paths; by default the classifier.
         unfreeze_every: gradual unfreezing: number of updates after which one more layer is
             unfrozen, from the top layer down. The schedule and the average of `ema` also advance in
             updates in which a layer is still frozen.
         l2_sp: strength of the decay of parameters, including biases, toward their values at `init`.
             Parameters whose path matches `new_pattern` have weight decay instead. None disables it.
-        new_pattern: a regular expression; by default the classifier and the PEFT parameters.
+        new_pattern: a regular expression for paths; by default classifier and PEFT parameters.
         ema: decay of an exponential moving average of the trainable parameters, in (0, 1); see
             `transforms.get_ema_params`.
 
@@ -152,21 +137,13 @@ class FinetuningOptions:
 
 
 def make_optimizer(
-    schedule: Schedule | float,
-    *,
-    weight_decay: float = 0.01,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
-    clip_norm: float | None = 1.0,
-    finetuning: FinetuningOptions | None = None,
+    schedule: Schedule | float, *, weight_decay: float = 0.01, b1: float = 0.9, b2: float = 0.999,
+    eps: float = 1e-6, clip_norm: float | None = 1.0, finetuning: FinetuningOptions | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm.
 
-    The default values are those of BERT.
-
-    `make_train_step` applies the optimizer to the trainable parameters only. The global norm
-    therefore excludes frozen parameters, which also have no moments.
+    The default values are those of BERT. `make_train_step` applies the optimizer to the trainable
+    parameters only. The global norm therefore excludes frozen parameters, which have no moments.
 
     Args:
         schedule: a schedule, for instance from `make_schedule`, or a constant learning rate.
@@ -175,15 +152,14 @@ def make_optimizer(
         b1: decay rate of the first moment.
         b2: decay rate of the second moment.
         eps: added to the denominator of Adam's update.
-        clip_norm: largest global norm of the gradients; larger gradients are scaled down to it.
-            None disables clipping.
-        finetuning: options for fine-tuning; None for none of them.
+        clip_norm: larger global norms of the gradients are scaled down to it; None does not clip.
+        finetuning: options for fine-tuning.
 
     Example:
         >>> optimizer = make_optimizer(make_schedule("cosine", 1e-3, num_steps=100))
-        >>> opt_state = optimizer.init({"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)})
-        >>> jax.tree.map(jnp.shape, optax.tree.get(opt_state, "mu"))
-        {'bias': (3,), 'kernel': (2, 3)}
+        >>> opt_state = optimizer.init({"kernel": jnp.ones((2, 3))})
+        >>> optax.tree.get(opt_state, "mu")["kernel"].shape
+        (2, 3)
     """
     options = finetuning or FinetuningOptions()
     moments = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
@@ -200,11 +176,11 @@ def make_optimizer(
         chain = [optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay,
                              mask=decay_mask)]
     if clip_norm is not None and options.unfreeze_every is None:
-        chain = [clip_by_global_norm(clip_norm), *chain]
+        chain = [transforms.clip_by_global_norm(clip_norm), *chain]
     if options.layer_decay is not None or options.head_lr_multiplier != 1.0:
-        chain.append(transforms.scale_by_path(
-            lambda tree: transforms.layerwise_lr_multipliers(
-                tree, options.layer_decay, options.head_lr_multiplier, options.head_pattern)))
+        chain.append(optax.stateless(lambda updates, params: jax.tree.map(
+            jnp.multiply, updates, transforms.layerwise_lr_multipliers(
+                updates, options.layer_decay, options.head_lr_multiplier, options.head_pattern))))
     if options.ema is not None:
         chain.append(transforms.params_ema(options.ema))
     return chain[0] if len(chain) == 1 else optax.chain(*chain)

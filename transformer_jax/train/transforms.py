@@ -1,13 +1,8 @@
-"""Optax transformations for fine-tuning.
-
-Layer-wise learning rates, gradual unfreezing, decay toward the pre-trained parameters, an
-exponential moving average of the parameters, and gradient clipping.
+"""Optax transformations for fine-tuning, which `optimizers.make_optimizer` combines.
 
 Each transformation receives the tree of trainable parameters, with None in place of frozen ones,
-and selects parameters by their paths. `optimizers.make_optimizer` combines the transformations.
-
-The field names of the state tuples, and the group labels of `gradual_unfreezing`, are parts of the
-paths in saved checkpoints: do not rename them.
+and selects parameters by their paths. The field names of the state tuples, and the group labels of
+`gradual_unfreezing`, are parts of the paths in saved checkpoints: do not rename them.
 """
 
 import re
@@ -27,19 +22,9 @@ HEAD_PARAMS = r"(^|/)classifier/"
 _LAYER = re.compile(r"(?:^|/)(encoder|decoder)/layer_(\d+)/")
 _STACKED = re.compile(rf"(^|/){LAYERS}/")
 _BELOW_LAYERS = re.compile(r"_embed/|(^|/)embed_norm/|_embed_norm/|^prompt$")
-_LABEL_PREFIX = "frozen_until_"
 
 
 # Layer depth and layer-wise learning rates --------------------------------------------------------
-
-
-def _all_paths(params: PyTree) -> list[str]:
-    """Returns all paths, including those of frozen parameters, whose layers are counted too."""
-    def is_placeholder(node: Any) -> bool:
-        return node is None or isinstance(node, optax.MaskedNode)
-
-    return [path_string(keys) for keys, _ in
-            jax.tree_util.tree_leaves_with_path(params, is_leaf=is_placeholder)]
 
 
 def layer_depths(params: PyTree) -> tuple[dict[str, int], int]:
@@ -47,10 +32,8 @@ def layer_depths(params: PyTree) -> tuple[dict[str, int], int]:
 
     The depth is 0 for embeddings and prompts, i + 1 in layer i (its PEFT parameters included), and
     L + 1 for parameters above the layers, such as heads, and for the embeddings of added tokens.
-
-    In an encoder-decoder, the layers of the decoder are numbered after those of the encoder, and
-    the final norm of the encoder has the depth of its last layer. Frozen parameters (None) have no
-    depth, but their layers are counted.
+    The layers of a decoder are numbered after those of the encoder, whose final norm then has the
+    depth of its last layer. Frozen parameters (None) have no depth, but their layers are counted.
 
     Raises:
         ValueError: the layers are stacked in one array.
@@ -62,7 +45,8 @@ def layer_depths(params: PyTree) -> tuple[dict[str, int], int]:
         >>> num_layers, depths["encoder/layer_0/mlp/kernel"], depths["classifier/kernel"]
         (2, 1, 3)
     """
-    paths = _all_paths(params)
+    paths = [path_string(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda node: node is None or isinstance(node, optax.MaskedNode))]
     if stacked := [path for path in paths if _STACKED.search(path)]:
         raise ValueError(f"{stacked[0]} holds all layers in one array, which has a single learning "
                          "rate; unstack the parameters with tree.unstack_layers")
@@ -84,9 +68,7 @@ def layer_depths(params: PyTree) -> tuple[dict[str, int], int]:
 
 
 def layerwise_lr_multipliers(
-    params: PyTree,
-    layer_decay: float | None,
-    head_lr_multiplier: float,
+    params: PyTree, layer_decay: float | None, head_lr_multiplier: float,
     head_pattern: str = HEAD_PARAMS,
 ) -> PyTree:
     """Returns the learning-rate multiplier of each parameter (discriminative fine-tuning).
@@ -95,14 +77,7 @@ def layerwise_lr_multipliers(
 
         layer_decay^(L + 1 - d) * (head_lr_multiplier if the path matches head_pattern else 1)
 
-    References: Howard & Ruder 2018, "ULMFiT", section 3.2; Clark et al. 2020, "ELECTRA",
-    appendix B.
-
-    Args:
-        params: the trainable parameters.
-        layer_decay: ratio of the learning rates of a layer and the layer above it; None means 1.
-        head_lr_multiplier: additional factor for the head.
-        head_pattern: a regular expression that is searched in the paths and matches the head.
+    Howard & Ruder 2018, "ULMFiT", section 3.2; Clark et al. 2020, "ELECTRA", appendix B.
 
     Example:
         >>> layerwise_lr_multipliers(
@@ -116,19 +91,6 @@ def layerwise_lr_multipliers(
         return decay * (head_lr_multiplier if re.search(head_pattern, path) else 1.0)
 
     return map_paths(multiplier, params)
-
-
-def scale_by_path(factors: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
-    """Multiplies each update u by its own factor f: u <- f u.
-
-    Args:
-        factors: `factors(updates)` returns a tree of numbers with the structure of the updates.
-    """
-
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
-        return jax.tree.map(lambda u, f: u * f, updates, factors(updates)), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 # Gradual unfreezing -------------------------------------------------------------------------------
@@ -162,20 +124,18 @@ def frozen_until(inner: optax.GradientTransformation, start: int) -> optax.Gradi
     """Applies `inner` from update `start` on. Earlier updates are zero and do not change its state.
 
     The moments of `inner` and their bias correction therefore start with the first gradient that
-    is used.
+    is used. `optax.conditionally_mask` does the same, but its state has other paths in checkpoints.
     """
-
     def init(params: PyTree) -> FrozenState:
         return FrozenState(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(updates: PyTree, state: FrozenState, params: PyTree | None = None):
         is_active = state.count >= start
-        new_updates, new_state = inner.update(updates, state.inner, params)
-        new_updates = jax.tree.map(
-            lambda u: jnp.where(is_active, u, jnp.zeros_like(u)), new_updates)
-        new_state = jax.tree.map(
-            lambda new, old: jnp.where(is_active, new, old), new_state, state.inner)
-        return new_updates, FrozenState(state.count + 1, new_state)
+        updates, inner_state = inner.update(updates, state.inner, params)
+        updates = jax.tree.map(lambda u: jnp.where(is_active, u, jnp.zeros_like(u)), updates)
+        inner_state = jax.tree.map(
+            lambda new, old: jnp.where(is_active, new, old), inner_state, state.inner)
+        return updates, FrozenState(state.count + 1, inner_state)
 
     return optax.GradientTransformation(init, update)
 
@@ -190,26 +150,15 @@ def gradual_unfreezing(
         0                             if t < s
         inner(clip(g_t, clip_norm))   if t >= s
 
-    The global norm does not include the gradients of parameters that are still frozen. Each group
-    of parameters that is unfrozen together has its own state of `inner`. All steps run the same
-    compiled program.
-
-    Args:
-        inner: the transformation of the unfrozen parameters, such as Adam.
-        every: the number of updates after which the next layer is unfrozen.
-        clip_norm: the global norm that gradients are clipped to; None does not clip.
+    The global norm does not include the gradients of parameters that are still frozen, and None
+    does not clip. Each group of parameters that is unfrozen together has its own state of `inner`,
+    such as Adam. All steps run the same compiled program.
     """
-
-    def group_labels(params: PyTree) -> PyTree:
-        return map_paths(lambda path, start: f"{_LABEL_PREFIX}{start}",
-                         unfreeze_steps(params, every))
-
     def partitioned(params: PyTree) -> optax.GradientTransformation:
-        labels = group_labels(params)
-        names = sorted(set(jax.tree.leaves(labels)))
-        return optax.partition(
-            {name: frozen_until(inner, int(name.removeprefix(_LABEL_PREFIX))) for name in names},
-            labels)
+        steps = unfreeze_steps(params, every)
+        groups = {f"frozen_until_{n}": frozen_until(inner, n)
+                  for n in sorted(set(jax.tree.leaves(steps)))}
+        return optax.partition(groups, jax.tree.map("frozen_until_{}".format, steps))
 
     def init(params: PyTree) -> FrozenState:
         return FrozenState(jnp.zeros((), jnp.int32), partitioned(params).init(params))
@@ -248,16 +197,9 @@ def l2_sp(
 
     Li et al. 2018, "Explicit Inductive Bias for Transfer Learning", equation 5. The decay is
     decoupled as in AdamW: place this transformation after the moments and before the learning rate.
-
-    Args:
-        rate: decay rate of pre-trained parameters, including biases and norms, because they all
-            have a pre-trained value.
-        new_rate: decay rate of new parameters.
-        mask: `mask(params)` returns a tree of booleans, True for the new parameters that decay.
-        new_pattern: a regular expression that is searched in the paths and matches new parameters.
-            The pooler of an encoder-decoder is new as well.
+    It includes biases and norms, because they all have a pre-trained value. New parameters are
+    those whose path matches `new_pattern`, and the pooler of an encoder-decoder.
     """
-
     def is_new(params: PyTree) -> PyTree:
         pooler = r"|^pooler/" if {"encoder", "decoder"} <= set(params) else ""
         return map_paths(lambda path, leaf: bool(re.search(new_pattern + pooler, path)), params)
@@ -294,9 +236,6 @@ def params_ema(decay: float) -> optax.GradientTransformation:
     The average starts at the initial parameters, so it needs no bias correction. The updates are
     unchanged. Place this transformation last in a chain, and get the average with `get_ema_params`.
 
-    Args:
-        decay: in (0, 1).
-
     Example:
         >>> optimizer = optax.chain(optax.sgd(1.0), params_ema(0.75))
         >>> params = {"w": jnp.zeros(())}
@@ -304,7 +243,6 @@ def params_ema(decay: float) -> optax.GradientTransformation:
         >>> float(get_ema_params(opt_state)["w"])
         -0.25
     """
-
     def init(params: PyTree) -> EmaState:
         return EmaState(jax.tree.map(jnp.copy, params))
 
@@ -340,16 +278,9 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     this multiplication into each use of the gradients. For Optax's division it stores a clipped
     copy of all gradients, which for GPT-2 on a CPU takes 2 % of the step's time and 0.15 GB.
 
-    Example:
-        >>> clip = clip_by_global_norm(1.0)
-        >>> grads, _ = clip.update({"w": jnp.array([3.0, 4.0])}, clip.init(None))
-        >>> round(float(optax.tree.norm(grads)), 3)
-        1.0
     """
-
-    def update(updates, state, params=None):
-        del params
+    def clip(updates: PyTree, params: PyTree | None) -> PyTree:
         factor = jnp.minimum(max_norm / optax.tree.norm(updates), 1.0)
-        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(clip)
