@@ -9,7 +9,7 @@ import pytest
 import toy
 from test_loop import Signaling, assert_bit_equal, make, train
 
-from transformer_jax.train import callbacks, checkpoint_files, checkpointing, loop
+from transformer_jax.train import anomalies, callbacks, checkpoint_files, checkpointing, loop
 from transformer_jax.train.callbacks import EarlyStopping, HistoryFile, KeepBest, Logging
 from transformer_jax.train.checkpointing import Checkpointer
 from transformer_jax.train.loop import Evaluation, fit
@@ -28,7 +28,7 @@ def params_after(num_steps: int) -> dict:
 def test_a_progress_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    progress, state = callbacks.Progress(), callbacks.Run(4, None, Checkpointer(None), ())
+    progress, state = callbacks.Progress(), loop.Run(4, None, Checkpointer(None), ())
     progress.on_start(state)
     progress.on_row(state, {"step": 2, "loss": 2.5, "tokens_per_second": 1234.0,
                             "seconds_per_step": 37.5})
@@ -146,7 +146,7 @@ def test_the_best_parameters_are_kept(tmp_path, on_disk):
 def test_a_resumed_run_has_the_same_best_parameters(tmp_path):
     """A signal arrives between the best evaluation and the end."""
     options = {"directory": tmp_path, "keep": 1, "keep_best": ("loss", "min")}
-    with pytest.raises(loop.Preempted) as error:
+    with pytest.raises(anomalies.Preempted) as error:
         train(20, Signaling(), callbacks=[KeepBest("loss"), EarlyStopping("loss", patience=6)],
               evaluation=evaluation(3.0, 1.0, 2.0, 2.0, 2.0, 2.0), **options)
     assert error.value.step == 13

@@ -15,7 +15,7 @@ import toy
 from tensorboardX import SummaryWriter
 
 from transformer_jax import sharding, storage
-from transformer_jax.train import checkpointing, loop, optimizers, step
+from transformer_jax.train import anomalies, checkpointing, optimizers, step
 from transformer_jax.train.anomalies import DEFAULT_POLICY, NonFiniteLossError
 from transformer_jax.train.callbacks import Logging, Profiler, Progress, TensorBoard
 from transformer_jax.train.checkpoint_files import DirectoryInUseError, directory_lock
@@ -265,7 +265,7 @@ def test_a_preempted_run_saves_and_resumes_bit_for_bit(uninterrupted, tmp_path, 
     before = signal.getsignal(signal.Signals[name])
     stream = Signaling()
     stream.number = signal.Signals[name]
-    with pytest.raises(loop.Preempted) as error:
+    with pytest.raises(anomalies.Preempted) as error:
         train(20, stream, directory=tmp_path, save_every=5)
     assert (error.value.code, error.value.step, error.value.signal_name) == (75, 13, name)
     assert f"{name} at step 13 of 20: saved a checkpoint in" in capfd.readouterr().out
@@ -291,7 +291,7 @@ def test_without_checkpoints_signals_are_not_caught(keyboard):
 
 
 def test_a_second_signal_has_its_usual_effect(keyboard):
-    with pytest.raises(KeyboardInterrupt), loop.catch_signals() as should_stop:
+    with pytest.raises(KeyboardInterrupt), anomalies.catch_signals() as should_stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert should_stop(1) == "SIGINT"
         os.kill(os.getpid(), signal.SIGINT)

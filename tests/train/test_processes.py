@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transformer_jax.train import checkpointing, loop
+from transformer_jax.train import anomalies, checkpointing
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +75,7 @@ def test_when_one_process_is_signaled_all_save_the_same_step_and_exit(tmp_path):
                 pass
         running[1].send_signal(signal.SIGTERM)
     finally:
-        finish(running, loop.EXIT_STATUS)
+        finish(running, anomalies.EXIT_STATUS)
     assert checkpointing.latest_step(tmp_path / "out.checkpoints") >= 3
 
 

@@ -11,10 +11,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "callbacks": [
             "Callback", "EarlyStopping", "HistoryFile", "KeepBest", "Logging", "Profiler",
-            "Progress", "Run", "TensorBoard",
+            "Progress", "TensorBoard",
         ],
         "checkpointing": ["Checkpointer"],
-        "loop": ["Evaluation", "fit", "replay_step"],
+        "loop": ["Evaluation", "Run", "fit", "replay_step"],
         "optimizers": ["FinetuningOptions", "make_optimizer", "make_schedule"],
         "step": ["TrainState", "evaluate", "init_state", "make_eval_step", "make_train_step"],
     },

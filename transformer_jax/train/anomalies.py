@@ -1,4 +1,4 @@
-"""Detection and handling of anomalous training steps: non-finite losses and loss spikes.
+"""Events that interrupt a run: non-finite losses, loss spikes, and signals (preemption).
 
 A step is anomalous if its loss or gradient norm is not finite, or if its loss is a spike: more than
 `AnomalyPolicy.spike` standard deviations above the mean of the last `AnomalyPolicy.window` normal
@@ -17,9 +17,12 @@ makes the same decisions as an uninterrupted one.
 """
 
 import collections
+import contextlib
 import math
+import signal
 import statistics
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +32,7 @@ import numpy as np
 
 from transformer_jax.tree import PyTree, flatten_paths
 
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: running the same command later resumes the run
 ACTIONS = ("stop", "skip", "rollback", "record")
 MIN_HISTORY = 10  # minimum number of normal losses from which a spike threshold is computed
 
@@ -220,3 +224,56 @@ def handle(anomaly: Anomaly, step: int, batch: PyTree, folder: str | Path | None
             f"{anomaly.message}; {location}; no checkpoint was saved after this step. Lower the "
             "learning rate, or inspect the batch", step, batch)
     print(f"{anomaly.message}: {anomaly.action}; {location}", flush=True)
+
+
+# Preemption: on a signal, a run finishes its step, saves it and exits -----------------------------
+
+
+class Preempted(SystemExit):
+    """Raised after a run has received SIGTERM or SIGINT and saved a checkpoint of `step`.
+
+    If it is not caught, the process exits with `EXIT_STATUS`, so that a scheduler can distinguish a
+    preemption from a failure.
+    """
+
+    def __init__(self, signal_name: str, step: int):
+        super().__init__(EXIT_STATUS)
+        self.signal_name, self.step = signal_name, step
+
+
+@contextlib.contextmanager
+def catch_signals(active: bool = True) -> Iterator[Callable[[int], str | None]]:
+    """Catches SIGTERM and SIGINT, and yields `should_stop(step)`: the name of the signal or None.
+
+    A second signal has its usual effect, because the previous handlers are restored after the first
+    one. With several processes, a scheduler may send the signal to only some of them; JAX's
+    coordination service, which catches SIGTERM only, then makes all stop at the same step. In a
+    single process outside the main thread, Python cannot handle signals, and none is caught.
+    """
+    if not active or (jax.process_count() == 1
+                      and threading.current_thread() is not threading.main_thread()):
+        yield lambda step: None
+        return
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils  # slow to import
+
+        yield lambda step: (
+            "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None)
+        return
+    received: list[str] = []
+    previous_handlers = {}
+
+    def restore_handlers() -> None:
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
+
+    def on_signal(number, frame) -> None:
+        received.append(signal.Signals(number).name)
+        restore_handlers()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous_handlers[number] = signal.signal(number, on_signal)
+    try:
+        yield lambda step: received[0] if received else None
+    finally:
+        restore_handlers()

@@ -1,9 +1,7 @@
 """Callbacks of the training loop: history, progress, TensorBoard, profiler, early stopping.
 
-A callback of `loop.fit` is a function that receives each row of the history, or a `Callback`.
-
-Example:
-    A callback of your own, which stops the run at a target loss:
+A callback of `loop.fit` is a function that receives each row of the history, or a `Callback`, for
+example one that stops the run at a target loss:
 
     >>> class StopAtLoss(Callback):
     ...     def __init__(self, loss):
@@ -25,13 +23,11 @@ Example:
 """
 
 import abc
-import contextlib
 import json
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +42,9 @@ from transformer_jax.train.checkpointing import Checkpointer, check_best, restor
 from transformer_jax.train.step import CompilationCounter, TrainState
 from transformer_jax.tree import PyTree
 
+if TYPE_CHECKING:
+    from transformer_jax.train.loop import Run
+
 HistoryRow = dict[str, float]
 
 
@@ -58,140 +57,22 @@ class StepResult(NamedTuple):
     anomaly: Anomaly | None = None
 
 
-class Run:
-    """The progress of a call of `loop.fit`, as its callbacks see it.
-
-    Attributes:
-        num_steps: the total number of updates.
-        start: the number of updates before this call.
-        step: the number of the last step that was dispatched to the devices; in `on_batch`, of the
-            step that is dispatched next.
-        state: the train state after the last dispatched step. The next step donates it: copy what
-            you keep.
-        mesh: the device mesh, or None.
-        checkpoint: the `Checkpointer`; its directory is None if no checkpoints are saved.
-        history: the rows so far.
-        data_wait_seconds: an upper bound of the time in which the devices were idle while the last
-            batch was fetched.
-        stop_reason: why the run stops after the current step; None if it continues.
-        save_requested: whether a checkpoint is saved after the current evaluation.
-    """
-
-    def __init__(self, num_steps: int, mesh: Mesh | None, checkpoint: Checkpointer,
-                 callbacks: Sequence["Callback | Callable[[HistoryRow], Any]"]):
-        self.num_steps, self.mesh, self.checkpoint = num_steps, mesh, checkpoint
-        self.start, self.step, self.state = 0, 0, None
-        self.history: list[HistoryRow] = []
-        self.data_wait_seconds = 0.0
-        self.stop_reason: str | None = None
-        self.save_requested = False
-        self.callbacks = [c if isinstance(c, Callback) else _RowFunction(c) for c in callbacks]
-        self._created, self._paused = time.perf_counter(), 0.0
-
-    def reset(self, state: TrainState) -> None:
-        """Sets the current state and its step."""
-        self.state, self.step = state, int(state.step)
-
-    def begin(self, state: TrainState) -> None:
-        """Sets the state before the first step of this call.
-
-        Raises:
-            ValueError: it has received more than `num_steps` updates.
-        """
-        self.reset(state)
-        self.start = self.step
-        if self.start > self.num_steps:
-            raise ValueError(
-                f"the state has received {self.start} updates, more than num_steps = "
-                f"{self.num_steps}; increase num_steps, or choose another checkpoint directory")
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Context manager in which the mesh is set and the callbacks are called.
-
-        At the end, it waits until the last checkpoint is complete.
-        """
-        with contextlib.ExitStack() as stack:
-            if self.mesh is not None:
-                stack.enter_context(jax.set_mesh(self.mesh))
-            stack.callback(self.checkpoint.wait)
-            for callback in self.callbacks:
-                callback.on_start(self)
-                stack.callback(callback.on_end, self)
-            yield
-
-    @property
-    def is_last(self) -> bool:
-        """Whether no step follows the current one."""
-        return self.step >= self.num_steps or self.stop_reason is not None
-
-    def is_due(self, action: Any | None) -> bool:
-        """Whether an evaluation or a checkpoint is due after the current step.
-
-        Args:
-            action: an object with the attribute `every`. None is due at the end of the run only, as
-                is every other action with `every` = 0.
-        """
-        every = 0 if action is None else action.every
-        return self.is_last or (every > 0 and self.step % every == 0)
-
-    def log(self, row: HistoryRow) -> None:
-        """Adds a row with "step" and metrics to the history, and passes it to the callbacks."""
-        row["seconds"] = time.perf_counter() - self._created
-        self.history.append(row)
-        self.call("on_row", row)
-
-    def stop(self, reason: str) -> None:
-        """Ends the run after the current step, with a last evaluation and checkpoint.
-
-        With several processes, all of them must call it at the same step.
-        """
-        self.stop_reason = reason
-
-    def clock(self) -> float:
-        """Returns the seconds since the start of the call, without pauses."""
-        return time.perf_counter() - self._created - self._paused
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Context manager whose duration is not part of the time of a step."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused += time.perf_counter() - start
-
-    def call(self, hook: str, *args: Any) -> None:
-        """Calls a hook of all callbacks."""
-        for callback in self.callbacks:
-            getattr(callback, hook)(self, *args)
-
-    def stateful_callbacks(self) -> dict[str, "Callback"]:
-        """Returns the callbacks by the name under which checkpoints store their state."""
-        found: dict[str, Callback] = {}
-        for callback in self.callbacks:
-            name = type(callback).__name__
-            count = sum(type(c) is type(callback) for c in found.values())
-            found[f"{name}_{count + 1}" if count else name] = callback
-        return found
-
-
 class Callback:
     """Base class of callbacks. Override the hooks that you need; they do nothing by default."""
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: "Run") -> None:
         """Called before the first step, after a checkpoint was restored."""
 
-    def on_batch(self, run: Run) -> None:
+    def on_batch(self, run: "Run") -> None:
         """Called when a batch was fetched, before step number `run.step` is dispatched."""
 
-    def on_step(self, run: Run, result: StepResult) -> None:
+    def on_step(self, run: "Run", result: StepResult) -> None:
         """Called when the metrics of a step are known; the next step may be running already."""
 
-    def on_row(self, run: Run, row: HistoryRow) -> None:
+    def on_row(self, run: "Run", row: HistoryRow) -> None:
         """Called with each row of the history; metrics of evaluations are named "eval_<name>"."""
 
-    def on_end(self, run: Run) -> None:
+    def on_end(self, run: "Run") -> None:
         """Called after the last step, and also if the run ends with an exception."""
 
     def get_state(self) -> Any:
@@ -199,17 +80,6 @@ class Callback:
 
     def set_state(self, state: Any) -> None:
         """Restores a state from `get_state`, before `on_start`."""
-
-
-class _RowFunction(Callback):
-    """Calls a function with each row of the history."""
-
-    def __init__(self, fn: Callable[[HistoryRow], Any]):
-        self.fn = fn
-
-    def on_row(self, run: Run, row: HistoryRow) -> None:
-        self.fn(row)
-
 
 
 class Logging(Callback):
@@ -232,17 +102,16 @@ class Logging(Callback):
             raise ValueError(f"log_every is {every}; it must be at least 1")
         self.every, self.tokens_per_batch = every, tokens_per_batch
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: "Run") -> None:
         self._compilations = CompilationCounter()
-        # The first step is not measured, because it includes compilation.
-        self._last_time: float | None = None
+        self._last_time: float | None = None  # the first step, which compiles, is not measured
         self._seconds, self._num_steps, self._wait_seconds = 0.0, 0, 0.0
 
-    def on_batch(self, run: Run) -> None:
+    def on_batch(self, run: "Run") -> None:
         if self._last_time is not None:
             self._wait_seconds += run.data_wait_seconds
 
-    def on_step(self, run: Run, result: StepResult) -> None:
+    def on_step(self, run: "Run", result: StepResult) -> None:
         now = run.clock()
         if self._last_time is not None:
             self._seconds += now - self._last_time
@@ -260,7 +129,7 @@ class Logging(Callback):
             self._seconds, self._num_steps, self._wait_seconds = 0.0, 0, 0.0
         run.log(row)
 
-    def on_end(self, run: Run) -> None:
+    def on_end(self, run: "Run") -> None:
         self._compilations.close()
 
 
@@ -272,21 +141,20 @@ def _count_tokens(batch: PyTree, mesh: Mesh | None) -> int:
 class Progress(Callback):
     """Shows rows of the history: a progress bar on a terminal, plain lines elsewhere."""
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: "Run") -> None:
         self._bar, self._seconds_per_step = None, 0.0
         if jax.process_index() > 0:
             return
         if run.start:
             print(f"starting at step {run.start} of {run.num_steps}", flush=True)
-        console = Console()
-        if console.is_terminal:
+        if (console := Console()).is_terminal:
             self._bar = rich_progress.Progress(
                 rich_progress.MofNCompleteColumn(), rich_progress.BarColumn(bar_width=24),
                 rich_progress.TextColumn("{task.description}"), console=console)
             self._task = self._bar.add_task("compiling", total=run.num_steps, completed=run.start)
             self._bar.start()
 
-    def on_row(self, run: Run, row: HistoryRow) -> None:
+    def on_row(self, run: "Run", row: HistoryRow) -> None:
         self._seconds_per_step = row.get("seconds_per_step", self._seconds_per_step)
         text = _format_row(row, self._seconds_per_step * (run.num_steps - row["step"]))
         if self._bar is not None:
@@ -294,7 +162,7 @@ class Progress(Callback):
         elif jax.process_index() == 0:
             print(f"step {row['step']}/{run.num_steps}  {text}", flush=True)
 
-    def on_end(self, run: Run) -> None:
+    def on_end(self, run: "Run") -> None:
         if self._bar is not None:
             self._bar.stop()
         if run.stop_reason and jax.process_index() == 0:
@@ -313,12 +181,7 @@ def _format_row(row: HistoryRow, seconds_left: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Formats seconds as "minutes:seconds" or "hours:minutes:seconds".
-
-    Example:
-        >>> format_duration(75), format_duration(3700)
-        ('1:15', '1:01:40')
-    """
+    """Formats seconds as "minutes:seconds" or "hours:minutes:seconds"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -327,22 +190,20 @@ def format_duration(seconds: float) -> str:
 class TensorBoard(Callback):
     """Writes the history as TensorBoard events, with the tags "train/<name>" and "eval/<name>".
 
-    Args:
-        writer: a folder, or an object with `add_scalar(tag, value, step)`, such as a
-            `tensorboardX.SummaryWriter`, which the caller closes.
+    `writer` is a folder, or an object with `add_scalar(tag, value, step)`, such as a
+    `tensorboardX.SummaryWriter`, which the caller closes.
     """
 
     def __init__(self, writer: Any):
-        self._target = writer
+        self._target = self._writer = writer
 
-    def on_start(self, run: Run) -> None:
-        self._writer = self._target
+    def on_start(self, run: "Run") -> None:
         if isinstance(self._target, str | Path) and jax.process_index() == 0:
             from tensorboardX import SummaryWriter  # imports PyTorch where it is installed
 
             self._writer = SummaryWriter(str(self._target))
 
-    def on_row(self, run: Run, row: HistoryRow) -> None:
+    def on_row(self, run: "Run", row: HistoryRow) -> None:
         if jax.process_index() > 0:
             return
         for name, value in row.items():
@@ -350,7 +211,7 @@ class TensorBoard(Callback):
                 kind = "eval" if name.startswith("eval_") else "train"
                 self._writer.add_scalar(f"{kind}/{name.removeprefix('eval_')}", value, row["step"])
 
-    def on_end(self, run: Run) -> None:
+    def on_end(self, run: "Run") -> None:
         if self._writer is not self._target:
             self._writer.close()
 
@@ -364,27 +225,23 @@ class HistoryFile(Callback):
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: "Run") -> None:
         lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             self.path.write_text("".join(
                 line for line in lines if json.loads(line)["step"] <= run.start))
 
-    def on_row(self, run: Run, row: HistoryRow) -> None:
+    def on_row(self, run: "Run", row: HistoryRow) -> None:
         if jax.process_index() == 0:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
 
 class Profiler(Callback):
-    """Writes a profiler trace of some steps, for TensorBoard or Perfetto.
+    """Writes a profiler trace of `num_steps` steps to a folder, for TensorBoard or Perfetto.
 
     The trace starts with the third step of the call; operations are named after modules.
-
-    Args:
-        folder: folder of the trace.
-        num_steps: the number of steps.
     """
 
     def __init__(self, folder: str | Path, num_steps: int):
@@ -392,35 +249,28 @@ class Profiler(Callback):
             raise ValueError(f"num_steps of the profile is {num_steps}; it must be at least 1")
         self.folder, self.num_steps = folder, num_steps
 
-    def on_start(self, run: Run) -> None:
-        self._is_active, self._is_started = False, False
+    def on_start(self, run: "Run") -> None:
+        self._end_step: int | None = None  # of the trace; None before it starts
+        self._is_active = False
 
-    def on_batch(self, run: Run) -> None:
-        if self._is_active and run.step == run.start + 3 + self.num_steps:
-            self._stop(run)
-        if not self._is_started and run.step == min(run.start + 3, run.num_steps):
+    def on_batch(self, run: "Run") -> None:
+        if run.step == self._end_step:
+            self.on_end(run)
+        if self._end_step is None and run.step == min(run.start + 3, run.num_steps):
             with run.pause():
                 jax.profiler.start_trace(self.folder)
-            self._is_active = self._is_started = True
+            self._end_step, self._is_active = run.step + self.num_steps, True
 
-    def on_end(self, run: Run) -> None:
+    def on_end(self, run: "Run") -> None:
         if self._is_active:
-            self._stop(run)
-
-    def _stop(self, run: Run) -> None:
-        with run.pause():
-            jax.block_until_ready(run.state.step)
-            jax.profiler.stop_trace()
-        self._is_active = False
+            with run.pause():
+                jax.block_until_ready(run.state.step)
+                jax.profiler.stop_trace()
+            self._is_active = False
 
 
 class _BestMetric(Callback, abc.ABC):
-    """Tracks the best value of an evaluation metric.
-
-    Args:
-        metric: the name of a metric of the evaluation.
-        mode: "min" or "max".
-    """
+    """Tracks the best value of an evaluation metric; `mode` is "min" or "max"."""
 
     def __init__(self, metric: str, mode: str = "min"):
         check_best(mode, "mode")
@@ -429,7 +279,7 @@ class _BestMetric(Callback, abc.ABC):
         self.step: int | None = None  # the step of that evaluation
         self.num_evaluations = 0  # since then
 
-    def on_row(self, run: Run, row: HistoryRow) -> None:
+    def on_row(self, run: "Run", row: HistoryRow) -> None:
         names = [name.removeprefix("eval_") for name in row if name.startswith("eval_")]
         if not names:
             return
@@ -446,24 +296,20 @@ class _BestMetric(Callback, abc.ABC):
         return value < self.value if self.mode == "min" else value > self.value
 
     @abc.abstractmethod
-    def on_evaluation(self, run: Run) -> None:
+    def on_evaluation(self, run: "Run") -> None:
         """Called after each evaluation, when the best value is up to date."""
 
     def get_state(self) -> dict[str, Any]:
-        return {"value": self.value, "step": self.step, "num_evaluations": self.num_evaluations}
+        return {name: getattr(self, name) for name in ("value", "step", "num_evaluations")}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.value, self.step = state["value"], state["step"]
-        self.num_evaluations = state["num_evaluations"]
+        vars(self).update(state)
 
 
 class EarlyStopping(_BestMetric):
     """Stops the run when an evaluation metric has not improved for `patience` evaluations.
 
-    Args:
-        metric: the name of a metric of the evaluation.
-        mode: "min" or "max".
-        patience: number of evaluations.
+    `mode` is "min" or "max".
     """
 
     def __init__(self, metric: str, mode: str = "min", patience: int = 3):
@@ -472,10 +318,10 @@ class EarlyStopping(_BestMetric):
             raise ValueError(f"patience is {patience}; it must be at least 1 evaluation")
         self.patience = patience
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: "Run") -> None:
         self.on_evaluation(run)  # a run that was stopped before stays stopped
 
-    def on_evaluation(self, run: Run) -> None:
+    def on_evaluation(self, run: "Run") -> None:
         if self.num_evaluations >= self.patience:
             run.stop(self.reason)
 
@@ -505,26 +351,22 @@ class KeepBest(_BestMetric):
         super().__init__(metric, mode)
         self.select, self._copy, self._checkpoint = select, None, Checkpointer(None)
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: "Run") -> None:
         self._checkpoint = run.checkpoint
 
     def is_better(self, value: float) -> bool:
         return value == self.value or super().is_better(value)
 
-    def on_evaluation(self, run: Run) -> None:
+    def on_evaluation(self, run: "Run") -> None:
         if self.num_evaluations:
             return
-        if not run.checkpoint.is_active:
-            self._copy = jax.tree.map(jnp.copy, self.select(run.state))
-        else:
+        if run.checkpoint.is_active:
             run.save_requested = True
+        else:
+            self._copy = jax.tree.map(jnp.copy, self.select(run.state))
 
     def best(self, state: TrainState) -> PyTree:
-        """Returns what was selected at the best evaluation.
-
-        Args:
-            state: the final state of the run, which is used if there was no evaluation.
-        """
+        """Returns what was selected at the best evaluation; without one, at `state`, the last."""
         if self.step is None or self.step == int(state.step):
             return self.select(state)
         if not self._checkpoint.is_active:

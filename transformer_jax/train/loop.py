@@ -1,7 +1,7 @@
 """The training loop: runs a train step on batches, and evaluates, saves and calls callbacks.
 
-The gradient and the update are computed by the train step (`train.step`). The metrics of a step are
-read while the next step runs, so that the devices do not wait for the host.
+The metrics of a step are read while the next step runs, so that the devices do not wait for the
+host.
 
 Example:
     >>> import itertools, jax.numpy as jnp, numpy as np, optax
@@ -19,8 +19,6 @@ Example:
 
 import contextlib
 import operator
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -33,97 +31,28 @@ from transformer_jax.train.anomalies import (
     DEFAULT_POLICY,
     AnomalyDetector,
     AnomalyPolicy,
+    Preempted,
+    catch_signals,
     handle,
     save_batch,
     skip_bad_updates,
 )
-from transformer_jax.train.callbacks import Callback, HistoryRow, Logging, Progress, Run, StepResult
-from transformer_jax.train.checkpointing import Checkpointer
+from transformer_jax.train.callbacks import Callback, HistoryRow, Logging, Progress, StepResult
+from transformer_jax.train.checkpoint_files import abstract_array
+from transformer_jax.train.checkpointing import Checkpointer, Stateful
 from transformer_jax.train.step import CompiledStep, TrainState
 from transformer_jax.tree import PyTree
-
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: running the same command later resumes the run
-
-
-class Preempted(SystemExit):
-    """Raised after a run has received a signal and saved a checkpoint.
-
-    If it is not caught, the process exits with `EXIT_STATUS`, so that a scheduler can distinguish a
-    preemption from a failure.
-
-    Attributes:
-        signal_name: "SIGTERM" or "SIGINT".
-        step: the step that was saved.
-    """
-
-    def __init__(self, signal_name: str, step: int):
-        super().__init__(EXIT_STATUS)
-        self.signal_name, self.step = signal_name, step
-
-
-@contextlib.contextmanager
-def catch_signals(active: bool = True) -> Iterator[Callable[[int], str | None]]:
-    """Context manager that catches SIGTERM and SIGINT and yields a function `should_stop(step)`.
-
-    `should_stop` returns the name of the received signal, or None. A second signal has its usual
-    effect, because the previous handlers are restored after the first one.
-
-    With several processes, a scheduler may send the signal to only some of them. JAX's coordination
-    service then makes all processes stop at the same step; it catches SIGTERM only. In a single
-    process, outside the main thread, Python cannot handle signals and `should_stop` always returns
-    None.
-
-    Args:
-        active: whether to catch signals; if False, `should_stop` always returns None.
-
-    Example:
-        >>> with catch_signals() as should_stop:
-        ...     for step in range(1, 4):
-        ...         if should_stop(step):
-        ...             raise Preempted(should_stop(step), step)
-    """
-    if not active or (jax.process_count() == 1
-                      and threading.current_thread() is not threading.main_thread()):
-        yield lambda step: None
-        return
-    if jax.process_count() > 1:
-        # Imported here because it is slow to import and not needed by a single process.
-        from jax.experimental import multihost_utils
-
-        yield lambda step: (
-            "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None)
-        return
-    received: list[str] = []
-    previous_handlers = {}
-
-    def restore_handlers() -> None:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
-
-    def handle(number, frame) -> None:
-        received.append(signal.Signals(number).name)
-        restore_handlers()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous_handlers[number] = signal.signal(number, handle)
-    try:
-        yield lambda step: received[0] if received else None
-    finally:
-        restore_handlers()
-
 
 TrainStep = Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 
-class Batches(Protocol):
+class Batches(Stateful, Protocol):
     """A checkpointable, endless iterator of batches, such as Grain's.
 
-    `get_state`, which returns JSON values, and `set_state` are needed for checkpoints only.
+    `get_state` and `set_state` are needed for checkpoints only.
     """
 
     def __next__(self) -> PyTree: ...
-    def get_state(self) -> Any: ...
-    def set_state(self, state: Any) -> None: ...
 
 
 class Evaluation(NamedTuple):
@@ -140,6 +69,121 @@ class Evaluation(NamedTuple):
     fn: Callable[[PyTree], dict[str, float]]
     every: int = 0
     select: Callable[[TrainState], PyTree] = operator.attrgetter("params")
+
+
+class _RowFunction(Callback):
+    def __init__(self, fn: Callable[[HistoryRow], Any]):
+        self.fn = fn
+
+    def on_row(self, run: "Run", row: HistoryRow) -> None:
+        self.fn(row)
+
+
+class Run:
+    """The progress of a call of `loop.fit`, as its callbacks see it.
+
+    Attributes:
+        num_steps: the total number of updates.
+        start: the number of updates before this call.
+        step: the number of the last step that was dispatched to the devices; in `on_batch`, of the
+            step that is dispatched next.
+        state: the train state after that step. The next step donates it: copy what you keep.
+        mesh: the device mesh, or None.
+        checkpoint: the `Checkpointer`; its directory is None if no checkpoints are saved.
+        history: the rows so far.
+        data_wait_seconds: an upper bound of the time that the devices waited for the last batch.
+        stop_reason: why the run stops after the current step; None if it continues.
+        save_requested: whether a checkpoint is saved after the current evaluation.
+    """
+
+    def __init__(self, num_steps: int, mesh: Mesh | None, checkpoint: Checkpointer,
+                 callbacks: Sequence[Callback | Callable[[HistoryRow], Any]]):
+        self.num_steps, self.mesh, self.checkpoint = num_steps, mesh, checkpoint
+        self.start, self.step, self.state = 0, 0, None
+        self.history: list[HistoryRow] = []
+        self.data_wait_seconds = 0.0
+        self.stop_reason: str | None = None
+        self.save_requested = False
+        self.callbacks = [c if isinstance(c, Callback) else _RowFunction(c) for c in callbacks]
+        self._created, self._paused = time.perf_counter(), 0.0
+
+    def reset(self, state: TrainState) -> None:
+        """Sets the current state and its step."""
+        self.state, self.step = state, int(state.step)
+
+    def begin(self, state: TrainState) -> None:
+        """Sets the state before the first step; ValueError if it has more than `num_steps`."""
+        self.reset(state)
+        self.start = self.step
+        if self.start > self.num_steps:
+            raise ValueError(
+                f"the state has received {self.start} updates, more than num_steps = "
+                f"{self.num_steps}; increase num_steps, or choose another checkpoint directory")
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Sets the mesh and starts the callbacks; at the end, waits for the last checkpoint."""
+        with contextlib.ExitStack() as stack:
+            if self.mesh is not None:
+                stack.enter_context(jax.set_mesh(self.mesh))
+            stack.callback(self.checkpoint.wait)
+            for callback in self.callbacks:
+                callback.on_start(self)
+                stack.callback(callback.on_end, self)
+            yield
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no step follows the current one."""
+        return self.step >= self.num_steps or self.stop_reason is not None
+
+    def is_due(self, action: Any | None) -> bool:
+        """Whether an `Evaluation` or a `Checkpointer` is due after the current step.
+
+        At the end of the run always; for None, or if its `every` is 0, at the end only.
+        """
+        every = 0 if action is None else action.every
+        return self.is_last or (every > 0 and self.step % every == 0)
+
+    def log(self, row: HistoryRow) -> None:
+        """Adds a row with "step" and metrics to the history, and passes it to the callbacks."""
+        row["seconds"] = time.perf_counter() - self._created
+        self.history.append(row)
+        self.call("on_row", row)
+
+    def stop(self, reason: str) -> None:
+        """Ends the run after the current step, with a last evaluation and checkpoint.
+
+        With several processes, all of them must call it at the same step.
+        """
+        self.stop_reason = reason
+
+    def clock(self) -> float:
+        """Returns the seconds since the start of the call, without pauses."""
+        return time.perf_counter() - self._created - self._paused
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Context manager whose duration is not part of the time of a step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    def call(self, hook: str, *args: Any) -> None:
+        """Calls a hook of all callbacks."""
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *args)
+
+    def stateful_callbacks(self) -> dict[str, Callback]:
+        """Returns the callbacks by the name under which checkpoints store their state."""
+        found: dict[str, Callback] = {}
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            count = sum(type(c) is type(callback) for c in found.values())
+            found[f"{name}_{count + 1}" if count else name] = callback
+        return found
 
 
 class DelayedMetrics:
@@ -168,16 +212,9 @@ class DelayedMetrics:
 
 
 def fit(
-    state: TrainState,
-    train_step: TrainStep,
-    batches: Batches,
-    *,
-    rng: jax.Array | None,
-    num_steps: int,
-    mesh: Mesh | None = None,
-    evaluation: Evaluation | None = None,
-    checkpoint: Checkpointer | None = None,
-    anomalies: AnomalyPolicy = DEFAULT_POLICY,
+    state: TrainState, train_step: TrainStep, batches: Batches, *, rng: jax.Array | None,
+    num_steps: int, mesh: Mesh | None = None, evaluation: Evaluation | None = None,
+    checkpoint: Checkpointer | None = None, anomalies: AnomalyPolicy = DEFAULT_POLICY,
     callbacks: Sequence[Callback | Callable[[HistoryRow], Any]] | None = None,
 ) -> tuple[TrainState, list[HistoryRow]]:
     """Trains until the state has received `num_steps` updates, and resumes interrupted runs.
@@ -206,11 +243,10 @@ def fit(
 
     Raises:
         Preempted: a signal was received, and a checkpoint was saved. A subclass of SystemExit.
-        BadStepError: a loss or gradient norm is not finite, or a loss is a spike, and the action is
-            "stop"; or it is "rollback" and no checkpoint exists yet; or the `patience` of the
-            policy is exceeded. No later checkpoint was saved.
-        ValueError: an argument is out of range, the batches end early, or the checkpoint is of
-            another run; see also `CompiledStep`.
+        BadStepError: a step is anomalous and the action is "stop", or it is "rollback" and there is
+            no checkpoint yet, or `patience` is exceeded. No later checkpoint was saved.
+        ValueError: an argument is out of range, the batches end early, a step needs more memory
+            than is free, or the checkpoint is of another run.
         OSError: a checkpoint could not be saved, or another run uses the directory.
     """
     callbacks = [Logging(), Progress()] if callbacks is None else callbacks
@@ -221,7 +257,7 @@ def fit(
     with run.checkpoint.lock():
         state, rng = run.checkpoint.restore(_place(state, mesh), rng, stateful)
         run.begin(state)
-        like = jax.tree.map(_abstract, state)
+        like = jax.tree.map(abstract_array, state)
         step_fn = CompiledStep(skip_bad_updates(train_step, anomalies), state, mesh)
         with run.active(), catch_signals(run.checkpoint.is_active) as should_stop:
             while not run.is_last:
@@ -316,31 +352,16 @@ def _exit(run: Run, signal: str) -> None:
 
 
 def replay_step(
-    state: TrainState,
-    train_step: TrainStep,
-    batches: Batches,
-    *,
-    step: int,
-    rng: jax.Array | None,
-    checkpoint: Checkpointer,
-    mesh: Mesh | None = None,
+    state: TrainState, train_step: TrainStep, batches: Batches, *, step: int,
+    rng: jax.Array | None, checkpoint: Checkpointer, mesh: Mesh | None = None,
     anomalies: AnomalyPolicy = DEFAULT_POLICY,
 ) -> tuple[TrainState, HistoryRow]:
     """Repeats a step of a run, for debugging: from the last checkpoint before it, or the beginning.
 
-    Nothing is evaluated, and no checkpoint is changed. The batch of the step is saved in the
-    checkpoint directory as "replayed_batch_step<step>.npz". Anomalous updates are skipped if the
-    policy says so; otherwise anomalies are only printed.
-
-    Args:
-        state: the initial state of the run, as for `fit`. It is donated.
-        train_step: the train step of the run.
-        batches: the batches of the run.
-        step: the number of the step, counted from 1.
-        rng: the random key of the run.
-        checkpoint: the checkpoints of the run.
-        mesh: the device mesh; may differ from that of the run.
-        anomalies: the policy of the run.
+    The arguments are those of `fit`, of which the mesh may differ, and the number of the step,
+    counted from 1. Nothing is evaluated, and no checkpoint is changed. The batch of the step is
+    saved in the checkpoint directory as "replayed_batch_step<step>.npz". Anomalous updates are
+    skipped if the policy says so; otherwise anomalies are only printed.
 
     Returns:
         The state after the step, and its metrics with "step".
@@ -370,10 +391,6 @@ def replay_step(
                 print(anomaly.message, flush=True)
     print(save_batch(checkpoint.directory, step, batch, "replayed"), flush=True)
     return run.state, {"step": step, "loss": result.metrics["loss"], **result.metrics}
-
-
-def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def _place(state: TrainState, mesh: Mesh | None) -> TrainState:
