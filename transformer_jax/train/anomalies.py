@@ -38,14 +38,7 @@ MIN_HISTORY = 10  # minimum number of normal losses from which a spike threshold
 
 
 class AnomalyPolicy(NamedTuple):
-    """The actions taken on non-finite losses and on loss spikes.
-
-    Example:
-        >>> AnomalyPolicy(not_finite="skip", spike=6.0, on_spike="rollback").check()
-        >>> AnomalyPolicy(on_spike="ignore").check()
-        Traceback (most recent call last):
-        ValueError: on_spike is 'ignore'; choose from stop, skip, rollback, record
-    """
+    """The actions taken on non-finite losses and on loss spikes."""
 
     not_finite: str = "stop"  # action on a non-finite loss or gradient: stop, skip or rollback
     on_spike: str = "record"  # action on a loss spike: stop, skip, rollback or record
@@ -131,13 +124,6 @@ class AnomalyDetector:
     """Detects anomalous steps from the losses so far, and selects the action of the policy.
 
     Its state is JSON (`get_state`, `set_state`), so that checkpoints can store it.
-
-    Example:
-        >>> detector = AnomalyDetector(AnomalyPolicy(spike=3.0))
-        >>> for step in range(1, 13):
-        ...     anomaly = detector.update(step, {"loss": 2.0 + 0.1 * (step % 2)})
-        >>> detector.update(13, {"loss": 9.0}).action
-        'record'
     """
 
     def __init__(self, policy: AnomalyPolicy):

@@ -39,9 +39,6 @@ def directory_lock(directory: str | Path) -> Iterator[None]:
 
     The operating system releases the lock when the process ends, even if it is killed. On network
     file systems without locks, `filelock` uses the existence of the lock file instead.
-
-    Raises:
-        DirectoryInUseError: another process holds the lock.
     """
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
@@ -104,11 +101,7 @@ def check_disk_space(root: Path, step: int, arrays: Iterable[Any]) -> None:
 
 
 def checkpoint_path(directory: str | Path, step: int | None) -> Path:
-    """Returns the path of the checkpoint of `step`, by default of the latest step.
-
-    Raises:
-        FileNotFoundError: the directory, or a checkpoint of that step, does not exist.
-    """
+    """Returns the path of the checkpoint of `step`, by default of the latest step."""
     root = Path(directory).absolute()
     if not root.is_dir():
         raise FileNotFoundError(f"the checkpoint directory {root} does not exist; check the path, "
@@ -124,13 +117,9 @@ def checkpoint_path(directory: str | Path, step: int | None) -> Path:
 
 
 def verified_checkpoint_path(directory: str | Path, step: int | None) -> Path:
-    """Like `checkpoint_path`, but the files match their manifest; by default the latest such step.
+    """Like `checkpoint_path`, but verified; by default the latest step that is not corrupted.
 
     With several processes, process 0 verifies the files and broadcasts the step.
-
-    Raises:
-        FileNotFoundError: as in `checkpoint_path`.
-        ValueError: the checkpoint of `step` is corrupted; without `step`, every checkpoint is.
     """
     path = checkpoint_path(directory, step)
     error, number = None, -1
@@ -173,12 +162,10 @@ class PendingSave:
         self._thread = threading.Thread(target=self._finish, args=(checkpointer, response))
         self._thread.start()
 
-    def _finish(self, checkpointer, response) -> None:
+    def _finish(self, checkpointer: ocp.training.Checkpointer, response) -> None:
         try:
-            try:
+            with checkpointer:
                 response.result()
-            finally:
-                checkpointer.close()
             if jax.process_index() == 0:
                 storage.write_manifest(self._root / str(self._step))
         except Exception as error:  # raised by `check` in the calling thread
@@ -255,11 +242,8 @@ def saved_arrays(path: Path, item: str) -> dict[str, Any]:
 
 
 def load_items(path: Path, trees: Mapping[str, PyTree]) -> dict[str, Any]:
-    """Loads all JSON items of a checkpoint, and the items in `trees` with the structure, dtypes and
-    shardings of these real or abstract trees.
-
-    Raises:
-        ValueError: the saved arrays of an item have other paths or shapes than its tree.
+    """Loads all JSON items of a checkpoint, and the items in `trees`: real or abstract trees, whose
+    structure, dtypes and shardings they get. ValueError if the saved paths or shapes differ.
     """
     wanted: dict[str, Any] = {item: None for item in JSON_ITEMS if (path / item).is_dir()}
     for item, like in trees.items():
@@ -299,15 +283,7 @@ def _check_arrays(
 
 
 def to_json(value: Any, name: str) -> Any:
-    """Converts a value to JSON values: NumPy scalars to Python numbers, and arrays to lists.
-
-    Raises:
-        ValueError: `name`, the value, contains something that JSON cannot represent.
-
-    Example:
-        >>> to_json({"seed": np.int64(3), "betas": (0.9, 0.999)}, "metadata")
-        {'seed': 3, 'betas': [0.9, 0.999]}
-    """
+    """Converts a value to JSON values: NumPy scalars to Python numbers, and arrays to lists."""
     def convert(item: Any) -> Any:
         if isinstance(item, np.generic | np.ndarray):
             return item.tolist()

@@ -62,27 +62,15 @@ def save(
     """Saves a checkpoint, then deletes old checkpoints (see `keep` and `keep_best`).
 
     The arrays of `state` are copied to the host before this function returns, so they may be
-    donated afterwards.
-
-    Args:
-        directory: the checkpoint directory of the run; created if necessary.
-        step: the number of updates, equal to `state.step`; also the name of the subdirectory.
-        state: the train state.
-        rng: a typed or raw random key.
-        data_state: JSON values from the data iterator's `get_state()`. With several processes, the
-            state of the first one is saved, so the iterators of all processes must be at the same
-            position, as Grain's sharded iterators are.
-        metadata: any JSON values.
-        keep: number of most recent checkpoints to keep; None keeps all.
-        metrics: evaluation metrics, saved with the checkpoint.
-        keep_best: (name of a metric, "min" or "max"): also keep the checkpoint with the best value.
-        wait: whether to return only when the files are complete. If False, they are written in the
-            background; call `result()` of the returned object before the next save and at the end.
+    donated afterwards. `data_state` and `metadata` are JSON values; with several processes, the
+    `data_state` of the first one is saved, so the iterators of all must be at the same position, as
+    Grain's sharded iterators are. `keep` is the number of most recent checkpoints to keep, None for
+    all, and `keep_best`, (name in `metrics`, "min" or "max"), keeps the best one as well. Without
+    `wait`, the files are written in the background: call `result()` of the returned object before
+    the next save and at the end.
 
     Raises:
-        ValueError: the step is saved already, `keep` is below 1, there are metrics but not that of
-            `keep_best`, the second item of `keep_best` is not "min" or "max", or `data_state` or
-            `metadata` contains a value that JSON cannot represent.
+        ValueError: the step is saved already, or an argument is out of range or not JSON.
         SaveError: the directory is not writable or has too little free space.
 
     Example:
@@ -177,17 +165,14 @@ def latest_step(directory: str | Path) -> int | None:
 def restore(directory: str | Path, like: TrainState, step: int | None = None) -> Checkpoint:
     """Restores a state with the random key, the data state and the metadata of its run.
 
-    Args:
-        directory: the checkpoint directory.
-        like: a state, real or abstract (`jax.eval_shape`). The restored arrays have the dtypes and
-            shardings of its leaves; a leaf without a sharding is restored onto the first device.
-        step: a step; by default the latest one that is not corrupted. Corrupted later steps are
-            reported on standard error.
+    The restored arrays have the dtypes and shardings of `like`, a state, real or abstract
+    (`jax.eval_shape`); a leaf without a sharding is restored onto the first device. By default the
+    latest step that is not corrupted is restored; corrupted ones are reported on standard error.
 
     Raises:
-        FileNotFoundError: the directory, or a checkpoint of that step, does not exist.
-        ValueError: the checkpoint has other parameters, shapes or optimizer state than `like`; the
-            checkpoint of `step` is corrupted; or, without `step`, every checkpoint is.
+        FileNotFoundError: the directory, or a checkpoint of `step`, does not exist.
+        ValueError: the checkpoint has other parameters, shapes or optimizer state than `like`, or
+            `step` is corrupted; without `step`, every checkpoint is.
     """
     path = verified_checkpoint_path(directory, step)
     loaded = checkpoint_files.load_items(
@@ -222,10 +207,6 @@ def average_params(directory: str | Path, last: int, like: PyTree | None = None)
     With a high learning rate near the end of training, parameters oscillate around a minimum, and
     their mean is closer to it (Vaswani et al. 2017, section 6.1: the last 5 checkpoints, written
     at 10-minute intervals).
-
-    Raises:
-        FileNotFoundError: the directory has fewer than `last` checkpoints.
-        ValueError: `last` is below 1, or as in `restore`.
     """
     if last < 1:
         raise ValueError(f"last is {last}; it must be at least 1 checkpoint")
@@ -240,11 +221,7 @@ def average_params(directory: str | Path, last: int, like: PyTree | None = None)
 
 
 def load_metadata(directory: str | Path, step: int | None = None) -> Any:
-    """Loads the metadata of a checkpoint, by default the latest one; None if none was saved.
-
-    Raises:
-        FileNotFoundError: as in `restore`.
-    """
+    """Loads the metadata of a checkpoint, by default the latest one; None if none was saved."""
     return checkpoint_files.load_items(checkpoint_path(directory, step), {}).get("metadata")
 
 
@@ -302,16 +279,11 @@ class Checkpointer:
         self, state: TrainState, rng: jax.Array | None, stateful: Mapping[str, Stateful],
         before: int | None = None,
     ) -> tuple[TrainState, jax.Array | None]:
-        """Restores the last checkpoint that is not corrupted; without one, returns `state` and
-        `rng`.
+        """Restores the last checkpoint that is not corrupted, if any; returns the state and key.
 
         The objects in `stateful`, by the names of their states in the checkpoint, are restored too.
         Later checkpoints, which are corrupted or incomplete, are renamed. With `before`, the last
         checkpoint before this step is restored, and the directory is unchanged.
-
-        Raises:
-            ValueError: the checkpoint does not match the state, has other metadata, or is corrupted
-                and `before` is given; or every checkpoint is corrupted.
         """
         if not self.is_active:
             return state, rng
@@ -349,11 +321,8 @@ class Checkpointer:
     ) -> None:
         """Starts to save a checkpoint, after the previous one is complete.
 
-        States of `stateful` that are None are not saved. `metrics` are those of an evaluation of
-        `state`, if there was one.
-
-        Raises:
-            SaveError: a checkpoint could not be saved.
+        `metrics` are those of an evaluation of `state`. States of `stateful` that are None are not
+        saved.
         """
         if not self.is_active:
             return
@@ -365,11 +334,7 @@ class Checkpointer:
             metrics=metrics, wait=False, **self._retention)
 
     def roll_back(self, like: TrainState, bad_step: int) -> TrainState:
-        """Returns the state of the last checkpoint, with the structure and shardings of `like`.
-
-        Raises:
-            BadStepError: no checkpoint was saved before the anomalous step `bad_step`.
-        """
+        """Returns the state of the last checkpoint; BadStepError if there is none."""
         self.wait()
         if latest_step(self.directory) is None:
             raise BadStepError(

@@ -86,10 +86,6 @@ def decay_mask(params: PyTree) -> PyTree:
     weight decay, as in Houlsby et al. 2019: the vectors of IA3 and the magnitudes of DoRA are
     scales, and the matrices of LoRA, prefixes and prompts are limited by their rank or length. (In
     the released code of LoRA, its matrices have weight decay.)
-
-    Example:
-        >>> decay_mask({"classifier": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
-        {'classifier': {'bias': False, 'kernel': True}}
     """
     return map_paths(lambda path, leaf: path.rpartition("/")[2] in ("kernel", "embedding"), params)
 

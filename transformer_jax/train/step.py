@@ -340,13 +340,6 @@ class CompilationCounter(contextlib.AbstractContextManager):
     JAX silently recompiles a function for arguments of new shapes; this counter detects it.
     `count` and `seconds` are totals from the creation of the counter until `close`, or the end of
     the `with` block.
-
-    Example:
-        >>> double, x = jax.jit(lambda x: 2 * x), jnp.ones(3)
-        >>> with CompilationCounter() as compilations:
-        ...     _ = double(x), double(x)
-        >>> compilations.count
-        1
     """
 
     def __init__(self) -> None:

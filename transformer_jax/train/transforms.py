@@ -34,16 +34,6 @@ def layer_depths(params: PyTree) -> tuple[dict[str, int], int]:
     L + 1 for parameters above the layers, such as heads, and for the embeddings of added tokens.
     The layers of a decoder are numbered after those of the encoder, whose final norm then has the
     depth of its last layer. Frozen parameters (None) have no depth, but their layers are counted.
-
-    Raises:
-        ValueError: the layers are stacked in one array.
-
-    Example:
-        >>> params = {"token_embed": {"embedding": 0}, "classifier": {"kernel": 0},
-        ...           "encoder": {"layer_0": {"mlp": {"kernel": 0}}, "layer_1": {"mlp": None}}}
-        >>> depths, num_layers = layer_depths(params)
-        >>> num_layers, depths["encoder/layer_0/mlp/kernel"], depths["classifier/kernel"]
-        (2, 1, 3)
     """
     paths = [path_string(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(
         params, is_leaf=lambda node: node is None or isinstance(node, optax.MaskedNode))]
@@ -78,11 +68,6 @@ def layerwise_lr_multipliers(
         layer_decay^(L + 1 - d) * (head_lr_multiplier if the path matches head_pattern else 1)
 
     Howard & Ruder 2018, "ULMFiT", section 3.2; Clark et al. 2020, "ELECTRA", appendix B.
-
-    Example:
-        >>> layerwise_lr_multipliers(
-        ...     {"token_embed": {"embedding": 0}, "classifier": {"kernel": 0}}, 0.5, 10.0)
-        {'classifier': {'kernel': 10.0}, 'token_embed': {'embedding': 0.5}}
     """
     depths, num_layers = layer_depths(params)
 
@@ -102,11 +87,6 @@ def unfreeze_steps(params: PyTree, every: int) -> PyTree:
     Updates are numbered from 0. The trainable parameters of the greatest depth, usually those above
     the layers, are unfrozen at update 0. Then one more layer is unfrozen every `every` updates,
     from the top down, and the embeddings last. Layers without trainable parameters are skipped.
-
-    Example:
-        >>> unfreeze_steps(
-        ...     {"token_embed": {"embedding": 0}, "classifier": {"kernel": 0}}, every=100)
-        {'classifier': {'kernel': 0}, 'token_embed': {'embedding': 100}}
     """
     depths, _ = layer_depths(params)
     order = {d: i for i, d in enumerate(sorted(set(depths.values()), reverse=True))}
@@ -235,13 +215,6 @@ def params_ema(decay: float) -> optax.GradientTransformation:
 
     The average starts at the initial parameters, so it needs no bias correction. The updates are
     unchanged. Place this transformation last in a chain, and get the average with `get_ema_params`.
-
-    Example:
-        >>> optimizer = optax.chain(optax.sgd(1.0), params_ema(0.75))
-        >>> params = {"w": jnp.zeros(())}
-        >>> _, opt_state = optimizer.update({"w": jnp.ones(())}, optimizer.init(params), params)
-        >>> float(get_ema_params(opt_state)["w"])
-        -0.25
     """
     def init(params: PyTree) -> EmaState:
         return EmaState(jax.tree.map(jnp.copy, params))
