@@ -199,7 +199,7 @@ def failing_saves() -> dict[str, str]:
             try:
                 with fault():
                     save(root, 20, wait=False).result()
-            except checkpointing.SaveError as error:
+            except checkpoint_files.SaveError as error:
                 messages[name] = str(error)
             assert name in messages, f"{name}: the save did not fail"
             assert restore_outcome(root) == "step 10", name
@@ -208,7 +208,7 @@ def failing_saves() -> dict[str, str]:
         file.write_text("not a folder")
         try:
             save(file / "run", 1)
-        except checkpointing.SaveError as error:
+        except checkpoint_files.SaveError as error:
             messages["not a folder"] = str(error)
     return messages
 

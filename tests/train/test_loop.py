@@ -15,7 +15,7 @@ import toy
 from tensorboardX import SummaryWriter
 
 from transformer_jax import sharding, storage
-from transformer_jax.train import anomalies, checkpointing, optimizers, step
+from transformer_jax.train import anomalies, checkpoint_files, checkpointing, optimizers, step
 from transformer_jax.train.anomalies import DEFAULT_POLICY, NonFiniteLossError
 from transformer_jax.train.callbacks import Logging, Profiler, Progress, TensorBoard
 from transformer_jax.train.checkpoint_files import DirectoryInUseError, directory_lock
@@ -347,7 +347,7 @@ def test_a_failed_save_stops_the_run_at_the_next_step(tmp_path, monkeypatch):
     train(4, directory=tmp_path)
     monkeypatch.setattr(storage, "write_manifest", fail)
     steps = []
-    with pytest.raises(checkpointing.SaveError, match=r"step 5 could not be saved in .*: disk "
+    with pytest.raises(checkpoint_files.SaveError, match=r"step 5 could not be saved in .*: disk "
                                                       r"full; the last complete checkpoint is step "
                                                       r"4\. Fix the problem"):
         train(100, Slow(), directory=tmp_path, save_every=5, log_every=1,

@@ -247,7 +247,6 @@ def catch_signals(active: bool = True) -> Iterator[Callable[[int], str | None]]:
             "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None)
         return
     received: list[str] = []
-    previous_handlers = {}
 
     def restore_handlers() -> None:
         for number, handler in previous_handlers.items():
@@ -257,6 +256,7 @@ def catch_signals(active: bool = True) -> Iterator[Callable[[int], str | None]]:
         received.append(signal.Signals(number).name)
         restore_handlers()
 
+    previous_handlers = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         previous_handlers[number] = signal.signal(number, on_signal)
     try:

@@ -82,6 +82,16 @@ class Callback:
         """Restores a state from `get_state`, before `on_start`."""
 
 
+class RowFunction(Callback):
+    """Calls a function with each row of the history."""
+
+    def __init__(self, fn: Callable[[HistoryRow], Any]):
+        self.fn = fn
+
+    def on_row(self, run: "Run", row: HistoryRow) -> None:
+        self.fn(row)
+
+
 class Logging(Callback):
     """Adds rows with the metrics of a step, the throughput and the data wait to the history.
 

@@ -29,17 +29,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from transformer_jax.train import checkpoint_files
+from transformer_jax.train import checkpoint_files as files
 from transformer_jax.train.anomalies import BadStepError
-from transformer_jax.train.checkpoint_files import (
-    PendingSave,
-    SaveError,
-    checkpoint_path,
-    directory_lock,
-    first_line,
-    saved_steps,
-    verified_checkpoint_path,
-)
 from transformer_jax.train.step import TrainState
 from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
 
@@ -58,7 +49,7 @@ def save(
     data_state: Any = None, metadata: Any = None, keep: int | None = 3,
     metrics: Mapping[str, float] | None = None, keep_best: tuple[str, str] | None = None,
     wait: bool = True,
-) -> PendingSave:
+) -> files.PendingSave:
     """Saves a checkpoint, then deletes old checkpoints (see `keep` and `keep_best`).
 
     The arrays of `state` are copied to the host before this function returns, so they may be
@@ -85,23 +76,24 @@ def save(
     metrics = dict(metrics or {})
     _check_retention(keep, keep_best, metrics)
     root = Path(directory).absolute()
-    if step in saved_steps(root):
+    if step in files.saved_steps(root):
         raise ValueError(f"{root} already has a checkpoint of step {step}; choose another "
                          "directory or step")
-    items = checkpoint_files.make_items(state, rng, data_state, metadata)
-    checkpoint_files.check_disk_space(root, step, jax.tree.leaves([state.params, state.opt_state]))
+    items = files.make_items(state, rng, data_state, metadata)
+    files.check_disk_space(root, step, jax.tree.leaves([state.params, state.opt_state]))
     try:
         checkpointer = ocp.training.Checkpointer(
             root,
-            context=checkpoint_files.orbax_context(),
+            context=files.orbax_context(),
             # The caller decides when to save, so every call saves.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=_preservation_policy(keep, keep_best))
         response = checkpointer.save_checkpointables_async(step, items, metrics=metrics or None)
     except OSError as error:
-        raise SaveError(f"step {step} cannot be saved in {root}: {first_line(error)}; choose "
-                        "another directory, or make this one writable") from error
-    pending = PendingSave(root, step, checkpointer, response)
+        raise files.SaveError(
+            f"step {step} cannot be saved in {root}: {files.first_line(error)}; choose another "
+            "directory, or make this one writable") from error
+    pending = files.PendingSave(root, step, checkpointer, response)
     if wait:
         pending.result()
     return pending
@@ -114,13 +106,12 @@ def check_best(best: str, name: str = "best") -> None:
 
 
 def _check_retention(
-    keep: int | None, keep_best: tuple[str, str] | None, metrics: Mapping[str, float]
+    keep: int | None, best: tuple[str, str] | None, metrics: Mapping[str, float]
 ) -> None:
     if keep is not None and keep < 1:
         raise ValueError(f"keep is {keep}; it must be at least 1, or None to keep all checkpoints")
-    if keep_best is not None and (keep_best[1] not in ("min", "max")
-                                  or (metrics and keep_best[0] not in metrics)):
-        raise ValueError(f"keep_best is {keep_best}; it must be the name of a metric "
+    if best and (best[1] not in ("min", "max") or (metrics and best[0] not in metrics)):
+        raise ValueError(f"keep_best is {best}; it must be the name of a metric "
                          f"({', '.join(metrics) or 'of the evaluation'}) and min or max")
 
 
@@ -147,10 +138,10 @@ def best_step(directory: str | Path, metric: str, best: str = "min") -> int | No
     """
     check_best(best)
     root = Path(directory).absolute()
-    complete = saved_steps(root)
+    complete = files.saved_steps(root)
     if not complete:
         return None
-    with ocp.training.Checkpointer(root, context=checkpoint_files.orbax_context()) as checkpointer:
+    with ocp.training.Checkpointer(root, context=files.orbax_context()) as checkpointer:
         found = [(_rank(saved.metrics[metric], best), saved.step)
                  for saved in checkpointer.checkpoints
                  if saved.metrics and metric in saved.metrics and saved.step in complete]
@@ -159,7 +150,7 @@ def best_step(directory: str | Path, metric: str, best: str = "min") -> int | No
 
 def latest_step(directory: str | Path) -> int | None:
     """Returns the last step with a complete checkpoint, or None; the directory may not exist."""
-    return max(saved_steps(Path(directory)), default=None)
+    return max(files.saved_steps(Path(directory)), default=None)
 
 
 def restore(directory: str | Path, like: TrainState, step: int | None = None) -> Checkpoint:
@@ -174,14 +165,13 @@ def restore(directory: str | Path, like: TrainState, step: int | None = None) ->
         ValueError: the checkpoint has other parameters, shapes or optimizer state than `like`, or
             `step` is corrupted; without `step`, every checkpoint is.
     """
-    path = verified_checkpoint_path(directory, step)
-    loaded = checkpoint_files.load_items(
-        path, {"params": like.params, "opt_state": like.opt_state})
+    path = files.verified_checkpoint_path(directory, step)
+    loaded = files.load_items(path, {"params": like.params, "opt_state": like.opt_state})
     number = jax.device_put(np.asarray(loaded["step"], np.int32),
-                            checkpoint_files.target_sharding(like.step))
+                            files.target_sharding(like.step))
     return Checkpoint(
         TrainState(number, loaded["params"], loaded["opt_state"]),
-        checkpoint_files.rng_from_json(loaded.get("rng")), loaded.get("data"),
+        files.rng_from_json(loaded.get("rng")), loaded.get("data"),
         loaded.get("metadata"))
 
 
@@ -193,12 +183,12 @@ def load_params(
     `like` is a tree of parameters, real or abstract. By default the parameters are loaded with
     their saved dtypes, as nested dicts on the first device.
     """
-    path = verified_checkpoint_path(directory, step)
+    path = files.verified_checkpoint_path(directory, step)
     if like is None:  # the saved shardings may have devices that this machine does not have
         like = unflatten_paths({
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            for name, leaf in checkpoint_files.saved_arrays(path, "params").items()})
-    return checkpoint_files.load_items(path, {"params": like})["params"]
+            for name, leaf in files.saved_arrays(path, "params").items()})
+    return files.load_items(path, {"params": like})["params"]
 
 
 def average_params(directory: str | Path, last: int, like: PyTree | None = None) -> PyTree:
@@ -210,7 +200,7 @@ def average_params(directory: str | Path, last: int, like: PyTree | None = None)
     """
     if last < 1:
         raise ValueError(f"last is {last}; it must be at least 1 checkpoint")
-    saved = saved_steps(Path(directory).absolute())
+    saved = files.saved_steps(Path(directory).absolute())
     if len(saved) < last:
         raise FileNotFoundError(f"{directory} has {len(saved)} checkpoints, not {last}; average "
                                 "fewer, or save with a larger keep")
@@ -222,7 +212,7 @@ def average_params(directory: str | Path, last: int, like: PyTree | None = None)
 
 def load_metadata(directory: str | Path, step: int | None = None) -> Any:
     """Loads the metadata of a checkpoint, by default the latest one; None if none was saved."""
-    return checkpoint_files.load_items(checkpoint_path(directory, step), {}).get("metadata")
+    return files.load_items(files.checkpoint_path(directory, step), {}).get("metadata")
 
 
 # The checkpoints of `loop.fit` --------------------------------------------------------------------
@@ -263,7 +253,7 @@ class Checkpointer:
         self.directory, self.every = directory, save_every
         self.metadata, self.allow_config_mismatch = metadata, allow_config_mismatch
         self._retention = {"keep": keep, "keep_best": keep_best}
-        self._pending: PendingSave | None = None
+        self._pending: files.PendingSave | None = None
 
     @property
     def is_active(self) -> bool:
@@ -272,7 +262,7 @@ class Checkpointer:
 
     def lock(self) -> contextlib.AbstractContextManager:
         """Returns a context manager that locks the directory against other runs."""
-        return (directory_lock(self.directory) if self.is_active and jax.process_index() == 0
+        return (files.directory_lock(self.directory) if self.is_active and jax.process_index() == 0
                 else contextlib.nullcontext())
 
     def restore(
@@ -287,7 +277,7 @@ class Checkpointer:
         """
         if not self.is_active:
             return state, rng
-        saved = [step for step in saved_steps(Path(self.directory))
+        saved = [step for step in files.saved_steps(Path(self.directory))
                  if before is None or step < before]
         if saved:
             found = restore(self.directory, state, None if before is None else saved[-1])
@@ -297,14 +287,14 @@ class Checkpointer:
                 if name in (found.data_state or {}):
                     item.set_state(found.data_state[name])
         if before is None and jax.process_index() == 0:
-            checkpoint_files.quarantine_incomplete(self.directory, after=int(state.step))
+            files.quarantine_incomplete(self.directory, after=int(state.step))
         return state, rng
 
     def _check_metadata(self, saved: Any) -> None:
         """Raises ValueError if a run would resume with another model, data set or setting."""
         if self.allow_config_mismatch or self.metadata is None or saved is None:
             return
-        current = checkpoint_files.to_json(self.metadata, "metadata")
+        current = files.to_json(self.metadata, "metadata")
         then, now = (flatten_paths({"": x}) for x in (saved, current))
         changed = [name for name in sorted(then.keys() | now.keys())
                    if then.get(name) != now.get(name)]

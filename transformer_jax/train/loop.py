@@ -37,7 +37,14 @@ from transformer_jax.train.anomalies import (
     save_batch,
     skip_bad_updates,
 )
-from transformer_jax.train.callbacks import Callback, HistoryRow, Logging, Progress, StepResult
+from transformer_jax.train.callbacks import (
+    Callback,
+    HistoryRow,
+    Logging,
+    Progress,
+    RowFunction,
+    StepResult,
+)
 from transformer_jax.train.checkpoint_files import abstract_array
 from transformer_jax.train.checkpointing import Checkpointer, Stateful
 from transformer_jax.train.step import CompiledStep, TrainState
@@ -47,18 +54,13 @@ TrainStep = Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.
 
 
 class Batches(Stateful, Protocol):
-    """A checkpointable, endless iterator of batches, such as Grain's.
-
-    `get_state` and `set_state` are needed for checkpoints only.
-    """
+    """An endless iterator of batches, such as Grain's; its state is needed for checkpoints only."""
 
     def __next__(self) -> PyTree: ...
 
 
 class Evaluation(NamedTuple):
-    """An evaluation during the run.
-
-    It is skipped at a step after which a signal ends the run, so that the checkpoint is saved soon.
+    """An evaluation during the run, skipped if a signal ends the run, to save the checkpoint soon.
 
     Attributes:
         fn: `fn(params) -> {name: number}`. Its metrics are logged as "eval_<name>".
@@ -69,14 +71,6 @@ class Evaluation(NamedTuple):
     fn: Callable[[PyTree], dict[str, float]]
     every: int = 0
     select: Callable[[TrainState], PyTree] = operator.attrgetter("params")
-
-
-class _RowFunction(Callback):
-    def __init__(self, fn: Callable[[HistoryRow], Any]):
-        self.fn = fn
-
-    def on_row(self, run: "Run", row: HistoryRow) -> None:
-        self.fn(row)
 
 
 class Run:
@@ -104,7 +98,7 @@ class Run:
         self.data_wait_seconds = 0.0
         self.stop_reason: str | None = None
         self.save_requested = False
-        self.callbacks = [c if isinstance(c, Callback) else _RowFunction(c) for c in callbacks]
+        self.callbacks = [c if isinstance(c, Callback) else RowFunction(c) for c in callbacks]
         self._created, self._paused = time.perf_counter(), 0.0
 
     def reset(self, state: TrainState) -> None:
@@ -224,16 +218,13 @@ def fit(
     on SIGINT), a checkpoint is saved and the run stops. The module docstring has an example.
 
     Args:
-        state: from `train.step.init_state`. It is donated: use the returned state afterwards.
-        train_step: from `train.step.make_train_step`, not jitted; it is jitted here, once.
+        state: from `init_state`. It is donated: use the returned state afterwards.
+        train_step: from `make_train_step`; it is jitted here, once.
         batches: an iterator of batches of NumPy arrays [B, ...]. With several processes, each
             process passes the rows of its data shard (`sharding.process_data_shard`).
         rng: the random key of the run; each step folds its number into it. None: no randomness.
         num_steps: total number of updates, including those made before the run was resumed.
         mesh: shards the parameters by `sharding.RULES` and the batches over the mesh.
-        evaluation: an evaluation every few updates and at the end.
-        checkpoint: where and when to save checkpoints.
-        anomalies: what to do about non-finite losses and loss spikes.
         callbacks: functions that receive each row of the history, and callbacks of
             `train.callbacks`; by default `Logging()` and `Progress()`.
 
@@ -263,8 +254,7 @@ def fit(
             while not run.is_last:
                 run.step += 1
                 batch, placed = _next_batch(run, batches, delayed)
-                run.state, metrics = step_fn(
-                    run.state, placed, rng, *detector.step_args(run.step))
+                run.state, metrics = step_fn(run.state, placed, rng, *detector.step_args(run.step))
                 bad = _finish(run, detector, delayed.push(run.step, batch, metrics))
                 run.checkpoint.check()
                 signal = None if run.is_last else should_stop(run.step)
@@ -315,8 +305,7 @@ def _next_batch(run: Run, batches: Batches, delayed: DelayedMetrics) -> tuple[Py
 
 
 def _finish(run: Run, detector: AnomalyDetector, result: StepResult | None) -> StepResult | None:
-    """Checks the metrics of a step and calls the callbacks; returns the result if it is anomalous
-    and the action is "rollback"."""
+    """Handles the metrics of a step; returns the result if the run must be rolled back."""
     if result is None:
         return None
     if (anomaly := detector.update(result.step, result.metrics)) is not None:
@@ -337,8 +326,8 @@ def _evaluate(run: Run, evaluation: Evaluation | None) -> dict[str, float]:
     """Runs and logs the evaluation, and returns its metrics; none if it is not due."""
     if evaluation is None or not run.is_due(evaluation):
         return {}
-    scores = evaluation.fn(evaluation.select(run.state))
-    scores = {name: float(value) for name, value in scores.items()}
+    found = evaluation.fn(evaluation.select(run.state))
+    scores = {name: float(value) for name, value in found.items()}
     run.log({"step": run.step, **{f"eval_{name}": value for name, value in scores.items()}})
     return scores
 
@@ -386,11 +375,11 @@ def replay_step(
             batch, placed = _next_batch(run, batches, delayed)
             run.state, metrics = step_fn(run.state, placed, rng, *detector.step_args(run.step))
             delayed.push(run.step, batch, metrics)
-            result = delayed.pop()
-            if (anomaly := detector.update(run.step, result.metrics)) is not None:
+            metrics = delayed.pop().metrics
+            if (anomaly := detector.update(run.step, metrics)) is not None:
                 print(anomaly.message, flush=True)
     print(save_batch(checkpoint.directory, step, batch, "replayed"), flush=True)
-    return run.state, {"step": step, "loss": result.metrics["loss"], **result.metrics}
+    return run.state, {"step": step, "loss": metrics["loss"], **metrics}
 
 
 def _place(state: TrainState, mesh: Mesh | None) -> TrainState:

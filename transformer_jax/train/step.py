@@ -172,16 +172,14 @@ def make_train_step(
     the batch on each device.
 
     Only the trainable subtree is differentiated. Frozen parameters are therefore returned
-    unchanged bit for bit, have no optimizer state, need no gradient computation and are not part of
-    the gradient norm.
+    unchanged bit for bit, need no gradient computation and are not part of the gradient norm.
 
     The random key of a step is `fold_in(rng, state.step)`, so pass the same `rng` at every step.
     The indices of the device (`axis_name`) and of the microbatch are folded in as well.
 
     Args:
         loss_fn: `loss_fn(params, batch, rng) -> (sum, weight, metrics)`; see the module docstring.
-        optimizer: an Optax transformation. Its gradients, parameters and state are those of the
-            trainable parameters only, with None in place of frozen parameters.
+        optimizer: gets the trainable parameters only, with None in place of frozen ones.
         trainable: a boolean mask with the structure of the parameters; None trains all of them.
         accumulate: number of microbatches that a batch is split into. Only the activations of one
             are in memory. The sum of the gradients has the size of the trainable parameters.
