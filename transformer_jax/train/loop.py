@@ -18,6 +18,7 @@ Example:
 """
 
 import contextlib
+import dataclasses
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,32 +74,24 @@ class Evaluation(NamedTuple):
     select: Callable[[TrainState], PyTree] = operator.attrgetter("params")
 
 
+@dataclasses.dataclass(eq=False)
 class Run:
-    """The progress of a call of `loop.fit`, as its callbacks see it.
+    """The progress of a call of `fit`, as its callbacks see it."""
 
-    Attributes:
-        num_steps: the total number of updates.
-        start: the number of updates before this call.
-        step: the number of the last step that was dispatched to the devices; in `on_batch`, of the
-            step that is dispatched next.
-        state: the train state after that step. The next step donates it: copy what you keep.
-        mesh: the device mesh, or None.
-        checkpoint: the `Checkpointer`; its directory is None if no checkpoints are saved.
-        history: the rows so far.
-        data_wait_seconds: an upper bound of the time that the devices waited for the last batch.
-        stop_reason: why the run stops after the current step; None if it continues.
-        save_requested: whether a checkpoint is saved after the current evaluation.
-    """
+    num_steps: int  # the total number of updates
+    mesh: Mesh | None
+    checkpoint: Checkpointer  # its directory is None if no checkpoints are saved
+    callbacks: Sequence[Callback | Callable[[HistoryRow], Any]]
+    start: int = 0  # the number of updates before this call
+    step: int = 0  # the last step that was dispatched to the devices; in `on_batch`, the next one
+    state: TrainState | None = None  # after `step`. The next step donates it: copy what you keep
+    history: list[HistoryRow] = dataclasses.field(default_factory=list)
+    data_wait_seconds: float = 0.0  # upper bound of the devices' wait for the last batch
+    stop_reason: str | None = None  # why the run stops after the current step
+    save_requested: bool = False  # whether a checkpoint is saved after the current evaluation
 
-    def __init__(self, num_steps: int, mesh: Mesh | None, checkpoint: Checkpointer,
-                 callbacks: Sequence[Callback | Callable[[HistoryRow], Any]]):
-        self.num_steps, self.mesh, self.checkpoint = num_steps, mesh, checkpoint
-        self.start, self.step, self.state = 0, 0, None
-        self.history: list[HistoryRow] = []
-        self.data_wait_seconds = 0.0
-        self.stop_reason: str | None = None
-        self.save_requested = False
-        self.callbacks = [c if isinstance(c, Callback) else RowFunction(c) for c in callbacks]
+    def __post_init__(self) -> None:
+        self.callbacks = [c if isinstance(c, Callback) else RowFunction(c) for c in self.callbacks]
         self._created, self._paused = time.perf_counter(), 0.0
 
     def reset(self, state: TrainState) -> None:

@@ -13,6 +13,7 @@ weight) pairs that are reduced in the same way. Weights must not depend on the p
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -266,22 +267,17 @@ def evaluate(
     """
     compiled = jax.jit(eval_step)
     totals: PyTree = None
-    pending: PyTree = None  # result that is computed while the host prepares the next batch
-
-    def add(result: PyTree) -> PyTree:
-        result = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(result))
-        return result if totals is None else jax.tree.map(np.add, totals, result)
-
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        for batch in batches:
-            result = compiled(params, batch if mesh is None else sharding.shard_batch(batch, mesh))
-            if pending is not None:
-                totals = add(pending)
-            pending = result
-    if pending is None:
+        results = (compiled(params, batch if mesh is None else sharding.shard_batch(batch, mesh))
+                   for batch in batches)
+        # In pairs, because the next batch is prepared while the devices compute this result.
+        for result, _ in itertools.pairwise(itertools.chain(results, [None])):
+            result = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(result))
+            totals = result if totals is None else jax.tree.map(np.add, totals, result)
+    if totals is None:
         raise ValueError("there are no batches to evaluate; pass at least one")
     return _divide_totals(
-        *add(pending), divide=lambda total, weight: float(total / weight) if weight else 0.0)
+        *totals, divide=lambda total, weight: float(total / weight) if weight else 0.0)
 
 
 # Compilation and memory ---------------------------------------------------------------------------
