@@ -161,6 +161,9 @@ def test_the_error_for_another_model(saved):
     like = {"decoder": {"kernel": jnp.ones((2, 2))}}
     found = message_of(ValueError, lambda: checkpointing.load_params(saved, like))
     assert "params is missing 1 arrays such as decoder/kernel" in found
+    like = {"classifier": {"kernal": jnp.ones((16, 2))}}
+    found = message_of(ValueError, lambda: checkpointing.load_params(saved, like))
+    assert "1 arrays such as classifier/kernal (nearest: classifier/kernel); use the model" in found
 
 
 def test_errors_of_save(saved, tmp_path):
