@@ -145,9 +145,7 @@ def make_optimizer(
         schedule: a schedule, for instance from `make_schedule`, or a constant learning rate.
         weight_decay: decoupled weight decay, multiplied by the learning rate, on the parameters
             that `decay_mask` selects.
-        b1: decay rate of the first moment.
-        b2: decay rate of the second moment.
-        eps: added to the denominator of Adam's update.
+        b1, b2: decay rates of the first and second moment.
         clip_norm: larger global norms of the gradients are scaled down to it; None does not clip.
         finetuning: options for fine-tuning.
 

@@ -179,11 +179,10 @@ def make_train_step(
     The indices of the device (`axis_name`) and of the microbatch are folded in as well.
 
     Args:
-        loss_fn: `loss_fn(params, batch, rng) -> (sum, weight, metrics)`; see the module docstring.
+        loss_fn: returns (sum, weight, metrics); see the module docstring.
         optimizer: gets the trainable parameters only, with None in place of frozen ones.
         trainable: a boolean mask with the structure of the parameters; None trains all of them.
-        accumulate: number of microbatches that a batch is split into. Only the activations of one
-            are in memory. The sum of the gradients has the size of the trainable parameters.
+        accumulate: number of microbatches of a batch; only one's activations are in memory.
         axis_name: the axis of `jax.pmap` or `jax.shard_map` over which totals are summed.
 
     Returns:
@@ -193,8 +192,8 @@ def make_train_step(
         for each term if the loss has several, and each metric of `loss_fn`.
 
     Raises:
-        ValueError: `accumulate` is below 1, `trainable` selects no parameter, or (when the step is
-            traced) the number of rows of a batch is not a multiple of `accumulate`.
+        ValueError: `accumulate` is below 1 or (when the step is traced) does not divide the rows
+            of a batch, or `trainable` selects no parameter.
 
     Example:
         >>> def loss_fn(params, batch, rng):
