@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from transformer_jax.data import known_datasets, labels, rows, sources, splits
+from transformer_jax.data import known_datasets, rows, sources, splits
 from transformer_jax.data.columns import make_encoders, resolve_columns
 from transformer_jax.data.known_datasets import METRICS, Columns, DatasetConfig
-from transformer_jax.data.labels import EncodeLabel, LabelEncoder
 from transformer_jax.data.mapped_dataset import MappedDataset
-from transformer_jax.data.sources import Example
+from transformer_jax.data.rows import EncodeLabel, Example, LabelEncoder
 from transformer_jax.data.splits import Split
 from transformer_jax.errors import did_you_mean
 
@@ -37,8 +36,6 @@ class LabeledDataset(NamedTuple):
 
     Attributes:
         task_type: a key of `known_datasets.METRICS`.
-        train: training examples.
-        validation: validation examples.
         label_names: names of the classes or tags, in the order of their ids; empty for other task
             types.
         metric: main metric: accuracy, f1, macro_f1, matthews, pearson_spearman, squad, rouge or
@@ -161,8 +158,7 @@ def load_pairs(data: str | Path, split: str, source: str, target: str) -> list[E
     """
     path = Path(data)
     if not sources.is_local(data):
-        texts = sources.load_source(data, split)
-        found = Split(texts, lambda i: f"{data} {split} example {i}")
+        found = splits.from_library(str(data), split)
     elif path.is_file():
         found = splits.load_file(path)
     elif files := splits.find_aligned_files(path, split, (source, target)):
@@ -172,14 +168,10 @@ def load_pairs(data: str | Path, split: str, source: str, target: str) -> list[E
     else:
         raise FileNotFoundError(f"{path} has no split {split!r}; give a folder with {split}."
                                 f"{source} and {split}.{target}, or with {split}.jsonl")
-    columns = {"source": source, "target": target}
-
-    def to_pair(row: Example) -> Example:
-        texts = row.get("translation")
-        return rows.to_example("seq2seq", texts if isinstance(texts, Mapping) else row, columns,
-                               labels.encode_choice)
-
-    return found.map(to_pair)
+    texts = found.map(lambda row: row["translation"] if isinstance(
+        row.get("translation"), Mapping) else row)
+    return _convert_rows("seq2seq", found._replace(rows=texts),
+                         {"source": source, "target": target}, rows.encode_choice, "error")[0]
 
 
 # Options and splits -------------------------------------------------------------------------------
@@ -315,8 +307,8 @@ def _convert_rows(
         try:
             examples.append(rows.to_example(task_type, row, columns, encode_label))
         except ValueError as error:
-            if isinstance(error, labels.DroppableRowError) and (
-                    on_bad_rows == "drop" or error.reason == labels.NO_LABEL):
+            if isinstance(error, rows.DroppableRowError) and (
+                    on_bad_rows == "drop" or error.reason == rows.NO_LABEL):
                 dropped[error.reason] += 1
                 continue
             row_id = f" (id {row[columns['id']]})" if columns.get("id") in row else ""
@@ -355,12 +347,6 @@ def subsample_balanced(
     same seed, the examples for a smaller total are the first of those for a larger total. Examples
     without class ids, such as those of a regression, count as one class. If neither number is
     given, all examples are returned.
-
-    Args:
-        examples: the examples.
-        per_class: number of examples to draw from every class.
-        seed: seed of the draw.
-        total: number of examples to draw over all classes.
 
     Raises:
         ValueError: there are too few examples, or both numbers are given.
