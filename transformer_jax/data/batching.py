@@ -19,7 +19,7 @@ Transform = Callable[[Any, np.random.Generator], Mapping[str, Any]]
 
 
 class Loader(Iterator[Batch]):
-    """Iterator over batches, whose position is saved and restored as a small dict of JSON values."""
+    """Iterator over batches, whose position is saved and restored as a dict of JSON values."""
 
     def __init__(self, batches: grain.MapDataset, prefetch: int):
         options = grain.ReadOptions(num_threads=1 if prefetch else 0,
@@ -146,8 +146,8 @@ def choose_buckets(lengths: Sequence[int], max_length: int, max_buckets: int) ->
     rounded = np.minimum(-8 * (-np.asarray(lengths) // 8), max_length)
     edges, count = np.unique(rounded, return_counts=True)
     cumulative = np.concatenate([[0], np.cumsum(count)])
-    # best[i]: the fewest tokens, padding included, to which all rows of length up to edges[i] can be
-    # padded, and the buckets for it, of which the last is edges[i].
+    # best[i]: the fewest tokens to which all rows of length up to edges[i] can be padded, and the
+    # buckets for it, of which the last is edges[i].
     best = [(int(edge * num_rows), [int(edge)]) for edge, num_rows in zip(edges, cumulative[1:])]
     for _ in range(min(max_buckets, len(edges)) - 1):
         best = [min([best[i], *(
@@ -192,8 +192,7 @@ class BucketedBatches(abc.ABC):
         """Returns the batches of a period, each as an array of example indices."""
 
     def __len__(self) -> int:
-        """Practically infinite."""
-        return self.period * 2**32
+        return self.period * 2**32  # practically infinite
 
     def __getitem__(self, i: int) -> Batch:
         number, index = divmod(int(i), self.period)
@@ -210,7 +209,7 @@ class BucketedBatches(abc.ABC):
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _padded_batches(self, order: np.ndarray, size: int) -> list[Batch]:
-        """Returns batches of `size` rows in the given order, with the "index" of each row's example.
+        """Returns batches of `size` rows in this order, with the "index" of each row's example.
 
         The last batch is padded with rows of zeros, whose loss weight is 0 and whose "index" is -1.
         """

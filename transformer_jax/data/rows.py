@@ -146,7 +146,7 @@ def are_scores(values: Iterable[Any]) -> bool:
 
 
 def score_encoder(low: float, high: float) -> EncodeLabel:
-    """Returns a function that converts the label of a regression to a float from `low` to `high`."""
+    """Returns the function that converts a label to a float from `low` to `high`."""
     def encode(value: Any) -> float:
         label = label_text(value)
         _check_not_empty(label)

@@ -272,7 +272,7 @@ def _find_name(
 
 
 def from_library(name: str, split: str, train_only: bool = True, **options: Any) -> Split:
-    """Loads a split of "tfds:NAME", "hf:NAME" or "python_docs/CONFIG"; see `sources.load_source`."""
+    """Loads a split by name; `options` are those of `sources.load_source`."""
     spec = name
     if name.startswith("hf:"):
         folder = Path(name.removeprefix("hf:"))

@@ -102,7 +102,7 @@ def _documents() -> Keyed:
 
 
 def _topics() -> Keyed:
-    """A docstring and the topic of its module; a text under two topics is ambiguous and left out."""
+    """A docstring and the topic of its module; a text under two topics is left out."""
     topic_of = {package: topic for topic, packages in TOPICS.items() for package in packages}
     found: dict[str, tuple[str, set[str]]] = {}  # lower-case text -> first original, its topics
     for module, paragraphs in _clean_docstrings():
