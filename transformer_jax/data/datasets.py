@@ -82,12 +82,8 @@ def load_dataset(
         validation_filter: column -> values, as `{"fold": [0]}`: the training rows whose value in
             each of these columns is one of the given values become the validation split.
         seed: seed of all random draws of rows.
-        data_dir: folder of TFDS's data; see `mapped_dataset.load_tfds`.
-        download: whether TFDS may download the dataset.
+        data_dir, download: see `mapped_dataset.load_tfds`.
         options: fields of `DatasetConfig`, such as columns={"text": "sentence"}.
-
-    Returns:
-        The dataset, whose rows have all been converted to examples and checked.
 
     Raises:
         FileNotFoundError: a path does not exist, or there is no dataset of this name.
@@ -280,18 +276,14 @@ def _convert_splits(
 
 
 def _choose_metric(task_type: str, label_names: Sequence[str], metric: str | None) -> str:
+    # Tags in an entity scheme such as BIO have an F1; part-of-speech tags do not.
     is_plain_tagging = task_type == "token_classification" and not all(
-        map(_is_entity_tag, label_names))
+        re.match(r"[OBI]\Z|[BILUSE]-.", tag) for tag in label_names)
     metric = metric or ("accuracy" if is_plain_tagging else METRICS[task_type][0])
     if metric not in METRICS[task_type]:
         raise ValueError(f"metric {metric!r} is not supported for {task_type}; "
                          f"{did_you_mean(metric, METRICS[task_type])}")
     return metric
-
-
-def _is_entity_tag(tag: str) -> bool:
-    """Returns whether a tag belongs to an entity scheme such as BIO; part-of-speech tags do not."""
-    return tag in ("O", "B", "I") or re.match(r"[BILUSE]-.", tag) is not None
 
 
 # Examples -----------------------------------------------------------------------------------------
