@@ -177,7 +177,7 @@ def test_hf_names_are_resolved_to_paths_and_configs(monkeypatch, tmp_path):
         asked.append((name, split))
         return [{"sentence": "a", "label": 0, "idx": 0}, {"sentence": "b", "label": 1, "idx": 1}]
 
-    monkeypatch.setattr(mapped_dataset, "load_hf", load_hf)
+    monkeypatch.setattr(sources, "load_hf", load_hf)
     for name in ("glue/cola", "nyu-mll/glue/cola"):
         assert load_dataset(f"hf:{name}").metric == "matthews"
         assert asked.pop(0) == ("nyu-mll/glue/cola", "train")
@@ -197,7 +197,7 @@ def test_hf_names_are_resolved_to_paths_and_configs(monkeypatch, tmp_path):
 def test_python_docs(monkeypatch):
     asked = []
 
-    def load_source(spec, split):
+    def load_source(spec, split, **options):
         asked.append((spec, split))
         return mapped_dataset.MappedDataset(
             [{"text": "a", "label": 1}, {"text": "b", "label": 0}], dict, {"label": ("no", "yes")})

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from transformer_jax.data.length_buckets import (
+from transformer_jax.data.batching import (
     LengthBucketedBatches,
     TokenBudgetBatches,
     choose_buckets,

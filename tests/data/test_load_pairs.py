@@ -61,7 +61,7 @@ def test_aligned_files_are_a_labeled_dataset(parallel):
 def test_pairs_by_name(monkeypatch):
     rows = [{"translation": {"de": "Hund", "en": "dog"}},
             {"de": "Katze", "en": "cat", "translation": "free"}]
-    monkeypatch.setattr(sources, "load_source", lambda spec, split: rows)
+    monkeypatch.setattr(sources, "load_source", lambda spec, split, **options: rows)
     assert load_pairs("tfds:some/de-en", "train", "de", "en") == [
         {"source": "Hund", "target": "dog"}, {"source": "Katze", "target": "cat"}]
     with pytest.raises(ValueError, match="train example 0: no column 'fr'; choose one of de, en"):

@@ -37,11 +37,12 @@ def test_text_is_unchanged_without_sentence_splitting():
     assert corpus.document_starts.tolist() == corpus.sentence_starts.tolist() == [0, len(text)]
 
 
-def test_the_number_of_documents_per_call_does_not_matter():
+def test_the_number_of_documents_per_call_does_not_matter(monkeypatch):
     source = [{"text": f"a {'b ' * i}\nc."} for i in range(10)]
     tokenizer = tokenizers.train_wordpiece([e["text"] for e in source], 120)
-    one_call, many_calls = (
-        packing.tokenize_corpus(source, tokenizer, documents_per_call=n) for n in (100, 3))
+    one_call = packing.tokenize_corpus(source, tokenizer)
+    monkeypatch.setattr(packing, "DOCUMENTS_PER_CALL", 3)
+    many_calls = packing.tokenize_corpus(source, tokenizer)
     for name in ("tokens", "document_starts", "sentence_starts"):
         np.testing.assert_array_equal(getattr(one_call, name), getattr(many_calls, name))
 
@@ -50,6 +51,9 @@ def test_errors_of_tokenize_corpus():
     chars = tokenizers.train_chars(["a"])
     with pytest.raises(ValueError, match="1 examples contain 0 tokens"):
         packing.tokenize_corpus([{"text": "\n"}], chars)
+    empty = packing.tokenize_corpus([{"text": "\n"}], chars, allow_empty=True)
+    assert len(empty) == 0 and empty.tokens.dtype == np.uint16
+    assert empty.document_starts.tolist() == empty.sentence_starts.tolist() == [0]
     with pytest.raises(ValueError, match="example 0 has no 'text'; it has body"):
         packing.tokenize_corpus([{"body": "a"}], chars)
 

@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from transformer_jax.data import mapped_dataset, python_docs
-from transformer_jax.data.python_docs import builder, examples, extract, prose
+from transformer_jax.data.python_docs import prose
 
 # Prose
 
@@ -92,9 +92,8 @@ def test_source_files_are_parsed_and_not_imported(tmp_path):
     for hidden in ("pkg/tests/t.py", "config-3.x/c.py", "_sysconfigdata_x.py"):
         (tmp_path / hidden).write_text('"""Hidden."""')
     (tmp_path / "broken.py").write_text('"""Broken."""\n(')
-    assert list(extract.docstrings(tmp_path)) == [
-        ("pkg", "", "Package."), ("pkg.m", "A", "Of A."), ("pkg.m", "A.f", "Of f."),
-        ("pkg.m", "g", "Of g."),
+    assert list(prose.docstrings(tmp_path)) == [
+        ("pkg", "Package."), ("pkg.m", "Of A."), ("pkg.m", "Of f."), ("pkg.m", "Of g."),
     ]
 
 
@@ -140,14 +139,14 @@ def test_no_paragraph_is_in_two_splits(docs_dir):
 def test_topics_have_enough_distinct_examples(docs_dir):
     splits = load_all("topics", docs_dir)
     names = python_docs.load("topics", "train", docs_dir).label_names
-    assert names == tuple(examples.TOPICS) and 8 <= len(names) <= 12
+    assert names == tuple(python_docs.TOPICS) and 8 <= len(names) <= 12
     texts = [" ".join(e["text"].lower().split()) for found in splits.values() for e in found]
     assert len(texts) == len(set(texts))
-    assert all(len(text.split()) >= examples.MIN_TEXT_WORDS for text in texts)
+    assert all(len(text.split()) >= python_docs.MIN_TEXT_WORDS for text in texts)
     for label in range(len(names)):
         count = {s: sum(e["label"] == label for e in found) for s, found in splits.items()}
         assert count["train"] >= 80 and count["validation"] >= 20 and count["test"] >= 40
-        assert sum(count.values()) <= examples.MAX_PER_TOPIC
+        assert sum(count.values()) <= python_docs.MAX_PER_TOPIC
 
 
 @pytest.mark.slow
@@ -170,9 +169,9 @@ def test_tfds_loads_the_built_dataset(docs_dir):
 
 def test_splits_are_assigned_by_a_stable_hash():
     names = ("asyncio.events", "email.message", "logging", "topics/if", "json.decoder", "abc")
-    found = [examples.assign_split(name, (0.25, 0.25)) for name in names]
+    found = [python_docs.assign_split(name, (0.25, 0.25)) for name in names]
     assert found == ["train", "train", "test", "validation", "train", "train"]
-    shares = [examples.assign_split(str(i), (0.1, 0.2)) for i in range(5000)]
+    shares = [python_docs.assign_split(str(i), (0.1, 0.2)) for i in range(5000)]
     assert abs(shares.count("validation") / 5000 - 0.1) < 0.02
     assert abs(shares.count("test") / 5000 - 0.2) < 0.02
 
@@ -197,12 +196,12 @@ SMALL = (
 def small(monkeypatch):
     """Replaces the docstrings of the standard library by a few."""
     texts = [SMALL.format(i, word) for i in range(40) for word in ("lists", "sets")]
-    found = [extract.Docstring(f"asyncio.m{i}", "", text) for i, text in enumerate(texts)]
-    monkeypatch.setattr(extract, "docstrings", lambda: iter(found))
-    monkeypatch.setattr(examples, "MIN_DOCSTRINGS", 1)
-    examples._clean_docstrings.cache_clear()
+    found = [(f"asyncio.m{i}", text) for i, text in enumerate(texts)]
+    monkeypatch.setattr(prose, "docstrings", lambda: iter(found))
+    monkeypatch.setattr(python_docs, "MIN_DOCSTRINGS", 1)
+    python_docs._clean_docstrings.cache_clear()
     yield
-    examples._clean_docstrings.cache_clear()
+    python_docs._clean_docstrings.cache_clear()
 
 
 def test_the_environment_variable_sets_the_cache_folder(small, tmp_path, monkeypatch):
@@ -221,7 +220,7 @@ def test_a_failed_build_leaves_nothing(small, tmp_path, monkeypatch):
         (Path(self.data_path).parent).mkdir(parents=True)
         raise Full
 
-    monkeypatch.setattr(builder.PythonDocs, "download_and_prepare", fail)
+    monkeypatch.setattr(python_docs.PythonDocs, "download_and_prepare", fail)
     with pytest.raises(Full):
         python_docs.build(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -230,10 +229,10 @@ def test_a_failed_build_leaves_nothing(small, tmp_path, monkeypatch):
 RACE = """
 import sys
 from transformer_jax.data import python_docs
-from transformer_jax.data.python_docs import examples, extract
-found = [extract.Docstring(f"asyncio.m{i}", "", sys.argv[2].format(i, "lists")) for i in range(80)]
-extract.docstrings = lambda: iter(found)
-examples.MIN_DOCSTRINGS = 1
+from transformer_jax.data.python_docs import prose
+found = [(f"asyncio.m{i}", sys.argv[2].format(i, "lists")) for i in range(80)]
+prose.docstrings = lambda: iter(found)
+python_docs.MIN_DOCSTRINGS = 1
 print("ready", flush=True)
 input()
 print(len(python_docs.load("documents", "train", sys.argv[1])))
@@ -255,7 +254,7 @@ def test_two_processes_build_at_once(tmp_path):
 
 
 def test_a_python_without_source_files(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract, "docstrings", lambda: iter([]))
+    monkeypatch.setattr(prose, "docstrings", lambda: iter([]))
     with pytest.raises(FileNotFoundError, match=r"this Python has 0 docstrings.*its .py files"):
         python_docs.build(tmp_path)
     assert list(tmp_path.iterdir()) == []

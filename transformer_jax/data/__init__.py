@@ -5,9 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "batching", "columns", "datasets", "known_datasets", "labels", "length_buckets",
-        "mapped_dataset", "packing", "python_docs", "rows", "sources",
-        "splits", "token_cache", "tokenizer_backends", "tokenizers",
+        "batching", "columns", "datasets", "known_datasets", "mapped_dataset", "packing",
+        "python_docs", "rows", "sources", "splits", "token_cache", "tokenizers",
     ],
     submod_attrs={
         "batching": ["check_batch_ids", "make_loader"],

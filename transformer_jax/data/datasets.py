@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from transformer_jax.data import known_datasets, labels, rows, sources, splits
+from transformer_jax.data import known_datasets, rows, sources, splits
 from transformer_jax.data.columns import make_encoders, resolve_columns
 from transformer_jax.data.known_datasets import METRICS, Columns, DatasetConfig
-from transformer_jax.data.labels import EncodeLabel, LabelEncoder
 from transformer_jax.data.mapped_dataset import MappedDataset
-from transformer_jax.data.sources import Example
+from transformer_jax.data.rows import EncodeLabel, Example, LabelEncoder
 from transformer_jax.data.splits import Split
 from transformer_jax.errors import did_you_mean
 
@@ -37,8 +36,6 @@ class LabeledDataset(NamedTuple):
 
     Attributes:
         task_type: a key of `known_datasets.METRICS`.
-        train: training examples.
-        validation: validation examples.
         label_names: names of the classes or tags, in the order of their ids; empty for other task
             types.
         metric: main metric: accuracy, f1, macro_f1, matthews, pearson_spearman, squad, rouge or
@@ -85,12 +82,8 @@ def load_dataset(
         validation_filter: column -> values, as `{"fold": [0]}`: the training rows whose value in
             each of these columns is one of the given values become the validation split.
         seed: seed of all random draws of rows.
-        data_dir: folder of TFDS's data; see `mapped_dataset.load_tfds`.
-        download: whether TFDS may download the dataset.
+        data_dir, download: see `mapped_dataset.load_tfds`.
         options: fields of `DatasetConfig`, such as columns={"text": "sentence"}.
-
-    Returns:
-        The dataset, whose rows have all been converted to examples and checked.
 
     Raises:
         FileNotFoundError: a path does not exist, or there is no dataset of this name.
@@ -161,8 +154,7 @@ def load_pairs(data: str | Path, split: str, source: str, target: str) -> list[E
     """
     path = Path(data)
     if not sources.is_local(data):
-        texts = sources.load_source(data, split)
-        found = Split(texts, lambda i: f"{data} {split} example {i}")
+        found = splits.from_library(str(data), split)
     elif path.is_file():
         found = splits.load_file(path)
     elif files := splits.find_aligned_files(path, split, (source, target)):
@@ -172,14 +164,10 @@ def load_pairs(data: str | Path, split: str, source: str, target: str) -> list[E
     else:
         raise FileNotFoundError(f"{path} has no split {split!r}; give a folder with {split}."
                                 f"{source} and {split}.{target}, or with {split}.jsonl")
-    columns = {"source": source, "target": target}
-
-    def to_pair(row: Example) -> Example:
-        texts = row.get("translation")
-        return rows.to_example("seq2seq", texts if isinstance(texts, Mapping) else row, columns,
-                               labels.encode_choice)
-
-    return found.map(to_pair)
+    texts = found.map(lambda row: row["translation"] if isinstance(
+        row.get("translation"), Mapping) else row)
+    return _convert_rows("seq2seq", found._replace(rows=texts),
+                         {"source": source, "target": target}, rows.encode_choice, "error")[0]
 
 
 # Options and splits -------------------------------------------------------------------------------
@@ -288,18 +276,14 @@ def _convert_splits(
 
 
 def _choose_metric(task_type: str, label_names: Sequence[str], metric: str | None) -> str:
+    # Tags in an entity scheme such as BIO have an F1; part-of-speech tags do not.
     is_plain_tagging = task_type == "token_classification" and not all(
-        map(_is_entity_tag, label_names))
+        re.match(r"[OBI]\Z|[BILUSE]-.", tag) for tag in label_names)
     metric = metric or ("accuracy" if is_plain_tagging else METRICS[task_type][0])
     if metric not in METRICS[task_type]:
         raise ValueError(f"metric {metric!r} is not supported for {task_type}; "
                          f"{did_you_mean(metric, METRICS[task_type])}")
     return metric
-
-
-def _is_entity_tag(tag: str) -> bool:
-    """Returns whether a tag belongs to an entity scheme such as BIO; part-of-speech tags do not."""
-    return tag in ("O", "B", "I") or re.match(r"[BILUSE]-.", tag) is not None
 
 
 # Examples -----------------------------------------------------------------------------------------
@@ -315,8 +299,8 @@ def _convert_rows(
         try:
             examples.append(rows.to_example(task_type, row, columns, encode_label))
         except ValueError as error:
-            if isinstance(error, labels.DroppableRowError) and (
-                    on_bad_rows == "drop" or error.reason == labels.NO_LABEL):
+            if isinstance(error, rows.DroppableRowError) and (
+                    on_bad_rows == "drop" or error.reason == rows.NO_LABEL):
                 dropped[error.reason] += 1
                 continue
             row_id = f" (id {row[columns['id']]})" if columns.get("id") in row else ""
@@ -355,12 +339,6 @@ def subsample_balanced(
     same seed, the examples for a smaller total are the first of those for a larger total. Examples
     without class ids, such as those of a regression, count as one class. If neither number is
     given, all examples are returned.
-
-    Args:
-        examples: the examples.
-        per_class: number of examples to draw from every class.
-        seed: seed of the draw.
-        total: number of examples to draw over all classes.
 
     Raises:
         ValueError: there are too few examples, or both numbers are given.

@@ -12,19 +12,16 @@ import numpy as np
 
 from transformer_jax.errors import did_you_mean
 
+Example = dict[str, Any]
+
 
 class MappedDataset:
-    """A sequence that applies a function to an example each time it is accessed.
-
-    Args:
-        rows: the examples, with random access.
-        fn: function of an example that returns a dict.
-        class_names: names of the classes of each feature that has them.
+    """A sequence that applies `fn`, which returns a dict, to a row each time it is accessed.
 
     Attributes:
         class_names: feature -> names of its classes, for all features with class names.
-        label_names: class names of the feature "label"; if it has none, those of the only feature
-            that has class names; None if there is no such feature or more than one.
+        label_names: class names of the feature "label", else of the only feature that has some, or
+            None.
 
     Example:
         >>> dataset = MappedDataset([0, 1], lambda row: {"label": row}, {"label": ["no", "yes"]})
@@ -33,23 +30,17 @@ class MappedDataset:
     """
 
     def __init__(
-        self,
-        rows: Sequence,
-        fn: Callable[[Any], dict[str, Any]],
-        class_names: Mapping[str, Sequence[str]],
+        self, rows: Sequence, fn: Callable[[Any], Example], class_names: Mapping[str, Sequence[str]]
     ):
         self._rows, self._fn = rows, fn
         self.class_names = {key: tuple(names) for key, names in class_names.items()}
-
-    @property
-    def label_names(self) -> tuple[str, ...] | None:
         only = next(iter(self.class_names.values())) if len(self.class_names) == 1 else None
-        return self.class_names.get("label", only)
+        self.label_names = self.class_names.get("label", only)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> Example:
         if not -len(self) <= i < len(self):
             raise IndexError(f"example {i} is out of range; there are {len(self)} examples, "
                              "counted from 0")
@@ -57,13 +48,9 @@ class MappedDataset:
 
 
 def from_tfds_builder(builder: Any, split: str) -> MappedDataset:
-    """Returns a split of a prepared TFDS builder, with bytes decoded to str.
-
-    Raises:
-        ValueError: the dataset is prepared in a file format without random access.
-    """
-    features = builder.info.features
-    classes = {key: feature.names for key, feature in features.items()
+    """Returns a split of a prepared TFDS builder, with bytes decoded to str; raises ValueError if
+    it is prepared in a file format without random access."""
+    classes = {key: feature.names for key, feature in builder.info.features.items()
                if getattr(feature, "names", None)}
     try:
         rows = builder.as_data_source(split=split)
@@ -75,16 +62,14 @@ def from_tfds_builder(builder: Any, split: str) -> MappedDataset:
 
 
 def from_hf_dataset(dataset: Any) -> MappedDataset:
-    """Returns a `datasets.Dataset` as a `MappedDataset`, with the names of its ClassLabel features.
+    """Returns a `datasets.Dataset` with the names of its ClassLabel features.
 
     Does not import the `datasets` library.
     """
-    classes = {}
-    for key, feature in dataset.features.items():
-        item = getattr(feature, "feature", feature)  # a list feature has the feature of its items
-        if getattr(item, "names", None):
-            classes[key] = item.names
-    return MappedDataset(dataset, dict, classes)
+    # A list feature has the feature of its items.
+    items = {key: getattr(f, "feature", f) for key, f in dataset.features.items()}
+    return MappedDataset(dataset, dict, {
+        key: item.names for key, item in items.items() if getattr(item, "names", None)})
 
 
 def _decode_bytes(value: Any) -> Any:
@@ -94,21 +79,13 @@ def _decode_bytes(value: Any) -> Any:
         return value.decode("utf-8")
     if isinstance(value, np.ndarray) and value.dtype == object:
         value = value.tolist()
-    if isinstance(value, list):
-        return [_decode_bytes(item) for item in value]
-    return value
-
-
-# Loading by name --------------------------------------------------------------------------------
+    return [_decode_bytes(item) for item in value] if isinstance(value, list) else value
 
 
 def load_tfds(
     name: str, split: str, data_dir: str | Path | None = None, download: bool = False
 ) -> MappedDataset:
-    """Loads a split of a TFDS dataset through `as_data_source` of its builder, without TensorFlow.
-
-    The dataset must be prepared in the array_record format. Byte strings are decoded to str; class
-    labels are integers.
+    """Loads a split of a TFDS dataset, which must be prepared in the array_record format.
 
     Args:
         name: name of the dataset, such as "glue/sst2".
@@ -126,9 +103,8 @@ def load_tfds(
     options: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
     try:
         # The file format is chosen when a dataset is prepared. Later, TFDS detects it.
-        if download:
-            options["file_format"] = "array_record"
-        builder = _tfds_builder(name, **options)
+        builder = _tfds_builder(
+            name, **options, **({"file_format": "array_record"} if download else {}))
         if download:
             builder.download_and_prepare()
     except tfds.core.DatasetNotFoundError:
@@ -157,19 +133,18 @@ def _tfds_builder(name: str, **options: Any) -> Any:
         # Many builders, such as those of GLUE, are registered only when their module is imported.
         for module in ("text", "summarization", "translate", "question_answering"):
             importlib.import_module(f"tensorflow_datasets.{module}")
+        from transformer_jax.data import python_docs  # noqa: F401  (the same)
         return tfds.builder(name, **options)
 
 
 def load_hf(name: str | Path, split: str, **options: Any) -> MappedDataset:
-    """Loads a split of a Hugging Face dataset.
+    """Loads a split of a Hugging Face dataset; `options` are those of `datasets.load_dataset`.
 
     Args:
         name: "OWNER/NAME", "OWNER/NAME/CONFIG", or the path of a folder. A folder of
             `DatasetDict.save_to_disk`, or of `Dataset.save_to_disk`, which has no splits, is loaded
             by `datasets.load_from_disk`, and anything else by `datasets.load_dataset`. A revision
             on the Hub may follow after "@".
-        split: name of the split.
-        options: options of `datasets.load_dataset`.
 
     Raises:
         ModuleNotFoundError: the `datasets` library is not installed.

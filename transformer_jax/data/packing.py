@@ -1,5 +1,6 @@
 """Tokenized corpora, and packing them into rows without padding for causal language modeling."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from jaxtyping import Int
 from transformer_jax.data.tokenizers import Tokenizer
 
 Batch = dict[str, np.ndarray]  # as `batching.Batch`; importing `batching` would import Grain
+DOCUMENTS_PER_CALL = 256  # number of documents that are passed to the tokenizer at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +21,8 @@ class Corpus:
         tokens: [num_tokens], uint16 if the vocabulary size allows it, else int32.
         document_starts: int64 [num_documents + 1], the offset of each document's first token; the
             last entry is num_tokens.
-        sentence_starts: int64 [num_sentences + 1], the offset of each sentence's first token; the
-            last entry is num_tokens. A document start is also a sentence start.
+        sentence_starts: int64 [num_sentences + 1], the same for sentences, of which a document
+            start is one.
     """
 
     tokens: np.ndarray
@@ -57,21 +59,19 @@ def tokenize_corpus(
     text_key: str = "text",
     eos_id: int | None = None,
     one_sentence_per_line: bool = True,
-    documents_per_call: int = 256,
+    allow_empty: bool = False,
 ) -> Corpus:
-    """Tokenizes the texts of a source, one document per example, into a `Corpus`.
+    """Tokenizes the texts of a source, one document per example, without special tokens.
 
     Documents without tokens are left out.
 
     Args:
-        source: sequence of examples.
-        tokenizer: the tokenizer; it is called without `add_special_tokens`.
-        text_key: key of the text in an example.
+        source: sequence of examples, dicts with the text under `text_key`.
         eos_id: id that is appended to the last sentence of every document; None for no such token.
         one_sentence_per_line: whether each line is a sentence and blank lines separate paragraphs
             (see `split_sentences`). If False, the text is tokenized exactly as it is, and each
             document counts as one sentence.
-        documents_per_call: number of documents that are passed to the tokenizer at a time.
+        allow_empty: whether the corpus may have no token.
 
     Raises:
         ValueError: no example contains a token, or an example has no `text_key`.
@@ -85,26 +85,25 @@ def tokenize_corpus(
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     suffix = [] if eos_id is None else [eos_id]
-    arrays, lengths = [], []  # tokens and number of tokens of each sentence
+    arrays, lengths = [np.zeros(0, dtype)], []  # tokens, and number of tokens of each sentence
     first_sentences = [0]  # index of the first sentence of each document
-    for begin in range(0, len(source), documents_per_call):
-        texts = []
-        for i in range(begin, min(begin + documents_per_call, len(source))):
+    for begin in range(0, len(source), DOCUMENTS_PER_CALL):
+        documents = []
+        for i in range(begin, min(begin + DOCUMENTS_PER_CALL, len(source))):
             if text_key not in source[i]:
                 raise ValueError(f"example {i} has no {text_key!r}; it has {', '.join(source[i])}: "
                                  "name one of them as text_key")
-            texts.append(source[i][text_key])
-        documents = [split_sentences(text) if one_sentence_per_line else [text] for text in texts]
-        encoded = iter(tokenizer.encode_batch(
-            [sentence for document in documents for sentence in document]))
+            text = source[i][text_key]
+            documents.append(split_sentences(text) if one_sentence_per_line else [text])
+        encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(documents))))
         for document in documents:
-            sentences = [ids for ids in (next(encoded) for _ in document) if ids]
+            sentences = [ids for ids in itertools.islice(encoded, len(document)) if ids]
             if sentences:
                 sentences[-1] = sentences[-1] + suffix
                 arrays.extend(np.asarray(ids, dtype) for ids in sentences)
                 lengths.extend(map(len, sentences))
                 first_sentences.append(len(lengths))
-    if not lengths:
+    if not lengths and not allow_empty:
         raise ValueError(f"the {len(source)} examples contain 0 tokens; give at least one with "
                          "text")
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -123,13 +122,6 @@ class PackedTokens:
         document_ids: int32 [T], counted from 1 in each row, 0 for padding; they restrict attention
             to the same document
         weights: float32 [T], 0 where the target belongs to another document, and for padding
-
-    Args:
-        corpus: the corpus.
-        length: T, the number of tokens of a row.
-
-    Raises:
-        ValueError: no document has two tokens, or `length` is less than 1.
 
     Example:
         >>> corpus = Corpus(np.arange(1, 8), np.array([0, 3, 7]), np.array([0, 3, 7]))
@@ -172,18 +164,10 @@ class PackedTokens:
 def shift_tokens(
     tokens: Int[np.ndarray, "... T+1"], document_ids: Int[np.ndarray, "... T+1"]
 ) -> Batch:
-    """Makes inputs and targets for causal language modeling from windows of T + 1 tokens.
+    """Makes inputs and targets, as in a row of `PackedTokens`, from windows of T + 1 tokens.
 
     The target of a token is the next token. Its weight is 0 if the next token belongs to another
-    document or is padding. Positions restart at the beginning of each document.
-
-    Args:
-        tokens: token ids.
-        document_ids: the document of each token; 0 for padding.
-
-    Returns:
-        Arrays [..., T]: "tokens", "targets", "positions" and "document_ids" in int32, "weights" in
-        float32.
+    document or is padding (document 0). Positions restart at the beginning of each document.
 
     Example:
         >>> batch = shift_tokens(np.array([5, 6, 7, 8]), np.array([1, 1, 2, 2]))

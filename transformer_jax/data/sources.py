@@ -1,32 +1,19 @@
-"""Data sources: sequences of dicts, loaded from files or by name.
-
-A source has `len(source)` and `source[i]`. Text is always str. Labels of a dataset with class names
-are integers, and `source.label_names` has the names.
-"""
+"""Data sources: sequences of dicts, loaded from files or by name. Text is always str."""
 
 import csv
 import gzip
 import io
+import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from transformer_jax.data import python_docs
 from transformer_jax.data.mapped_dataset import load_hf, load_tfds
 from transformer_jax.errors import did_you_mean
 
 Example = dict[str, Any]
-
-
-class Source(Protocol):
-    """Random access to examples."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int, /) -> Example: ...
-
 
 # Text files ---------------------------------------------------------------------------------------
 
@@ -35,7 +22,6 @@ def load_text_files(path: str | Path, *, document_separator: str = "blank_line")
     r"""Loads a .txt or .txt.gz file, or all such files of a folder, as `{"text"}` examples.
 
     Args:
-        path: the file or folder.
         document_separator: how a file is split into documents, each of which becomes one example:
 
             - "blank_line": at blank lines; each line of a document is a sentence.
@@ -58,20 +44,14 @@ def load_text_files(path: str | Path, *, document_separator: str = "blank_line")
     if document_separator not in splitters:
         raise ValueError(f"unknown document_separator {document_separator!r}; choose one of "
                          f"{', '.join(splitters)}")
-    split = splitters[document_separator]
-    texts = [text for file in _find_text_files(Path(path)) for text in split(load_text(file))]
-    return [{"text": text} for text in texts]
-
-
-def _find_text_files(path: Path) -> list[Path]:
+    path, split = Path(path), splitters[document_separator]
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a text file or a folder of them")
-    if path.is_file():
-        return [path]
-    files = sorted(f for pattern in ("*.txt", "*.txt.gz") for f in path.rglob(pattern))
+    files = [path] if path.is_file() else sorted(
+        file for pattern in ("*.txt", "*.txt.gz") for file in path.rglob(pattern))
     if not files:
         raise FileNotFoundError(f"{path} has no .txt or .txt.gz file; give a folder with one")
-    return files
+    return [{"text": text} for file in files for text in split(load_text(file))]
 
 
 def load_text(file: Path) -> str:
@@ -98,64 +78,41 @@ def _split_lines(text: str) -> list[str]:
 
 
 def _split_at_blank_lines(text: str) -> list[str]:
-    documents: list[list[str]] = [[]]
-    for line in map(str.strip, text.split("\n")):
-        if line:
-            documents[-1].append(line)
-        elif documents[-1]:
-            documents.append([])
-    return ["\n".join(lines) for lines in documents if lines]
+    lines = itertools.groupby(map(str.strip, text.split("\n")), key=bool)
+    return ["\n".join(document) for has_text, document in lines if has_text]
 
 
 # Tables -------------------------------------------------------------------------------------------
 
-DELIMITERS = {".tsv": "\t", ".csv": ","}
-TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".parquet")
+_DELIMITERS = {".tsv": "\t", ".csv": ","}
+TABLE_SUFFIXES = (*_DELIMITERS, ".jsonl", ".parquet")
 
 
-def load_table(
-    path: str | Path, columns: Sequence[str] | Mapping[str, str] | None = None,
-    *, header: Sequence[str] | None = None,
-) -> list[Example]:
+def load_table(path: str | Path, *, header: Sequence[str] | None = None) -> list[Example]:
     r"""Loads the rows of a .tsv, .csv or .jsonl file (or .gz of one) or a .parquet file as dicts.
 
-    The first line of a .tsv or .csv file has the column names. Quotes are ordinary characters in
-    .tsv files and quote fields in .csv files. The values of both are str; those of .jsonl files are
-    JSON values, and those of .parquet files have the types of their columns. A .txt file is read
-    like a .tsv file.
+    The first line of a .tsv or .csv file has the column names, unless they are given as `header`.
+    Quotes are ordinary characters in .tsv files and quote fields in .csv files. The values of both
+    are str; those of .jsonl files are JSON values, and those of .parquet files have the types of
+    their columns. A .txt file is read like a .tsv file.
 
     PyArrow reads only the Parquet files, because its readers of other formats change values without
     an error. Its CSV reader joins the rows after an unclosed quote and drops a repeated column. Its
     JSON reader converts texts that look like dates to timestamps and large integers to floats, and
     adds keys that a row does not have.
 
-    Args:
-        path: the file.
-        columns: columns to keep, all if None; a mapping `{new name: column}` also renames them.
-        header: column names of a .tsv or .csv file without a header line.
-
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: the file has no rows, a column is missing, or a line is malformed; the message
-            gives the line number.
+        ValueError: the file has no rows, or a line is malformed; the message gives the line number.
 
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "a.csv"
         >>> _ = path.write_text("sentence,label\ngood,1\n")
-        >>> load_table(path, columns={"text": "sentence", "label": "label"})
-        [{'text': 'good', 'label': '1'}]
+        >>> load_table(path)
+        [{'sentence': 'good', 'label': '1'}]
     """
-    rows = load_numbered_rows(path, header=header)
-    if columns is None:
-        return [row for _, row in rows]
-    names = dict(columns) if isinstance(columns, Mapping) else {c: c for c in columns}
-    for line, row in rows:
-        for column in names.values():
-            if column not in row:
-                raise ValueError(f"{path} line {line} has no column {column!r}; "
-                                 f"it has {', '.join(map(repr, row))}")
-    return [{new: row[old] for new, old in names.items()} for _, row in rows]
+    return [row for _, row in load_numbered_rows(path, header=header)]
 
 
 def load_numbered_rows(
@@ -169,19 +126,18 @@ def load_numbered_rows(
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a {', '.join(TABLE_SUFFIXES)} file")
     suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix == ".txt":
-        suffix = ".tsv"
+    suffix = ".tsv" if suffix == ".txt" else suffix
     if suffix not in TABLE_SUFFIXES:
         raise ValueError(f"{path} is not a table: its suffix is {suffix!r}; "
                          f"supported: {', '.join(TABLE_SUFFIXES)}")
-    if header is not None and (suffix not in DELIMITERS or isinstance(header, str)):
+    if header is not None and (suffix not in _DELIMITERS or isinstance(header, str)):
         raise ValueError(f"header is {header!r} for {path}; give the column names as a sequence, "
                          "and only for .tsv and .csv files")
     if suffix == ".parquet":
         return _load_parquet(path)
     text = load_text(path)
     rows = list(_parse_jsonl(text, path) if suffix == ".jsonl"
-                else _parse_delimited(text, path, DELIMITERS[suffix], header))
+                else _parse_delimited(text, path, _DELIMITERS[suffix], header))
     if not rows:
         raise ValueError(f"{path} has 0 rows below its header; add at least 1")
     return rows
@@ -199,9 +155,14 @@ def _load_parquet(path: Path) -> list[tuple[int, Example]]:
                          "copy it again, uncompressed") from None
     if not table.num_rows:
         raise ValueError(f"{path} has 0 rows; add at least 1")
-    if repeated := {name for name in table.column_names if table.column_names.count(name) > 1}:
-        raise ValueError(f"{path} has two columns {min(repeated)!r}; rename one of them")
+    check_distinct(table.column_names, path)
     return list(enumerate(table.to_pylist(), 1))
+
+
+def check_distinct(columns: Sequence[str], owner: Any) -> None:
+    """Raises ValueError if two columns of a table, `owner`, have the same name."""
+    if repeated := {name for name in columns if columns.count(name) > 1}:
+        raise ValueError(f"{owner} has two columns {min(repeated)!r}; rename one of them")
 
 
 def _parse_delimited(
@@ -211,8 +172,7 @@ def _parse_delimited(
         (number, line.removesuffix("\r").split(delimiter))
         for number, line in enumerate(text.split("\n"), 1))
     names = [name.strip() for name in (next(rows)[1] if header is None else header)]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{path} has two columns {min(repeated)!r}; rename one of them")
+    check_distinct(names, path)
     for number, row in rows:
         if row in ([], [""]):
             continue
@@ -226,17 +186,15 @@ def _parse_csv(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yields (line number, fields). Only \\n and \\r end a line, not Unicode's other line ends."""
     csv.field_size_limit(2**31 - 1)  # articles are longer than the default limit of 128 KiB
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    while True:
-        begin = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise ValueError(f"{path}: the row that starts at line {begin} is not valid CSV "
-                             f"({error}); quote fields that contain quotes or line ends, and "
-                             'double the quotes in them, ""') from None
-        yield reader.line_num, row
+    begin = 1  # the line at which the next row starts
+    try:
+        for row in reader:
+            yield reader.line_num, row
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}: the row that starts at line {begin} is not valid CSV "
+                         f"({error}); quote fields that contain quotes or line ends, and "
+                         'double the quotes in them, ""') from None
 
 
 def _parse_jsonl(text: str, path: Path) -> Iterator[tuple[int, Example]]:
@@ -259,22 +217,19 @@ def _parse_jsonl(text: str, path: Path) -> Iterator[tuple[int, Example]]:
 
 # By name ------------------------------------------------------------------------------------------
 
-LIBRARY_PREFIXES = ("tfds:", "hf:")
-
-
-def _python_docs_loaders(split: str) -> dict[str, Callable[[], Source]]:
-    return {f"python_docs/{config}": lambda config=config: python_docs.load(config, split)
-            for config in python_docs.CONFIGS}
+_PYTHON_DOCS = tuple(f"python_docs/{name}" for name in ("documents", "topics", "summaries"))
 
 
 def is_local(spec: str | Path) -> bool:
     """Returns whether `load_source` loads `spec` as a path: it exists and is not a dataset name."""
     spec = str(spec)
-    return (not spec.startswith(LIBRARY_PREFIXES) and spec not in _python_docs_loaders("")
+    return (not spec.startswith(("tfds:", "hf:")) and spec not in _PYTHON_DOCS
             and Path(spec).exists())
 
 
-def load_source(spec: str | Path, split: str) -> Source:
+def load_source(
+    spec: str | Path, split: str, *, data_dir: str | Path | None = None, download: bool = False
+) -> Sequence[Example]:
     """Loads a split of a dataset by name or path.
 
     Args:
@@ -282,7 +237,7 @@ def load_source(spec: str | Path, split: str) -> Source:
             after the split (train.txt, train.tsv, ...), that file is loaded. Any other path is the
             split "train": .tsv, .csv, .jsonl and .parquet files are tables, and all others are text
             files.
-        split: name of the split.
+        data_dir, download: options of `load_tfds`.
 
     Raises:
         FileNotFoundError: `spec` is neither a known name nor an existing path.
@@ -298,23 +253,25 @@ def load_source(spec: str | Path, split: str) -> Source:
     """
     spec = str(spec)
     if spec.startswith("tfds:"):
-        return load_tfds(spec.removeprefix("tfds:"), split)
+        return load_tfds(spec.removeprefix("tfds:"), split, data_dir, download)
     if spec.startswith("hf:"):
         return load_hf(spec.removeprefix("hf:"), split)
-    loaders = _python_docs_loaders(split)
-    if spec in loaders:
-        return loaders[spec]()
+    if spec in _PYTHON_DOCS:
+        from transformer_jax.data import python_docs
+
+        return python_docs.load(spec.removeprefix("python_docs/"), split)
     path = Path(spec)
     if not path.exists():
-        raise FileNotFoundError(f"unknown dataset {spec!r}; {did_you_mean(spec, loaders)} (also "
-                                "supported: tfds:NAME, hf:NAME, and the path of an existing .txt, "
-                                ".tsv, .csv, .jsonl or .parquet file or of a folder of them)")
+        raise FileNotFoundError(f"unknown dataset {spec!r}; {did_you_mean(spec, _PYTHON_DOCS)} "
+                                "(also supported: tfds:NAME, hf:NAME, and the path of an existing "
+                                ".txt, .tsv, .csv, .jsonl or .parquet file or of a folder of them)")
     if path.is_dir() and (file := find_split_file(path, split)):
-        return _load_path(file)
-    if split != "train":
+        path = file
+    elif split != "train":
         raise ValueError(f"{path} has no split {split!r}; give a folder with files such as "
                          f"train.txt and {split}.txt, or use the split 'train'")
-    return _load_path(path)
+    is_table = path.name.removesuffix(".gz").endswith(TABLE_SUFFIXES)
+    return load_table(path) if is_table else load_text_files(path)
 
 
 def find_split_file(folder: Path, split: str) -> Path | None:
@@ -322,8 +279,3 @@ def find_split_file(folder: Path, split: str) -> Path | None:
     files = [folder / f"{split}{suffix}{gz}" for suffix in (".txt", *TABLE_SUFFIXES)
              for gz in ("", ".gz")]
     return next((file for file in files if file.is_file()), None)
-
-
-def _load_path(path: Path) -> list[Example]:
-    is_table = path.name.removesuffix(".gz").endswith(TABLE_SUFFIXES)
-    return load_table(path) if is_table else load_text_files(path)

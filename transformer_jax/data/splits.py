@@ -17,9 +17,8 @@ import numpy as np
 
 from transformer_jax.data import known_datasets, mapped_dataset, rows, sources
 from transformer_jax.data.known_datasets import DatasetConfig
-from transformer_jax.data.labels import label_text
 from transformer_jax.data.mapped_dataset import MappedDataset
-from transformer_jax.data.sources import Example
+from transformer_jax.data.rows import Example, label_text
 
 SUPPORTED = (
     "a list of dicts, a pandas DataFrame, a datasets.Dataset or DatasetDict, a dict of such splits "
@@ -60,30 +59,17 @@ class Split(NamedTuple):
         return values
 
     def column(self, name: str) -> list:
-        """Returns the values of a column in all rows.
-
-        Raises:
-            ValueError: a row has no such column.
-        """
+        """Returns the values of a column in all rows."""
         return self.map(lambda row: rows.get_value(row, name))
 
 
 def load_splits(
     config: DatasetConfig, data: Any, validation: Any, train_only: bool, **options: Any
 ) -> list[Split]:
-    """Returns the training split, and the validation split if there is one.
+    """Returns the training split and, unless `train_only`, the validation split if there is one.
 
-    Args:
-        config: description of the dataset.
-        data: a name, a path, or data in memory (see `datasets.load_dataset`).
-        validation: the validation split: a name, a path, or data in memory. None searches for it.
-            In a dataset library, its name is required unless `train_only` is True.
-        train_only: whether to load the training split alone.
-        options: `data_dir` and `download` of `mapped_dataset.load_tfds`.
-
-    Raises:
-        FileNotFoundError: a path does not exist, or there is no dataset of this name.
-        ValueError: there is no validation split, or the data is not supported.
+    `data` and `validation` are as in `datasets.load_dataset`; a `validation` of None is searched
+    for, except in a dataset library. `options` are those of `mapped_dataset.load_tfds`.
     """
     in_memory = is_in_memory(data)
     if config.header and (in_memory or not sources.is_local(data)):
@@ -102,7 +88,7 @@ def load_splits(
     elif sources.is_local(data):
         splits = _from_files(Path(data), config, validation, train_only)
     else:
-        splits = [_from_library(str(data), split, train_only, **options)
+        splits = [from_library(str(data), split, train_only, **options)
                   for split in ("train", *(() if train_only else (str(validation),)))]
     return [*splits, *([extra()] if extra else [])]
 
@@ -149,15 +135,9 @@ def _find_validation(data: Mapping[str, Any], name: str) -> str | None:
 
 
 def from_table(table: Any, name: str) -> Split:
-    """Converts a table to a split.
+    """Converts a sequence of dicts, a pandas DataFrame, or a `datasets.Dataset` to a split.
 
-    Args:
-        table: a sequence of dicts, a pandas DataFrame, or a `datasets.Dataset`.
-        name: name of the table in error messages, which number its rows from 0.
-
-    Raises:
-        ValueError: the table is not supported or has no rows, a row is not a dict, or a DataFrame
-            has two columns of the same name.
+    The table is called `name` in error messages, which number its rows from 0.
 
     Example:
         >>> from_table([{"text": "a"}], "data").rows
@@ -184,11 +164,9 @@ def from_table(table: Any, name: str) -> Split:
 
 
 def _data_frame_rows(frame: Any, name: str) -> list[dict]:
-    """Returns the rows of a pandas DataFrame as dicts, with None for missing values and
-    with column names converted to str."""
+    """Returns the rows as dicts, with None for missing values and with str column names."""
     columns = list(map(str, frame.columns))
-    if repeated := [column for column in columns if columns.count(column) > 1]:
-        raise ValueError(f"{name} has two columns {repeated[0]!r}; rename one of them")
+    sources.check_distinct(columns, name)
     is_missing = frame.isna().to_numpy()
     return [{column: None if missing else value
              for column, value, missing in zip(columns, row.values(), is_missing[i])}
@@ -205,10 +183,8 @@ def load_file(path: Path, header: Sequence[str] | None = None) -> Split:
 
 
 def find_aligned_files(folder: Path, split: str, sides: Sequence[str]) -> list[Path] | None:
-    """Returns the files of a split whose lines belong together, as train.de and train.en (or .gz).
-
-    Returns None if they do not exist.
-    """
+    """Returns the files of a split whose lines belong together, as train.de and train.en (or .gz),
+    or None."""
     for gz in ("", ".gz"):
         files = [folder / f"{split}.{side}{gz}" for side in sides]
         if all(file.is_file() for file in files):
@@ -217,11 +193,7 @@ def find_aligned_files(folder: Path, split: str, sides: Sequence[str]) -> list[P
 
 
 def load_aligned_files(files: Sequence[Path]) -> Split:
-    """Loads line-aligned text files as a split; the suffix of each file names its column.
-
-    Raises:
-        ValueError: the files have different numbers of lines.
-    """
+    """Loads line-aligned text files as a split; the suffix of each file names its column."""
     columns = {}
     for file in files:
         lines = sources.load_text(file).rstrip("\n").split("\n")
@@ -282,13 +254,9 @@ def _find_file(folder: Path, words: Sequence[str]) -> Path | None:
 def _find_name(
     names: Sequence[str], words: Sequence[str], owner: str, kind: str, fix: str
 ) -> str | None:
-    """Returns the name with one of these words in it, or None.
+    """Returns the only name that contains the first of these words that occurs in any, or None.
 
-    Words in a name are delimited by characters other than letters. The words are searched in order,
-    and the first one that occurs is used.
-
-    Raises:
-        ValueError: several names contain this word.
+    Words in a name are delimited by characters other than letters.
     """
     for word in words:
         found = [name for name in names if word in re.split(r"[^a-z]+", name.lower())]
@@ -303,22 +271,17 @@ def _find_name(
 # Dataset libraries --------------------------------------------------------------------------------
 
 
-def _from_library(
-    name: str, split: str, train_only: bool, data_dir: str | Path | None = None,
-    download: bool = False,
-) -> Split:
-    """Loads a split of "tfds:NAME", "hf:NAME" or "python_docs/CONFIG"."""
-    if name.startswith("tfds:"):
-        source = mapped_dataset.load_tfds(name.removeprefix("tfds:"), split, data_dir, download)
-    elif name.startswith("hf:"):
+def from_library(name: str, split: str, train_only: bool = True, **options: Any) -> Split:
+    """Loads a split by name; `options` are those of `sources.load_source`."""
+    spec = name
+    if name.startswith("hf:"):
         folder = Path(name.removeprefix("hf:"))
         if (folder / "state.json").is_file() and not train_only:
             raise ValueError(f"{folder} holds a single split; give validation_filter or "
                              "validation_fraction, or save a DatasetDict")
         known = None if folder.exists() else known_datasets.find(name)
-        source = mapped_dataset.load_hf((known.data if known else name).removeprefix("hf:"), split)
-    else:
-        source = sources.load_source(name, split)
+        spec = known.data if known else name
+    source = sources.load_source(spec, split, **options)
     return Split(source, lambda i: f"{name} {split} example {i}",
                  getattr(source, "class_names", {}))
 
@@ -332,17 +295,8 @@ def hold_out(
 ) -> list[Split]:
     """Divides the rows of a split into training and validation rows.
 
-    Args:
-        train: all rows.
-        validation_filter: column -> values: the rows with one of these values in every column
-            are the validation rows.
-        fraction: fraction of the rows, in (0, 1), that is drawn at random as validation rows. Not
-            used if `validation_filter` is given.
-        seed: seed of the draw.
-
-    Raises:
-        ValueError: a row has no such column, `fraction` is not between 0 and 1, or one of the two
-            splits would be empty.
+    The validation rows have, in every column of `validation_filter`, one of its values; or are
+    drawn at random, if it is None.
 
     Example:
         >>> rows = Split([{"fold": i % 2} for i in range(4)], str)

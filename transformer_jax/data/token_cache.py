@@ -30,30 +30,18 @@ INDEX_FILE = "prepared.json"
 
 
 def tokenize_to_cache(
-    source: Sequence[Mapping],
-    tokenizer: Tokenizer,
-    folder: str | Path,
-    *,
-    text_key: str = "text",
-    eos_id: int | None = None,
-    one_sentence_per_line: bool = True,
-    documents_per_shard: int = 10_000,
-    quiet: bool = False,
+    source: Sequence[Mapping], tokenizer: Tokenizer, folder: str | Path, *,
+    text_key: str = "text", eos_id: int | None = None, one_sentence_per_line: bool = True,
+    documents_per_shard: int = 10_000, quiet: bool = False,
 ) -> Corpus:
     """Tokenizes a source into a cache folder, or reuses the shards that are already in it.
 
+    The tokens of the returned corpus stay on disk and are read on demand.
+
     Args:
-        source: sequence of examples.
-        tokenizer: the tokenizer.
-        folder: the cache folder; created if necessary.
-        text_key: key of the text in an example.
-        eos_id: id that is appended to every document; see `packing.tokenize_corpus`.
-        one_sentence_per_line: whether each line is a sentence; see `packing.tokenize_corpus`.
+        text_key, eos_id, one_sentence_per_line: see `packing.tokenize_corpus`.
         documents_per_shard: number of documents in a shard.
         quiet: whether to disable the progress messages.
-
-    Returns:
-        The corpus. Its tokens stay on disk and are read on demand.
 
     Raises:
         ValueError: the folder has a cache with another tokenizer or other options, no example
@@ -106,13 +94,10 @@ def tokenize_to_cache(
 def load_token_cache(folder: str | Path, tokenizer: Tokenizer | None = None) -> Corpus:
     """Loads a corpus that `tokenize_to_cache` wrote; its tokens are read from disk on demand.
 
-    Args:
-        folder: the cache folder.
-        tokenizer: the tokenizer with which the cache must have been made; None accepts any.
-
     Raises:
         FileNotFoundError: the folder has no complete cache.
-        ValueError: a file is corrupted, or the cache was made with another tokenizer.
+        ValueError: a file is corrupted, or the cache was made with another tokenizer than the given
+            one (None accepts any).
     """
     folder = Path(folder)
     if not (folder / INDEX_FILE).is_file():
@@ -125,11 +110,9 @@ def load_token_cache(folder: str | Path, tokenizer: Tokenizer | None = None) -> 
     offset, documents, sentences, files = 0, [], [], []
     for number, shard in enumerate(index["parts"]):
         stem = folder / f"part-{number:05d}"
-        for suffix, digest in shard["digests"].items():
-            file = stem.with_suffix(suffix)
-            if not file.is_file() or storage.sha256(file) != digest:
-                raise ValueError(f"{file} is corrupted: its checksum does not match; run "
-                                 "tokenize_to_cache again, which rewrites this shard")
+        if file := _find_corrupted_file(stem, shard):
+            raise ValueError(f"{file} is corrupted: its checksum does not match; run "
+                             "tokenize_to_cache again, which rewrites this shard")
         with np.load(stem.with_suffix(".npz")) as starts:
             documents.append(starts["documents"][:-1] + offset)
             sentences.append(starts["sentences"][:-1] + offset)
@@ -141,14 +124,10 @@ def load_token_cache(folder: str | Path, tokenizer: Tokenizer | None = None) -> 
 
 
 class CachedTokens:
-    """The tokens of a cache as a one-dimensional array that is read from disk on demand.
+    """The tokens of a cache as an array [length] that is read from disk on demand.
 
-    Supports indexing by slices and by integer arrays.
-
-    Args:
-        files: (offset of the first token, path of the array_record file) of each shard.
-        length: total number of tokens.
-        dtype: dtype of the tokens.
+    It supports indexing by slices and by integer arrays. `files` are the offset of the first token
+    and the path of the array_record file of each shard.
     """
 
     def __init__(self, files: Sequence[tuple[int, Path]], length: int, dtype: np.dtype):
@@ -193,24 +172,18 @@ def _save_shard(
     stem: Path, examples: Sequence[Mapping], tokenizer: Tokenizer, options: Mapping[str, Any],
     digest: str,
 ) -> dict[str, Any]:
-    """Tokenizes and saves a shard, and returns its metadata. The metadata file is written last."""
-    try:
-        corpus = tokenize_corpus(examples, tokenizer, text_key=options["text_key"],
-                                 eos_id=options["eos_id"],
-                                 one_sentence_per_line=options["sentences"])
-        tokens, documents, sentences = (corpus.tokens, corpus.document_starts,
-                                        corpus.sentence_starts)
-    except ValueError as error:
-        if "contain 0 tokens" not in str(error):
-            raise
-        tokens = np.zeros(0, np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
-        documents = sentences = np.zeros(1, np.int64)
+    """Tokenizes and saves a shard, and returns its metadata, whose file is written last."""
+    corpus = tokenize_corpus(examples, tokenizer, text_key=options["text_key"],
+                             eos_id=options["eos_id"], one_sentence_per_line=options["sentences"],
+                             allow_empty=True)
+    tokens = corpus.tokens
     records = stem.with_suffix(".array_record")
     writer = array_record_module.ArrayRecordWriter(str(records), "group_size:1,uncompressed")
     for begin in range(0, len(tokens), TOKENS_PER_RECORD):
         writer.write(tokens[begin : begin + TOKENS_PER_RECORD].tobytes())
     writer.close()
-    np.savez(stem.with_suffix(".npz"), documents=documents, sentences=sentences)
+    np.savez(stem.with_suffix(".npz"), documents=corpus.document_starts,
+             sentences=corpus.sentence_starts)
     shard = {"options": options, "texts": digest, "tokens": len(tokens), "dtype": str(tokens.dtype),
              "digests": {suffix: storage.sha256(stem.with_suffix(suffix))
                          for suffix in (".array_record", ".npz")}}
@@ -222,11 +195,15 @@ def _load_intact_shard(stem: Path) -> dict[str, Any] | None:
     """Loads the metadata of a shard; None if the shard is incomplete or corrupted."""
     try:
         shard = _load_json(stem.with_suffix(".json"))
-        is_intact = all(storage.sha256(stem.with_suffix(suffix)) == digest
-                        for suffix, digest in shard["digests"].items())
+        return None if _find_corrupted_file(stem, shard) else shard
     except (OSError, ValueError, KeyError):
         return None
-    return shard if is_intact else None
+
+
+def _find_corrupted_file(stem: Path, shard: Mapping[str, Any]) -> Path | None:
+    files = {stem.with_suffix(suffix): digest for suffix, digest in shard["digests"].items()}
+    return next((file for file, digest in files.items()
+                 if not file.is_file() or storage.sha256(file) != digest), None)
 
 
 def _digest_texts(examples: Sequence[Mapping], text_key: str) -> str:

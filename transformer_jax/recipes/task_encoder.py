@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from transformer_jax import sharding
+from transformer_jax.data.batching import LengthBucketedBatches, choose_buckets
 from transformer_jax.data.datasets import LabeledDataset
-from transformer_jax.data.length_buckets import LengthBucketedBatches, choose_buckets
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.finetuning import feature_cache
 from transformer_jax.models import GPT, Model

@@ -1,7 +1,77 @@
-"""Extraction of English sentences from reStructuredText, without markup, code and tables."""
+"""English sentences of the standard library's docstrings, without markup, code and tables.
 
+Source files are parsed and never imported, which is fast and safe, and gives the same result on
+every platform with these files.
+"""
+
+import ast
+import importlib
 import re
+import sysconfig
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
+
+# Source files -------------------------------------------------------------------------------------
+
+# Folders of tests, tools, and data stored as code. Folders whose names are not Python identifiers,
+# such as site-packages and lib-dynload, do not belong to the library and are skipped as well.
+_SKIPPED = frozenset((
+    "__pycache__", "ensurepip", "idle_test", "lib2to3", "pydoc_data", "test", "tests", "turtledemo",
+))
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def docstrings(root: Path | None = None) -> Iterator[tuple[str, str]]:
+    r"""Yields (module, docstring) of a folder, by default the standard library, ordered by file.
+
+    Example:
+        >>> import tempfile
+        >>> root = Path(tempfile.mkdtemp())
+        >>> _ = (root / "m.py").write_text("class A:\n    'Text of A.'")
+        >>> list(docstrings(root))
+        [('m', 'Text of A.')]
+    """
+    root = root or Path(sysconfig.get_path("stdlib"))
+    for path in _source_files(root):
+        parts = path.relative_to(root).with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # old files contain invalid escape sequences
+                tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError, OSError):
+            continue
+        for text in _walk_docstrings(tree):
+            yield module, text
+
+
+def _source_files(folder: Path) -> Iterator[Path]:
+    """Yields Python files sorted by name, those of a folder before those of its subfolders."""
+    entries = sorted(folder.iterdir())
+    for path in entries:
+        if path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):
+            yield path
+    for path in entries:
+        if path.is_dir() and path.name.isidentifier() and path.name not in _SKIPPED:
+            yield from _source_files(path)
+
+
+def _walk_docstrings(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
+        yield text
+    for field in ("body", "orelse", "finalbody", "handlers"):
+        for child in getattr(node, field, ()):
+            yield from _walk_docstrings(child)
+
+
+def topics() -> dict[str, str]:
+    """Returns the texts of pydoc's topics, the language-reference chapters of `help()`, if any."""
+    try:
+        return dict(sorted(importlib.import_module("pydoc_data.topics").topics.items()))
+    except ImportError:
+        return {}
+
 
 # Blocks and lines ---------------------------------------------------------------------------------
 
@@ -40,7 +110,7 @@ def _blocks(text: str) -> Iterator[str]:
         lines = [line.rstrip() for line in chunk.split("\n") if line.strip()]
         if not lines:
             continue
-        indent = _indent(lines[0])
+        indent = len(lines[0]) - len(lines[0].lstrip())
         if literal_indent is not None and indent > literal_indent:
             continue
         literal_indent = indent if lines[-1].endswith("::") else None
@@ -59,10 +129,6 @@ def _blocks(text: str) -> Iterator[str]:
                 block.append(_ITEM.sub("", line).strip())
         if block:
             yield " ".join(block)
-
-
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip())
 
 
 # Markup -------------------------------------------------------------------------------------------
@@ -118,12 +184,8 @@ def sentences(paragraph: str) -> list[str]:
 
 
 def _is_abbreviation(before: str, mark: str) -> bool:
-    """Returns whether a mark belongs to an abbreviation, an initial or the number of a list item.
-
-    Args:
-        before: the sentence up to the mark.
-        mark: the mark.
-    """
+    """Returns whether a mark, after the sentence `before`, belongs to an abbreviation, an initial
+    or the number of a list item."""
     if mark != ".":
         return False
     word = before.rsplit(None, 1)[-1] if before.split() else ""
