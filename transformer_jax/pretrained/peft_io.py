@@ -1,24 +1,20 @@
 """Loading and saving of LoRA adapters in the format of Hugging Face PEFT.
 
-An adapter is a folder with adapter_config.json and adapter_model.safetensors. The tensors `lora_A`
-[r, in] and `lora_B` [out, r] of a module correspond to the parameters `lora_a` [in, r] and `lora_b`
-[r, out] of a layer of this library.
+The tensors `lora_A` [r, in] and `lora_B` [out, r] of a PEFT module correspond to the parameters
+`lora_a` [in, r] and `lora_b` [r, out] of a layer of this library.
 
 The module c_attn of GPT contains the kernels of three layers: query, key and value. When an adapter
 is loaded, `lora_a` of each layer is the complete A, and `lora_b` is one third of the rows of B.
-When it is saved, the three layers share one A if their `lora_a` are equal, as they are after
-loading. Otherwise A is the concatenation of the three `lora_a`, B is block-diagonal, and the rank
-is the sum of the three ranks. This computes the same function without rounding.
-
-PEFT's option use_dora applies to all modules. If only some modules use DoRA, the others are saved
-with the magnitude for which DoRA equals LoRA.
+When it is saved, the three layers share one A if their `lora_a` are equal, as after loading.
+Otherwise A is the concatenation of the three `lora_a`, B is block-diagonal, and the rank is the sum
+of the three ranks. This computes the same function without rounding.
 """
 
 import collections
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,56 +37,43 @@ _PREFIX = "base_model.model."  # all tensor names in an adapter start with it
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS",
                "token_classification": "TOKEN_CLS", "question_answering": "QUESTION_ANS",
                "base": "FEATURE_EXTRACTION", "encoder": "FEATURE_EXTRACTION"}
+Leaves = Mapping[str, Any]  # path -> parameter
 _OTHER_MODEL = "load the adapter onto the model that it was trained for"
 
 
 class LoraModule(NamedTuple):
-    """The LoRA update `scale * lora_b @ lora_a` of a PEFT module."""
+    """The LoRA update `scale * lora_b @ lora_a` of a PEFT module, and the magnitude of DoRA."""
 
     lora_a: np.ndarray  # [r, in]
     lora_b: np.ndarray  # [out, r]
     scale: float
-    magnitude: np.ndarray | None  # [out], of DoRA
+    magnitude: np.ndarray | None  # [out]
 
 
-class _ModelTensors(NamedTuple):
+class _ModelTensors:
     """The tensors of a model in Hugging Face checkpoints."""
 
-    model_type: str
-    base: str  # prefix of the names of tensors outside the head
-    shapes: Shapes
-    maps: list[WeightMap]
-
-    def module_and_kind(self, weight_map: WeightMap) -> tuple[str, str]:
-        """(name of the PEFT module, "weight" or "bias") of a tensor."""
-        module, _, kind = weight_map.hf_name.replace("{base}", self.base).rpartition(".")
-        return module, kind
+    def __init__(self, model: Model):
+        self.model_type = config_to_hf(model)["model_type"]
+        self.shapes = weight_maps.param_shapes(model)
+        self.maps = weight_maps.for_model(self.model_type, model, self.shapes)
 
 
-def _model_tensors(model: Model) -> _ModelTensors:
-    model_type = config_to_hf(model)["model_type"]
-    shapes = weight_maps.param_shapes(model)
-    return _ModelTensors(model_type, weight_maps.base_prefix(model_type, model.task), shapes,
-                         weight_maps.for_model(model_type, model, shapes))
-
-
-# Saving -------------------------------------------------------------------------------------------
+def _module_and_kind(weight_map: WeightMap) -> tuple[str, str]:
+    """(name of the PEFT module, "weight" or "bias") of a tensor."""
+    return weight_map.hf_name.rpartition(".")[::2]
 
 
 def save_peft(
     folder: str | Path, model: Model, params: PyTree, base_model_name: str = "", *,
     mask: PyTree | None = None, use_rslora: bool = False,
 ) -> None:
-    """Saves the LoRA parameters in `params` as a PEFT adapter.
+    """Saves the LoRA parameters in `params` as a PEFT adapter in a new or existing folder.
 
-    `peft.PeftModel.from_pretrained` loads it onto the model in Transformers. The classifier,
-    and a pooler that is part of its head in Transformers, are saved in full, with their LoRA
-    parameters merged.
+    `peft.PeftModel.from_pretrained` loads it onto the model in Transformers. The classifier, and a
+    pooler that is part of its head in Transformers, are saved in full, with their LoRA merged.
 
     Args:
-        folder: the folder, which is created if needed.
-        model: the model.
-        params: its parameters, including LoRA parameters.
         base_model_name: folder or hub id of the base model's checkpoint.
         mask: the trainable mask. Besides LoRA and the classifier, it may select all biases (PEFT's
             bias="all"), the biases of layers with LoRA (bias="lora_only"), or parameters of modules
@@ -101,18 +84,20 @@ def save_peft(
         ValueError: there are no LoRA parameters, there are PEFT parameters of another kind, or
             the format cannot represent a trainable parameter.
     """
-    names, leaves = _model_tensors(model), flatten_paths(params)
+    names, leaves = _ModelTensors(model), flatten_paths(params)
     for path in leaves:
         if PEFT_PARAM.search(path) and "/lora_" not in path:
             raise ValueError(f"unsupported PEFT parameter {path}; supported: LoRA parameters; save "
                              "others with finetuning.adapter_io.save_adapter")
     weight_maps.check_all_mapped(names.maps, names.model_type, model, names.shapes)
-    use_dora = any(path.endswith("/lora_magnitude") for path in leaves)
     full_modules, head_prefixes = _head_modules(model, names)
     # A module that is saved in full cannot have LoRA as well.
     head = {path: leaves.pop(path) for path in list(leaves) if path.startswith(head_prefixes)}
     leaves |= flatten_paths(merge(unflatten_paths(head)))
-    lora_modules = _lora_modules(names, leaves, use_dora)
+    lora_modules = {
+        _module_and_kind(weight_map)[0]: _combine_layers(weight_map.paths, leaves, names.shapes)
+        for weight_map in names.maps
+        if any(f"{path.removesuffix('kernel')}lora_a" in leaves for path in weight_map.paths)}
     if not lora_modules:
         raise ValueError(f"none of {len(leaves)} parameters is a LoRA parameter; train with a spec "
                          "such as lora:8, or save the model with save_pretrained")
@@ -120,29 +105,29 @@ def save_peft(
     full_modules |= other_modules
     tensors = _tensors(names, leaves, lora_modules, full_modules, bias)
     dropout_rates = [float(leaf) for path, leaf in leaves.items() if path.endswith("/lora_dropout")]
-    known_modules = {names.module_and_kind(weight_map)[0] for weight_map in names.maps}
+    known_modules = {_module_and_kind(weight_map)[0] for weight_map in names.maps}
     config = {
         "peft_type": "LORA", "task_type": _TASK_TYPES.get(model.task),
         "base_model_name_or_path": base_model_name or None, "revision": None,
         "inference_mode": True, "init_lora_weights": True,
-        **_rank_and_alpha_options(lora_modules, use_rslora),
+        **_rank_options(lora_modules, use_rslora),
         "lora_dropout": max(dropout_rates, default=0.0), "use_rslora": use_rslora,
-        "use_dora": use_dora, "target_modules": _target_modules(lora_modules, known_modules),
+        "use_dora": any(lora.magnitude is not None for lora in lora_modules.values()),
+        "target_modules": _target_modules(lora_modules, known_modules),
         "modules_to_save": sorted(full_modules) or None, "bias": bias,
         "fan_in_fan_out": names.model_type in ("gpt2", "openai-gpt"),
     }
     weights = save({f"{_PREFIX}{name}": np.ascontiguousarray(value, np.float32)
                     for name, value in tensors.items()}, {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for name, data in ((WEIGHTS_FILE, weights), (CONFIG_FILE, text.encode())):
-        with storage.atomic_write(folder / name) as file:
+        with storage.atomic_write(Path(folder) / name) as file:
             file.write(data)
 
 
 def _tensors(
-    names: _ModelTensors, leaves: Mapping[str, Any], lora_modules: dict[str, LoraModule],
+    names: _ModelTensors, leaves: Leaves, lora_modules: dict[str, LoraModule],
     full_modules: set[str], bias: str,
 ) -> dict[str, np.ndarray]:
     """Name without `_PREFIX` -> tensor of an adapter."""
@@ -152,64 +137,47 @@ def _tensors(
         if lora.magnitude is not None:
             tensors[f"{module}.lora_magnitude_vector"] = lora.magnitude
     for weight_map in names.maps:
-        module, kind = names.module_and_kind(weight_map)
+        module, kind = _module_and_kind(weight_map)
         in_full_module = any(f"{module}.".startswith(f"{name}.") for name in full_modules)
-        is_saved_bias = kind == "bias" and (
-            bias == "all" or (bias == "lora_only" and module in lora_modules))
-        if in_full_module or is_saved_bias:
+        if in_full_module or (kind == "bias" and bias != "none"
+                              and (bias == "all" or module in lora_modules)):
             owner = f"{module}.base_layer" if module in lora_modules else module
             tensors[f"{owner}.{kind}"] = weight_map.to_hf(leaves)
     return tensors
 
 
-def _lora_modules(
-    names: _ModelTensors, leaves: Mapping[str, Any], use_dora: bool
-) -> dict[str, LoraModule]:
-    """Name of a PEFT module -> LoRA update, if at least one layer of the module has LoRA."""
-    modules = {}
-    for weight_map in names.maps:
-        layers = [path.removesuffix("/kernel") for path in weight_map.paths]
-        if any(f"{layer}/lora_a" in leaves for layer in layers):
-            module, _ = names.module_and_kind(weight_map)
-            modules[module] = _combine_layers(layers, leaves, names.shapes, use_dora)
-    return modules
-
-
-def _combine_layers(
-    layers: list[str], leaves: Mapping[str, Any], shapes: Shapes, use_dora: bool
-) -> LoraModule:
-    """The LoRA update of the PEFT module that contains the kernels of the given layers."""
+def _combine_layers(paths: Sequence[str], leaves: Leaves, shapes: Shapes) -> LoraModule:
+    """The LoRA update of the PEFT module that contains the given kernels."""
     updates = {}
-    for layer in layers:
+    for path in paths:
+        layer = path.removesuffix("/kernel")
         if f"{layer}/lora_a" in leaves:
             a, b = (np.asarray(leaves[f"{layer}/lora_{x}"], np.float32) for x in "ab")
-            updates[layer] = (a.reshape(-1, a.shape[-1]).T, b.reshape(len(b), -1).T,
-                              float(leaves[f"{layer}/lora_scale"]))
+            updates[path] = (a.reshape(-1, a.shape[-1]).T, b.reshape(len(b), -1).T,
+                             float(leaves[f"{layer}/lora_scale"]))
     all_a = [a for a, _, _ in updates.values()]
     first_a, _, scale = next(iter(updates.values()))
     is_shared = all(np.array_equal(a, first_a) for a in all_a)
     lora_a = first_a if is_shared else np.concatenate(all_a)
     blocks, column = [], 0
-    for layer in layers:
-        path = f"{layer}/kernel"
+    for path in paths:
         _, outputs = split_kernel_shape(path, shapes[path])
         blocks.append(np.zeros((math.prod(outputs), len(lora_a)), np.float32))
-        if layer in updates:
-            a, b, layer_scale = updates[layer]
+        if path in updates:
+            a, b, layer_scale = updates[path]
             blocks[-1][:, column : column + len(a)] = (
                 b if layer_scale == scale else b * (layer_scale / scale))
             column += 0 if is_shared else len(a)
+    # PEFT's option use_dora applies to all modules.
     magnitude = None
-    if use_dora:
-        magnitude = np.concatenate([_magnitude(layer, leaves) for layer in layers])
+    if any(path.endswith("/lora_magnitude") for path in leaves):
+        magnitude = np.concatenate([_magnitude(path.removesuffix("/kernel"), leaves)
+                                    for path in paths])
     return LoraModule(lora_a, np.concatenate(blocks), scale, magnitude)
 
 
-def _magnitude(layer: str, leaves: Mapping[str, Any]) -> np.ndarray:
-    """DoRA magnitude [out] of a layer.
-
-    For a layer without DoRA, the column norms of its merged kernel, for which DoRA equals LoRA.
-    """
+def _magnitude(layer: str, leaves: Leaves) -> np.ndarray:
+    """DoRA magnitude [out] of a layer; without DoRA, the one for which DoRA equals LoRA."""
     if (magnitude := leaves.get(f"{layer}/lora_magnitude")) is None:
         kernel = float32_matrix(leaves, layer)
         if f"{layer}/lora_a" in leaves:
@@ -222,9 +190,8 @@ def _magnitude(layer: str, leaves: Mapping[str, Any]) -> np.ndarray:
 
 def _head_modules(model: Model, names: _ModelTensors) -> tuple[set[str], tuple[str, ...]]:
     """(PEFT modules of the classification head, path prefixes of its parameters)."""
-    maps = []
-    if model.num_classes:
-        maps = weight_maps.HEAD_WEIGHT_MAPS[names.model_type].get(model.task, [])
+    heads = weight_maps.HEAD_WEIGHT_MAPS[names.model_type] if model.num_classes else {}
+    maps = heads.get(model.task, [])
     prefixes = {path.rpartition("/")[0] + "/" for weight_map in maps for path in weight_map.paths}
     return {weight_map.hf_name.partition(".")[0] for weight_map in maps}, tuple(sorted(prefixes))
 
@@ -239,7 +206,7 @@ def _other_trainable(
                  if selected and not path.startswith(head_prefixes) and "/lora_" not in path}
     if not trainable:
         return set(), "none"
-    owners = {path: names.module_and_kind(weight_map)
+    owners = {path: _module_and_kind(weight_map)
               for weight_map in names.maps for path in weight_map.paths
               if not path.startswith(head_prefixes)}
     biases = {path for path, (_, kind) in owners.items() if kind == "bias"}
@@ -249,12 +216,10 @@ def _other_trainable(
         return set(), "lora_only"
     full_modules: set[str] = set()
     for path in sorted(trainable):
-        module, _ = owners.get(path, (None, None))
+        module, _ = owners.get(path, ("", ""))
         # PEFT saves a module with all its submodules, so a module with submodules is not supported.
-        has_submodules = module is not None and any(
-            other.startswith(f"{module}.") for other, _ in owners.values())
-        if (not module or has_submodules or module in lora_modules
-                or path.startswith("token_embed/")):
+        if (not module or module in lora_modules or path.startswith("token_embed/")
+                or any(other.startswith(f"{module}.") for other, _ in owners.values())):
             raise ValueError(f"unsupported trainable parameter {path}: PEFT's format cannot "
                              "represent it in a LoRA adapter; merge LoRA (finetuning.peft.merge) "
                              "and use save_pretrained, or save the adapter with "
@@ -263,9 +228,7 @@ def _other_trainable(
     return full_modules, "none"
 
 
-def _rank_and_alpha_options(
-    lora_modules: dict[str, LoraModule], use_rslora: bool
-) -> dict[str, Any]:
+def _rank_options(lora_modules: dict[str, LoraModule], use_rslora: bool) -> dict[str, Any]:
     """The options r and lora_alpha, the most common values, and the patterns of other modules."""
     options = {}
     for module, lora in lora_modules.items():
@@ -282,8 +245,7 @@ def _rank_and_alpha_options(
 
 def _target_modules(selected: Collection[str], known: set[str]) -> list[str]:
     """The shortest suffixes of module names that match the selected modules and no others."""
-    # The base models of Transformers have a pooler even if this model does not.
-    known = {*known, "pooler.dense"}
+    known.add("pooler.dense")  # base models in Transformers have it even if this model does not
     targets = set()
     for module in selected:
         words = module.split(".")
@@ -293,25 +255,15 @@ def _target_modules(selected: Collection[str], known: set[str]) -> list[str]:
     return sorted(targets)
 
 
-# Loading ------------------------------------------------------------------------------------------
-
-
 def load_peft(folder: str | Path, model: Model, params: PyTree) -> PyTree:
     """Loads a LoRA adapter in the format of Hugging Face PEFT.
 
-    Args:
-        folder: the folder of the adapter.
-        model: the base model.
-        params: its parameters, without LoRA.
-
-    Returns:
-        `params` with the adapter's LoRA parameters added. Modules and biases that the adapter
-        stores in full replace those of `params`.
+    Returns `params`, which must have no LoRA, with the adapter's LoRA parameters added. Modules and
+    biases that the adapter stores in full replace those of `params`.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: the adapter is not LoRA or uses an unsupported option, or its tensors do not
-            belong to this model. The message names the option or tensor.
+        ValueError: an option is not supported, or a tensor does not belong to this model.
 
     Example:
 
@@ -321,10 +273,9 @@ def load_peft(folder: str | Path, model: Model, params: PyTree) -> PyTree:
         >>> model = models.build_model(models.presets.bert_tiny(num_layers=1, vocab_size=30))
         >>> base = models.init_params(model, jax.random.key(0))
         >>> params, mask = peft.add_and_mask(base, "lora:2:query", jax.random.key(1))
-        >>> folder = tempfile.mkdtemp()
-        >>> save_peft(folder, model, params, mask=mask)
-        >>> loaded = load_peft(folder, model, base)
-        >>> loaded["encoder"]["layer_0"]["self_attention"]["query"]["lora_a"].shape
+        >>> save_peft(folder := tempfile.mkdtemp(), model, params, mask=mask)
+        >>> layer = load_peft(folder, model, base)["encoder"]["layer_0"]
+        >>> layer["self_attention"]["query"]["lora_a"].shape
         (128, 2)
     """
     folder = Path(folder)
@@ -332,11 +283,12 @@ def load_peft(folder: str | Path, model: Model, params: PyTree) -> PyTree:
     if not (folder / WEIGHTS_FILE).is_file():
         raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}; save the adapter again with "
                                 "safe_serialization=True, the default of PEFT")
-    names, leaves = _model_tensors(model), flatten_paths(params)
+    names, leaves = _ModelTensors(model), flatten_paths(params)
     if existing := [path for path in leaves if "/lora_" in path]:
         raise ValueError(f"params already contain LoRA parameters such as {existing[0]}; merge "
                          "them first (finetuning.peft.merge), or give the params of the base model")
-    maps = {name: weight_map for weight_map in names.maps for name in weight_map.names}
+    maps = {name: weight_map for weight_map in names.maps
+            for name in weight_map.names(names.model_type)}
     model_name = f"a {type(model).__name__} for {model.task}"
     lora_tensors: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     base_prefix, loaded = FAMILIES[names.model_type].base_prefix, {}
@@ -375,8 +327,9 @@ def _split_layers(
     scale = np.float32(alpha / (math.sqrt(rank) if config["use_rslora"] else rank))
     hf_shape = weight_map.hf_shape(shapes)
     num_outputs, num_inputs = hf_shape if weight_map.is_transposed else hf_shape[::-1]
-    expected = {"lora_A": (rank, num_inputs), "lora_B": (num_outputs, rank)} | (
-        {"lora_magnitude_vector": (num_outputs,)} if config["use_dora"] else {})
+    expected = {"lora_A": (rank, num_inputs), "lora_B": (num_outputs, rank)}
+    if config["use_dora"]:
+        expected["lora_magnitude_vector"] = (num_outputs,)
     if (found := {name: value.shape for name, value in tensors.items()}) != expected:
         raise ValueError(f"the tensors of {module} have shapes {found}; {CONFIG_FILE} and the "
                          f"model require {expected}")
@@ -385,11 +338,9 @@ def _split_layers(
         layer = path.removesuffix("/kernel")
         inputs, outputs = split_kernel_shape(path, shapes[path])
         rows = slice(start, start := start + math.prod(outputs))
-        params |= {
-            f"{layer}/lora_a": tensors["lora_A"].T.reshape(*inputs, rank),
-            f"{layer}/lora_b": tensors["lora_B"][rows].T.reshape(rank, *outputs),
-            f"{layer}/lora_scale": scale,
-        }
+        params |= {f"{layer}/lora_a": tensors["lora_A"].T.reshape(*inputs, rank),
+                   f"{layer}/lora_b": tensors["lora_B"][rows].T.reshape(rank, *outputs),
+                   f"{layer}/lora_scale": scale}
         if config["lora_dropout"]:
             params[f"{layer}/lora_dropout"] = np.float32(config["lora_dropout"])
         if config["use_dora"]:
@@ -400,8 +351,7 @@ def _split_layers(
 
 # Options of adapter_config.json -> default of PEFT.
 _DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False}
-# Other options that are supported, used only in training, or redundant because the adapter's
-# tensors contain the same information.
+# Other options that are supported, used only in training, or redundant given the tensors.
 _OTHER_OPTIONS = {
     "peft_type", "rank_pattern", "alpha_pattern", "init_lora_weights", "auto_mapping",
     "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
@@ -431,17 +381,17 @@ def _load_config(path: Path) -> dict[str, Any]:
                              "was trained without this option")
     config = _DEFAULTS | config
     config |= {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    for pattern in (*config["rank_pattern"], *config["alpha_pattern"]):
+    ranks = {"r": config["r"], **config["rank_pattern"]}
+    alphas = {"lora_alpha": config["lora_alpha"], **config["alpha_pattern"]}
+    for name in ranks | alphas:
         try:
-            re.compile(pattern)
+            re.compile(name)
         except re.error as error:
-            raise ValueError(f"{path} has the pattern {pattern!r}, which is not a regular "
-                             f"expression ({error})") from None
-    for name, rank in (("r", config["r"]), *config["rank_pattern"].items()):
-        if type(rank) is not int or rank < 1:
+            raise ValueError(f"{path} has the pattern {name!r}, which is not a regular expression "
+                             f"({error})") from None
+        if type(rank := ranks.get(name, 1)) is not int or rank < 1:
             raise ValueError(f"{path}: the rank {name} is {rank!r}; it must be an integer of at "
                              "least 1")
-    for name, alpha in (("lora_alpha", config["lora_alpha"]), *config["alpha_pattern"].items()):
-        if not isinstance(alpha, int | float):
+        if not isinstance(alpha := alphas.get(name, 1), int | float):
             raise ValueError(f"{path}: the alpha {name} is {alpha!r}; it must be a number")
     return config

@@ -88,17 +88,16 @@ def _tensor_sources(
     """Spec of a tensor -> its values, or the weight map that computes them from the parameters."""
     maps = weight_maps.for_model(model_type, model, shapes)
     weight_maps.check_all_mapped(maps, model_type, model, shapes)
-    sources = {(m.hf_name, m.hf_shape(shapes)): m for m in maps}
+    sources = {TensorSpec(m.hf_name, dtype, m.hf_shape(shapes)): m for m in maps}
     if model.task in weight_maps.TASKS_WITH_POSITION_TABLES.get(model_type, ()):
         table = weight_maps.sinusoidal_table(model.config)
-        sources |= {(f"{{base}}{name}", table.shape): table
+        base = weight_maps.base_prefix(model_type, model.task)
+        sources |= {TensorSpec(base + name, dtype, table.shape): table
                     for name in weight_maps.POSITION_TABLES}
     if model.task == "seq2seq_lm" and "output/bias" not in shapes:
         shape = (1, model.config.vocab_size)
-        sources["final_logits_bias", shape] = np.zeros(shape)
-    base = weight_maps.base_prefix(model_type, model.task)
-    return {TensorSpec(name.replace("{base}", base), dtype, shape): source
-            for (name, shape), source in sources.items()}
+        sources[TensorSpec("final_logits_bias", dtype, shape)] = np.zeros(shape)
+    return sources
 
 
 def _check_params(leaves: dict, shapes: dict[str, tuple[int, ...]], model: Model) -> None:

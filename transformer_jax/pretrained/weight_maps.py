@@ -44,10 +44,9 @@ class WeightMap(NamedTuple):
     is_row: bool = False  # whether the tensor of a vector is stored as [1, size]
     aliases: tuple[str, ...] = ()  # other names; a checkpoint has at least one of the names
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The canonical names of the tensor (see `_canonical_name`)."""
-        return self.hf_name.removeprefix("{base}"), *self.aliases
+    def names(self, model_type: str) -> tuple[str, ...]:
+        """All names of the tensor, without the prefix of the base model."""
+        return self.hf_name.removeprefix(FAMILIES[model_type].base_prefix), *self.aliases
 
     def hf_shape(self, shapes: Shapes) -> tuple[int, ...]:
         """Shape of the tensor."""
@@ -88,59 +87,53 @@ def _flat_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 # Tables -------------------------------------------------------------------------------------------
 
-
-def _norm(path: str, hf_name: str) -> list[WeightMap]:
-    return [WeightMap(f"{hf_name}.weight", (f"{path}/scale",)),
-            WeightMap(f"{hf_name}.bias", (f"{path}/bias",))]
-
-
-def _linear(path: str, hf_name: str, *paths: str, is_transposed: bool = True) -> list[WeightMap]:
-    paths = (path, *paths)
-    return [
-        WeightMap(f"{hf_name}.weight", tuple(f"{path}/kernel" for path in paths), is_transposed),
-        WeightMap(f"{hf_name}.bias", tuple(f"{path}/bias" for path in paths)),
-    ]
+# Path of a module -> name of its tensors without ".weight", or the names of tied tensors. "+" joins
+# the last words of several paths. The end of a path tells the kind of the module.
+Modules = dict[str, str | tuple[str, ...]]
 
 
-def _embedding(path: str, hf_name: str, *aliases: str) -> WeightMap:
-    return WeightMap(f"{hf_name}.weight", (f"{path}/embedding",), aliases=aliases)
+def _maps(modules: Modules, is_transposed: bool = True) -> list[WeightMap]:
+    maps = []
+    for path, hf_names in modules.items():
+        hf_name, *aliases = (hf_names,) if isinstance(hf_names, str) else hf_names
+        parent, slash, last = path.rpartition("/")
+        paths = [parent + slash + word for word in last.split("+")]
+        weight = ("embedding" if path.endswith(("embed", "lm_head"))
+                  else "scale" if path.endswith("norm") else "kernel")
+        maps.append(WeightMap(f"{hf_name}.weight", tuple(f"{path}/{weight}" for path in paths),
+                              is_transposed and weight == "kernel", aliases=tuple(aliases)))
+        if weight != "embedding":
+            maps.append(WeightMap(f"{hf_name}.bias", tuple(f"{path}/bias" for path in paths)))
+    return maps
 
 
-def _modules(path: str, hf_name: str, names: dict[str, str]) -> list[WeightMap]:
-    """Maps of the modules in `names` (path -> tensor name), which end in "norm" or are linear."""
-    return [weight_map for name, hf_module in names.items()
-            for weight_map in (_norm if name.endswith("norm") else _linear)(
-                path + name, hf_name + hf_module)]
+def _layers(stack: str, hf_layers: str, layer: Modules) -> Modules:
+    return {f"{stack}/layer_{{i}}/{path}": f"{{base}}{hf_layers}.{{i}}.{hf_name}"
+            for path, hf_name in layer.items()}
 
 
-def _gpt(token_embed: str, position_embed: str) -> list[WeightMap]:
-    """Maps of a GPT decoder, given the tensor names of its embeddings."""
-    layer, block = "decoder/layer_{i}", "{base}h.{i}"
-    query, key, value, out = (
-        f"{layer}/self_attention/{name}" for name in ("query", "key", "value", "out"))
-    return [
-        _embedding("token_embed", f"{{base}}{token_embed}", "lm_head.weight"),
-        _embedding("position_embed", f"{{base}}{position_embed}"),
-        *_linear(query, f"{block}.attn.c_attn", key, value, is_transposed=False),
-        *_linear(out, f"{block}.attn.c_proj", is_transposed=False),
-        *_norm(f"{layer}/attention_norm", f"{block}.ln_1"),
-        *_linear(f"{layer}/mlp/wi", f"{block}.mlp.c_fc", is_transposed=False),
-        *_linear(f"{layer}/mlp/wo", f"{block}.mlp.c_proj", is_transposed=False),
-        *_norm(f"{layer}/mlp_norm", f"{block}.ln_2"),
-    ]
+def _gpt(token_embed: str, position_embed: str, final_norm: Modules) -> list[WeightMap]:
+    return _maps({
+        "token_embed": (f"{{base}}{token_embed}", "lm_head.weight"),
+        "position_embed": f"{{base}}{position_embed}",
+        **_layers("decoder", "h", {
+            "self_attention/query+key+value": "attn.c_attn", "self_attention/out": "attn.c_proj",
+            "attention_norm": "ln_1", "mlp/wi": "mlp.c_fc", "mlp/wo": "mlp.c_proj",
+            "mlp_norm": "ln_2"}),
+        **final_norm}, is_transposed=False)
 
 
-def _encoder(hf_layers: str, hf_names: dict[str, str], hf_decoder: str) -> list[WeightMap]:
+def _encoder(hf_layers: str, layer: Modules, hf_decoder: str) -> list[WeightMap]:
     """Maps of a BERT encoder, whose output layer `hf_decoder` is tied to the token embedding."""
-    return [
-        _embedding("token_embed", "{base}embeddings.word_embeddings", f"{hf_decoder}.weight"),
-        _embedding("position_embed", "{base}embeddings.position_embeddings"),
-        _embedding("segment_embed", "{base}embeddings.token_type_embeddings"),
-        *_norm("embed_norm", "{base}embeddings.LayerNorm"),
-        *_modules("encoder/layer_{i}/", f"{{base}}{hf_layers}.{{i}}.", hf_names),
-    ]
+    embeddings = "{base}embeddings."
+    return _maps({
+        "token_embed": (f"{embeddings}word_embeddings", f"{hf_decoder}.weight"),
+        "position_embed": f"{embeddings}position_embeddings",
+        "segment_embed": f"{embeddings}token_type_embeddings",
+        "embed_norm": f"{embeddings}LayerNorm", **_layers("encoder", hf_layers, layer)})
 
 
+_POOLER = _maps({"pooler": "{base}pooler.dense"})
 _BERT_LAYER = {
     "self_attention/query": "attention.self.query", "self_attention/key": "attention.self.key",
     "self_attention/value": "attention.self.value",
@@ -158,77 +151,71 @@ _BART_LAYER = {
                              ("out", "out_proj"))},
     "attention_norm": "self_attn_layer_norm", "cross_attention_norm": "encoder_attn_layer_norm",
     "mlp/wi": "fc1", "mlp/wo": "fc2", "mlp_norm": "final_layer_norm"}
-_BERT_POOLER = _linear("pooler", "{base}pooler.dense")
-_ROBERTA = [*_encoder("encoder.layer", _BERT_LAYER, "lm_head.decoder"), *_BERT_POOLER]
 
 
-def _encoder_decoder(*extra: WeightMap) -> list[WeightMap]:
-    """Maps of an encoder-decoder; `extra` are those that only some families have."""
+def _encoder_decoder(**extra: str) -> list[WeightMap]:
+    """Maps of an encoder-decoder; `extra` are modules of both stacks that some families have."""
     return [
-        _embedding("token_embed", "{base}shared", "encoder.embed_tokens.weight",
-                   "decoder.embed_tokens.weight", "lm_head.weight"),
-        *(weight_map for stack in ("encoder", "decoder") for weight_map in _modules(
-            f"{stack}/layer_{{i}}/", f"{{base}}{stack}.layers.{{i}}.", _BART_LAYER)),
-        WeightMap("final_logits_bias", ("output/bias",), is_row=True), *extra]
+        *_maps({
+            "token_embed": ("{base}shared", "encoder.embed_tokens.weight",
+                            "decoder.embed_tokens.weight", "lm_head.weight"),
+            **_layers("encoder", "encoder.layers", _BART_LAYER),
+            **_layers("decoder", "decoder.layers", _BART_LAYER),
+            **{f"{stack}{path}": f"{{base}}{stack}.{hf_name}"
+               for path, hf_name in extra.items() for stack in ("encoder", "decoder")}}),
+        WeightMap("final_logits_bias", ("output/bias",), is_row=True)]
 
 
-_LEARNED_POSITIONS = [
-    _embedding("encoder_position_embed", "{base}encoder.embed_positions"),
-    _embedding("decoder_position_embed", "{base}decoder.embed_positions"),
-    *_norm("encoder_embed_norm", "{base}encoder.layernorm_embedding"),
-    *_norm("decoder_embed_norm", "{base}decoder.layernorm_embedding")]
-_FINAL_NORMS = [*_norm("encoder/final_norm", "{base}encoder.layer_norm"),
-                *_norm("decoder/final_norm", "{base}decoder.layer_norm")]
+_LEARNED_POSITIONS = {"_position_embed": "embed_positions", "_embed_norm": "layernorm_embedding"}
+_FINAL_NORMS = {"/final_norm": "layer_norm"}
+_ROBERTAS = ("roberta", "xlm-roberta", "camembert")
 # `model_type` of a family -> the weight maps of its models without a head.
 BASE_WEIGHT_MAPS: dict[str, list[WeightMap]] = {
-    "gpt2": [*_gpt("wte", "wpe"), *_norm("decoder/final_norm", "{base}ln_f")],
-    "openai-gpt": _gpt("tokens_embed", "positions_embed"),
-    "bert": [*_encoder("encoder.layer", _BERT_LAYER, "cls.predictions.decoder"), *_BERT_POOLER],
-    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _ROBERTA),
+    "gpt2": _gpt("wte", "wpe", {"decoder/final_norm": "{base}ln_f"}),
+    "openai-gpt": _gpt("tokens_embed", "positions_embed", {}),
+    "bert": _encoder("encoder.layer", _BERT_LAYER, "cls.predictions.decoder") + _POOLER,
+    **dict.fromkeys(_ROBERTAS, _encoder("encoder.layer", _BERT_LAYER, "lm_head.decoder") + _POOLER),
     "distilbert": _encoder("transformer.layer", _DISTILBERT_LAYER, "vocab_projector"),
-    "bart": _encoder_decoder(*_LEARNED_POSITIONS),
-    "mbart": _encoder_decoder(*_LEARNED_POSITIONS, *_FINAL_NORMS),
+    "bart": _encoder_decoder(**_LEARNED_POSITIONS),
+    "mbart": _encoder_decoder(**_LEARNED_POSITIONS, **_FINAL_NORMS),
     "marian": _encoder_decoder(),
-    "pegasus": _encoder_decoder(*_FINAL_NORMS),
+    "pegasus": _encoder_decoder(**_FINAL_NORMS),
 }
-# `model_type` -> the weight map of an output layer that is not tied to the token embedding.
-_UNTIED_OUTPUT = {
-    "gpt2": _embedding("lm_head", "lm_head"), "openai-gpt": _embedding("lm_head", "lm_head"),
-    "distilbert": _embedding("lm_head", "vocab_projector")}
+# `model_type` -> tensor name of an output layer that is not tied to the token embedding.
+_UNTIED_OUTPUT = {"gpt2": "lm_head", "openai-gpt": "lm_head", "distilbert": "vocab_projector"}
 
 
 def _mlm(dense: str, norm: str, bias: str, *aliases: str) -> list[WeightMap]:
-    return [*_linear("mlm_head/dense", dense), *_norm("mlm_head/norm", norm),
+    return [*_maps({"mlm_head/dense": dense, "mlm_head/norm": norm}),
             WeightMap(bias, ("mlm_head/output/bias",), aliases=aliases)]
 
 
-_QUESTION_ANSWERING = _linear("classifier", "qa_outputs")
-_CLASSIFIER = _linear("classifier", "classifier")
+_QUESTION_ANSWERING = _maps({"classifier": "qa_outputs"})
+_CLASSIFIER = _maps({"classifier": "classifier"})
 _BERT_MLM = _mlm("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm",
                  "cls.predictions.bias", "cls.predictions.decoder.bias")
-_BERT_NSP = _linear("nsp_head", "cls.seq_relationship")
+_BERT_NSP = _maps({"nsp_head": "cls.seq_relationship"})
 _ENCODER_HEADS = {"classification": _CLASSIFIER, "token_classification": _CLASSIFIER,
                   "multiple_choice": _CLASSIFIER, "question_answering": _QUESTION_ANSWERING}
 _GPT_HEADS = {
     "classification": [WeightMap("score.weight", ("classifier/kernel",), is_transposed=True)],
     "token_classification": _CLASSIFIER, "question_answering": _QUESTION_ANSWERING}
-_DISTILBERT_CLASSIFIER = [*_linear("pooler", "pre_classifier"), *_CLASSIFIER]
+_DISTILBERT_CLASSIFIER = _maps({"pooler": "pre_classifier", "classifier": "classifier"})
 _ROBERTA_HEADS = {
     **_ENCODER_HEADS,
     "masked_lm": _mlm("lm_head.dense", "lm_head.layer_norm", "lm_head.bias",
                       "lm_head.decoder.bias"),
-    "classification": [*_linear("pooler", "classifier.dense"),
-                       *_linear("classifier", "classifier.out_proj")]}
+    "classification": _maps({"pooler": "classifier.dense", "classifier": "classifier.out_proj"})}
 _BART_HEADS = {
-    "classification": [*_linear("pooler", "classification_head.dense"),
-                       *_linear("classifier", "classification_head.out_proj")],
+    "classification": _maps({"pooler": "classification_head.dense",
+                             "classifier": "classification_head.out_proj"}),
     "question_answering": _QUESTION_ANSWERING}
 # `model_type` of a family -> task -> the weight maps of the head.
 HEAD_WEIGHT_MAPS: dict[str, dict[str, list[WeightMap]]] = {
     **dict.fromkeys(("gpt2", "openai-gpt"), _GPT_HEADS),
     "bert": {**_ENCODER_HEADS, "masked_lm": _BERT_MLM, "next_sentence": _BERT_NSP,
              "pretraining": [*_BERT_MLM, *_BERT_NSP]},
-    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _ROBERTA_HEADS),
+    **dict.fromkeys(_ROBERTAS, _ROBERTA_HEADS),
     "distilbert": {**_ENCODER_HEADS,
                    "masked_lm": _mlm("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
                    "classification": _DISTILBERT_CLASSIFIER,
@@ -269,7 +256,7 @@ def base_prefix(model_type: str, task: str) -> str:
 
 
 def for_model(model_type: str, model: Model, paths: Collection[str]) -> list[WeightMap]:
-    """Weight maps of the parameters `paths` of a model, with the layer index "{i}" filled in."""
+    """Weight maps of the parameters `paths` of a model, with "{base}" and "{i}" filled in."""
     config = model.config
     layer_counts = _num_layers(config)
     base_maps = BASE_WEIGHT_MAPS[model_type]
@@ -278,16 +265,17 @@ def for_model(model_type: str, model: Model, paths: Collection[str]) -> list[Wei
             *(weight_map._replace(aliases=())
               if weight_map.paths[0].startswith("token_embed") else weight_map
               for weight_map in base_maps),
-            _UNTIED_OUTPUT[model_type]]
+            *_maps({"lm_head": _UNTIED_OUTPUT[model_type]})]
     head_maps = HEAD_WEIGHT_MAPS[model_type].get(model.task, [])
     # Some heads, such as RoBERTa's classifier, have a pooler. It replaces that of the base model.
     replaced = {weight_map.paths for weight_map in head_maps}
-    layer_maps = []
+    layer_maps, base = [], base_prefix(model_type, model.task)
     for weight_map in [*(m for m in base_maps if m.paths not in replaced), *head_maps]:
         stack = weight_map.paths[0].partition("/")[0]
         layer_maps += [
-            weight_map._replace(hf_name=weight_map.hf_name.replace("{i}", str(i)),
-                                paths=tuple(p.replace("{i}", str(i)) for p in weight_map.paths))
+            weight_map._replace(
+                hf_name=weight_map.hf_name.replace("{base}", base).replace("{i}", str(i)),
+                paths=tuple(path.replace("{i}", str(i)) for path in weight_map.paths))
             for i in range(layer_counts[stack] if "{i}" in weight_map.hf_name else 1)]
     return [weight_map for weight_map in layer_maps if weight_map.paths[0] in paths]
 
@@ -330,7 +318,7 @@ def match_tensors(
     names = _canonical_names(entries, FAMILIES[model_type].base_prefix)
     matched, used = {}, set()
     for weight_map in for_model(model_type, model, shapes):
-        present = [alias for alias in weight_map.names if alias in names]
+        present = [alias for alias in weight_map.names(model_type) if alias in names]
         if not present:
             continue
         name = names[present[0]]
