@@ -199,13 +199,6 @@ def get_family(model_type: Any) -> Family:
 
 def resolve_task(name: str, model_type: str) -> str:
     """The task of this library for the name of a task, of a class in Transformers or of a pipeline.
-
-    Example:
-
-        >>> resolve_task("BertForSequenceClassification", "bert")
-        'classification'
-        >>> resolve_task("fill-mask", "roberta")
-        'masked_lm'
     """
     family = FAMILIES[model_type]
     key = re.sub(r"[^a-z0-9]", "", str(name).lower())
@@ -240,11 +233,6 @@ def config_from_hf(hf_config: dict[str, Any], **changes) -> Config:
 
     Those of generation_config.json are in the field "generation_config"; `changes` are fields of
     the result. ValueError if the family or the value of a field is invalid or not supported.
-
-    Example:
-
-        >>> config_from_hf({"model_type": "gpt2", "n_layer": 6}).num_layers
-        6
     """
     model_type = hf_config.get("model_type")
     family = get_family(model_type)
@@ -300,13 +288,6 @@ def config_to_hf(model: Model) -> dict[str, Any]:
     If the model was loaded from a checkpoint (`hf_config`), only fields whose values have changed
     are updated; all other fields of the checkpoint's config.json are kept. ValueError if the family
     does not support the task or the value of a field.
-
-    Example:
-
-        >>> from transformer_jax.models import build_model
-        >>> model = build_model(config_from_hf({"model_type": "gpt2", "n_layer": 6}))
-        >>> config_to_hf(model)["architectures"]
-        ['GPT2LMHeadModel']
     """
     config = model.config
     original = json.loads(model.hf_config) if model.hf_config else {}

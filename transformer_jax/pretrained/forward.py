@@ -106,7 +106,7 @@ def _checked_inputs(
 
 
 def _checked_input(model: Model, name: str, value: Array, inputs: dict[str, Array]) -> Array:
-    """An input as an array; its shape and, outside of `jit`, its ids are checked."""
+    """An input as an array, masks as bool; outside of `jit`, ids are checked as well as shapes."""
     value = value if isinstance(value, jax.Array) else jnp.asarray(np.asarray(value))
     num_axes = 3 if model.task == "multiple_choice" else 2
     if value.ndim != num_axes:
@@ -131,11 +131,7 @@ def _checked_input(model: Model, name: str, value: Array, inputs: dict[str, Arra
         if low < 0 or high >= num_ids[name]:
             raise ValueError(f"{name} contain {low if low < 0 else high}; ids must be from 0 to "
                              f"{num_ids[name] - 1}")
-    return value
-
-
-def _padding_mask(attention_mask: Array | None) -> Array | None:
-    return None if attention_mask is None else attention_mask.astype(bool)
+    return value.astype(bool) if name.endswith("attention_mask") else value
 
 
 def _token_outputs(
@@ -157,15 +153,15 @@ def _token_outputs(
 def _gpt(
     m: GPT, input_ids, attention_mask=None, position_ids=None, *, deterministic, output_attentions
 ) -> dict[str, Array]:
-    mask = _padding_mask(attention_mask)
-    decoded = m.decode(input_ids, positions=position_ids, padding_mask=mask,
+    decoded = m.decode(input_ids, positions=position_ids, padding_mask=attention_mask,
                        deterministic=deterministic, output_attentions=output_attentions)
     out = _token_outputs(m, decoded.hidden, deterministic, attentions=decoded.attention)
     if m.task == "classification":
         # As in Transformers, padding is identified by the padding id. The attention mask is used
         # only if the config has no padding id.
         pad = m.config.pad_token_id
-        last_B = last_token_positions(input_ids, mask if pad is None else input_ids != pad)
+        is_token = attention_mask if pad is None else input_ids != pad
+        last_B = last_token_positions(input_ids, is_token)
         last_BD = gather_positions(decoded.hidden, last_B[:, None])[:, 0]
         out["logits"] = m.class_logits(last_BD, deterministic)
     return out
@@ -184,7 +180,7 @@ def _bert(
         is_token = input_ids != offset - 1
         position_ids = jnp.where(is_token, jnp.cumsum(is_token, -1), 0) - 1
     encoded = m.encode(input_ids, segment_ids=token_type_ids,
-                       padding_mask=_padding_mask(attention_mask), positions=position_ids,
+                       padding_mask=attention_mask, positions=position_ids,
                        deterministic=deterministic, output_attentions=output_attentions)
     hidden_BTD = encoded.hidden
     out = _token_outputs(m, hidden_BTD, deterministic, attentions=encoded.attention)
@@ -209,10 +205,9 @@ def _transformer(
     c = m.config
     if decoder_input_ids is None:
         decoder_input_ids = default_decoder_input_ids(c, input_ids)
-    mask = _padding_mask(attention_mask)
     encoded, decoded = m.encode_decode(
-        input_ids, decoder_input_ids, padding_mask=mask,
-        decoder_padding_mask=_padding_mask(decoder_attention_mask), deterministic=deterministic,
+        input_ids, decoder_input_ids, padding_mask=attention_mask,
+        decoder_padding_mask=decoder_attention_mask, deterministic=deterministic,
         output_attentions=output_attentions)
     out = _token_outputs(
         m, decoded.hidden, deterministic, encoder_attentions=encoded.attention,
@@ -220,7 +215,7 @@ def _transformer(
     out["encoder_last_hidden_state"] = encoded.hidden
     if m.task == "classification":
         # The hidden state of the last end-of-sequence token is classified.
-        is_end = mask if c.eos_token_id is None else jnp.isin(
+        is_end = attention_mask if c.eos_token_id is None else jnp.isin(
             input_ids, jnp.asarray(c.eos_token_id))
         last_B = last_token_positions(input_ids, is_end)
         out["logits"] = m.logits_from_features(

@@ -45,10 +45,7 @@ _TASKS_WITH_LABELS = ("classification", "token_classification")
 class Pretrained(NamedTuple):
     """A loaded checkpoint: the result of `load_pretrained`.
 
-    Attributes:
-        model: the model.
-        params: its parameters, in float32.
-        tokenizer: its tokenizer; None if the checkpoint has no supported tokenizer.
+    `params` are in float32; `tokenizer` is None if the checkpoint has no supported tokenizer.
     """
 
     model: Model
@@ -59,11 +56,7 @@ class Pretrained(NamedTuple):
 class LoadedRun(NamedTuple):
     """The model of a training run or checkpoint: the result of `load_run` and `load_model`.
 
-    Attributes:
-        model: the model.
-        params: its parameters.
-        tokenizer: its tokenizer.
-        label_names: names of the classes of a run's classifier, by id; empty for other models.
+    `label_names` are the names of the classes of a run's classifier; empty for other models.
     """
 
     model: Model
@@ -123,10 +116,11 @@ def load_pretrained(
     """
     folder = _find_folder(source, revision)
     hf_config = _read_config(folder)
+    family = get_family(hf_config.get("model_type"))
     entries = safetensors_io.list_tensors(folder)
     hf_config = _with_dtype(hf_config, entries)
     task = _resolve_task(hf_config, task)
-    _check_fields(changes, get_family(hf_config["model_type"]).config_class)
+    _check_fields(changes, family.config_class)
     model = build_model(config_from_hf(hf_config, **changes),
                         _num_classes(hf_config, task, num_labels), task)
     model = model.clone(hf_config=json.dumps(hf_config))
@@ -293,7 +287,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     hf_config = storage.read_json(path)
     if generation_path.is_file():
         hf_config["generation_config"] = storage.read_json(generation_path)
-    get_family(hf_config.get("model_type"))  # raises ValueError if it is not supported
     return hf_config
 
 

@@ -188,15 +188,6 @@ def save_tensors(folder: Path, specs: Sequence[TensorSpec], values: Iterable[np.
     With an iterator of values, in the order of the specs, only one value is in memory at a time.
     `shard_bytes` is the largest size of a shard; a larger tensor has a shard of its own. Weights of
     an earlier save in the folder are deleted. ValueError if a shape differs from its spec.
-
-    Example:
-
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> spec = TensorSpec("bias", np.dtype("float32"), (2,))
-        >>> save_tensors(folder, [spec], [np.array([1.0, 2.0])], shard_bytes=10**9)
-        >>> load_tensor(list_tensors(folder)["bias"])
-        array([1., 2.], dtype=float32)
     """
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:

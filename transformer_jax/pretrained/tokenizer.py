@@ -125,15 +125,6 @@ def load(folder: Path, hf_config: dict[str, Any]) -> Tokenizer | None:
 
     The model family in `hf_config`, the fields of config.json, determines how vocabulary files are
     interpreted. ValueError if a file is invalid, or requires an unsupported option.
-
-    Example:
-
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello"]
-        >>> _ = (folder / "vocab.txt").write_text("\\n".join(vocab))
-        >>> load(folder, {"model_type": "bert"}).encode("Hello", add_special_tokens=True)
-        [2, 5, 3]
     """
     present = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
     options = storage.read_json(present[CONFIG_FILE]) if CONFIG_FILE in present else {}

@@ -30,12 +30,6 @@ class WeightMap(NamedTuple):
 
     The head axes of each parameter are merged, and the resulting matrices or vectors are
     concatenated along the last axis.
-
-    Example:
-
-        >>> weight_map = WeightMap("fc.weight", ("mlp/wi/kernel",), is_transposed=True)
-        >>> weight_map.hf_shape({"mlp/wi/kernel": (8, 32)})
-        (32, 8)
     """
 
     hf_name: str
