@@ -198,7 +198,9 @@ def get_family(model_type: Any) -> Family:
 
 
 def resolve_task(name: str, model_type: str) -> str:
-    """The task of this library for the name of a task, of a class in Transformers or of a pipeline.
+    """The task for the name of a task, of a class in Transformers or of a pipeline.
+
+    "classification", "BertForSequenceClassification" and "text-classification" are the same task.
     """
     family = FAMILIES[model_type]
     key = re.sub(r"[^a-z0-9]", "", str(name).lower())
