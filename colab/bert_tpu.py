@@ -53,7 +53,7 @@ from IPython.display import Image, Markdown
 
 from transformer_jax import data, fill_mask, presets, pretrain, sharding
 from transformer_jax.objectives.input_format import pack_bert_input
-from transformer_jax.pretrained.runs import load_run
+from transformer_jax.pretrained import load_run
 from transformer_jax.recipes import MeshConfig, OptimizerConfig, corpus, pretrain_config
 
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # a few steps, for the tests

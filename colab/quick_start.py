@@ -41,7 +41,7 @@ import numpy as np
 from IPython.display import Image, Markdown
 
 from transformer_jax import finetune, generate, presets, pretrain
-from transformer_jax.pretrained.runs import load_run
+from transformer_jax.pretrained import load_run
 from transformer_jax.recipes import OptimizerConfig, pretrain_config
 from transformer_jax.report import plots
 

@@ -30,7 +30,7 @@ from studies import small_models
 from studies.figures import Bars, save_panels
 from transformer_jax.data import packing, sources
 from transformer_jax.data.tokenizers import Tokenizer
-from transformer_jax.pretrained.runs import LoadedRun
+from transformer_jax.pretrained import LoadedRun
 
 FAMILIES = ("GPT", "BERT")
 

@@ -37,7 +37,7 @@ from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.finetuning import peft
 from transformer_jax.models import Model, init_params
 from transformer_jax.objectives import causal_lm
-from transformer_jax.pretrained.runs import LoadedRun
+from transformer_jax.pretrained import LoadedRun
 from transformer_jax.recipes.base_model import add_task_head
 from transformer_jax.recipes.config import FinetuneOptimizerConfig, TrainingConfig
 from transformer_jax.recipes.finetuning_run import (

@@ -20,7 +20,7 @@ from transformer_jax.data import LabeledDataset, load_dataset, sources, subsampl
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.models import GPT, Config, build_model, init_params, presets
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
-from transformer_jax.pretrained.runs import LoadedRun
+from transformer_jax.pretrained import LoadedRun
 from transformer_jax.recipes.base_model import add_task_head
 from transformer_jax.recipes.config import (
     DatasetConfig,

@@ -53,7 +53,7 @@ from transformer_jax.data import (
 )
 from transformer_jax.models import GPT, init_params, presets
 from transformer_jax.objectives import causal_lm
-from transformer_jax.pretrained.runs import LoadedRun
+from transformer_jax.pretrained import LoadedRun
 from transformer_jax.recipes.base_model import add_task_head
 from transformer_jax.recipes.config import (
     DatasetConfig,

@@ -5,7 +5,7 @@ from small_models import BART, BERT, GPT2, build
 
 from transformer_jax.cli.main import main
 from transformer_jax.data import tokenizers
-from transformer_jax.pretrained import runs
+from transformer_jax.pretrained import save_run_config
 from transformer_jax.train import checkpointing, optimizers, step
 
 TEXTS = ["the cat sat on the mat", "a dog ran in the park", "Übung macht den Meister"] * 3
@@ -17,7 +17,7 @@ def save_run(folder, config, tokenizer, num_classes=0, labels=()):
     params = build(config, num_classes)[1]
     if num_classes:
         params = {k: v for k, v in params.items() if k not in ("mlm_head", "nsp_head")}
-    runs.save_run_config(folder, config, tokenizer, labels)
+    save_run_config(folder, config, tokenizer, labels)
     state = step.init_state(params, optimizers.make_optimizer(0.1))
     checkpointing.save(folder / "checkpoints", 1, state)
 

@@ -7,7 +7,7 @@ import pytest
 from small_models import GPT2
 
 from transformer_jax.data import PackedTokens, make_loader, token_cache, tokenize_corpus, tokenizers
-from transformer_jax.pretrained.runs import save_run_config
+from transformer_jax.pretrained import save_run_config
 
 TEXTS = [{"text": f"Sentence {i} of some.\nAnother, {i * i}.\n\nA paragraph."} for i in range(57)]
 CHARS = tokenizers.train_chars([example["text"] for example in TEXTS])

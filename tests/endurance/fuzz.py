@@ -34,7 +34,7 @@ from mutations import mutate_bytes, mutate_json, mutate_json_bytes, mutate_text
 from transformer_jax.data import load_dataset, tokenizers
 from transformer_jax.finetuning import peft, select
 from transformer_jax.models import build_model, init_params, presets
-from transformer_jax.pretrained import config_conversion, safetensors_io, sentencepiece_model
+from transformer_jax.pretrained import families, safetensors_io
 from transformer_jax.pretrained import tokenizer as pretrained_tokenizer
 
 MAX_SECONDS, MAX_BYTES = 5, 2 * 2**30
@@ -104,7 +104,7 @@ def index(folder: Path) -> Target:
 def config(folder: Path) -> Target:
     """config.json of each family; the model is built without parameters."""
     size = {"num_layers": 1, "d_model": 8, "num_heads": 2, "mlp_dim": 32, "vocab_size": 20}
-    valid = [config_conversion.config_to_hf(build_model(presets.get(name, **size), task=task))
+    valid = [families.config_to_hf(build_model(presets.get(name, **size), task=task))
              for name, task in (("gpt2", "causal_lm"), ("gpt1", "causal_lm"),
                                 ("bert_base", "pretraining"), ("bart_base", "seq2seq_lm"))]
     bart = {name: value for name, value in valid[-1].items() if name != "model_type"}
@@ -112,7 +112,7 @@ def config(folder: Path) -> Target:
 
     def load(values):
         if isinstance(values, dict):
-            build_model(config_conversion.config_from_hf(values))
+            build_model(families.config_from_hf(values))
 
     return Target(load, valid, mutate_json)
 
@@ -170,7 +170,7 @@ def sentencepiece(folder: Path) -> Target:
 
     def load(data):
         path.write_bytes(data)
-        sentencepiece_model.load_model(path)
+        pretrained_tokenizer.load_sentencepiece(path)
 
     return Target(load, [valid], mutate_bytes)
 

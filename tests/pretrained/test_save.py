@@ -1,4 +1,4 @@
-"""Saving of models that were not loaded from a checkpoint, and of unsupported models."""
+"""Saving of models that were not loaded from a checkpoint, of unsupported models, and of runs."""
 
 import json
 
@@ -9,7 +9,10 @@ import small_models
 from pretrained.files import read_all, write
 
 from transformer_jax import load_pretrained, save_pretrained
+from transformer_jax.data import tokenizers
 from transformer_jax.models import BERTConfig, TransformerConfig, build_model, init_params
+from transformer_jax.pretrained import load_run, save_run_config
+from transformer_jax.train import checkpointing, optimizers, step
 from transformer_jax.tree import flatten_paths
 
 MARIAN = TransformerConfig(vocab_size=20, max_length=10, num_layers=1, d_model=8, num_heads=2,
@@ -125,3 +128,39 @@ def test_label_names_are_kept_unless_their_number_changes(tmp_path):
     model, params, _ = load_pretrained(tmp_path / "in")
     save_pretrained(tmp_path / "out", model, params)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == names
+
+
+# Folders of runs: what a refused command leaves unchanged -----------------------------------------
+
+TOKENIZER = tokenizers.train_chars(["abc"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    params = small_models.build(small_models.GPT2)[1]
+    state = step.init_state(params, optimizers.make_optimizer(0.1))
+    save_run_config(tmp_path, small_models.GPT2, TOKENIZER)
+    checkpointing.save(tmp_path / "checkpoints", 1, state)
+    return tmp_path
+
+
+def test_the_config_of_another_model_is_refused_before_anything_is_written(folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other = small_models.GPT2.replace(num_layers=small_models.GPT2.num_layers + 1)
+    with pytest.raises(ValueError, match=f"num_layers was {small_models.GPT2.num_layers} and is "
+                                         f"{other.num_layers}; use the same model settings"):
+        save_run_config(folder, other, TOKENIZER)
+    assert {path: path.read_bytes() for path in before} == before
+    assert load_run(folder).model.config == small_models.GPT2
+
+
+def test_settings_that_change_no_shape_are_saved(folder):
+    other = small_models.GPT2.replace(dropout_rate=0.3)
+    save_run_config(folder, other, TOKENIZER)
+    assert load_run(folder).model.config == other
+
+
+def test_an_invalid_config_is_replaced(folder):
+    (folder / "config.json").write_text("{")
+    save_run_config(folder, small_models.GPT2, TOKENIZER)
+    assert load_run(folder).model.config == small_models.GPT2

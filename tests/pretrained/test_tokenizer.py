@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from transformer_jax.data import tokenizers
-from transformer_jax.pretrained import sentencepiece_model, tokenizer
+from transformer_jax.pretrained import tokenizer
 
 BYTES = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
@@ -175,7 +175,7 @@ def test_ids_of_pieces_follow_the_special_tokens_of_the_family(tmp_path):
 def test_unsupported_sentencepiece_models_are_rejected(content, message, tmp_path):
     path = make_folder(tmp_path, a__spm=content) / "a.spm"
     with pytest.raises(ValueError, match=message) as error:
-        sentencepiece_model.load_model(path)
+        tokenizer.load_sentencepiece(path)
     assert "\n" not in str(error.value)
 
 

@@ -8,7 +8,7 @@ import pytest
 from small_configs import shrink
 
 from transformer_jax.models import build_model, init_params
-from transformer_jax.pretrained.runs import load_run
+from transformer_jax.pretrained import load_run
 from transformer_jax.recipes.pretraining import PretrainConfig, pretrain
 
 

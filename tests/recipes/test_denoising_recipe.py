@@ -8,7 +8,7 @@ import configs
 import numpy as np
 import pytest
 
-from transformer_jax.pretrained.runs import load_run
+from transformer_jax.pretrained import load_run
 from transformer_jax.recipes.denoising import DenoiseConfig, denoise
 from transformer_jax.recipes.retention import RetentionEval, held_out_batches
 

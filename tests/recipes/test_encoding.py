@@ -8,7 +8,7 @@ from small_configs import ROWS
 
 from transformer_jax import models
 from transformer_jax.data import LabeledDataset, load_dataset
-from transformer_jax.pretrained.runs import load_run
+from transformer_jax.pretrained import load_run
 from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.base_model import add_task_head, include_new_modules, load_base
 from transformer_jax.recipes.config import TrainingConfig

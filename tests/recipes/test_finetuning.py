@@ -11,8 +11,7 @@ from transformer_jax.data import load_dataset
 from transformer_jax.finetuning import adapter_io, peft
 from transformer_jax.generation import generation_options
 from transformer_jax.models import build_model
-from transformer_jax.pretrained import load_pretrained, save_pretrained
-from transformer_jax.pretrained.runs import load_run
+from transformer_jax.pretrained import load_pretrained, load_run, save_pretrained
 from transformer_jax.recipes import encoding, finetuning, finetuning_run, retention
 from transformer_jax.recipes.base_model import initial_params
 from transformer_jax.recipes.config import DatasetConfig, TrainingConfig

@@ -10,7 +10,7 @@ import pytest
 
 from transformer_jax.data import load_dataset
 from transformer_jax.models import GPTConfig, TransformerConfig
-from transformer_jax.pretrained.runs import load_run
+from transformer_jax.pretrained import load_run
 from transformer_jax.recipes.config import (
     DatasetConfig,
     FinetuneOptimizerConfig,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_configs import ROWS
 
-from transformer_jax.pretrained.runs import load_run
+from transformer_jax.pretrained import load_run
 from transformer_jax.recipes.finetuning import finetune
 from transformer_jax.recipes.prediction import evaluate, load_task_model, predict
 

@@ -12,7 +12,7 @@ from small_configs import shrink
 
 from transformer_jax import tree
 from transformer_jax.models import presets
-from transformer_jax.pretrained.runs import load_run
+from transformer_jax.pretrained import load_run
 from transformer_jax.recipes.pretraining import PretrainConfig, pretrain, pretrain_config
 
 

@@ -161,13 +161,13 @@ def test_loss_and_gradients_are_the_reference(family, head, logits, seed, tmp_pa
     base = {"GPT2": "transformer.", "Bert": "bert.", "Bart": "model."}[family]
     seen = set()
     model_type = {"GPT2": "gpt2", "Bert": "bert", "Bart": "bart"}[family]
-    for rule in weight_maps.for_model(model_type, model.task, model.config, leaves):
+    for rule in weight_maps.for_model(model_type, model, leaves):
         name = rule.hf_name.replace("{base}", base)
         if name not in expected:
             assert name == "final_logits_bias"  # a buffer of theirs
             continue
         seen.add(name)
-        actual = rule.to_hf([leaves[path] for path in rule.paths])
+        actual = rule.to_hf(leaves)
         # A key's bias shifts all scores of a query alike: its gradient is nought but rounding.
         if all(path.endswith("key/bias") for path in rule.paths):
             assert np.abs(actual).max() <= TOLERANCE * largest, name

@@ -16,7 +16,7 @@ from tensorboardX import SummaryWriter
 from transformer_jax.cli.main import main
 from transformer_jax.data import tokenizers
 from transformer_jax.models import build_model, init_params
-from transformer_jax.pretrained.runs import save_run_config
+from transformer_jax.pretrained import save_run_config
 from transformer_jax.report import markup, outputs, page, plots, summary
 from transformer_jax.train import checkpointing, optimizers, step
 

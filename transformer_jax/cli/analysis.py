@@ -48,8 +48,7 @@ def convert(
         task: head of a checkpoint to convert, such as causal_lm, masked_lm, seq2seq_lm or
             classification; by default, that of its config.json. A run has one head only.
     """
-    from transformer_jax.pretrained import load_pretrained, save_pretrained
-    from transformer_jax.pretrained.runs import is_run, load_run
+    from transformer_jax.pretrained import is_run, load_pretrained, load_run, save_pretrained
 
     if is_run(model) and task is not None:
         raise ValueError(f"task is {task}, but {model} is a run, which has one head; omit --task")

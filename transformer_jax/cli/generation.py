@@ -55,7 +55,7 @@ def generate(
 
     from transformer_jax.finetuning import quantize
     from transformer_jax.generation import generate as generate_tokens
-    from transformer_jax.pretrained.runs import load_model
+    from transformer_jax.pretrained import load_model
 
     found = load_model(model, "causal_lm")
     check_family(found.model, "GPT")
@@ -129,7 +129,7 @@ def fill(model: ModelArgument, texts: TextArguments = (), /, top_k: int = 5) -> 
     """
     from transformer_jax.generation import fill_mask
     from transformer_jax.objectives.input_format import pack_bert_input
-    from transformer_jax.pretrained.runs import load_model
+    from transformer_jax.pretrained import load_model
 
     found = load_model(model, "masked_lm")
     check_family(found.model, "BERT")
@@ -223,7 +223,7 @@ def _generate_targets(
     """Yields the target of each text. Sources longer than the model's max_length are truncated,
     with a message on standard error."""
     from transformer_jax.generation import generate as generate_tokens
-    from transformer_jax.pretrained.runs import load_model
+    from transformer_jax.pretrained import load_model
 
     model, params, tokenizer, _ = load_model(model_name, "seq2seq_lm")
     check_family(model, "Transformer")

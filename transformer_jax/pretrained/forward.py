@@ -8,18 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from transformer_jax.models import (
-    BERT,
-    GPT,
-    Model,
-    Transformer,
-    TransformerConfig,
-    shift_right,
-)
+from transformer_jax.models import BERT, GPT, Model, Transformer, TransformerConfig, shift_right
 from transformer_jax.models.heads import gather_positions, last_token_positions
 from transformer_jax.nn.blocks import Block
-
-_LM_TASKS = ("causal_lm", "seq2seq_lm")
 
 
 def forward(
@@ -40,8 +31,7 @@ def forward(
         params: its parameters.
         rng: key for dropout; None for no dropout.
         output_hidden_states: whether to return the hidden states of all layers. Static under `jit`.
-        output_attentions: whether to return the attention weights of all layers. Static under
-            `jit`.
+        output_attentions: whether to return the attention weights. Static under `jit`.
         inputs: "input_ids" `[B, S]`; optionally, if the model takes them, "attention_mask" (1 for
             tokens, 0 for padding), "token_type_ids" and "position_ids" `[B, S]`, and
             "decoder_input_ids" and "decoder_attention_mask" `[B, T]`. For multiple choice, all
@@ -59,12 +49,12 @@ def forward(
           `[B, S, V]` and "seq_relationship_logits" `[B, 2]`.
         - "pooler_output" `[B, D]`, for encoders whose task uses the pooler.
         - "encoder_last_hidden_state" `[B, S, D]`, for encoder-decoders.
-        - If `output_hidden_states`: "hidden_states", a tuple of the embeddings and the output of
-          each layer, each `[B, S, D]`. The last layer's output includes the final LayerNorm.
-          Encoder-decoders have "encoder_hidden_states" and "decoder_hidden_states" instead.
-        - If `output_attentions`: "attentions", a tuple of the attention weights of each layer, each
-          `[B, N, S, S]`, before dropout. Encoder-decoders have "encoder_attentions",
-          "decoder_attentions" `[B, N, T, T]` and "cross_attentions" `[B, N, T, S]` instead.
+        - "hidden_states", on request: a tuple of the embeddings and the output of each layer,
+          each `[B, S, D]`; the last one includes the final LayerNorm. Encoder-decoders have
+          "encoder_hidden_states" and "decoder_hidden_states" instead.
+        - "attentions", on request: a tuple of the weights of each layer, each `[B, N, S, S]`,
+          before dropout. Encoder-decoders have "encoder_attentions", "decoder_attentions"
+          `[B, N, T, T]` and "cross_attentions" `[B, N, T, S]` instead.
 
     Raises:
         ValueError: an input is missing, not supported by the model or of the wrong shape, or ids
@@ -72,45 +62,36 @@ def forward(
 
     Example:
         >>> from transformer_jax import models
-        >>> config = models.presets.get("gpt2", num_layers=1, d_model=8, num_heads=2, mlp_dim=32,
-        ...                             vocab_size=30, max_length=16)
-        >>> model = models.build_model(config, task="causal_lm")
-        >>> shapes = jax.eval_shape(lambda rng: models.init_params(model, rng), jax.random.key(0))
-        >>> params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
-        >>> outputs = jax.jit(forward, static_argnums=0)(
-        ...     model, params, input_ids=np.array([[3, 4, 5]]))
-        >>> outputs["logits"].shape
+        >>> model = models.build_model(models.presets.bert_tiny(num_layers=1, vocab_size=30))
+        >>> params = jax.jit(models.init_params, static_argnums=0)(model, jax.random.key(0))
+        >>> run = jax.jit(forward, static_argnums=0)
+        >>> run(model, params, input_ids=np.array([[3, 4, 5]]))["prediction_logits"].shape
         (1, 3, 30)
     """
     forward_fn, supported = next(
         entry for model_class, entry in _FORWARD_FNS.items() if isinstance(model, model_class))
     inputs = _checked_inputs(model, supported, inputs)
-    num_choices = None
-    if model.task == "multiple_choice":
-        num_choices = inputs["input_ids"].shape[1]
+    num_choices = inputs["input_ids"].shape[1] if model.task == "multiple_choice" else None
+    if num_choices:
         inputs = {name: x.reshape(-1, x.shape[-1]) for name, x in inputs.items()}
-
-    def call(module):
-        return forward_fn(module, deterministic=rng is None, output_attentions=output_attentions,
-                          **inputs)
-
-    hidden_states: dict[str, Any] = {}
-    rngs = None if rng is None else {"dropout": rng}
+    out = model.apply(
+        {"params": params}, rngs=None if rng is None else {"dropout": rng},
+        method=lambda module: forward_fn(module, deterministic=rng is None,
+                                         output_attentions=output_attentions, **inputs),
+        capture_intermediates=output_hidden_states and _is_captured,
+        mutable=["intermediates"] if output_hidden_states else False)
     if output_hidden_states:
-        out, state = model.apply({"params": params}, method=call, rngs=rngs,
-                                 capture_intermediates=_is_captured, mutable=["intermediates"])
-        hidden_states = _hidden_states(state["intermediates"], out)
-    else:
-        out = model.apply({"params": params}, method=call, rngs=rngs)
+        out, state = out
+        out |= _hidden_states(state["intermediates"], out)
     if num_choices:
         out["logits"] = out["logits"].reshape(-1, num_choices)
-    return out | hidden_states
+    return out
 
 
 def _checked_inputs(
     model: Model, supported: tuple[str, ...], inputs: dict[str, Array | None]
 ) -> dict[str, Array]:
-    """Returns the inputs that are not None as arrays, and checks them."""
+    """The inputs that are not None, as arrays of the right shape."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
     for name in inputs:
         if name not in supported:
@@ -125,7 +106,7 @@ def _checked_inputs(
 
 
 def _checked_input(model: Model, name: str, value: Array, inputs: dict[str, Array]) -> Array:
-    """Converts an input to an array and checks its shape and, outside of `jit`, its ids."""
+    """An input as an array, masks as bool; outside of `jit`, ids are checked as well as shapes."""
     value = value if isinstance(value, jax.Array) else jnp.asarray(np.asarray(value))
     num_axes = 3 if model.task == "multiple_choice" else 2
     if value.ndim != num_axes:
@@ -150,45 +131,38 @@ def _checked_input(model: Model, name: str, value: Array, inputs: dict[str, Arra
         if low < 0 or high >= num_ids[name]:
             raise ValueError(f"{name} contain {low if low < 0 else high}; ids must be from 0 to "
                              f"{num_ids[name] - 1}")
-    return value
+    return value.astype(bool) if name.endswith("attention_mask") else value
 
 
-def _padding_mask(attention_mask: Array | None) -> Array | None:
-    return None if attention_mask is None else attention_mask.astype(bool)
-
-
-def _token_outputs(m: Model, hidden_BTD: Array, deterministic: bool) -> dict[str, Array]:
-    """Outputs of the heads that are applied to every token."""
+def _token_outputs(
+    m: Model, hidden_BTD: Array, deterministic: bool, **attentions: tuple[Array, ...]
+) -> dict[str, Any]:
+    """Outputs of all models: hidden states, token-level heads, and attention weights if present."""
+    out = {"last_hidden_state": hidden_BTD} | {k: layers for k, layers in attentions.items()
+                                               if layers}
     if m.task == "token_classification":
-        return {"logits": m.class_logits(hidden_BTD, deterministic)}
+        out["logits"] = m.class_logits(hidden_BTD, deterministic)
     if m.task == "question_answering":
         logits_BTC = m.class_logits(hidden_BTD, deterministic)
-        return {"start_logits": logits_BTC[..., 0], "end_logits": logits_BTC[..., 1]}
-    if m.task in _LM_TASKS:
-        return {"logits": m.lm_logits(hidden_BTD)}
-    return {}
-
-
-def _attentions(**weights: tuple[Array, ...]) -> dict[str, tuple[Array, ...]]:
-    """Omits the tuples that are empty because the attention weights were not requested."""
-    return {name: layers for name, layers in weights.items() if layers}
+        out |= {"start_logits": logits_BTC[..., 0], "end_logits": logits_BTC[..., 1]}
+    if m.task in ("causal_lm", "seq2seq_lm"):
+        out["logits"] = m.lm_logits(hidden_BTD)
+    return out
 
 
 def _gpt(
     m: GPT, input_ids, attention_mask=None, position_ids=None, *, deterministic, output_attentions
 ) -> dict[str, Array]:
-    mask = _padding_mask(attention_mask)
-    decoded = m.decode(input_ids, positions=position_ids, padding_mask=mask,
+    decoded = m.decode(input_ids, positions=position_ids, padding_mask=attention_mask,
                        deterministic=deterministic, output_attentions=output_attentions)
-    hidden_BTD = decoded.hidden
-    out = {"last_hidden_state": hidden_BTD, **_token_outputs(m, hidden_BTD, deterministic),
-           **_attentions(attentions=decoded.attention)}
+    out = _token_outputs(m, decoded.hidden, deterministic, attentions=decoded.attention)
     if m.task == "classification":
         # As in Transformers, padding is identified by the padding id. The attention mask is used
         # only if the config has no padding id.
         pad = m.config.pad_token_id
-        last_B = last_token_positions(input_ids, mask if pad is None else input_ids != pad)
-        last_BD = gather_positions(hidden_BTD, last_B[:, None])[:, 0]
+        is_token = attention_mask if pad is None else input_ids != pad
+        last_B = last_token_positions(input_ids, is_token)
+        last_BD = gather_positions(decoded.hidden, last_B[:, None])[:, 0]
         out["logits"] = m.class_logits(last_BD, deterministic)
     return out
 
@@ -206,11 +180,10 @@ def _bert(
         is_token = input_ids != offset - 1
         position_ids = jnp.where(is_token, jnp.cumsum(is_token, -1), 0) - 1
     encoded = m.encode(input_ids, segment_ids=token_type_ids,
-                       padding_mask=_padding_mask(attention_mask), positions=position_ids,
+                       padding_mask=attention_mask, positions=position_ids,
                        deterministic=deterministic, output_attentions=output_attentions)
     hidden_BTD = encoded.hidden
-    out = {"last_hidden_state": hidden_BTD, **_token_outputs(m, hidden_BTD, deterministic),
-           **_attentions(attentions=encoded.attention)}
+    out = _token_outputs(m, hidden_BTD, deterministic, attentions=encoded.attention)
     if m.task in ("base", "pretraining", "next_sentence", "classification", "multiple_choice"):
         out["pooler_output"] = pooled_BD = m.pool(hidden_BTD)
     if m.task in ("classification", "multiple_choice"):
@@ -232,23 +205,21 @@ def _transformer(
     c = m.config
     if decoder_input_ids is None:
         decoder_input_ids = default_decoder_input_ids(c, input_ids)
-    mask = _padding_mask(attention_mask)
     encoded, decoded = m.encode_decode(
-        input_ids, decoder_input_ids, padding_mask=mask,
-        decoder_padding_mask=_padding_mask(decoder_attention_mask), deterministic=deterministic,
+        input_ids, decoder_input_ids, padding_mask=attention_mask,
+        decoder_padding_mask=decoder_attention_mask, deterministic=deterministic,
         output_attentions=output_attentions)
-    hidden_BTD = decoded.hidden
-    out = {"last_hidden_state": hidden_BTD, "encoder_last_hidden_state": encoded.hidden,
-           **_token_outputs(m, hidden_BTD, deterministic),
-           **_attentions(encoder_attentions=encoded.attention, decoder_attentions=decoded.attention,
-                         cross_attentions=decoded.cross_attention)}
+    out = _token_outputs(
+        m, decoded.hidden, deterministic, encoder_attentions=encoded.attention,
+        decoder_attentions=decoded.attention, cross_attentions=decoded.cross_attention)
+    out["encoder_last_hidden_state"] = encoded.hidden
     if m.task == "classification":
         # The hidden state of the last end-of-sequence token is classified.
-        is_end = mask if c.eos_token_id is None else jnp.isin(
+        is_end = attention_mask if c.eos_token_id is None else jnp.isin(
             input_ids, jnp.asarray(c.eos_token_id))
         last_B = last_token_positions(input_ids, is_end)
         out["logits"] = m.logits_from_features(
-            gather_positions(hidden_BTD, last_B[:, None])[:, 0], deterministic)
+            gather_positions(decoded.hidden, last_B[:, None])[:, 0], deterministic)
     return out
 
 
@@ -257,13 +228,6 @@ def default_decoder_input_ids(c: TransformerConfig, input_ids: Array) -> Array:
 
     They are a start token, then the source ids without the last one. The start token is
     `decoder_start_token_id`, or for mBART the language token at the end of the source.
-
-    Args:
-        c: the model's config.
-        input_ids: [B, S], the ids of the source.
-
-    Raises:
-        ValueError: the config does not define the required token id.
     """
     is_mbart = c.norm_first and c.embed_norm
     required_field = "pad_token_id" if is_mbart else "decoder_start_token_id"
@@ -283,22 +247,17 @@ def _is_captured(module, method: str) -> bool:
 
 
 def _hidden_states(intermediates: dict[str, Any], out: dict[str, Array]) -> dict[str, Any]:
-    """Converts captured outputs to the tuples of hidden states that Transformers returns."""
-    embeddings = list(intermediates["embed_dropout"]["__call__"])
+    """The tuples of hidden states that Transformers returns, from captured outputs."""
     states = {}
-    for stack in ("encoder", "decoder"):
-        if stack not in intermediates:
-            continue
+    stacks = [stack for stack in ("encoder", "decoder") if stack in intermediates]
+    for stack, embeddings in zip(stacks, intermediates["embed_dropout"]["__call__"]):
         layers = intermediates[stack]
-        outputs = [layers[f"layer_{i}"]["__call__"][0].hidden for i in range(len(layers))]
-        states[stack] = (embeddings.pop(0), *outputs)
-    if len(states) == 1:
-        (states,) = states.values()
-        return {"hidden_states": (*states[:-1], out["last_hidden_state"])}
-    return {
-        "encoder_hidden_states": (*states["encoder"][:-1], out["encoder_last_hidden_state"]),
-        "decoder_hidden_states": (*states["decoder"][:-1], out["last_hidden_state"]),
-    }
+        outputs = [layers[f"layer_{i}"]["__call__"][0].hidden for i in range(len(layers) - 1)]
+        is_source = stack == "encoder" and len(stacks) == 2
+        last = out["encoder_last_hidden_state" if is_source else "last_hidden_state"]
+        name = f"{stack}_hidden_states" if len(stacks) == 2 else "hidden_states"
+        states[name] = (embeddings, *outputs, last)
+    return states
 
 
 # Model class -> (forward pass, names of supported inputs).

@@ -1,12 +1,12 @@
-"""Loading and saving of safetensors files, one tensor at a time.
+"""Loading and saving of safetensors files (https://huggingface.co/docs/safetensors).
 
-A safetensors file has three parts (https://huggingface.co/docs/safetensors): the length of the
-header (8 bytes, little-endian); the header, a JSON object with dtype, shape and byte range of each
-tensor; and the bytes of the tensors. The weights of a checkpoint are `model.safetensors`, or
-several such files (shards) and an index that maps each tensor name to its shard.
+A file contains the length of the header (8 bytes, little-endian), the header, which is a JSON
+object with dtype, shape and byte range of each tensor, and the bytes of the tensors. The weights of
+a checkpoint are `model.safetensors`, or several files (shards) and an index of their tensors.
 
-Files are read instead of memory-mapped, because mapped pages count as used memory of the process:
-loading would appear to need twice the memory of the weights.
+Unlike the `safetensors` package, this module reads and writes one tensor at a time without mapping
+the file into memory. Mapped pages count as used memory, so loading would appear to need twice the
+memory of the weights.
 """
 
 import json
@@ -22,31 +22,23 @@ from transformer_jax import storage
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_NAME_LENGTH = 200  # characters in the file name of a shard; most file systems allow 255 bytes
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-# NumPy has no bfloat16; ml_dtypes, which JAX depends on, adds it.
-DTYPES = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+_MAX_NAME_LENGTH = 200  # characters in the file name of a shard; most file systems allow 255 bytes
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+DTYPES = {name: np.dtype(dtype) for name, dtype in {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+    "BOOL": np.bool_}.items()}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Weight files of other formats; loading them would need unpickling or another library.
+_PICKLED = "pickled weights, which can run any code when they are opened"
 UNSUPPORTED_FORMATS = {
-    "pytorch_model.bin": "pickled weights, which can run any code when they are opened",
-    "pytorch_model.bin.index.json": "pickled weights, which can run any code when they are opened",
-    "tf_model.h5": "TensorFlow weights",
-    "flax_model.msgpack": "Flax weights in msgpack",
-}
+    "pytorch_model.bin": _PICKLED, "pytorch_model.bin.index.json": _PICKLED,
+    "tf_model.h5": "TensorFlow weights", "flax_model.msgpack": "Flax weights in msgpack"}
 _CORRUPTED = "the file is corrupted or truncated; download it again"
 
 
 class TensorEntry(NamedTuple):
-    """Location, dtype and shape of a tensor in a safetensors file.
-
-    `num_bytes` is the size of the tensor in bytes.
-    """
+    """Location, dtype and shape of a tensor in a safetensors file."""
 
     file: Path
     start: int  # offset of the first byte in the file
@@ -58,13 +50,25 @@ class TensorEntry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class TensorSpec(NamedTuple):
+    """Name, dtype and shape of a tensor to save."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# Loading ------------------------------------------------------------------------------------------
+
+
 def list_tensors(folder: str | Path) -> dict[str, TensorEntry]:
     """Tensor name -> entry, for all tensors in a checkpoint folder. Only the headers are read.
 
-    Raises:
-        FileNotFoundError: the folder has no weights or only weights in other formats, or a shard is
-            missing.
-        ValueError: a header, the index or the length of a file is invalid.
+    FileNotFoundError if weights or a shard are missing, ValueError if a file is invalid.
     """
     folder = Path(folder)
     if (folder / WEIGHTS_FILE).is_file():
@@ -81,44 +85,36 @@ def list_tensors(folder: str | Path) -> dict[str, TensorEntry]:
                             f"{INDEX_FILE}")
 
 
-def read_header(path: str | Path) -> dict[str, TensorEntry]:
-    """Tensor name -> entry, for all tensors in one safetensors file.
-
-    Raises:
-        ValueError: the file is truncated, or its header is invalid.
-    """
-    path = Path(path)
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Tensor name -> entry, for all tensors in one file; ValueError if its header is invalid."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
-        if file_bytes < 8 or header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):
+        if file_bytes < 8 or header_bytes > min(file_bytes - 8, _MAX_HEADER_BYTES):
             raise ValueError(f"{path} is not a valid safetensors file: it has {file_bytes} bytes "
                              f"and declares a header of {header_bytes} bytes; {_CORRUPTED}")
         header = file.read(header_bytes)
+    fields = {}
     try:
-        header = storage.parse_json(header)
-        header.pop("__metadata__", None)
-        fields = {}
-        for name, values in header.items():
-            start, end = values["data_offsets"]
-            fields[name] = str(values["dtype"]), tuple(values["shape"]), start, end
+        for name, values in storage.parse_json(header).items():
+            if name != "__metadata__":
+                start, end = values["data_offsets"]
+                fields[name] = str(values["dtype"]), tuple(values["shape"]), start, end
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} has an invalid header ({type(error).__name__}: {error}); "
                          f"{_CORRUPTED}") from None
-    data_start = 8 + header_bytes
-    entries = {name: _checked_entry(path, name, data_start, file_bytes, *values)
+    entries = {name: _checked_entry(path, name, 8 + header_bytes, file_bytes, *values)
                for name, values in fields.items()}
     previous_end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
-        if entry.start - data_start < previous_end:
+        if entry.start < previous_end:
             raise ValueError(f"{path}: the bytes of tensor {name!r} overlap those of another "
                              f"tensor; {_CORRUPTED}")
-        previous_end = entry.start - data_start + entry.num_bytes
+        previous_end = entry.start + entry.num_bytes
     return entries
 
 
 def _checked_entry(path, name, data_start, file_bytes, dtype, shape, start, end) -> TensorEntry:
-    """Checks the header fields of a tensor and returns its entry."""
     if dtype not in DTYPES:
         raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!r}; it must be one of "
                          f"{', '.join(DTYPES)}")
@@ -140,19 +136,19 @@ def _read_index(path: Path) -> dict[str, TensorEntry]:
     try:
         shards = storage.read_json(path)["weight_map"]
         files = sorted(set(shards.values()))
-        invalid = [name for name in files if Path(name).name != name or len(name) > MAX_NAME_LENGTH]
+        invalid = [name for name in files
+                   if Path(name).name != name or len(name) > _MAX_NAME_LENGTH]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a valid index of shards ({type(error).__name__}: "
                          f"{error}); {_CORRUPTED}") from None
     if invalid:
         raise ValueError(f"{path} lists the shard {invalid[0][:200]!r}; shards must be files in "
                          "the folder of the index")
+    entries: dict[str, TensorEntry] = {}
     for name in files:
         if not (path.parent / name).is_file():
             raise FileNotFoundError(f"{path} lists the shard {name}, which does not exist; "
                                     "download it again")
-    entries: dict[str, TensorEntry] = {}
-    for name in files:
         entries |= read_header(path.parent / name)
     if missing := sorted(shards.keys() - entries.keys()):
         raise ValueError(f"{path} lists tensor {missing[0]!r}, which {shards[missing[0]]} does not "
@@ -161,15 +157,7 @@ def _read_index(path: Path) -> dict[str, TensorEntry]:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialized array whose memory starts at a multiple of 64 bytes.
-
-    On a CPU, JAX uses such an array in place instead of copying it.
-
-    Example:
-
-        >>> aligned_empty((3, 5), np.float32).ctypes.data % 64
-        0
-    """
+    """An uninitialized array that starts at a multiple of 64 bytes; JAX uses it without a copy."""
     num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(num_bytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64
@@ -177,11 +165,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def load_tensor(entry: TensorEntry) -> np.ndarray:
-    """Loads the values of one tensor.
-
-    Raises:
-        ValueError: the file is shorter than when its header was read.
-    """
+    """Loads one tensor; ValueError if the file is shorter than when its header was read."""
     values = aligned_empty(entry.shape, entry.dtype)
     with entry.file.open("rb", buffering=0) as file:
         file.seek(entry.start)
@@ -194,43 +178,17 @@ def load_tensor(entry: TensorEntry) -> np.ndarray:
     return values
 
 
-class TensorSpec(NamedTuple):
-    """Name, dtype and shape of a tensor to save."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+# Saving -------------------------------------------------------------------------------------------
 
 
-def save_tensors(folder: str | Path, specs: Sequence[TensorSpec], values: Iterable[np.ndarray],
+def save_tensors(folder: Path, specs: Sequence[TensorSpec], values: Iterable[np.ndarray],
                  shard_bytes: int) -> None:
     """Saves tensors as `model.safetensors`, or as several shards with an index.
 
-    Args:
-        folder: an existing folder. Weights of an earlier save in it are deleted.
-        specs: names, dtypes and shapes of the tensors, in the order in which they are stored.
-        values: values of the tensors in the same order. With an iterator, only one value is in
-            memory at a time.
-        shard_bytes: largest total size in bytes of the tensors in a shard. A larger tensor gets a
-            shard of its own.
-
-    Raises:
-        ValueError: a value has another shape than its spec.
-
-    Example:
-
-        >>> import tempfile
-        >>> folder = tempfile.mkdtemp()
-        >>> spec = TensorSpec("bias", np.dtype("float32"), (2,))
-        >>> save_tensors(folder, [spec], [np.array([1.0, 2.0])], shard_bytes=10**9)
-        >>> load_tensor(list_tensors(folder)["bias"])
-        array([1., 2.], dtype=float32)
+    With an iterator of values, in the order of the specs, only one value is in memory at a time.
+    `shard_bytes` is the largest size of a shard; a larger tensor has a shard of its own. Weights of
+    an earlier save in the folder are deleted. ValueError if a shape differs from its spec.
     """
-    folder = Path(folder)
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:
         if shards[-1] and sum(s.num_bytes for s in shards[-1]) + spec.num_bytes > shard_bytes:
@@ -245,12 +203,12 @@ def save_tensors(folder: str | Path, specs: Sequence[TensorSpec], values: Iterab
         index = {"metadata": {"total_size": sum(s.num_bytes for s in specs)},
                  "weight_map": {s.name: name for name, shard in zip(names, shards) for s in shard}}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    # Weights of an earlier save are deleted, because they could be loaded in place of the new ones.
-    found = {*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS_FILE, folder / INDEX_FILE}
-    saved = {folder / name for name in names} | (
-        {folder / INDEX_FILE} if len(shards) > 1 else set())
-    for path in found - saved:
-        path.unlink(missing_ok=True)
+        names.append(INDEX_FILE)
+    # Weights of an earlier save could be loaded in place of the new ones.
+    for path in [*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS_FILE,
+                 folder / INDEX_FILE]:
+        if path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 def _save_file(path: Path, specs: Sequence[TensorSpec], values: Iterator[np.ndarray]) -> None:

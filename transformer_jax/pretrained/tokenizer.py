@@ -1,8 +1,7 @@
 """Loading of the tokenizer of a Hugging Face checkpoint.
 
-A tokenizer is loaded from tokenizer.json, or from the vocabulary files of the model family. Its
-`encode(text, add_special_tokens=True)` returns token ids in the format that the checkpoint's
-model was trained on, special tokens included.
+A tokenizer is loaded from tokenizer.json, or from the vocabulary files of the model family. With
+`add_special_tokens=True` it encodes texts in the format that the model was trained on.
 """
 
 import functools
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf.message import DecodeError, Message
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from transformer_jax import storage
 from transformer_jax.data import tokenizers
 from transformer_jax.data.tokenizers import Tokenizer
-from transformer_jax.pretrained import sentencepiece_model
 
 CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -35,25 +35,21 @@ MBART_LANGUAGES = (
 )
 _SPACE_MARK = "▁"  # replaces a space in SentencePiece pieces
 _MARIAN_SPECIAL_TOKENS = ("</s>", "<unk>", "<pad>")
+# A text with a private-use character. Encoding it fails if the vocabulary requires an unknown token
+# but does not contain it.
+_PROBE_TEXT = "a \U0010fffd"
 
 
 @dataclass(frozen=True, eq=False)
 class PretrainedTokenizer(Tokenizer):
-    """A tokenizer that keeps the checkpoint files it was loaded from.
+    """A tokenizer that keeps the checkpoint files it was loaded from."""
 
-    Attributes:
-        files: file name -> content, for all tokenizer files except tokenizer.json.
-    """
-
-    files: dict[str, bytes] = field(default_factory=dict, repr=False)
+    files: dict[str, bytes] = field(default_factory=dict, repr=False)  # without tokenizer.json
 
     def save(self, directory: str | Path) -> None:
         """Saves tokenizer.json and unchanged copies of the checkpoint's other tokenizer files."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(directory / "tokenizer.json"))
-        for name, content in self.files.items():
-            (directory / name).write_bytes(content)
+        _write_files(directory, {
+            "tokenizer.json": self.backend.to_str(pretty=True).encode(), **self.files})
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,30 +57,17 @@ class MarianTokenizer(PretrainedTokenizer):
     """The tokenizer of a Marian translation model.
 
     Source and target language each have a SentencePiece model that splits texts into pieces;
-    vocab.json maps the pieces of both languages to ids. A source text may start with the code of
-    the target language, as in ">>fr<< Good morning".
-
-    Attributes:
-        vocab: piece -> id, for both languages.
-        target: backend for texts in the target language; `backend` is for the source language.
+    `vocab` maps the pieces of both languages to ids. A source text may start with the code of the
+    target language, as in ">>fr<< Good morning".
     """
 
     vocab: dict[str, int] = field(default_factory=dict, repr=False)
-    target: Backend | None = field(default=None, repr=False)
+    target: Backend | None = field(default=None, repr=False)  # `backend` is for the source language
 
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = False, target: bool = False
     ) -> list[list[int]]:
-        """Token ids of each text.
-
-        Args:
-            texts: the texts, all in the same language.
-            add_special_tokens: whether to append "</s>".
-            target: whether the texts are in the target language instead of the source language.
-
-        Raises:
-            ValueError: a text is not a string of valid Unicode.
-        """
+        """Token ids of each text, which is in the source language unless `target`."""
         unk_id = self.vocab["<unk>"]
         backend = self.target if target else self.backend
         for i, text in enumerate(texts):
@@ -97,11 +80,6 @@ class MarianTokenizer(PretrainedTokenizer):
             + suffix for (code, _), encoding in zip(pairs, encodings)]
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
-        """Converts token ids of either language to text.
-
-        Raises:
-            ValueError: an id is outside the vocabulary.
-        """
         special_ids = {self.vocab[token] for token in _MARIAN_SPECIAL_TOKENS}
         tokens = [self._tokens.get(i, "") for i in self._check_ids(ids)
                   if not (skip_special_tokens and i in special_ids)]
@@ -120,7 +98,6 @@ class MarianTokenizer(PretrainedTokenizer):
 
     @functools.cached_property
     def is_word_start(self) -> np.ndarray:
-        """bool [V]: whether each token starts a word."""
         starts = np.zeros(self.vocab_size, bool)
         for token, i in self.vocab.items():
             starts[i] = token.startswith((_SPACE_MARK, *_MARIAN_SPECIAL_TOKENS))
@@ -128,15 +105,13 @@ class MarianTokenizer(PretrainedTokenizer):
 
     def save(self, directory: str | Path) -> None:
         """Saves unchanged copies of the checkpoint's tokenizer files."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files.items():
-            (directory / name).write_bytes(content)
+        _write_files(directory, self.files)
 
 
-# A text with a private-use character. Encoding it fails if the vocabulary requires an unknown token
-# but does not contain it.
-_PROBE_TEXT = "a \U0010fffd"
+def _write_files(directory: str | Path, files: dict[str, bytes]) -> None:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (Path(directory) / name).write_bytes(content)
 
 
 def _split_language_code(text: str) -> tuple[str, str]:
@@ -148,34 +123,17 @@ def _split_language_code(text: str) -> tuple[str, str]:
 def load(folder: Path, hf_config: dict[str, Any]) -> Tokenizer | None:
     """Loads the tokenizer of a checkpoint folder; None if the folder has no supported tokenizer.
 
-    Args:
-        folder: the folder.
-        hf_config: the fields of config.json; the model family determines how vocabulary files are
-            interpreted.
-
-    Raises:
-        ValueError: a file is invalid, or requires an unsupported option.
-
-    Example:
-
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello"]
-        >>> _ = (folder / "vocab.txt").write_text("\\n".join(vocab))
-        >>> load(folder, {"model_type": "bert"}).encode("Hello", add_special_tokens=True)
-        [2, 5, 3]
+    The model family in `hf_config`, the fields of config.json, determines how vocabulary files are
+    interpreted. ValueError if a file is invalid, or requires an unsupported option.
     """
     present = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
-    has_config = CONFIG_FILE in present
-    tokenizer_config = storage.read_json(present[CONFIG_FILE]) if has_config else {}
-    model_type = hf_config.get("model_type", "")
+    options = storage.read_json(present[CONFIG_FILE]) if CONFIG_FILE in present else {}
     for names, load_files in _LOADERS.items():
         if not all(name in present for name in names):
             continue
         paths = [present[name] for name in names]
         try:
-            loaded = load_files(*paths, model_type=model_type, tokenizer_config=tokenizer_config,
-                                has_config=has_config)
+            loaded = load_files(*paths, hf_config.get("model_type", ""), options)
             if isinstance(loaded, Backend):
                 loaded.encode(_PROBE_TEXT)
         except BaseException as error:
@@ -187,12 +145,12 @@ def load(folder: Path, hf_config: dict[str, Any]) -> Tokenizer | None:
                              "is corrupted or truncated, download it again") from None
         files = {name: path.read_bytes() for name, path in present.items()
                  if name != "tokenizer.json"}
-        if isinstance(loaded, Backend):
-            if "tokenizer.json" not in present and "added_tokens.json" in present:
-                _add_tokens(loaded, storage.read_json(present["added_tokens.json"]))
-            return PretrainedTokenizer(loaded, files)
-        source, target, vocab = loaded
-        return MarianTokenizer(source, files, vocab, target)
+        if not isinstance(loaded, Backend):
+            source, target, vocab = loaded
+            return MarianTokenizer(source, files, vocab, target)
+        if "tokenizer.json" not in present and "added_tokens.json" in present:
+            _add_tokens(loaded, storage.read_json(present["added_tokens.json"]))
+        return PretrainedTokenizer(loaded, files)
     if "spiece.model" in present:
         print(f"unsupported tokenizer file {present['spiece.model']}; no tokenizer is loaded; "
               "supported: tokenizer.json in the same folder", file=sys.stderr)
@@ -211,55 +169,45 @@ def _add_tokens(backend: Backend, added: dict[str, int]) -> None:
 
 # Loaders -----------------------------------------------------------------------------------------
 #
-# Arguments of each loader:
-#     the paths of its files (see `_LOADERS`);
-#     model_type: the model family, from config.json;
-#     tokenizer_config: the fields of tokenizer_config.json, empty if the file does not exist;
-#     has_config: whether tokenizer_config.json exists.
+# Arguments: the paths of the files, the model family, the fields of tokenizer_config.json.
 
 
-def _load_json(
-    path: Path, *, model_type: str, tokenizer_config: dict, has_config: bool
-) -> Backend:
+def _load_json(path: Path, model_type: str, options: dict) -> Backend:
     """Loads tokenizer.json; the options of tokenizer_config.json take precedence."""
     backend = tokenizers.load(path).backend
-    normalizer = backend.normalizer
-    if isinstance(normalizer, normalizers.BertNormalizer):
-        backend.normalizer = normalizers.BertNormalizer(
-            clean_text=normalizer.clean_text,
-            handle_chinese_chars=tokenizer_config.get("tokenize_chinese_chars",
-                                                      normalizer.handle_chinese_chars),
-            strip_accents=tokenizer_config.get("strip_accents", normalizer.strip_accents),
-            lowercase=tokenizer_config.get("do_lower_case", normalizer.lowercase))
+    if isinstance(normalizer := backend.normalizer, normalizers.BertNormalizer):
+        backend.normalizer = _bert_normalizer(options, normalizer)
     pre_tokenizer = backend.pre_tokenizer
-    if (isinstance(pre_tokenizer, pre_tokenizers.ByteLevel)
-            and "add_prefix_space" in tokenizer_config):
-        pre_tokenizer.add_prefix_space = bool(tokenizer_config["add_prefix_space"])
+    if isinstance(pre_tokenizer, pre_tokenizers.ByteLevel) and "add_prefix_space" in options:
+        pre_tokenizer.add_prefix_space = bool(options["add_prefix_space"])
         backend.pre_tokenizer = pre_tokenizer
     return backend
 
 
-def _load_wordpiece(
-    path: Path, *, model_type: str, tokenizer_config: dict, has_config: bool
-) -> Backend:
+def _load_wordpiece(path: Path, model_type: str, options: dict) -> Backend:
     """Loads the vocab.txt of BERT and DistilBERT (WordPiece)."""
     backend = tokenizers.load(path).backend
-    if has_config:
-        backend.normalizer = normalizers.BertNormalizer(
-            handle_chinese_chars=tokenizer_config.get("tokenize_chinese_chars", True),
-            strip_accents=tokenizer_config.get("strip_accents"),
-            lowercase=tokenizer_config.get("do_lower_case", True))
+    if path.with_name(CONFIG_FILE).is_file():  # otherwise the vocabulary determines the case
+        backend.normalizer = _bert_normalizer(options, normalizers.BertNormalizer())
     return backend
 
 
-def _load_bpe(
-    vocab: Path, merges: Path, *, model_type: str, tokenizer_config: dict, has_config: bool
-) -> Backend:
+def _bert_normalizer(
+    options: dict, default: normalizers.BertNormalizer
+) -> normalizers.BertNormalizer:
+    return normalizers.BertNormalizer(
+        clean_text=default.clean_text,
+        handle_chinese_chars=options.get("tokenize_chinese_chars", default.handle_chinese_chars),
+        strip_accents=options.get("strip_accents", default.strip_accents),
+        lowercase=options.get("do_lower_case", default.lowercase))
+
+
+def _load_bpe(vocab: Path, merges: Path, model_type: str, options: dict) -> Backend:
     """Loads vocab.json and merges.txt: byte-level BPE, or the BPE of GPT-1."""
-    tokenizer_class = (tokenizer_config.get("tokenizer_class") or model_type).lower()
+    tokenizer_class = (options.get("tokenizer_class") or model_type).lower()
     if tokenizer_class.startswith("openai"):
         return _load_gpt1(vocab, merges)
-    add_prefix_space = bool(tokenizer_config.get("add_prefix_space"))
+    add_prefix_space = bool(options.get("add_prefix_space"))
     backend = tokenizers.load(vocab).backend
     if add_prefix_space:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -287,50 +235,43 @@ def _load_gpt1(vocab: Path, merges: Path) -> Backend:
 
 
 def _load_marian(
-    source: Path, target: Path, vocab: Path, *, model_type: str, tokenizer_config: dict,
-    has_config: bool,
+    source: Path, target: Path, vocab: Path, model_type: str, options: dict
 ) -> tuple[Backend, Backend, dict[str, int]]:
-    """Loads source.spm, target.spm and vocab.json of Marian.
-
-    Returns:
-        (backend of the source language, backend of the target language, piece -> id).
-    """
-    if tokenizer_config.get("separate_vocabs"):
+    """(backend of the source language, backend of the target language, piece -> id) of Marian."""
+    if options.get("separate_vocabs"):
         raise ValueError("unsupported separate_vocabs True; supported: False, one vocabulary for "
                          "both languages")
     ids = storage.read_json(vocab)
     if missing := [token for token in _MARIAN_SPECIAL_TOKENS if token not in ids]:
         raise ValueError(f"{vocab.name} has no token {missing[0]!r}")
-    backends = [sentencepiece_model.make_backend(sentencepiece_model.load_model(path))
-                for path in (source, target)]
-    for backend in backends:
-        backend.add_special_tokens(list(_MARIAN_SPECIAL_TOKENS))
+    backends = []
+    for path in (source, target):
+        model = load_sentencepiece(path)
+        unk_id = [piece.type for piece in model.pieces].index(_UNKNOWN)
+        backends.append(_sentencepiece_backend(model, _pieces(model), unk_id))
+        backends[-1].add_special_tokens(list(_MARIAN_SPECIAL_TOKENS))
     return *backends, ids
 
 
-def _load_fairseq(
-    path: Path, *, model_type: str, tokenizer_config: dict, has_config: bool
-) -> Backend:
+def _load_fairseq(path: Path, model_type: str, options: dict) -> Backend:
     """Loads the sentencepiece.bpe.model of XLM-RoBERTa, CamemBERT and mBART.
 
     As in fairseq, the special tokens of the family have the first ids, and the pieces of the
     SentencePiece model have the ids after them.
     """
-    model = sentencepiece_model.load_model(path)
+    model = load_sentencepiece(path)
     if model_type == "camembert":
-        special_tokens = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED"]
-        pieces = [*((token, 0.0) for token in special_tokens), *model.pieces[1:]]
-        pieces[4] = ("<unk>NOTUSED", -100.0)
+        pieces = [("<s>NOTUSED", 0.0), ("<pad>", 0.0), ("</s>NOTUSED", 0.0), ("<unk>", 0.0),
+                  ("<unk>NOTUSED", -100.0), *_pieces(model)[1:]]
     else:
-        special_tokens = ["<s>", "<pad>", "</s>", "<unk>"]
-        pieces = [*((token, 0.0) for token in special_tokens), *model.pieces[3:]]
+        pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *_pieces(model)[3:]]
     languages = MBART_LANGUAGES if model_type == "mbart" else ()
     pieces += [(token, 0.0) for token in (*languages, "<mask>")]
-    backend = sentencepiece_model.make_backend(model, pieces, unk_id=3)
+    backend = _sentencepiece_backend(model, pieces, unk_id=3)
     backend.add_special_tokens([
         *("<s>", "<pad>", "</s>", "<unk>", *languages),
         AddedToken("<mask>", lstrip=True, normalized=False)])
-    language = tokenizer_config.get("src_lang") or "en_XX"
+    language = options.get("src_lang") or "en_XX"
     template = f"$A </s> {language}" if model_type == "mbart" else "<s> $A </s>"
     template_tokens = [token for token in template.split() if token != "$A"]
     backend.post_processor = processors.TemplateProcessing(
@@ -348,3 +289,76 @@ _LOADERS: dict[tuple[str, ...], Callable] = {
     ("vocab.txt",): _load_wordpiece,
     ("sentencepiece.bpe.model",): _load_fairseq,
 }
+
+
+# SentencePiece models -----------------------------------------------------------------------------
+
+_UNIGRAM = 1  # value of TrainerSpec.ModelType
+_UNKNOWN, _USER_DEFINED = 2, 4  # values of ModelProto.SentencePiece.Type
+# The fields of sentencepiece_model.proto in the SentencePiece repository that determine
+# tokenization, with their defaults.
+_SCHEMA = """
+name: "sentencepiece_model.proto"
+message_type { name: "SentencePiece"
+  field { name: "piece" number: 1 type: TYPE_BYTES }
+  field { name: "score" number: 2 type: TYPE_FLOAT }
+  field { name: "type" number: 3 type: TYPE_INT32 default_value: "1" } }
+message_type { name: "TrainerSpec"
+  field { name: "model_type" number: 3 type: TYPE_INT32 default_value: "1" } }
+message_type { name: "NormalizerSpec"
+  field { name: "precompiled_charsmap" number: 2 type: TYPE_BYTES }
+  field { name: "add_dummy_prefix" number: 3 type: TYPE_BOOL default_value: "true" }
+  field { name: "remove_extra_whitespaces" number: 4 type: TYPE_BOOL default_value: "true" } }
+message_type { name: "ModelProto"
+  field { name: "pieces" number: 1 label: LABEL_REPEATED type_name: "SentencePiece" }
+  field { name: "trainer_spec" number: 2 type_name: "TrainerSpec" }
+  field { name: "normalizer_spec" number: 3 type_name: "NormalizerSpec" } }
+"""
+
+
+@functools.cache
+def _model_class() -> type[Message]:
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(text_format.Parse(_SCHEMA, descriptor_pb2.FileDescriptorProto()))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("ModelProto"))
+
+
+def load_sentencepiece(path: Path) -> Message:
+    """Loads a SentencePiece model file, a `ModelProto`; ValueError if it is no unigram model."""
+    try:
+        model = _model_class().FromString(path.read_bytes())
+        types = {piece.type for piece in model.pieces}
+        _pieces(model)
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a SentencePiece model ({error}); the file is corrupted or "
+                         "truncated; download it again") from None
+    if model.trainer_spec.model_type != _UNIGRAM or _UNKNOWN not in types:
+        raise ValueError(f"unsupported SentencePiece model {path} of type "
+                         f"{model.trainer_spec.model_type} with {len(model.pieces)} pieces; "
+                         "supported: unigram models (type 1) with an unknown piece")
+    return model
+
+
+def _pieces(model: Message) -> list[tuple[str, float]]:
+    """(piece, log probability), in the order of their ids."""
+    return [(piece.piece.decode(), piece.score) for piece in model.pieces]
+
+
+def _sentencepiece_backend(
+    model: Message, pieces: list[tuple[str, float]], unk_id: int
+) -> Backend:
+    """A backend with the ids of `pieces` that tokenizes like a SentencePiece model."""
+    backend = Backend(models.Unigram(pieces, unk_id, False))
+    normalizer = model.normalizer_spec
+    steps = []
+    if normalizer.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
+    if normalizer.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex("^ | $"), "")]
+    backend.normalizer = normalizers.Sequence(steps)
+    scheme = "always" if normalizer.add_dummy_prefix else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    backend.add_tokens([AddedToken(piece.piece.decode(), normalized=False)
+                        for piece in model.pieces if piece.type == _USER_DEFINED])
+    return backend

@@ -11,7 +11,7 @@ from transformer_jax.data.datasets import LabeledDataset
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.models import Model, build_model, init_params
 from transformer_jax.objectives import classification
-from transformer_jax.pretrained.runs import LoadedRun, load_model
+from transformer_jax.pretrained import LoadedRun, load_model
 from transformer_jax.recipes.task_encoder import TaskInfo
 
 Source = str | Path | tuple[Model, dict, Tokenizer] | LoadedRun

@@ -19,7 +19,7 @@ from transformer_jax.data import load_pairs
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.models import Transformer, config_to_dict, init_params
 from transformer_jax.objectives import seq2seq
-from transformer_jax.pretrained.runs import LoadedRun, load_run, save_run_config
+from transformer_jax.pretrained import LoadedRun, load_run, save_run_config
 from transformer_jax.recipes import corpus, run_dir
 from transformer_jax.recipes.config import OptimizerConfig, convert_paths
 from transformer_jax.recipes.pretraining import PretrainConfig, pretrain

@@ -23,8 +23,7 @@ from transformer_jax import sharding
 from transformer_jax.data.datasets import load_dataset, subsample_balanced
 from transformer_jax.errors import did_you_mean
 from transformer_jax.finetuning import adapter_io, peft, quantize
-from transformer_jax.pretrained import save_pretrained
-from transformer_jax.pretrained.runs import save_run_config
+from transformer_jax.pretrained import save_pretrained, save_run_config
 from transformer_jax.recipes import prediction, run_dir
 from transformer_jax.recipes.base_model import Source, add_task_head, initial_params, load_base
 from transformer_jax.recipes.config import (

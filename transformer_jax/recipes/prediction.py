@@ -23,7 +23,7 @@ from transformer_jax.data.datasets import LabeledDataset, load_dataset
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.errors import did_you_mean
 from transformer_jax.models import Model, Transformer
-from transformer_jax.pretrained.runs import LoadedRun, is_run, load_run
+from transformer_jax.pretrained import LoadedRun, is_run, load_run
 from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.base_model import load_base
 from transformer_jax.recipes.config import DatasetConfig

@@ -1,7 +1,7 @@
 """The folder of a run: results, identity of its checkpoints, compatibility with older versions.
 
 A run writes `results.json` (config, versions, device, metrics), `config.json` and `tokenizer/`
-(`pretrained.runs`), `checkpoints/`, `events/` for TensorBoard, and figures.
+(`pretrained.load_run`), `checkpoints/`, `events/` for TensorBoard, and figures.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ def setup() -> None:
 
 
 def add_to_run_config(out: Path, **values: Any) -> None:
-    """Adds values to the config.json of a run (`pretrained.runs.save_run_config`)."""
+    """Adds values to the config.json of a run (`pretrained.save_run_config`)."""
     path = out / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
 

@@ -24,7 +24,7 @@ from transformer_jax.generation.texts import generate_texts
 from transformer_jax.models import Transformer, build_model, config_to_dict, init_params
 from transformer_jax.models.config import TransformerConfig
 from transformer_jax.objectives import seq2seq
-from transformer_jax.pretrained.runs import save_run_config
+from transformer_jax.pretrained import save_run_config
 from transformer_jax.recipes import run_dir
 from transformer_jax.recipes.config import MeshConfig, OptimizerConfig, convert_paths
 from transformer_jax.recipes.corpus import with_vocabulary

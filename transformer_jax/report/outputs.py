@@ -9,7 +9,7 @@ import numpy as np
 
 from transformer_jax.generation import fill_mask, generate
 from transformer_jax.models import BART, BERT, GPT, Model, Transformer
-from transformer_jax.pretrained.runs import LoadedRun
+from transformer_jax.pretrained import LoadedRun
 from transformer_jax.report import markup, plots
 from transformer_jax.report.summary import display_name
 

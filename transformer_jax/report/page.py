@@ -11,7 +11,7 @@ from typing import Any
 
 from transformer_jax import tree
 from transformer_jax.errors import USER_ERRORS
-from transformer_jax.pretrained.runs import LoadedRun, is_run, load_run
+from transformer_jax.pretrained import LoadedRun, is_run, load_run
 from transformer_jax.report import markup, plots
 from transformer_jax.report.outputs import (
     DEFAULT_TEXT,
