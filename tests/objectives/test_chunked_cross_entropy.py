@@ -11,8 +11,7 @@ import small_models
 from transformer_jax import sharding
 from transformer_jax.nn.layers import LazyLogits
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
-from transformer_jax.objectives.chunked_cross_entropy import chunked_cross_entropy
-from transformer_jax.objectives.cross_entropy import token_losses
+from transformer_jax.objectives.cross_entropy import chunked_cross_entropy, token_losses
 
 B, T, D, V = 4, 6, 8, 37
 
@@ -28,8 +27,7 @@ def inputs(dtype=jnp.float32, bias=True):
 
 def unchunked(lazy_logits, targets, weights, label_smoothing=0.0):
     """The three sums, from the full logits."""
-    (loss, _), metrics = token_losses(
-        lazy_logits.logits(), None, targets, weights, label_smoothing)
+    loss, _, metrics = token_losses(lazy_logits.logits(), targets, weights, label_smoothing)
     return loss, metrics["nll"][0], metrics["accuracy"][0]
 
 
@@ -171,7 +169,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
     weights = jax.ShapeDtypeStruct(tokens, jnp.float32)
 
     def loss(lazy_logits, targets, weights):
-        return token_losses(lazy_logits.logits(), lazy_logits, targets, weights)[0][0]
+        return token_losses(lazy_logits, targets, weights)[0]
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(lazy_logits, targets, weights).compile()
     logits_bytes = tokens[1] * V * 4

@@ -4,24 +4,20 @@ An objective is a module with two pure functions. `prepare` runs on the host in 
 one example to one row of a batch. `loss` runs on the device in JAX and computes the loss of a
 batch. They are connected only by the arrays of the batch, so either can be replaced.
 
-| module                 | objective                                          | models            |
-|------------------------|----------------------------------------------------|-------------------|
-| `causal_lm`            | predict the next token                             | GPT               |
-| `mlm_nsp`              | predict masked tokens and the next sentence        | BERT              |
-| `seq2seq`              | predict the next target token, given a source text | Transformer, BART |
-| `denoising`            | reconstruct a text from a corrupted copy           | BART, Transformer |
-| `contrastive`          | sentence embeddings, with in-batch negatives       | BERT              |
-| `classification`       | classification, regression, multiple choice        | all               |
-| `token_classification` | classify each word of a text                       | all               |
-| `question_answering`   | find the answer to a question in a context         | all               |
+| module               | objective                                                  | models       |
+|----------------------|------------------------------------------------------------|--------------|
+| `causal_lm`          | predict the next token                                     | GPT          |
+| `mlm_nsp`            | predict masked tokens and the next sentence                | BERT         |
+| `seq2seq`            | predict the next token of a target, given a source text or | Transformer, |
+|                      | a corrupted copy of the target (`prepare_denoising`)       | BART         |
+| `contrastive`        | sentence embeddings, with in-batch negatives               | BERT         |
+| `classification`     | classification, regression, multiple choice; word classes  | all          |
+| `question_answering` | find the answer to a question in a context                 | all          |
 
 `classification` has one `prepare_<task>` and `<task>_loss` per task; its `TASK_TYPES` lists the
-functions of all fine-tuning tasks, with a `predict` for each. The docstring of each module lists
-the keys of its batches with dtype, shape and meaning.
-
-The remaining modules are shared: `input_format` (special tokens, truncation, padding),
-`cross_entropy` (losses as sums and weights), and `chunked_cross_entropy` (the same losses with less
-memory).
+functions of all fine-tuning tasks, with a `predict` for each. `input_format` (special tokens,
+truncation, padding) and `cross_entropy` (losses as sums and weights) are shared. The batch keys
+with dtype, shape and meaning are in the README.md of `transformer_jax`.
 
 ## `prepare(example, rng, **options) -> row`
 
@@ -79,9 +75,6 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=[
-        "causal_lm", "chunked_cross_entropy", "classification", "contrastive", "cross_entropy",
-        "denoising", "input_format", "mlm_nsp", "question_answering", "seq2seq",
-        "token_classification",
-    ],
+    submodules=["causal_lm", "classification", "contrastive", "cross_entropy", "input_format",
+                "mlm_nsp", "question_answering", "seq2seq"],
 )
