@@ -102,10 +102,6 @@ def top1_correct(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> F
 
     Ties are resolved as by `argmax`: the lowest id wins. `argmax` itself is avoided because XLA for
     CPUs does not vectorize it.
-
-    Example:
-        >>> top1_correct(jnp.array([[0.1, 0.9], [0.9, 0.1]]), jnp.array([1, 1])).tolist()
-        [1.0, 0.0]
     """
     return _is_top1(logits, _target_logits(logits, targets), targets)
 
@@ -199,12 +195,11 @@ def chunked_cross_entropy(
     """The weighted sums of `cross_entropy(lazy_logits.logits(), ...)`, without the full logits.
 
     The logits are the largest array of a language model's training step: for 16,384 tokens and a
-    vocabulary of 50,257 they take 3.3 GB in float32, and their gradient takes as much again. Here
-    the output layer is applied to one chunk of tokens at a time. The forward pass reduces the
-    logits of each chunk to their loss and to their contributions to the gradients of the hidden
-    states and of the output embedding; the backward pass only multiplies these gradients by the
-    scalar cotangent of the loss. Memory therefore does not grow with tokens x vocabulary, and no
-    matrix product is computed twice.
+    vocabulary of 50,257 they take 3.3 GB in float32, and their gradient as much again. Here the
+    forward pass applies the output layer to one chunk of tokens at a time, and reduces its logits
+    to the loss and the contributions to the gradients of hidden states and embedding; the backward
+    pass only multiplies these gradients by the scalar cotangent of the loss. Memory therefore does
+    not grow with tokens x vocabulary, and no matrix product is computed twice.
 
     Under a mesh (`jax.set_mesh`), each device computes the sums of its own tokens, which are then
     added over the devices. `tokens_per_chunk`, on one device, and `label_smoothing` are static.
@@ -352,10 +347,10 @@ def softmax_cross_entropy_and_grad(
     label_smoothing: float,
     dtype: jnp.dtype | None,
 ) -> CrossEntropyAndGrad:
-    """Cross-entropy, top-1 accuracy and gradient of the logits of a chunk of tokens.
+    """Cross-entropy, top-1 accuracy and gradient (of `dtype`, None for no gradient) of a chunk.
 
-    `logits` are float32, without `bias`; columns after the first V = `num_classes` are padding.
-    `dtype` is that of the gradient, None for no gradient. Not differentiable itself.
+    `logits` are float32, without `bias`; columns after the first V = `num_classes` are padding. The
+    function itself is not differentiable.
     """
     V, logits_KW, class_ids_KW = num_classes, logits, _class_ids(logits)
     if bias is not None:

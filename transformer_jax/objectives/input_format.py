@@ -1,5 +1,5 @@
 """Rows in NumPy: special tokens, truncation and padding, as in the BERT and GPT papers, and the
-ranges of sentences that rows are made of."""
+sentences that they are made of."""
 
 import functools
 import itertools
@@ -34,11 +34,6 @@ def truncate_pair(
     second is truncated. With `rng`, each token is removed at random from the front or the end, as
     in BERT's pre-training, which avoids a bias towards the beginnings of texts; without, from the
     end.
-
-    Example:
-        >>> a, b = truncate_pair([1, 2, 3, 4], [5, 6], max_tokens=4)
-        >>> a.tolist(), b.tolist()
-        ([1, 2], [5, 6])
     """
     a, b = np.asarray(a, np.int32), np.asarray(b, np.int32)
     while len(a) + len(b) > max_tokens:
@@ -53,19 +48,15 @@ def truncate_pair(
 
 def pack_bert_input(
     a: TokenIds, b: TokenIds | None = None, *, length: int, cls_id: int, sep_id: int,
-    pad_id: int = 0, rng: np.random.Generator | None = None,
+    pad_id: int = 0,
 ) -> dict[str, np.ndarray]:
     """One row `[CLS] a [SEP]`, or for a pair `[CLS] a [SEP] b [SEP]` (BERT paper, section 3).
 
-    Texts, given without special tokens, are truncated if they are too long (`truncate_pair`, also
-    for `rng`).
+    Texts that are too long are truncated (`truncate_pair`); ValueError if `length` leaves no room
+    for one token of each.
 
     Returns:
-        tokens int32 `[T]`; segment_ids int32 `[T]`, 1 at `b` and its [SEP], else 0; padding_mask
-        bool `[T]`, True at tokens and False at padding.
-
-    Raises:
-        ValueError: `length` leaves no room for one token of each text.
+        tokens, segment_ids (1 at `b` and its [SEP]) int32 and padding_mask (True at tokens) bool.
 
     Example:
         >>> row = pack_bert_input([7, 8], [9], length=8, cls_id=1, sep_id=2)
@@ -74,7 +65,7 @@ def pack_bert_input(
     """
     num_special_tokens = 2 if b is None else 3
     _check_length(length, num_special_tokens, a, b)
-    a, b_truncated = truncate_pair(a, [] if b is None else b, length - num_special_tokens, rng)
+    a, b_truncated = truncate_pair(a, [] if b is None else b, length - num_special_tokens)
     first = [cls_id, *a, sep_id]
     second = [] if b is None else [*b_truncated, sep_id]
     return {"tokens": pad(first + second, length, pad_id),
@@ -90,14 +81,7 @@ def pack_gpt_input(
 
     GPT paper, section 3.3. Classifiers are applied to the hidden state of the extract token; GPT-2,
     which has no such token, uses its end-of-text token. Without `start_id`, there is no start
-    token. Texts that are too long are truncated at the end (`truncate_pair`).
-
-    Returns:
-        The arrays of `pack_bert_input`; segment_ids are all 0.
-
-    Raises:
-        ValueError: `delimiter_id` is missing for a pair, or `length` leaves no room for one token
-            of each text.
+    token. Arrays, truncation and errors as for `pack_bert_input`; segment_ids are all 0.
 
     Example:
         >>> pack_gpt_input([7, 8], length=5, extract_id=3)["tokens"].tolist()
@@ -147,9 +131,8 @@ def make_input_packer(
     model: GPT | BERT | Transformer, tokenizer: Any, length: int,
     special_tokens: SpecialTokens | None = None,
 ) -> Callable:
-    """Returns `pack_input(a, b=None)`: the format of a model for one text or a pair.
+    """Returns `pack_input(a, b=None)`: `pack_gpt_input` or `pack_bert_input` with options bound.
 
-    It is `pack_gpt_input` for GPT and `pack_bert_input` for BERT and BART, with all options bound.
     Without `special_tokens`, the only special token of GPT is the extract token, for which the
     tokenizer's end-of-text token is used.
     """
@@ -160,23 +143,43 @@ def make_input_packer(
                              sep_id=tokenizer.sep_id, pad_id=tokenizer.pad_id)
 
 
-def sentence_ranges(
-    sentence_starts: np.ndarray, document_edges: np.ndarray, max_tokens: int,
-    min_sentences: int = 1,
-) -> np.ndarray:
-    """Rows `(first, stop, document)`: ranges of consecutive sentences of one document.
+class SentenceRanges:
+    """Ranges of consecutive sentences of one document, for random access to a corpus.
 
     Each has as many sentences as fit into `max_tokens`, but at least `min_sentences`; fewer
-    sentences at the end of a document are added to the range before them, or left out.
-    `document_edges` are the index of each document's first sentence and the number of sentences.
+    sentences at the end of a document are added to the range before them, or left out. If
+    `min_sentences` is 1, longer sentences are split. The corpus is a `data.Corpus`, or has its
+    arrays `tokens`, `document_starts` and `sentence_starts`.
     """
-    ranges = []
-    for document, (first, end) in enumerate(itertools.pairwise(document_edges)):
-        while end - first >= min_sentences:
-            stop = np.searchsorted(
-                sentence_starts, sentence_starts[first] + max_tokens, side="right") - 1
-            stop = min(max(stop, first + min_sentences), end)
-            stop = end if end - stop < min_sentences else stop
-            ranges.append((first, stop, document))
-            first = stop
-    return np.asarray(ranges, np.int64).reshape(-1, 3)
+
+    def __init__(self, corpus, max_tokens: int, min_sentences: int):
+        self.corpus = corpus
+        # Empty sentences and documents begin where the next one does; `unique` removes them.
+        starts = np.unique(corpus.sentence_starts)
+        if min_sentences == 1:
+            parts = [np.arange(a, b, max_tokens) for a, b in itertools.pairwise(starts)]
+            starts = np.concatenate([*parts, starts[-1:]])
+        self.sentence_starts = starts
+        # The index of each document's first sentence, and the number of all sentences.
+        self.document_edges = np.searchsorted(starts, np.unique(corpus.document_starts))
+        ranges = []
+        for document, (first, end) in enumerate(itertools.pairwise(self.document_edges)):
+            while end - first >= min_sentences:
+                stop = min(max(self.last_stop(first, max_tokens), first + min_sentences), end)
+                stop = end if end - stop < min_sentences else stop
+                ranges.append((first, stop, document))
+                first = stop
+        self.ranges = np.asarray(ranges, np.int64).reshape(-1, 3)
+
+    def last_stop(self, first: int, max_tokens: int) -> int:
+        """The highest `stop` so that sentences `first` to `stop - 1` fit into `max_tokens`."""
+        starts = self.sentence_starts
+        return int(np.searchsorted(starts, starts[first] + max_tokens, side="right")) - 1
+
+    def tokens(self, first: int, stop: int) -> np.ndarray:
+        """The tokens of sentences `first` to `stop - 1`."""
+        return np.asarray(
+            self.corpus.tokens[self.sentence_starts[first] : self.sentence_starts[stop]])
+
+    def __len__(self) -> int:
+        return len(self.ranges)

@@ -11,7 +11,12 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
 from transformer_jax.objectives.cross_entropy import SumAndWeight, dropout_kwargs, token_losses
-from transformer_jax.objectives.input_format import pack_bert_input, pad, sentence_ranges
+from transformer_jax.objectives.input_format import (
+    SentenceRanges,
+    pack_bert_input,
+    pad,
+    truncate_pair,
+)
 
 MASK_RATE = 0.15  # fraction of the tokens that are predicted
 # Fractions of the tokens to predict that are replaced by [MASK] and by a random token.
@@ -39,8 +44,7 @@ def mask_tokens(
             of a selected word are masked together (whole word masking of BERT's 2019 release).
 
     Returns:
-        `tokens` int32 `[T]`, masked, and `masked_positions` (ascending), `masked_targets` int32 and
-        `masked_weights` float32 `[P]`.
+        `tokens`, masked, `masked_positions` (ascending), `masked_targets` and `masked_weights`.
 
     Example:
         >>> row = mask_tokens(np.array([1, 7, 8, 9, 2]), np.random.default_rng(0), mask_id=4,
@@ -84,45 +88,29 @@ def mask_tokens(
     }
 
 
-class SentencePairs:
-    """Random access to ranges of consecutive sentences, from which sentence pairs are sampled.
+class SentencePairs(SentenceRanges):
+    """Random access to ranges of sentences (see `SentenceRanges`), to sample sentence pairs from.
 
     A range consists of at least two sentences of one document, and of about `max_tokens` tokens.
     Item i is `{"first", "stop", "document"}`: sentences `first` to `stop - 1` of the corpus, and
     the index of their document. `sample_pair` splits a range into sentences A and B, so every epoch
     has new pairs. Documents of one sentence have no range; they only provide random sentences B.
-    The corpus is a `data.Corpus`, or has its arrays `tokens`, `document_starts` and
-    `sentence_starts`; `max_tokens` of a pair do not include special tokens.
 
     Raises:
         ValueError: no document has two sentences, or there is only one document.
     """
 
     def __init__(self, corpus, max_tokens: int):
-        self.corpus = corpus
-        # Empty sentences and documents begin where the next one does; `unique` removes them.
-        self.sentence_starts = starts = np.unique(corpus.sentence_starts)
-        # The index of each document's first sentence, and the number of all sentences.
-        self.document_edges = document_edges = np.searchsorted(
-            starts, np.unique(corpus.document_starts))
-        self.ranges = sentence_ranges(starts, document_edges, max_tokens, min_sentences=2)
-        if len(self.ranges) == 0 or len(document_edges) < 3:
+        super().__init__(corpus, max_tokens, min_sentences=2)
+        num_documents = len(self.document_edges) - 1
+        if not len(self) or num_documents < 2:
             raise ValueError(
-                f"the corpus has {len(document_edges) - 1} documents and {len(self.ranges)} ranges "
+                f"the corpus has {num_documents} documents and {len(self)} ranges "
                 "of at least two sentences; next-sentence prediction needs at least 2 documents "
                 "and 1 range: separate documents by a blank line and write one sentence per line")
 
-    def __len__(self) -> int:
-        return len(self.ranges)
-
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        first, stop, document = self.ranges[i]
-        return {"first": first, "stop": stop, "document": document}
-
-    def tokens(self, first: int, stop: int) -> np.ndarray:
-        """The tokens of sentences `first` to `stop - 1`."""
-        starts = self.sentence_starts
-        return np.asarray(self.corpus.tokens[starts[first] : starts[stop]])
+        return dict(zip(("first", "stop", "document"), self.ranges[i]))
 
 
 def sample_pair(
@@ -134,8 +122,7 @@ def sample_pair(
     the second part. Otherwise B consists of consecutive sentences of another document: the first is
     random, and as many are added as fit into `max_tokens` together with A.
 
-    Returns:
-        The tokens of A, the tokens of B, and the label: 0 if B follows A, else 1.
+    Returns the tokens of A, the tokens of B, and the label: 0 if B follows A, else 1.
     """
     first, stop, document = (int(sentence_range[name]) for name in ("first", "stop", "document"))
     split = int(rng.integers(first + 1, stop))
@@ -146,10 +133,8 @@ def sample_pair(
     other = int(rng.integers(len(edges) - 2))
     other += other >= document
     b_first = int(rng.integers(edges[other], edges[other + 1]))
-    max_b_tokens = max(max_tokens - len(a), 1)
-    starts = pairs.sentence_starts
-    b_stop = int(np.searchsorted(starts, starts[b_first] + max_b_tokens, side="right") - 1)
-    return a, pairs.tokens(b_first, min(max(b_stop, b_first + 1), int(edges[other + 1]))), 1
+    b_stop = max(pairs.last_stop(b_first, max(max_tokens - len(a), 1)), b_first + 1)
+    return a, pairs.tokens(b_first, min(b_stop, int(edges[other + 1]))), 1
 
 
 def prepare(
@@ -173,19 +158,12 @@ def prepare(
     if rng.random() < short_sequence_rate:
         max_tokens = int(rng.integers(2, max_tokens + 1))
     a, b, label = sample_pair(pairs, sentence_range, rng, max_tokens)
-    row = pack_bert_input(
-        a, b, length=max_tokens + 3, cls_id=cls_id, sep_id=sep_id, pad_id=pad_id, rng=rng
-    )
-    tokens = pad(row["tokens"], length, pad_id)
-    padding_mask = pad(row["padding_mask"], length).astype(bool)
-    maskable = padding_mask & (tokens != cls_id) & (tokens != sep_id)
-    return {
-        **mask_tokens(tokens, rng, maskable=maskable, **options),
-        "segment_ids": pad(row["segment_ids"], length),
-        "padding_mask": padding_mask,
-        "nsp_labels": np.int32(label),
-        "nsp_weights": np.float32(1),
-    }
+    row = pack_bert_input(*truncate_pair(a, b, max_tokens, rng), length=length, cls_id=cls_id,
+                          sep_id=sep_id, pad_id=pad_id)
+    tokens = row["tokens"]
+    maskable = row["padding_mask"] & (tokens != cls_id) & (tokens != sep_id)
+    return {**row, **mask_tokens(tokens, rng, maskable=maskable, **options),
+            "nsp_labels": np.int32(label), "nsp_weights": np.float32(1)}
 
 
 def loss(

@@ -30,14 +30,10 @@ NUM_SPECIAL_TOKENS = 3  # of a row with question and context, in every input for
 class Window(NamedTuple):
     """A question with a part of its context, as token ids.
 
-    Attributes:
-        example_index: index of the example.
-        question_ids: token ids of the question.
-        context_ids: token ids of the part of the context.
-        offsets: `[n, 2]`, for each context token the offset of its first character in the context
-            and the offset after its last one, without surrounding white space.
-        start, end: first and last token of the answer, as indices into `context_ids`; None if the
-            window does not contain the entire answer.
+    `offsets` are, for each context token, the offset of its first character in the context and the
+    offset after its last one, without surrounding white space. `start` and `end` are the first and
+    last token of the answer, as indices into `context_ids`; None if the window does not contain the
+    entire answer.
     """
 
     example_index: int
@@ -57,8 +53,7 @@ def make_windows(
     Args:
         examples: `{"question": str, "context": str, "answers": [{"text": str, "start": int}]}`.
             Only the first answer is used; a question without an answer has an empty list.
-        tokenizer: a `data.Tokenizer`.
-        length: length T of a row, including 3 special tokens.
+        tokenizer, length: a `data.Tokenizer`, and the length T of a row with 3 special tokens.
         stride: distance in tokens between the starts of windows (`doc_stride` of BERT's code).
         max_question_length: longer questions are truncated to this number of tokens.
         strict: raise an error for an answer that is not at its offset in the context. False skips
@@ -99,16 +94,13 @@ def make_windows(
                 raise
             continue
         window_length = length - NUM_SPECIAL_TOKENS - len(question_ids)
-        first = 0
-        while True:
-            stop = min(first + window_length, len(ids))
+        step = min(stride, window_length)
+        for first in range(0, max(len(ids) - window_length, 0) + step, step):
+            stop = first + window_length
             has_answer = start is not None and first <= start and end < stop
             if has_answer or keep_windows_without_answer or start is None:
                 span = (start - first, end - first) if has_answer else (None, None)
                 windows.append(Window(i, question_ids, ids[first:stop], offsets[first:stop], *span))
-            if stop == len(ids):
-                break
-            first += min(stride, window_length)
     return windows
 
 
@@ -141,10 +133,7 @@ def _next_position(is_member: np.ndarray) -> np.ndarray:
 
 
 def _answer_token_span(example: dict, offsets: np.ndarray) -> tuple[int | None, int | None]:
-    """First and last token that overlap the first answer; (None, None) without answers.
-
-    Raises ValueError unless each answer is at its offset in the context.
-    """
+    """First and last token that overlap the first answer; (None, None) without answers."""
     answers, question = example.get("answers", ()), example.get("id", example["question"])
     for answer in answers:
         text, start = answer["text"], answer["start"]
@@ -171,10 +160,7 @@ def prepare(
 
     `pack_input` formats question and context (`input_format.make_input_packer`). The no-answer
     position is the first token, [CLS]; for causal models, it is the last token of the row, which
-    attends to all others.
-
-    Raises:
-        ValueError: the row is too short for the window.
+    attends to all others. A row that is too short for the window raises ValueError.
     """
     row = pack_input(window.question_ids, window.context_ids)
     # In every input format, one special token follows the context.
@@ -238,12 +224,12 @@ def predict(
 
     The score of a span is the logit of its start plus the logit of its end. `top` (the number of
     spans) and `max_answer_length` (their maximum length in tokens) are static under `jax.jit`.
+    Windows with fewer than `top` spans are padded with spans of very low score, which
+    `decode_answers` ignores.
 
     Returns:
-        scores `[B, top]`; start_tokens and end_tokens `[B, top]`, first and last token of each span
-        as indices into the window's `context_ids`; no_answer_score `[B]`, the score of the
-        no-answer position. Windows with fewer than `top` spans are padded with spans of very low
-        score, which `decode_answers` ignores.
+        scores, start_tokens and end_tokens (as indices into `context_ids`), each `[B, top]`;
+        no_answer_score `[B]`, the score of the no-answer position.
     """
     logits_2BT = _span_logits(apply, params, batch, None)
     no_answer_score = jnp.take_along_axis(
@@ -265,8 +251,7 @@ def predict(
 class AnswerCandidate(NamedTuple):
     """A span `text = context[start_char:end_char]`, or no answer ("" with offsets 0 and 0).
 
-    The score is the logit of the start plus the logit of the end. The probability is the softmax of
-    the score over the candidates of the question.
+    The probability is the softmax of the scores (see `predict`) of the question's candidates.
     """
 
     text: str
@@ -284,8 +269,8 @@ class Answer(NamedTuple):
     start_char: int
     end_char: int
     score: float
-    no_answer_score: float
     probability: float
+    no_answer_score: float
     candidates: list[AnswerCandidate]
 
 
@@ -300,7 +285,7 @@ def decode_answers(
     Args:
         examples, windows: the examples of `make_windows`, and all their windows.
         predictions: the outputs of `predict` for the windows, concatenated in the same order.
-        n_best: maximum number of spans that are kept as candidates, at most `top` of `predict`.
+        n_best: maximum number of candidates, at most `top` of `predict`.
         allow_no_answer, no_answer_threshold: if allowed, "" is selected where the score of "no
             answer" exceeds that of the best span by more than the threshold (SQuAD 2.0; BERT
             paper, section 4.3).
@@ -352,5 +337,4 @@ def _select_answer(context, spans, no_answer_score, n_best, allow_no_answer,
     candidates = [AnswerCandidate(context[start:stop], start, stop, score, probability)
                   for (score, start, stop), probability in zip(best, probabilities)]
     selected = next(c for c in candidates if (c.end_char == 0) == is_empty)
-    return Answer(selected.text, selected.start_char, selected.end_char, selected.score,
-                  no_answer_score, selected.probability, candidates)
+    return Answer(*selected, no_answer_score, candidates)

@@ -7,7 +7,6 @@ corrupted text is the source and the original text the target. Both have the sam
 keys.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Key
 
 from transformer_jax.objectives.cross_entropy import SumAndWeight, dropout_kwargs, token_losses
-from transformer_jax.objectives.input_format import TokenIds, pad, sentence_ranges
+from transformer_jax.objectives.input_format import SentenceRanges, TokenIds, pad
 
 
 def prepare(
@@ -221,12 +220,11 @@ def _sample_span_lengths(total: int, mean: float, rng: np.random.Generator) -> n
     return np.minimum(lengths, total - sum_before)[sum_before < total]
 
 
-class Passages:
-    """Random access to the passages of a corpus: consecutive sentences of one document.
+class Passages(SentenceRanges):
+    """Random access to the passages of a corpus (see `SentenceRanges`).
 
-    Each passage contains as many sentences as fit into `max_tokens`; a sentence that is longer is
-    split. Item i is the list of the passage's sentences, arrays of token ids. The corpus is a
-    `data.Corpus`, or has its arrays `tokens`, `document_starts` and `sentence_starts`.
+    Each passage contains as many sentences of one document as fit into `max_tokens`. Item i is the
+    list of the passage's sentences, arrays of token ids.
 
     Raises:
         ValueError: `max_tokens` is below 1, or the corpus is empty.
@@ -235,20 +233,10 @@ class Passages:
     def __init__(self, corpus, max_tokens: int):
         if max_tokens < 1:
             raise ValueError(f"max_tokens of a passage is {max_tokens}; use at least 1")
-        self.corpus = corpus
-        # Empty sentences and documents begin where the next one does; `unique` removes them.
-        starts = np.unique(corpus.sentence_starts)
-        split_starts = [np.arange(a, b, max_tokens) for a, b in itertools.pairwise(starts)]
-        self.sentence_starts = starts = np.concatenate([*split_starts, starts[-1:]])
-        document_edges = np.searchsorted(starts, np.unique(corpus.document_starts))
-        self.passages = sentence_ranges(starts, document_edges, max_tokens)
-        if not len(self.passages):
+        super().__init__(corpus, max_tokens, min_sentences=1)
+        if not len(self):
             raise ValueError("the corpus has 0 sentences; it needs at least 1")
 
-    def __len__(self) -> int:
-        return len(self.passages)
-
     def __getitem__(self, i: int) -> list[np.ndarray]:
-        first, stop, _ = self.passages[i]
-        edges = itertools.pairwise(self.sentence_starts[first : stop + 1])
-        return [np.asarray(self.corpus.tokens[a:b]) for a, b in edges]
+        first, stop, _ = self.ranges[i]
+        return [self.tokens(k, k + 1) for k in range(first, stop)]
