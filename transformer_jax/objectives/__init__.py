@@ -1,7 +1,8 @@
 """Pre-training and fine-tuning objectives.
 
 An objective is a module with two pure functions, connected only by the arrays of a batch: `prepare`
-(host, NumPy) converts one example to one row, and `loss` (device, JAX) computes the loss of a batch.
+(host, NumPy) converts one example to one row, and `loss` (device, JAX) computes the loss of stacked
+rows.
 
 | module               | objective                                                  | models       |
 |----------------------|------------------------------------------------------------|--------------|
@@ -20,8 +21,7 @@ with dtype, shape and meaning are in the README.md of `transformer_jax`.
 
 ## `prepare(example, rng, **options) -> row`
 
-Converts one example, usually token ids, to a dict of NumPy arrays of fixed shape; stacked rows are a
-batch. All randomness (masking, corruption, random sentence pairs) comes from `rng`, a
+Converts one example, usually token ids, to a dict of NumPy arrays of fixed shape. All randomness (masking, corruption, random sentence pairs) comes from `rng`, a
 `np.random.Generator`, which is unused where there is none. Invalid examples (a label outside the
 classes, a text that does not fit) raise `ValueError` here, before anything is compiled.
 

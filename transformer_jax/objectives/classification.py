@@ -46,7 +46,6 @@ def _pack_texts(example: dict, pack_input: Callable, both_orders: bool) -> dict[
 
 
 def _check_labels(name: str, labels: Sequence[int], num_classes: int, kind: str = "classes"):
-    """Raises ValueError if a label is outside `[0, num_classes)`."""
     outside = [label for label in labels if not 0 <= label < num_classes]
     if outside:
         raise ValueError(f"{name} {outside[0]} is outside the {num_classes} {kind} 0 to "
@@ -69,15 +68,6 @@ def prepare_classification(
 
     Raises:
         ValueError: the label is not a class, or `both_orders` without a second text.
-
-    Example:
-        >>> import functools
-        >>> from transformer_jax.objectives.input_format import pack_bert_input
-        >>> pack_input = functools.partial(pack_bert_input, length=5, cls_id=1, sep_id=2)
-        >>> row = prepare_classification(
-        ...     {"tokens": [7, 8], "label": 1}, pack_input=pack_input, num_classes=2)
-        >>> row["tokens"].tolist(), int(row["labels"])
-        ([1, 7, 8, 2, 0], 1)
     """
     label = int(example["label"])
     _check_labels("label", [label], num_classes)
@@ -93,11 +83,8 @@ def prepare_multiple_choice(
 
     The example is `{"tokens": ids, "choices": list of ids, "label": index of the correct choice}`;
     without "tokens", each choice is a row by itself. Examples with fewer choices than `num_choices`
-    are padded with rows of zeros.
-
-    Raises:
-        ValueError: fewer than 2 or more than `num_choices` choices, or the label is not the index
-            of a choice.
+    are padded with rows of zeros. ValueError for fewer than 2 or more than `num_choices` choices,
+    or a label that is not the index of a choice.
     """
     choices, label = example["choices"], int(example["label"])
     if not 2 <= len(choices) <= num_choices:
@@ -120,18 +107,17 @@ def classification_loss(
     For multiple choice (batches with "choices"), P is a softmax over one logit per choice (GPT
     paper, section 3.3; BERT paper, section 4.4), from a model with one class.
 
+    The metric is "accuracy". With `aux_lm_loss_weight`, sum and weight are dicts with the terms
+    "task" and "lm", and the metric "lm_nats" is the language modeling loss, not multiplied by
+    lambda.
+
     Args:
         apply, params, batch, rng: see `transformer_jax.objectives`.
-        aux_lm_loss_weight: lambda of the auxiliary language modeling loss (GPT only): the loss is
-            the mean task loss plus lambda times the mean of -log P(next token) over the same rows
-            (GPT paper, section 3.2, L3).
+        aux_lm_loss_weight: lambda of the auxiliary language modeling loss: the loss is the mean
+            task loss plus lambda times the mean of -log P(next token) over the same rows (GPT
+            paper, section 3.2, L3).
         vocab_size: size of the vocabulary without new special tokens, which are not targets of the
             language modeling loss; None uses the vocabulary size of the model.
-
-    Returns:
-        `(sum, weight, metrics)` with the metric "accuracy". With `aux_lm_loss_weight`, sum and
-        weight are dicts with the terms "task" and "lm", and the metric "lm_nats" is the language
-        modeling loss, not multiplied by lambda.
 
     Raises:
         ValueError: `both_orders` or `aux_lm_loss_weight` with a model other than GPT.
@@ -148,8 +134,7 @@ def classification_predict(apply: Callable, params: dict, batch: dict[str, Array
 
 
 def _class_logits(apply, params, batch, rng=None, aux_lm_loss_weight=0.0, vocab_size=None):
-    """The logits `[B, C]` of the classes or choices, and `(sum, weight)` of the language modeling
-    loss or None.
+    """The class logits `[B, C]`, and `(sum, weight)` of the language modeling loss or None.
 
     The features of both orders, rows `[B, 2, T]`, are added (GPT paper, figure 1). The logit of a
     choice is the single class logit of its row.
@@ -217,12 +202,8 @@ def prepare_regression(
 ) -> dict[str, np.ndarray]:
     """Converts a text or a pair with its score to one row, as `prepare_classification`.
 
-    "label" is a number, and `labels` are float32: `label_range`, the lowest and the highest label,
-    is mapped to the range 0 to 1.
-
-    Raises:
-        ValueError: the label is not finite, the range is empty, or `both_orders` without a second
-            text.
+    `label_range`, the lowest and the highest label, is mapped to the range 0 to 1. ValueError if it
+    is empty, or a label is not finite.
     """
     low, high = label_range
     label = float(example["label"])
@@ -264,13 +245,10 @@ def regression_predict(
 def subword_ids(
     words: Sequence[str], tokenizer: Any, add_prefix_space: bool = False
 ) -> list[list[int]]:
-    """Tokenizes each word of a text by itself.
+    """Tokenizes each word of a text by itself; ValueError for a word without tokens.
 
     With `add_prefix_space`, all words but the first get a space in front, for byte-level BPE, whose
     tokens include the space.
-
-    Raises:
-        ValueError: a word has no tokens.
     """
     texts = [(" " if add_prefix_space and i else "") + word for i, word in enumerate(words)]
     ids = tokenizer.encode_batch(texts)
@@ -350,14 +328,9 @@ def token_classification_predict(apply: Callable, params: dict, batch: dict[str,
 
 
 class TaskType(NamedTuple):
-    """The functions of one type of labeled task.
-
-    Attributes:
-        task: name of the model's head, the argument `task` of `models.build_model`.
-        prepare: `prepare(example, rng, **options)`, one example to one row, on the host.
-        loss: `loss(apply, params, batch, rng)`, on the device.
-        predict: `predict(apply, params, batch)`, on the device.
-    """
+    """The functions `prepare(example, rng, **options)`, `loss(apply, params, batch, rng)` and
+    `predict(apply, params, batch)` of one type of labeled task, and the name of the model's head,
+    which is the argument `task` of `models.build_model`."""
 
     task: str
     prepare: Callable

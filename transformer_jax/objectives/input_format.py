@@ -21,7 +21,6 @@ def pad(ids: TokenIds, length: int, fill: int = 0) -> np.ndarray:
 
 
 def stack_rows(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Stacks the arrays of rows along a new first axis."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 

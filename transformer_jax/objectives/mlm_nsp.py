@@ -95,9 +95,6 @@ class SentencePairs(SentenceRanges):
     Item i is `{"first", "stop", "document"}`: sentences `first` to `stop - 1` of the corpus, and
     the index of their document. `sample_pair` splits a range into sentences A and B, so every epoch
     has new pairs. Documents of one sentence have no range; they only provide random sentences B.
-
-    Raises:
-        ValueError: no document has two sentences, or there is only one document.
     """
 
     def __init__(self, corpus, max_tokens: int):

@@ -27,9 +27,7 @@ def prepare(
     Both texts end with `eos_id` and, if `bos_id` is given, begin with it; texts that are too long
     are truncated at the end. The decoder inputs are the targets shifted right, with `start_id` at
     the first position, so the input at a position never contains the token to predict there.
-
-    Raises:
-        ValueError: a length leaves no room for one token of text.
+    ValueError if a length leaves no room for one token of text.
 
     Example:
         >>> row = prepare({"source": [7, 8], "target": [9]}, source_length=4, target_length=3,
@@ -142,13 +140,7 @@ def corrupt(
     sentences: Sequence[TokenIds], rng: np.random.Generator, noise: Noise, *, mask_id: int,
     word_starts: Bool[np.ndarray, "V"] | None = None,
 ) -> np.ndarray:
-    """Corrupts a text, given as the token ids of its sentences.
-
-    Example:
-        >>> noise = Noise(permute=False, infill=0.0, mask=1.0)
-        >>> corrupt([[10, 11], [20]], np.random.default_rng(0), noise, mask_id=4).tolist()
-        [4, 4, 4]
-    """
+    """Corrupts a text, given as the token ids of its sentences."""
     order = rng.permutation(len(sentences)) if noise.permute else range(len(sentences))
     tokens = np.concatenate([np.asarray(sentences[i], np.int32) for i in order])
     if noise.infill:
@@ -221,14 +213,8 @@ def _sample_span_lengths(total: int, mean: float, rng: np.random.Generator) -> n
 
 
 class Passages(SentenceRanges):
-    """Random access to the passages of a corpus (see `SentenceRanges`).
-
-    Each passage contains as many sentences of one document as fit into `max_tokens`. Item i is the
-    list of the passage's sentences, arrays of token ids.
-
-    Raises:
-        ValueError: `max_tokens` is below 1, or the corpus is empty.
-    """
+    """Random access to the passages of a corpus: as many sentences of one document as fit into
+    `max_tokens` (see `SentenceRanges`). An item is a list of sentences, arrays of token ids."""
 
     def __init__(self, corpus, max_tokens: int):
         if max_tokens < 1:
