@@ -4,15 +4,14 @@ An objective is a module with two pure functions, connected only by the arrays o
 (host, NumPy) converts one example to one row, and `loss` (device, JAX) computes the loss of stacked
 rows.
 
-| module               | objective                                                  | models       |
-|----------------------|------------------------------------------------------------|--------------|
-| `causal_lm`          | predict the next token                                     | GPT          |
-| `mlm_nsp`            | predict masked tokens and the next sentence                | BERT         |
-| `seq2seq`            | predict the next token of a target, given a source text or | Transformer, |
-|                      | a corrupted copy of the target (`prepare_denoising`)       | BART         |
-| `contrastive`        | sentence embeddings, with in-batch negatives               | BERT         |
-| `classification`     | classification, regression, multiple choice; word classes  | all          |
-| `question_answering` | find the answer to a question in a context                 | all          |
+| module               | objective                                                 | models           |
+|----------------------|-----------------------------------------------------------|------------------|
+| `causal_lm`          | predict the next token                                    | GPT              |
+| `mlm_nsp`            | predict masked tokens and the next sentence               | BERT             |
+| `seq2seq`            | predict a target text from a source text; denoising       | Transformer/BART |
+| `contrastive`        | sentence embeddings, with in-batch negatives              | BERT             |
+| `classification`     | classification, regression, multiple choice; word classes | all              |
+| `question_answering` | find the answer to a question in a context                | all              |
 
 `classification` has one `prepare_<task>` and `<task>_loss` per task; its `TASK_TYPES` lists the
 functions of all fine-tuning tasks, with a `predict` for each. `input_format` (special tokens,
@@ -21,9 +20,10 @@ with dtype, shape and meaning are in the README.md of `transformer_jax`.
 
 ## `prepare(example, rng, **options) -> row`
 
-Converts one example, usually token ids, to a dict of NumPy arrays of fixed shape. All randomness (masking, corruption, random sentence pairs) comes from `rng`, a
-`np.random.Generator`, which is unused where there is none. Invalid examples (a label outside the
-classes, a text that does not fit) raise `ValueError` here, before anything is compiled.
+Converts one example, usually token ids, to a dict of NumPy arrays of fixed shape. All randomness
+(masking, corruption, random sentence pairs) comes from `rng`, a `np.random.Generator`; objectives
+without any ignore it. Invalid examples (a label outside the classes, a text that does not fit)
+raise `ValueError` here, before anything is compiled.
 
 ## `loss(apply, params, batch, rng) -> (sum, weight, metrics)`
 

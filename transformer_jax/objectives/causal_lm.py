@@ -47,7 +47,7 @@ def loss(
     `logits_per_chunk` of `cross_entropy.token_losses`.
     """
     out = apply({"params": params}, batch["tokens"], positions=batch.get("positions"),
-                document_ids=batch.get("document_ids"), **dropout_kwargs(rng))
+                document_ids=batch.get("document_ids"), return_logits=False, **dropout_kwargs(rng))
     total, weight, metrics = token_losses(
         getattr(out, "lazy_logits", None) or out.logits, batch["targets"], batch["weights"],
         **options)

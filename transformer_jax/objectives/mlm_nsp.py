@@ -176,7 +176,7 @@ def loss(
     """
     out = apply({"params": params}, batch["tokens"], segment_ids=batch.get("segment_ids"),
                 padding_mask=batch.get("padding_mask"), masked_positions=batch["masked_positions"],
-                **dropout_kwargs(rng))
+                return_logits=False, **dropout_kwargs(rng))
     args = {"mlm": (getattr(out, "lazy_mlm_logits", None) or out.mlm_logits,
                     batch["masked_targets"], batch["masked_weights"])}
     if "nsp_labels" in batch:

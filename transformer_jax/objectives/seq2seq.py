@@ -65,7 +65,7 @@ def loss(
     The metrics are "nll", the cross-entropy without label smoothing, and "accuracy".
     """
     out = apply({"params": params}, batch["tokens"], batch["decoder_tokens"],
-                padding_mask=batch["padding_mask"], **dropout_kwargs(rng))
+                padding_mask=batch["padding_mask"], return_logits=False, **dropout_kwargs(rng))
     return token_losses(
         getattr(out, "lazy_logits", None) or out.logits, batch["targets"], batch["weights"],
         label_smoothing if rng is not None else 0.0, logits_per_chunk)
