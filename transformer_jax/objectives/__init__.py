@@ -4,14 +4,14 @@ An objective is a module with two pure functions, connected only by the arrays o
 (host, NumPy) converts one example to one row, and `loss` (device, JAX) computes the loss of stacked
 rows.
 
-| module               | objective                                                 | models           |
-|----------------------|-----------------------------------------------------------|------------------|
-| `causal_lm`          | predict the next token                                    | GPT              |
-| `mlm_nsp`            | predict masked tokens and the next sentence               | BERT             |
-| `seq2seq`            | predict a target text from a source text; denoising       | Transformer/BART |
-| `contrastive`        | sentence embeddings, with in-batch negatives              | BERT             |
-| `classification`     | classification, regression, multiple choice; word classes | all              |
-| `question_answering` | find the answer to a question in a context                | all              |
+| module               | objective                                            | models            |
+|----------------------|------------------------------------------------------|-------------------|
+| `causal_lm`          | predict the next token                               | GPT               |
+| `mlm_nsp`            | predict masked tokens and the next sentence          | BERT              |
+| `seq2seq`            | predict a target text from a source text; denoising  | Transformer, BART |
+| `contrastive`        | sentence embeddings, with in-batch negatives         | BERT              |
+| `classification`     | classify texts or words, regression, multiple choice | all               |
+| `question_answering` | find the answer to a question in a context           | all               |
 
 `classification` has one `prepare_<task>` and `<task>_loss` per task; its `TASK_TYPES` lists the
 functions of all fine-tuning tasks, with a `predict` for each. `input_format` (special tokens,
