@@ -16,7 +16,7 @@ rows.
 `classification` has one `prepare_<task>` and `<task>_loss` per task; its `TASK_TYPES` lists the
 functions of all fine-tuning tasks, with a `predict` for each. `input_format` (special tokens,
 truncation, padding) and `cross_entropy` (losses as sums and weights) are shared. The batch keys
-with dtype, shape and meaning are in the README.md of `transformer_jax`.
+with dtype, shape and meaning are in `transformer_jax/README.md` of the repository.
 
 ## `prepare(example, rng, **options) -> row`
 
