@@ -96,8 +96,8 @@ def test_multiple_choice(family):
     rows = stacked(feature_cache.compute_features(model, params, [data]))
     assert rows["tokens"].shape == (3, 4, 24)
     features_apply = feature_cache.make_features_apply(model.apply)
-    total, weight, _ = classification.multiple_choice_loss(features_apply, params, rows)
-    call = jax.jit(functools.partial(classification.multiple_choice_loss, model.apply))
+    total, weight, _ = classification.classification_loss(features_apply, params, rows)
+    call = jax.jit(functools.partial(classification.classification_loss, model.apply))
     expected, expected_weight, _ = call(params, data)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     assert weight == expected_weight == 3

@@ -11,20 +11,17 @@ from small_models import BART, BERT, GPT2, TRANSFORMER, VOCAB, build, forward
 
 from transformer_jax.finetuning import feature_cache, peft
 from transformer_jax.models import build_model
-from transformer_jax.objectives import classification
 from transformer_jax.objectives.classification import (
     TASK_TYPES,
-    SpecialTokens,
     classification_loss,
     classification_predict,
-    multiple_choice_loss,
-    multiple_choice_predict,
     prepare_classification,
     prepare_multiple_choice,
     prepare_regression,
     regression_loss,
     regression_predict,
 )
+from transformer_jax.objectives.input_format import SpecialTokens, make_input_packer
 
 LENGTH = 10
 TOKENIZER = SimpleNamespace(cls_id=1, sep_id=2, pad_id=0, eos_id=3)
@@ -36,8 +33,7 @@ FAMILIES = {"gpt": GPT2, "bert": BERT, "transformer": TRANSFORMER, "bart": BART}
 
 
 def input_packer(config, special_tokens=EXISTING):
-    return classification.make_input_packer(
-        build(config, 1)[0], TOKENIZER, LENGTH, special_tokens)
+    return make_input_packer(build(config, 1)[0], TOKENIZER, LENGTH, special_tokens)
 
 
 def stack(rows):
@@ -140,10 +136,10 @@ def test_multiple_choice_of_known_logits():
     """The third choice is padding: its logit, the highest, has no effect."""
     batch = stack([prepare_choices_for_bert({"choices": [[9], [6]], "label": 1})])
     apply = fixed_logits_apply([[0.0], [np.log(3)], [50.0]])
-    total, weight, metrics = multiple_choice_loss(apply, {}, batch)
+    total, weight, metrics = classification_loss(apply, {}, batch)
     assert float(total) == pytest.approx(np.log(4 / 3)) and weight == 1
     assert metrics["accuracy"] == (1, 1)
-    probabilities = multiple_choice_predict(apply, {}, batch)["probabilities"]
+    probabilities = classification_predict(apply, {}, batch)["probabilities"]
     np.testing.assert_allclose(probabilities, [[0.25, 0.75, 0]], rtol=1e-6)
 
 
@@ -154,7 +150,7 @@ def test_choices_are_scored_by_the_classifier_of_every_family(family):
     model, params = build(config, 1)
     pack_input = input_packer(config)
     batch = stack([prepare_multiple_choice(CHOICES, pack_input=pack_input, num_choices=3)])
-    total, weight, _ = compiled(multiple_choice_loss, model, params, batch)
+    total, weight, _ = compiled(classification_loss, model, params, batch)
     rows = stack([pack_input([7, 8], [9]), pack_input([7, 8], [6, 6])])
     logits = forward(config, rows.pop("tokens"), method="classification_logits", num_classes=1,
                      **rows)[:, 0]
@@ -237,7 +233,7 @@ def test_auxiliary_language_modeling_loss_of_multiple_choice():
     model, params = build(GPT2, 1)
     batch = stack([prepare_multiple_choice(CHOICES, pack_input=input_packer(GPT2),
                                            num_choices=3)])
-    _, weights, _ = compiled(multiple_choice_loss, model, params, batch, aux_lm_loss_weight=2.0)
+    _, weights, _ = compiled(classification_loss, model, params, batch, aux_lm_loss_weight=2.0)
     assert weights == {"task": 1, "lm": 5 + 6}
 
 

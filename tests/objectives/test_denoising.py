@@ -8,8 +8,8 @@ import pytest
 import small_models
 
 from transformer_jax.data import batching
-from transformer_jax.objectives import denoising, seq2seq
-from transformer_jax.objectives.denoising import Noise
+from transformer_jax.objectives import seq2seq
+from transformer_jax.objectives.seq2seq import Noise, prepare_denoising
 
 MASK = 4
 TEXT = np.arange(100, 200)
@@ -22,7 +22,7 @@ def rng(seed=0):
 
 
 def infilled(seed=0, text=TEXT, rate=0.3, mean_span=3.0, **options):
-    return denoising.text_infilling(
+    return seq2seq.text_infilling(
         text, rng(seed), rate=rate, mean_span=mean_span, mask_id=MASK, **options)
 
 
@@ -94,23 +94,25 @@ def test_text_infilling_of_very_short_texts():
             assert 1 <= len(corrupted) <= 2 * n + 1
 
 
+def corrupted_by(seed=0, **noise):
+    return seq2seq.corrupt([TEXT], rng(seed), NO_NOISE._replace(**noise), mask_id=MASK)
+
+
 def test_token_masking_and_deletion():
-    masked = denoising.token_masking(TEXT, rng(), rate=0.15, mask_id=MASK)
+    masked = corrupted_by(mask=0.15)
     assert (masked == MASK).sum() == 15 and (masked[masked != MASK] == TEXT[masked != MASK]).all()
-    shorter = denoising.token_deletion(TEXT, rng(), rate=0.2)
+    shorter = corrupted_by(delete=0.2)
     assert len(shorter) == 80 and (np.diff(shorter) > 0).all() and MASK not in shorter
-    masked, deleted = (
-        np.mean([~np.isin(TEXT, corrupt(TEXT, rng(seed), rate=0.15)) for seed in range(1000)], 0)
-        for corrupt in (functools.partial(denoising.token_masking, mask_id=MASK),
-                        denoising.token_deletion))
-    np.testing.assert_allclose(masked, 0.15, atol=0.06)  # all positions are equally likely
-    np.testing.assert_allclose(deleted, 0.15, atol=0.06)
+    for kind in ("mask", "delete"):  # all positions are equally likely
+        hidden = np.mean([~np.isin(TEXT, corrupted_by(seed, **{kind: 0.15}))
+                          for seed in range(1000)], 0)
+        np.testing.assert_allclose(hidden, 0.15, atol=0.06)
 
 
 def test_document_rotation_starts_at_all_positions():
     firsts = set()
     for seed in range(2000):
-        rotated = denoising.document_rotation(TEXT, rng(seed))
+        rotated = corrupted_by(seed, rotate=1.0)
         firsts.add(int(rotated[0]))
         np.testing.assert_array_equal(np.roll(rotated, rotated[0] - 100), TEXT)
     assert firsts == set(TEXT.tolist())
@@ -122,7 +124,7 @@ SENTENCES = [np.array([10, 11]), np.array([20, 21, 22]), np.array([30])]
 def test_sentence_permutation_does_not_split_sentences():
     orders = set()
     for seed in range(200):
-        corrupted = denoising.corrupt(
+        corrupted = seq2seq.corrupt(
             SENTENCES, rng(seed), NO_NOISE._replace(permute=True), mask_id=MASK)
         orders.add(tuple(corrupted.tolist()))
     assert len(orders) == 6
@@ -131,12 +133,12 @@ def test_sentence_permutation_does_not_split_sentences():
 
 def test_corrupt_combines_noise_and_is_deterministic():
     noise = Noise(permute=True, infill=0.2, mask=0.1, delete=0.1, rotate=1.0)
-    first, again, other = (denoising.corrupt([TEXT, TEXT + 100], rng(s), noise, mask_id=MASK)
+    first, again, other = (seq2seq.corrupt([TEXT, TEXT + 100], rng(s), noise, mask_id=MASK)
                            for s in (0, 0, 1))
     assert first.tolist() == again.tolist() != other.tolist()
-    unchanged = denoising.corrupt(SENTENCES, rng(), NO_NOISE, mask_id=MASK)
+    unchanged = seq2seq.corrupt(SENTENCES, rng(), NO_NOISE, mask_id=MASK)
     assert unchanged.tolist() == [10, 11, 20, 21, 22, 30]
-    rotated_fraction = np.mean([denoising.corrupt(
+    rotated_fraction = np.mean([seq2seq.corrupt(
         SENTENCES, rng(s), NO_NOISE._replace(rotate=0.4), mask_id=MASK)[0] != 10
         for s in range(600)])
     assert 0.4 * 5 / 6 - 0.06 < rotated_fraction < 0.4 * 5 / 6 + 0.06
@@ -148,23 +150,23 @@ CORPUS = SimpleNamespace(
 
 
 def test_passages_are_complete_sentences_of_one_document():
-    passages = denoising.Passages(CORPUS, 8)
+    passages = seq2seq.Passages(CORPUS, 8)
     assert [[len(s) for s in passages[i]] for i in range(len(passages))] == [
         [4], [5], [3], [8], [4, 2]]
-    longer = denoising.Passages(CORPUS, 9)
+    longer = seq2seq.Passages(CORPUS, 9)
     assert [[len(s) for s in longer[i]] for i in range(len(longer))] == [[4, 5], [3], [9], [3, 2]]
     np.testing.assert_array_equal(
         np.concatenate([np.concatenate(passages[i]) for i in range(len(passages))]), CORPUS.tokens)
     with pytest.raises(ValueError, match="max_tokens of a passage is 0"):
-        denoising.Passages(CORPUS, 0)
+        seq2seq.Passages(CORPUS, 0)
 
 
 def test_prepare():
-    row = denoising.prepare(SENTENCES, rng(), noise=NO_NOISE, length=9, **IDS)
+    row = prepare_denoising(SENTENCES, rng(), noise=NO_NOISE, length=9, **IDS)
     assert row["tokens"].tolist() == [0, 10, 11, 20, 21, 22, 30, 2, 1]
     assert row["targets"].tolist() == [0, 10, 11, 20, 21, 22, 30, 2, 1]
     assert row["decoder_tokens"].tolist() == [2, 0, 10, 11, 20, 21, 22, 30, 1]
-    truncated = denoising.prepare(
+    truncated = prepare_denoising(
         SENTENCES, rng(), noise=NO_NOISE._replace(permute=True), length=6, **IDS)
     assert truncated["targets"].tolist() == [0, 10, 11, 20, 21, 2]
     assert sorted(truncated["tokens"][1:5]) == [10, 11, 20, 21]  # the tokens of the target only
@@ -173,7 +175,7 @@ def test_prepare():
 def test_only_the_source_is_corrupted():
     noise = Noise(infill=0.4)
     for seed in range(20):
-        row = denoising.prepare([TEXT[:40]], rng(seed), noise=noise, length=48, **IDS)
+        row = prepare_denoising([TEXT[:40]], rng(seed), noise=noise, length=48, **IDS)
         target = row["targets"][row["weights"] > 0]
         assert target.tolist() == [0, *TEXT[:40], 2] and MASK not in row["decoder_tokens"]
         assert MASK in row["tokens"] and row["padding_mask"].sum() < 42
@@ -188,13 +190,9 @@ def test_only_the_source_is_corrupted():
 ])
 def test_invalid_noise_and_length(change, message):
     with pytest.raises(ValueError, match=message):
-        denoising.prepare(SENTENCES, rng(), noise=NO_NOISE._replace(**change), length=9, **IDS)
+        prepare_denoising(SENTENCES, rng(), noise=NO_NOISE._replace(**change), length=9, **IDS)
     with pytest.raises(ValueError, match="source_length 2 leaves no room"):
-        denoising.prepare(SENTENCES, rng(), noise=NO_NOISE, length=2, **IDS)
-
-
-def test_the_loss_is_that_of_seq2seq():
-    assert denoising.loss is seq2seq.loss
+        prepare_denoising(SENTENCES, rng(), noise=NO_NOISE, length=2, **IDS)
 
 
 def test_logits_do_not_depend_on_their_own_target():
@@ -205,7 +203,7 @@ def test_logits_do_not_depend_on_their_own_target():
     hide_all = NO_NOISE._replace(infill=1.0)
     for k in (0, 5, 11):
         other = np.concatenate([text[:k], 5 + (text[k:] + 1) % 50])
-        row, changed = (denoising.prepare([t], rng(), noise=hide_all, length=16, **ids)
+        row, changed = (prepare_denoising([t], rng(), noise=hide_all, length=16, **ids)
                         for t in (text, other))
         assert row["tokens"].tolist() == changed["tokens"].tolist() == [0, MASK, 2] + [1] * 13
         logits, others = (
@@ -222,8 +220,8 @@ def test_every_epoch_has_new_noise():
     runs = []
     for _ in range(2):
         loader = batching.make_loader(
-            denoising.Passages(CORPUS, 40), 2, num_epochs=2, seed=3, prefetch=0,
-            transform=functools.partial(denoising.prepare, noise=Noise(infill=0.4), length=20,
+            seq2seq.Passages(CORPUS, 40), 2, num_epochs=2, seed=3, prefetch=0,
+            transform=functools.partial(prepare_denoising, noise=Noise(infill=0.4), length=20,
                                         **IDS))
         runs.append([batch["tokens"] for batch in loader])
     for first, again in zip(*runs):

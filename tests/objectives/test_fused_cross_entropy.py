@@ -9,10 +9,9 @@ import pytest
 
 from transformer_jax.nn import backends
 from transformer_jax.nn.backends import gpu
-from transformer_jax.objectives import chunked_cross_entropy
 from transformer_jax.objectives.cross_entropy import (
+    chunked_cross_entropy,
     cross_entropy,
-    smoothed_cross_entropy,
     top1_correct,
 )
 
@@ -30,7 +29,7 @@ def reference(logits, bias, targets, weights, V, label_smoothing):
     """The four results by definition."""
     def total(logits):
         x = logits[:, :V] if bias is None else logits[:, :V] + bias
-        loss = smoothed_cross_entropy(x, targets, label_smoothing)
+        loss = cross_entropy(x, targets, label_smoothing)
         return (loss * weights).sum(), (loss, cross_entropy(x, targets), top1_correct(x, targets))
 
     logits_grad, values = jax.grad(total, has_aux=True)(logits)
@@ -80,7 +79,7 @@ def test_chunked_cross_entropy_with_and_without_the_fused_kernel(monkeypatch):
         variant = backends.Variant(kernel, lambda *args, **kwargs: use_fused_kernel)
         monkeypatch.setitem(backends.VARIANTS, "softmax_cross_entropy_and_grad", (variant,))
         return values_and_grads(functools.partial(
-            chunked_cross_entropy.chunked_cross_entropy, label_smoothing=0.1, tokens_per_chunk=5),
+            chunked_cross_entropy, label_smoothing=0.1, tokens_per_chunk=5),
             *inputs())
 
     expected = run(False)

@@ -104,19 +104,3 @@ def test_gpt_input_with_a_start_token():
     assert row([1, 2], [3])["tokens"].tolist() == [5, 1, 2, 8, 3, 7, 0, 0]
     assert row(range(10, 30))["tokens"].tolist() == [5, 10, 11, 12, 13, 14, 15, 7]
     assert row([1, 2, 3, 4], [6, 6, 6, 6])["tokens"].tolist() == [5, 1, 2, 3, 8, 6, 6, 7]
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "truncated"), [(3, None, 0), (9, None, 3), (3, 2, 0), (9, 1, 5)])
-def test_num_truncated_tokens(a, b, truncated):
-    num_special_tokens = 2 if b is None else 3
-    second = None if b is None else range(b)
-    assert input_format.num_truncated_tokens(
-        range(a), second, length=8, num_special_tokens=num_special_tokens) == truncated
-    kept = PACK_BERT(range(a), second, length=8)["padding_mask"].sum() - num_special_tokens
-    assert kept == a + (b or 0) - truncated
-
-
-def test_num_truncated_tokens_without_room():
-    with pytest.raises(ValueError, match="length 4 leaves no room for both texts beside 3 special"):
-        input_format.num_truncated_tokens([1, 2], [3], length=4, num_special_tokens=3)

@@ -16,7 +16,6 @@ from transformer_jax.objectives import (
     mlm_nsp,
     question_answering,
     seq2seq,
-    token_classification,
 )
 
 B, T, P = 6, 9, 3
@@ -61,10 +60,11 @@ CASES = {
     "seq2seq": (TRANSFORMER.replace(num_layers=1), 0, seq2seq.loss, SEQ2SEQ),
     "classification": (GPT2.replace(num_layers=1), 3, classification.classification_loss, CLASSES),
     "regression": (GPT2.replace(num_layers=1), 1, classification.regression_loss, REGRESSION),
-    "multiple_choice": (BERT.replace(num_layers=1), 1, classification.multiple_choice_loss,
+    "multiple_choice": (BERT.replace(num_layers=1), 1, classification.classification_loss,
                         CHOICES),
     "both_orders_lm": (GPT2.replace(num_layers=1), 3, with_lm, ORDERS),
-    "token_classification": (BART.replace(num_layers=1), 3, token_classification.loss, TAGS),
+    "token_classification": (BART.replace(num_layers=1), 3,
+                             classification.token_classification_loss, TAGS),
     "question_answering": (BERT.replace(num_layers=1), 2, question_answering.loss, SPANS),
 }
 

@@ -4,7 +4,7 @@ Lewis et al. 2019, "BART: Denoising Sequence-to-Sequence Pre-training for Natura
 Generation, Translation, and Comprehension", section 2.1: GELU instead of ReLU, and parameters
 initialized from N(0, 0.02). As in the released code (fairseq), positions are learned, the position
 table has two unused rows at its start, and the embeddings are normalized by LayerNorm instead of
-scaled. `objectives.denoising` corrupts the text.
+scaled. `objectives.seq2seq` corrupts the text.
 """
 
 from transformer_jax.models.config import BARTConfig

@@ -71,7 +71,7 @@ class BERTOutput(NamedTuple):
         lazy_mlm_logits: the unevaluated form of `mlm_logits`.
     """
 
-    mlm_logits: Float[Array, "B P V"]
+    mlm_logits: Float[Array, "B P V"] | None
     nsp_logits: Float[Array, "B 2"]
     hidden: Float[Array, "B T D"]
     pooled: Float[Array, "B D"]
@@ -218,6 +218,7 @@ class BERT(ClassificationHeads):
         tokens: Int[Array, "B T"],
         *,
         masked_positions: Int[Array, "B P"] | None = None,
+        return_logits: bool = True,
         **options,
     ) -> BERTOutput:
         """Applies both pre-training heads.
@@ -226,13 +227,15 @@ class BERT(ClassificationHeads):
             tokens: token ids.
             masked_positions: the positions to predict; all T positions if None. The output layer is
                 applied only at these positions.
+            return_logits: False returns None as `mlm_logits`. Losses compute them from
+                `lazy_mlm_logits`.
             **options: as for `encode`.
         """
         hidden_BTD, pooled_BD, attention = self.encode_and_pool(tokens, **options)
         lazy_mlm_logits = self.lazy_mlm_logits(hidden_BTD, masked_positions)
         return BERTOutput(
-            lazy_mlm_logits.logits(), self.nsp_logits(pooled_BD), hidden_BTD, pooled_BD, attention,
-            lazy_mlm_logits,
+            lazy_mlm_logits.logits() if return_logits else None, self.nsp_logits(pooled_BD),
+            hidden_BTD, pooled_BD, attention, lazy_mlm_logits,
         )
 
     def masked_lm_logits(

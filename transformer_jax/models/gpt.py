@@ -42,7 +42,7 @@ class GPTOutput(NamedTuple):
         lazy_logits: the unevaluated form of `logits`.
     """
 
-    logits: Float[Array, "B T V"]
+    logits: Float[Array, "B T V"] | None
     hidden: Float[Array, "B T D"]
     cache: dict[str, KVCache] | None
     attention: tuple[Float[Array, "B N T S"], ...]
@@ -202,8 +202,14 @@ class GPT(DecoderHeads):
         """Computes the inputs of the heads; arguments as for `decode`."""
         return self.decode(tokens, **options).hidden
 
-    def __call__(self, tokens: Int[Array, "B T"], **options) -> GPTOutput:
-        """Applies the language model; `options` as for `decode`."""
+    def __call__(
+        self, tokens: Int[Array, "B T"], *, return_logits: bool = True, **options
+    ) -> GPTOutput:
+        """Applies the language model; `options` as for `decode`.
+
+        Losses set `return_logits=False` and compute the logits from `lazy_logits`.
+        """
         out = self.decode(tokens, **options)
         lazy_logits = self.lazy_lm_logits(out.hidden)
-        return GPTOutput(lazy_logits.logits(), out.hidden, out.cache, out.attention, lazy_logits)
+        logits = lazy_logits.logits() if return_logits else None
+        return GPTOutput(logits, out.hidden, out.cache, out.attention, lazy_logits)

@@ -46,7 +46,7 @@ class Seq2SeqOutput(NamedTuple):
         lazy_logits: the unevaluated form of `logits`.
     """
 
-    logits: Float[Array, "B T V"]
+    logits: Float[Array, "B T V"] | None
     hidden: Float[Array, "B T D"]
     encoder_hidden: Float[Array, "B S D"]
     encoder_attention: tuple[Float[Array, "B N S S"], ...]
@@ -286,14 +286,20 @@ class Transformer(DecoderHeads):
         self,
         tokens: Int[Array, "B S"],
         decoder_tokens: Int[Array, "B T"] | None = None,
+        *,
+        return_logits: bool = True,
         **options,
     ) -> Seq2SeqOutput:
-        """Applies encoder, decoder and output layer; arguments as for `encode_decode`."""
+        """Applies encoder, decoder and output layer; arguments as for `encode_decode`.
+
+        Losses set `return_logits=False` and compute the logits from `lazy_logits`.
+        """
         encoder_out, decoder_out = self.encode_decode(tokens, decoder_tokens, **options)
         lazy_logits = self.lazy_lm_logits(decoder_out.hidden)
         return Seq2SeqOutput(
-            lazy_logits.logits(), decoder_out.hidden, encoder_out.hidden, encoder_out.attention,
-            decoder_out.attention, decoder_out.cross_attention, lazy_logits,
+            lazy_logits.logits() if return_logits else None, decoder_out.hidden,
+            encoder_out.hidden, encoder_out.attention, decoder_out.attention,
+            decoder_out.cross_attention, lazy_logits,
         )
 
     def hidden_states(

@@ -154,7 +154,7 @@ class LazyLogits(NamedTuple):
     """Unevaluated logits: the inputs and parameters of the output layer.
 
     A loss that takes these instead of logits does not have to store an array `[B, T, V]`
-    (`objectives.chunked_cross_entropy`).
+    (`objectives.cross_entropy`).
 
     Attributes:
         hidden: hidden states, in the compute dtype.

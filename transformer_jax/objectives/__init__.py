@@ -1,43 +1,36 @@
 """Pre-training and fine-tuning objectives.
 
-An objective is a module with two pure functions. `prepare` runs on the host in NumPy and converts
-one example to one row of a batch. `loss` runs on the device in JAX and computes the loss of a
-batch. They are connected only by the arrays of the batch, so either can be replaced.
+An objective is a module with two pure functions, connected only by the arrays of a batch: `prepare`
+(host, NumPy) converts one example to one row, and `loss` (device, JAX) computes the loss of stacked
+rows.
 
-| module                 | objective                                          | models            |
-|------------------------|----------------------------------------------------|-------------------|
-| `causal_lm`            | predict the next token                             | GPT               |
-| `mlm_nsp`              | predict masked tokens and the next sentence        | BERT              |
-| `seq2seq`              | predict the next target token, given a source text | Transformer, BART |
-| `denoising`            | reconstruct a text from a corrupted copy           | BART, Transformer |
-| `contrastive`          | sentence embeddings, with in-batch negatives       | BERT              |
-| `classification`       | classification, regression, multiple choice        | all               |
-| `token_classification` | classify each word of a text                       | all               |
-| `question_answering`   | find the answer to a question in a context         | all               |
+| module               | objective                                            | models            |
+|----------------------|------------------------------------------------------|-------------------|
+| `causal_lm`          | predict the next token                               | GPT               |
+| `mlm_nsp`            | predict masked tokens and the next sentence          | BERT              |
+| `seq2seq`            | predict a target text from a source text; denoising  | Transformer, BART |
+| `contrastive`        | sentence embeddings, with in-batch negatives         | BERT              |
+| `classification`     | classify texts or words, regression, multiple choice | all               |
+| `question_answering` | find the answer to a question in a context           | all               |
 
 `classification` has one `prepare_<task>` and `<task>_loss` per task; its `TASK_TYPES` lists the
-functions of all fine-tuning tasks, with a `predict` for each. The docstring of each module lists
-the keys of its batches with dtype, shape and meaning.
-
-The remaining modules are shared: `input_format` (special tokens, truncation, padding),
-`cross_entropy` (losses as sums and weights), and `chunked_cross_entropy` (the same losses with less
-memory).
+functions of all fine-tuning tasks, with a `predict` for each. `input_format` (special tokens,
+truncation, padding) and `cross_entropy` (losses as sums and weights) are shared. The batch keys
+with dtype, shape and meaning are in `transformer_jax/README.md` of the repository.
 
 ## `prepare(example, rng, **options) -> row`
 
 Converts one example, usually token ids, to a dict of NumPy arrays of fixed shape. All randomness
-(masking, corruption, random sentence pairs) comes from `rng`, a `np.random.Generator`: the same
-seed gives the same row, and a new seed in every epoch gives new random choices. Stacking rows along
-a new first axis gives a batch. Invalid examples (a label outside the classes, a text that does not
-fit) raise `ValueError` here, before anything is compiled.
+(masking, corruption, random sentence pairs) comes from `rng`, a `np.random.Generator`; objectives
+without any ignore it. Invalid examples (a label outside the classes, a text that does not fit)
+raise `ValueError` here, before anything is compiled.
 
 ## `loss(apply, params, batch, rng) -> (sum, weight, metrics)`
 
 Args:
     apply: `apply` method of a Flax model, called as `apply({"params": params}, tokens, ...)`.
-    params: parameters of the model, a nested dict of arrays.
-    batch: dict of arrays, stacked rows of `prepare`. A row of zeros has weight 0 and does
-        not change the loss; the last batch of an evaluation is padded with such rows.
+    batch: stacked rows of `prepare`. A row of zeros has weight 0 and does not change the loss; the
+        last batch of an evaluation is padded with such rows.
     rng: key of the dropout masks; None disables dropout.
 
 Returns:
@@ -50,18 +43,14 @@ The scalar loss of a batch is
 
     L = sum over terms k of  sum_k / weight_k,    where a term of weight 0 contributes 0
 
-Sums and weights are added over microbatches, devices and processes, and divided once at the end
-(`train.step` does both). Therefore every split of a batch gives exactly the loss of the unsplit
-batch, even if the parts have different weights. Averaging the mean losses of the parts would give
-another value. (The exception is `contrastive`: the loss of a row depends on the other rows.)
-
-Bind `apply` and options with `functools.partial` to get the loss function of a training step:
-
-    loss_fn = functools.partial(seq2seq.loss, model.apply, label_smoothing=0.1)
-    train_step = make_train_step(loss_fn, optimizer)
+`train.step` adds sums and weights over microbatches, devices and processes, and divides once at the
+end. Therefore every split of a batch gives exactly the loss of the unsplit batch, even if the parts
+have different weights; the average of their mean losses would not. (The exception is `contrastive`:
+the loss of a row depends on the other rows.) The loss function of a training step has `apply` and
+options bound: `make_train_step(functools.partial(seq2seq.loss, model.apply), optimizer)`.
 
 Example:
-    >>> import functools, jax.numpy as jnp
+    >>> import jax.numpy as jnp
     >>> from types import SimpleNamespace
     >>> from transformer_jax.objectives import causal_lm, cross_entropy
     >>> row = causal_lm.prepare({"tokens": [5, 3, 7, 4]}, length=6)
@@ -79,9 +68,6 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=[
-        "causal_lm", "chunked_cross_entropy", "classification", "contrastive", "cross_entropy",
-        "denoising", "input_format", "mlm_nsp", "question_answering", "seq2seq",
-        "token_classification",
-    ],
+    submodules=["causal_lm", "classification", "contrastive", "cross_entropy", "input_format",
+                "mlm_nsp", "question_answering", "seq2seq"],
 )

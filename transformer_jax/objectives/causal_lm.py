@@ -3,16 +3,6 @@
 The loss is the sum over i of -log P(w_i | w_{i-k}, ..., w_{i-1}) (Radford et al. 2018, "Improving
 Language Understanding by Generative Pre-Training", equation 1). The context size k is the model's
 `attention_window`.
-
-Batch keys (the last two are optional; with `document_ids`, attention does not cross documents):
-
-| key            | dtype   | shape    | meaning                                                    |
-|----------------|---------|----------|------------------------------------------------------------|
-| `tokens`       | int32   | `[B, T]` | input token ids                                            |
-| `targets`      | int32   | `[B, T]` | the token that follows each input token                    |
-| `weights`      | float32 | `[B, T]` | 1 at targets; 0 at padding and where a document ends       |
-| `positions`    | int32   | `[B, T]` | position of each token in its document, from 0             |
-| `document_ids` | int32   | `[B, T]` | document of each token, from 1 in each row; 0 at padding   |
 """
 
 from collections.abc import Callable
@@ -29,19 +19,11 @@ from transformer_jax.objectives.input_format import pad
 def prepare(
     example: dict, rng: np.random.Generator | None = None, *, length: int
 ) -> dict[str, np.ndarray]:
-    """Converts one document to one row with inputs and targets.
+    """Converts one document, `{"tokens": ids}`, to one row.
 
-    To train on documents of any length without padding, use `data.packing.PackedTokens`, which
-    returns rows of the same format.
-
-    Args:
-        example: `{"tokens": ids}`.
-        rng: chooses the position of the row within a document of more than `length + 1` tokens;
-            None uses the beginning of the document.
-        length: length T of the row.
-
-    Returns:
-        tokens, targets, positions, document_ids int32 and weights float32, each `[T]`.
+    Of a document of more than `length + 1` tokens, `rng` chooses a random part; without it, the
+    row has the beginning. To train on documents of any length without padding, use
+    `data.packing.PackedTokens`, which returns rows of the same format.
 
     Example:
         >>> row = prepare({"tokens": [5, 6, 7]}, length=4)
@@ -59,48 +41,30 @@ def loss(
     apply: Callable, params: dict, batch: dict[str, Array], rng: Key[Array, ""] | None = None,
     **options,
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, SumAndWeight]]:
-    """The sum over targets of -log P, in nats, and the number of targets.
+    """The sum over targets of -log P, in nats, and the number of targets; the metric "accuracy".
 
-    Args:
-        apply, params, batch, rng: see `transformer_jax.objectives`.
-        **options: `label_smoothing` and `logits_per_chunk` of `cross_entropy.token_losses`.
-
-    Returns:
-        `(sum, weight, metrics)` with the metric "accuracy" of the targets.
+    Arguments as in `transformer_jax.objectives`; `options` are `label_smoothing` and
+    `logits_per_chunk` of `cross_entropy.token_losses`.
     """
-    out = apply(
-        {"params": params},
-        batch["tokens"],
-        positions=batch.get("positions"),
-        document_ids=batch.get("document_ids"),
-        **dropout_kwargs(rng),
-    )
-    sum_and_weight, metrics = token_losses(
-        out.logits, getattr(out, "lazy_logits", None), batch["targets"], batch["weights"],
+    out = apply({"params": params}, batch["tokens"], positions=batch.get("positions"),
+                document_ids=batch.get("document_ids"), return_logits=False, **dropout_kwargs(rng))
+    total, weight, metrics = token_losses(
+        getattr(out, "lazy_logits", None) or out.logits, batch["targets"], batch["weights"],
         **options)
-    return *sum_and_weight, {"accuracy": metrics["accuracy"]}
+    return total, weight, {"accuracy": metrics["accuracy"]}
 
 
 def prepare_continuation(
     example: dict, rng: np.random.Generator | None = None, *, length: int, delimiter_id: int,
     eos_id: int,
 ) -> dict[str, np.ndarray]:
-    """Converts a source and a target to one row `source delimiter target eos` for a causal model.
+    """Converts `{"source": ids, "target": ids}` to one row `source delimiter target eos` with
+    tokens, targets and weights, for a causal model.
 
     Only the target and its end token have weight 1. This is the format of GPT-2's summaries (GPT-2
-    paper, section 3.6), where "TL;DR:" is the delimiter between an article and its summary.
-
-    Texts that are too long are truncated at the end: first the source, down to half of the row, and
-    then the target.
-
-    Args:
-        example: `{"source": ids, "target": ids}`.
-        rng: unused.
-        length: length T of the row.
-        delimiter_id, eos_id: ids of the special tokens.
-
-    Returns:
-        tokens, targets int32 and weights float32, each `[T]`.
+    paper, section 3.6), where "TL;DR:" is the delimiter between an article and its summary. Texts
+    that are too long are truncated at the end: first the source, down to half of the row, and then
+    the target.
 
     Raises:
         ValueError: `length` is below 4.
@@ -111,7 +75,6 @@ def prepare_continuation(
         >>> row["tokens"].tolist(), row["weights"].tolist()
         ([5, 6, 1, 7, 2, 0], [0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
     """
-    del rng
     if length < 4:
         raise ValueError(f"length {length} leaves no room for two texts and 2 special tokens; use "
                          "at least 4")

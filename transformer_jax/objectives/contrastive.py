@@ -9,14 +9,6 @@ cross-entropy of classifying, for each first text, which second text of the batc
 
 Checkpoints such as all-MiniLM-L6-v2 were trained with this loss, so its increase during fine-tuning
 measures how much of the pre-training task such a model forgets.
-
-Batch keys (the second dimension is the two texts of a pair):
-
-| key            | dtype   | shape       | meaning                                                 |
-|----------------|---------|-------------|---------------------------------------------------------|
-| `tokens`       | int32   | `[B, 2, T]` | token ids of both texts                                 |
-| `padding_mask` | bool    | `[B, 2, T]` | True at tokens, False at padding                        |
-| `weights`      | float32 | `[B]`       | 1; 0 for rows of padding, which are not negatives       |
 """
 
 from collections.abc import Callable
@@ -27,46 +19,28 @@ from jax import Array
 from jaxtyping import Bool, Float, Key
 
 from transformer_jax.models.heads import mean_pool
-from transformer_jax.objectives.cross_entropy import (
-    SumAndWeight,
-    cross_entropy,
-    dropout_kwargs,
-    top1_correct,
-    weighted_sum,
-)
-from transformer_jax.objectives.input_format import pack_bert_input
+from transformer_jax.objectives.cross_entropy import SumAndWeight, dropout_kwargs, token_losses
+from transformer_jax.objectives.input_format import pack_bert_input, stack_rows
 
 INVERSE_TEMPERATURE = 20.0  # multiplies the cosine similarities, as in the released models
 
 
 def prepare(
-    example: dict, rng: np.random.Generator | None = None, *, length: int, cls_id: int, sep_id: int,
-    pad_id: int = 0,
+    example: dict, rng: np.random.Generator | None = None, **options
 ) -> dict[str, np.ndarray]:
-    """Converts a pair of related texts to one row.
+    """Converts a pair of related texts, `{"tokens": ids, "tokens_b": ids}`, to one row.
 
-    Args:
-        example: `{"tokens": ids, "tokens_b": ids}`, the two texts without special tokens.
-        rng: unused.
-        length: length T of each text with its special tokens.
-        cls_id, sep_id, pad_id: ids of the special tokens.
-
-    Returns:
-        tokens int32 and padding_mask bool `[2, T]`, weights float32 `[]`.
-
-    Raises:
-        ValueError: `length` leaves no room for text.
+    `options` are those of `input_format.pack_bert_input`; `length` is that of each text with its
+    special tokens.
 
     Example:
         >>> row = prepare({"tokens": [7], "tokens_b": [8, 9]}, length=4, cls_id=1, sep_id=2)
         >>> row["tokens"].tolist()
         [[1, 7, 2, 0], [1, 8, 9, 2]]
     """
-    del rng
-    rows = [pack_bert_input(example[name], length=length, cls_id=cls_id, sep_id=sep_id,
-                            pad_id=pad_id) for name in ("tokens", "tokens_b")]
-    return {**{name: np.stack([row[name] for row in rows])
-               for name in ("tokens", "padding_mask")}, "weights": np.float32(1)}
+    rows = [pack_bert_input(example[name], **options) for name in ("tokens", "tokens_b")]
+    row = stack_rows(rows)
+    return {"tokens": row["tokens"], "padding_mask": row["padding_mask"], "weights": np.float32(1)}
 
 
 def sentence_embeddings(
@@ -89,14 +63,8 @@ def loss(
     """The sum over pairs of -log P(second text | first text), in nats, and the number of pairs.
 
     P is a softmax over the second texts of the batch. Unlike other losses, it depends on the
-    composition of the batch; compare values only between equal batches.
-
-    Args:
-        apply, params, batch, rng: see `transformer_jax.objectives`.
-
-    Returns:
-        `(sum, weight, metrics)` with the metric "accuracy": the fraction of first texts whose own
-        second text is the most similar one.
+    composition of the batch; compare values only between equal batches. The metric "accuracy" is
+    the fraction of first texts whose own second text is the most similar one.
     """
     B, _, T = batch["tokens"].shape
     padding_mask = batch["padding_mask"].reshape(2 * B, T)
@@ -105,7 +73,5 @@ def loss(
     embeddings = sentence_embeddings(hidden.astype(jnp.float32), padding_mask).reshape(B, 2, -1)
     logits_BB = INVERSE_TEMPERATURE * embeddings[:, 0] @ embeddings[:, 1].T
     logits_BB = jnp.where(batch["weights"][None] > 0, logits_BB, jnp.finfo(jnp.float32).min)
-    targets = jnp.arange(B)
-    total, weight = weighted_sum(cross_entropy(logits_BB, targets), batch["weights"])
-    accuracy = weighted_sum(top1_correct(logits_BB, targets), batch["weights"])
-    return total, weight, {"accuracy": accuracy}
+    total, weight, metrics = token_losses(logits_BB, jnp.arange(B), batch["weights"])
+    return total, weight, {"accuracy": metrics["accuracy"]}

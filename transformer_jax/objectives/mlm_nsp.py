@@ -1,21 +1,9 @@
 """BERT's pre-training: masked language modeling (MLM) and next-sentence prediction (NSP).
 
-Devlin et al. 2018, "BERT", section 3.1. Batch keys (P is the maximum number of predictions per row,
-`max_predictions`; without `nsp_labels`, only masked language modeling is trained):
-
-| key                | dtype   | shape    | meaning                                              |
-|--------------------|---------|----------|------------------------------------------------------|
-| `tokens`           | int32   | `[B, T]` | `[CLS] A [SEP] B [SEP]`, with masked tokens          |
-| `segment_ids`      | int32   | `[B, T]` | 1 at sentence B and its [SEP], else 0                |
-| `padding_mask`     | bool    | `[B, T]` | True at tokens, False at padding                     |
-| `masked_positions` | int32   | `[B, P]` | positions of the tokens to predict, ascending        |
-| `masked_targets`   | int32   | `[B, P]` | original tokens at these positions                   |
-| `masked_weights`   | float32 | `[B, P]` | 1 at positions to predict, 0 at unused entries       |
-| `nsp_labels`       | int32   | `[B]`    | 0 if B follows A, 1 if B is from another document    |
-| `nsp_weights`      | float32 | `[B]`    | 1; 0 for rows of padding                             |
+Devlin et al. 2018, "BERT", section 3.1. Without `nsp_labels` in a batch, only masked language
+modeling is trained.
 """
 
-import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -23,7 +11,12 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
 from transformer_jax.objectives.cross_entropy import SumAndWeight, dropout_kwargs, token_losses
-from transformer_jax.objectives.input_format import pack_bert_input, pad
+from transformer_jax.objectives.input_format import (
+    SentenceRanges,
+    pack_bert_input,
+    pad,
+    truncate_pair,
+)
 
 MASK_RATE = 0.15  # fraction of the tokens that are predicted
 # Fractions of the tokens to predict that are replaced by [MASK] and by a random token.
@@ -31,37 +24,27 @@ MASK_TOKEN_RATE, RANDOM_TOKEN_RATE = 0.8, 0.1
 
 
 def mask_tokens(
-    tokens: Int[np.ndarray, "T"],
-    rng: np.random.Generator,
-    *,
-    maskable: Bool[np.ndarray, "T"],
-    vocab_size: int,
-    mask_id: int,
-    max_predictions: int,
-    mask_rate: float = MASK_RATE,
-    word_starts: Bool[np.ndarray, "V"] | None = None,
-    min_random_id: int = 0,
+    tokens: Int[np.ndarray, "T"], rng: np.random.Generator, *, maskable: Bool[np.ndarray, "T"],
+    vocab_size: int, mask_id: int, max_predictions: int, mask_rate: float = MASK_RATE,
+    word_starts: Bool[np.ndarray, "V"] | None = None, min_random_id: int = 0,
 ) -> dict[str, np.ndarray]:
     """Selects the tokens to predict, and masks them (BERT paper, section 3.1, task 1).
 
     Of the selected tokens, 80 % are replaced by [MASK], 10 % by a random token, and 10 % are kept.
 
     Args:
-        tokens: token ids of a row.
-        rng: random generator.
+        tokens, rng: token ids of a row, and the random generator.
         maskable: True at tokens that may be selected: not [CLS], [SEP] or padding.
-        vocab_size: random tokens are sampled from `[min_random_id, vocab_size)`.
+        vocab_size, min_random_id: random tokens are sampled from `[min_random_id, vocab_size)`.
         mask_id: id of [MASK].
         max_predictions: length P of the `masked_*` arrays. At most P tokens are selected, and at
             least one if any is maskable.
         mask_rate: fraction of the maskable tokens to select.
         word_starts: for each id of the vocabulary, whether it begins a word. If given, all subwords
             of a selected word are masked together (whole word masking of BERT's 2019 release).
-        min_random_id: lowest id of random tokens, to exclude special tokens.
 
     Returns:
-        tokens int32 `[T]`, masked; masked_positions and masked_targets int32 `[P]`, in ascending
-        order of position; masked_weights float32 `[P]`, 0 at entries without a selected token.
+        `tokens`, masked, `masked_positions` (ascending), `masked_targets` and `masked_weights`.
 
     Example:
         >>> row = mask_tokens(np.array([1, 7, 8, 9, 2]), np.random.default_rng(0), mask_id=4,
@@ -105,56 +88,26 @@ def mask_tokens(
     }
 
 
-class SentencePairs:
-    """Random access to ranges of consecutive sentences, from which sentence pairs are sampled.
+class SentencePairs(SentenceRanges):
+    """Random access to ranges of sentences (see `SentenceRanges`), to sample sentence pairs from.
 
     A range consists of at least two sentences of one document, and of about `max_tokens` tokens.
     Item i is `{"first", "stop", "document"}`: sentences `first` to `stop - 1` of the corpus, and
     the index of their document. `sample_pair` splits a range into sentences A and B, so every epoch
     has new pairs. Documents of one sentence have no range; they only provide random sentences B.
-
-    Args:
-        corpus: a `data.Corpus`, or any object with its arrays `tokens`, `document_starts` and
-            `sentence_starts`.
-        max_tokens: number of tokens of a pair, without special tokens.
-
-    Raises:
-        ValueError: no document has two sentences, or there is only one document.
     """
 
     def __init__(self, corpus, max_tokens: int):
-        self.corpus = corpus
-        # Empty sentences and documents begin where the next one does; `unique` removes them.
-        self.sentence_starts = starts = np.unique(corpus.sentence_starts)
-        # The index of each document's first sentence, and the number of all sentences.
-        document_edges = np.searchsorted(starts, np.unique(corpus.document_starts))
-        ranges = []
-        for document, (first, end) in enumerate(itertools.pairwise(document_edges)):
-            while end - first >= 2:
-                stop = np.searchsorted(starts, starts[first] + max_tokens, side="right") - 1
-                stop = min(max(stop, first + 2), end)
-                stop = end if end - stop == 1 else stop  # do not leave one sentence
-                ranges.append((first, stop, document))
-                first = stop
-        self.ranges = np.asarray(ranges, np.int64).reshape(-1, 3)
-        self.document_edges = document_edges
-        if len(self.ranges) == 0 or len(document_edges) < 3:
+        super().__init__(corpus, max_tokens, min_sentences=2)
+        num_documents = len(self.document_edges) - 1
+        if not len(self) or num_documents < 2:
             raise ValueError(
-                f"the corpus has {len(document_edges) - 1} documents and {len(self.ranges)} ranges "
+                f"the corpus has {num_documents} documents and {len(self)} ranges "
                 "of at least two sentences; next-sentence prediction needs at least 2 documents "
                 "and 1 range: separate documents by a blank line and write one sentence per line")
 
-    def __len__(self) -> int:
-        return len(self.ranges)
-
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        first, stop, document = self.ranges[i]
-        return {"first": first, "stop": stop, "document": document}
-
-    def tokens(self, first: int, stop: int) -> np.ndarray:
-        """The tokens of sentences `first` to `stop - 1`."""
-        starts = self.sentence_starts
-        return np.asarray(self.corpus.tokens[starts[first] : starts[stop]])
+        return dict(zip(("first", "stop", "document"), self.ranges[i]))
 
 
 def sample_pair(
@@ -166,14 +119,7 @@ def sample_pair(
     the second part. Otherwise B consists of consecutive sentences of another document: the first is
     random, and as many are added as fit into `max_tokens` together with A.
 
-    Args:
-        pairs: the sentence ranges of the corpus.
-        sentence_range: an item of `pairs`.
-        rng: random generator.
-        max_tokens: number of tokens of A and B, without special tokens.
-
-    Returns:
-        The tokens of A, the tokens of B, and the label: 0 if B follows A, else 1.
+    Returns the tokens of A, the tokens of B, and the label: 0 if B follows A, else 1.
     """
     first, stop, document = (int(sentence_range[name]) for name in ("first", "stop", "document"))
     split = int(rng.integers(first + 1, stop))
@@ -184,39 +130,20 @@ def sample_pair(
     other = int(rng.integers(len(edges) - 2))
     other += other >= document
     b_first = int(rng.integers(edges[other], edges[other + 1]))
-    max_b_tokens = max(max_tokens - len(a), 1)
-    starts = pairs.sentence_starts
-    b_stop = int(np.searchsorted(starts, starts[b_first] + max_b_tokens, side="right") - 1)
-    return a, pairs.tokens(b_first, min(max(b_stop, b_first + 1), int(edges[other + 1]))), 1
+    b_stop = max(pairs.last_stop(b_first, max(max_tokens - len(a), 1)), b_first + 1)
+    return a, pairs.tokens(b_first, min(b_stop, int(edges[other + 1]))), 1
 
 
 def prepare(
-    sentence_range: dict,
-    rng: np.random.Generator,
-    *,
-    pairs: SentencePairs,
-    length: int,
-    cls_id: int,
-    sep_id: int,
-    pad_id: int = 0,
-    short_sequence_rate: float = 0.1,
-    **options,
+    sentence_range: dict, rng: np.random.Generator, *, pairs: SentencePairs, length: int,
+    cls_id: int, sep_id: int, pad_id: int = 0, short_sequence_rate: float = 0.1, **options,
 ) -> dict[str, np.ndarray]:
     """Samples a sentence pair from a range, and converts it to one row with masked tokens.
 
-    Args:
-        sentence_range: an item of `pairs`.
-        rng: random generator of the pair and the masking.
-        pairs: the sentence ranges of the corpus.
-        length: length T of the row.
-        cls_id, sep_id, pad_id: ids of the special tokens.
-        short_sequence_rate: fraction of the rows that are truncated to a random shorter length, so
-            that pre-training includes short inputs, as fine-tuning does (appendix A.2).
-        **options: options of `mask_tokens`, of which `mask_id`, `vocab_size` and `max_predictions`
-            are required.
-
-    Returns:
-        All arrays of the module's table, without the dimension B.
+    `sentence_range` is an item of `pairs`. The fraction `short_sequence_rate` of the rows is
+    truncated to a random shorter length, so that pre-training includes short inputs, as fine-tuning
+    does (appendix A.2). `options` are those of `mask_tokens`, of which `mask_id`, `vocab_size` and
+    `max_predictions` are required.
 
     Raises:
         ValueError: `length` leaves no room for one token of each sentence.
@@ -228,19 +155,12 @@ def prepare(
     if rng.random() < short_sequence_rate:
         max_tokens = int(rng.integers(2, max_tokens + 1))
     a, b, label = sample_pair(pairs, sentence_range, rng, max_tokens)
-    row = pack_bert_input(
-        a, b, length=max_tokens + 3, cls_id=cls_id, sep_id=sep_id, pad_id=pad_id, rng=rng
-    )
-    tokens = pad(row["tokens"], length, pad_id)
-    padding_mask = pad(row["padding_mask"], length).astype(bool)
-    maskable = padding_mask & (tokens != cls_id) & (tokens != sep_id)
-    return {
-        **mask_tokens(tokens, rng, maskable=maskable, **options),
-        "segment_ids": pad(row["segment_ids"], length),
-        "padding_mask": padding_mask,
-        "nsp_labels": np.int32(label),
-        "nsp_weights": np.float32(1),
-    }
+    row = pack_bert_input(*truncate_pair(a, b, max_tokens, rng), length=length, cls_id=cls_id,
+                          sep_id=sep_id, pad_id=pad_id)
+    tokens = row["tokens"]
+    maskable = row["padding_mask"] & (tokens != cls_id) & (tokens != sep_id)
+    return {**row, **mask_tokens(tokens, rng, maskable=maskable, **options),
+            "nsp_labels": np.int32(label), "nsp_weights": np.float32(1)}
 
 
 def loss(
@@ -250,29 +170,18 @@ def loss(
     """Two terms, in nats: "mlm" over masked tokens and "nsp" over sentence pairs.
 
     The loss is the sum of their means (BERT paper, appendix A.2). A batch without `nsp_labels` has
-    only the term "mlm".
-
-    Args:
-        apply, params, batch, rng: see `transformer_jax.objectives`.
-        **options: `label_smoothing` and `logits_per_chunk` of `cross_entropy.token_losses`.
-
-    Returns:
-        `(sums, weights, metrics)` with the metrics "mlm_accuracy" and "nsp_accuracy".
+    only the term "mlm". Arguments as in `transformer_jax.objectives`; `options` are
+    `label_smoothing` and `logits_per_chunk` of `cross_entropy.token_losses`. The metrics are
+    "mlm_accuracy" and "nsp_accuracy".
     """
-    out = apply(
-        {"params": params},
-        batch["tokens"],
-        segment_ids=batch.get("segment_ids"),
-        padding_mask=batch.get("padding_mask"),
-        masked_positions=batch["masked_positions"],
-        **dropout_kwargs(rng),
-    )
-    args = {"mlm": (out.mlm_logits, getattr(out, "lazy_mlm_logits", None),
+    out = apply({"params": params}, batch["tokens"], segment_ids=batch.get("segment_ids"),
+                padding_mask=batch.get("padding_mask"), masked_positions=batch["masked_positions"],
+                return_logits=False, **dropout_kwargs(rng))
+    args = {"mlm": (getattr(out, "lazy_mlm_logits", None) or out.mlm_logits,
                     batch["masked_targets"], batch["masked_weights"])}
     if "nsp_labels" in batch:
-        args["nsp"] = (out.nsp_logits, None, batch["nsp_labels"], batch["nsp_weights"])
+        args["nsp"] = (out.nsp_logits, batch["nsp_labels"], batch["nsp_weights"])
     results = {term: token_losses(*term_args, **options) for term, term_args in args.items()}
-    sums = {term: term_sum for term, ((term_sum, _), _) in results.items()}
-    weights = {term: weight for term, ((_, weight), _) in results.items()}
-    metrics = {f"{term}_accuracy": metrics["accuracy"] for term, (_, metrics) in results.items()}
-    return sums, weights, metrics
+    return ({term: total for term, (total, _, _) in results.items()},
+            {term: weight for term, (_, weight, _) in results.items()},
+            {f"{term}_accuracy": metrics["accuracy"] for term, (*_, metrics) in results.items()})

@@ -4,19 +4,6 @@ SQuAD (Rajpurkar et al. 2016; BERT paper, sections 4.2 and 4.3). `make_windows` 
 and splits contexts that are longer than a row into overlapping windows. `prepare` converts a window
 to a row. `decode_answers` selects the best span of each example over all its windows, and returns
 it as a substring of the context.
-
-Batch keys (B batch, T length of a row):
-
-| key                  | dtype   | shape    | meaning                                              |
-|----------------------|---------|----------|------------------------------------------------------|
-| `tokens`             | int32   | `[B, T]` | question and context, with special tokens            |
-| `segment_ids`        | int32   | `[B, T]` | 1 at the context (BERT format), else 0               |
-| `padding_mask`       | bool    | `[B, T]` | True at tokens, False at padding                     |
-| `context_mask`       | bool    | `[B, T]` | True at the tokens of the context                    |
-| `no_answer_position` | int32   | `[B]`    | position that stands for "no answer"                 |
-| `start_positions`    | int32   | `[B]`    | first token of the answer, or `no_answer_position`   |
-| `end_positions`      | int32   | `[B]`    | last token of the answer, or `no_answer_position`    |
-| `weights`            | float32 | `[B]`    | 1; 0 for rows of padding                             |
 """
 
 import unicodedata
@@ -37,18 +24,16 @@ from transformer_jax.objectives.cross_entropy import (
     weighted_sum,
 )
 
+NUM_SPECIAL_TOKENS = 3  # of a row with question and context, in every input format
+
 
 class Window(NamedTuple):
-    """A question with a part of its context.
+    """A question with a part of its context, as token ids.
 
-    Attributes:
-        example_index: index of the example.
-        question_ids: token ids of the question.
-        context_ids: token ids of the part of the context.
-        offsets: `[n, 2]`, for each context token the offset of its first character in the context
-            and the offset after its last one, without surrounding white space.
-        start, end: first and last token of the answer, as indices into `context_ids`; None if the
-            window does not contain the entire answer.
+    `offsets` are, for each context token, the offset of its first character in the context and the
+    offset after its last one, without surrounding white space. `start` and `end` are the first and
+    last token of the answer, as indices into `context_ids`; None if the window does not contain the
+    entire answer.
     """
 
     example_index: int
@@ -59,46 +44,28 @@ class Window(NamedTuple):
     end: int | None
 
 
-def check_answer_offsets(example: dict) -> None:
-    """Raises ValueError unless each answer of an example is at its offset in the context."""
-    for answer in example.get("answers", ()):
-        text, start = answer["text"], answer["start"]
-        found = example["context"][start : start + len(text)]
-        if not text or start < 0 or found != text:
-            raise ValueError(
-                f"question {example.get('id', example['question'])!r}: the context has {found!r} "
-                f"at character {start}, not the answer {text!r}; fix the start, or leave the "
-                "question out")
-
-
 def make_windows(
-    examples: Sequence[dict], tokenizer: Any, *, length: int, num_special_tokens: int = 3,
-    stride: int = 128, max_question_length: int = 64, strict: bool = True,
-    keep_windows_without_answer: bool = True,
+    examples: Sequence[dict], tokenizer: Any, *, length: int, stride: int = 128,
+    max_question_length: int = 64, strict: bool = True, keep_windows_without_answer: bool = True,
 ) -> list[Window]:
     """Tokenizes examples and splits their contexts into windows.
 
     Args:
         examples: `{"question": str, "context": str, "answers": [{"text": str, "start": int}]}`.
             Only the first answer is used; a question without an answer has an empty list.
-        tokenizer: a `data.Tokenizer`.
-        length: length T of a row, with `num_special_tokens` special tokens.
-        num_special_tokens: number of special tokens of a row.
+        tokenizer, length: a `data.Tokenizer`, and the length T of a row with 3 special tokens.
         stride: distance in tokens between the starts of windows (`doc_stride` of BERT's code).
-        max_question_length: maximum number of tokens of a question; longer ones are truncated.
+        max_question_length: longer questions are truncated to this number of tokens.
         strict: raise an error for an answer that is not at its offset in the context. False skips
             such examples: no window has their index as `example_index`.
         keep_windows_without_answer: keep windows that do not contain the answer of their example.
             The windows of questions that have no answer are always kept.
 
-    Returns:
-        All windows of all examples, in order.
-
     Raises:
         ValueError: `length` leaves fewer than 8 tokens for the context, `stride` is below 1, a
             question or context has no tokens, or, if `strict`, an answer is not at its offset.
     """
-    num_context_tokens = length - num_special_tokens - max_question_length
+    num_context_tokens = length - NUM_SPECIAL_TOKENS - max_question_length
     if num_context_tokens < 8 or stride < 1:
         raise ValueError(
             f"rows of {length} tokens leave {num_context_tokens} for the context beside a question "
@@ -126,17 +93,14 @@ def make_windows(
             if strict:
                 raise
             continue
-        window_length = length - num_special_tokens - len(question_ids)
-        first = 0
-        while True:
-            stop = min(first + window_length, len(ids))
+        window_length = length - NUM_SPECIAL_TOKENS - len(question_ids)
+        step = min(stride, window_length)
+        for first in range(0, max(len(ids) - window_length, 0) + step, step):
+            stop = first + window_length
             has_answer = start is not None and first <= start and end < stop
             if has_answer or keep_windows_without_answer or start is None:
                 span = (start - first, end - first) if has_answer else (None, None)
                 windows.append(Window(i, question_ids, ids[first:stop], offsets[first:stop], *span))
-            if stop == len(ids):
-                break
-            first += min(stride, window_length)
     return windows
 
 
@@ -170,16 +134,21 @@ def _next_position(is_member: np.ndarray) -> np.ndarray:
 
 def _answer_token_span(example: dict, offsets: np.ndarray) -> tuple[int | None, int | None]:
     """First and last token that overlap the first answer; (None, None) without answers."""
-    check_answer_offsets(example)
-    answers = example.get("answers", ())
+    answers, question = example.get("answers", ()), example.get("id", example["question"])
+    for answer in answers:
+        text, start = answer["text"], answer["start"]
+        found = example["context"][start : start + len(text)]
+        if not text or start < 0 or found != text:
+            raise ValueError(
+                f"question {question!r}: the context has {found!r} at character {start}, not the "
+                f"answer {text!r}; fix the start, or leave the question out")
     if not answers:
         return None, None
-    start = answers[0]["start"]
-    stop = start + len(answers[0]["text"])
-    overlaps = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop))
+    start, text = answers[0]["start"], answers[0]["text"]
+    overlaps = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < start + len(text)))
     if not len(overlaps):
-        raise ValueError(f"question {example.get('id', example['question'])!r}: no token has a "
-                         f"character of the answer {answers[0]['text']!r}; leave the question out")
+        raise ValueError(f"question {question!r}: no token has a character of the answer {text!r}; "
+                         "leave the question out")
     return int(overlaps[0]), int(overlaps[-1])
 
 
@@ -189,30 +158,10 @@ def prepare(
 ) -> dict[str, np.ndarray]:
     """Converts a window to one row.
 
-    Args:
-        window: a window of `make_windows`.
-        rng: unused.
-        pack_input: formats the question and the context (`classification.make_input_packer`).
-        causal: whether the model is causal. The no-answer position is then the last token of the
-            row, which attends to all others; otherwise it is the first token, [CLS].
-
-    Returns:
-        The arrays of `pack_input`; context_mask bool `[T]`; no_answer_position, start_positions,
-        end_positions int32 and weights float32 `[]`.
-
-    Raises:
-        ValueError: the row is too short for the window.
-
-    Example:
-        >>> import functools
-        >>> from transformer_jax.objectives.input_format import pack_bert_input
-        >>> window = Window(0, np.array([7]), np.array([8, 9]), np.array([[0, 3], [4, 6]]), 1, 1)
-        >>> pack_input = functools.partial(pack_bert_input, length=7, cls_id=1, sep_id=2)
-        >>> row = prepare(window, pack_input=pack_input)
-        >>> row["tokens"].tolist(), int(row["start_positions"]), int(row["no_answer_position"])
-        ([1, 7, 2, 8, 9, 2, 0], 4, 0)
+    `pack_input` formats question and context (`input_format.make_input_packer`). The no-answer
+    position is the first token, [CLS]; for causal models, it is the last token of the row, which
+    attends to all others. A row that is too short for the window raises ValueError.
     """
-    del rng
     row = pack_input(window.question_ids, window.context_ids)
     # In every input format, one special token follows the context.
     context_end = int(row["padding_mask"].sum()) - 1
@@ -238,9 +187,8 @@ _MASKED_LOGIT = float(jnp.finfo(jnp.float32).min) / 4  # the sum of two is finit
 def _span_logits(apply, params, batch, rng) -> Float[Array, "2 B T"]:
     """The logits of start and end; `_MASKED_LOGIT` where an answer cannot start or end."""
     def token_logits(model, tokens, deterministic):
-        names = ["padding_mask"]
-        if hasattr(model.config, "num_segments"):  # BERT
-            names.append("segment_ids")
+        is_bert = hasattr(model.config, "num_segments")
+        names = ("padding_mask", "segment_ids") if is_bert else ("padding_mask",)
         inputs = {name: batch[name] for name in names if name in batch}
         return model.token_classification_logits(tokens, deterministic=deterministic, **inputs)
 
@@ -276,12 +224,12 @@ def predict(
 
     The score of a span is the logit of its start plus the logit of its end. `top` (the number of
     spans) and `max_answer_length` (their maximum length in tokens) are static under `jax.jit`.
+    Windows with fewer than `top` spans are padded with spans of very low score, which
+    `decode_answers` ignores.
 
     Returns:
-        scores float32 `[B, top]`; start_tokens and end_tokens int32 `[B, top]`, first and last
-        token of each span as indices into the window's `context_ids`; no_answer_score float32
-        `[B]`, the score of the no-answer position. Windows with fewer than `top` spans are padded
-        with spans of very low score, which `decode_answers` ignores.
+        scores, start_tokens and end_tokens (as indices into `context_ids`), each `[B, top]`;
+        no_answer_score `[B]`, the score of the no-answer position.
     """
     logits_2BT = _span_logits(apply, params, batch, None)
     no_answer_score = jnp.take_along_axis(
@@ -303,8 +251,7 @@ def predict(
 class AnswerCandidate(NamedTuple):
     """A span `text = context[start_char:end_char]`, or no answer ("" with offsets 0 and 0).
 
-    The score is the logit of the start plus the logit of the end. The probability is the softmax of
-    the score over the candidates of the question.
+    The probability is the softmax of the scores (see `predict`) of the question's candidates.
     """
 
     text: str
@@ -315,20 +262,15 @@ class AnswerCandidate(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The predicted answer to one question.
-
-    Attributes:
-        text, start_char, end_char, score, probability: of the selected `AnswerCandidate`.
-        no_answer_score: score of "no answer", the lowest over the windows.
-        candidates: the best candidates, in descending order of their scores.
-    """
+    """The predicted answer to one question: the selected `AnswerCandidate`, the score of "no
+    answer" (the lowest over the windows), and the best candidates in descending order of scores."""
 
     text: str
     start_char: int
     end_char: int
     score: float
-    no_answer_score: float
     probability: float
+    no_answer_score: float
     candidates: list[AnswerCandidate]
 
 
@@ -341,10 +283,9 @@ def decode_answers(
     Of spans with equal scores, the one that starts first is selected, and then the shortest.
 
     Args:
-        examples: the examples of `make_windows`.
-        windows: all windows of the examples.
+        examples, windows: the examples of `make_windows`, and all their windows.
         predictions: the outputs of `predict` for the windows, concatenated in the same order.
-        n_best: maximum number of spans that are kept as candidates, at most `top` of `predict`.
+        n_best: maximum number of candidates, at most `top` of `predict`.
         allow_no_answer, no_answer_threshold: if allowed, "" is selected where the score of "no
             answer" exceeds that of the best span by more than the threshold (SQuAD 2.0; BERT
             paper, section 4.3).
@@ -396,5 +337,4 @@ def _select_answer(context, spans, no_answer_score, n_best, allow_no_answer,
     candidates = [AnswerCandidate(context[start:stop], start, stop, score, probability)
                   for (score, start, stop), probability in zip(best, probabilities)]
     selected = next(c for c in candidates if (c.end_char == 0) == is_empty)
-    return Answer(selected.text, selected.start_char, selected.end_char, selected.score,
-                  no_answer_score, selected.probability, candidates)
+    return Answer(*selected, no_answer_score, candidates)

@@ -10,12 +10,12 @@ from transformer_jax import sharding
 from transformer_jax.data import batching, packing, sources, token_cache, tokenizers
 from transformer_jax.errors import did_you_mean
 from transformer_jax.models.config import Config, TransformerConfig
-from transformer_jax.objectives import causal_lm, denoising, mlm_nsp
+from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
 
 if TYPE_CHECKING:
     from transformer_jax.recipes.pretraining import PretrainConfig
 
-LOSSES = {"causal_lm": causal_lm.loss, "mlm_nsp": mlm_nsp.loss, "denoising": denoising.loss}
+LOSSES = {"causal_lm": causal_lm.loss, "mlm_nsp": mlm_nsp.loss, "denoising": seq2seq.loss}
 """Pre-training objective -> its loss function."""
 
 
@@ -162,10 +162,10 @@ def make_objective_rows(
     if config.objective == "denoising":
         corpus = tokenize(_split_lines(texts, config.sentence_end), tokenizer)
         transform = functools.partial(
-            denoising.prepare, noise=config.noise, length=length, mask_id=tokenizer.mask_id,
+            seq2seq.prepare_denoising, noise=config.noise, length=length, mask_id=tokenizer.mask_id,
             start_id=tokenizer.sep_id, bos_id=tokenizer.cls_id, eos_id=tokenizer.sep_id,
             pad_id=tokenizer.pad_id, word_starts=word_starts)
-        return ObjectiveRows(denoising.Passages(corpus, length - 2), transform, length)
+        return ObjectiveRows(seq2seq.Passages(corpus, length - 2), transform, length)
     pairs = mlm_nsp.SentencePairs(tokenize(texts, tokenizer), length - 3)
     transform = functools.partial(
         mlm_nsp.prepare, pairs=pairs, length=length, mask_rate=config.mask_rate,

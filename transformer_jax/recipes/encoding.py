@@ -13,13 +13,7 @@ from transformer_jax.errors import did_you_mean
 from transformer_jax.finetuning import peft
 from transformer_jax.generation.texts import generate_texts
 from transformer_jax.models import BART, BERT, GPT, Model
-from transformer_jax.objectives import (
-    causal_lm,
-    classification,
-    question_answering,
-    seq2seq,
-    token_classification,
-)
+from transformer_jax.objectives import causal_lm, classification, question_answering, seq2seq
 from transformer_jax.recipes.task_encoder import (
     EncodedDataset,
     InputConfig,
@@ -135,7 +129,7 @@ class WordEncoder(TaskEncoder):
         self._add_space = tokenizer.encode(" a") != tokenizer.encode("a")
 
     def encode(self, examples: Sequence[dict], split: str = "validation") -> list[dict]:
-        items = [{"words": token_classification.subword_ids(
+        items = [{"words": classification.subword_ids(
                       e["words"], self.tokenizer, self._add_space), "tags": e["tags"]}
                  for e in examples]
         for i, n in enumerate(self.lengths(items)):
@@ -151,14 +145,14 @@ class WordEncoder(TaskEncoder):
 
     def make_row(self, item: dict, length: int) -> dict[str, np.ndarray]:
         tokenizer = self.tokenizer
-        return token_classification.prepare(
+        return classification.prepare_token_classification(
             item, length=length, num_classes=len(self.task.label_names),
             label_last_subword=self.is_causal, cls_id=None if self.is_causal else tokenizer.cls_id,
             sep_id=None if self.is_causal else tokenizer.sep_id, pad_id=tokenizer.pad_id or 0)
 
     def _predicted_tags(self, outputs: Outputs) -> list[list[str]]:
         names = self.task.label_names
-        return [[names[t] for t in token_classification.word_predictions(p, w)]
+        return [[names[t] for t in p[np.asarray(w, bool)].argmax(-1)]
                 for p, w in zip(outputs["probabilities"], outputs["word_mask"])]
 
     def predictions(self, examples, items, outputs) -> list[dict]:

@@ -22,8 +22,8 @@ from transformer_jax.errors import did_you_mean
 from transformer_jax.models import build_model, config_to_dict, init_params, presets
 from transformer_jax.models.build import family_name
 from transformer_jax.models.config import Config
-from transformer_jax.objectives.denoising import Noise
 from transformer_jax.objectives.mlm_nsp import MASK_RATE
+from transformer_jax.objectives.seq2seq import Noise
 from transformer_jax.pretrained import save_run_config
 from transformer_jax.recipes import corpus, run_dir
 from transformer_jax.recipes.config import MeshConfig, OptimizerConfig, convert_paths

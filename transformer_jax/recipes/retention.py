@@ -17,7 +17,7 @@ from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.models import BERT, Model, config_from_dict
 from transformer_jax.models.config import Config
 from transformer_jax.objectives import contrastive
-from transformer_jax.objectives.denoising import Noise
+from transformer_jax.objectives.seq2seq import Noise
 from transformer_jax.pretrained import LoadedRun, is_run
 from transformer_jax.recipes import corpus, run_dir
 from transformer_jax.recipes.pretraining import PretrainConfig

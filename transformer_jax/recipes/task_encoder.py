@@ -21,7 +21,7 @@ from transformer_jax.data.datasets import LabeledDataset
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.finetuning import feature_cache
 from transformer_jax.models import GPT, Model
-from transformer_jax.objectives import classification
+from transformer_jax.objectives import classification, input_format
 
 Outputs = dict[str, np.ndarray]
 """Outputs of a model by name: arrays `[n, ...]`, with one entry for each of n items."""
@@ -142,8 +142,8 @@ class TaskEncoder(abc.ABC):
         """Returns the function that joins one or two texts, with special tokens, to a row."""
         added = None  # GPT's start, delimiter and extract tokens
         if self.is_causal and self.config.gpt_special_tokens:
-            added = classification.SpecialTokens.append_to_vocab(self.model.config.vocab_size)
-        return classification.make_input_packer(self.model, self.tokenizer, length, added)
+            added = input_format.SpecialTokens.append_to_vocab(self.model.config.vocab_size)
+        return input_format.make_input_packer(self.model, self.tokenizer, length, added)
 
     def predict(self, params: dict, items: Sequence) -> Outputs:
         """Returns the model's outputs for all items, in their order."""
