@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from transformer_jax.pretrained.runs import load_run
-from transformer_jax.recipes.denoising import DenoiseConfig, denoise
 from transformer_jax.recipes.retention import RetentionEval, held_out_batches
+from transformer_jax.recipes.sequence_to_sequence import DenoiseConfig, denoise
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 

@@ -10,14 +10,16 @@ from transformer_jax import models
 from transformer_jax.data import LabeledDataset, load_dataset
 from transformer_jax.pretrained.runs import load_run
 from transformer_jax.recipes import run_dir
-from transformer_jax.recipes.base_model import add_task_head, include_new_modules, load_base
 from transformer_jax.recipes.config import TrainingConfig
 from transformer_jax.recipes.finetuning_run import (
+    add_task_head,
     encode_for_training,
     finetune_params,
+    include_new_modules,
+    load_base,
     make_finetune_step,
 )
-from transformer_jax.recipes.task_encoder import write_predictions
+from transformer_jax.recipes.run_dir import write_predictions
 
 
 @pytest.mark.slow
@@ -92,7 +94,7 @@ def test_modules_that_the_checkpoint_does_not_have_are_trained(pretrained):
     params = {name: x for name, x in base.params.items() if name != "pooler"}
     assert include_new_modules(model, base.params, "lora:2") == "lora:2"
     trainable = include_new_modules(model, params, "lora:2")
-    mask = make_finetune_step(model, trainable, TrainingConfig(), "classification", False).mask
+    mask = make_finetune_step(model, trainable, TrainingConfig(), "classification").mask
     assert mask["pooler"]["kernel"] and not mask["token_embed"]["embedding"]
 
 

@@ -1,10 +1,8 @@
-"""Settings shared by several recipes: device mesh, optimizer and training.
-
-`DatasetConfig`, the description of a labeled dataset, is defined in `data.known_datasets`.
-"""
+"""Settings shared by several recipes: device mesh, optimizer, labeled dataset and training."""
 
 import dataclasses
 import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,12 @@ from jax.sharding import Mesh
 
 from transformer_jax import sharding
 from transformer_jax.data.known_datasets import DatasetConfig
+from transformer_jax.errors import did_you_mean
 from transformer_jax.recipes.task_encoder import InputConfig
 from transformer_jax.train import anomalies, optimizers
 
 __all__ = ["DatasetConfig", "FinetuneOptimizerConfig", "MeshConfig", "OptimizerConfig",
-           "TrainingConfig", "convert_paths"]
+           "TrainingConfig", "check_options", "convert_paths"]
 
 
 def convert_paths(config: Any, *fields: str) -> None:
@@ -26,6 +25,14 @@ def convert_paths(config: Any, *fields: str) -> None:
     for name in fields:
         if isinstance(value := getattr(config, name), str):
             object.__setattr__(config, name, Path(value))
+
+
+def check_options(names: Iterable[str], known: Collection[str], job: str) -> None:
+    """Raises a ValueError that suggests known options if a name is unknown."""
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"unknown option {name!r} of {job}; {did_you_mean(name, sorted(known))}")
 
 
 @dataclass(frozen=True)
@@ -191,11 +198,8 @@ class TrainingConfig:
 
     def input_config(self) -> InputConfig:
         """Returns the settings for converting an example to rows of token ids."""
-        return InputConfig(
-            max_length=self.max_length, gpt_special_tokens=self.gpt_special_tokens,
-            both_orders=self.both_orders, stride=self.stride,
-            max_question_length=self.max_question_length, target_length=self.target_length,
-            num_beams=self.num_beams)
+        return InputConfig(**{name: getattr(self, name) for name in InputConfig._fields
+                              if hasattr(self, name)})
 
     def with_num_steps(self, num_examples: int) -> "TrainingConfig":
         """Returns a copy in which `epochs` over `num_examples` is expressed as `num_steps`.
