@@ -52,7 +52,7 @@ class Method(NamedTuple):
     """A pre-training method.
 
     Attributes:
-        objective: objective that makes the training rows (`recipes.corpus`).
+        objective: objective that makes the training rows (`recipes.pretraining`).
         loss: loss function.
         changes: overridden fields of the model config.
     """

@@ -37,9 +37,6 @@ or "package:NAME/FOLDER"), or a loaded (model, params, tokenizer)."""
 NUM_SPECIAL_TOKENS = 3  # GPT's start, delimiter and extract tokens
 
 
-# The model ----------------------------------------------------------------------------------------
-
-
 def load_base(
     source: Source, *, dropout_rate: float | None = None, pooling: str | None = None
 ) -> LoadedRun:
@@ -102,9 +99,6 @@ def initial_params(model: Model, pretrained: dict) -> dict:
 
 def _initial_shapes(model: Model) -> dict:
     return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-
-
-# The run ------------------------------------------------------------------------------------------
 
 
 class FinetunedParams(NamedTuple):

@@ -37,20 +37,11 @@ INPUT_FIELDS = {
     "question_answering": ("question", "context"), "seq2seq": ("source",)}
 """Task type -> the fields of an input, in the order of an input tuple."""
 OPTIONAL_FIELDS = {"text_b"}
-_TEXT_SUFFIX = ".txt"
 
 
 @dataclass(frozen=True)
 class TaskModel:
-    """A model with its tokenizer and the description of its task.
-
-    Attributes:
-        model: the model.
-        params: its parameters.
-        tokenizer: its tokenizer.
-        task: the task of its head; None for a model without a task head.
-        input_config: settings for converting an input to rows of token ids.
-    """
+    """A model with its tokenizer, its task (None without a task head) and settings of its rows."""
 
     model: Model
     params: dict
@@ -149,9 +140,6 @@ def evaluate(source: Any, data: Any = None, **options: Any) -> dict[str, Any]:
     return encoder.report(examples, items, outputs)[0]
 
 
-# The model ----------------------------------------------------------------------------------------
-
-
 def load_task_model(source: Any) -> TaskModel:
     """Loads a model and the description of its task; the source is as in `predict`."""
     if isinstance(source, TaskModel):
@@ -219,9 +207,6 @@ def _default_input_config(base: LoadedRun) -> InputConfig:
         target_length=min(MAX_TARGET_LENGTH, max_length))
 
 
-# The inputs ---------------------------------------------------------------------------------------
-
-
 def to_examples(task: TaskInfo, inputs: Any, columns: Mapping[str, str]) -> list[dict]:
     """Returns the inputs of `predict` as examples of the task, with placeholders for their labels.
 
@@ -239,8 +224,10 @@ def to_examples(task: TaskInfo, inputs: Any, columns: Mapping[str, str]) -> list
 
 def _load_rows(inputs: Any) -> list:
     """Returns a list with one str, tuple, list of words or dict for each input."""
-    if isinstance(inputs, Path) or (isinstance(inputs, str) and _is_file(inputs)):
-        if str(inputs).removesuffix(".gz").endswith(_TEXT_SUFFIX):
+    name = str(inputs).removesuffix(".gz") if isinstance(inputs, (str, Path)) else ""
+    if isinstance(inputs, Path) or (
+            name.endswith((*sources.TABLE_SUFFIXES, ".txt")) and Path(inputs).is_file()):
+        if name.endswith(".txt"):
             texts = sources.load_text_files(inputs, document_separator="newline")
             return [example["text"] for example in texts]
         return list(sources.load_table(inputs))
@@ -250,11 +237,6 @@ def _load_rows(inputs: Any) -> list:
         return inputs
     rows = splits.from_table(inputs, "inputs").rows
     return [rows[i] for i in range(len(rows))]
-
-
-def _is_file(text: str) -> bool:
-    suffixes = (*sources.TABLE_SUFFIXES, _TEXT_SUFFIX)
-    return text.removesuffix(".gz").endswith(suffixes) and Path(text).is_file()
 
 
 def _to_example(

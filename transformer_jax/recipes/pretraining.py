@@ -233,9 +233,6 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     return run_dir.write_results(config.out, config, measured, time.perf_counter() - began)
 
 
-# Texts and rows -----------------------------------------------------------------------------------
-
-
 def load_texts(config: PretrainConfig) -> tuple[Sequence[dict], Sequence[dict]]:
     """Returns the training and held-out texts, as sequences of `{"text": str}`.
 

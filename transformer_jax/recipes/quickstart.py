@@ -138,7 +138,9 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         cells += _compare_specs(config, name, runs[name], folder, console)
     _save_figures(config, runs, cells)
     samples = _show_samples(runs, console)
-    console.print(_pretraining_table(pretraining))
+    for name, measured in pretraining.items():
+        console.print(f"{name}: held-out loss {measured['held_out_before']['loss']:.3f} before, "
+                      f"{measured['held_out']['loss']:.3f} after pre-training (nats)")
     console.print(_finetuning_table(cells))
     metrics = {"pretraining": pretraining, "finetuning": cells, "samples": samples}
     results = run_dir.write_results(config.out, config, metrics, time.perf_counter() - began)
@@ -212,16 +214,6 @@ def _finetuning_table(cells: Sequence[dict]) -> Table:
             "" if after is None else f"{after:.3f}",
             end_section=i + 1 < len(cells) and cells[i + 1]["labels"] != cell["labels"],
         )
-    return table
-
-
-def _pretraining_table(pretraining: dict[str, dict]) -> Table:
-    table = Table(title="Pre-training: held-out loss (nats)")
-    for heading in ("model", "before", "after"):
-        table.add_column(heading, justify="right")
-    for name, metrics in pretraining.items():
-        table.add_row(name, f"{metrics['held_out_before']['loss']:.3f}",
-                      f"{metrics['held_out']['loss']:.3f}")
     return table
 
 

@@ -122,17 +122,16 @@ def _sentence_pairs(
     texts: Sequence[dict], tokenizer: Tokenizer, length: int
 ) -> pretraining.ObjectiveRows:
     """Returns pairs of consecutive sentences, as rows of the contrastive objective."""
+    def consecutive(text: str) -> Iterator[tuple]:
+        """Yields the ids of sentences 1 and 2, 3 and 4, ..., if both have more than 3 tokens."""
+        ids = tokenizer.encode_batch(packing.split_sentences(text))
+        return ((a, b) for a, b in zip(ids[::2], ids[1::2]) if len(a) > 3 and len(b) > 3)
+
     pairs = [{"tokens": a, "tokens_b": b} for i in range(len(texts))
-             for a, b in _consecutive_sentences(texts[i]["text"], tokenizer)]
+             for a, b in consecutive(texts[i]["text"])]
     # Shuffled, so that the pairs of a batch come from different documents.
     pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
     transform = functools.partial(
         contrastive.prepare, length=length, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id,
         pad_id=tokenizer.pad_id)
     return pretraining.ObjectiveRows(pairs, transform, length)
-
-
-def _consecutive_sentences(text: str, tokenizer: Tokenizer) -> Iterator[tuple]:
-    """Yields the ids of sentences 1 and 2, 3 and 4, ..., if both have more than three tokens."""
-    ids = tokenizer.encode_batch(packing.split_sentences(text))
-    return ((a, b) for a, b in zip(ids[::2], ids[1::2]) if len(a) > 3 and len(b) > 3)

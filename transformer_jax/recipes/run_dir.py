@@ -120,9 +120,6 @@ def make_checkpointer(
         allow_config_mismatch=config.allow_config_mismatch, **options)
 
 
-# Files --------------------------------------------------------------------------------------------
-
-
 def add_to_run_config(out: Path, **values: Any) -> None:
     """Adds values to the config.json of a run (`pretrained.runs.save_run_config`)."""
     path = out / CONFIG
@@ -218,9 +215,6 @@ def plot_losses(path: Path, title: str, series: dict[str, tuple[list[dict], str]
         plots.curves(path, curves, title=title)
 
 
-# Identity -----------------------------------------------------------------------------------------
-
-
 def run_metadata(config: Any, rows: Any, *more: Any) -> dict[str, Any]:
     """Returns the identity of a run; it resumes only from a checkpoint with the same identity.
 
@@ -254,9 +248,6 @@ def fingerprint(rows: Any) -> str:
         for start in range(0, len(flat), block):
             digest.update(np.ascontiguousarray(flat[start : start + 2**18]).tobytes())
     return digest.hexdigest()[:16]
-
-
-# Runs of older versions ---------------------------------------------------------------------------
 
 
 def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:

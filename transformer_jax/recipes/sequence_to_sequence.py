@@ -354,7 +354,6 @@ def denoise(config: DenoiseConfig) -> dict[str, Any]:
     model, pretrained, tokenizer, _ = load_run(config.out / "pretraining")
     new_params = jax.jit(functools.partial(init_params, model))(
         jax.random.key(config.pretrain.seed))
-
     train, held_out = (pretraining.ObjectiveRows(_tokenize(pairs, tokenizer), functools.partial(
         seq2seq.prepare, source_length=f.source_length, target_length=f.target_length,
         start_id=tokenizer.sep_id, bos_id=tokenizer.cls_id, eos_id=tokenizer.sep_id,
@@ -369,7 +368,6 @@ def denoise(config: DenoiseConfig) -> dict[str, Any]:
     scored = validation[: f.eval_pairs]
     print(f"{tree.count(new_params):,} parameters, {len(texts):,} pairs, {f.num_steps} steps of "
           f"{f.batch_size} pairs, {len(validation):,} pairs held out", flush=True)
-
     measured: dict[str, Any] = {
         "denoising": {key: denoised[key] for key in ("held_out_before", "held_out")}}
     outputs = {}

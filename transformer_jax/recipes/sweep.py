@@ -39,12 +39,6 @@ from transformer_jax.report import plots
 
 SCRATCH = "scratch"
 """Spec in `SweepConfig.trainable` that trains a newly initialized model of the same size."""
-CELL_METRICS = (
-    "rouge", "rouge1", "rouge2", "bleu", "accuracy", "macro_f1", "matthews", "f1", "exact_match",
-    "pearson_spearman", "pearson", "spearman", "precision", "recall", "labels", "steps",
-    "best_step", "stopped_early", "trained", "share_trained", "cut", "cut_validation", "seconds",
-    "seconds_per_step")
-"""Metrics of a run that are stored in `cells.jsonl`."""
 AVERAGED = ("score", "exact_match", "f1", "accuracy", "matthews", "spearman", "ece",
             "held_out_after", "seconds", "seconds_per_step")
 """Metrics whose mean and standard deviation over seeds are stored in `results.json`."""
@@ -185,7 +179,8 @@ def _run_cell(config: SweepConfig, cell: dict, data: EncodedDataset, pretrained:
             config.out / "predictions" / f"{name}.jsonl", result.predictions)
         plot_classes(config.out, f"_{name}", m, dataset.label_names,
                      f"{_dataset_name(config)}, {cell['recipe']}")
-    line = run_dir.to_json(cell | {name: m[name] for name in CELL_METRICS if name in m} | {
+    scalars = {name: x for name, x in m.items() if not isinstance(x, dict) and np.ndim(x) == 0}
+    line = run_dir.to_json(cell | scalars | {
         "score": m[main_metric(dataset)],
         "ece": m["calibration"]["ece"] if "calibration" in m else None,
         "held_out_after": retention.loss(result.params)})

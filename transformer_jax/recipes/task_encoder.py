@@ -22,18 +22,10 @@ PREDICT_BATCH_SIZE = 64
 
 
 class InputConfig(NamedTuple):
-    """Settings for converting an example to rows of token ids.
+    """Settings for converting an example to rows of token ids (see `config.TrainingConfig`).
 
-    Attributes:
-        max_length: maximum number of tokens of a row; longer texts are truncated, and longer
-            contexts of questions are split into windows.
-        gpt_special_tokens: add start, delimiter and extract tokens (GPT paper, section 3.3).
-        both_orders: encode each pair of texts in both orders (GPT paper, section 3.3).
-        stride: distance in tokens between the starts of consecutive windows over a long context.
-        max_question_length: number of tokens to which longer questions are truncated.
-        target_length: maximum number of tokens of a target text; for GPT, only of a generated one.
-        num_beams: number of beams of the beam search that generates target texts.
-        length_penalty: beam scores are divided by length ** length_penalty; unused with one beam.
+    Texts longer than `max_length` are truncated, and longer contexts of questions are split into
+    windows. Scores of beams are divided by length ** length_penalty.
     """
 
     max_length: int
@@ -116,7 +108,7 @@ class TaskEncoder(abc.ABC):
         """Returns one dict for each example: the prediction and its score or probabilities."""
 
     @abc.abstractmethod
-    def _scores_and_lines(
+    def _report(
         self, examples: Sequence[dict], items: Sequence, outputs: Outputs
     ) -> tuple[dict[str, Any], list[dict]]:
         """Returns the result of `report`, without the ids of the examples."""
@@ -126,7 +118,7 @@ class TaskEncoder(abc.ABC):
     ) -> tuple[dict[str, Any], list[dict]]:
         """Returns the scores, the main metric first, and one line of the prediction file for each
         example, which has the example's "id" or else its index."""
-        scores, lines = self._scores_and_lines(examples, items, outputs)
+        scores, lines = self._report(examples, items, outputs)
         return scores, [{"id": e.get("id", i), **line}
                         for i, (e, line) in enumerate(zip(examples, lines))]
 
