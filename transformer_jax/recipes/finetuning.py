@@ -95,9 +95,12 @@ class FinetuneResult(prediction.TaskModel):
 
     Attributes:
         mask: True for trainable parameters.
-        metrics: scores on the validation examples, the main metric first; statistics of the run
-            (`finetuning_run.FinetunedParams`); and, if it was measured, the pre-training loss as
-            "held_out_before" and "held_out_after".
+        metrics: scores on the validation examples, the main metric first; statistics of the run:
+            "labels" (number of training examples), "steps", "trained" and "share_trained" (number
+            and fraction of trainable parameters), "cut" and "cut_validation" (numbers of truncated
+            rows), "seconds" of training, "seconds_per_step" (median), with `keep_best` "best_step",
+            the step that `params` is from, and "stopped_early", the reason if it was; and, if it
+            was measured, the pre-training loss as "held_out_before" and "held_out_after".
         predictions: one dict for each validation example, as in `predictions.jsonl`.
         history: history of `train.loop.fit`; empty if the run was already complete.
     """

@@ -102,20 +102,7 @@ def _initial_shapes(model: Model) -> dict:
 
 
 class FinetunedParams(NamedTuple):
-    """The result of one fine-tuning run.
-
-    Attributes:
-        params: fine-tuned parameters, PEFT parameters included.
-        mask: True for trainable parameters.
-        metrics: scores on the validation examples, the main metric first, and statistics of the
-            run: "labels" (number of training examples), "steps", "trained" and "share_trained"
-            (number and fraction of trainable parameters), "cut" and "cut_validation" (numbers of
-            truncated rows), "seconds" of training, "seconds_per_step" (median); with
-            `keep_best`, "best_step", the step that `params` is from; and "stopped_early", the
-            reason, if the run was stopped early.
-        predictions: one line of the prediction file for each validation example.
-        history: history of `train.loop.fit`.
-    """
+    """The result of one fine-tuning run, as in `finetuning.FinetuneResult`."""
 
     params: dict
     mask: dict

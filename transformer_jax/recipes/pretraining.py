@@ -54,22 +54,19 @@ class PretrainConfig:
         num_steps: number of updates.
         out: folder of the run.
         data: "python_docs/documents", "tfds:NAME", "hf:NAME", or a text file or folder.
-        tokenized_cache_dir: folder in which the tokenized corpus is saved, and from which it is
-            loaded if it exists. Tokens are then read from disk on demand, for corpora larger than
-            memory, and interrupted tokenization is resumed.
+        tokenized_cache_dir: folder of the tokenized corpus, which is made if it does not exist or is
+            incomplete. Tokens are read from it on demand, for corpora larger than memory.
         document_separator: how text files are split into documents: "blank_line" at blank lines
             (each line of a document is then a sentence); "newline" at every line end; "file" does
             not split or change the text.
         validation_fraction: fraction at the end of the text files that is held out for evaluation.
         mask_rate: fraction of the tokens that masked language modeling predicts.
-        whole_word_masking: mask whole words instead of tokens (masked language modeling and
-            denoising).
+        whole_word_masking: mask whole words instead of tokens (mlm_nsp and denoising).
         noise: how texts are corrupted for the denoising objective.
         sentence_end: end of a sentence within a line, for denoising, such as " . " in tokenized
             text; if empty, each line is one sentence.
         accumulate: number of microbatches whose gradients are accumulated in each step.
-        scan_layers: stack the parameters of all layers and scan over them, so that only one layer
-            is compiled; for deep models on accelerators.
+        scan_layers: scan over stacked layers, which compiles only one; for deep models.
         optimizer: AdamW and its learning-rate schedule.
         mesh: number of devices along each mesh axis.
         eval_every: number of updates between evaluations on the held-out rows.
@@ -284,14 +281,7 @@ def with_vocabulary(model: Config, tokenizer: tokenizers.Tokenizer) -> Config:
 
 
 class ObjectiveRows(NamedTuple):
-    """Rows of a pre-training objective.
-
-    Attributes:
-        rows: examples by index.
-        transform: `transform(example, rng)` returns the arrays of a row; None if `rows` already
-            holds arrays.
-        tokens_per_row: number of tokens of a row, used to compute throughput.
-    """
+    """Rows of a pre-training objective: `transform(rows[i], rng)`, or `rows[i]` if it is None."""
 
     rows: Any
     transform: Callable | None
@@ -328,9 +318,6 @@ def make_objective_rows(
 
     The texts are a sequence of `{"text": str}`, and `name` is their subfolder of
     `config.tokenized_cache_dir`.
-
-    Raises:
-        ValueError: the objective is unknown, or the corpus is too small for it.
 
     Example:
         >>> config = pretrain_config("gpt2", tokenizer="chars", max_length=8)

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from transformer_jax.data.datasets import LabeledDataset, load_dataset, subsample_balanced
+from transformer_jax.data.datasets import load_dataset, subsample_balanced
 from transformer_jax.generation import fill_mask, generate
 from transformer_jax.models import GPT, presets
 from transformer_jax.nn.positions import sinusoidal_positions
@@ -39,7 +39,7 @@ from transformer_jax.recipes.finetuning_run import (
     finetune_params,
 )
 from transformer_jax.recipes.pretraining import PretrainConfig, pretrain
-from transformer_jax.recipes.retention import RetentionEval, make_retention_eval
+from transformer_jax.recipes.retention import make_retention_eval
 from transformer_jax.report import plots
 
 PROMPTS = ("Return the", "If the file", "This class is used to")
@@ -159,7 +159,7 @@ def _compare_specs(
     dataset = dataset._replace(validation=dataset.validation[: config.test_examples])
     model, pretrained = add_task_head(base, dataset)
     retention = make_retention_eval(folder, base, num_rows=config.retention_rows)
-    before = retention.loss()
+    before, labels = retention.loss(), [e["label"] for e in dataset.validation]
     peak_lrs = dict(zip(config.trainable, config.peak_lrs))
     rows = [("from scratch", "full", None),
             *[(spec, spec, pretrained) for spec in config.trainable]]
@@ -176,27 +176,19 @@ def _compare_specs(
                 config.training.optimizer, peak_lr=peak_lr))
             results = [finetune_params(data, params, spec, training, seed, quiet=True)
                        for seed, data in enumerate(encoded)]
-            cells.append(_cell(name, label, results, dataset, None if params is None else retention,
-                               before))
-            console.print(f"{name}, {label}, {cells[-1]['labels']} labels: accuracy "
-                          f"{100 * cells[-1]['accuracy']:.1f} %")
+            accuracy = np.array([x.metrics["accuracy"] for x in results])
+            after = [] if params is None else [retention.loss(x.params) for x in results]
+            statistics = results[0].metrics
+            cells.append({
+                "model": name, "recipe": label, "labels": statistics["labels"],
+                "accuracy": accuracy.mean(), "accuracy_std": accuracy.std(),
+                "share_trained": statistics["share_trained"],
+                "seconds_per_step": np.median([x.metrics["seconds_per_step"] for x in results]),
+                "held_out_before": before, "held_out_after": np.mean(after) if after else None,
+                "chance": max(np.bincount(labels)) / len(labels)})
+            console.print(f"{name}, {label}, {statistics['labels']} labels: accuracy "
+                          f"{100 * accuracy.mean():.1f} %")
     return cells
-
-
-def _cell(name: str, label: str, results: Sequence, dataset: LabeledDataset,
-          retention: RetentionEval | None, before: float) -> dict[str, Any]:
-    """Returns one cell of the table: averages over its runs."""
-    accuracy = np.array([x.metrics["accuracy"] for x in results])
-    after = [] if retention is None else [retention.loss(x.params) for x in results]
-    labels = [e["label"] for e in dataset.validation]
-    return {
-        "model": name, "recipe": label, "labels": results[0].metrics["labels"],
-        "accuracy": accuracy.mean(), "accuracy_std": accuracy.std(),
-        "share_trained": results[0].metrics["share_trained"],
-        "seconds_per_step": np.median([x.metrics["seconds_per_step"] for x in results]),
-        "held_out_before": before, "held_out_after": np.mean(after) if after else None,
-        "chance": max(np.bincount(labels)) / len(labels),
-    }
 
 
 def _finetuning_table(cells: Sequence[dict]) -> Table:

@@ -83,12 +83,8 @@ def fit(
 ) -> tuple[step.TrainState, list[dict]]:
     """Runs the training loop of a config with checkpoints and TensorBoard events in `out`.
 
-    Args:
-        config: num_steps, seed, eval_every, save_every, log_every, allow_config_mismatch and
-            anomaly_policy; if it has them, profile_steps and replay_step.
-        metadata: the identity of the run (`run_metadata`), with the model config.
-        tokens_per_batch: number of tokens in a global batch; if None, they are counted.
-        options: options of `Checkpointer`.
+    `metadata` is the identity of the run (`run_metadata`) with the model config, and the options
+    are those of `Checkpointer`. With `config.replay_step`, only that step is repeated.
     """
     arguments = {"rng": jax.random.key(config.seed + 1), "mesh": mesh,
                  "anomalies": config.anomaly_policy, "checkpoint": make_checkpointer(
@@ -171,11 +167,7 @@ def write_results(out: Path, config: Any, metrics: dict, seconds: float) -> dict
 
 
 def load_results(out: str | Path) -> dict[str, Any]:
-    """Returns the content of `<out>/results.json`, with the current names of settings.
-
-    Raises:
-        FileNotFoundError: the folder has no results of a finished run.
-    """
+    """Returns the content of `<out>/results.json`, with the current names of settings."""
     path = Path(out) / RESULTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the --out folder of a finished "

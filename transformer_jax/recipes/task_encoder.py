@@ -39,24 +39,14 @@ class InputConfig(NamedTuple):
 
 
 class TaskInfo(NamedTuple):
-    """Description of the task of a model.
+    """Description of the task of a model."""
 
-    Attributes:
-        task_type: "classification", "regression", "multiple_choice", "token_classification",
-            "question_answering" or "seq2seq".
-        label_names: names of the classes or tags, in order; empty for the other task types.
-        metric: the main metric.
-        label_range: lowest and highest label of a regression.
-        num_choices: maximum number of choices of a multiple-choice example.
-        has_unanswerable: whether some questions have no answer in their context.
-    """
-
-    task_type: str
-    label_names: tuple[str, ...] = ()
-    metric: str = ""
-    label_range: tuple[float, float] | None = None
-    num_choices: int = 0
-    has_unanswerable: bool = False
+    task_type: str  # as in `DatasetConfig`
+    label_names: tuple[str, ...] = ()  # of the classes or tags, in order
+    metric: str = ""  # the main metric
+    label_range: tuple[float, float] | None = None  # of a regression
+    num_choices: int = 0  # maximum of multiple-choice examples
+    has_unanswerable: bool = False  # whether some questions have no answer in their context
 
     @classmethod
     def of(cls, dataset: LabeledDataset) -> "TaskInfo":
