@@ -54,8 +54,8 @@ class PretrainConfig:
         num_steps: number of updates.
         out: folder of the run.
         data: "python_docs/documents", "tfds:NAME", "hf:NAME", or a text file or folder.
-        tokenized_cache_dir: folder of the tokenized corpus, which is made if it does not exist or is
-            incomplete. Tokens are read from it on demand, for corpora larger than memory.
+        tokenized_cache_dir: folder of the tokenized corpus, which is completed if necessary; tokens
+            are read from it on demand, for corpora larger than memory.
         document_separator: how text files are split into documents: "blank_line" at blank lines
             (each line of a document is then a sentence); "newline" at every line end; "file" does
             not split or change the text.
@@ -211,7 +211,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         step.make_train_step(loss_fn, optimizer, accumulate=config.accumulate),
         train.loader(config.batch_size, mesh, seed=config.seed), held_out_loss, mesh,
         {"model": config_to_dict(config.model)} | run_dir.run_metadata(config, train.rows),
-        tokens_per_batch=config.batch_size * train.tokens_per_row, keep_best=("loss", "min"))
+        keep_best=("loss", "min"))
     if replay:
         print(json.dumps(history[-1]))
         return history[-1]
@@ -285,7 +285,6 @@ class ObjectiveRows(NamedTuple):
 
     rows: Any
     transform: Callable | None
-    tokens_per_row: int
 
     def loader(self, batch_size: int, mesh: Mesh | None = None, **options) -> batching.Loader:
         """Returns an iterator over this process's rows of each batch of `batch_size` rows.
@@ -338,20 +337,20 @@ def make_objective_rows(
     if config.objective == "causal_lm":
         corpus = tokenize(texts, tokenizer, eos_id=tokenizer.eos_id,
                           one_sentence_per_line=config.document_separator != "file")
-        return ObjectiveRows(packing.PackedTokens(corpus, length), None, length)
+        return ObjectiveRows(packing.PackedTokens(corpus, length), None)
     options = {"length": length, "mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id,
                "word_starts": tokenizer.is_word_start if config.whole_word_masking else None}
     if config.objective == "denoising":
         corpus = tokenize(_split_lines(texts, config.sentence_end), tokenizer)
         return ObjectiveRows(denoising.Passages(corpus, length - 2), functools.partial(
             denoising.prepare, noise=config.noise, start_id=tokenizer.sep_id,
-            bos_id=tokenizer.cls_id, eos_id=tokenizer.sep_id, **options), length)
+            bos_id=tokenizer.cls_id, eos_id=tokenizer.sep_id, **options))
     pairs = mlm_nsp.SentencePairs(tokenize(texts, tokenizer), length - 3)
     return ObjectiveRows(pairs, functools.partial(
         mlm_nsp.prepare, pairs=pairs, mask_rate=config.mask_rate,
         max_predictions=max(1, round(length * config.mask_rate)),
         vocab_size=tokenizer.vocab_size, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id,
-        min_random_id=tokenizer.mask_id + 1, **options), length)
+        min_random_id=tokenizer.mask_id + 1, **options))
 
 
 def _split_lines(texts: Sequence[dict], sentence_end: str) -> Sequence[dict]:

@@ -134,4 +134,4 @@ def _sentence_pairs(
     transform = functools.partial(
         contrastive.prepare, length=length, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id,
         pad_id=tokenizer.pad_id)
-    return pretraining.ObjectiveRows(pairs, transform, length)
+    return pretraining.ObjectiveRows(pairs, transform)

@@ -78,8 +78,7 @@ def setup() -> None:
 
 def fit(
     config: Any, out: Path, state: step.TrainState, train_step: Callable, batches: loop.Batches,
-    evaluate: Callable, mesh: Mesh, metadata: dict[str, Any], *,
-    tokens_per_batch: int | None = None, **options: Any,
+    evaluate: Callable, mesh: Mesh, metadata: dict[str, Any], **options: Any,
 ) -> tuple[step.TrainState, list[dict]]:
     """Runs the training loop of a config with checkpoints and TensorBoard events in `out`.
 
@@ -92,7 +91,7 @@ def fit(
     if (number := getattr(config, "replay_step", None)) is not None:
         state, row = loop.replay_step(state, train_step, batches, step=number, **arguments)
         return state, [row]
-    found = [callbacks.Logging(config.log_every, tokens_per_batch), callbacks.Progress(),
+    found = [callbacks.Logging(config.log_every), callbacks.Progress(),
              callbacks.TensorBoard(out / "events")]
     if profile_steps := getattr(config, "profile_steps", 0):
         found.append(callbacks.Profiler(out / "trace", profile_steps))

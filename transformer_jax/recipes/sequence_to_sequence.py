@@ -357,7 +357,7 @@ def denoise(config: DenoiseConfig) -> dict[str, Any]:
     train, held_out = (pretraining.ObjectiveRows(_tokenize(pairs, tokenizer), functools.partial(
         seq2seq.prepare, source_length=f.source_length, target_length=f.target_length,
         start_id=tokenizer.sep_id, bos_id=tokenizer.cls_id, eos_id=tokenizer.sep_id,
-        pad_id=tokenizer.pad_id), f.source_length) for pairs in (texts, validation))
+        pad_id=tokenizer.pad_id)) for pairs in (texts, validation))
     loss_fn = functools.partial(seq2seq.loss, model.apply, label_smoothing=f.label_smoothing)
     optimizer = f.optimizer.make(f.num_steps)
     # Created once, so that both runs share the compiled steps.
