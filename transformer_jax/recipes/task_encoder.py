@@ -168,11 +168,10 @@ def _predict_batches(
 
 
 def _pad_and_stack(values: list[np.ndarray]) -> np.ndarray:
-    shape = np.max([v.shape for v in values], axis=0) if values[0].ndim else ()
-    out = np.zeros((len(values), *np.asarray(shape, int)), values[0].dtype)
-    for i, value in enumerate(values):
-        out[(i, *map(slice, value.shape))] = value
-    return out
+    if not values[0].ndim:
+        return np.array(values)
+    shape = np.max([v.shape for v in values], axis=0)
+    return np.stack([np.pad(v, [(0, n - m) for n, m in zip(shape, v.shape)]) for v in values])
 
 
 class EncodedDataset(NamedTuple):
