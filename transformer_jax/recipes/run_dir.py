@@ -103,7 +103,7 @@ def fit(
 def make_checkpointer(
     config: Any, metadata: dict[str, Any] | None, directory: Path | None, **options: Any
 ) -> Checkpointer:
-    """Returns a checkpointer that also resumes runs of older versions; None saves nothing.
+    """Returns a checkpointer that also resumes runs of older versions, if there is a directory.
 
     A run resumes only if its metadata equals that of the checkpoint, whose names of settings are
     therefore used.
