@@ -54,7 +54,8 @@ from IPython.display import Image, Markdown
 from transformer_jax import data, fill_mask, presets, pretrain, sharding
 from transformer_jax.objectives.input_format import pack_bert_input
 from transformer_jax.pretrained import load_run
-from transformer_jax.recipes import MeshConfig, OptimizerConfig, corpus, pretrain_config
+from transformer_jax.recipes import MeshConfig, OptimizerConfig, pretrain_config
+from transformer_jax.recipes.pretraining import make_objective_rows
 
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # a few steps, for the tests
 ON_CPU = jax.devices()[0].platform == "cpu"
@@ -116,7 +117,7 @@ Image("runs/bert/loss.png")
 
 # %%
 model, params, tokenizer, _ = load_run("runs/bert")
-rows = corpus.make_objective_rows(config, data.load_source(config.data, "validation"), tokenizer)
+rows = make_objective_rows(config, data.load_source(config.data, "validation"), tokenizer)
 batch = rows.evaluation_batches(batch_size=8, max_batches=1)[0]
 for i, label in enumerate(["B follows A", "B is from another document"]):
     row = np.argmax(batch["nsp_labels"] == i)

@@ -16,8 +16,8 @@ import configs
 import tyro
 
 from transformer_jax.cli import run_command
-from transformer_jax.recipes.denoising import DenoiseConfig, denoise
 from transformer_jax.recipes.run_dir import setup
+from transformer_jax.recipes.sequence_to_sequence import DenoiseConfig, denoise
 
 
 def main(config: DenoiseConfig) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from transformer_jax.models import presets
 from transformer_jax.recipes.config import OptimizerConfig
-from transformer_jax.recipes.denoising import DenoiseConfig, PairsConfig
 from transformer_jax.recipes.pretraining import PretrainConfig
+from transformer_jax.recipes.sequence_to_sequence import DenoiseConfig, PairsConfig
 
 
 def config() -> DenoiseConfig:

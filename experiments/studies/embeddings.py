@@ -38,10 +38,10 @@ from transformer_jax.finetuning import peft
 from transformer_jax.models import Model, init_params
 from transformer_jax.objectives import causal_lm
 from transformer_jax.pretrained import LoadedRun
-from transformer_jax.recipes.base_model import add_task_head
 from transformer_jax.recipes.config import FinetuneOptimizerConfig, TrainingConfig
 from transformer_jax.recipes.finetuning_run import (
     NUM_SPECIAL_TOKENS,
+    add_task_head,
     encode_for_training,
     finetune_params,
 )

@@ -21,16 +21,18 @@ from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.models import GPT, Config, build_model, init_params, presets
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
 from transformer_jax.pretrained import LoadedRun
-from transformer_jax.recipes.base_model import add_task_head
 from transformer_jax.recipes.config import (
     DatasetConfig,
     FinetuneOptimizerConfig,
     OptimizerConfig,
     TrainingConfig,
 )
-from transformer_jax.recipes.corpus import load_texts, train_tokenizer
-from transformer_jax.recipes.finetuning_run import encode_for_training, finetune_params
-from transformer_jax.recipes.pretraining import PretrainConfig
+from transformer_jax.recipes.finetuning_run import (
+    add_task_head,
+    encode_for_training,
+    finetune_params,
+)
+from transformer_jax.recipes.pretraining import PretrainConfig, load_texts, train_tokenizer
 from transformer_jax.train import step
 
 
@@ -50,7 +52,7 @@ class Method(NamedTuple):
     """A pre-training method.
 
     Attributes:
-        objective: objective that makes the training rows (`recipes.corpus`).
+        objective: objective that makes the training rows (`recipes.pretraining`).
         loss: loss function.
         changes: overridden fields of the model config.
     """

@@ -10,14 +10,14 @@ import numpy as np
 
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.recipes.config import OptimizerConfig
-from transformer_jax.recipes.corpus import (
+from transformer_jax.recipes.pretraining import (
     ObjectiveRows,
+    PretrainConfig,
     load_texts,
     make_objective_rows,
     train_tokenizer,
     with_vocabulary,
 )
-from transformer_jax.recipes.pretraining import PretrainConfig
 from transformer_jax.train import loop, step
 from transformer_jax.train.callbacks import Logging
 from transformer_jax.tree import PyTree

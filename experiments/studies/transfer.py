@@ -54,14 +54,17 @@ from transformer_jax.data import (
 from transformer_jax.models import GPT, init_params, presets
 from transformer_jax.objectives import causal_lm
 from transformer_jax.pretrained import LoadedRun
-from transformer_jax.recipes.base_model import add_task_head
 from transformer_jax.recipes.config import (
     DatasetConfig,
     FinetuneOptimizerConfig,
     OptimizerConfig,
     TrainingConfig,
 )
-from transformer_jax.recipes.finetuning_run import encode_for_training, finetune_params
+from transformer_jax.recipes.finetuning_run import (
+    add_task_head,
+    encode_for_training,
+    finetune_params,
+)
 from transformer_jax.train import step
 
 SOURCES = {

@@ -5,19 +5,24 @@ import json
 import numpy as np
 import pytest
 from small_configs import ROWS
+from small_models import BART, GPT2, TRANSFORMER
 
-from transformer_jax import models
-from transformer_jax.data import LabeledDataset, load_dataset
+from transformer_jax.data import LabeledDataset, load_dataset, tokenizers
+from transformer_jax.models import build_model
 from transformer_jax.pretrained import load_run
-from transformer_jax.recipes import run_dir
-from transformer_jax.recipes.base_model import add_task_head, include_new_modules, load_base
+from transformer_jax.recipes import encoding, run_dir
 from transformer_jax.recipes.config import TrainingConfig
+from transformer_jax.recipes.encoding import encode_dataset
 from transformer_jax.recipes.finetuning_run import (
+    add_task_head,
     encode_for_training,
     finetune_params,
+    include_new_modules,
+    load_base,
     make_finetune_step,
 )
-from transformer_jax.recipes.task_encoder import write_predictions
+from transformer_jax.recipes.run_dir import write_predictions
+from transformer_jax.recipes.task_encoder import InputConfig
 
 
 @pytest.mark.slow
@@ -88,11 +93,11 @@ def test_unsupported_combinations_are_errors_before_training(
 def test_modules_that_the_checkpoint_does_not_have_are_trained(pretrained):
     """Checkpoints of RoBERTa and DistilBERT without a head have no pooler."""
     base = load_run(pretrained("bert_python_docs"))
-    model = models.build_model(base.model.config, 2, "classification")
+    model = build_model(base.model.config, 2, "classification")
     params = {name: x for name, x in base.params.items() if name != "pooler"}
     assert include_new_modules(model, base.params, "lora:2") == "lora:2"
     trainable = include_new_modules(model, params, "lora:2")
-    mask = make_finetune_step(model, trainable, TrainingConfig(), "classification", False).mask
+    mask = make_finetune_step(model, trainable, TrainingConfig(), "classification").mask
     assert mask["pooler"]["kernel"] and not mask["token_embed"]["embedding"]
 
 
@@ -134,3 +139,62 @@ def test_questions_without_an_answer(pretrained):
     assert found.metrics["best_f1"] >= max(found.metrics["f1"], 50)
     assert np.isfinite(found.metrics["best_f1_threshold"])
     assert all(line["best"] for line in found.predictions)
+
+
+# Special tokens of sources and targets
+
+PAIRS = [{"source": "one two", "target": "two"}, {"source": "three", "target": "one"}]
+PAIRS_DATASET = LabeledDataset("seq2seq", PAIRS, PAIRS, (), "rouge", None, {})
+PAIRS_CONFIG = InputConfig(16, target_length=8)
+PAIRS_TEXTS = ["one two three"] * 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizers.train_bpe(
+        PAIRS_TEXTS, vocab_size=300, special_tokens=tokenizers.SEQ2SEQ_SPECIAL_TOKENS)
+
+
+@pytest.mark.parametrize("config", [BART, TRANSFORMER], ids=["bart", "transformer"])
+@pytest.mark.parametrize("ids", [(0, 5), (3, 5), (None, 5), (None, None)])
+def test_training_starts_the_decoder_as_generation_does(config, ids, tokenizer):
+    """Also with the id 0, which is not a missing id."""
+    start, bos = ids
+    config = config.replace(vocab_size=tokenizer.vocab_size, decoder_start_token_id=start,
+                            bos_token_id=bos)
+    encoded = encode_dataset(PAIRS_DATASET, build_model(config), tokenizer, PAIRS_CONFIG)
+    row = encoded.encoder.make_row(encoded.train[0], 16)
+    expected = next(i for i in (start, bos, tokenizer.sep_id) if i is not None)
+    assert row["decoder_tokens"][0] == expected
+
+
+def test_gpt_needs_a_token_between_source_and_target():
+    wordpiece = tokenizers.train_wordpiece(PAIRS_TEXTS, vocab_size=120)
+    model = build_model(GPT2.replace(vocab_size=wordpiece.vocab_size))
+    with pytest.raises(ValueError, match="no end-of-text token to separate source and target"):
+        encode_dataset(PAIRS_DATASET, model, wordpiece, PAIRS_CONFIG)
+
+
+@pytest.mark.parametrize("config, num_special", [(BART, 2), (TRANSFORMER, 1)],
+                         ids=["bart", "transformer"])
+@pytest.mark.parametrize("num_beams, penalty", [(2, {"length_penalty": 0.6}), (1, {})])
+def test_rows_and_options_of_generation(config, num_special, num_beams, penalty, tokenizer,
+                                        monkeypatch):
+    """Sources fill `max_length`, as in training; the length penalty is that of the config."""
+    calls = []
+
+    def record(model, params, tokenizer, rows, **options):
+        calls.append((rows, options))
+        return ["one"] * len(rows)
+
+    monkeypatch.setattr(encoding, "generate_texts", record)
+    long = [{"source": "one two three " * 9, "target": "one"}]
+    model = build_model(config.replace(vocab_size=tokenizer.vocab_size))
+    encoded = encode_dataset(
+        LabeledDataset("seq2seq", long, long, (), "rouge", None, {}), model, tokenizer,
+        PAIRS_CONFIG._replace(num_beams=num_beams, length_penalty=0.6))
+    encoded.encoder.predict({}, encoded.validation)
+    ((row,), options), = calls
+    assert len(row) == PAIRS_CONFIG.max_length and row[-1] == tokenizer.sep_id
+    assert row[num_special - 1:-1] == encoded.validation[0]["source"][: 16 - num_special]
+    assert {k: v for k, v in options.items() if k == "length_penalty"} == penalty

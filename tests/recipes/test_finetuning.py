@@ -13,9 +13,9 @@ from transformer_jax.generation import generation_options
 from transformer_jax.models import build_model
 from transformer_jax.pretrained import load_pretrained, load_run, save_pretrained
 from transformer_jax.recipes import encoding, finetuning, finetuning_run, retention
-from transformer_jax.recipes.base_model import initial_params
 from transformer_jax.recipes.config import DatasetConfig, TrainingConfig
 from transformer_jax.recipes.finetuning import FinetuneConfig, finetune, finetune_config
+from transformer_jax.recipes.finetuning_run import initial_params
 
 SHORT = TrainingConfig(max_length=16, num_steps=2)
 EXAMPLES = [{"sentence": f"it is {label} {i}", "label": label}
@@ -179,7 +179,7 @@ def test_a_missing_retention_text_is_an_error_before_training(pretrained, tmp_pa
 def test_runs_that_differ_in_the_seed_share_their_step(pretrained):
     base = load_run(pretrained("bert_python_docs"))
     model = build_model(base.model.config, 2, "classification")
-    steps = [finetuning_run.make_finetune_step(model, "bitfit", training, "classification", False)
+    steps = [finetuning_run.make_finetune_step(model, "bitfit", training, "classification")
              for training in (SHORT, TrainingConfig(max_length=16, num_steps=2))]
     assert steps[0] is steps[1]
 

@@ -108,8 +108,7 @@ def predict(
         out: .jsonl file for the predictions; by default, they are printed.
     """
     from transformer_jax.recipes import predict as predict_inputs
-    from transformer_jax.recipes.run_dir import to_json
-    from transformer_jax.recipes.task_encoder import write_predictions
+    from transformer_jax.recipes.run_dir import to_json, write_predictions
 
     if data is not None and texts:
         raise ValueError("--data and texts are both given; give one of them")

@@ -9,19 +9,18 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "base_model", "config", "corpus", "denoising", "encoding", "finetuning", "finetuning_run",
-        "prediction", "pretraining", "quickstart", "retention", "run_dir",
-        "sequence_to_sequence", "sweep", "task_encoder",
+        "config", "encoding", "finetuning", "finetuning_run", "prediction", "pretraining",
+        "quickstart", "retention", "run_dir", "sequence_to_sequence", "sweep", "task_encoder",
     ],
     submod_attrs={
         "config": ["DatasetConfig", "FinetuneOptimizerConfig", "MeshConfig", "OptimizerConfig",
                    "TrainingConfig"],
-        "denoising": ["DenoiseConfig", "denoise"],
         "finetuning": ["FinetuneConfig", "FinetuneResult", "finetune", "finetune_config"],
         "prediction": ["evaluate", "predict"],
         "pretraining": ["PretrainConfig", "pretrain", "pretrain_config"],
         "quickstart": ["QuickstartConfig"],
-        "sequence_to_sequence": ["TranslateConfig", "train_translation"],
+        "sequence_to_sequence": ["DenoiseConfig", "TranslateConfig", "denoise",
+                                 "train_translation"],
         "sweep": ["SweepConfig"],
     },
 )

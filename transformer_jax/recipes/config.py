@@ -1,10 +1,8 @@
-"""Settings shared by several recipes: device mesh, optimizer and training.
-
-`DatasetConfig`, the description of a labeled dataset, is defined in `data.known_datasets`.
-"""
+"""Settings shared by several recipes: device mesh, optimizer, labeled dataset and training."""
 
 import dataclasses
 import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,12 @@ from jax.sharding import Mesh
 
 from transformer_jax import sharding
 from transformer_jax.data.known_datasets import DatasetConfig
+from transformer_jax.errors import did_you_mean
 from transformer_jax.recipes.task_encoder import InputConfig
 from transformer_jax.train import anomalies, optimizers
 
 __all__ = ["DatasetConfig", "FinetuneOptimizerConfig", "MeshConfig", "OptimizerConfig",
-           "TrainingConfig", "convert_paths"]
+           "TrainingConfig", "check_options", "convert_paths"]
 
 
 def convert_paths(config: Any, *fields: str) -> None:
@@ -28,13 +27,20 @@ def convert_paths(config: Any, *fields: str) -> None:
             object.__setattr__(config, name, Path(value))
 
 
+def check_options(names: Iterable[str], known: Collection[str], job: str) -> None:
+    """Raises a ValueError that suggests known options if a name is unknown."""
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"unknown option {name!r} of {job}; {did_you_mean(name, sorted(known))}")
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """Number of devices along each mesh axis (`transformer_jax.sharding`).
 
     Attributes:
-        data: number of replicas of the parameters, each of which processes a part of the batch; -1
-            for all remaining devices.
+        data: number of replicas, each for a part of the batch; -1 for all remaining devices.
         fsdp: number of devices over which each replica and its part of the batch are sharded.
         sequence: number of devices over which the tokens of a row are sharded.
         tensor: number of devices over which attention heads, MLP and vocabulary are sharded.
@@ -143,8 +149,7 @@ class TrainingConfig:
         epochs: number of passes over the examples; overrides `num_steps`.
         min_steps: minimum number of updates if `epochs` is given.
         optimizer: AdamW and its learning-rate schedule.
-        frozen_dtype: dtype in which frozen kernels and embeddings are stored: "float32",
-            "bfloat16" or "int8".
+        frozen_dtype: dtype of frozen kernels and embeddings: "float32", "bfloat16" or "int8".
         cache_features: if only the head is trained, compute the outputs of the body once, without
             dropout, instead of in every epoch.
         aux_lm_loss_weight: weight of the auxiliary language-model loss (GPT paper, section 3.2).
@@ -154,13 +159,10 @@ class TrainingConfig:
         max_question_length: number of tokens to which longer questions are truncated.
         target_length: maximum number of tokens of a target text; for GPT, only of a generated one.
         num_beams: number of beams of the beam search that generates target texts.
-        eval_every: number of updates between evaluations on the validation examples; 0 evaluates
-            the result only.
-        patience: stop after this number of evaluations without a better main metric; None trains
-            for all steps.
+        eval_every: number of updates between evaluations; 0 evaluates the result only.
+        patience: number of evaluations without a better main metric after which to stop, if given.
         keep_best: return the parameters of the evaluation with the best main metric (of equal ones,
-            the last) instead of the last parameters. The best value is then chosen on the
-            validation examples and therefore optimistic.
+            the last). It is chosen on the validation examples and therefore optimistic.
         save_every: number of updates between checkpoints; 0 saves at the end only.
         allow_config_mismatch: resume from a checkpoint that was saved with other settings or data.
         anomaly_policy: action on non-finite losses and on loss spikes (`train.anomalies`).
@@ -191,11 +193,8 @@ class TrainingConfig:
 
     def input_config(self) -> InputConfig:
         """Returns the settings for converting an example to rows of token ids."""
-        return InputConfig(
-            max_length=self.max_length, gpt_special_tokens=self.gpt_special_tokens,
-            both_orders=self.both_orders, stride=self.stride,
-            max_question_length=self.max_question_length, target_length=self.target_length,
-            num_beams=self.num_beams)
+        return InputConfig(**{name: getattr(self, name) for name in InputConfig._fields
+                              if hasattr(self, name)})
 
     def with_num_steps(self, num_examples: int) -> "TrainingConfig":
         """Returns a copy in which `epochs` over `num_examples` is expressed as `num_steps`.

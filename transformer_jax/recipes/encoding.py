@@ -1,4 +1,4 @@
-"""Task encoders for texts, words, questions and target texts, and encoded datasets."""
+"""Task encoders for texts, words, questions and target texts."""
 
 import functools
 from collections.abc import Sequence
@@ -20,7 +20,6 @@ from transformer_jax.recipes.task_encoder import (
     Outputs,
     TaskEncoder,
     TaskInfo,
-    example_id,
 )
 
 TEXT_TASK_TYPES = ("classification", "regression", "multiple_choice")
@@ -28,25 +27,21 @@ GENERATE_BATCH_SIZE = 16
 
 
 class TextEncoder(TaskEncoder):
-    """Encodes a text, a pair of texts, or a text with choices as one row of token ids.
-
-    Raises:
-        ValueError: the model is a GPT, `gpt_special_tokens` is not set, and the tokenizer has no
-            end-of-text token.
-    """
+    """Encodes a text, a pair of texts, or a text with choices as one row of token ids."""
 
     def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
         super().__init__(task, model, tokenizer, config)
         if self.is_causal and not config.gpt_special_tokens and tokenizer.eos_id is None:
             raise ValueError("GPT classifies a text at its end-of-text token, but the tokenizer "
                              "has none; set gpt_special_tokens")
-        self._prepare = classification.TASK_TYPES[task.task_type].prepare
-        self._options: dict[str, Any] = {
+        options: dict[str, Any] = {
             "classification": {"num_classes": len(task.label_names),
                                "both_orders": config.both_orders},
             "regression": {"label_range": task.label_range, "both_orders": config.both_orders},
             "multiple_choice": {"num_choices": task.num_choices},
         }[task.task_type]
+        self._prepare = functools.partial(
+            classification.TASK_TYPES[task.task_type].prepare, **options)
 
     def encode(self, examples: Sequence[dict], split: str = "validation") -> list[dict]:
         if self.is_causal and not self.config.gpt_special_tokens and any(
@@ -55,14 +50,14 @@ class TextEncoder(TaskEncoder):
                              "gpt_special_tokens (GPT paper, section 3.3)")
         texts = [text for e in examples
                  for text in [e["text"], *e.get("choices", ()), *filter(None, [e.get("text_b")])]]
-        ids = iter(self.tokenizer.encode_batch(texts))
+        ids = (np.asarray(x, np.int32) for x in self.tokenizer.encode_batch(texts))
         items = []
         for e in examples:
-            item: dict[str, Any] = {"tokens": np.asarray(next(ids), np.int32), "label": e["label"]}
+            item: dict[str, Any] = {"tokens": next(ids), "label": e["label"]}
             if "choices" in e:
-                item["choices"] = [np.asarray(next(ids), np.int32) for _ in e["choices"]]
+                item["choices"] = [next(ids) for _ in e["choices"]]
             if "text_b" in e:
-                item["tokens_b"] = np.asarray(next(ids), np.int32)
+                item["tokens_b"] = next(ids)
             items.append(item)
         return items
 
@@ -71,7 +66,7 @@ class TextEncoder(TaskEncoder):
                 + (max(map(len, e["choices"])) + 1 if "choices" in e else 0) for e in items]
 
     def make_row(self, item: dict, length: int) -> dict[str, np.ndarray]:
-        return self._prepare(item, pack_input=self.input_packer(length), **self._options)
+        return self._prepare(item, pack_input=self.input_packer(length))
 
     def _scores(self, outputs: Outputs) -> np.ndarray:
         """Returns the predicted scores `[n]`, in the units of the labels."""
@@ -99,20 +94,20 @@ class TextEncoder(TaskEncoder):
                 {**named, "score": float(p[best]), "probabilities": probabilities})
         return predictions
 
-    def report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
+    def _report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
         labels = np.array([e["label"] for e in examples])
         if self.task.task_type == "regression":
             scores = self._scores(outputs)
-            lines = [{"id": example_id(e, i), "prediction": round(float(s), 4),
-                      "label": e["label"]} for i, (e, s) in enumerate(zip(examples, scores))]
-            return metrics.regression_scores(scores, labels), lines
+            return metrics.regression_scores(scores, labels), [
+                {"prediction": round(float(s), 4), "label": e["label"]}
+                for e, s in zip(examples, scores)]
         probabilities = outputs["probabilities"]
         num_classes = probabilities.shape[1]
         predicted, names = probabilities.argmax(-1), self._names(num_classes)
         table = metrics.confusion_matrix(labels, predicted, num_classes)
-        lines = [{"id": example_id(e, i), "prediction": names[c], "label": names[e["label"]],
+        lines = [{"prediction": names[c], "label": names[e["label"]],
                   **{f"p({name})": round(float(x), 6) for name, x in zip(names, p)}}
-                 for i, (e, c, p) in enumerate(zip(examples, predicted, probabilities))]
+                 for e, c, p in zip(examples, predicted, probabilities)]
         return {**metrics.classification_scores(self.task.metric, table), "confusion": table,
                 "calibration": metrics.calibration(probabilities, labels)}, lines
 
@@ -135,7 +130,7 @@ class WordEncoder(TaskEncoder):
         for i, n in enumerate(self.lengths(items)):
             if n > self.config.max_length:
                 raise ValueError(
-                    f"{split} example {example_id(examples[i], i)!r} has {n} tokens, more than "
+                    f"{split} example {examples[i].get('id', i)!r} has {n} tokens, more than "
                     f"max_length {self.config.max_length}, and truncation would drop tagged words; "
                     "raise max_length, or split the text")
         return items
@@ -161,22 +156,17 @@ class WordEncoder(TaskEncoder):
                 for e, tags, p, w in zip(examples, self._predicted_tags(outputs),
                                          outputs["probabilities"], outputs["word_mask"])]
 
-    def report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
+    def _report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
         names, predicted = self.task.label_names, self._predicted_tags(outputs)
         true = [[names[t] for t in e["tags"]] for e in examples]
         correct = [a == b for t, c in zip(true, predicted) for a, b in zip(t, c)]
-        lines = [{"id": example_id(e, i), "words": e["words"], "tags": c}
-                 for i, (e, c) in enumerate(zip(examples, predicted))]
         scores = {"accuracy": float(np.mean(correct)), **metrics.entity_f1(true, predicted)}
-        return {self.task.metric: scores[self.task.metric], **scores}, lines
+        return {self.task.metric: scores[self.task.metric], **scores}, [
+            {"words": e["words"], "tags": c} for e, c in zip(examples, predicted)]
 
 
 class QuestionEncoder(TaskEncoder):
-    """Encodes a question with each window over its context as one row.
-
-    Raises:
-        ValueError: the model is a GPT, and `gpt_special_tokens` is not set.
-    """
+    """Encodes a question with each window over its context as one row."""
 
     def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
         super().__init__(task, model, tokenizer, config)
@@ -212,7 +202,7 @@ class QuestionEncoder(TaskEncoder):
         return [{"answer": a.text, "start": a.start_char, "stop": a.end_char,
                  "score": float(a.probability)} for a in self._answers(examples, items, outputs)]
 
-    def report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
+    def _report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
         answers = self._answers(examples, items, outputs)
         gold = [[g["text"] for g in e["answers"]] for e in examples]
         scores = metrics.squad_scores([a.text for a in answers], gold)
@@ -223,9 +213,9 @@ class QuestionEncoder(TaskEncoder):
                        for a, span in zip(answers, spans)]
             scores |= metrics.squad_best_thresholds(
                 [span.text if span else "" for span in spans], margins, gold)
-        lines = [{"id": example_id(e, i), "prediction": a.text, "start": a.start_char,
-                  "stop": a.end_char, "score": a.score, "no_answer": a.no_answer_score,
-                  "best": a.candidates[:5]} for i, (e, a) in enumerate(zip(examples, answers))]
+        lines = [{"prediction": a.text, "start": a.start_char, "stop": a.end_char,
+                  "score": a.score, "no_answer": a.no_answer_score, "best": a.candidates[:5]}
+                 for a in answers]
         return {"f1": scores["f1"], "exact_match": scores["exact_match"], **scores}, lines
 
 
@@ -233,10 +223,6 @@ class Seq2SeqEncoder(TaskEncoder):
     """Encodes sources and targets; predicts targets by beam search.
 
     A GPT continues the source; its end-of-text token separates source and target.
-
-    Raises:
-        ValueError: the model is a BERT, the tokenizer of a GPT has no end-of-text token, or
-            `max_length` or `target_length` is out of range.
     """
 
     def __init__(self, task: TaskInfo, model, tokenizer, config: InputConfig):
@@ -246,8 +232,8 @@ class Seq2SeqEncoder(TaskEncoder):
                              "for seq2seq")
         # A row of a causal model contains both the source and the target. Other rows end with
         # eos_id, and those of a BART start with cls_id.
-        num_reserved = (config.target_length if self.is_causal
-                        else 2 if isinstance(model, BART) else 1)
+        self._bos_id = tokenizer.cls_id if isinstance(model, BART) else None
+        num_reserved = config.target_length if self.is_causal else 1 + isinstance(model, BART)
         self._source_length = config.max_length - num_reserved
         if self._source_length < 1:
             raise ValueError(f"max_length {config.max_length} leaves no tokens for the source; "
@@ -255,23 +241,21 @@ class Seq2SeqEncoder(TaskEncoder):
         if not self.is_causal and config.target_length > model.config.max_length:
             raise ValueError(f"target_length is {config.target_length}, but the model has only "
                              f"{model.config.max_length} positions; lower target_length")
-        if self.is_causal and tokenizer.eos_id is None:
-            raise ValueError("the tokenizer has no end-of-text token to separate source and "
-                             "target; use a GPT whose tokenizer has one")
-        self._prepare = self._make_prepare()
-
-    def _make_prepare(self):
-        tokenizer, c = self.tokenizer, self.model.config
         if self.is_causal:
-            return functools.partial(causal_lm.prepare_continuation, eos_id=tokenizer.eos_id,
-                                     delimiter_id=tokenizer.eos_id)
+            if tokenizer.eos_id is None:
+                raise ValueError("the tokenizer has no end-of-text token to separate source and "
+                                 "target; use a GPT whose tokenizer has one")
+            self._prepare = functools.partial(
+                causal_lm.prepare_continuation, eos_id=tokenizer.eos_id,
+                delimiter_id=tokenizer.eos_id)
+            return
         # The start token that `generation.generate` uses by default.
+        c = model.config
         start_id = next(i for i in (c.decoder_start_token_id, c.bos_token_id, tokenizer.sep_id)
                         if i is not None)
-        return functools.partial(
+        self._prepare = functools.partial(
             seq2seq.prepare, start_id=start_id, eos_id=tokenizer.sep_id, pad_id=tokenizer.pad_id,
-            bos_id=tokenizer.cls_id if isinstance(self.model, BART) else None,
-            target_length=self.config.target_length)
+            bos_id=self._bos_id, target_length=config.target_length)
 
     def encode(self, examples: Sequence[dict], split: str = "validation") -> list[dict]:
         sides = [self.tokenizer.encode_batch([e[side] for e in examples])
@@ -279,34 +263,31 @@ class Seq2SeqEncoder(TaskEncoder):
         return [{"source": s, "target": t} for s, t in zip(*sides)]
 
     def lengths(self, items: Sequence[dict]) -> list[int]:
-        if self.is_causal:
-            return [len(e["source"]) + len(e["target"]) + 2 for e in items]
-        return [len(e["source"]) + 2 for e in items]
+        return [len(e["source"]) + len(e["target"]) * self.is_causal + 2 for e in items]
 
     def make_row(self, item: dict, length: int) -> dict[str, np.ndarray]:
         return self._prepare(item, **{"length" if self.is_causal else "source_length": length})
 
     def predict(self, params: dict, items: Sequence[dict]) -> Outputs:
         """Returns the generated target of each item, as `{"texts": array of str}`."""
-        tokenizer, model = self.tokenizer, self.model
-        prefix = [tokenizer.cls_id] if isinstance(model, BART) else []
+        tokenizer, config = self.tokenizer, self.config
+        prefix = [] if self._bos_id is None else [self._bos_id]
         eos_id = tokenizer.eos_id if self.is_causal else tokenizer.sep_id
         if self.is_causal and "prompt" in params:
             # Decoding with a KV cache supports trained prefixes, but not trained prompts.
-            params = peft.fold_prompt(model, params)
+            params = peft.fold_prompt(self.model, params)
         rows = [[*prefix, *item["source"][: self._source_length], eos_id] for item in items]
-        beams = ({"length_penalty": self.config.length_penalty} if self.config.num_beams > 1
-                 else {})
+        beams = {"length_penalty": config.length_penalty} if config.num_beams > 1 else {}
         texts = generate_texts(
-            model, params, tokenizer, rows, batch_size=GENERATE_BATCH_SIZE, **beams,
-            max_new_tokens=self.config.target_length - 1, num_beams=self.config.num_beams,
+            self.model, params, tokenizer, rows, batch_size=GENERATE_BATCH_SIZE, **beams,
+            max_new_tokens=config.target_length - 1, num_beams=config.num_beams,
             eos_token_id=eos_id)
         return {"texts": np.array(texts, dtype=object)}
 
     def predictions(self, examples, items, outputs) -> list[dict]:
         return [{"text": text} for text in outputs["texts"]]
 
-    def report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
+    def _report(self, examples, items, outputs) -> tuple[dict[str, Any], list[dict]]:
         texts, references = list(outputs["texts"]), [e["target"] for e in examples]
         if self.task.metric == "bleu":
             bleu = metrics.bleu(texts, references)
@@ -314,9 +295,8 @@ class Seq2SeqEncoder(TaskEncoder):
         else:
             rouge = metrics.rouge(texts, references)
             scores = {"rouge": rouge["rougeL"], **rouge}
-        lines = [{"id": example_id(e, i), "prediction": text, "target": e["target"]}
-                 for i, (e, text) in enumerate(zip(examples, texts))]
-        return scores, lines
+        return scores, [{"prediction": text, "target": e["target"]}
+                        for e, text in zip(examples, texts)]
 
 
 ENCODERS: dict[str, type[TaskEncoder]] = {
@@ -354,23 +334,8 @@ def make_encoder(
 def encode_dataset(
     dataset: LabeledDataset, model: Model, tokenizer: Tokenizer, config: InputConfig
 ) -> EncodedDataset:
-    """Tokenizes a labeled dataset for a model.
-
-    Raises:
-        ValueError: as in `make_encoder`; or a text with tagged words is longer than a row.
-        ModuleNotFoundError: the library that computes the metric is not installed.
-
-    Example:
-        >>> from transformer_jax.data import tokenizers
-        >>> from transformer_jax.models import build_model, presets
-        >>> tokenizer = tokenizers.train_wordpiece(["one two three"] * 4, vocab_size=120)
-        >>> rows = [{"text": "one two", "label": 0}, {"text": "three", "label": 1}]
-        >>> dataset = LabeledDataset("classification", rows, rows, ("a", "b"), "accuracy", None, {})
-        >>> model = build_model(presets.bert_tiny(), num_classes=2, task="classification")
-        >>> encoded = encode_dataset(dataset, model, tokenizer, InputConfig(max_length=16))
-        >>> encoded.encoder.lengths(encoded.train)
-        [4, 3]
-    """
+    """Tokenizes a labeled dataset for a model; raises as `make_encoder`, or if a text with tagged
+    words is longer than a row, or the library that computes the metric is not installed."""
     encoder = make_encoder(TaskInfo.of(dataset), model, tokenizer, config)
     metrics.require_library(dataset.metric)
     return EncodedDataset(dataset, encoder, encoder.encode(dataset.train, "training"),

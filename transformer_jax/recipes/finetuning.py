@@ -12,7 +12,7 @@ lora:8, adapter:64, ..., joined by "+".
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,29 +21,27 @@ import jax
 
 from transformer_jax import sharding
 from transformer_jax.data.datasets import load_dataset, subsample_balanced
-from transformer_jax.errors import did_you_mean
 from transformer_jax.finetuning import adapter_io, peft, quantize
 from transformer_jax.pretrained import save_pretrained, save_run_config
 from transformer_jax.recipes import prediction, run_dir
-from transformer_jax.recipes.base_model import Source, add_task_head, initial_params, load_base
 from transformer_jax.recipes.config import (
     DatasetConfig,
     FinetuneOptimizerConfig,
     MeshConfig,
     TrainingConfig,
+    check_options,
     convert_paths,
 )
 from transformer_jax.recipes.finetuning_run import (
-    FinetunedParams,
+    Source,
+    add_task_head,
     encode_for_training,
     finetune_params,
+    initial_params,
+    load_base,
 )
 from transformer_jax.recipes.retention import make_retention_eval
-from transformer_jax.recipes.task_encoder import write_predictions
 from transformer_jax.report import plots
-
-__all__ = ["FinetuneConfig", "FinetuneResult", "FinetunedParams", "encode_for_training", "finetune",
-           "finetune_config", "finetune_params"]
 
 ADAPTER_DIR = "adapter"
 
@@ -96,9 +94,12 @@ class FinetuneResult(prediction.TaskModel):
 
     Attributes:
         mask: True for trainable parameters.
-        metrics: scores on the validation examples, the main metric first; statistics of the run
-            (`finetuning_run.FinetunedParams`); and, if it was measured, the pre-training loss as
-            "held_out_before" and "held_out_after".
+        metrics: scores on the validation examples, the main metric first; statistics of the run:
+            "labels" (number of training examples), "steps", "trained" and "share_trained" (number
+            and fraction of trainable parameters), "cut" and "cut_validation" (numbers of truncated
+            rows), "seconds" of training, "seconds_per_step" (median), with `keep_best` "best_step",
+            the step that `params` is from, and "stopped_early", the reason if it was; and, if it
+            was measured, the pre-training loss as "held_out_before" and "held_out_after".
         predictions: one dict for each validation example, as in `predictions.jsonl`.
         history: history of `train.loop.fit`; empty if the run was already complete.
     """
@@ -185,11 +186,8 @@ def finetune_config(
 ) -> FinetuneConfig:
     """Returns a `FinetuneConfig` whose nested settings are given as flat keyword arguments.
 
-    Args:
-        pretrained: a run's folder or a checkpoint.
-        out: folder of the run.
-        options: fields of `FinetuneConfig`, `DatasetConfig`, `TrainingConfig` and
-            `FinetuneOptimizerConfig`, by name.
+    The options are the fields of `FinetuneConfig`, `DatasetConfig`, `TrainingConfig` and
+    `FinetuneOptimizerConfig`, by name.
 
     Raises:
         ValueError: an option is unknown; the message suggests known ones.
@@ -199,15 +197,12 @@ def finetune_config(
         >>> config.dataset.data, config.trainable, config.training.optimizer.peak_lr
         ('reviews.csv', 'lora:8', 0.0001)
     """
-    nested = {"dataset", "training", "optimizer"}
     groups: list[tuple[type, dict]] = [
         (kind, {}) for kind in (DatasetConfig, FinetuneOptimizerConfig, TrainingConfig,
                                 FinetuneConfig)]
     known = {f.name: values for kind, values in groups for f in dataclasses.fields(kind)}
+    check_options(options, known, "fine-tuning")
     for name, value in options.items():
-        if name not in known:
-            raise ValueError(f"unknown option {name!r} of fine-tuning; "
-                             f"{did_you_mean(name, known.keys() - nested)}")
         known[name][name] = value
     dataset, optimizer, training, config = (values for _, values in groups)
     base = config.pop("training", None) or TrainingConfig()
@@ -252,7 +247,10 @@ def _finetune(
         _save(config, result, None if config.from_scratch else initial_params(model, pretrained))
     _print_metrics(metrics)
     if config.out is not None:
-        _save_figures(config, result)
+        run_dir.plot_losses(config.out / "loss.png", f"Fine-tuning by {config.trainable}",
+                            {"training": (result.history, "loss")})
+        plot_classes(config.out, "", metrics, result.label_names,
+                     f"{config.dataset.data}, {config.trainable}")
         run_dir.write_results(
             config.out, config, metrics | {"history": result.history, "dropped": dataset.dropped},
             time.perf_counter() - began)
@@ -265,7 +263,7 @@ def _save(config: FinetuneConfig, result: FinetuneResult, base_params: dict | No
     save_run_config(out, model.config, result.tokenizer, result.label_names, task=model.task,
                     num_classes=model.num_classes, hf_config=model.hf_config)
     prediction.save_task(out, result.task, result.input_config)
-    write_predictions(out / "predictions.jsonl", result.predictions)
+    run_dir.write_predictions(out / "predictions.jsonl", result.predictions)
     if base_params is not None:
         adapter_io.save_adapter(
             out / ADAPTER_DIR, result.params, result.mask, base_params, spec=config.trainable,
@@ -284,14 +282,10 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
           flush=True)
 
 
-def _save_figures(config: FinetuneConfig, result: FinetuneResult) -> None:
-    """Plots the loss curve and, for classification, the confusion matrix and the calibration."""
-    out, metrics = config.out, result.metrics
-    if points := [(h["step"], h["loss"]) for h in result.history if "loss" in h]:
-        plots.curves(out / "loss.png", {"training": tuple(zip(*points))},
-                     title=f"Fine-tuning by {config.trainable}")
-    if "confusion" in metrics and result.label_names:
-        title = f"{config.dataset.data}, {config.trainable}"
-        plots.confusion(out / "confusion.png", metrics["confusion"], result.label_names,
+def plot_classes(out: Path, suffix: str, metrics: Mapping[str, Any], label_names: Sequence[str],
+                 title: str) -> None:
+    """Plots the confusion matrix and the calibration of a classification."""
+    if "confusion" in metrics and label_names:
+        plots.confusion(out / f"confusion{suffix}.png", metrics["confusion"], label_names,
                         title=title)
-        plots.calibration(out / "calibration.png", metrics["calibration"], title=title)
+        plots.calibration(out / f"calibration{suffix}.png", metrics["calibration"], title=title)

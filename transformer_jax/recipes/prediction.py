@@ -11,7 +11,7 @@ To continue a text, use `generation.generate`; to fill masks, `generation.fill_m
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,14 @@ from transformer_jax.data import sources, splits
 from transformer_jax.data.columns import USUAL_COLUMNS
 from transformer_jax.data.datasets import LabeledDataset, load_dataset
 from transformer_jax.data.tokenizers import Tokenizer
-from transformer_jax.errors import did_you_mean
 from transformer_jax.models import Model, Transformer
 from transformer_jax.pretrained import LoadedRun, is_run, load_run
 from transformer_jax.recipes import run_dir
-from transformer_jax.recipes.base_model import load_base
-from transformer_jax.recipes.config import DatasetConfig
+from transformer_jax.recipes.config import DatasetConfig, check_options
 from transformer_jax.recipes.encoding import make_encoder
+from transformer_jax.recipes.finetuning_run import load_base
 from transformer_jax.recipes.retention import make_retention_eval, make_text_eval
-from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo
+from transformer_jax.recipes.task_encoder import InputConfig, TaskInfo, max_choices
 
 MAX_TARGET_LENGTH = 128  # in tokens, for models without a saved InputConfig
 INPUT_FIELDS = {
@@ -38,26 +37,24 @@ INPUT_FIELDS = {
     "question_answering": ("question", "context"), "seq2seq": ("source",)}
 """Task type -> the fields of an input, in the order of an input tuple."""
 OPTIONAL_FIELDS = {"text_b"}
-_TEXT_SUFFIX = ".txt"
 
 
 @dataclass(frozen=True)
 class TaskModel:
-    """A model with its tokenizer and the description of its task.
-
-    Attributes:
-        model: the model.
-        params: its parameters.
-        tokenizer: its tokenizer.
-        task: the task of its head; None for a model without a task head.
-        input_config: settings for converting an input to rows of token ids.
-    """
+    """A model with its tokenizer, its task (None without a task head) and settings of its rows."""
 
     model: Model
     params: dict
     tokenizer: Tokenizer
     task: TaskInfo | None
     input_config: InputConfig
+
+    def _run(self, task: TaskInfo, examples: list[dict], options: Mapping[str, Any]):
+        """Returns the encoder of the task, the items of the examples, and the model's outputs."""
+        encoder = make_encoder(task._replace(num_choices=max_choices(examples)), self.model,
+                               self.tokenizer, self.input_config._replace(**options))
+        items = encoder.encode(examples)
+        return encoder, items, encoder.predict(self.params, items)
 
 
 def predict(
@@ -93,19 +90,15 @@ def predict(
             unknown.
         FileNotFoundError: the source does not exist.
     """
-    _check_options(options, InputConfig._fields)
-    task_model = load_task_model(source)
-    if task_model.task is None:
-        raise ValueError(f"the {type(task_model.model).__name__} has no task head; fine-tune it "
+    check_options(options, InputConfig._fields, "predict")
+    found = load_task_model(source)
+    if found.task is None:
+        raise ValueError(f"the {type(found.model).__name__} has no task head; fine-tune it "
                          "first, or use generation.generate or generation.fill_mask")
-    examples = to_examples(task_model.task, inputs, columns or {})
-    num_choices = max(len(e.get("choices", ())) for e in examples)
-    encoder = make_encoder(task_model.task._replace(num_choices=num_choices), task_model.model,
-                           task_model.tokenizer, task_model.input_config._replace(**options))
-    items = encoder.encode(examples)
-    predictions = encoder.predictions(examples, items, encoder.predict(task_model.params, items))
+    examples = to_examples(found.task, inputs, columns or {})
+    encoder, items, outputs = found._run(found.task, examples, options)
     return [({"id": e["id"]} if "id" in e else {}) | prediction
-            for e, prediction in zip(examples, predictions)]
+            for e, prediction in zip(examples, encoder.predictions(examples, items, outputs))]
 
 
 def evaluate(source: Any, data: Any = None, **options: Any) -> dict[str, Any]:
@@ -129,46 +122,26 @@ def evaluate(source: Any, data: Any = None, **options: Any) -> dict[str, Any]:
         ValueError: the data does not fit the model, or an option is unknown.
         FileNotFoundError: the source or the data does not exist.
     """
-    task_model = load_task_model(source)
-    if task_model.task is None:
-        _check_options(options, ("num_rows",))
-        return _evaluate_objective(source, task_model, data, options.get("num_rows", 256))
+    found = load_task_model(source)
+    if found.task is None:
+        check_options(options, ("num_rows",), "evaluate for a pre-trained model")
+        return _evaluate_objective(source, found, data, options.get("num_rows", 256))
     if data is None:
-        raise ValueError(f"data is None; give labeled examples of {task_model.task.task_type}")
+        raise ValueError(f"data is None; give labeled examples of {found.task.task_type}")
     dataset_fields = {f.name for f in dataclasses.fields(DatasetConfig)} - {"data"}
-    _check_options(options, dataset_fields | set(InputConfig._fields))
+    check_options(options, dataset_fields | set(InputConfig._fields), "evaluate")
     dataset_options, input_options = (
         {name: x for name, x in options.items() if name in fields}
         for fields in (dataset_fields, InputConfig._fields))
-    dataset = _load_labeled(task_model.task, data, dataset_options)
-    examples = _align_labels(task_model.task, dataset)
-    task = task_model.task._replace(
-        metric=dataset.metric, num_choices=max(len(e.get("choices", ())) for e in examples))
-    encoder = make_encoder(task, task_model.model, task_model.tokenizer,
-                           task_model.input_config._replace(**input_options))
-    items = encoder.encode(examples)
-    return encoder.report(examples, items, encoder.predict(task_model.params, items))[0]
-
-
-def _check_options(options: Mapping[str, Any], known: Iterable[str]) -> None:
-    for name in options:
-        if name not in known:
-            raise ValueError(f"unknown option {name!r}; {did_you_mean(name, sorted(known))}")
-
-
-# The model ----------------------------------------------------------------------------------------
+    dataset = _load_labeled(found.task, data, dataset_options)
+    examples = _align_labels(found.task, dataset)
+    encoder, items, outputs = found._run(
+        found.task._replace(metric=dataset.metric), examples, input_options)
+    return encoder.report(examples, items, outputs)[0]
 
 
 def load_task_model(source: Any) -> TaskModel:
-    """Loads a model and the description of its task.
-
-    Args:
-        source: as in `predict`.
-
-    Raises:
-        FileNotFoundError: the source does not exist.
-        ValueError: the source has no tokenizer.
-    """
+    """Loads a model and the description of its task; the source is as in `predict`."""
     if isinstance(source, TaskModel):
         return source
     if isinstance(source, (str, Path)) and is_run(source):
@@ -234,20 +207,10 @@ def _default_input_config(base: LoadedRun) -> InputConfig:
         target_length=min(MAX_TARGET_LENGTH, max_length))
 
 
-# The inputs ---------------------------------------------------------------------------------------
-
-
 def to_examples(task: TaskInfo, inputs: Any, columns: Mapping[str, str]) -> list[dict]:
-    """Returns the inputs as examples of the task, with placeholders for their labels.
+    """Returns the inputs of `predict` as examples of the task, with placeholders for their labels.
 
-    Args:
-        task: the task of the model.
-        inputs: see `prediction.predict`.
-        columns: field of the example -> column of the inputs. Other fields are read from their
-            usual columns (`data.columns`).
-
-    Raises:
-        ValueError: there are no inputs, or an input does not fit the task.
+    Fields that `columns` does not name are read from their usual columns (`data.columns`).
 
     Example:
         >>> to_examples(TaskInfo("classification", ("no", "yes")), [("a", "b"), "c"], {})
@@ -261,8 +224,10 @@ def to_examples(task: TaskInfo, inputs: Any, columns: Mapping[str, str]) -> list
 
 def _load_rows(inputs: Any) -> list:
     """Returns a list with one str, tuple, list of words or dict for each input."""
-    if isinstance(inputs, Path) or (isinstance(inputs, str) and _is_file(inputs)):
-        if str(inputs).removesuffix(".gz").endswith(_TEXT_SUFFIX):
+    name = str(inputs).removesuffix(".gz") if isinstance(inputs, (str, Path)) else ""
+    if isinstance(inputs, Path) or (
+            name.endswith((*sources.TABLE_SUFFIXES, ".txt")) and Path(inputs).is_file()):
+        if name.endswith(".txt"):
             texts = sources.load_text_files(inputs, document_separator="newline")
             return [example["text"] for example in texts]
         return list(sources.load_table(inputs))
@@ -272,11 +237,6 @@ def _load_rows(inputs: Any) -> list:
         return inputs
     rows = splits.from_table(inputs, "inputs").rows
     return [rows[i] for i in range(len(rows))]
-
-
-def _is_file(text: str) -> bool:
-    suffixes = (*sources.TABLE_SUFFIXES, _TEXT_SUFFIX)
-    return text.removesuffix(".gz").endswith(suffixes) and Path(text).is_file()
 
 
 def _to_example(
@@ -317,9 +277,6 @@ def _from_dict(
     return example
 
 
-# The data -----------------------------------------------------------------------------------------
-
-
 def _load_labeled(task: TaskInfo, data: Any, options: dict[str, Any]) -> LabeledDataset:
     """Loads labeled data; the model is evaluated on its validation split."""
     if isinstance(data, LabeledDataset):
@@ -354,9 +311,6 @@ def _align_labels(task: TaskInfo, dataset: LabeledDataset) -> list[dict]:
     key = "tags" if task.task_type == "token_classification" else "label"
     return [{**e, key: [index[t] for t in e[key]] if key == "tags" else index[e[key]]}
             for e in examples]
-
-
-# Pre-trained models -------------------------------------------------------------------------------
 
 
 def _evaluate_objective(

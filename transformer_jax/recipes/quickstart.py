@@ -19,18 +19,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from transformer_jax.data.datasets import (
-    LabeledDataset,
-    load_dataset,
-    subsample_balanced,
-)
+from transformer_jax.data.datasets import load_dataset, subsample_balanced
 from transformer_jax.generation import fill_mask, generate
 from transformer_jax.models import GPT, presets
 from transformer_jax.nn.positions import sinusoidal_positions
 from transformer_jax.objectives.input_format import pack_bert_input
 from transformer_jax.pretrained import LoadedRun, load_run
 from transformer_jax.recipes import run_dir
-from transformer_jax.recipes.base_model import add_task_head
 from transformer_jax.recipes.config import (
     DatasetConfig,
     FinetuneOptimizerConfig,
@@ -38,9 +33,13 @@ from transformer_jax.recipes.config import (
     TrainingConfig,
     convert_paths,
 )
-from transformer_jax.recipes.finetuning_run import encode_for_training, finetune_params
+from transformer_jax.recipes.finetuning_run import (
+    add_task_head,
+    encode_for_training,
+    finetune_params,
+)
 from transformer_jax.recipes.pretraining import PretrainConfig, pretrain
-from transformer_jax.recipes.retention import RetentionEval, make_retention_eval
+from transformer_jax.recipes.retention import make_retention_eval
 from transformer_jax.report import plots
 
 PROMPTS = ("Return the", "If the file", "This class is used to")
@@ -129,14 +128,19 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         console.rule(f"Pre-training {name} on the documentation of Python")
         folder = config.out / f"{name.lower()}_python_docs"
         pretrain_config = dataclasses.replace(make_config(), out=folder)
-        if config.pretrain_steps:
-            pretrain_config = _with_num_steps(pretrain_config, config.pretrain_steps)
+        if num_steps := config.pretrain_steps:  # of which at most a tenth are warm-up
+            optimizer = pretrain_config.optimizer
+            pretrain_config = dataclasses.replace(
+                pretrain_config, num_steps=num_steps, optimizer=dataclasses.replace(
+                    optimizer, warmup_steps=min(optimizer.warmup_steps, num_steps // 10)))
         pretraining[name] = pretrain(pretrain_config)["metrics"]
         runs[name] = load_run(folder)
-        cells += compare_specs(config, name, runs[name], folder, console)
+        cells += _compare_specs(config, name, runs[name], folder, console)
     _save_figures(config, runs, cells)
-    samples = show_samples(runs, console)
-    console.print(_pretraining_table(pretraining))
+    samples = _show_samples(runs, console)
+    for name, measured in pretraining.items():
+        console.print(f"{name}: held-out loss {measured['held_out_before']['loss']:.3f} before, "
+                      f"{measured['held_out']['loss']:.3f} after pre-training (nats)")
     console.print(_finetuning_table(cells))
     metrics = {"pretraining": pretraining, "finetuning": cells, "samples": samples}
     results = run_dir.write_results(config.out, config, metrics, time.perf_counter() - began)
@@ -144,33 +148,18 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     return results
 
 
-def _with_num_steps(config: PretrainConfig, num_steps: int) -> PretrainConfig:
-    """Returns the config with another number of steps, of which at most a tenth are warm-up."""
-    warmup_steps = min(config.optimizer.warmup_steps, num_steps // 10)
-    optimizer = dataclasses.replace(config.optimizer, warmup_steps=warmup_steps)
-    return dataclasses.replace(config, num_steps=num_steps, optimizer=optimizer)
-
-
-def compare_specs(
+def _compare_specs(
     config: QuickstartConfig, name: str, base: LoadedRun, folder: Path, console: Console
 ) -> list[dict]:
     """Fine-tunes a model with each trainable spec on each number of labels.
 
-    Args:
-        config: the settings.
-        name: name of the model in the table.
-        base: the pre-trained model.
-        folder: folder of its pre-training run.
-        console: console on which one line is printed for each cell.
-
-    Returns:
-        One dict for each cell of the table, with means and standard deviations over seeds.
+    Returns one dict for each cell of the table, with means and standard deviations over seeds.
     """
     dataset = load_dataset(DatasetConfig())
     dataset = dataset._replace(validation=dataset.validation[: config.test_examples])
     model, pretrained = add_task_head(base, dataset)
     retention = make_retention_eval(folder, base, num_rows=config.retention_rows)
-    before = retention.loss()
+    before, labels = retention.loss(), [e["label"] for e in dataset.validation]
     peak_lrs = dict(zip(config.trainable, config.peak_lrs))
     rows = [("from scratch", "full", None),
             *[(spec, spec, pretrained) for spec in config.trainable]]
@@ -187,30 +176,19 @@ def compare_specs(
                 config.training.optimizer, peak_lr=peak_lr))
             results = [finetune_params(data, params, spec, training, seed, quiet=True)
                        for seed, data in enumerate(encoded)]
-            cells.append(_cell(name, label, results, dataset, None if params is None else retention,
-                               before))
-            console.print(f"{name}, {label}, {cells[-1]['labels']} labels: accuracy "
-                          f"{100 * cells[-1]['accuracy']:.1f} %")
+            accuracy = np.array([x.metrics["accuracy"] for x in results])
+            after = [] if params is None else [retention.loss(x.params) for x in results]
+            statistics = results[0].metrics
+            cells.append({
+                "model": name, "recipe": label, "labels": statistics["labels"],
+                "accuracy": accuracy.mean(), "accuracy_std": accuracy.std(),
+                "share_trained": statistics["share_trained"],
+                "seconds_per_step": np.median([x.metrics["seconds_per_step"] for x in results]),
+                "held_out_before": before, "held_out_after": np.mean(after) if after else None,
+                "chance": max(np.bincount(labels)) / len(labels)})
+            console.print(f"{name}, {label}, {statistics['labels']} labels: accuracy "
+                          f"{100 * accuracy.mean():.1f} %")
     return cells
-
-
-def _cell(name: str, label: str, results: Sequence, dataset: LabeledDataset,
-          retention: RetentionEval | None, before: float) -> dict[str, Any]:
-    """Returns one cell of the table: averages over its runs."""
-    accuracy = np.array([x.metrics["accuracy"] for x in results])
-    after = [] if retention is None else [retention.loss(x.params) for x in results]
-    labels = [e["label"] for e in dataset.validation]
-    return {
-        "model": name, "recipe": label, "labels": results[0].metrics["labels"],
-        "accuracy": accuracy.mean(), "accuracy_std": accuracy.std(),
-        "share_trained": results[0].metrics["share_trained"],
-        "seconds_per_step": np.median([x.metrics["seconds_per_step"] for x in results]),
-        "held_out_before": before, "held_out_after": np.mean(after) if after else None,
-        "chance": max(np.bincount(labels)) / len(labels),
-    }
-
-
-# Tables -------------------------------------------------------------------------------------------
 
 
 def _finetuning_table(cells: Sequence[dict]) -> Table:
@@ -231,20 +209,7 @@ def _finetuning_table(cells: Sequence[dict]) -> Table:
     return table
 
 
-def _pretraining_table(pretraining: dict[str, dict]) -> Table:
-    table = Table(title="Pre-training: held-out loss (nats)")
-    for heading in ("model", "before", "after"):
-        table.add_column(heading, justify="right")
-    for name, metrics in pretraining.items():
-        table.add_row(name, f"{metrics['held_out_before']['loss']:.3f}",
-                      f"{metrics['held_out']['loss']:.3f}")
-    return table
-
-
-# Samples and figures ------------------------------------------------------------------------------
-
-
-def show_samples(runs: dict[str, LoadedRun], console: Console) -> dict[str, Any]:
+def _show_samples(runs: dict[str, LoadedRun], console: Console) -> dict[str, Any]:
     """Prints and returns texts generated by the GPT and masks filled by the BERT."""
     gpt, bert = runs["GPT"], runs["BERT"]
     prompts = [gpt.tokenizer.encode(prompt) for prompt in PROMPTS]
@@ -286,7 +251,7 @@ def _save_figures(
     plots.positions(config.out / "positions.png", {
         "fixed (sinusoidal)": sinusoidal_positions(*learned.shape), "learned by GPT": learned})
     ids = gpt.tokenizer.encode("Return the number of bytes that were written to the file.")
-    plots.attention(config.out / "attention.png", attention_maps(gpt.model, gpt.params, ids),
+    plots.attention(config.out / "attention.png", _attention_maps(gpt.model, gpt.params, ids),
                     [gpt.tokenizer.decode([i]) or "·" for i in ids],
                     title="GPT, last layer, mean over heads")
     panels: dict[str, dict[str, tuple]] = {}
@@ -298,7 +263,7 @@ def _save_figures(
                            title="Accuracy by number of labels and trainable parameters")
 
 
-def attention_maps(model: GPT, params: dict, ids: Sequence[int]) -> dict[str, np.ndarray]:
+def _attention_maps(model: GPT, params: dict, ids: Sequence[int]) -> dict[str, np.ndarray]:
     """Returns attention weights `[T, T]` of the last layer with and without the causal mask."""
     apply = jax.jit(functools.partial(model.apply, output_attentions=True))
     masks = {"with the causal mask": None, "without it": np.ones((1, 1, 1, 1), bool)}

@@ -1,4 +1,4 @@
-"""The folder of a run: results, identity of its checkpoints, compatibility with older versions.
+"""The folder of a run: training with checkpoints in it, results, and files of older versions.
 
 A run writes `results.json` (config, versions, device, metrics), `config.json` and `tokenizer/`
 (`pretrained.load_run`), `checkpoints/`, `events/` for TensorBoard, and figures.
@@ -10,20 +10,21 @@ import json
 import math
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from transformer_jax import distributed, storage
 from transformer_jax.models import config_to_dict
 from transformer_jax.models.build import REMOVED_FIELDS, RENAMED_FIELDS
 from transformer_jax.models.config import Config
-from transformer_jax.train import callbacks, checkpointing
-from transformer_jax.train.callbacks import Callback
+from transformer_jax.report import plots
+from transformer_jax.train import callbacks, checkpointing, loop, step
 from transformer_jax.train.checkpointing import Checkpointer
 
 CONFIG, RESULTS = "config.json", "results.json"
@@ -48,11 +49,9 @@ OLD_NAMES = {
 """Name of a setting -> its name in the files of older runs."""
 OLD_VALUES = {"document_separator": {"blank_line": "document", "newline": "line"}}
 """Name of a setting -> its value -> that value in the files of older runs."""
-
 NEW_SETTINGS = {"eval_every": 0, "patience": None, "keep_best": False}
 """Settings of fine-tuning that older versions lack -> the value with which a run is the same as in
 those versions."""
-
 NOT_IDENTITY = {
     "out", "data", "tokenizer", "mesh", "eval_every", "eval_batches", "eval_pairs", "save_every",
     "log_every", "patience", "keep_best", "profile_steps", "retention_data", "pretrained", "quiet",
@@ -77,7 +76,43 @@ def setup() -> None:
           f"{jax.process_count()} process(es), jax {jax.__version__}", flush=True)
 
 
-# config.json and results.json ---------------------------------------------------------------------
+def fit(
+    config: Any, out: Path, state: step.TrainState, train_step: Callable, batches: loop.Batches,
+    evaluate: Callable, mesh: Mesh, metadata: dict[str, Any], **options: Any,
+) -> tuple[step.TrainState, list[dict]]:
+    """Runs the training loop of a config with checkpoints and TensorBoard events in `out`.
+
+    `metadata` is the identity of the run (`run_metadata`) with the model config, and the options
+    are those of `Checkpointer`. With `config.replay_step`, only that step is repeated.
+    """
+    arguments = {"rng": jax.random.key(config.seed + 1), "mesh": mesh,
+                 "anomalies": config.anomaly_policy, "checkpoint": make_checkpointer(
+                     config, metadata, out / "checkpoints", **options)}
+    if (number := getattr(config, "replay_step", None)) is not None:
+        state, row = loop.replay_step(state, train_step, batches, step=number, **arguments)
+        return state, [row]
+    found = [callbacks.Logging(config.log_every), callbacks.Progress(),
+             callbacks.TensorBoard(out / "events")]
+    if profile_steps := getattr(config, "profile_steps", 0):
+        found.append(callbacks.Profiler(out / "trace", profile_steps))
+    return loop.fit(
+        state, train_step, batches, num_steps=config.num_steps, callbacks=found,
+        evaluation=loop.Evaluation(evaluate, config.eval_every), **arguments)
+
+
+def make_checkpointer(
+    config: Any, metadata: dict[str, Any] | None, directory: Path | None, **options: Any
+) -> Checkpointer:
+    """Returns a checkpointer that also resumes runs of older versions, if there is a directory.
+
+    A run resumes only if its metadata equals that of the checkpoint, whose names of settings are
+    therefore used.
+    """
+    if directory is not None and checkpointing.latest_step(directory) is not None:
+        metadata = with_old_names(metadata, checkpointing.load_metadata(directory) or {})
+    return Checkpointer(
+        directory, save_every=config.save_every, metadata=metadata,
+        allow_config_mismatch=config.allow_config_mismatch, **options)
 
 
 def add_to_run_config(out: Path, **values: Any) -> None:
@@ -130,28 +165,8 @@ def write_results(out: Path, config: Any, metrics: dict, seconds: float) -> dict
     return results
 
 
-def make_callbacks(
-    config: Any, out: Path, tokens_per_batch: int | None = None
-) -> list[Callback]:
-    """Returns the callbacks of a run with events for TensorBoard in `<out>/events`.
-
-    Args:
-        config: the settings: log_every, and profile_steps if it has them.
-        out: folder of the run.
-        tokens_per_batch: number of tokens in a global batch.
-    """
-    profile_steps = getattr(config, "profile_steps", 0)
-    found = [callbacks.Logging(config.log_every, tokens_per_batch), callbacks.Progress(),
-             callbacks.TensorBoard(out / "events")]
-    return found + ([callbacks.Profiler(out / "trace", profile_steps)] if profile_steps else [])
-
-
 def load_results(out: str | Path) -> dict[str, Any]:
-    """Returns the content of `<out>/results.json`, with the current names of settings.
-
-    Raises:
-        FileNotFoundError: the folder has no results of a finished run.
-    """
+    """Returns the content of `<out>/results.json`, with the current names of settings."""
     path = Path(out) / RESULTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the --out folder of a finished "
@@ -160,19 +175,42 @@ def load_results(out: str | Path) -> dict[str, Any]:
     return results | {"config": with_present_names(results["config"])}
 
 
-# Identity -----------------------------------------------------------------------------------------
+def write_jsonl(path: Path, lines: Iterable[dict]) -> None:
+    """Writes one JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+                    encoding="utf-8")
+
+
+def write_predictions(path: Path, lines: Sequence[dict]) -> None:
+    """Writes one JSON object per line, in the order of the data.
+
+    Answers to questions are also written to a file of the same name with the suffix .json, as the
+    dict `{id: text}` that SQuAD's evaluation script reads.
+    """
+    write_jsonl(path, lines)
+    if lines and "no_answer" in lines[0]:
+        answers = {str(line["id"]): line["prediction"] for line in lines}
+        path.with_suffix(".json").write_text(json.dumps(answers, ensure_ascii=False, indent=1),
+                                             encoding="utf-8")
+
+
+def plot_losses(path: Path, title: str, series: dict[str, tuple[list[dict], str]]) -> None:
+    """Plots entries of histories by step; series: label -> (history, name of the entry).
+
+    There is no plot without values, as after a run that was already complete.
+    """
+    points = {label: [(row["step"], row[name]) for row in history if name in row]
+              for label, (history, name) in series.items()}
+    if curves := {label: tuple(zip(*found)) for label, found in points.items() if found}:
+        plots.curves(path, curves, title=title)
 
 
 def run_metadata(config: Any, rows: Any, *more: Any) -> dict[str, Any]:
-    """Returns the identity of a run, which is saved with its checkpoints.
+    """Returns the identity of a run; it resumes only from a checkpoint with the same identity.
 
-    A run resumes only from a checkpoint with the same identity. The identity consists of the
-    settings that affect the result (all but `NOT_IDENTITY`) and of fingerprints of the data.
-
-    Args:
-        config: the settings of the run, a dataclass.
-        rows: the training rows.
-        more: other data that affects the result, such as pre-trained parameters.
+    It consists of the settings that affect the result (all but `NOT_IDENTITY`) and of fingerprints
+    of the training rows and of `more` data, such as pre-trained parameters.
     """
     def identity(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -187,10 +225,6 @@ def fingerprint(rows: Any) -> str:
     """Returns a hash of a corpus, of rows, or of any tree of arrays: 16 digits of its SHA-256.
 
     Of a long array, only about 64 evenly spaced blocks are hashed.
-
-    Example:
-        >>> fingerprint([1, 2]) == fingerprint([1, 2]), fingerprint([1, 2]) == fingerprint([2, 1])
-        (True, False)
     """
     digest = hashlib.sha256()
     rows = getattr(rows, "corpus", rows)
@@ -207,9 +241,6 @@ def fingerprint(rows: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-# Runs of older versions ---------------------------------------------------------------------------
-
-
 def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of an older run under their current names.
 
@@ -224,20 +255,12 @@ def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
         name = old if old == "data" and not isinstance(value, Mapping) else current.get(old, old)
         values = {old: new for new, old in OLD_VALUES.get(name, {}).items()}
         renamed[name] = (with_present_names(value) if isinstance(value, Mapping)
-                       else values.get(value, value) if isinstance(value, str) else value)
+                         else values.get(value, value) if isinstance(value, str) else value)
     return renamed
 
 
 def without_new_settings(settings: Any) -> Any:
-    """Returns settings without those that have the value given in `NEW_SETTINGS`.
-
-    Args:
-        settings: settings in JSON types.
-
-    Example:
-        >>> without_new_settings([{"batch_size": 8, "eval_every": 0, "keep_best": True}])
-        [{'batch_size': 8, 'keep_best': True}]
-    """
+    """Returns settings in JSON types without those that have their value in `NEW_SETTINGS`."""
     if isinstance(settings, list):
         return [without_new_settings(x) for x in settings]
     if not isinstance(settings, Mapping):
@@ -247,11 +270,9 @@ def without_new_settings(settings: Any) -> Any:
 
 
 def with_old_names(settings: Any, saved: Any = None) -> Any:
-    """Returns settings under the names that older runs use.
+    """Returns settings in JSON types under the names that older runs use.
 
-    Args:
-        settings: settings in JSON types.
-        saved: the settings of an older run; if given, only old names that it contains are used.
+    If `saved`, the settings of an older run, is given, only old names that it contains are used.
 
     Example:
         >>> with_old_names({"max_length": 32, "seed": 1}, saved={"length": 64, "seed": 0})
@@ -272,24 +293,3 @@ def with_old_names(settings: Any, saved: Any = None) -> Any:
     # Model configs of older runs have the config.json of their checkpoint in the field `source`.
     return renamed | {name: saved[name] for name in REMOVED_FIELDS
                       if saved and "family" in settings and name in saved}
-
-
-def make_checkpointer(
-    config: Any, metadata: dict[str, Any] | None, directory: Path | None, **options: Any
-) -> Checkpointer:
-    """Returns a checkpointer that also resumes runs of older versions.
-
-    A run resumes only if its metadata equals that of the checkpoint, whose names of settings are
-    therefore used.
-
-    Args:
-        config: the settings: save_every and allow_config_mismatch.
-        metadata: the identity of the run (`run_metadata`), with the model config.
-        directory: the checkpoint directory; None saves nothing.
-        options: options of `Checkpointer`.
-    """
-    if directory is not None and checkpointing.latest_step(directory) is not None:
-        metadata = with_old_names(metadata, checkpointing.load_metadata(directory) or {})
-    return Checkpointer(
-        directory, save_every=config.save_every, metadata=metadata,
-        allow_config_mismatch=config.allow_config_mismatch, **options)

@@ -21,32 +21,24 @@ from rich.console import Console
 from rich.table import Table
 
 from transformer_jax import metrics
-from transformer_jax.data.datasets import (
-    LabeledDataset,
-    load_dataset,
-    subsample_balanced,
-)
+from transformer_jax.data.datasets import LabeledDataset, load_dataset, subsample_balanced
 from transformer_jax.recipes import run_dir
-from transformer_jax.recipes.base_model import add_task_head, load_base
 from transformer_jax.recipes.config import DatasetConfig, TrainingConfig, convert_paths
+from transformer_jax.recipes.finetuning import plot_classes
 from transformer_jax.recipes.finetuning_run import (
+    add_task_head,
     check_training_config,
     encode_for_training,
     finetune_params,
+    load_base,
     main_metric,
 )
 from transformer_jax.recipes.retention import RetentionEval, make_retention_eval
-from transformer_jax.recipes.task_encoder import EncodedDataset, write_predictions
+from transformer_jax.recipes.task_encoder import EncodedDataset
 from transformer_jax.report import plots
 
 SCRATCH = "scratch"
 """Spec in `SweepConfig.trainable` that trains a newly initialized model of the same size."""
-CELL_METRICS = (
-    "rouge", "rouge1", "rouge2", "bleu", "accuracy", "macro_f1", "matthews", "f1", "exact_match",
-    "pearson_spearman", "pearson", "spearman", "precision", "recall", "labels", "steps",
-    "best_step", "stopped_early", "trained", "share_trained", "cut", "cut_validation", "seconds",
-    "seconds_per_step")
-"""Metrics of a run that are stored in `cells.jsonl`."""
 AVERAGED = ("score", "exact_match", "f1", "accuracy", "matthews", "spearman", "ece",
             "held_out_after", "seconds", "seconds_per_step")
 """Metrics whose mean and standard deviation over seeds are stored in `results.json`."""
@@ -73,13 +65,6 @@ class SweepConfig:
         seeds: number of runs of each spec, which differ in the selection of examples, new
             parameters, data order and dropout.
         quiet: whether to suppress the progress display.
-
-    Example:
-        >>> config = SweepConfig(pretrained="gpt2", out=Path("sweep"), trainable=("full", "lora:8"),
-        ...                      peak_lrs=(1e-4, 1e-3))
-        >>> spec, training = config.variants["lora:8"]
-        >>> training.optimizer.peak_lr
-        0.001
     """
 
     pretrained: str
@@ -154,20 +139,20 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
                   f"left out: {dataset.dropped}; held-out pre-training loss "
                   f"({retention.objective}) {before:.3f}")
 
-    def encode(num_examples: int | None, seed: int) -> EncodedDataset:
-        chosen = subsample_balanced(dataset.train, None, seed, total=num_examples)
-        return encode_for_training(
-            dataset._replace(train=chosen), model, base.tokenizer, config.training)
-
     for num_examples in config.examples or (None,):
-        cached_encode = functools.cache(functools.partial(encode, num_examples))
+        @functools.cache
+        def encode(seed: int, num_examples: int | None = num_examples) -> EncodedDataset:
+            chosen = subsample_balanced(dataset.train, None, seed, total=num_examples)
+            return encode_for_training(
+                dataset._replace(train=chosen), model, base.tokenizer, config.training)
+
         # The runs of a variant with different seeds share compiled steps.
         for name in config.variants:
             for seed in range(config.seeds):
                 cell = _cell_key(config, name, num_examples, seed)
                 if any(done.items() >= cell.items() for done in _load_cells(config)):
                     continue
-                done = _run_cell(config, cell, cached_encode(seed), pretrained, retention)
+                done = _run_cell(config, cell, encode(seed), pretrained, retention)
                 console.print(f"{name}, {done['labels']:,} examples, seed {seed}: "
                               f"{dataset.metric} {done['score']:.4f}, {done['seconds']:.0f} s, "
                               f"pre-training loss {done['held_out_after']:.3f}", highlight=False)
@@ -180,9 +165,6 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
             "metric": dataset.metric, "dropped": dataset.dropped}, time.perf_counter() - began)
 
 
-# Cells --------------------------------------------------------------------------------------------
-
-
 def _run_cell(config: SweepConfig, cell: dict, data: EncodedDataset, pretrained: dict,
               retention: RetentionEval) -> dict[str, Any]:
     """Runs one cell, appends its line to `cells.jsonl` and returns it."""
@@ -193,14 +175,12 @@ def _run_cell(config: SweepConfig, cell: dict, data: EncodedDataset, pretrained:
     m, dataset = result.metrics, data.dataset
     if cell["seed"] == 0:
         name = re.sub(r"[^\w.]+", "_", f"{cell['recipe']} {m['labels']}")
-        write_predictions(config.out / "predictions" / f"{name}.jsonl", result.predictions)
-        if "confusion" in m and dataset.label_names:
-            title = f"{_dataset_name(config)}, {cell['recipe']}"
-            plots.confusion(config.out / f"confusion_{name}.png", m["confusion"],
-                            dataset.label_names, title=title)
-            plots.calibration(config.out / f"calibration_{name}.png", m["calibration"],
-                              title=title)
-    line = run_dir.to_json(cell | {name: m[name] for name in CELL_METRICS if name in m} | {
+        run_dir.write_predictions(
+            config.out / "predictions" / f"{name}.jsonl", result.predictions)
+        plot_classes(config.out, f"_{name}", m, dataset.label_names,
+                     f"{_dataset_name(config)}, {cell['recipe']}")
+    scalars = {name: x for name, x in m.items() if not isinstance(x, dict) and np.ndim(x) == 0}
+    line = run_dir.to_json(cell | scalars | {
         "score": m[main_metric(dataset)],
         "ece": m["calibration"]["ece"] if "calibration" in m else None,
         "held_out_after": retention.loss(result.params)})
@@ -232,9 +212,6 @@ def _load_cells(config: SweepConfig) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-# Results ------------------------------------------------------------------------------------------
-
-
 def summarize(config: SweepConfig, cells: Sequence[dict]) -> list[dict]:
     """Returns a row for each variant and number of examples: means and standard deviations."""
     rows = []
@@ -260,13 +237,7 @@ def _percent_scale(metric: str) -> int:
 
 
 def make_table(config: SweepConfig, rows: Sequence[dict], metric: str, before: float) -> Table:
-    """Returns the table of a sweep for the terminal.
-
-    Args:
-        rows: result of `summarize`.
-        metric: the main metric.
-        before: the pre-training loss before fine-tuning.
-    """
+    """Returns the table of the rows of `summarize`, with the pre-training loss `before`."""
     table = Table(title=f"{config.dataset.data}: {metric} over {config.seeds} seeds; held-out "
                         f"pre-training loss before {before:.3f}")
     for heading in ("examples", "trainable", metric, "trained %", "ms/step", "seconds",

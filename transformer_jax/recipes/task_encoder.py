@@ -1,14 +1,8 @@
-"""Base class of the task encoders, which convert labeled examples to rows of token ids.
-
-An encoder also converts the outputs of the model to predictions and scores. `encoding` has the
-encoders, and `encoding.make_encoder` selects the one for a task.
-"""
+"""Base class of the task encoders (`encoding`), and labeled datasets as rows of token ids."""
 
 import abc
 import functools
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +13,6 @@ from transformer_jax import sharding
 from transformer_jax.data.batching import LengthBucketedBatches, choose_buckets
 from transformer_jax.data.datasets import LabeledDataset
 from transformer_jax.data.tokenizers import Tokenizer
-from transformer_jax.finetuning import feature_cache
 from transformer_jax.models import GPT, Model
 from transformer_jax.objectives import classification, input_format
 
@@ -29,19 +22,10 @@ PREDICT_BATCH_SIZE = 64
 
 
 class InputConfig(NamedTuple):
-    """Settings for converting an example to rows of token ids.
+    """Settings for converting an example to rows of token ids (see `config.TrainingConfig`).
 
-    Attributes:
-        max_length: maximum number of tokens of a row; longer texts are truncated, and longer
-            contexts of questions are split into windows.
-        gpt_special_tokens: whether rows have start, delimiter and extract tokens (GPT paper,
-            section 3.3).
-        both_orders: whether each pair of texts is encoded in both orders (GPT paper, section 3.3).
-        stride: distance in tokens between the starts of consecutive windows over a long context.
-        max_question_length: number of tokens to which longer questions are truncated.
-        target_length: maximum number of tokens of a target text; for GPT, only of a generated one.
-        num_beams: number of beams of the beam search that generates target texts.
-        length_penalty: beam scores are divided by length ** length_penalty; unused with one beam.
+    Texts longer than `max_length` are truncated, and longer contexts of questions are split into
+    windows. Scores of beams are divided by length ** length_penalty.
     """
 
     max_length: int
@@ -55,24 +39,14 @@ class InputConfig(NamedTuple):
 
 
 class TaskInfo(NamedTuple):
-    """Description of the task of a model.
+    """Description of the task of a model."""
 
-    Attributes:
-        task_type: "classification", "regression", "multiple_choice", "token_classification",
-            "question_answering" or "seq2seq".
-        label_names: names of the classes or tags, in order; empty for the other task types.
-        metric: the main metric.
-        label_range: lowest and highest label of a regression.
-        num_choices: maximum number of choices of a multiple-choice example.
-        has_unanswerable: whether some questions have no answer in their context.
-    """
-
-    task_type: str
-    label_names: tuple[str, ...] = ()
-    metric: str = ""
-    label_range: tuple[float, float] | None = None
-    num_choices: int = 0
-    has_unanswerable: bool = False
+    task_type: str  # as in `DatasetConfig`
+    label_names: tuple[str, ...] = ()  # of the classes or tags, in order
+    metric: str = ""  # the main metric
+    label_range: tuple[float, float] | None = None  # of a regression
+    num_choices: int = 0  # maximum of multiple-choice examples
+    has_unanswerable: bool = False  # whether some questions have no answer in their context
 
     @classmethod
     def of(cls, dataset: LabeledDataset) -> "TaskInfo":
@@ -80,7 +54,7 @@ class TaskInfo(NamedTuple):
         answering = dataset.task_type == "question_answering"
         return cls(
             dataset.task_type, tuple(dataset.label_names), dataset.metric, dataset.label_range,
-            num_choices=max((len(e.get("choices", ())) for e in dataset.train), default=0),
+            num_choices=max_choices(dataset.train),
             has_unanswerable=answering and any(not e["answers"] for e in dataset.train))
 
     @property
@@ -90,15 +64,13 @@ class TaskInfo(NamedTuple):
         return fixed.get(self.task_type, len(self.label_names))
 
 
-class TaskEncoder(abc.ABC):
-    """Encodes the examples of one task for one model, and decodes the model's outputs.
+def max_choices(examples: Sequence[dict]) -> int:
+    """Returns the maximum number of choices of an example; 0 if there are none."""
+    return max((len(e.get("choices", ())) for e in examples), default=0)
 
-    Args:
-        task: the task.
-        model: the model, with the head of the task.
-        tokenizer: the model's tokenizer.
-        config: settings of the encoding.
-    """
+
+class TaskEncoder(abc.ABC):
+    """Encodes the examples of one task for one model, and decodes the model's outputs."""
 
     def __init__(self, task: TaskInfo, model: Model, tokenizer: Tokenizer, config: InputConfig):
         self.task, self.model, self.tokenizer, self.config = task, model, tokenizer, config
@@ -106,15 +78,9 @@ class TaskEncoder(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, examples: Sequence[dict], split: str = "validation") -> list:
-        """Tokenizes labeled examples.
+        """Tokenizes examples (`data.datasets`) to items, each of which becomes one row.
 
-        Args:
-            examples: the examples, in the form of `data.datasets`.
-            split: "training" or "validation".
-
-        Returns:
-            The items, each of which becomes one row: tokenized examples or, for question
-            answering, windows over their contexts.
+        An item is a tokenized example or, for question answering, a window over its context.
         """
 
     @abc.abstractmethod
@@ -132,11 +98,19 @@ class TaskEncoder(abc.ABC):
         """Returns one dict for each example: the prediction and its score or probabilities."""
 
     @abc.abstractmethod
+    def _report(
+        self, examples: Sequence[dict], items: Sequence, outputs: Outputs
+    ) -> tuple[dict[str, Any], list[dict]]:
+        """Returns the result of `report`, without the ids of the examples."""
+
     def report(
         self, examples: Sequence[dict], items: Sequence, outputs: Outputs
     ) -> tuple[dict[str, Any], list[dict]]:
         """Returns the scores, the main metric first, and one line of the prediction file for each
-        example."""
+        example, which has the example's "id" or else its index."""
+        scores, lines = self._report(examples, items, outputs)
+        return scores, [{"id": e.get("id", i), **line}
+                        for i, (e, line) in enumerate(zip(examples, lines))]
 
     def input_packer(self, length: int) -> Callable:
         """Returns the function that joins one or two texts, with special tokens, to a row."""
@@ -148,24 +122,17 @@ class TaskEncoder(abc.ABC):
     def predict(self, params: dict, items: Sequence) -> Outputs:
         """Returns the model's outputs for all items, in their order."""
         batches = self.batches(items, batch_size=PREDICT_BATCH_SIZE).evaluation_batches()
-        return predict_batches(self.model, params, self.task.task_type, batches)
+        return _predict_batches(self.model, params, self.task.task_type, batches)
 
     def batches(
         self, items: Sequence, *, batch_size: int, seed: int = 0, num_steps: int | None = None,
         mesh: Mesh | None = None,
     ) -> LengthBucketedBatches:
-        """Returns batches of rows of similar lengths.
+        """Returns batches of rows of similar lengths, for `num_steps` steps or a single pass.
 
         The step is compiled once for each length bucket. To limit the time of compilation, there
         are at most 8 buckets, and at most one per 64 steps. A single pass over the items
         (`num_steps` is None) has no backward pass and compiles faster: at most one per 4 batches.
-
-        Args:
-            items: items from `encode`.
-            batch_size: number of rows of a batch, over all devices.
-            seed: seed of the order of the items.
-            num_steps: number of steps of the run; None for a single pass.
-            mesh: device mesh, which determines the rows of this process.
         """
         lengths, shard = self.lengths(items), sharding.process_data_shard(mesh)
         num_buckets = len(items) // batch_size // 4 if num_steps is None else num_steps // 64
@@ -175,21 +142,16 @@ class TaskEncoder(abc.ABC):
             process_index=shard.index, process_count=shard.count)
 
 
-def example_id(example: dict, index: int) -> Any:
-    """Returns the example's "id", or its index in the data."""
-    return example.get("id", index)
-
-
 @functools.cache
 def _jitted_predict(model: Model, task_type: str) -> Callable:
     predict = classification.TASK_TYPES[task_type].predict
     return jax.jit(functools.partial(predict, model.apply))
 
 
-def predict_batches(
+def _predict_batches(
     model: Model, params: dict, task_type: str, batches: Sequence[dict]
 ) -> Outputs:
-    """Returns the outputs of a model for all rows of the batches, sorted by the entry "index".
+    """Returns the outputs for all rows of the batches, sorted by the entry "index".
 
     Rows with a negative index are padding and are left out. Outputs of different lengths are padded
     with zeros.
@@ -206,23 +168,14 @@ def predict_batches(
 
 
 def _pad_and_stack(values: list[np.ndarray]) -> np.ndarray:
-    shape = np.max([v.shape for v in values], axis=0) if values[0].ndim else ()
-    out = np.zeros((len(values), *np.asarray(shape, int)), values[0].dtype)
-    for i, value in enumerate(values):
-        out[(i, *map(slice, value.shape))] = value
-    return out
+    if not values[0].ndim:
+        return np.array(values)
+    shape = np.max([v.shape for v in values], axis=0)
+    return np.stack([np.pad(v, [(0, n - m) for n, m in zip(shape, v.shape)]) for v in values])
 
 
 class EncodedDataset(NamedTuple):
-    """A labeled dataset as token ids.
-
-    Attributes:
-        dataset: the labeled examples.
-        encoder: converts items to rows and scores the model's outputs.
-        train: items of the training split: tokenized examples or, for question answering, windows
-            over their contexts.
-        validation: items of the validation split.
-    """
+    """A labeled dataset as token ids: the items of its splits, and the encoder that made them."""
 
     dataset: LabeledDataset
     encoder: TaskEncoder
@@ -230,48 +183,6 @@ class EncodedDataset(NamedTuple):
     validation: list
 
     def evaluate(self, params: dict) -> tuple[dict, list[dict]]:
-        """Returns the scores on the validation examples, the main metric first, and one line of the
-        prediction file for each example."""
+        """Returns `TaskEncoder.report` for the validation examples."""
         outputs = self.encoder.predict(params, self.validation)
         return self.encoder.report(self.dataset.validation, self.validation, outputs)
-
-
-def cache_features(params: dict, data: EncodedDataset) -> list[dict]:
-    """Computes the outputs of the body (features) for all training items, without dropout.
-
-    Runs that train only the head use them instead of evaluating the body in every step.
-
-    Returns:
-        The rows of the items, in order; the entry "tokens" of each holds its features `[D]`, or
-        `[R, D]` for R choices or R = 2 orders.
-    """
-    encoder = data.encoder
-    batches = encoder.batches(data.train, batch_size=PREDICT_BATCH_SIZE).evaluation_batches()
-    rows = feature_cache.compute_features(encoder.model, params, batches)
-    return sorted(rows, key=lambda row: int(row["index"]))
-
-
-def feature_batches(
-    rows: Sequence[dict], batch_size: int, seed: int, mesh: Mesh | None = None
-) -> LengthBucketedBatches:
-    """Returns batches of rows of cached features, shuffled anew in each epoch."""
-    shard = sharding.process_data_shard(mesh)
-    return LengthBucketedBatches(
-        rows, [1] * len(rows), lambda row, length: {k: v for k, v in row.items() if k != "index"},
-        buckets=[1], batch_size=batch_size, seed=seed, process_index=shard.index,
-        process_count=shard.count)
-
-
-def write_predictions(path: Path, lines: Sequence[dict]) -> None:
-    """Writes one JSON object per line, in the order of the data.
-
-    Answers to questions are also written to a file of the same name with the suffix .json, as the
-    dict `{id: text}` that SQuAD's evaluation script reads.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
-                    encoding="utf-8")
-    if lines and "no_answer" in lines[0]:
-        answers = {str(line["id"]): line["prediction"] for line in lines}
-        path.with_suffix(".json").write_text(json.dumps(answers, ensure_ascii=False, indent=1),
-                                             encoding="utf-8")
