@@ -10,22 +10,9 @@ models generate; the loss curves; and `results.json` with the denoising loss on 
 and after pre-training, and the ROUGE scores of both models.
 """
 
-import sys
-
 import configs
-import tyro
 
-from transformer_jax.cli import run_command
-from transformer_jax.recipes.run_dir import setup
 from transformer_jax.recipes.sequence_to_sequence import DenoiseConfig, denoise
 
-
-def main(config: DenoiseConfig) -> None:
-    setup()
-    denoise(config)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(
-        main, parse=lambda: tyro.extras.overridable_config_cli(
-            configs.load(DenoiseConfig), description=__doc__)))
+    configs.run(denoise, DenoiseConfig, __doc__)

@@ -18,22 +18,9 @@ answering `predictions.json` in SQuAD's format; `adapter/` with only the trained
 checkpoints, from which the same command resumes.
 """
 
-import sys
-
 import configs
-import tyro
 
-from transformer_jax.cli import run_command
 from transformer_jax.recipes.finetuning import FinetuneConfig, finetune
-from transformer_jax.recipes.run_dir import setup
-
-
-def main(config: FinetuneConfig) -> None:
-    setup()
-    finetune(config)
-
 
 if __name__ == "__main__":
-    sys.exit(run_command(
-        main, parse=lambda: tyro.cli(
-            configs.flat(FinetuneConfig, "dataset", "training"), description=__doc__)))
+    configs.run(finetune, FinetuneConfig, __doc__, "dataset", "training")

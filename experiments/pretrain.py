@@ -9,22 +9,9 @@ changed by a flag (`--help`). The same command resumes an interrupted run. Hardw
 expected loss are in the docstring of each config.
 """
 
-import sys
-
 import configs
-import tyro
 
-from transformer_jax.cli import run_command
 from transformer_jax.recipes.pretraining import PretrainConfig, pretrain
-from transformer_jax.recipes.run_dir import setup
-
-
-def main(config: PretrainConfig) -> None:
-    setup()
-    pretrain(config)
-
 
 if __name__ == "__main__":
-    sys.exit(run_command(
-        main, parse=lambda: tyro.extras.overridable_config_cli(
-            configs.load(PretrainConfig), description=__doc__)))
+    configs.run(pretrain, PretrainConfig, __doc__)

@@ -9,19 +9,9 @@ increasing numbers of trainable parameters. A model of the same size is trained 
 comparison. The script writes `results.json` and the figures to `runs/quickstart`.
 """
 
-import sys
+import configs
 
-import tyro
-
-from transformer_jax.cli import run_command
 from transformer_jax.recipes.quickstart import QuickstartConfig, quickstart
-from transformer_jax.recipes.run_dir import setup
-
-
-def main(config: QuickstartConfig) -> None:
-    setup()
-    quickstart(config)
-
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, parse=lambda: tyro.cli(QuickstartConfig, description=__doc__)))
+    configs.run(quickstart, QuickstartConfig, __doc__)

@@ -11,22 +11,9 @@ initialized model of the same size. `results.json` contains the means and standa
 seeds of the scores and of the pre-training loss after fine-tuning.
 """
 
-import sys
-
 import configs
-import tyro
 
-from transformer_jax.cli import run_command
-from transformer_jax.recipes.run_dir import setup
 from transformer_jax.recipes.sweep import SweepConfig, sweep
 
-
-def main(config: SweepConfig) -> None:
-    setup()
-    sweep(config)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(
-        main, parse=lambda: tyro.extras.overridable_config_cli(
-            configs.load_flat(SweepConfig, "dataset"), description=__doc__)))
+    configs.run(sweep, SweepConfig, __doc__, "dataset")

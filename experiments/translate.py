@@ -10,22 +10,9 @@ changed by a flag (`--help`). The same command resumes an interrupted run. The s
 curves, and a plot of the cross-attention weights of one sentence.
 """
 
-import sys
-
 import configs
-import tyro
 
-from transformer_jax.cli import run_command
-from transformer_jax.recipes.run_dir import setup
 from transformer_jax.recipes.sequence_to_sequence import TranslateConfig, train_translation
 
-
-def main(config: TranslateConfig) -> None:
-    setup()
-    train_translation(config)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(
-        main, parse=lambda: tyro.extras.overridable_config_cli(
-            configs.load(TranslateConfig), description=__doc__)))
+    configs.run(train_translation, TranslateConfig, __doc__)

@@ -47,17 +47,11 @@ CHARACTER_GPT = {"vocab_size": 65, "norm_first": True}
 
 
 class Case(NamedTuple):
-    """A model and its workload.
+    """A model preset and its workload, per batch.
 
-    Attributes:
-        preset: name of a model preset.
-        batch_size: rows of a batch.
-        length: tokens per row; for decoding, tokens per prompt.
-        work: "train", "decode", or a trainable spec for fine-tuning, such as "lora:8".
-        target_length: tokens per target; for decoding, number of new tokens.
-        changes: fields of the model config that replace those of the preset.
-        steps_per_call: number of training steps dispatched before waiting for the result, on a CPU;
-            more than one for short steps, as in `train.loop`.
+    `work` is "train", "decode" or a trainable spec such as "lora:8". `length` counts the tokens of
+    a row or prompt, `target_length` those of a target or the new ones. `changes` replaces fields of
+    the preset. Short steps are dispatched `steps_per_call` at a time on a CPU, as in `train.loop`.
     """
 
     preset: str
@@ -116,14 +110,10 @@ class BenchConfig:
 
 
 class Workload(NamedTuple):
-    """A case that is ready to be timed.
+    """A case that is ready to be timed: `run` does `units` units of work and waits for them.
 
-    Attributes:
-        run: does `units` units of work (training steps, or batches to decode) and waits for them.
-        tokens: tokens per unit.
-        flops: FLOPs of the model's matrix products per unit; 0 if they are not counted.
-        bytes_read: for decoding, minimum number of bytes of parameters to read per unit.
-        units: units of work per call of `run`.
+    Per unit: tokens, FLOPs of the model's matrix products (0 if not counted), and, for decoding,
+    the minimum number of bytes of parameters to read.
     """
 
     run: Callable[[], object]
@@ -200,10 +190,7 @@ def make_decoding(case: Case, config: BenchConfig) -> Workload:
 
 
 def _random_params(shapes: dict) -> dict:
-    """Returns random parameters, created one leaf at a time.
-
-    Initializing all of them in one compiled program needs more memory than decoding.
-    """
+    """Returns random parameters, one leaf at a time: one program for all needs too much memory."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) / 50), shapes)
@@ -277,11 +264,7 @@ def time_case(name: str, config: BenchConfig) -> dict[str, Any]:
 
 
 def main(config: BenchConfig) -> list[dict[str, Any]]:
-    """Times the cases, prints one line of JSON for each, and returns their measurements.
-
-    Raises:
-        ValueError: a case is unknown.
-    """
+    """Times the cases, prints one line of JSON for each, and returns their measurements."""
     for name in config.cases:
         if name not in CASES:
             raise ValueError(f"unknown case {name!r}; {did_you_mean(name, CASES)}")

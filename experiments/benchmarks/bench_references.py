@@ -1,6 +1,6 @@
 """Benchmarks of training and decoding in this library and in others, interleaved on one machine.
 
-    python -m venv torch && torch/bin/pip install torch==2.13.0 "transformers==5.*"
+    python -m venv torch && torch/bin/pip install torch==2.13.0 "transformers==5.*" peft
     python -m venv flax && flax/bin/pip install transformers==4.57.6 jax==0.10.2 flax optax
     python -m venv keras && keras/bin/pip install keras keras-hub jax
     python experiments/benchmarks/bench_references.py --torch torch/bin/python \
@@ -8,12 +8,14 @@
     python experiments/benchmarks/bench_references.py --device cuda --dtypes bfloat16 \
         --torch torch/bin/python --nanogpt nanoGPT/model.py --cases gpt2_32x1024 gpt2_decode_8 \
         --libraries hf_torch_bfloat16 nanogpt_compiled_bfloat16
+    python experiments/benchmarks/bench_references.py --cases bert_base_lora_8 bert_base_full \
+        --torch torch/bin/python --dropout-rate 0.1
 
-The libraries are Transformers on PyTorch, the Flax models of Transformers 4, KerasHub on JAX, and
-nanoGPT, eager and compiled. Each runs in its own Python environment, except that nanoGPT runs in
-that of PyTorch; libraries without an environment are skipped. Each case runs in separate processes.
-The models have the same sizes in all libraries, and weights that each library draws at random. They
-compute in float32 unless the name ends in bfloat16.
+The libraries are Transformers and PEFT on PyTorch, the Flax models of Transformers 4, KerasHub on
+JAX, and nanoGPT, eager and compiled. Each runs in its own Python environment, except that nanoGPT
+runs in that of PyTorch; libraries without an environment are skipped. Each case runs in separate
+processes. The models have the same sizes in all libraries, and weights that each library draws at
+random. They compute in float32 unless the name ends in bfloat16.
 
 Two more workers measure the machine in the same rounds: the rate of a large matrix product, to
 which the column "of peak" is relative, and the memory bandwidth, for the column "of bandwidth". The
@@ -40,6 +42,7 @@ WORKER = "--worker"
 LIBRARIES = {
     "hf_torch": ("torch", ("gpt", "bert", "bart"), ("train", "decode")),
     "hf_torch_bfloat16": ("torch", ("gpt", "bert", "bart"), ("train", "decode")),
+    "peft": ("torch", ("bert",), ("full", "lora:8")),
     "nanogpt": ("torch", ("gpt",), ("train",)),
     "nanogpt_compiled": ("torch", ("gpt",), ("train",)),
     "nanogpt_compiled_bfloat16": ("torch", ("gpt",), ("train",)),
@@ -51,6 +54,7 @@ FAMILIES = {"gpt2": "gpt", "bert_base": "bert", "bart_base": "bart"}
 """Model preset -> model family."""
 CASES = ("gpt2", "bert_base", "bart_base", "char_gpt_4x128", "char_gpt_6x384", "gpt2_decode_1",
          "gpt2_decode_8")
+FINETUNING_CASES = ("bert_base_full", "bert_base_lora_8")
 MACHINE_WORKERS = ("matmul", "read")
 
 
@@ -59,12 +63,12 @@ class ReferencesConfig:
     """Settings of the comparison.
 
     Attributes:
-        torch: Python interpreter of an environment with PyTorch and Transformers.
+        torch: Python interpreter of an environment with PyTorch, Transformers and PEFT.
         flax: Python interpreter of an environment with Transformers 4, Flax and Optax.
         keras: Python interpreter of an environment with Keras and KerasHub.
         nanogpt: path of model.py in nanoGPT's repository; it runs in the environment `torch`.
         out: folder for results.json and table.md.
-        cases: names in `CASES` or `bench.LARGE_CASES`.
+        cases: names in `CASES`, `FINETUNING_CASES` or `bench.LARGE_CASES`.
         dtypes: dtypes of the computation in this library, one worker each. The time of the first
             is the numerator of all ratios.
         libraries: names in `LIBRARIES`.
@@ -89,19 +93,10 @@ class ReferencesConfig:
 
 
 class Result(NamedTuple):
-    """The measurements of one worker on one case.
+    """The measurements of one worker on one case; `ratio` is our time divided by the worker's.
 
-    Attributes:
-        case: name of the case.
-        worker: name of the library; "here, DTYPE" for this library.
-        seconds: median time of a training step, or of decoding a batch.
-        ratio: time of this library divided by the time of the worker.
-        tokens_per_second: tokens of the case divided by `seconds`.
-        of_peak: model FLOPs per second, as a fraction of the rate of a matrix product.
-        of_bandwidth: for decoding, the rate at which parameters are read, as a fraction of the
-            memory bandwidth.
-        first_seconds: duration of the first call, including compilation.
-        peak_mib: peak memory in MiB.
+    `of_peak` is relative to the rate of a matrix product, and `of_bandwidth`, for decoding, to the
+    memory bandwidth. `first_seconds` includes compilation.
     """
 
     case: str
@@ -120,7 +115,7 @@ def reference_case(name: str, config: ReferencesConfig) -> dict[str, Any]:
     case = bench.CASES[name]
     model = bench.make_model_config(case, bench.BenchConfig(dropout_rate=config.dropout_rate))
     batch = plan.abstract_batch(plan.PlanConfig(model, {}, case.batch_size, case.length))
-    is_gpu_training = config.device == "cuda" and case.work == "train"
+    is_gpu_training = config.device == "cuda" and case.work != "decode"
     return {
         "family": FAMILIES[case.preset], "work": case.work, "batch_size": case.batch_size,
         "length": case.length, "target_length": case.target_length,
@@ -153,12 +148,7 @@ def worker_commands(name: str, config: ReferencesConfig) -> dict[str, list[str]]
 
 
 def run_worker(name: str, options_json: str) -> None:
-    """Runs a worker of this library, or one that measures the machine.
-
-    Args:
-        name: a case, or a name in `MACHINE_WORKERS`.
-        options_json: the options of the worker as JSON; see `worker_commands`.
-    """
+    """Runs a worker of this library on a case, or one of `MACHINE_WORKERS`."""
     from transformer_jax import distributed
 
     if distributed.platform_is_cpu():
@@ -213,16 +203,11 @@ def to_markdown(results: list[Result]) -> str:
 
 
 def main(config: ReferencesConfig) -> dict[str, Any]:
-    """Compares the libraries on all cases, and returns the content of results.json.
-
-    Raises:
-        ValueError: a case is unknown.
-        OSError: a worker does not start, or exits early.
-    """
+    """Compares the libraries on all cases, and returns the content of results.json."""
     from transformer_jax.errors import did_you_mean
     from transformer_jax.recipes.run_dir import write_results
 
-    known = CASES + tuple(bench.LARGE_CASES)
+    known = CASES + FINETUNING_CASES + tuple(bench.LARGE_CASES)
     for name in config.cases:
         if name not in known:
             raise ValueError(f"unknown case {name!r}; {did_you_mean(name, known)}")

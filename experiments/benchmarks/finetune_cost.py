@@ -62,13 +62,7 @@ class CostConfig:
 
 
 class CompiledSpec(NamedTuple):
-    """The compiled train step of a trainable spec.
-
-    Attributes:
-        train_step: the compiled step.
-        state: the state before the first step.
-        costs: number of parameters and results of the compiler's analysis; a row of the table.
-    """
+    """The compiled train step of a trainable spec, its first state, and its row of the table."""
 
     train_step: Any
     state: step.TrainState
@@ -126,12 +120,7 @@ def time_interleaved(config: CostConfig, specs: list[CompiledSpec]) -> list[list
 
 
 def time_cached_features(config: CostConfig, model: BERT) -> dict[str, float]:
-    """Times an epoch of `head` with and without cached features, in seconds.
-
-    Returns:
-        "recomputed": the epoch without a cache; "computing_features": the computation of the
-        features; "cached": the epoch on cached features; "ratio": recomputed / cached.
-    """
+    """Times an epoch of `head` with and without cached features, in seconds."""
     optimizer = optimizers.make_optimizer(1e-4)
     params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
     mask = select.trainable_mask(params, "head")

@@ -26,16 +26,9 @@ _PREFIX = "timing:"  # marks the messages of a worker; its libraries may print o
 
 @dataclass
 class Timings:
-    """The measurements of one worker.
+    """Seconds per unit of work of one worker: the durations of the calls of each round.
 
-    Attributes:
-        info: constants that the worker reported after warm-up, including "first_seconds".
-        seconds: for each round, the durations of its calls, in seconds per unit of work.
-        peak_bytes: peak memory of the process or of its device.
-
-    Example:
-        >>> Timings({}, [[1.0, 3.0], [2.0]]).median
-        2.0
+    `info` has what the worker reported after warm-up, including "first_seconds".
     """
 
     info: dict[str, Any]
@@ -49,11 +42,7 @@ class Timings:
 
 
 def peak_memory() -> int:
-    """Returns the peak resident memory of this process, in bytes.
-
-    Raises:
-        OSError: the system does not report it; Linux does.
-    """
+    """Returns the peak resident memory of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return 1024 * int(line.split()[1])
@@ -66,16 +55,9 @@ def serve(
 ) -> None:
     """Runs a worker: warms up, then times a round for each line on standard input.
 
-    The duration of the first call, which includes compilation, is reported as "first_seconds".
-    The second call is not reported.
-
-    Args:
-        work: the function to time; it must block until its work is done.
-        min_calls: minimum number of calls in a round.
-        min_seconds: minimum duration of a round.
-        units_per_call: number of units of work, such as training steps, in one call.
-        peak_bytes: function that returns the peak memory so far.
-        info: constants to report.
+    A call of `work` must block until it is done. The duration of the first, which includes
+    compilation, is reported as "first_seconds", and the second is not. A round has at least
+    `min_calls` calls and `min_seconds`; `info` is reported as it is.
     """
     first_seconds = time_call(work)
     time_call(work)
@@ -88,18 +70,7 @@ def serve(
 
 
 def run_interleaved(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Timings]:
-    """Starts the workers one after another, then times them in interleaved rounds.
-
-    Args:
-        commands: name of a worker -> its command line.
-        rounds: number of rounds.
-
-    Returns:
-        Name of a worker -> its timings.
-
-    Raises:
-        OSError: a worker does not start, or exits early.
-    """
+    """Starts the workers (name -> command line), then times them in interleaved rounds."""
     workers: dict[str, subprocess.Popen] = {}
     timings: dict[str, Timings] = {}
     try:

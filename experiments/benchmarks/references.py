@@ -24,14 +24,9 @@ Work = Callable[[], object]
 
 
 def random_batch(case: Case) -> dict[str, np.ndarray]:
-    """Returns random inputs and targets.
-
-    Args:
-        case: sizes of the batch.
-
-    Returns:
-        "tokens" `[B, S]`, "targets" `[B, T]`, "decoder_tokens" `[B, T]`, "labels" `[B]` for BERT's
-        next-sentence prediction, and "masked" `[B, S]`, True at the positions that BERT predicts.
+    """Returns "tokens" `[B, S]`, "targets" and "decoder_tokens" `[B, T]`, and for BERT "labels"
+    `[B]`
+    and "masked" `[B, S]`, True at the positions to predict.
     """
     rng = np.random.default_rng(0)
     batch_size, length = case["batch_size"], case["length"]
@@ -46,33 +41,30 @@ def random_batch(case: Case) -> dict[str, np.ndarray]:
         "masked": rng.permuted(masked, axis=1)}
 
 
-# PyTorch ------------------------------------------------------------------------------------------
-
-
-def _torch_model(case: Case, use_cache: bool):
-    """Returns the model of Transformers on PyTorch."""
+def _hf_config(case: Case, **options: Any):
+    """Returns the config of the model of Transformers, for PyTorch or Flax."""
     import transformers as hf
 
     rate = case["dropout_rate"]
     if case["family"] == "gpt":
-        return hf.GPT2LMHeadModel(hf.GPT2Config(
+        return hf.GPT2Config(
             n_layer=case["num_layers"], n_head=case["num_heads"], n_embd=case["d_model"],
             n_inner=case["mlp_dim"], n_positions=case["max_length"], vocab_size=case["vocab_size"],
-            resid_pdrop=rate, embd_pdrop=rate, attn_pdrop=rate, bos_token_id=None,
-            eos_token_id=None, use_cache=use_cache))
+            resid_pdrop=rate, embd_pdrop=rate, attn_pdrop=rate, bos_token_id=0, pad_token_id=0,
+            eos_token_id=None, **options)
     if case["family"] == "bert":
-        return hf.BertForPreTraining(hf.BertConfig(
+        return hf.BertConfig(
             num_hidden_layers=case["num_layers"], num_attention_heads=case["num_heads"],
             hidden_size=case["d_model"], intermediate_size=case["mlp_dim"],
             vocab_size=case["vocab_size"], hidden_dropout_prob=rate,
-            attention_probs_dropout_prob=rate))
-    return hf.BartForConditionalGeneration(hf.BartConfig(
+            attention_probs_dropout_prob=rate)
+    return hf.BartConfig(
         encoder_layers=case["num_layers"], decoder_layers=case["num_layers"],
         d_model=case["d_model"], encoder_attention_heads=case["num_heads"],
         decoder_attention_heads=case["num_heads"], encoder_ffn_dim=case["mlp_dim"],
         decoder_ffn_dim=case["mlp_dim"], vocab_size=case["vocab_size"],
         max_position_embeddings=case["max_length"], dropout=rate, attention_dropout=rate,
-        activation_dropout=0.0, use_cache=use_cache))
+        activation_dropout=0.0, **options)
 
 
 def _torch_batch(case: Case) -> dict:
@@ -89,7 +81,8 @@ def _torch_training(case: Case, model, loss_fn: Callable, bfloat16: bool = False
     import torch
 
     model.to(case["device"]).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.01, fused=True)
 
     def train():
         for _ in range(case["steps_per_call"]):
@@ -106,8 +99,11 @@ def _torch_training(case: Case, model, loss_fn: Callable, bfloat16: bool = False
 def hf_torch(case: Case, bfloat16: bool = False) -> Work:
     """Transformers on PyTorch."""
     import torch
+    import transformers as hf
 
-    model = _torch_model(case, use_cache=case["work"] == "decode")
+    options = {} if case["family"] == "bert" else {"use_cache": case["work"] == "decode"}
+    model = {"gpt": hf.GPT2LMHeadModel, "bert": hf.BertForPreTraining,
+             "bart": hf.BartForConditionalGeneration}[case["family"]](_hf_config(case, **options))
     batch = _torch_batch(case)
     ones = torch.ones_like(batch["tokens"])
     if case["work"] == "decode":
@@ -140,6 +136,23 @@ def hf_torch_bfloat16(case: Case) -> Work:
     return hf_torch(case, bfloat16=True)
 
 
+def peft(case: Case) -> Work:
+    """PEFT on PyTorch: a classifier, fine-tuned fully or with LoRA on query and value."""
+    import torch
+    import transformers as hf
+    from peft import LoraConfig, get_peft_model
+
+    model = hf.BertForSequenceClassification(_hf_config(case))
+    if case["work"] != "full":
+        rank = int(case["work"].removeprefix("lora:"))
+        model = get_peft_model(model, LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    batch = _torch_batch(case)
+    ones = torch.ones_like(batch["tokens"])
+    return _torch_training(case, model, lambda: model(
+        input_ids=batch["tokens"], attention_mask=ones, labels=batch["labels"]).loss)
+
+
 def nanogpt(case: Case, compiled: bool = False, bfloat16: bool = False) -> Work:
     """nanoGPT (Karpathy); the environment variable NANOGPT has the path of its model.py."""
     import importlib.util
@@ -169,35 +182,6 @@ def nanogpt_compiled_bfloat16(case: Case) -> Work:
     return nanogpt(case, compiled=True, bfloat16=True)
 
 
-# Flax and Keras -----------------------------------------------------------------------------------
-
-
-def _flax_model(case: Case):
-    """Returns the Flax model of Transformers 4."""
-    import transformers as hf
-
-    rate = case["dropout_rate"]
-    if case["family"] == "gpt":
-        return hf.FlaxGPT2LMHeadModel(hf.GPT2Config(
-            n_layer=case["num_layers"], n_head=case["num_heads"], n_embd=case["d_model"],
-            n_inner=case["mlp_dim"], n_positions=case["max_length"], vocab_size=case["vocab_size"],
-            resid_pdrop=rate, embd_pdrop=rate, attn_pdrop=rate, bos_token_id=0, pad_token_id=0,
-            eos_token_id=None))
-    if case["family"] == "bert":
-        return hf.FlaxBertForPreTraining(hf.BertConfig(
-            num_hidden_layers=case["num_layers"], num_attention_heads=case["num_heads"],
-            hidden_size=case["d_model"], intermediate_size=case["mlp_dim"],
-            vocab_size=case["vocab_size"], hidden_dropout_prob=rate,
-            attention_probs_dropout_prob=rate), input_shape=(1, case["length"]))
-    return hf.FlaxBartForConditionalGeneration(hf.BartConfig(
-        encoder_layers=case["num_layers"], decoder_layers=case["num_layers"],
-        d_model=case["d_model"], encoder_attention_heads=case["num_heads"],
-        decoder_attention_heads=case["num_heads"], encoder_ffn_dim=case["mlp_dim"],
-        decoder_ffn_dim=case["mlp_dim"], vocab_size=case["vocab_size"],
-        max_position_embeddings=case["max_length"], dropout=rate, attention_dropout=rate,
-        activation_dropout=0.0))
-
-
 def hf_flax(case: Case) -> Work:
     """Flax models of Transformers 4, jitted, with the parameters as arguments."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -206,9 +190,13 @@ def hf_flax(case: Case) -> Work:
     import jax
     import jax.numpy as jnp
     import optax
+    import transformers as hf
 
     rate = case["dropout_rate"]
-    model = _flax_model(case)
+    model_class = {"gpt": hf.FlaxGPT2LMHeadModel, "bert": hf.FlaxBertForPreTraining,
+                   "bart": hf.FlaxBartForConditionalGeneration}[case["family"]]
+    options = {"input_shape": (1, case["length"])} if case["family"] == "bert" else {}
+    model = model_class(_hf_config(case), **options)
     params = model.params
     model._params = None  # the training state owns the parameters and donates their buffers
     batch = {name: jnp.asarray(value) for name, value in random_batch(case).items()}
@@ -256,10 +244,7 @@ def hf_flax(case: Case) -> Work:
 
 
 def kerashub(case: Case) -> Work:
-    """KerasHub on JAX.
-
-    The BERT of KerasHub gathers the masked positions, and has no next-sentence prediction.
-    """
+    """KerasHub on JAX; its BERT gathers the masked positions, without next-sentence prediction."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
@@ -305,8 +290,8 @@ def peak_memory(case: Case) -> int:
 
 
 LIBRARIES = {f.__name__: f for f in (
-    hf_torch, hf_torch_bfloat16, nanogpt, nanogpt_compiled, nanogpt_compiled_bfloat16, hf_flax,
-    kerashub)}
+    hf_torch, hf_torch_bfloat16, peft, nanogpt, nanogpt_compiled, nanogpt_compiled_bfloat16,
+    hf_flax, kerashub)}
 
 if __name__ == "__main__":
     library, case = sys.argv[1], json.loads(sys.argv[2])

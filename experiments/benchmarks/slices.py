@@ -33,13 +33,8 @@ RESOURCES = ("compute", "hbm", "interconnect")
 
 
 class Workload(NamedTuple):
-    """The workload of each chip.
-
-    Attributes:
-        batch_size: rows per chip.
-        length: tokens per row; for encoder-decoders, of the source and of the target.
-        fsdp: size of the mesh axis "fsdp"; the axis "data" has the remaining chips.
-        remat: rematerialization policy; see `Config.remat`.
+    """Rows and tokens per chip (of source and target each), the mesh axis "fsdp", and
+    `Config.remat`.
     """
 
     batch_size: int
@@ -73,11 +68,7 @@ class SlicesConfig:
 
 
 def make_plan_config(model: str, num_devices: int) -> plan.PlanConfig:
-    """Returns the plan config of a model on a slice, with the same workload on each chip.
-
-    Raises:
-        ValueError: the model is unknown.
-    """
+    """Returns the plan config of a model on a slice, with the same workload on each chip."""
     if model not in WORKLOADS:
         raise ValueError(f"unknown model {model!r}; {did_you_mean(model, WORKLOADS)}")
     work = WORKLOADS[model]
@@ -127,8 +118,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
 def step_time_growth(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Returns the step time on the largest v5e slice divided by that on the smallest.
 
-    Every chip has the same number of tokens on both slices. A step has three times: for compute,
-    HBM and interconnect. For each model, the key MODEL has the ratio of the longest of the three,
+    The key MODEL has the ratio of the longest of the three times for compute, HBM and interconnect,
     and the key "MODEL, sum" the ratio of their sums.
     """
     growth = {}
@@ -146,11 +136,7 @@ def step_time_growth(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main(config: SlicesConfig) -> dict[str, Any]:
-    """Compiles all steps, writes the table, and returns the content of results.json.
-
-    Raises:
-        ValueError: a model or topology is unknown.
-    """
+    """Compiles all steps, writes the table, and returns the content of results.json."""
     for model in config.models:
         make_plan_config(model, 16)  # raises if the model is unknown
     path = config.out / "rows.jsonl"

@@ -3,16 +3,18 @@
 import dataclasses
 import importlib
 import pkgutil
+import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import tyro
 
+from transformer_jax.cli import run_command
+from transformer_jax.recipes.run_dir import setup
+
 
 def load(kind: type) -> dict[str, tuple[str, object]]:
-    """Returns all configs of type `kind`: name -> (first line of the module docstring, config).
-
-    The result is an argument of `tyro.extras.overridable_config_cli`.
-    """
+    """Returns (title, config) by name for `overridable_config_cli`, for the type `kind`."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
     found = {n: (m.__doc__.splitlines()[0], m.config()) for n, m in modules.items()}
@@ -20,13 +22,7 @@ def load(kind: type) -> dict[str, tuple[str, object]]:
 
 
 def flat(kind: type, *nested: str) -> type:
-    """Returns a subclass of the dataclass `kind` in which flags of nested configs have no prefix.
-
-    Args:
-        kind: class of the config of a recipe.
-        nested: fields that are nested configs, such as "dataset" for --data instead of
-            --dataset.data.
-    """
+    """Returns a subclass of the dataclass `kind` whose flags of `nested` configs have no prefix."""
     types = {f.name: f.type for f in dataclasses.fields(kind)}
     return dataclasses.make_dataclass(
         kind.__name__,
@@ -41,3 +37,20 @@ def load_flat(kind: type, *nested: str) -> dict[str, tuple[str, object]]:
     return {name: (title, flat_kind(**{f.name: getattr(config, f.name)
                                        for f in dataclasses.fields(config)}))
             for name, (title, config) in load(kind).items()}
+
+
+def run(recipe: Callable, kind: type, description: str, *nested: str) -> None:
+    """Runs a recipe with a config from the command line, which changes one of this folder if any.
+
+    `nested` are the fields of `flat`.
+    """
+    def main(config) -> None:
+        setup()
+        recipe(config)
+
+    def parse():
+        if configs := load_flat(kind, *nested):
+            return tyro.extras.overridable_config_cli(configs, description=description)
+        return tyro.cli(flat(kind, *nested), description=description)
+
+    sys.exit(run_command(main, parse=parse))

@@ -3,18 +3,15 @@
     python experiments/study.py NAME
 
 A study is a module with a docstring that states the claims, the command, the hardware, the time and
-the results; a frozen dataclass of settings; the functions `default()`, `large()` and `smallest()`,
-which return settings for one CPU core, an accelerator and a smoke test; and `run(config)`,
-which saves the figures and returns the metrics for `results.json`.
+the results; a frozen dataclass of settings; `SIZES`, with the settings for one CPU core, an
+accelerator and a smoke test; and `run(config)`, which saves the figures and returns the metrics for
+`results.json`.
 """
 
 import importlib
 import pkgutil
 from types import ModuleType
 from typing import Any
-
-SIZES = {"": "default", "-large": "large", "-smallest": "smallest"}
-"""Suffix of a study's name -> name of the function that returns its settings."""
 
 
 def _modules() -> dict[str, ModuleType]:
@@ -30,5 +27,6 @@ def names() -> list[str]:
 
 def load() -> dict[str, tuple[str, Any]]:
     """Returns name with suffix -> (summary, settings), for tyro's `overridable_config_cli`."""
-    return {name + suffix: (module.__doc__.splitlines()[0], getattr(module, function)())
-            for name, module in _modules().items() for suffix, function in SIZES.items()}
+    return {
+        name if size == "default" else f"{name}-{size}": (module.__doc__.splitlines()[0], config)
+        for name, module in _modules().items() for size, config in module.SIZES.items()}

@@ -56,17 +56,12 @@ class Bidirectional:
         default_factory=lambda: small_models.ProtocolConfig(num_steps=4000))
 
 
-def default() -> Bidirectional:
-    return Bidirectional()
-
-
-def large() -> Bidirectional:
-    return Bidirectional(window=96, protocol=small_models.LARGE)
-
-
-def smallest() -> Bidirectional:
-    return Bidirectional(
-        window=8, test_windows=8, candidates=2, protocol=small_models.SMALLEST)
+SIZES = {
+    "default": Bidirectional(),
+    "large": Bidirectional(window=96, protocol=small_models.LARGE),
+    "smallest": Bidirectional(
+        window=8, test_windows=8, candidates=2, protocol=small_models.SMALLEST),
+}
 
 
 def held_out_windows(config: Bidirectional, tokenizer: Tokenizer) -> np.ndarray:
@@ -169,8 +164,7 @@ def run(config: Bidirectional) -> dict[str, Any]:
     in_the_middle, at_the_end = word_prediction(
         config, *(models[name].base for name in FAMILIES))
     print(f"accuracy in the middle {in_the_middle}, at the end {at_the_end}", flush=True)
-    tasks = {"topics": (small_models.load_topics(protocol), protocol.labels),
-             "pairs": (small_models.make_sentence_pairs(protocol), protocol.pairs)}
+    tasks = small_models.load_tasks(protocol)
     finetuned = {
         name: {task: small_models.finetune_accuracies(protocol, models[name], *arguments)
                for task, arguments in tasks.items()} for name in FAMILIES}

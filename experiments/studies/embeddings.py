@@ -32,19 +32,14 @@ import numpy as np
 
 from studies import small_models
 from studies.figures import Image, Line, Lines, Points, save_panels
-from transformer_jax.data import LabeledDataset, subsample_balanced
+from transformer_jax.data import LabeledDataset
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.finetuning import peft
 from transformer_jax.models import Model, init_params
 from transformer_jax.objectives import causal_lm
 from transformer_jax.pretrained import LoadedRun
 from transformer_jax.recipes.config import FinetuneOptimizerConfig, TrainingConfig
-from transformer_jax.recipes.finetuning_run import (
-    NUM_SPECIAL_TOKENS,
-    add_task_head,
-    encode_for_training,
-    finetune_params,
-)
+from transformer_jax.recipes.finetuning_run import NUM_SPECIAL_TOKENS
 from transformer_jax.recipes.task_encoder import EncodedDataset
 
 WORD_GROUPS = {
@@ -82,20 +77,13 @@ class Embeddings:
         default_factory=lambda: small_models.ProtocolConfig(num_steps=800))
 
 
-def default() -> Embeddings:
-    return Embeddings()
-
-
-def large() -> Embeddings:
-    return Embeddings(protocol=small_models.LARGE, finetune_steps=1000)
-
-
-def smallest() -> Embeddings:
-    return Embeddings(query_words=("the",), labels=24, texts=24, finetune_steps=2,
-                      protocol=small_models.SMALLEST)
-
-
-# Geometry -----------------------------------------------------------------------------------------
+SIZES = {
+    "default": Embeddings(),
+    "large": Embeddings(protocol=small_models.LARGE, finetune_steps=1000),
+    "smallest": Embeddings(
+        query_words=("the",), labels=24, texts=24, finetune_steps=2,
+        protocol=small_models.SMALLEST),
+}
 
 
 def normalize_rows(rows: np.ndarray) -> np.ndarray:
@@ -116,15 +104,11 @@ def nearest_neighbor_accuracy(rows: np.ndarray, labels: np.ndarray) -> float:
     return float((labels[cosine.argmax(1)] == labels).mean())
 
 
-# Words --------------------------------------------------------------------------------------------
-
-
 def nearest_words(
     table: np.ndarray, tokenizer: Tokenizer, queries: Sequence[str], count: int = 6
 ) -> dict[str, list[str]]:
-    """Returns the nearest alphanumeric tokens of each query word, by cosine similarity.
-
-    Queries that are not a single token are skipped.
+    """Returns the nearest alphanumeric tokens, by cosine, of each query word that is a single
+    token.
     """
     names = [tokenizer.backend.id_to_token(i) or "" for i in range(len(table))]
     rows = normalize_rows(table - table.mean(0))
@@ -163,16 +147,9 @@ def same_group_accuracy(table: np.ndarray, tokenizer: Tokenizer) -> float:
     return nearest_neighbor_accuracy(table[ids] - table.mean(0), groups)
 
 
-# Texts --------------------------------------------------------------------------------------------
-
-
 class TextFeatures(NamedTuple):
-    """Features of texts.
-
-    Attributes:
-        features: "pre-trained" and "fine-tuned" -> input of the classifier, [n, D].
-        labels: class ids [n].
-        accuracy: accuracy of the fine-tuned model.
+    """Inputs [n, D] of the classifier before and after fine-tuning, class ids [n], and the
+    accuracy.
     """
 
     features: dict[str, np.ndarray]
@@ -203,11 +180,8 @@ def features_before_and_after(
         max_length=protocol.length, batch_size=16, num_steps=config.finetune_steps,
         gpt_special_tokens=True,
         optimizer=FinetuneOptimizerConfig(peak_lr=protocol.finetune_peak_lr, b2=0.99))
-    classifier, pretrained = add_task_head(base, dataset)
-    train = subsample_balanced(dataset.train, None, protocol.seed, total=config.labels)
-    encoded = encode_for_training(
-        dataset._replace(train=train), classifier, base.tokenizer, training)
-    result = finetune_params(encoded, pretrained, "full", training, protocol.seed, quiet=True)
+    classifier, encoded, result = small_models.finetune(
+        base, dataset, config.labels, training, protocol.seed)
     # Fine-tuning adds embeddings of special tokens; the pre-trained model needs them, too.
     params = peft.add_tokens(base.params, NUM_SPECIAL_TOKENS, jax.random.key(protocol.seed))
     return TextFeatures(

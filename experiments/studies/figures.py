@@ -24,12 +24,7 @@ class Line(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """A panel of lines.
-
-    Attributes:
-        lines: label -> line.
-        vertical: (x, label) of a dotted vertical line.
-    """
+    """A panel of lines by label; `vertical` is (x, label) of a dotted vertical line."""
 
     lines: Mapping[str, Line]
     xlabel: str = "step"
@@ -64,15 +59,9 @@ class Lines(NamedTuple):
 
 
 class Bars(NamedTuple):
-    """A panel of grouped bars.
+    """A panel of grouped bars: label -> heights and half lengths of the error bars, one per group.
 
-    Attributes:
-        values: label -> heights of its bars, one per group.
-        groups: names of the groups.
-        spread: label -> half lengths of its error bars, one per group.
-        chance: chance accuracy of each group, drawn as a dotted line.
-        format: format string of the value above each bar.
-        colors: label -> color.
+    `chance` is the chance accuracy of each group, and `format` that of the value above each bar.
     """
 
     values: Mapping[str, Sequence[float]]
@@ -113,11 +102,7 @@ class Bars(NamedTuple):
 
 
 class Points(NamedTuple):
-    """A panel of groups of points in a plane.
-
-    Attributes:
-        groups: name of a group -> (points [n, 2], n labels of the points).
-    """
+    """A panel of groups of points: name of a group -> (points [n, 2], n labels of the points)."""
 
     groups: Mapping[str, tuple[np.ndarray, Sequence[str]]]
     xlabel: str = ""
@@ -136,11 +121,7 @@ class Points(NamedTuple):
 
 
 class NamedPoints(NamedTuple):
-    """A panel of named points with error bars.
-
-    Attributes:
-        points: name -> (x, y, half length of the error bar).
-    """
+    """A panel of points with error bars: name -> (x, y, half length of the error bar)."""
 
     points: Mapping[str, tuple[float, float, float]]
     xlabel: str = ""
@@ -185,14 +166,7 @@ class Image(NamedTuple):
 def save_panels(
     path: Path, panels: Mapping[str, Any], *, title: str, num_columns: int = 3
 ) -> Path:
-    """Saves a figure of panels in a grid.
-
-    Args:
-        path: PNG file.
-        panels: title of a panel -> panel.
-        title: title of the figure.
-        num_columns: maximum number of panels in a row.
-    """
+    """Saves a figure of panels (title -> panel) in a grid with up to `num_columns` in a row."""
     values = list(panels.values())
     num_columns = min(num_columns, len(values))
     num_rows = -(-len(values) // num_columns)
@@ -215,14 +189,9 @@ def save_panels(
 def save_surfaces(
     path: Path, landscapes: Mapping[str, np.ndarray], span: float, *, title: str, limit: float
 ) -> Path:
-    """Saves surface plots of losses over a plane, all on the same scale.
+    """Saves surface plots of losses [g, g] on a grid from -span to span, all on the same scale.
 
-    Args:
-        path: PNG file.
-        landscapes: title of a surface -> losses [g, g] on a grid from -span to span.
-        span: half width of the plane.
-        title: title of the figure.
-        limit: upper limit of the loss axis; larger losses are clipped to it.
+    Losses above `limit` are clipped to it.
     """
     figure = plots.new_figure(5.4 * len(landscapes), 5.0)
     figure.suptitle(title)

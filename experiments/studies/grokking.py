@@ -82,29 +82,22 @@ class Grokking:
     seed: int = 0
 
 
-def default() -> Grokking:
-    return Grokking()
-
-
-def large() -> Grokking:
-    return Grokking(
+SIZES = {
+    "default": Grokking(),
+    "large": Grokking(
         modulus=97, train_fractions=(0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5), seeds=8, num_layers=2,
-        d_model=128, batch_size=512, num_steps=50_000, finetune_steps=20_000)
-
-
-def smallest() -> Grokking:
-    return Grokking(
+        d_model=128, batch_size=512, num_steps=50_000, finetune_steps=20_000),
+    "smallest": Grokking(
         modulus=5, train_fractions=(0.4, 0.8), seeds=2, num_steps=20, eval_every=10, batch_size=8,
-        d_model=32, grokked_fraction=0.8, finetune_fraction=0.3, finetune_steps=20)
+        d_model=32, grokked_fraction=0.8, finetune_fraction=0.3, finetune_steps=20),
+}
 
 
 class ParallelRuns(NamedTuple):
-    """Runs that are trained in parallel by `jax.vmap`; each array has a leading run axis.
+    """Runs that `jax.vmap` trains in parallel: arrays have a leading run axis.
 
-    Attributes:
-        state: training states.
-        order: permutations of the table's pairs, [runs, p * p].
-        count: number of training pairs, [runs]; a run trains on the first pairs of its `order`.
+    `order` [runs, p * p] has permutations of the table's pairs; a run trains on the first `count`
+    of them.
     """
 
     state: step.TrainState
@@ -139,7 +132,7 @@ def make_model(config: Grokking) -> GPT:
 def make_train_and_eval(config: Grokking, train_step: Callable, apply: Callable) -> Callable:
     """Returns `train_and_eval(runs, rng) -> (runs, metrics)`.
 
-    The function trains every run for `eval_every` steps on random training pairs, then computes the
+    It trains every run for `eval_every` steps on random training pairs, then computes the
     accuracies on the training pairs and on the rest of the table.
     """
     pairs = jax.tree.map(jnp.asarray, addition_table(config.modulus))
@@ -198,10 +191,10 @@ def init_runs(params: dict, optimizer: optax.GradientTransformation, mask: Any,
 def train_all_fractions(
     config: Grokking, model: GPT
 ) -> tuple[dict, Series, list[np.ndarray]]:
-    """Trains all fractions and seeds in parallel.
+    """Trains all fractions and seeds in parallel; returns (parameters, series, orders of the
+    pairs).
 
-    Returns:
-        (parameters, series, orders of the pairs). Runs are in order of fraction, then of seed.
+    Runs are in order of fraction, then of seed.
     """
     # With a constant learning rate, Adam occasionally moves a converged model out of its minimum
     # (Thilak et al. 2022, "The Slingshot Mechanism"), so the learning rate decays to a tenth.
@@ -224,8 +217,7 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tunes the grokked models with a trainable spec on a subset of their training pairs.
 
-    Returns:
-        The series, and the fraction of trainable parameters as "trained".
+    Returns the series, and the fraction of trainable parameters as "trained".
     """
     rng = jax.random.key(config.seed)
     params = jax.vmap(lambda p: peft.add_and_mask(p, spec, rng)[0])(params)
@@ -244,26 +236,14 @@ def finetune(
 
 
 def first_step_above(steps: np.ndarray, accuracy: np.ndarray, threshold: float) -> list[float]:
-    """Returns the first step of each run at which its accuracy is at least `threshold`, or NaN.
-
-    Args:
-        steps: steps of the evaluations.
-        accuracy: [runs, evaluations].
-        threshold: minimum accuracy.
-    """
+    """Returns the first step at which the accuracy of each run is at least `threshold`, or NaN."""
     reached = accuracy >= threshold
     return [float(steps[row.argmax()]) if row.any() else float("nan") for row in reached]
 
 
 def critical_fraction(fractions: Sequence[float], accuracy: np.ndarray) -> float:
-    """Returns the fraction at which the accuracy crosses 50 %, by linear interpolation.
-
-    Args:
-        fractions: fractions of the table, in ascending order.
-        accuracy: mean final accuracy on unseen pairs for each fraction.
-
-    Returns:
-        The fraction, or NaN if the accuracy does not cross 50 %.
+    """Returns the fraction at which the mean accuracy crosses 50 %, interpolated; NaN if it does
+    not.
     """
     if accuracy[0] >= 0.5 or accuracy[-1] < 0.5:
         return float("nan")

@@ -42,7 +42,6 @@ from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.blocks import Stack
 from transformer_jax.objectives import causal_lm, seq2seq
 from transformer_jax.recipes.config import OptimizerConfig
-from transformer_jax.recipes.pretraining import PretrainConfig
 from transformer_jax.report import plots
 from transformer_jax.train import step
 
@@ -88,28 +87,19 @@ class Masks:
     seed: int = 0
 
 
-def default() -> Masks:
-    return Masks()
-
-
-def large() -> Masks:
-    return Masks(num_layers=6, d_model=384, length=256, batch_size=64, num_steps=5000,
-                 spelling_steps=5000, spelling_width=256)
-
-
-def smallest() -> Masks:
-    return Masks(num_layers=1, d_model=16, length=16, batch_size=4, num_steps=4, new_characters=4,
-                 spelling_steps=4, spelling_width=16)
-
-
-# GPT with and without the causal mask -------------------------------------------------------------
+SIZES = {
+    "default": Masks(),
+    "large": Masks(
+        num_layers=6, d_model=384, length=256, batch_size=64, num_steps=5000, spelling_steps=5000,
+        spelling_width=256),
+    "smallest": Masks(
+        num_layers=1, d_model=16, length=16, batch_size=4, num_steps=4, new_characters=4,
+        spelling_steps=4, spelling_width=16),
+}
 
 
 def apply_with_mask(model: GPT, mask: Mask) -> Callable:
-    """Returns a replacement for `model.apply` that uses the given mask.
-
-    The mask is an argument of the stack, so the same parameters work with any mask.
-    """
+    """Returns a replacement for `model.apply` that uses the given mask."""
     stack = Stack(model.config.stack)
 
     def apply(variables, tokens, **_):
@@ -124,16 +114,9 @@ def apply_with_mask(model: GPT, mask: Mask) -> Callable:
 
 def generate_greedily(model: GPT, params: dict, tokenizer: Tokenizer, causal: bool,
                       new_characters: int, length: int) -> str:
-    """Continues `PROMPT` by greedy decoding.
+    """Continues `PROMPT` by greedy decoding from the last `length` characters.
 
-    Args:
-        model: the GPT.
-        params: its parameters.
-        tokenizer: its tokenizer, of characters.
-        causal: whether to apply the causal mask to the characters so far. Later positions are
-            padding, which is masked in both cases.
-        new_characters: number of characters to generate.
-        length: maximum number of characters in the context.
+    `causal` applies the causal mask to the characters so far; later positions are always masked.
     """
 
     @jax.jit
@@ -153,12 +136,11 @@ def generate_greedily(model: GPT, params: dict, tokenizer: Tokenizer, causal: bo
 
 def train_gpts(config: Masks) -> tuple[dict[str, dict], dict[str, training.Curve]]:
     """Trains a GPT with and one without the causal mask; returns metrics and loss curves."""
-    corpus = training.load_corpus(PretrainConfig(
-        model=presets.gpt2(num_layers=config.num_layers, d_model=config.d_model, num_heads=4,
-                           mlp_dim=4 * config.d_model, max_length=config.length, dropout_rate=0.0,
-                           attention_dropout_rate=0.0, init_std=0.05),
-        objective="causal_lm", tokenizer="chars", max_length=config.length,
-        batch_size=config.batch_size, num_steps=config.num_steps, out=config.out))
+    corpus = training.load_characters(
+        config.length, config.batch_size, config.num_steps, presets.gpt2(
+            num_layers=config.num_layers, d_model=config.d_model, num_heads=4,
+            mlp_dim=4 * config.d_model, max_length=config.length, dropout_rate=0.0,
+            attention_dropout_rate=0.0, init_std=0.05))
     model = GPT(corpus.config.model)
     held_out = corpus.held_out.evaluation_batches(config.batch_size, max_batches=32)
     optimizer = OptimizerConfig(peak_lr=config.peak_lr, warmup_steps=config.num_steps // 10)
@@ -183,9 +165,6 @@ def train_gpts(config: Masks) -> tuple[dict[str, dict], dict[str, training.Curve
     return metrics, curves
 
 
-# Spelling backwards -------------------------------------------------------------------------------
-
-
 def collect_words(text: str, max_length: int) -> list[str]:
     """Returns the distinct words of 4 to `max_length` letters, in lower case, sorted."""
     distinct = {word.strip(".,;:()'\"`").lower() for word in text.split()}
@@ -195,9 +174,8 @@ def collect_words(text: str, max_length: int) -> list[str]:
 def train_speller(config: Masks) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Trains a Transformer to spell words backwards.
 
-    Returns:
-        The metrics, and the attention weights of the last layer for `config.word`, averaged over
-        heads: "encoder_attention", "attention" and "cross_attention", each [T, T].
+    Returns the metrics, and the last layer's attention weights [T, T] for `config.word` by name,
+    averaged over heads.
     """
     source = sources.load_source("python_docs/documents", "train")
     text = " ".join(source[i]["text"] for i in range(len(source)))

@@ -52,22 +52,16 @@ class Objectives:
     protocol: small_models.ProtocolConfig = field(default_factory=small_models.ProtocolConfig)
 
 
-def default() -> Objectives:
-    return Objectives()
-
-
-def large() -> Objectives:
-    return Objectives(protocol=small_models.LARGE)
-
-
-def smallest() -> Objectives:
-    return Objectives(protocol=small_models.SMALLEST, methods=("BERT, next sentence only",))
+SIZES = {
+    "default": Objectives(),
+    "large": Objectives(protocol=small_models.LARGE),
+    "smallest": Objectives(protocol=small_models.SMALLEST, methods=("BERT, next sentence only",)),
+}
 
 
 def run(config: Objectives) -> dict[str, Any]:
     protocol = config.protocol
-    tasks = {"topics": (small_models.load_topics(protocol), protocol.labels),
-             "pairs": (small_models.make_sentence_pairs(protocol), protocol.pairs)}
+    tasks = small_models.load_tasks(protocol)
     rows: list[dict[str, Any]] = []
 
     def add_row(name: str, model: small_models.PretrainedModel, **options: Any) -> None:

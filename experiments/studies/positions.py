@@ -37,7 +37,6 @@ from transformer_jax.nn.positions import sinusoidal_positions
 from transformer_jax.objectives import causal_lm, mlm_nsp
 from transformer_jax.objectives.cross_entropy import cross_entropy
 from transformer_jax.recipes.config import OptimizerConfig
-from transformer_jax.recipes.pretraining import PretrainConfig
 from transformer_jax.report import plots
 
 FAMILIES = ("GPT", "BERT")
@@ -85,17 +84,13 @@ class Positions:
         return self.test_length_factor * GROUPS_PER_LENGTH
 
 
-def default() -> Positions:
-    return Positions()
-
-
-def large() -> Positions:
-    return Positions(num_layers=6, d_model=512, length=512, batch_size=64, num_steps=10_000)
-
-
-def smallest() -> Positions:
-    return Positions(num_layers=1, d_model=16, length=8, batch_size=4, num_steps=4, test_rows=4,
-                     encodings=("learned", "none"))
+SIZES = {
+    "default": Positions(),
+    "large": Positions(num_layers=6, d_model=512, length=512, batch_size=64, num_steps=10_000),
+    "smallest": Positions(
+        num_layers=1, d_model=16, length=8, batch_size=4, num_steps=4, test_rows=4,
+        encodings=("learned", "none")),
+}
 
 
 def make_model(config: Positions, family: str, encoding: str, vocab_size: int) -> Model:
@@ -126,15 +121,8 @@ def make_batch(
 def loss_by_position(
     model: Model, family: str, params: dict, batches: Iterable[dict], length: int, num_groups: int
 ) -> np.ndarray:
-    """Returns the mean loss, in nats, for each group of positions.
-
-    Args:
-        model: the model.
-        family: "GPT" or "BERT".
-        params: its parameters.
-        batches: held-out batches with rows of `length` tokens.
-        length: tokens per row.
-        num_groups: number of groups of consecutive positions, all of equal size.
+    """Returns the mean loss, in nats, for each of `num_groups` equal groups of consecutive
+    positions.
     """
 
     @jax.jit
@@ -158,9 +146,7 @@ def loss_by_position(
 
 
 def run(config: Positions) -> dict[str, Any]:
-    corpus = training.load_corpus(PretrainConfig(
-        model=presets.gpt2(), objective="causal_lm", tokenizer="chars", max_length=config.length,
-        batch_size=config.batch_size, num_steps=config.num_steps, out=config.out))
+    corpus = training.load_characters(config.length, config.batch_size, config.num_steps)
     mask_id = corpus.tokenizer.vocab_size  # a character vocabulary has no [MASK]
     train, test = (np.asarray(part.rows.corpus.tokens)
                    for part in (corpus.train, corpus.held_out))

@@ -40,7 +40,6 @@ from transformer_jax import tree
 from transformer_jax.models import GPT, init_params, presets
 from transformer_jax.objectives import causal_lm
 from transformer_jax.recipes.config import OptimizerConfig
-from transformer_jax.recipes.pretraining import PretrainConfig
 
 VARIANTS = {"with residual connections": True, "without": False}
 
@@ -79,18 +78,15 @@ class ResidualLinks:
     seed: int = 0
 
 
-def default() -> ResidualLinks:
-    return ResidualLinks()
-
-
-def large() -> ResidualLinks:
-    return ResidualLinks(depths=(4, 8, 16, 32, 64), d_model=512, length=256, batch_size=64,
-                         num_steps=5000, landscape_depth=32, grid=41, test_rows=64)
-
-
-def smallest() -> ResidualLinks:
-    return ResidualLinks(depths=(2,), d_model=16, length=8, batch_size=2, num_steps=3,
-                         landscape_depth=2, grid=3, test_rows=2)
+SIZES = {
+    "default": ResidualLinks(),
+    "large": ResidualLinks(
+        depths=(4, 8, 16, 32, 64), d_model=512, length=256, batch_size=64, num_steps=5000,
+        landscape_depth=32, grid=41, test_rows=64),
+    "smallest": ResidualLinks(
+        depths=(2,), d_model=16, length=8, batch_size=2, num_steps=3, landscape_depth=2, grid=3,
+        test_rows=2),
+}
 
 
 def make_model(config: ResidualLinks, depth: int, residual: bool, vocab_size: int) -> GPT:
@@ -115,9 +111,6 @@ def gradient_norms(loss: Callable, params: dict, batch: dict) -> np.ndarray:
     grads = jax.jit(jax.grad(lambda p: loss(p, batch)))(params)["decoder"][tree.LAYERS]
     squares = [jnp.square(x).sum(tuple(range(1, x.ndim))) for x in jax.tree.leaves(grads)]
     return np.asarray(jnp.sqrt(sum(squares)))
-
-
-# Loss landscape -----------------------------------------------------------------------------------
 
 
 def filter_axes(path: str) -> tuple[int, ...] | None:
@@ -173,9 +166,6 @@ def loss_landscape(
         config.grid, config.grid)
 
 
-# Removed layers -----------------------------------------------------------------------------------
-
-
 def losses_without_each_layer(
     config: ResidualLinks, depth: int, residual: bool, vocab_size: int, params: dict, batch: dict
 ) -> np.ndarray:
@@ -198,9 +188,7 @@ def run(config: ResidualLinks) -> dict[str, Any]:
     if config.landscape_depth not in config.depths:
         raise ValueError(f"landscape_depth is {config.landscape_depth}; it must be one of the "
                          f"depths {config.depths}")
-    corpus = training.load_corpus(PretrainConfig(
-        model=presets.gpt2(), objective="causal_lm", tokenizer="chars", max_length=config.length,
-        batch_size=config.batch_size, num_steps=config.num_steps, out=config.out))
+    corpus = training.load_characters(config.length, config.batch_size, config.num_steps)
     vocab_size = corpus.tokenizer.vocab_size
     test = corpus.held_out.evaluation_batches(config.test_rows, max_batches=1)[0]
     rows, curves, gradients, landscapes, increases = [], {}, {}, {}, {}

@@ -18,7 +18,7 @@ import numpy as np
 from studies import training
 from transformer_jax.data import LabeledDataset, load_dataset, sources, subsample_balanced
 from transformer_jax.data.tokenizers import Tokenizer
-from transformer_jax.models import GPT, Config, build_model, init_params, presets
+from transformer_jax.models import GPT, Config, Model, build_model, init_params, presets
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
 from transformer_jax.pretrained import LoadedRun
 from transformer_jax.recipes.config import (
@@ -28,11 +28,13 @@ from transformer_jax.recipes.config import (
     TrainingConfig,
 )
 from transformer_jax.recipes.finetuning_run import (
+    FinetunedParams,
     add_task_head,
     encode_for_training,
     finetune_params,
 )
 from transformer_jax.recipes.pretraining import PretrainConfig, load_texts, train_tokenizer
+from transformer_jax.recipes.task_encoder import EncodedDataset
 from transformer_jax.train import step
 
 
@@ -49,13 +51,7 @@ def next_sentence_loss(apply: Callable, params, batch, rng=None, **options):
 
 
 class Method(NamedTuple):
-    """A pre-training method.
-
-    Attributes:
-        objective: objective that makes the training rows (`recipes.pretraining`).
-        loss: loss function.
-        changes: overridden fields of the model config.
-    """
+    """A pre-training method: its objective and loss, and the model config's changed fields."""
 
     objective: str
     loss: Callable
@@ -160,13 +156,7 @@ def shared_tokenizer(vocab_size: int) -> Tokenizer:
 def pretrain(
     protocol: ProtocolConfig, name: str, method: Method | None = None
 ) -> PretrainedModel:
-    """Pre-trains a model from scratch; all models see the same number of tokens.
-
-    Args:
-        protocol: settings of the model and its pre-training.
-        name: a name in `METHODS`, or any name if `method` is given.
-        method: the pre-training method; None selects `METHODS[name]`.
-    """
+    """Pre-trains a model by `method`, or by `METHODS[name]`; all see the same number of tokens."""
     method = method or METHODS[name]
     corpus = training.load_corpus(
         make_pretrain_config(protocol, method), shared_tokenizer(protocol.vocab_size))
@@ -184,9 +174,6 @@ def pretrain(
         LoadedRun(model, result.params, corpus.tokenizer, []), held_out["loss"])
 
 
-# Tasks --------------------------------------------------------------------------------------------
-
-
 def load_topics(protocol: ProtocolConfig) -> LabeledDataset:
     """Returns the task: classify which of twelve parts of the library a text documents."""
     dataset = load_dataset(DatasetConfig())
@@ -194,10 +181,7 @@ def load_topics(protocol: ProtocolConfig) -> LabeledDataset:
 
 
 def make_sentence_pairs(protocol: ProtocolConfig) -> LabeledDataset:
-    """Returns the task: classify whether the second sentence follows the first.
-
-    If it does not, it is from another document.
-    """
+    """Returns the task: does the second sentence follow the first, or is it of another document?"""
     splits = []
     for split, count in (("train", protocol.pairs), ("validation", protocol.test_examples)):
         source = sources.load_source("python_docs/documents", split)
@@ -217,38 +201,47 @@ def make_sentence_pairs(protocol: ProtocolConfig) -> LabeledDataset:
     return LabeledDataset("classification", *splits, label_names, "accuracy", None, {})
 
 
+class Finetuned(NamedTuple):
+    """A fine-tuned model, its encoded dataset, and the result with parameters and metrics."""
+
+    model: Model
+    encoded: EncodedDataset
+    result: FinetunedParams
+
+
+def finetune(
+    base: LoadedRun, dataset: LabeledDataset, num_examples: int, config: TrainingConfig, seed: int,
+    from_scratch: bool = False,
+) -> Finetuned:
+    """Fine-tunes all parameters of a model on `num_examples` examples, sampled with the seed."""
+    model, params = add_task_head(base, dataset)
+    train = subsample_balanced(dataset.train, None, seed, total=num_examples)
+    encoded = encode_for_training(dataset._replace(train=train), model, base.tokenizer, config)
+    return Finetuned(model, encoded, finetune_params(
+        encoded, None if from_scratch else params, "full", config, seed, quiet=True))
+
+
 def finetune_accuracies(
     protocol: ProtocolConfig, pretrained: PretrainedModel, dataset: LabeledDataset,
     num_examples: int, *, from_scratch: bool = False, aux_lm_loss_weight: float = 0.0,
 ) -> list[float]:
-    """Fine-tunes all parameters on a task, once for each seed.
+    """Fine-tunes all parameters on `num_examples` examples, which each seed samples anew.
 
-    Args:
-        protocol: settings of fine-tuning.
-        pretrained: the pre-trained model.
-        dataset: the task.
-        num_examples: number of training examples, which each seed samples anew.
-        from_scratch: start from random parameters instead of the pre-trained ones.
-        aux_lm_loss_weight: weight of GPT's auxiliary language-modeling loss.
-
-    Returns:
-        The accuracy of each seed, in percent.
+    Returns the accuracy of each seed, in percent.
     """
     config = TrainingConfig(
         max_length=protocol.length, batch_size=16, num_steps=protocol.finetune_steps,
         optimizer=FinetuneOptimizerConfig(peak_lr=protocol.finetune_peak_lr, b2=0.99),
         aux_lm_loss_weight=aux_lm_loss_weight,
         gpt_special_tokens=isinstance(pretrained.base.model, GPT))
-    model, params = add_task_head(pretrained.base, dataset)
-    accuracies = []
-    for seed in range(protocol.seeds):
-        train = subsample_balanced(dataset.train, None, seed, total=num_examples)
-        encoded = encode_for_training(
-            dataset._replace(train=train), model, pretrained.base.tokenizer, config)
-        result = finetune_params(
-            encoded, None if from_scratch else params, "full", config, seed, quiet=True)
-        accuracies.append(100 * result.metrics["accuracy"])
-    return accuracies
+    return [100 * finetune(pretrained.base, dataset, num_examples, config, seed, from_scratch)
+            .result.metrics["accuracy"] for seed in range(protocol.seeds)]
+
+
+def load_tasks(protocol: ProtocolConfig) -> dict[str, tuple[LabeledDataset, int]]:
+    """Returns both tasks with their numbers of training examples."""
+    return {"topics": (load_topics(protocol), protocol.labels),
+            "pairs": (make_sentence_pairs(protocol), protocol.pairs)}
 
 
 def majority_baseline(dataset: LabeledDataset) -> float:

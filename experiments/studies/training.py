@@ -3,12 +3,14 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from transformer_jax.data.tokenizers import Tokenizer
+from transformer_jax.models import Config, presets
 from transformer_jax.recipes.config import OptimizerConfig
 from transformer_jax.recipes.pretraining import (
     ObjectiveRows,
@@ -27,14 +29,7 @@ Curve = tuple[Sequence[int], Sequence[float]]
 
 
 class Corpus(NamedTuple):
-    """A tokenized text as rows of a pre-training objective.
-
-    Attributes:
-        config: the settings, with the model's vocabulary size set to that of the tokenizer.
-        tokenizer: the tokenizer of the text.
-        train: rows to train on.
-        held_out: rows to evaluate on.
-    """
+    """A tokenized text as rows of a pre-training objective; `config` has the vocabulary's size."""
 
     config: PretrainConfig
     tokenizer: Tokenizer
@@ -43,17 +38,21 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(config: PretrainConfig, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Loads and tokenizes the corpus of a pre-training config.
-
-    Args:
-        config: the settings.
-        tokenizer: the tokenizer; None trains the one that `config` describes.
-    """
+    """Loads the corpus of a config, and trains a tokenizer on it if none is given."""
     train, held_out = load_texts(config)
     tokenizer = tokenizer or train_tokenizer(config, train)
     config = dataclasses.replace(config, model=with_vocabulary(config.model, tokenizer))
     return Corpus(config, tokenizer, *(make_objective_rows(config, texts, tokenizer)
                                        for texts in (train, held_out)))
+
+
+def load_characters(
+    length: int, batch_size: int, num_steps: int, model: Config | None = None
+) -> Corpus:
+    """Loads the characters of the documentation of Python, in rows of `length`."""
+    return load_corpus(PretrainConfig(
+        model=model or presets.gpt2(), objective="causal_lm", tokenizer="chars", max_length=length,
+        batch_size=batch_size, num_steps=num_steps, out=Path()))
 
 
 class TrainingResult(NamedTuple):
@@ -63,12 +62,7 @@ class TrainingResult(NamedTuple):
     history: list[dict]
 
     def curve(self, name: str = "loss") -> Curve:
-        """Returns the steps and values of a metric in the history.
-
-        Example:
-            >>> TrainingResult({}, [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]).curve()
-            ((1, 2), (2.5, 2.0))
-        """
+        """Returns the steps and values of a metric in the history."""
         points = [(row["step"], row[name]) for row in self.history if name in row]
         return tuple(zip(*points))
 
@@ -78,19 +72,7 @@ def train(
     optimizer: OptimizerConfig, *, mask: PyTree | None = None, seed: int = 0,
     num_log_rows: int = 50,
 ) -> TrainingResult:
-    """Trains parameters and prints a one-line summary.
-
-    Args:
-        name: name of the run in the summary.
-        loss_fn: loss function for `train.step.make_train_step`.
-        params: initial parameters.
-        batches: iterator of batches.
-        num_steps: number of training steps.
-        optimizer: config of the optimizer and its learning-rate schedule.
-        mask: True at trainable parameters; None trains all.
-        seed: seed of dropout.
-        num_log_rows: approximate number of rows in the history.
-    """
+    """Trains parameters, prints a one-line summary, and logs about `num_log_rows` rows."""
     start_time = time.perf_counter()
     transformation = optimizer.make(num_steps)
     state, history = loop.fit(
@@ -105,12 +87,7 @@ def train(
 def random_windows(
     tokens: np.ndarray, length: int, batch_size: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """Yields an infinite sequence of batches `[B, length]` of random windows of a token stream.
-
-    Example:
-        >>> next(random_windows(np.arange(100), length=8, batch_size=2, seed=0)).shape
-        (2, 8)
-    """
+    """Yields an infinite sequence of batches `[B, length]` of random windows of a token stream."""
     rng = np.random.default_rng(seed)
     while True:
         starts = rng.integers(len(tokens) - length + 1, size=batch_size)

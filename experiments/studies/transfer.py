@@ -43,14 +43,7 @@ import numpy as np
 
 from studies import small_models, training
 from studies.figures import Line, Lines, save_panels
-from transformer_jax.data import (
-    LabeledDataset,
-    load_dataset,
-    packing,
-    sources,
-    subsample_balanced,
-    tokenizers,
-)
+from transformer_jax.data import LabeledDataset, load_dataset, packing, sources, tokenizers
 from transformer_jax.models import GPT, init_params, presets
 from transformer_jax.objectives import causal_lm
 from transformer_jax.pretrained import LoadedRun
@@ -59,11 +52,6 @@ from transformer_jax.recipes.config import (
     FinetuneOptimizerConfig,
     OptimizerConfig,
     TrainingConfig,
-)
-from transformer_jax.recipes.finetuning_run import (
-    add_task_head,
-    encode_for_training,
-    finetune_params,
 )
 from transformer_jax.train import step
 
@@ -129,32 +117,21 @@ class Transfer:
     seed: int = 0
 
 
-def default() -> Transfer:
-    return Transfer()
-
-
-def large() -> Transfer:
-    return Transfer(characters=100_000_000, vocab_size=30_000, num_layers=12, d_model=768,
-                    length=128, batch_size=256, num_steps=100_000, peak_lr=2e-4,
-                    examples=(32, 128, 512, 2048, 8192), peak_lrs=(3e-5, 1e-4, 3e-4), seeds=5)
-
-
-def smallest() -> Transfer:
-    return Transfer(characters=20_000, sources=("plays",), targets=("SST-2",), vocab_size=300,
-                    d_model=16, length=16, batch_size=4, num_steps=2, examples=(8,),
-                    test_examples=16, tuning_examples=4, peak_lrs=(1e-3,), epochs=1,
-                    min_steps=2, seeds=1)
-
-
-# Data ---------------------------------------------------------------------------------------------
+SIZES = {
+    "default": Transfer(),
+    "large": Transfer(
+        characters=100_000_000, vocab_size=30_000, num_layers=12, d_model=768, length=128,
+        batch_size=256, num_steps=100_000, peak_lr=2e-4, examples=(32, 128, 512, 2048, 8192),
+        peak_lrs=(3e-5, 1e-4, 3e-4), seeds=5),
+    "smallest": Transfer(
+        characters=20_000, sources=("plays",), targets=("SST-2",), vocab_size=300, d_model=16,
+        length=16, batch_size=4, num_steps=2, examples=(8,), test_examples=16, tuning_examples=4,
+        peak_lrs=(1e-3,), epochs=1, min_steps=2, seeds=1),
+}
 
 
 def load_text(config: Transfer, name: str) -> str:
-    """Returns the first `config.characters` characters of a source, in lower case.
-
-    Raises:
-        FileNotFoundError: the source is not in `config.data`.
-    """
+    """Returns the first `config.characters` characters of a source, in lower case."""
     path = SOURCES[name]
     if path.startswith("python_docs/"):
         source = sources.load_source(path, "train")
@@ -188,10 +165,7 @@ def remove_seen(examples: Sequence[dict], texts: Sequence[str]) -> list[dict]:
 
 
 class Task(NamedTuple):
-    """A labeled dataset, and a version of it for choosing the learning rate.
-
-    The validation split of `tuning` has held-out training examples.
-    """
+    """A labeled dataset; `tuning` validates on held-out training examples."""
 
     dataset: LabeledDataset
     tuning: LabeledDataset
@@ -216,9 +190,6 @@ def load_task(config: Transfer, name: str, texts: Sequence[str]) -> Task:
     test = remove_seen(test[: config.test_examples], texts)
     dataset = dataset._replace(train=train, validation=test)
     return Task(dataset, dataset._replace(validation=held_out))
-
-
-# Training -----------------------------------------------------------------------------------------
 
 
 def pretraining_batches(config: Transfer, tokens: np.ndarray, seed: int) -> Iterator[dict]:
@@ -259,21 +230,14 @@ def finetune_accuracy(
     training_config = TrainingConfig(
         max_length=config.length, batch_size=16, epochs=config.epochs, min_steps=config.min_steps,
         gpt_special_tokens=True, optimizer=FinetuneOptimizerConfig(peak_lr=peak_lr, b2=0.99))
-    model, pretrained = add_task_head(base, dataset)
-    train = subsample_balanced(dataset.train, None, seed, total=num_examples)
-    encoded = encode_for_training(
-        dataset._replace(train=train), model, base.tokenizer, training_config)
-    result = finetune_params(encoded, None if from_scratch else pretrained, "full",
-                             training_config, seed, quiet=True)
-    return 100 * result.metrics["accuracy"]
+    found = small_models.finetune(
+        base, dataset, num_examples, training_config, seed, from_scratch)
+    return 100 * found.result.metrics["accuracy"]
 
 
 def choose_peak_lr(config: Transfer, base: LoadedRun, tuning: LabeledDataset, num_examples: int,
                    from_scratch: bool) -> float:
-    """Returns the peak learning rate with the highest accuracy on the held-out training examples.
-
-    The seed differs from the seeds of the reported runs.
-    """
+    """Returns the best peak learning rate on held-out training examples, by a seed of its own."""
     accuracies = {
         peak_lr: finetune_accuracy(
             config, base, tuning, num_examples, peak_lr, config.seeds, from_scratch)

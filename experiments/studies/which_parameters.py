@@ -66,17 +66,12 @@ class WhichParameters:
     width: int = 0
 
 
-def default() -> WhichParameters:
-    return WhichParameters()
-
-
-def large() -> WhichParameters:
-    return WhichParameters(examples=(96, 192, 768, 3072), num_steps=500, seeds=10)
-
-
-def smallest() -> WhichParameters:
-    return WhichParameters(peak_lrs={"head": 1e-2}, examples=(24,), num_steps=2, seeds=1,
-                           pretrain_steps=2, width=16)
+SIZES = {
+    "default": WhichParameters(),
+    "large": WhichParameters(examples=(96, 192, 768, 3072), num_steps=500, seeds=10),
+    "smallest": WhichParameters(
+        peak_lrs={"head": 1e-2}, examples=(24,), num_steps=2, seeds=1, pretrain_steps=2, width=16),
+}
 
 
 def pretrain_base(config: WhichParameters) -> Path:

@@ -1,14 +1,8 @@
 """The cost of trainable specs on a small model, and the comparison with PEFT."""
 
 import dataclasses
-import json
-import sys
-from pathlib import Path
 
 import finetune_cost
-import finetune_peft
-import interleave
-import numpy as np
 import pytest
 
 from transformer_jax.models import presets
@@ -45,38 +39,3 @@ def test_epoch_on_cached_features():
     model = finetune_cost.BERT(config.model, num_classes=2, task="classification")
     seconds = finetune_cost.time_cached_features(config, model)
     assert seconds["ratio"] == seconds["recomputed"] / seconds["cached"] > 0
-
-
-def comparison(**changes) -> finetune_peft.ComparisonConfig:
-    return finetune_peft.ComparisonConfig(**{
-        "reference_python": Path(sys.executable), "num_layers": 1, "d_model": 64, "batch_size": 2,
-        "length": 8, "rounds": 3, "steps_per_round": 1, "trainable": "lora:2"} | changes)
-
-
-def test_comparison_with_peft(monkeypatch, tmp_path):
-    def run_interleaved(commands, rounds):
-        assert list(commands) == ["transformer_jax", "peft"] and rounds == 3
-        assert json.loads(commands["peft"][-1])["trainable"] == "lora:2"
-        return {name: interleave.Timings({"trained": 7}, [[seconds]] * 3, 1000)
-                for name, seconds in {"transformer_jax": 1.0, "peft": 4.0}.items()}
-
-    monkeypatch.setattr(interleave, "run_interleaved", run_interleaved)
-    metrics = finetune_peft.main(comparison(out=tmp_path))["metrics"]
-    assert metrics["time_ratios"] == [0.25] * 3 and metrics["time_ratio"] == 0.25
-    assert metrics["memory_ratio"] == 1 and metrics["transformer_jax"]["trained"] == 7
-
-
-@pytest.mark.slow
-def test_jax_step_of_the_comparison():
-    options = dataclasses.asdict(comparison())
-    run_step, num_trainable = finetune_peft.make_jax_step(options)
-    assert num_trainable == 2 * 64 + 2 + 512
-    run_step()
-    run_step()  # the first call donates the state and keeps the new one
-    tokens, labels = finetune_peft.random_batch(options, 100)
-    assert tokens.shape == (2, 8) and tokens.max() < 100 and np.isin(labels, (0, 1)).all()
-
-
-def test_spec_that_is_not_compared_with_peft_is_an_error():
-    with pytest.raises(ValueError, match=r"unsupported trainable spec 'head'.*supported: full"):
-        finetune_peft.compare(comparison(trainable="head"))

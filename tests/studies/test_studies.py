@@ -39,7 +39,7 @@ def test_all_studies_are_listed():
 @pytest.mark.parametrize("name", METRICS)
 def test_study_at_its_smallest_size(name, tmp_path, request):
     module = sys.modules[f"studies.{name}"]
-    config = dataclasses.replace(module.smallest(), out=tmp_path)
+    config = dataclasses.replace(module.SIZES["smallest"], out=tmp_path)
     if name == "transfer":
         config = dataclasses.replace(config, data=request.getfixturevalue("real_data"))
     study.main(config)
@@ -60,7 +60,7 @@ def test_invalid_settings_are_errors_before_training(name, changes, message, tmp
     if "data" in changes:
         changes = {"data": tmp_path / changes["data"]}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        module.run(dataclasses.replace(module.smallest(), out=tmp_path, **changes))
+        module.run(dataclasses.replace(module.SIZES["smallest"], out=tmp_path, **changes))
 
 
 @pytest.mark.slow
