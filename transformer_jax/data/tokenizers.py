@@ -75,11 +75,14 @@ class Tokenizer:
         Byte-level BPE restores the encoded text exactly. A character tokenizer does so unless the
         text contains unknown characters, which are dropped with `skip_special_tokens`.
         """
+        return self.backend.decode(self._check_ids(ids), skip_special_tokens=skip_special_tokens)
+
+    def _check_ids(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         ids = np.asarray(ids, np.int64)
         if (invalid := ids[(ids < 0) | (ids >= self.vocab_size)]).size:
             raise ValueError(f"token id {invalid[0]} is outside the vocabulary of "
                              f"{self.vocab_size}; decode with the tokenizer that encoded the text")
-        return self.backend.decode(ids.tolist(), skip_special_tokens=skip_special_tokens)
+        return ids.tolist()
 
     @property
     def vocab_size(self) -> int:
@@ -110,9 +113,7 @@ class Tokenizer:
         """Whether each token of the vocabulary starts a word, bool [V], for whole-word masking.
 
         In WordPiece, tokens without "##" start a word. In other tokenizers, special tokens and
-        tokens that begin with white space do (a space is "Ġ" in byte-level BPE). With these
-        tokenizers, callers must also treat the first token of a text as the start of a word,
-        because the first word of a text is not preceded by white space.
+        tokens that begin with white space do; callers must add the first token of a text.
         """
         tokens = [self.backend.id_to_token(i) or "" for i in range(self.vocab_size)]
         if isinstance(self.backend.model, models.WordPiece):
@@ -122,8 +123,7 @@ class Tokenizer:
         return np.array([t in special or t.startswith(spaces) for t in tokens])
 
     def save(self, directory: str | Path) -> None:
-        """Saves tokenizer.json and the files specific to the kind of tokenizer: vocab.txt for
-        WordPiece, vocab.json and merges.txt for BPE, vocab.json for characters."""
+        """Saves tokenizer.json, and vocab.txt (WordPiece) or vocab.json (BPE with merges.txt)."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))

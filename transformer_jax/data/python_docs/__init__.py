@@ -21,6 +21,8 @@ import tensorflow_datasets as tfds
 from transformer_jax.data.mapped_dataset import MappedDataset, from_tfds_builder
 from transformer_jax.data.python_docs import prose
 
+__all__ = ["CONFIGS", "SPLITS", "PythonDocs", "build", "load"]
+
 SPLITS = ("train", "validation", "test")
 
 # Class of `topics` -> its packages and modules of the standard library. All of them exist in every
