@@ -90,16 +90,16 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int:
         """Returns the id of one token, spelled as in the vocabulary, or raises ValueError."""
-        token_id = self.backend.token_to_id(token)
-        if token_id is None:
+        if (token_id := self._id(token)) is None:
             raise ValueError(f"{token!r} is not among the {self.vocab_size} tokens of this "
                              "vocabulary; encode(text) splits a text into tokens that are")
         return token_id
 
+    def _id(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
+
     def _first_id(self, *tokens: str) -> int | None:
-        """Returns the id of the first of these usual names that the vocabulary has."""
-        ids = map(self.backend.token_to_id, tokens)
-        return next((token_id for token_id in ids if token_id is not None), None)
+        return next((i for i in map(self._id, tokens) if i is not None), None)
 
     pad_id = property(lambda self: self._first_id("[PAD]", "<pad>"))
     unk_id = property(lambda self: self._first_id("[UNK]", UNKNOWN_TOKEN))

@@ -200,7 +200,7 @@ def _other_trainable(
     names: _ModelTensors, mask: PyTree | None, head_prefixes: tuple[str, ...],
     lora_modules: Collection[str],
 ) -> tuple[set[str], str]:
-    """(modules to save in full, PEFT's option bias), for parameters besides LoRA's and the head's."""
+    """(modules to save in full, PEFT's option bias), for parameters other than LoRA and head."""
     is_trainable = {} if mask is None else flatten_paths(mask)
     trainable = {path for path, selected in is_trainable.items()
                  if selected and not path.startswith(head_prefixes) and "/lora_" not in path}
