@@ -7,7 +7,7 @@ import pytest
 from small_models import GPT2
 
 from transformer_jax import sharding
-from transformer_jax.finetuning import peft, quantize
+from transformer_jax.finetuning import frozen, peft
 from transformer_jax.generation import decoding, generate
 from transformer_jax.models import GPT, init_params
 from transformer_jax.nn import matmul, quantized
@@ -81,7 +81,7 @@ def test_parameters_converted_once():
             expected, generate(MODEL, params, [[5, 9], [7]], max_new_tokens=5))
     assert jax.tree.map(jnp.shape, twice) == jax.tree.map(jnp.shape, once)
 
-    quantized = quantize.quantize_frozen(PARAMS, jax.tree.map(lambda x: False, PARAMS), "int8")[0]
+    quantized = frozen.quantize_frozen(PARAMS, jax.tree.map(lambda x: False, PARAMS), "int8")[0]
     expected = generate(MODEL, quantized, [[5, 9], [7]], max_new_tokens=5)
     once = decoding.transpose_kernels_for_decoding(MODEL, quantized)
     assert flatten_paths(once)["token_embed/embedding_t"].dtype == jnp.int8
@@ -106,7 +106,7 @@ def test_kernels_are_not_transposed_on_a_mesh():
             jnp.bfloat16 if path.endswith(("kernel", "embedding")) else leaf.dtype)
 
 
-QUANTIZED, _ = quantize.quantize_frozen(PARAMS, jax.tree.map(lambda x: False, PARAMS), "int8")
+QUANTIZED, _ = frozen.quantize_frozen(PARAMS, jax.tree.map(lambda x: False, PARAMS), "int8")
 
 
 def test_matmul_transposed_int8():
@@ -137,7 +137,7 @@ def test_int8_parameters_give_nearly_equal_logits(spec):
     tokens = jnp.arange(12).reshape(2, 6)
     found, expected = (MODEL.apply({"params": p}, tokens).logits
                        for p in (converted,
-                                 quantize.dequantize(quantized) if not spec else quantized))
+                                 frozen.dequantize(quantized) if not spec else quantized))
     np.testing.assert_allclose(found, expected, atol=0.05 * float(jnp.abs(expected).max()))
     out = generate(MODEL, quantized, [[1, 2, 3], [4, 5]], max_new_tokens=5)
     assert out.shape == (2, 8)

@@ -49,8 +49,7 @@ Leaves = dict[str, jax.Array]  # path -> parameter
 def _find_kernels(leaves: Leaves, names: Sequence[str]) -> dict[str, tuple[tuple, tuple]]:
     """Finds the kernels of linear layers with given names in layer_0, layer_1, ...
 
-    Returns:
-        Layer path -> (sizes of the input axes, sizes of the output axes).
+    Returns layer path -> (sizes of the input axes, sizes of the output axes).
     """
     found = {}
     for path, leaf in leaves.items():
@@ -135,17 +134,9 @@ PEFT_INITIALIZERS: dict[str, Callable[[str, Leaves, jax.Array], Leaves]] = {
 
 
 def add_peft_params(params: PyTree, spec: str, rng: jax.Array) -> PyTree:
-    """Adds the PEFT parameters of a trainable spec.
+    """Adds the PEFT parameters of a trainable spec; terms such as "bitfit" add nothing.
 
     The function is pure and can be traced by `jax.jit` and `jax.eval_shape`.
-
-    Args:
-        params: parameters of a model.
-        spec: trainable spec; terms without PEFT parameters, such as "bitfit", add nothing.
-        rng: for the initial values.
-
-    Returns:
-        The parameters with the PEFT parameters; existing arrays are not copied.
 
     Raises:
         ValueError: the spec is invalid, there are no layers of the required kind, or the PEFT
@@ -175,15 +166,9 @@ def add_peft_params(params: PyTree, spec: str, rng: jax.Array) -> PyTree:
 
 
 def add_and_mask(params: PyTree, spec: str, rng: jax.Array) -> tuple[PyTree, PyTree]:
-    """Adds the PEFT parameters of a trainable spec and makes its mask.
+    """Adds the PEFT parameters of a trainable spec and returns (params, mask).
 
-    Args:
-        params: parameters of a model.
-        spec: trainable spec.
-        rng: for the initial values of PEFT parameters.
-
-    Returns:
-        The parameters, and a mask that is True at trainable parameters.
+    The mask is True at trainable parameters.
 
     Raises:
         ValueError: as `add_peft_params` and `select.trainable_mask`.
@@ -202,13 +187,7 @@ def merge(params: PyTree) -> PyTree:
     """Merges LoRA, DoRA and IA3 into the kernels, without changing the model's outputs.
 
     Merged kernels are float32. Other parameters in bfloat16 or int8 are unchanged
-    (`quantize.dequantize` converts them).
-
-    Args:
-        params: parameters with or without PEFT parameters.
-
-    Returns:
-        Parameters without PEFT parameters.
+    (`frozen.dequantize` converts them).
 
     Raises:
         ValueError: there are adapters, prefixes, prompts or embeddings of added tokens, which
@@ -264,12 +243,7 @@ def float32_matrix(leaves: Leaves, layer: str, name: str = "kernel") -> jax.Arra
 
 
 def column_norms(kernel: jax.Array, num_input_axes: int) -> jax.Array:
-    """Returns the Euclidean norm of each output's weights, at least the smallest normal float32.
-
-    Args:
-        kernel: input axes, then output axes.
-        num_input_axes: number of input axes, over which the norm is computed.
-    """
+    """Returns the norm of each output's weights, at least the smallest normal float32."""
     norms = jnp.sqrt(jnp.square(kernel).sum(tuple(range(num_input_axes))))
     return jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
 
@@ -277,19 +251,8 @@ def column_norms(kernel: jax.Array, num_input_axes: int) -> jax.Array:
 def add_tokens(params: PyTree, num_tokens: int, rng: jax.Array, std: float = 0.02) -> PyTree:
     """Adds embeddings of new special tokens, with the ids vocab_size, vocab_size + 1, ...
 
-    The new tokens are inputs only; the output layer has no logits for them.
-
-    Args:
-        params: parameters of a model.
-        num_tokens: number of new tokens.
-        rng: for the initial embeddings.
-        std: standard deviation of the initial embeddings.
-
-    Returns:
-        The parameters with `token_embed/extra`, `[num_tokens, D]`.
-
-    Raises:
-        ValueError: `num_tokens` is below 1, or tokens were already added.
+    The new tokens are inputs only; the output layer has no logits for them. Their embeddings are
+    `token_embed/extra`, `[num_tokens, D]`, with initial standard deviation `std`.
     """
     leaves = flatten_paths(params)
     if num_tokens < 1:
@@ -307,13 +270,6 @@ def fold_tokens(model: Model, params: PyTree) -> tuple[Model, PyTree]:
 
     The output layer then has logits for these tokens too: computed from their embeddings if the
     output layer is tied, otherwise 0.
-
-    Args:
-        model: the model.
-        params: parameters with or without added tokens.
-
-    Returns:
-        (model, params), with the larger vocabulary if there are added tokens.
     """
     leaves = dict(flatten_paths(params))
     extra = leaves.pop("token_embed/extra", None)
@@ -340,16 +296,6 @@ def fold_prompt(model: GPT, params: PyTree) -> PyTree:
 
     The conversion is exact: the prompt does not attend to the tokens after it, so its keys and
     values in each layer are constant.
-
-    Args:
-        model: a GPT.
-        params: parameters with a prompt.
-
-    Returns:
-        Parameters with prefixes in place of the prompt.
-
-    Raises:
-        ValueError: the model is not a GPT, there is no prompt, or there are prefixes too.
     """
     leaves = dict(flatten_paths(params))
     if not isinstance(model, GPT):

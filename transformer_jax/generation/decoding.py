@@ -1,8 +1,7 @@
 """Autoregressive decoding with a KV cache: `prefill`, `decode_step`, greedy and sampled decoding.
 
-`start` and `step` are one decoding algorithm: `start` processes the prompts and selects the first
-token, and `step` selects one more token until all rows are finished. `beam_search` and
-`speculative` have functions of the same names and signatures; `api` runs them.
+`start` processes the prompts and selects the first token; `step` selects one more until all rows
+are finished. `beam_search` and `speculative` have functions of the same names; `api` runs them.
 
 Shape suffixes: B batch, T tokens of this pass, L token slots of a row, S source length,
 V vocabulary.
@@ -29,14 +28,7 @@ from transformer_jax.tree import flatten_paths, unflatten_paths
 
 
 class GenerationInputs(NamedTuple):
-    """The input of a decoding algorithm. Rows are padded on the right.
-
-    Attributes:
-        prompts: prompt tokens; for an encoder-decoder, the start token of the decoder.
-        lengths: number of prompt tokens of each row.
-        source: source tokens of an encoder-decoder; None for GPT.
-        source_lengths: number of source tokens of each row; None for GPT.
-    """
+    """Prompts, padded on the right: sources and decoder start tokens for an encoder-decoder."""
 
     prompts: Int[Array, "B T"]
     lengths: Int[Array, "B"]
@@ -138,18 +130,9 @@ def decode_step(
 ) -> tuple[Float[Array, "B T V"], Cache]:
     """Runs the decoder on further tokens and adds their keys and values to the cache.
 
-    A pure function; the docstring of `prefill` has an example.
-
-    Args:
-        model: GPT or encoder-decoder.
-        params: its parameters.
-        tokens: the tokens that follow those in the cache.
-        positions: the position of each token, which is also its cache slot. Tokens beyond the last
-            slot are not stored.
-        cache: the result of `prefill` or of the previous step.
-
-    Returns:
-        For each token the float32 logits of the token after it, and the updated cache.
+    A pure function; the docstring of `prefill` has an example. The position of a token is also its
+    cache slot; tokens beyond the last slot are not stored. Returns, for each token, the float32
+    logits of the token after it, and the updated cache.
     """
     out = _decode(model, params, tokens, positions, cache)
     logits_BTV = model.apply({"params": params}, out.hidden, method="lm_logits")
@@ -168,11 +151,9 @@ def _decode(model, params, tokens, positions, cache):
 class DecodeState(NamedTuple):
     """State of decoding between two steps.
 
-    Attributes:
-        sequences: the tokens of each row; finished rows are not extended.
-        is_finished: True at rows with an end-of-sequence token or `max_new_tokens` tokens.
-        num_steps: number of forward passes, the prefill included.
-        cache: keys and values of all tokens of each row except its last token.
+    The cache has the keys and values of all tokens of each row except its last token. Rows with an
+    end-of-sequence token or `max_new_tokens` tokens are finished and not extended. `num_steps` is
+    the number of forward passes, the prefill included.
     """
 
     sequences: Sequences
@@ -184,19 +165,8 @@ class DecodeState(NamedTuple):
 def start(
     model: GPT | Transformer, params: dict, inputs: GenerationInputs, options: DecodingOptions
 ) -> tuple[dict, DecodeState]:
-    """Processes the prompts and selects the first new token of each row.
-
-    Args:
-        model: GPT or encoder-decoder.
-        params: its parameters.
-        inputs: the prompts, and the sources of an encoder-decoder.
-        options: options of decoding.
-
-    Returns:
-        The parameters in the layout for `step` (`transpose_kernels`), and the state.
-    """
-    logits_BV, cache, sequences = prefill_rows(
-        model, params, inputs, options)
+    """Selects the first new tokens. Returns parameters in the layout for `step`, and the state."""
+    logits_BV, cache, sequences = prefill_rows(model, params, inputs, options)
     state = DecodeState(sequences, jnp.zeros(len(logits_BV), bool), jnp.int32(0), cache)
     state = _append_next_token(state, logits_BV, options)
     return transpose_kernels(params, model.config.compute_dtype), state
@@ -209,17 +179,13 @@ def step(
     positions_B1 = state.sequences.lengths[:, None] - 1
     logits_B1V, cache = decode_step(
         model, params, state.sequences.tokens_at(positions_B1), positions_B1, state.cache)
-    return _append_next_token(
-        state._replace(cache=cache), logits_B1V[:, 0], options)
+    return _append_next_token(state._replace(cache=cache), logits_B1V[:, 0], options)
 
 
-def prefill_rows(
-    model, params, inputs, options
-) -> tuple[Float[Array, "B V"], Cache, Sequences]:
+def prefill_rows(model, params, inputs, options) -> tuple[Array, Cache, Sequences]:
     """Processes the prompts, and repeats each row `options.rows_per_prompt` times.
 
-    Returns:
-        The results of `prefill`, and the prompts in `cache_length` token slots.
+    Returns the results of `prefill`, and the prompts in `cache_length` token slots.
     """
     logits_BV, cache = prefill(model, params, *inputs, cache_length=options.cache_length)
     (B, T), lengths_B1 = inputs.prompts.shape, inputs.lengths[:, None]
@@ -264,15 +230,8 @@ def transpose_kernels_for_decoding(
     Otherwise, `generate` converts them in each call. On a CPU, the conversion takes 7 % of the time
     of decoding 64 tokens with GPT-2, and memory for a second copy of the kernels during the call.
     The result is for `generate` only: its kernels and embeddings have the compute dtype, and on a
-    CPU kernels are transposed to [out, in].
-
-    Args:
-        model: GPT or encoder-decoder.
-        params: its parameters.
-        donate: delete each input array that was converted as soon as its replacement is computed.
-
-    Returns:
-        Parameters for `generate`.
+    CPU kernels are transposed to [out, in]. With `donate`, each input array that was converted is
+    deleted as soon as its replacement is computed.
 
     Example:
         >>> from transformer_jax.models import GPT, GPTConfig
@@ -290,14 +249,9 @@ def transpose_kernels(params: dict, dtype: jnp.dtype, donate: bool = False) -> d
 
     The time of a matmul with few rows is that of reading its weight matrix, once for each generated
     token; `nn.backends.cpu.matmul_transposed` explains why a transposed matrix is faster. On a CPU
-    this function makes a copy of the kernels, and int8 kernels (`finetuning.quantize`) are later
+    this function makes a copy of the kernels, and int8 kernels (`finetuning.frozen`) are later
     multiplied by inputs that are rounded to int8. On other backends, and on a mesh, the compiler
-    chooses layouts, and kernels are not transposed.
-
-    Args:
-        params: model parameters.
-        dtype: compute dtype of the model; that of the returned kernels and embeddings.
-        donate: as for `transpose_kernels_for_decoding`; not under `jit`.
+    chooses layouts, and kernels are not transposed. `donate` does not work under `jit`.
     """
     keep_layout = jax.default_backend() != "cpu" or not jax.sharding.get_abstract_mesh().empty
     leaves = flatten_paths(params)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from transformer_jax import tree
 from transformer_jax.data.datasets import LabeledDataset
 from transformer_jax.data.tokenizers import Tokenizer
-from transformer_jax.finetuning import feature_cache, peft, quantize, select
+from transformer_jax.finetuning import frozen, peft, select
 from transformer_jax.models import GPT, Model, config_to_dict, init_params
 from transformer_jax.objectives import causal_lm, classification, seq2seq
 from transformer_jax.recipes import run_dir
@@ -112,7 +112,7 @@ def init_finetune_params(
     if training.gpt_special_tokens:
         params = peft.add_tokens(params, NUM_SPECIAL_TOKENS, rngs[1])
     params, mask = peft.add_and_mask(params, trainable, rngs[2])
-    return quantize.quantize_frozen(params, mask, training.frozen_dtype)[0]
+    return frozen.quantize_frozen(params, mask, training.frozen_dtype)[0]
 
 
 _jitted_init = functools.partial(
@@ -133,7 +133,7 @@ def make_finetune_step(
     init = functools.partial(init_finetune_params, model, trainable, training)
     mask = select.trainable_mask(jax.eval_shape(init, jax.random.key(0)), trainable)
     optimizer = training.optimizer.make(training.num_steps)
-    apply = feature_cache.make_features_apply(model.apply) if cached_features else model.apply
+    apply = frozen.make_features_apply(model.apply) if cached_features else model.apply
     options = ({"aux_lm_loss_weight": training.aux_lm_loss_weight}
                if training.aux_lm_loss_weight else {})
     loss_fn = functools.partial(task_loss(model, task_type), apply, **options)
@@ -174,7 +174,7 @@ def finetune_params(
     params = _jitted_init(model, trainable, training, jax.random.key(seed), pretrained)
     total_count = tree.count(params)
     mask = select.trainable_mask(params, trainable)
-    cached = (training.cache_features and feature_cache.is_head_only(mask)
+    cached = (training.cache_features and frozen.is_head_only(mask)
               and task_type in TEXT_TASK_TYPES and not training.aux_lm_loss_weight)
     finetune_step = make_finetune_step(model, trainable, training, task_type, cached)
     truncated = [sum(n > training.max_length for n in data.encoder.lengths(items))

@@ -19,7 +19,7 @@ from transformer_jax import sharding
 from transformer_jax.data.datasets import LabeledDataset
 from transformer_jax.data.length_buckets import LengthBucketedBatches, choose_buckets
 from transformer_jax.data.tokenizers import Tokenizer
-from transformer_jax.finetuning import feature_cache
+from transformer_jax.finetuning import frozen
 from transformer_jax.models import GPT, Model
 from transformer_jax.objectives import classification
 
@@ -247,7 +247,7 @@ def cache_features(params: dict, data: EncodedDataset) -> list[dict]:
     """
     encoder = data.encoder
     batches = encoder.batches(data.train, batch_size=PREDICT_BATCH_SIZE).evaluation_batches()
-    rows = feature_cache.compute_features(encoder.model, params, batches)
+    rows = frozen.compute_features(encoder.model, params, batches)
     return sorted(rows, key=lambda row: int(row["index"]))
 
 
