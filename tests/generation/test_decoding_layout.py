@@ -15,6 +15,7 @@ from transformer_jax.nn.backends.cpu import MATVEC_MAX_ROWS
 from transformer_jax.tree import flatten_paths
 
 MODEL = GPT(GPT2)
+BFLOAT16 = GPT(GPT2.replace(dtype="bfloat16"))
 PARAMS = init_params(MODEL, jax.random.key(0))
 
 
@@ -51,7 +52,7 @@ def test_logits_are_equal(spec):
     if spec:
         params = jax.tree.map(lambda x: x + 0.01, peft.add_peft_params(
             params, spec, jax.random.key(1)))
-    converted = decoding.transpose_kernels(params, jnp.float32)
+    converted = decoding.transpose_kernels_for_decoding(MODEL, params)
     paths = flatten_paths(converted)
     assert ("decoder/layer_0/mlp/wi/kernel_t" in paths) == ("dora" not in spec)
     assert ("decoder/layer_0/mlp/wi/kernel" in paths) == ("dora" in spec)
@@ -63,7 +64,7 @@ def test_logits_are_equal(spec):
 
 
 def test_kernels_have_the_compute_dtype():
-    converted = flatten_paths(decoding.transpose_kernels(PARAMS, jnp.bfloat16))
+    converted = flatten_paths(decoding.transpose_kernels_for_decoding(BFLOAT16, PARAMS))
     kernel = PARAMS["decoder"]["layer_0"]["self_attention"]["out"]["kernel"]
     found = converted["decoder/layer_0/self_attention/out/kernel_t"]
     np.testing.assert_array_equal(found, kernel.astype(jnp.bfloat16).transpose(2, 0, 1))
@@ -99,7 +100,7 @@ def test_donated_arrays_are_deleted():
 
 def test_kernels_are_not_transposed_on_a_mesh():
     with jax.set_mesh(sharding.make_mesh(8, 1)):
-        converted = flatten_paths(decoding.transpose_kernels(PARAMS, jnp.bfloat16))
+        converted = flatten_paths(decoding.transpose_kernels_for_decoding(BFLOAT16, PARAMS))
     for path, leaf in flatten_paths(PARAMS).items():
         assert converted[path].shape == leaf.shape
         assert converted[path].dtype == (
@@ -130,7 +131,7 @@ def test_int8_parameters_give_nearly_equal_logits(spec):
     if spec:
         quantized = jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 else x,
                              peft.add_peft_params(QUANTIZED, spec, jax.random.key(1)))
-    converted = decoding.transpose_kernels(quantized, jnp.float32)
+    converted = decoding.transpose_kernels_for_decoding(MODEL, quantized)
     paths = flatten_paths(converted)
     assert paths["decoder/layer_0/mlp/wi/kernel_t"].dtype == jnp.int8
     assert paths["token_embed/embedding_t"].dtype == jnp.int8
@@ -145,7 +146,7 @@ def test_int8_parameters_give_nearly_equal_logits(spec):
 
 def test_int8_parameters_are_unchanged_on_a_mesh():
     with jax.set_mesh(sharding.make_mesh(8, 1)):
-        converted = decoding.transpose_kernels(QUANTIZED, jnp.float32)
+        converted = decoding.transpose_kernels_for_decoding(MODEL, QUANTIZED)
     assert flatten_paths(converted).keys() == flatten_paths(QUANTIZED).keys()
 
 

@@ -28,12 +28,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from transformer_jax.finetuning.select import (
-    parse_lora,
-    parse_size,
-    split_spec,
-    trainable_mask,
-)
+from transformer_jax.finetuning.select import parse_lora, parse_size, split_spec, trainable_mask
 from transformer_jax.models import GPT, Model
 from transformer_jax.nn.quantized import dequantize
 from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
@@ -112,23 +107,20 @@ def _init_prefix(argument: str, leaves: Leaves, rng: jax.Array) -> Leaves:
 
 
 def _init_prompt(argument: str, leaves: Leaves, rng: jax.Array) -> Leaves:
-    """Initializes the prompt with embeddings of random tokens, which are better than noise (Lester
-    et al. 2021, section 3.2)."""
-    length = parse_size("prompt", argument)
+    # Embeddings of random tokens are better than noise (Lester et al. 2021, section 3.2).
     table = float32_matrix(leaves, "token_embed", "embedding")
-    ids = jax.random.choice(rng, table.shape[0], (length,))
+    ids = jax.random.choice(rng, table.shape[0], (parse_size("prompt", argument),))
     return {"prompt": jnp.take(table, ids, axis=0)}
 
 
 def _init_ia3(argument: None, leaves: Leaves, rng: jax.Array) -> Leaves:
-    heads = _find_kernels(leaves, ("key", "value"))
-    hidden = _find_kernels(leaves, ("wo",))
+    heads, hidden = _find_kernels(leaves, ("key", "value")), _find_kernels(leaves, ("wo",))
     return {f"{layer}/ia3_output": jnp.ones(outputs) for layer, (_, outputs) in heads.items()} | {
         f"{layer}/ia3_input": jnp.ones(inputs) for layer, (inputs, _) in hidden.items()}
 
 
 # Name of a term -> function (argument, parameters, rng) -> added parameters.
-PEFT_INITIALIZERS: dict[str, Callable[[str, Leaves, jax.Array], Leaves]] = {
+_INITIALIZERS: dict[str, Callable[[str, Leaves, jax.Array], Leaves]] = {
     "lora": _init_lora, "adapter": _init_adapter, "prefix": _init_prefix, "prompt": _init_prompt,
     "ia3": _init_ia3}
 
@@ -151,9 +143,9 @@ def add_peft_params(params: PyTree, spec: str, rng: jax.Array) -> PyTree:
     """
     leaves = flatten_paths(params)
     for i, (name, argument) in enumerate(split_spec(spec)):
-        if name not in PEFT_INITIALIZERS:
+        if name not in _INITIALIZERS:
             continue
-        added = PEFT_INITIALIZERS[name](argument, leaves, jax.random.fold_in(rng, i))
+        added = _INITIALIZERS[name](argument, leaves, jax.random.fold_in(rng, i))
         if not added:
             raise ValueError(f"trainable spec {spec!r}: none of {len(leaves)} parameters belongs "
                              f"to a layer that {name} applies to; give the parameters of a model "
@@ -199,18 +191,12 @@ def merge(params: PyTree) -> PyTree:
         >>> merge({"layer_0": {"mlp": {"wo": layer}}})["layer_0"]["mlp"]["wo"]["kernel"][0].tolist()
         [3.0, 3.0]
     """
-    leaves = flatten_paths(params)
+    leaves, mergeable = flatten_paths(params), re.compile(r"/(lora|ia3)_\w+$")
     for path in leaves:
-        if PEFT_PARAM.search(path) and not re.search(r"/(lora|ia3)_\w+$", path):
+        if PEFT_PARAM.search(path) and not mergeable.search(path):
             raise ValueError(f"{path} cannot be merged into the base model; save the PEFT "
                              "parameters with finetuning.adapter_io, or train lora or ia3 instead")
-    return unflatten_paths(_merge_leaves(leaves))
-
-
-def _merge_leaves(leaves: Leaves) -> Leaves:
-    """Merges LoRA and IA3 into kernels and biases; other parameters are unchanged."""
-    merged = {path: leaf for path, leaf in leaves.items()
-              if not re.search(r"/(lora|ia3)_\w+$", path)}
+    merged = {path: leaf for path, leaf in leaves.items() if not mergeable.search(path)}
     layers = {path.rpartition("/")[0] for path in leaves.keys() - merged.keys()}
     for layer in layers:
         peft = {name: leaves.get(f"{layer}/{name}") for name in (
@@ -228,10 +214,10 @@ def _merge_leaves(leaves: Leaves) -> Leaves:
             kernel = kernel * scale
             if f"{layer}/bias" in merged:
                 merged[f"{layer}/bias"] = merged[f"{layer}/bias"] * scale
-        merged.pop(f"{layer}/kernel_int8", None)
-        merged.pop(f"{layer}/kernel_scale", None)
+        for name in ("kernel_int8", "kernel_scale"):
+            merged.pop(f"{layer}/{name}", None)
         merged[f"{layer}/kernel"] = kernel
-    return merged
+    return unflatten_paths(merged)
 
 
 def float32_matrix(leaves: Leaves, layer: str, name: str = "kernel") -> jax.Array:

@@ -102,18 +102,14 @@ def _layers(argument: str, paths: Sequence[str]) -> list[str]:
 class SpecTerm(NamedTuple):
     """Definition of one kind of term in a trainable spec.
 
-    Attributes:
-        patterns: regular expressions that are searched in the paths; or a function (argument of the
-            term, paths) that returns them. The first must match at least one path.
-        example: the term with an argument; empty if it takes none.
-        adds_params: whether the term trains parameters that `peft.add_peft_params` adds.
-        trains_new_params: whether the term also trains newly initialized parameters.
+    `patterns` are regular expressions that are searched in the paths, or a function (argument of
+    the term, paths) that returns them. The first must match at least one path.
     """
 
     patterns: Sequence[str] | Callable[[str, Sequence[str]], Sequence[str]]
-    example: str = ""
-    adds_params: bool = False
-    trains_new_params: bool = True
+    example: str = ""  # the term with an argument; empty if it takes none
+    adds_params: bool = False  # whether `peft.add_peft_params` adds the parameters
+    trains_new_params: bool = True  # whether newly initialized parameters are trained too
 
 
 SPEC_TERMS: dict[str, SpecTerm] = {
@@ -170,11 +166,8 @@ def _closest_paths(pattern: str, paths: Sequence[str]) -> str:
     names = (re.findall(r"\w+", pattern) or [pattern])[:8]
 
     def similarity(path: str) -> float:
-        keys = path.split("/")
-        return sum(
-            max(difflib.SequenceMatcher(None, name, key).ratio() for key in keys)
-            for name in names
-        )
+        return sum(max(difflib.SequenceMatcher(None, name, key).ratio() for key in path.split("/"))
+                   for name in names)
 
     closest: dict[str, str] = {}  # the same parameter of several layers is shown once
     for path in sorted(paths, key=similarity, reverse=True):
@@ -256,8 +249,7 @@ def describe(params: PyTree, mask: PyTree) -> str:
         return f"{name:<16} {num_leaves:>9} {size:>13,} {total:>13,} {percent:>7.2f} %"
 
     header = f"{'group':<16} {'leaves':>9} {'trainable':>13} {'parameters':>13} {'share':>9}"
-    rows = [row(name, paths) for name, paths in groups.items()]
-    return "\n".join([header, *rows, row("total", list(leaves))])
+    return "\n".join([header, *(row(*group) for group in groups.items()), row("total", [*leaves])])
 
 
 # Arguments of PEFT terms --------------------------------------------------------------------------
@@ -267,14 +259,10 @@ def describe(params: PyTree, mask: PyTree) -> str:
 class LoRA:
     """Options of a low-rank update W + s A B.
 
-    Attributes:
-        rank: R, the number of columns of A and of rows of B.
-        targets: names of the linear layers that are updated.
-        alpha: the numerator of s = alpha / R (Hu et al. 2021, "LoRA", section 4.1); 2 R if None.
-        dropout: dropout rate on the input of A.
-        rslora: whether s is alpha / sqrt(R) instead (Kalajdzievski 2023, "rsLoRA", theorem 3.2).
-        dora: whether magnitude and direction are trained separately (Liu et al. 2024, "DoRA",
-            section 4).
+    `targets` are names of linear layers. Alpha is the numerator of s = alpha / R (Hu et al. 2021,
+    "LoRA", section 4.1), by default 2 R; with `rslora`, s = alpha / sqrt(R) (Kalajdzievski 2023,
+    "rsLoRA", theorem 3.2). With `dora`, magnitude and direction are trained separately (Liu et al.
+    2024, "DoRA", section 4). Dropout applies to the input of A.
     """
 
     rank: int
@@ -321,7 +309,6 @@ def parse_lora(argument: str) -> LoRA:
 
 
 def _parse_number(name: str, value: str) -> float:
-    """Parses alpha or dropout of LoRA."""
     low, high = (0.0, math.inf) if name == "alpha" else (-1e-300, 1.0)
     try:
         number = float(value)

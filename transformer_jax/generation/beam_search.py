@@ -24,7 +24,7 @@ from transformer_jax.generation.decoding import (
     GenerationInputs,
     decode_step,
     prefill_rows,
-    transpose_kernels,
+    transpose_kernels_for_decoding,
 )
 from transformer_jax.generation.logits_processors import (
     DecodingOptions,
@@ -145,7 +145,7 @@ def start(
     state = BeamState(sequences, scores_BK, finished, can_improve=jnp.ones(B, bool),
                       is_finished=jnp.bool_(False), num_steps=jnp.int32(0), cache=cache)
     state = _extend_beams(state, logits_NV, options)
-    return transpose_kernels(params, model.config.compute_dtype), state
+    return transpose_kernels_for_decoding(model, params), state
 
 
 def step(model, params: dict, state: BeamState, options: DecodingOptions) -> BeamState:

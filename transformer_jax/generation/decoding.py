@@ -169,7 +169,7 @@ def start(
     logits_BV, cache, sequences = prefill_rows(model, params, inputs, options)
     state = DecodeState(sequences, jnp.zeros(len(logits_BV), bool), jnp.int32(0), cache)
     state = _append_next_token(state, logits_BV, options)
-    return transpose_kernels(params, model.config.compute_dtype), state
+    return transpose_kernels_for_decoding(model, params), state
 
 
 def step(
@@ -216,8 +216,7 @@ def _append_next_token(state, logits_BV, options) -> DecodeState:
     return DecodeState(sequences, is_finished_B, state.num_steps + 1, state.cache)
 
 
-# Name of an int8 parameter -> its name in the layout for decoding steps. Layers whose parameters
-# have the latter names also round their inputs to int8.
+# Name of an int8 parameter -> its name in the layout for decoding steps.
 _INT8_NAMES = {"kernel_scale": "kernel_t_scale", "embedding_int8": "embedding_t",
                "embedding_scale": "embedding_t_scale"}
 
@@ -230,8 +229,14 @@ def transpose_kernels_for_decoding(
     Otherwise, `generate` converts them in each call. On a CPU, the conversion takes 7 % of the time
     of decoding 64 tokens with GPT-2, and memory for a second copy of the kernels during the call.
     The result is for `generate` only: its kernels and embeddings have the compute dtype, and on a
-    CPU kernels are transposed to [out, in]. With `donate`, each input array that was converted is
-    deleted as soon as its replacement is computed.
+    CPU kernels are transposed to `kernel_t` [out, in].
+
+    The time of a matmul with few rows is that of reading its weight matrix, once for each generated
+    token; `nn.backends.cpu.matmul_transposed` explains why a transposed matrix is faster. Layers
+    with transposed int8 kernels (`finetuning.frozen`) round their inputs to int8. On other
+    backends, and on a mesh, the compiler chooses layouts, and kernels are not transposed. With
+    `donate`, which does not work under `jit`, each input array is deleted as soon as its
+    replacement is computed.
 
     Example:
         >>> from transformer_jax.models import GPT, GPTConfig
@@ -241,18 +246,7 @@ def transpose_kernels_for_decoding(
         >>> jax.tree.map(jnp.shape, transpose_kernels_for_decoding(model, params))
         {'wi': {'bias': (12,), 'kernel_t': (12, 4)}}
     """
-    return transpose_kernels(params, model.config.compute_dtype, donate)
-
-
-def transpose_kernels(params: dict, dtype: jnp.dtype, donate: bool = False) -> dict:
-    """Returns parameters with transposed kernels `kernel_t` [out, in], in the compute dtype.
-
-    The time of a matmul with few rows is that of reading its weight matrix, once for each generated
-    token; `nn.backends.cpu.matmul_transposed` explains why a transposed matrix is faster. On a CPU
-    this function makes a copy of the kernels, and int8 kernels (`finetuning.frozen`) are later
-    multiplied by inputs that are rounded to int8. On other backends, and on a mesh, the compiler
-    chooses layouts, and kernels are not transposed. `donate` does not work under `jit`.
-    """
+    dtype = model.config.compute_dtype
     keep_layout = jax.default_backend() != "cpu" or not jax.sharding.get_abstract_mesh().empty
     leaves = flatten_paths(params)
     converted = {}

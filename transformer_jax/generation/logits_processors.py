@@ -72,58 +72,38 @@ def _static(default: Any) -> Any:
 class DecodingOptions:
     """Options of the decoding algorithms: a pytree of arrays, with static fields.
 
-    New values of the arrays do not recompile; new values of the static fields do. Fields that are
-    not described are those of `GenerateOptions`.
-
-    Attributes:
-        is_eos: True at the end-of-sequence tokens.
-        forced_bos: True at the only tokens allowed as the first new token; all False if not forced.
-        forced_eos: likewise for the last token of a sequence of `max_new_tokens` tokens.
-        suppressed: True at tokens that are never generated.
-        begin_suppressed: True at tokens that are not generated as new token number `begin_index`.
-        begin_index: 0, or 1 if the first new token is forced.
-        bad_words: forbidden token sequences, aligned on the right and padded with -1 on the left.
-        top_k: V for no limit.
-        length_divisor: beam search only: at index n - 1, n ** length_penalty.
-        best_case_divisor: beam search only: at index n - 1, length ** length_penalty for the final
-            length that the stopping rule assumes for a running sequence of n new tokens.
-        early_stopping: beam search only: stop when all beams of a row are finished, even if better
-            ones may follow.
-        cache_length: number of slots of the KV cache, and of tokens, of each row.
-        rows_per_prompt: sequences decoded in parallel for each prompt (beams or samples).
-        num_beam_candidates: continuations considered at each step of a beam search, for each
-            prompt; 0 without beam search.
-        num_draft_tokens: tokens that the draft model proposes in one round; 0 without a draft
-            model.
-        min_tokens_to_keep: minimum number of tokens that `top_k`, `top_p` and `min_p` keep.
+    New values of the arrays do not recompile; new values of the static fields do. Fields without a
+    comment are those of `GenerateOptions`.
     """
 
     rng: Key[Array, ""]
     max_new_tokens: Int[Array, ""]
     min_new_tokens: Int[Array, ""]
     pad_token_id: Int[Array, ""]
-    is_eos: Bool[Array, "V"]
-    forced_bos: Bool[Array, "V"]
-    forced_eos: Bool[Array, "V"]
+    is_eos: Bool[Array, "V"]  # True at the end-of-sequence tokens
+    forced_bos: Bool[Array, "V"]  # True at the only tokens allowed as the first; all False if free
+    forced_eos: Bool[Array, "V"]  # likewise for new token number `max_new_tokens`
     suppressed: Bool[Array, "V"]
-    begin_suppressed: Bool[Array, "V"]
-    begin_index: Int[Array, ""]
+    begin_suppressed: Bool[Array, "V"]  # applies to new token number `begin_index`
+    begin_index: Int[Array, ""]  # 0, or 1 if the first new token is forced
     repetition_penalty: Float[Array, ""]
-    bad_words: Int[Array, "W M"]
+    bad_words: Int[Array, "W M"]  # aligned on the right and padded with -1 on the left
     temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
+    top_k: Int[Array, ""]  # V for no limit
     top_p: Float[Array, ""]
     min_p: Float[Array, ""]
+    # Beam search only. At index n - 1: n ** length_penalty, and the same for the final length that
+    # the stopping rule assumes for a running sequence of n new tokens.
     length_divisor: Float[Array, "L"] | None = None
     best_case_divisor: Float[Array, "L"] | None = None
-    early_stopping: Bool[Array, ""] | None = None
-    cache_length: int = _static(0)
+    early_stopping: Bool[Array, ""] | None = None  # True; "never" is in `best_case_divisor`
+    cache_length: int = _static(0)  # number of slots of the KV cache, and of tokens, of each row
     do_sample: bool = _static(False)
-    rows_per_prompt: int = _static(1)
+    rows_per_prompt: int = _static(1)  # beams or samples
     no_repeat_ngram_size: int = _static(0)
-    num_beam_candidates: int = _static(0)
-    num_draft_tokens: int = _static(0)
-    min_tokens_to_keep: int = _static(1)
+    num_beam_candidates: int = _static(0)  # for each prompt and step; 0 without beam search
+    num_draft_tokens: int = _static(0)  # in one round; 0 without a draft model
+    min_tokens_to_keep: int = _static(1)  # by `top_k`, `top_p` and `min_p`
     logits_processors: tuple[LogitsProcessor, ...] = _static(())
 
 
