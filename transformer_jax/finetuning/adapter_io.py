@@ -110,10 +110,9 @@ def save_adapter(
         (dict_keys(['bias']), 'bitfit')
     """
     leaves, is_trainable, base_leaves = (flatten_paths(tree) for tree in (params, mask, base))
-    if leaves.keys() != is_trainable.keys():
-        unmatched = min(leaves.keys() ^ is_trainable.keys())
+    if unmatched := leaves.keys() ^ is_trainable.keys():
         raise ValueError(
-            f"only one of mask and params has {unmatched}; give the mask of these params")
+            f"only one of mask and params has {min(unmatched)}; give the mask of these params")
     selected = sorted(
         peft_param_paths(leaves) | {path for path, value in is_trainable.items() if value})
     if quantized := [path for path in selected if path.endswith("_int8")]:
@@ -244,19 +243,17 @@ def _check_leaves(file: Path, found: dict, expected: dict, base: Leaves) -> None
             raise ValueError(
                 f"{file}: {path} has dtype {value.dtype} and shape {value.shape}, but shape "
                 f"{expected[path]['shape']} in the manifest; copy the folder again")
+        original, problem = base.get(path, base.get(f"{path}_int8")), ""
         if path in peft_paths:
             if not _fits_layer(path, merged):
-                raise ValueError(f"{file}: {path} of shape {value.shape} does not fit the layer of "
-                                 "the base, or its other PEFT parameters are missing; the adapter "
-                                 "does not belong to this base")
-            continue
-        original = base.get(path, base.get(f"{path}_int8"))
-        if original is None:
-            raise ValueError(f"{file} has {path!r}, but the base has no such parameter; the "
-                             "adapter does not belong to this base")
-        if original.shape != value.shape:
-            raise ValueError(f"{file}: {path} has shape {value.shape}, but {original.shape} in the "
-                             "base; the adapter does not belong to this base")
+                problem = (f"of shape {value.shape} does not fit the layer of the base, or its "
+                           "other PEFT parameters are missing")
+        elif original is None:
+            problem = "is in the file, but the base has no such parameter"
+        elif original.shape != value.shape:
+            problem = f"has shape {value.shape}, but {original.shape} in the base"
+        if problem:
+            raise ValueError(f"{file}: {path} {problem}; the adapter does not belong to this base")
 
 
 def _fits_layer(path: str, leaves: Leaves) -> bool:

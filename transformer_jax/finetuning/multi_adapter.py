@@ -158,12 +158,12 @@ def apply_per_row(
             differ and the method is unknown.
     """
     num_adapters = jax.tree.leaves(stacked.params)[0].shape[0]
-    if not isinstance(adapter_ids, jax.core.Tracer):
-        invalid = [int(i) for i in np.asarray(adapter_ids) if not 0 <= i < num_adapters]
-        if invalid:
+    if not isinstance(adapter_ids, jax.core.Tracer):  # also constants under `jit`
+        if invalid := [int(i) for i in np.asarray(adapter_ids) if not 0 <= i < num_adapters]:
             raise ValueError(
                 f"adapter_ids contains {invalid[0]}; it must be from 0 to {num_adapters - 1}")
     adapter_ids = jnp.asarray(adapter_ids)
+    is_valid = (adapter_ids >= 0) & (adapter_ids < num_adapters)
     arrays = {name: value for name, value in kwargs.items()
               if isinstance(value, jax.Array | np.ndarray)}
     shared = {name: value for name, value in kwargs.items() if name not in arrays}
@@ -185,7 +185,6 @@ def apply_per_row(
     row_adapters = jax.tree.map(lambda leaf: leaf[adapter_ids], stacked.params)
     rows = tuple(map(jnp.asarray, inputs)), jax.tree.map(jnp.asarray, arrays)
     out = jax.vmap(apply_row)(row_adapters, rows)
-    is_valid = (adapter_ids >= 0) & (adapter_ids < num_adapters)
     out = jax.tree.map(
         lambda x: jnp.where(is_valid.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
         if jnp.issubdtype(x.dtype, jnp.floating) else x, out)

@@ -28,16 +28,14 @@ class GenerateOptions:
     config.
 
     Attributes:
-        max_new_tokens: maximum number of generated tokens. By default 20, or as many as the
-            model's positions allow.
+        max_new_tokens: maximum; by default 20, or as many as the model's positions allow.
         max_length: alternative to `max_new_tokens` that includes the T prompt tokens (for an
             encoder-decoder, the decoder start token).
         min_new_tokens: minimum number of tokens before an end-of-sequence token.
         min_length: as `min_new_tokens`, with the prompt tokens included.
         num_beams: number of beams; 1 for no beam search.
         do_sample: sample tokens instead of taking the most probable one; needs `rng`.
-        num_return_sequences: sequences returned for each row: samples, or the best of a beam
-            search.
+        num_return_sequences: samples, or best sequences of a beam search, returned for each row.
         temperature: divisor of the logits when sampling; above 0.
         top_k: sample among the k most probable tokens.
         top_p: sample among the most probable tokens with total probability >= p.
@@ -52,8 +50,7 @@ class GenerateOptions:
             sequences. False: when, in addition, the best running sequence, scored at its current
             length, is not better than any of them. "never": when it cannot become better at any
             length.
-        length_penalty: the log-probability of a finished sequence is divided by its number of new
-            tokens ** length_penalty.
+        length_penalty: log-probabilities are divided by the number of new tokens ** length_penalty.
         forced_bos_token_id: first token after the decoder start token (encoder-decoders only).
         forced_eos_token_id: last token of a sequence of maximum length.
         decoder_start_token_id: first decoder token; one for all rows, or one for each row.
@@ -65,12 +62,10 @@ class GenerateOptions:
             the same distribution.
         num_assistant_tokens: tokens that the draft model proposes at a time.
         logits_processors: functions `(scores, sequences) -> scores` that modify the scores of the
-            next token, float32 [N, V]: logits, or log-probabilities in a beam search. A row is a
-            sequence that is being decoded, so N is B times the number of beams or samples. In
-            `sequences`, `tokens[n, :lengths[n]]` are the tokens of row n so far, with the prompt,
-            and `num_new_tokens[n]` is the number of new ones; later slots have other contents.
-            The functions are applied in order, after the options above that constrain tokens and
-            before `temperature`, `top_k`, `top_p` and `min_p`.
+            next token, float32 [N, V]: logits, or log-probabilities in a beam search. N is B times
+            the number of beams or samples; `Sequences` has the tokens of each row so far. They are
+            applied in order, after the options above that constrain tokens and before
+            `temperature`, `top_k`, `top_p` and `min_p`.
         streamer: called with each column of new tokens, int32 [N], in order, without the prompts.
         rng: key for sampling.
     """
