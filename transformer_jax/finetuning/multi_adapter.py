@@ -158,10 +158,9 @@ def apply_per_row(
             differ and the method is unknown.
     """
     num_adapters = jax.tree.leaves(stacked.params)[0].shape[0]
-    if not isinstance(adapter_ids, jax.core.Tracer):  # also constants under `jit`
-        if invalid := [int(i) for i in np.asarray(adapter_ids) if not 0 <= i < num_adapters]:
-            raise ValueError(
-                f"adapter_ids contains {invalid[0]}; it must be from 0 to {num_adapters - 1}")
+    is_known = not isinstance(adapter_ids, jax.core.Tracer)  # also for constants under `jit`
+    if is_known and (bad := [int(i) for i in np.asarray(adapter_ids) if not 0 <= i < num_adapters]):
+        raise ValueError(f"adapter_ids contains {bad[0]}; it must be from 0 to {num_adapters - 1}")
     adapter_ids = jnp.asarray(adapter_ids)
     is_valid = (adapter_ids >= 0) & (adapter_ids < num_adapters)
     arrays = {name: value for name, value in kwargs.items()
