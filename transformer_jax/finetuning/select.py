@@ -252,9 +252,6 @@ def describe(params: PyTree, mask: PyTree) -> str:
     return "\n".join([header, *(row(*group) for group in groups.items()), row("total", [*leaves])])
 
 
-# Arguments of PEFT terms --------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     """Options of a low-rank update W + s A B.

@@ -28,7 +28,7 @@ from transformer_jax.tree import flatten_paths, unflatten_paths
 
 
 class GenerationInputs(NamedTuple):
-    """Prompts, padded on the right: sources and decoder start tokens for an encoder-decoder."""
+    """Prompts padded on the right. Those of an encoder-decoder are decoder start tokens."""
 
     prompts: Int[Array, "B T"]
     lengths: Int[Array, "B"]
@@ -37,13 +37,10 @@ class GenerationInputs(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values that decoding steps attend to.
+    """Keys and values that decoding steps attend to, by layer name.
 
-    Attributes:
-        self_attention: layer name -> keys and values of the tokens so far, by position.
-        cross_attention: layer name -> keys and values of the source, which stay constant; None for
-            GPT.
-        source_mask: True at source tokens, False at padding; None for GPT.
+    Those of self-attention are of the tokens so far, by position; those of cross-attention are of
+    the source and stay constant. `source_mask` is True at source tokens, False at padding.
     """
 
     self_attention: dict[str, KVCache]
@@ -63,15 +60,9 @@ def prefill(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Processes the prompts and fills the KV cache. A pure function.
 
-    Args:
-        model: GPT or encoder-decoder.
-        params: its parameters.
-        prompts: prompt tokens, padded on the right; for an encoder-decoder, the first tokens of the
-            decoder, such as its start token.
-        lengths: number of prompt tokens of each row, at least 1; T if None.
-        source: source tokens of an encoder-decoder, padded on the right.
-        source_lengths: number of source tokens of each row; S if None.
-        cache_length: number of cache slots of each row, at least T; static.
+    `prompts` and `source` are padded on the right to T and S columns; their lengths are numbers of
+    tokens, at least 1, and T and S if None. The prompts of an encoder-decoder are the first tokens
+    of the decoder, such as its start token. A row has `cache_length` cache slots (static).
 
     Returns:
         The float32 logits of the first new token, and the cache.
