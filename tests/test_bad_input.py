@@ -84,7 +84,8 @@ CASES = {
     "label too large": (lambda _: prepare_label(3), ["label 3", "0 to 2", "num_classes"]),
     "label below zero": (lambda _: prepare_label(-1), ["label -1", "0 to 2", "num_classes"]),
     "unknown trainable spec": (
-        lambda _: select.trainable_mask(tiny_model("gpt2")[1], "bitfitt"), ["bitfitt", "'bitfit'"]),
+        lambda _: select.trainable_mask(tiny_model("gpt2")[1], "bitfitt"),
+        ["bitfitt", "did you mean bitfit"]),
     "trainable spec without a match": (
         lambda _: select.trainable_mask(tiny_model("gpt2")[1], "regex:positon_embed"),
         ["positon_embed", "position_embed/embedding"]),

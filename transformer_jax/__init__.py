@@ -18,9 +18,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     ],
     submod_attrs={
         "finetuning.select": ["trainable_mask"],
-        "generation.api": ["generate"],
+        "generation.api": ["fill_mask", "generate"],
         "generation.options": ["generation_options"],
-        "generation.mask_filling": ["fill_mask"],
         "models": ["presets"],
         "models.bart": ["BART"],
         "models.bert": ["BERT"],

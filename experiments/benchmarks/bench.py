@@ -35,7 +35,7 @@ import tyro
 from transformer_jax import distributed, tree
 from transformer_jax.cli.command import run_command
 from transformer_jax.errors import did_you_mean
-from transformer_jax.finetuning import peft, quantize
+from transformer_jax.finetuning import frozen, peft
 from transformer_jax.generation import generate, transpose_kernels_for_decoding
 from transformer_jax.models import Config, build_model, init_params, presets
 from transformer_jax.objectives import classification
@@ -178,7 +178,7 @@ def make_decoding(case: Case, config: BenchConfig) -> Workload:
         leaf.size for path, leaf in tree.flatten_paths(params).items()
         if not re.search(r"^encoder|position_embed|cross_attention/(key|value)", path))
     all_frozen = jax.tree.map(lambda x: False, params)
-    params, _ = quantize.quantize_frozen(params, all_frozen, config.weights)
+    params, _ = frozen.quantize_frozen(params, all_frozen, config.weights)
     # Not timed: an application that generates many texts transposes the kernels once.
     params = transpose_kernels_for_decoding(model, params, donate=True)
     run = functools.partial(

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from transformer_jax import tree
 from transformer_jax.cli.command import run_command
-from transformer_jax.finetuning import feature_cache, peft, select
+from transformer_jax.finetuning import frozen, peft, select
 from transformer_jax.models import BERT, BERTConfig, init_params, presets
 from transformer_jax.objectives import classification
 from transformer_jax.recipes.run_dir import setup, write_results
@@ -140,12 +140,12 @@ def time_cached_features(config: CostConfig, model: BERT) -> dict[str, float]:
 
     recomputed = time_epoch(model.apply, batches)
     began = time.perf_counter()
-    rows = feature_cache.compute_features(model, params, batches)
+    rows = frozen.compute_features(model, params, batches)
     computing_features = time.perf_counter() - began
     feature_batches = [
         {name: np.stack([row[name] for row in rows[i : i + config.batch_size]])
          for name in rows[0]} for i in range(0, len(rows), config.batch_size)]
-    cached = time_epoch(feature_cache.make_features_apply(model.apply), feature_batches)
+    cached = time_epoch(frozen.make_features_apply(model.apply), feature_batches)
     return {"recomputed": recomputed, "computing_features": computing_features, "cached": cached,
             "ratio": recomputed / cached}
 

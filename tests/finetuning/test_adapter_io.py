@@ -14,7 +14,7 @@ from trained_models import BART, BERT, DORA, trained
 
 from transformer_jax import __version__, storage
 from transformer_jax.finetuning import adapter_io, peft
-from transformer_jax.finetuning.quantize import quantize_frozen
+from transformer_jax.finetuning.frozen import quantize_frozen
 from transformer_jax.finetuning.select import trainable_mask
 from transformer_jax.tree import flatten_paths, map_paths, unflatten_paths
 

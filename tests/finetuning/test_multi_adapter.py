@@ -9,7 +9,7 @@ import small_models
 from trained_models import BART, BERT, DORA, GPT, trained
 
 from transformer_jax.finetuning import adapter_io, multi_adapter
-from transformer_jax.finetuning.quantize import quantize_frozen
+from transformer_jax.finetuning.frozen import quantize_frozen
 from transformer_jax.finetuning.select import trainable_mask
 from transformer_jax.models import build_model
 from transformer_jax.tree import flatten_paths, unflatten_paths

@@ -105,9 +105,10 @@ def test_abstract_parameters_are_accepted():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("haed", "unknown trainable spec 'haed', did you mean 'head'?"),
-        ("", "unknown trainable spec ''; supported: full, head, last_k:2, layers"),
-        ("head+bitfti", "unknown trainable spec 'bitfti', did you mean 'bitfit'?"),
+        ("haed",
+         "unknown trainable spec 'haed'; did you mean head? Choose one of full, head, last_k:2"),
+        ("", "unknown trainable spec ''; choose one of full, head, last_k:2, layers"),
+        ("head+bitfti", "unknown trainable spec 'bitfti'; did you mean bitfit?"),
         ("last_k", "'last_k' needs an argument, for example last_k:2"),
         ("last_k:", "'last_k' needs an argument"),
         ("last_k:0", "last_k:0: the number of layers must be from 1 to 12"),

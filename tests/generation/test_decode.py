@@ -167,7 +167,7 @@ def test_generate_refuses_traced_arrays():
     ([[1, 2]], {"lengths": [3]}, r"lengths are \[3\]; they must be integers from 1 to 2"),
     ([[1, 2]], {"lengths": [0]}, r"lengths are \[0\]; they must be"),
     ([[1, 2]], {"lengths": [1, 1]}, r"lengths have shape \(2,\); give one for each of 1 rows"),
-    ([[1]], {"max_new_toknes": 3}, "unknown option max_new_toknes of decode; did you mean max_new"),
+    ([[1]], {"max_new_toknes": 3}, "unknown option max_new_toknes; did you mean max_new"),
     ([[1]], {"streamer": print}, "decode is pure and has no streamer; use generate"),
     ([[1]], {"max_new_tokens": 40}, "1 tokens and 40 new tokens exceed the model's max_length"),
     ([[1]], {"do_sample": True}, "do_sample is True but rng is None"),

@@ -7,7 +7,7 @@ import pytest
 from small_models import GPT2
 
 from transformer_jax import sharding
-from transformer_jax.finetuning import peft, quantize
+from transformer_jax.finetuning import frozen, peft
 from transformer_jax.generation import decoding, generate
 from transformer_jax.models import GPT, init_params
 from transformer_jax.nn import matmul, quantized
@@ -15,6 +15,7 @@ from transformer_jax.nn.backends.cpu import MATVEC_MAX_ROWS
 from transformer_jax.tree import flatten_paths
 
 MODEL = GPT(GPT2)
+BFLOAT16 = GPT(GPT2.replace(dtype="bfloat16"))
 PARAMS = init_params(MODEL, jax.random.key(0))
 
 
@@ -51,7 +52,7 @@ def test_logits_are_equal(spec):
     if spec:
         params = jax.tree.map(lambda x: x + 0.01, peft.add_peft_params(
             params, spec, jax.random.key(1)))
-    converted = decoding.transpose_kernels(params, jnp.float32)
+    converted = decoding.transpose_kernels_for_decoding(MODEL, params)
     paths = flatten_paths(converted)
     assert ("decoder/layer_0/mlp/wi/kernel_t" in paths) == ("dora" not in spec)
     assert ("decoder/layer_0/mlp/wi/kernel" in paths) == ("dora" in spec)
@@ -63,7 +64,7 @@ def test_logits_are_equal(spec):
 
 
 def test_kernels_have_the_compute_dtype():
-    converted = flatten_paths(decoding.transpose_kernels(PARAMS, jnp.bfloat16))
+    converted = flatten_paths(decoding.transpose_kernels_for_decoding(BFLOAT16, PARAMS))
     kernel = PARAMS["decoder"]["layer_0"]["self_attention"]["out"]["kernel"]
     found = converted["decoder/layer_0/self_attention/out/kernel_t"]
     np.testing.assert_array_equal(found, kernel.astype(jnp.bfloat16).transpose(2, 0, 1))
@@ -81,7 +82,7 @@ def test_parameters_converted_once():
             expected, generate(MODEL, params, [[5, 9], [7]], max_new_tokens=5))
     assert jax.tree.map(jnp.shape, twice) == jax.tree.map(jnp.shape, once)
 
-    quantized = quantize.quantize_frozen(PARAMS, jax.tree.map(lambda x: False, PARAMS), "int8")[0]
+    quantized = frozen.quantize_frozen(PARAMS, jax.tree.map(lambda x: False, PARAMS), "int8")[0]
     expected = generate(MODEL, quantized, [[5, 9], [7]], max_new_tokens=5)
     once = decoding.transpose_kernels_for_decoding(MODEL, quantized)
     assert flatten_paths(once)["token_embed/embedding_t"].dtype == jnp.int8
@@ -99,14 +100,14 @@ def test_donated_arrays_are_deleted():
 
 def test_kernels_are_not_transposed_on_a_mesh():
     with jax.set_mesh(sharding.make_mesh(8, 1)):
-        converted = flatten_paths(decoding.transpose_kernels(PARAMS, jnp.bfloat16))
+        converted = flatten_paths(decoding.transpose_kernels_for_decoding(BFLOAT16, PARAMS))
     for path, leaf in flatten_paths(PARAMS).items():
         assert converted[path].shape == leaf.shape
         assert converted[path].dtype == (
             jnp.bfloat16 if path.endswith(("kernel", "embedding")) else leaf.dtype)
 
 
-QUANTIZED, _ = quantize.quantize_frozen(PARAMS, jax.tree.map(lambda x: False, PARAMS), "int8")
+QUANTIZED, _ = frozen.quantize_frozen(PARAMS, jax.tree.map(lambda x: False, PARAMS), "int8")
 
 
 def test_matmul_transposed_int8():
@@ -130,14 +131,14 @@ def test_int8_parameters_give_nearly_equal_logits(spec):
     if spec:
         quantized = jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 else x,
                              peft.add_peft_params(QUANTIZED, spec, jax.random.key(1)))
-    converted = decoding.transpose_kernels(quantized, jnp.float32)
+    converted = decoding.transpose_kernels_for_decoding(MODEL, quantized)
     paths = flatten_paths(converted)
     assert paths["decoder/layer_0/mlp/wi/kernel_t"].dtype == jnp.int8
     assert paths["token_embed/embedding_t"].dtype == jnp.int8
     tokens = jnp.arange(12).reshape(2, 6)
     found, expected = (MODEL.apply({"params": p}, tokens).logits
                        for p in (converted,
-                                 quantize.dequantize(quantized) if not spec else quantized))
+                                 frozen.dequantize(quantized) if not spec else quantized))
     np.testing.assert_allclose(found, expected, atol=0.05 * float(jnp.abs(expected).max()))
     out = generate(MODEL, quantized, [[1, 2, 3], [4, 5]], max_new_tokens=5)
     assert out.shape == (2, 8)
@@ -145,7 +146,7 @@ def test_int8_parameters_give_nearly_equal_logits(spec):
 
 def test_int8_parameters_are_unchanged_on_a_mesh():
     with jax.set_mesh(sharding.make_mesh(8, 1)):
-        converted = decoding.transpose_kernels(QUANTIZED, jnp.float32)
+        converted = decoding.transpose_kernels_for_decoding(MODEL, QUANTIZED)
     assert flatten_paths(converted).keys() == flatten_paths(QUANTIZED).keys()
 
 

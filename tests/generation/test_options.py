@@ -8,6 +8,7 @@ from generation_models import FAMILIES, GPT, PROMPTS, new_tokens, run, varied_mo
 from small_models import VOCAB
 
 from transformer_jax.generation import api, generate, options
+from transformer_jax.generation.options import GenerateOptions
 from transformer_jax.generation.padding import bad_words_table, power_of_two_length
 
 BART = FAMILIES["bart"]
@@ -71,8 +72,8 @@ def test_special_token_ids():
              "suppress_tokens", "begin_suppress_tokens", "decoder_start_token_id")
 
     def found(config, **given):
-        values = dict.fromkeys(names) | given
-        out = options.special_token_ids(config, values, is_encoder_decoder=config is not GPT)
+        out = options.special_token_ids(
+            config, GenerateOptions(**given), is_encoder_decoder=config is not GPT)
         return [out[name].tolist() for name in names if name in out]
 
     assert found(GPT) == [[]] * 6
@@ -98,10 +99,9 @@ def test_special_token_ids():
     ],
 )
 def test_new_token_limits(given, longest, expected):
-    names = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
-    values = dict.fromkeys(names) | given
     assert options.new_token_limits(
-        values, width=8, longest=longest, max_positions=40, name="prompt") == expected
+        GenerateOptions(**given), width=8, longest=longest, max_positions=40,
+        name="prompt") == expected
 
 
 def test_default_padding_token_is_the_end_token():
@@ -113,7 +113,7 @@ def test_number_of_beam_candidates():
     """Enough for every end token and `num_beams` others, up to the vocabulary size of 4."""
     def num_candidates(ends):
         found, _ = options.prepare(
-            GPT.replace(vocab_size=4), api._DEFAULTS | {"num_beams": 3, "eos_token_id": ends},
+            GPT.replace(vocab_size=4), GenerateOptions(num_beams=3, eos_token_id=ends),
             is_encoder_decoder=False, num_rows=1, width=3, longest=3, max_positions=40,
             round_up=True)
         return found.num_beam_candidates
@@ -208,6 +208,12 @@ BERT = small_models.BERT
         ([[1]], {"logits_processors": len},
          r"logits_processors is <.*>; give a list of functions \(scores, sequences\) -> scores"),
         ([[1]], {"num_assistant_tokens": 0}, "num_assistant_tokens is 0; it must be"),
+        ([[1]], {"num_assistant_tokens": 3},
+         "num_assistant_tokens is 3 but assistant_model is None; pass assistant_model="),
+        *(([[1]], {name: None}, f"{name} is None; ") for name in (
+            "num_beams", "num_return_sequences", "temperature", "top_p", "do_sample",
+            "repetition_penalty", "no_repeat_ngram_size", "length_penalty", "logits_processors")),
+        ([[1]], {"tempreature": 0.5}, "unknown option tempreature; did you mean temperature"),
         ([[1]], {"assistant_model": varied_model(GPT)[0]}, "assistant_model is a GPT; give"),
         ([[1]], {"assistant_model": varied_model(BART)},
          "assistant_model is a BART and model a GPT; both must be GPT models, or both enc"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_models import BART, BERT, GPT2, TRANSFORMER, VOCAB, build, forward
 
-from transformer_jax.finetuning import feature_cache, peft
+from transformer_jax.finetuning import frozen, peft
 from transformer_jax.models import build_model
 from transformer_jax.objectives.classification import (
     TASK_TYPES,
@@ -181,9 +181,9 @@ def test_both_orders_adds_the_features_of_both_rows():
                          method="logits_from_features")
     np.testing.assert_allclose(probabilities[0], jax.nn.softmax(logits)[0], rtol=1e-4)
     # The same from cached features.
-    cached = stack(feature_cache.compute_features(model, params, [stack([row])]))
+    cached = stack(frozen.compute_features(model, params, [stack([row])]))
     from_cache = classification_predict(
-        feature_cache.make_features_apply(model.apply), params, cached)
+        frozen.make_features_apply(model.apply), params, cached)
     np.testing.assert_allclose(from_cache["probabilities"][0], probabilities[0], rtol=1e-4)
 
 

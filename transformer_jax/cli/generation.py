@@ -53,7 +53,7 @@ def generate(
     """
     import jax
 
-    from transformer_jax.finetuning import quantize
+    from transformer_jax.finetuning import frozen
     from transformer_jax.generation import generate as generate_tokens
     from transformer_jax.pretrained import load_model
 
@@ -61,7 +61,7 @@ def generate(
     check_family(found.model, "GPT")
     tokenizer, max_length = found.tokenizer, found.model.config.max_length
     all_frozen = jax.tree.map(lambda x: False, found.params)
-    params = quantize.quantize_frozen(found.params, all_frozen, weights)[0]
+    params = frozen.quantize_frozen(found.params, all_frozen, weights)[0]
     options = given(temperature=temperature, top_k=top_k, top_p=top_p)
     if options:
         options |= {"do_sample": True, "rng": jax.random.key(seed)}
@@ -222,7 +222,6 @@ def _generate_targets(
 ) -> Iterator[str]:
     """Yields the target of each text. Sources longer than the model's max_length are truncated,
     with a message on standard error."""
-    from transformer_jax.generation import generate as generate_tokens
     from transformer_jax.pretrained import load_model
 
     model, params, tokenizer, _ = load_model(model_name, "seq2seq_lm")
@@ -236,8 +235,8 @@ def _generate_targets(
                 print(f"text {start + i + 1} has {len(row)} tokens and is truncated to the "
                       f"model's {max_length} positions", file=sys.stderr)
                 rows[i] = [*row[: max_length - 1], row[-1]]
-        for ids in generate_tokens(model, params, rows, **options):
-            yield tokenizer.decode(ids).strip()
+        yield from generate_texts(
+            model, params, tokenizer, rows, batch_size=len(rows), **options)
 
 
 def target_options(

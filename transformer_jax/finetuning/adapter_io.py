@@ -5,8 +5,7 @@
 
 A folder contains a JSON manifest and the safetensors file that it names. An adapter holds all
 trained parameters, and also the PEFT and newly initialized parameters that are not trained, such as
-the scale of a LoRA. With the trainable spec "full" it is as large as the base. `multi_adapter`
-applies several adapters in one batch.
+the scale of a LoRA.
 """
 
 import hashlib
@@ -39,14 +38,12 @@ _INT8_SUFFIXES = ("_int8", "_scale")
 
 
 class SavedAdapter(NamedTuple):
-    """An adapter that was loaded from a folder.
+    """An adapter that was loaded from a folder: the trained parameters, and the manifest.
 
-    Attributes:
-        params: the trained parameters, as a nested dict.
-        manifest: "recipe" (the trainable spec), "task", "label_names", "base" (fingerprint of the
-            base), "frozen" (dtype of the frozen weights during training: float32, bfloat16 or
-            int8), "version" (of this library), "metadata" (as given to `save_adapter`), and
-            "leaves" (path -> shape and dtype).
+    The manifest has "recipe" (the trainable spec), "task", "label_names", "base" (fingerprint of
+    the base), "frozen" (dtype of the frozen weights during training: float32, bfloat16 or int8),
+    "version" (of this library), "metadata" (as given to `save_adapter`), and "leaves" (path ->
+    shape and dtype).
     """
 
     params: PyTree
@@ -54,7 +51,7 @@ class SavedAdapter(NamedTuple):
 
 
 def peft_param_paths(leaves: Leaves) -> set[str]:
-    """Returns the paths that are not part of a base: PEFT and newly initialized parameters."""
+    """Returns the paths that no base has: PEFT and newly initialized parameters."""
     patterns = [PEFT_PARAM.pattern, *new_param_patterns(list(leaves))]
     return {path for path in leaves if any(re.search(p, path) for p in patterns)}
 
@@ -66,9 +63,6 @@ def fingerprint(params: PyTree) -> str:
     initialized parameters such as the classifier. It does not depend on the devices, the array
     types or the order of the parameters. A quantized base has another fingerprint than the original
     because it computes another function; quantization is deterministic, and so is its fingerprint.
-
-    Args:
-        params: parameters of the base, with or without PEFT parameters.
     """
     leaves = flatten_paths(params)
     digest = hashlib.sha256()
@@ -116,10 +110,9 @@ def save_adapter(
         (dict_keys(['bias']), 'bitfit')
     """
     leaves, is_trainable, base_leaves = (flatten_paths(tree) for tree in (params, mask, base))
-    if leaves.keys() != is_trainable.keys():
-        unmatched = min(leaves.keys() ^ is_trainable.keys())
+    if unmatched := leaves.keys() ^ is_trainable.keys():
         raise ValueError(
-            f"only one of mask and params has {unmatched}; give the mask of these params")
+            f"only one of mask and params has {min(unmatched)}; give the mask of these params")
     selected = sorted(
         peft_param_paths(leaves) | {path for path, value in is_trainable.items() if value})
     if quantized := [path for path in selected if path.endswith("_int8")]:
@@ -181,14 +174,7 @@ def _check_frozen(path: str, leaf: Any, base: Leaves) -> None:
 
 
 def load_adapter(folder: str | Path, base: PyTree) -> SavedAdapter:
-    """Loads an adapter and checks that it belongs to the base.
-
-    Args:
-        folder: folder that `save_adapter` wrote.
-        base: parameters of the base model.
-
-    Returns:
-        The trained parameters and the manifest.
+    """Loads an adapter and checks that it belongs to the base model with parameters `base`.
 
     Raises:
         FileNotFoundError: there is no adapter, or its weights are missing.
@@ -257,24 +243,21 @@ def _check_leaves(file: Path, found: dict, expected: dict, base: Leaves) -> None
             raise ValueError(
                 f"{file}: {path} has dtype {value.dtype} and shape {value.shape}, but shape "
                 f"{expected[path]['shape']} in the manifest; copy the folder again")
+        original, problem = base.get(path, base.get(f"{path}_int8")), ""
         if path in peft_paths:
             if not _fits_layer(path, merged):
-                raise ValueError(f"{file}: {path} of shape {value.shape} does not fit the layer of "
-                                 "the base, or its other PEFT parameters are missing; the adapter "
-                                 "does not belong to this base")
-            continue
-        original = base.get(path, base.get(f"{path}_int8"))
-        if original is None:
-            raise ValueError(f"{file} has {path!r}, but the base has no such parameter; the "
-                             "adapter does not belong to this base")
-        if original.shape != value.shape:
-            raise ValueError(f"{file}: {path} has shape {value.shape}, but {original.shape} in the "
-                             "base; the adapter does not belong to this base")
+                problem = (f"of shape {value.shape} does not fit the layer of the base, or its "
+                           "other PEFT parameters are missing")
+        elif original is None:
+            problem = "is in the file, but the base has no such parameter"
+        elif original.shape != value.shape:
+            problem = f"has shape {value.shape}, but {original.shape} in the base"
+        if problem:
+            raise ValueError(f"{file}: {path} {problem}; the adapter does not belong to this base")
 
 
 def _fits_layer(path: str, leaves: Leaves) -> bool:
-    """Whether a PEFT or newly initialized parameter fits its layer, and the parameters that belong
-    to it exist."""
+    """Whether a PEFT or newly initialized parameter fits its layer and its companions exist."""
 
     def shape_of(name: str, layer: str) -> tuple[int, ...]:
         leaf = leaves.get(f"{layer}/{name}", leaves.get(f"{layer}/{name}_int8"))
@@ -310,14 +293,10 @@ def _fits_layer(path: str, leaves: Leaves) -> bool:
 
 
 def apply_adapter(base: PyTree, adapter: SavedAdapter | PyTree) -> PyTree:
-    """Returns the base with the parameters of an adapter.
+    """Returns the base with the parameters of an adapter, without copies of arrays.
 
     PEFT and newly initialized parameters that the base has from another task are left out, so the
-    result is the trained model. No array is copied.
-
-    Args:
-        base: parameters of the base model.
-        adapter: a loaded adapter, or its parameters.
+    result is the trained model.
     """
     params = flatten_paths(adapter.params if isinstance(adapter, SavedAdapter) else adapter)
     leaves = flatten_paths(base)

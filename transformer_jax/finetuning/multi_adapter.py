@@ -23,11 +23,9 @@ from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
 
 
 class StackedAdapters(NamedTuple):
-    """K adapters with a common structure, padded to common shapes.
+    """K adapters with a common structure, padded to common shapes; parameters are `[K, ...]`.
 
-    Attributes:
-        params: parameters, each `[K, ...]`.
-        num_classes: number of classes of each adapter's classifier; None if all are equal.
+    `num_classes` is that of each adapter's classifier; None if all are equal.
     """
 
     params: PyTree
@@ -35,19 +33,14 @@ class StackedAdapters(NamedTuple):
 
 
 def stack_adapters(adapters: Sequence[SavedAdapter | PyTree], base: PyTree) -> StackedAdapters:
-    """Stacks adapters of several tasks for `apply_per_row`.
+    """Stacks adapters of the same base for `apply_per_row`; the id of an adapter is its index.
 
     The adapters may have different structures; stacking does not change their outputs. LoRA ranks,
     adapter widths and numbers of classes are padded with zeros. Where only some of the adapters
     have a LoRA or bottleneck adapter, the others get zeros; for IA3 they get ones; for a trained
     parameter of the base, they get the value of the base. DoRA is converted to LoRA and a scale of
-    the outputs. LoRA dropout is removed.
-
-    Args:
-        adapters: adapters of the same base. The id of an adapter is its index. An element may also
-            be the complete parameters of a fine-tuned model; parameters that no model has changed
-            are not stacked.
-        base: parameters of the base model.
+    the outputs. LoRA dropout is removed. An element may also be the complete parameters of a
+    fine-tuned model; parameters that no model has changed are not stacked.
 
     Raises:
         ValueError: there are no adapters, none differs from the base, or they cannot be stacked:
@@ -69,9 +62,7 @@ def stack_adapters(adapters: Sequence[SavedAdapter | PyTree], base: PyTree) -> S
                 raise ValueError(f"{path} has the shapes {', '.join(map(str, sorted(shapes)))} in "
                                  "these adapters; adapters of one batch need one shape")
             max_shape = np.max([leaf.shape for leaf in values], axis=0)
-            values = [
-                jnp.pad(leaf, [(0, target - size) for target, size in zip(max_shape, leaf.shape)])
-                for leaf in values]
+            values = [jnp.pad(leaf, [(0, n) for n in max_shape - leaf.shape]) for leaf in values]
         stacked[path] = jnp.stack(values)
     if not stacked:
         raise ValueError(f"none of the {len(adapters)} adapters differs from the base; call the "
@@ -134,19 +125,15 @@ _CLASS_LOGITS_METHODS = ("classification_logits", "token_classification_logits",
 
 
 def _method_name(apply: Callable, kwargs: dict[str, Any]) -> str | None:
-    """Returns the name of the model's method, which may be given as a function or in a partial."""
+    """Returns the name of the model's method, which may be a function or in a partial."""
     given = apply.keywords if isinstance(apply, functools.partial) else {}
     method = (given | kwargs).get("method")
     return method.__name__ if callable(method) else method
 
 
 def apply_per_row(
-    apply: Callable,
-    base: PyTree,
-    stacked: StackedAdapters,
-    adapter_ids: Int[Array, "B"],
-    *inputs: Array,
-    **kwargs: Any,
+    apply: Callable, base: PyTree, stacked: StackedAdapters, adapter_ids: Int[Array, "B"],
+    *inputs: Array, **kwargs: Any,
 ) -> Any:
     """Applies a model to a batch, each row with its own adapter.
 
@@ -171,12 +158,11 @@ def apply_per_row(
             differ and the method is unknown.
     """
     num_adapters = jax.tree.leaves(stacked.params)[0].shape[0]
-    if not isinstance(adapter_ids, jax.core.Tracer):
-        invalid = [int(i) for i in np.asarray(adapter_ids) if not 0 <= i < num_adapters]
-        if invalid:
-            raise ValueError(
-                f"adapter_ids contains {invalid[0]}; it must be from 0 to {num_adapters - 1}")
+    is_known = not isinstance(adapter_ids, jax.core.Tracer)  # also for constants under `jit`
+    if is_known and (bad := [int(i) for i in np.asarray(adapter_ids) if not 0 <= i < num_adapters]):
+        raise ValueError(f"adapter_ids contains {bad[0]}; it must be from 0 to {num_adapters - 1}")
     adapter_ids = jnp.asarray(adapter_ids)
+    is_valid = (adapter_ids >= 0) & (adapter_ids < num_adapters)
     arrays = {name: value for name, value in kwargs.items()
               if isinstance(value, jax.Array | np.ndarray)}
     shared = {name: value for name, value in kwargs.items() if name not in arrays}
@@ -198,7 +184,6 @@ def apply_per_row(
     row_adapters = jax.tree.map(lambda leaf: leaf[adapter_ids], stacked.params)
     rows = tuple(map(jnp.asarray, inputs)), jax.tree.map(jnp.asarray, arrays)
     out = jax.vmap(apply_row)(row_adapters, rows)
-    is_valid = (adapter_ids >= 0) & (adapter_ids < num_adapters)
     out = jax.tree.map(
         lambda x: jnp.where(is_valid.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
         if jnp.issubdtype(x.dtype, jnp.floating) else x, out)

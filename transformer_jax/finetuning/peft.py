@@ -28,12 +28,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from transformer_jax.finetuning.select import (
-    parse_lora,
-    parse_size,
-    split_spec,
-    trainable_mask,
-)
+from transformer_jax.finetuning.select import parse_lora, parse_size, split_spec, trainable_mask
 from transformer_jax.models import GPT, Model
 from transformer_jax.nn.quantized import dequantize
 from transformer_jax.tree import PyTree, flatten_paths, unflatten_paths
@@ -49,8 +44,7 @@ Leaves = dict[str, jax.Array]  # path -> parameter
 def _find_kernels(leaves: Leaves, names: Sequence[str]) -> dict[str, tuple[tuple, tuple]]:
     """Finds the kernels of linear layers with given names in layer_0, layer_1, ...
 
-    Returns:
-        Layer path -> (sizes of the input axes, sizes of the output axes).
+    Returns layer path -> (sizes of the input axes, sizes of the output axes).
     """
     found = {}
     for path, leaf in leaves.items():
@@ -113,39 +107,28 @@ def _init_prefix(argument: str, leaves: Leaves, rng: jax.Array) -> Leaves:
 
 
 def _init_prompt(argument: str, leaves: Leaves, rng: jax.Array) -> Leaves:
-    """Initializes the prompt with embeddings of random tokens, which are better than noise (Lester
-    et al. 2021, section 3.2)."""
-    length = parse_size("prompt", argument)
+    # Embeddings of random tokens are better than noise (Lester et al. 2021, section 3.2).
     table = float32_matrix(leaves, "token_embed", "embedding")
-    ids = jax.random.choice(rng, table.shape[0], (length,))
+    ids = jax.random.choice(rng, table.shape[0], (parse_size("prompt", argument),))
     return {"prompt": jnp.take(table, ids, axis=0)}
 
 
 def _init_ia3(argument: None, leaves: Leaves, rng: jax.Array) -> Leaves:
-    heads = _find_kernels(leaves, ("key", "value"))
-    hidden = _find_kernels(leaves, ("wo",))
+    heads, hidden = _find_kernels(leaves, ("key", "value")), _find_kernels(leaves, ("wo",))
     return {f"{layer}/ia3_output": jnp.ones(outputs) for layer, (_, outputs) in heads.items()} | {
         f"{layer}/ia3_input": jnp.ones(inputs) for layer, (inputs, _) in hidden.items()}
 
 
 # Name of a term -> function (argument, parameters, rng) -> added parameters.
-PEFT_INITIALIZERS: dict[str, Callable[[str, Leaves, jax.Array], Leaves]] = {
+_INITIALIZERS: dict[str, Callable[[str, Leaves, jax.Array], Leaves]] = {
     "lora": _init_lora, "adapter": _init_adapter, "prefix": _init_prefix, "prompt": _init_prompt,
     "ia3": _init_ia3}
 
 
 def add_peft_params(params: PyTree, spec: str, rng: jax.Array) -> PyTree:
-    """Adds the PEFT parameters of a trainable spec.
+    """Adds the PEFT parameters of a trainable spec; terms such as "bitfit" add nothing.
 
     The function is pure and can be traced by `jax.jit` and `jax.eval_shape`.
-
-    Args:
-        params: parameters of a model.
-        spec: trainable spec; terms without PEFT parameters, such as "bitfit", add nothing.
-        rng: for the initial values.
-
-    Returns:
-        The parameters with the PEFT parameters; existing arrays are not copied.
 
     Raises:
         ValueError: the spec is invalid, there are no layers of the required kind, or the PEFT
@@ -160,9 +143,9 @@ def add_peft_params(params: PyTree, spec: str, rng: jax.Array) -> PyTree:
     """
     leaves = flatten_paths(params)
     for i, (name, argument) in enumerate(split_spec(spec)):
-        if name not in PEFT_INITIALIZERS:
+        if name not in _INITIALIZERS:
             continue
-        added = PEFT_INITIALIZERS[name](argument, leaves, jax.random.fold_in(rng, i))
+        added = _INITIALIZERS[name](argument, leaves, jax.random.fold_in(rng, i))
         if not added:
             raise ValueError(f"trainable spec {spec!r}: none of {len(leaves)} parameters belongs "
                              f"to a layer that {name} applies to; give the parameters of a model "
@@ -175,15 +158,9 @@ def add_peft_params(params: PyTree, spec: str, rng: jax.Array) -> PyTree:
 
 
 def add_and_mask(params: PyTree, spec: str, rng: jax.Array) -> tuple[PyTree, PyTree]:
-    """Adds the PEFT parameters of a trainable spec and makes its mask.
+    """Adds the PEFT parameters of a trainable spec and returns (params, mask).
 
-    Args:
-        params: parameters of a model.
-        spec: trainable spec.
-        rng: for the initial values of PEFT parameters.
-
-    Returns:
-        The parameters, and a mask that is True at trainable parameters.
+    The mask is True at trainable parameters.
 
     Raises:
         ValueError: as `add_peft_params` and `select.trainable_mask`.
@@ -202,13 +179,7 @@ def merge(params: PyTree) -> PyTree:
     """Merges LoRA, DoRA and IA3 into the kernels, without changing the model's outputs.
 
     Merged kernels are float32. Other parameters in bfloat16 or int8 are unchanged
-    (`quantize.dequantize` converts them).
-
-    Args:
-        params: parameters with or without PEFT parameters.
-
-    Returns:
-        Parameters without PEFT parameters.
+    (`frozen.dequantize` converts them).
 
     Raises:
         ValueError: there are adapters, prefixes, prompts or embeddings of added tokens, which
@@ -220,18 +191,12 @@ def merge(params: PyTree) -> PyTree:
         >>> merge({"layer_0": {"mlp": {"wo": layer}}})["layer_0"]["mlp"]["wo"]["kernel"][0].tolist()
         [3.0, 3.0]
     """
-    leaves = flatten_paths(params)
+    leaves, mergeable = flatten_paths(params), re.compile(r"/(lora|ia3)_\w+$")
     for path in leaves:
-        if PEFT_PARAM.search(path) and not re.search(r"/(lora|ia3)_\w+$", path):
+        if PEFT_PARAM.search(path) and not mergeable.search(path):
             raise ValueError(f"{path} cannot be merged into the base model; save the PEFT "
                              "parameters with finetuning.adapter_io, or train lora or ia3 instead")
-    return unflatten_paths(_merge_leaves(leaves))
-
-
-def _merge_leaves(leaves: Leaves) -> Leaves:
-    """Merges LoRA and IA3 into kernels and biases; other parameters are unchanged."""
-    merged = {path: leaf for path, leaf in leaves.items()
-              if not re.search(r"/(lora|ia3)_\w+$", path)}
+    merged = {path: leaf for path, leaf in leaves.items() if not mergeable.search(path)}
     layers = {path.rpartition("/")[0] for path in leaves.keys() - merged.keys()}
     for layer in layers:
         peft = {name: leaves.get(f"{layer}/{name}") for name in (
@@ -249,10 +214,10 @@ def _merge_leaves(leaves: Leaves) -> Leaves:
             kernel = kernel * scale
             if f"{layer}/bias" in merged:
                 merged[f"{layer}/bias"] = merged[f"{layer}/bias"] * scale
-        merged.pop(f"{layer}/kernel_int8", None)
-        merged.pop(f"{layer}/kernel_scale", None)
+        for name in ("kernel_int8", "kernel_scale"):
+            merged.pop(f"{layer}/{name}", None)
         merged[f"{layer}/kernel"] = kernel
-    return merged
+    return unflatten_paths(merged)
 
 
 def float32_matrix(leaves: Leaves, layer: str, name: str = "kernel") -> jax.Array:
@@ -264,12 +229,7 @@ def float32_matrix(leaves: Leaves, layer: str, name: str = "kernel") -> jax.Arra
 
 
 def column_norms(kernel: jax.Array, num_input_axes: int) -> jax.Array:
-    """Returns the Euclidean norm of each output's weights, at least the smallest normal float32.
-
-    Args:
-        kernel: input axes, then output axes.
-        num_input_axes: number of input axes, over which the norm is computed.
-    """
+    """Returns the norm of each output's weights, at least the smallest normal float32."""
     norms = jnp.sqrt(jnp.square(kernel).sum(tuple(range(num_input_axes))))
     return jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
 
@@ -277,19 +237,8 @@ def column_norms(kernel: jax.Array, num_input_axes: int) -> jax.Array:
 def add_tokens(params: PyTree, num_tokens: int, rng: jax.Array, std: float = 0.02) -> PyTree:
     """Adds embeddings of new special tokens, with the ids vocab_size, vocab_size + 1, ...
 
-    The new tokens are inputs only; the output layer has no logits for them.
-
-    Args:
-        params: parameters of a model.
-        num_tokens: number of new tokens.
-        rng: for the initial embeddings.
-        std: standard deviation of the initial embeddings.
-
-    Returns:
-        The parameters with `token_embed/extra`, `[num_tokens, D]`.
-
-    Raises:
-        ValueError: `num_tokens` is below 1, or tokens were already added.
+    The new tokens are inputs only; the output layer has no logits for them. Their embeddings are
+    `token_embed/extra`, `[num_tokens, D]`, with initial standard deviation `std`.
     """
     leaves = flatten_paths(params)
     if num_tokens < 1:
@@ -307,13 +256,6 @@ def fold_tokens(model: Model, params: PyTree) -> tuple[Model, PyTree]:
 
     The output layer then has logits for these tokens too: computed from their embeddings if the
     output layer is tied, otherwise 0.
-
-    Args:
-        model: the model.
-        params: parameters with or without added tokens.
-
-    Returns:
-        (model, params), with the larger vocabulary if there are added tokens.
     """
     leaves = dict(flatten_paths(params))
     extra = leaves.pop("token_embed/extra", None)
@@ -340,16 +282,6 @@ def fold_prompt(model: GPT, params: PyTree) -> PyTree:
 
     The conversion is exact: the prompt does not attend to the tokens after it, so its keys and
     values in each layer are constant.
-
-    Args:
-        model: a GPT.
-        params: parameters with a prompt.
-
-    Returns:
-        Parameters with prefixes in place of the prompt.
-
-    Raises:
-        ValueError: the model is not a GPT, there is no prompt, or there are prefixes too.
     """
     leaves = dict(flatten_paths(params))
     if not isinstance(model, GPT):

@@ -40,6 +40,7 @@ from typing import NamedTuple
 
 import regex  # like `re`, with a timeout: expressions given by users may backtrack exponentially
 
+from transformer_jax.errors import did_you_mean
 from transformer_jax.tree import PyTree, count, flatten_paths, map_paths
 
 CLASSIFIER = r"(^|/)classifier/"
@@ -55,17 +56,11 @@ LORA_TARGETS = ("query", "key", "value", "out", "wi", "wo")
 def new_param_patterns(paths: Sequence[str]) -> list[str]:
     """Returns regular expressions for the newly initialized parameters of a model.
 
-    Args:
-        paths: the paths of the model's parameters. The pooler counts as newly initialized only in
-            an encoder-decoder.
+    The pooler counts as newly initialized only in an encoder-decoder.
     """
     is_encoder_decoder = any(p.startswith("encoder/") for p in paths) and any(
         p.startswith("decoder/") for p in paths)
     return [CLASSIFIER, EXTRA_TOKENS, *([r"^pooler/"] if is_encoder_decoder else [])]
-
-
-def _head(argument: str | None, paths: Sequence[str]) -> Sequence[str]:
-    return new_param_patterns(paths)
 
 
 def _layers_per_stack(name: str, paths: Sequence[str]) -> dict[str, int]:
@@ -85,15 +80,10 @@ def _last_k(argument: str, paths: Sequence[str]) -> list[str]:
     stacks = _layers_per_stack("last_k", paths)
     num_layers = min(stacks.values())
     if not argument.isdecimal() or not 1 <= int(argument) <= num_layers:
-        raise ValueError(
-            f"last_k:{argument}: the number of layers must be from 1 to {num_layers}, "
-            f"for example last_k:{min(2, num_layers)}"
-        )
-    last = [
-        f"^{re.escape(stack)}layer_{i}/"
-        for stack, layers in stacks.items()
-        for i in range(layers - int(argument), layers)
-    ]
+        raise ValueError(f"last_k:{argument}: the number of layers must be from 1 to {num_layers}, "
+                         f"for example last_k:{min(2, num_layers)}")
+    last = [f"^{re.escape(stack)}layer_{i}/" for stack, layers in stacks.items()
+            for i in range(layers - int(argument), layers)]
     return [*last, r"(^|/)final_norm/", r"(^|/)pooler/"]
 
 
@@ -105,31 +95,26 @@ def _layers(argument: str, paths: Sequence[str]) -> list[str]:
     if not first <= last < num_layers:
         raise ValueError(
             f"layers:{argument}: the layers must be from 0 to {num_layers - 1}, as FIRST-LAST, "
-            f"for example layers:{max(num_layers - 2, 0)}-{num_layers - 1}"
-        )
+            f"for example layers:{max(num_layers - 2, 0)}-{num_layers - 1}")
     return [rf"(^|/)layer_{i}/" for i in range(first, last + 1)]
 
 
 class SpecTerm(NamedTuple):
     """Definition of one kind of term in a trainable spec.
 
-    Attributes:
-        patterns: regular expressions that are searched in the paths; or a function (argument of the
-            term, paths) that returns them. The first must match at least one path.
-        example: the term with an argument; empty if it takes none.
-        adds_params: whether the term trains parameters that `peft.add_peft_params` adds.
-        trains_new_params: whether the term also trains newly initialized parameters.
+    `patterns` are regular expressions that are searched in the paths, or a function (argument of
+    the term, paths) that returns them. The first must match at least one path.
     """
 
     patterns: Sequence[str] | Callable[[str, Sequence[str]], Sequence[str]]
-    example: str = ""
-    adds_params: bool = False
-    trains_new_params: bool = True
+    example: str = ""  # the term with an argument; empty if it takes none
+    adds_params: bool = False  # whether `peft.add_peft_params` adds the parameters
+    trains_new_params: bool = True  # whether newly initialized parameters are trained too
 
 
 SPEC_TERMS: dict[str, SpecTerm] = {
     "full": SpecTerm([r""]),
-    "head": SpecTerm(_head),
+    "head": SpecTerm(lambda argument, paths: new_param_patterns(paths)),
     "last_k": SpecTerm(_last_k, "last_k:2"),
     "layers": SpecTerm(_layers, "layers:8-11"),
     "embeddings": SpecTerm([r"(^|/)token_embed/", r"(position|segment)_embed/"]),
@@ -145,34 +130,23 @@ SPEC_TERMS: dict[str, SpecTerm] = {
 
 
 def split_spec(spec: str) -> list[tuple[str, str | None]]:
-    """Splits a trainable spec into its terms.
+    """Splits a trainable spec into (name, argument) of each term; None if it has no argument.
 
-    Args:
-        spec: trainable spec.
-
-    Returns:
-        (name, argument) of each term; the argument is None for a term without a colon.
-
-    Raises:
-        ValueError: a name is unknown, or an argument is missing or not accepted.
+    Raises a ValueError if a name is unknown, or an argument is missing or not accepted.
 
     Example:
         >>> split_spec("lora:8+bitfit")
         [('lora', '8'), ('bitfit', None)]
     """
     before, colon, pattern = spec.partition("regex:")
-    terms = [term for term in before.removesuffix("+").split("+") if term or not colon]
-    found = [(name, arg if sep else None) for name, sep, arg in (t.partition(":") for t in terms)]
+    words = [word for word in before.removesuffix("+").split("+") if word or not colon]
+    found = [(name, arg if sep else None) for name, sep, arg in (w.partition(":") for w in words)]
     found += [("regex", pattern)] if colon else []
     for name, argument in found:
         if name not in SPEC_TERMS:
-            close = difflib.get_close_matches(name, SPEC_TERMS, n=1, cutoff=0.5)
-            raise ValueError(
-                f"unknown trainable spec {name!r}{f', did you mean {close[0]!r}?' if close else ''}"
-                "; supported: "
-                + ", ".join(term.example or name for name, term in SPEC_TERMS.items())
-                + ", joined by '+'"
-            )
+            terms = [term.example or name for name, term in SPEC_TERMS.items()]
+            raise ValueError(f"unknown trainable spec {name!r}; "
+                             f"{did_you_mean(name, terms, show_all=True)}, joined by '+'")
         example = SPEC_TERMS[name].example
         if example and not argument:
             raise ValueError(f"{name!r} needs an argument, for example {example}")
@@ -192,11 +166,8 @@ def _closest_paths(pattern: str, paths: Sequence[str]) -> str:
     names = (re.findall(r"\w+", pattern) or [pattern])[:8]
 
     def similarity(path: str) -> float:
-        keys = path.split("/")
-        return sum(
-            max(difflib.SequenceMatcher(None, name, key).ratio() for key in keys)
-            for name in names
-        )
+        return sum(max(difflib.SequenceMatcher(None, name, key).ratio() for key in path.split("/"))
+                   for name in names)
 
     closest: dict[str, str] = {}  # the same parameter of several layers is shown once
     for path in sorted(paths, key=similarity, reverse=True):
@@ -211,9 +182,6 @@ def trainable_mask(params: PyTree, spec: str) -> PyTree:
         params: parameters, or abstract ones (`jax.eval_shape`); only their paths are used.
         spec: trainable spec, such as "head" or "last_k:2+layernorm" (see the module docstring).
 
-    Returns:
-        A tree with the structure of `params` and a bool at each leaf.
-
     Raises:
         ValueError: a term of the spec is unknown, a number of layers is out of range, a regular
             expression is invalid or too slow, a term matches no parameter (the message has the
@@ -223,8 +191,6 @@ def trainable_mask(params: PyTree, spec: str) -> PyTree:
         >>> params = {"wi": {"kernel": 0, "bias": 0}, "classifier": {"kernel": 0, "bias": 0}}
         >>> trainable_mask(params, "bitfit")["wi"]
         {'bias': True, 'kernel': False}
-        >>> trainable_mask(params, "head")["classifier"]
-        {'bias': True, 'kernel': True}
     """
     paths = list(flatten_paths(params))
     selected: set[str] = set()
@@ -234,25 +200,19 @@ def trainable_mask(params: PyTree, spec: str) -> PyTree:
                 matches = [path for path in paths
                            if regex.search(pattern, path, timeout=REGEX_TIMEOUT)]
             except regex.error as error:
-                raise ValueError(
-                    f"trainable spec {spec!r}: {pattern!r} is not a valid regular expression "
-                    f"({error})"
-                ) from None
+                raise ValueError(f"trainable spec {spec!r}: {pattern!r} is not a valid regular "
+                                 f"expression ({error})") from None
             except TimeoutError:
                 raise ValueError(
                     f"trainable spec {spec!r}: matching {pattern!r} with one path takes more than "
-                    f"{REGEX_TIMEOUT} s; use fewer consecutive repetitions (* and +)"
-                ) from None
-            if not matches and i == 0 and SPEC_TERMS[name].adds_params:
-                raise ValueError(
-                    f"trainable spec {spec!r}: the parameters have no {name} parameters; add them "
-                    "first with finetuning.peft.add_peft_params(params, spec, rng)"
-                )
+                    f"{REGEX_TIMEOUT} s; use fewer consecutive repetitions (* and +)") from None
             if not matches and i == 0:
-                raise ValueError(
-                    f"trainable spec {spec!r}: {name} matches none of {len(paths)} parameters "
-                    f"({pattern!r}); the closest are {_closest_paths(pattern, paths)}"
-                )
+                raise ValueError(f"trainable spec {spec!r}: " + (
+                    f"the parameters have no {name} parameters; add them first with "
+                    "finetuning.peft.add_peft_params(params, spec, rng)"
+                    if SPEC_TERMS[name].adds_params else
+                    f"{name} matches none of {len(paths)} parameters ({pattern!r}); the closest "
+                    f"are {_closest_paths(pattern, paths)}"))
             selected.update(matches)
     if int8_paths := sorted(path for path in selected if path.endswith("_int8")):
         raise ValueError(f"trainable spec {spec!r}: {int8_paths[0]} is quantized to int8 and "
@@ -265,8 +225,7 @@ def trainable_mask(params: PyTree, spec: str) -> PyTree:
 def describe(params: PyTree, mask: PyTree) -> str:
     """Returns a table of the trainable parameters, by top-level group and in total.
 
-    Its columns are: trainable leaves / all leaves, the number of trainable parameters, the number
-    of all parameters, and the percentage of parameters that are trainable.
+    The columns count trainable / all leaves, trainable parameters and all parameters.
 
     Example:
         >>> import numpy as np
@@ -290,29 +249,17 @@ def describe(params: PyTree, mask: PyTree) -> str:
         return f"{name:<16} {num_leaves:>9} {size:>13,} {total:>13,} {percent:>7.2f} %"
 
     header = f"{'group':<16} {'leaves':>9} {'trainable':>13} {'parameters':>13} {'share':>9}"
-    rows = [row(name, paths) for name, paths in groups.items()]
-    return "\n".join([header, *rows, row("total", list(leaves))])
-
-
-# Arguments of PEFT terms --------------------------------------------------------------------------
+    return "\n".join([header, *(row(*group) for group in groups.items()), row("total", [*leaves])])
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     """Options of a low-rank update W + s A B.
 
-    Attributes:
-        rank: R, the number of columns of A and of rows of B.
-        targets: names of the linear layers that are updated.
-        alpha: the numerator of s = alpha / R (Hu et al. 2021, "LoRA", section 4.1); 2 R if None.
-        dropout: dropout rate on the input of A.
-        rslora: whether s is alpha / sqrt(R) instead (Kalajdzievski 2023, "rsLoRA", theorem 3.2).
-        dora: whether magnitude and direction are trained separately (Liu et al. 2024, "DoRA",
-            section 4).
-
-    Example:
-        >>> LoRA(rank=8).scale
-        2.0
+    `targets` are names of linear layers. Alpha is the numerator of s = alpha / R (Hu et al. 2021,
+    "LoRA", section 4.1), by default 2 R; with `rslora`, s = alpha / sqrt(R) (Kalajdzievski 2023,
+    "rsLoRA", theorem 3.2). With `dora`, magnitude and direction are trained separately (Liu et al.
+    2024, "DoRA", section 4). Dropout applies to the input of A.
     """
 
     rank: int
@@ -330,13 +277,7 @@ class LoRA:
 
 
 def parse_lora(argument: str) -> LoRA:
-    """Parses the argument of a `lora` term of a trainable spec.
-
-    Args:
-        argument: rank, targets and options, such as "8:query,value,alpha=16,dora".
-
-    Raises:
-        ValueError: the rank is below 1, a target or option is unknown, or a value is out of range.
+    """Parses the argument of a `lora` term: rank, targets and options.
 
     Example:
         >>> parse_lora("8:out,alpha=16")
@@ -365,7 +306,6 @@ def parse_lora(argument: str) -> LoRA:
 
 
 def _parse_number(name: str, value: str) -> float:
-    """Parses alpha or dropout of LoRA."""
     low, high = (0.0, math.inf) if name == "alpha" else (-1e-300, 1.0)
     try:
         number = float(value)
@@ -378,15 +318,7 @@ def _parse_number(name: str, value: str) -> float:
 
 
 def parse_size(name: str, argument: str) -> int:
-    """Parses the size in a term of a trainable spec, such as the 64 of "adapter:64".
-
-    Args:
-        name: name of the term, for the error message.
-        argument: argument of the term.
-
-    Raises:
-        ValueError: the argument is not an integer of at least 1.
-    """
+    """Parses the size in a term of a trainable spec, such as the 64 of "adapter:64"."""
     if not argument.isdecimal() or int(argument) < 1:
         raise ValueError(f"{name}:{argument}: the size is {argument!r}; it must be an integer of "
                          f"at least 1, for example {name}:8")

@@ -1,13 +1,12 @@
-"""`generate` and `decode`: text generation with GPT and encoder-decoders.
+"""`generate`, `decode` and `fill_mask`: generation with GPT and encoder-decoders, masks of BERT.
 
 `decode` is a pure function for `jit`, `vmap` and `scan`. `generate` runs it from the host: it
-validates and pads lists of prompts, and caches compiled programs. The algorithms are in `decoding`,
-`beam_search` and `speculative`.
+validates and pads lists of prompts, and caches compiled programs.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +14,18 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Key
 
-from transformer_jax.errors import did_you_mean
 from transformer_jax.generation import beam_search, decoding, speculative
 from transformer_jax.generation.decoding import GenerationInputs
-from transformer_jax.generation.logits_processors import DecodingOptions, LogitsProcessor
-from transformer_jax.generation.options import check_options, prepare
+from transformer_jax.generation.logits_processors import DecodingOptions
+from transformer_jax.generation.options import GenerateOptions, check_options, prepare
 from transformer_jax.generation.padding import (
     check_token_ids,
     pad,
     power_of_two_length,
     unpad_rows,
 )
+from transformer_jax.models import Model
+from transformer_jax.models.bert import BERT
 from transformer_jax.models.gpt import GPT
 from transformer_jax.models.transformer import Transformer
 
@@ -55,22 +55,20 @@ def decode(
     lengths: Int[Array, "B"] | None = None,
     *,
     rng: Key[Array, ""] | None = None,
-    **options,
+    **options: Any,
 ) -> DecodeOutput:
     """Decodes a padded batch. A pure function, for use in `jit`, `vmap` and `scan`.
 
+    The tokens are those that `generate` returns.
+
     Args:
         model: GPT or an encoder-decoder.
-        params: parameters of the model.
+        params: its parameters.
         input_ids: prompts, or sources for an encoder-decoder, padded on the right.
         lengths: number of tokens of each row, from 1 to T; T if None.
         rng: key for sampling, with `do_sample=True`.
-        **options: options of `generate` except `streamer`, such as `max_new_tokens`, `num_beams` or
-            `logits_processors`. They are static, except for the parameters in `assistant_model`. A
-            logits processor may use traced values.
-
-    Returns:
-        A `DecodeOutput`. The tokens are those that `generate` returns.
+        **options: fields of `GenerateOptions` except `streamer`. They are static, except for the
+            parameters in `assistant_model`. A logits processor may use traced values.
 
     Raises:
         ValueError: as for `generate`. Token ids and lengths are not checked if they are traced.
@@ -92,24 +90,22 @@ def decode(
         >>> jax.jit(jax.vmap(sample, in_axes=(None, 0)))(params, keys).shape
         (4, 2, 8)
     """
+    if "streamer" in options:
+        raise ValueError("decode is pure and has no streamer; use generate, or decode_step in a "
+                         "loop of your own")
     for name, value in options.items():
-        if name not in _DEFAULTS or name == "streamer":
-            raise ValueError(f"unknown option {name} of decode; {did_you_mean(name, _DEFAULTS)}"
-                             if name != "streamer" else "decode is pure and has no streamer; use "
-                             "generate, or decode_step in a loop of your own")
         if name != "assistant_model" and _is_traced(value):
             raise ValueError(f"{name} is a traced array; options of decode are static, so pass a "
                              "Python value, or use a logits processor")
-    arguments = _DEFAULTS | options | {"rng": rng}
     _check_model(model)
-    check_options(arguments)
+    given = check_options(options | {"rng": rng})
     input_ids, lengths = _checked_rows(input_ids, lengths, model.config.vocab_size)
     B, T = input_ids.shape
-    model, params, (options, starts) = _prepare(model, params, arguments, B, width=T, longest=T)
-    inputs, options = jax.tree.map(
-        jnp.asarray, (_make_inputs(starts, input_ids, lengths), options))
-    out = _run(model, params, inputs, options)
-    R = arguments["num_return_sequences"]
+    model, params, (prepared, starts) = _prepare(model, params, given, B, width=T, longest=T)
+    inputs, prepared = jax.tree.map(
+        jnp.asarray, (_make_inputs(starts, input_ids, lengths), prepared))
+    out = _run(model, params, inputs, prepared)
+    R = given.num_return_sequences
     return DecodeOutput(*(
         x if x is None or not x.ndim else x[:, :R].reshape(B * R, *x.shape[2:]) for x in out))
 
@@ -119,42 +115,13 @@ def generate(
     params: dict,
     input_ids: Sequence[Sequence[int]] | Int[np.ndarray, "B T"],
     attention_mask: Int[np.ndarray, "B T"] | None = None,
-    *,
-    max_new_tokens: int | None = None,
-    max_length: int | None = None,
-    min_new_tokens: int | None = None,
-    min_length: int | None = None,
-    num_beams: int = 1,
-    do_sample: bool = False,
-    num_return_sequences: int = 1,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    no_repeat_ngram_size: int = 0,
-    bad_words_ids: Sequence[Sequence[int]] | None = None,
-    suppress_tokens: Sequence[int] | None = None,
-    begin_suppress_tokens: Sequence[int] | None = None,
-    early_stopping: bool | str = False,
-    length_penalty: float = 1.0,
-    forced_bos_token_id: int | None = None,
-    forced_eos_token_id: int | Sequence[int] | None = None,
-    decoder_start_token_id: int | Sequence[int] | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    assistant_model: tuple[GPT | Transformer, dict] | None = None,
-    num_assistant_tokens: int = 5,
-    logits_processors: Sequence[LogitsProcessor] = (),
-    streamer: Callable[[Int[np.ndarray, "N"]], None] | None = None,
-    rng: Key[Array, ""] | None = None,
+    **options: Any,
 ) -> Int[np.ndarray, "R T+new"]:
     """Generates continuations of prompts (GPT) or targets for sources (encoder-decoders).
 
-    Decoding is greedy by default, sampled with `do_sample`, by beam search with `num_beams` above
-    1, and speculative with `assistant_model`. The options have the names and meanings of Hugging
-    Face Transformers, and without sampling the tokens are the same. Keys and values are cached, and
-    a source is encoded once. Token ids that are None are taken from the model's config.
+    Decoding is greedy by default, sampled with `do_sample` and `rng`, by beam search with
+    `num_beams` above 1, and speculative with `assistant_model`. Without sampling, the tokens are
+    those of Hugging Face Transformers. Keys and values are cached, and a source is encoded once.
 
     Lengths are padded to powers of two. One program is compiled for each combination of models,
     padded lengths, number of rows, `do_sample`, `num_beams`, `num_return_sequences` (when
@@ -164,55 +131,12 @@ def generate(
 
     Args:
         model: GPT or an encoder-decoder.
-        params: parameters of the model.
+        params: its parameters.
         input_ids: prompts, or sources for an encoder-decoder: lists of token ids, or an array with
             an `attention_mask`.
         attention_mask: 1 at tokens, 0 at padding, which may be on either side.
-        max_new_tokens: maximum number of generated tokens. By default 20, or as many as the
-            model's positions allow.
-        max_length: alternative to `max_new_tokens` that includes the T prompt tokens (for an
-            encoder-decoder, the decoder start token).
-        min_new_tokens: minimum number of tokens before an end-of-sequence token.
-        min_length: as `min_new_tokens`, with the prompt tokens included.
-        num_beams: number of beams; 1 for no beam search.
-        do_sample: sample tokens instead of taking the most probable one; needs `rng`.
-        num_return_sequences: sequences returned for each row: samples, or the best of a beam
-            search.
-        temperature: divisor of the logits when sampling; above 0.
-        top_k: sample among the k most probable tokens.
-        top_p: sample among the most probable tokens with total probability >= p.
-        min_p: sample among tokens with at least p times the probability of the most probable one.
-        repetition_penalty: above 1, penalizes tokens that the sequence contains.
-        no_repeat_ngram_size: n-grams of this size occur at most once; those of the prompt count,
-            those of an encoder-decoder's source do not. 0 for no limit.
-        bad_words_ids: token sequences that are not generated.
-        suppress_tokens: tokens that are not generated.
-        begin_suppress_tokens: tokens that are not generated as the first new token.
-        early_stopping: when a beam search stops. True: once there are `num_beams` finished
-            sequences. False: when, in addition, the best running sequence, scored at its current
-            length, is not better than any of them. "never": when it cannot become better at any
-            length.
-        length_penalty: the log-probability of a finished sequence is divided by its number of new
-            tokens ** length_penalty.
-        forced_bos_token_id: first token after the decoder start token (encoder-decoders only).
-        forced_eos_token_id: last token of a sequence of maximum length.
-        decoder_start_token_id: first decoder token; one for all rows, or one for each row.
-        eos_token_id: one or several token ids after which a row ends; () for none.
-        pad_token_id: token id that fills shorter rows. By default the config's, else the first
-            `eos_token_id`, else 0.
-        assistant_model: draft model for speculative decoding, as (model, params), of the same
-            type and vocabulary. The results are those of `model` alone: the same tokens, or
-            samples from the same distribution.
-        num_assistant_tokens: tokens that the draft model proposes at a time.
-        logits_processors: functions `(scores, sequences) -> scores` that modify the scores of the
-            next token, float32 [N, V]: logits, or log-probabilities in a beam search. A row is a
-            sequence that is being decoded, so N is B times the number of beams or samples. In
-            `sequences`, `tokens[n, :lengths[n]]` are the tokens of row n so far, with the prompt,
-            and `num_new_tokens[n]` is the number of new ones; later slots have other contents.
-            The functions are applied in order, after the options above that constrain tokens and
-            before `temperature`, `top_k`, `top_p` and `min_p`.
-        streamer: called with each column of new tokens, int32 [N], in order, without the prompts.
-        rng: key for sampling.
+        **options: fields of `GenerateOptions`, which documents them: `max_new_tokens`,
+            `do_sample`, `temperature`, `top_k`, `top_p`, `num_beams`, `logits_processors`, ...
 
     Returns:
         int32 array on the host, with `num_return_sequences` rows for each row of `input_ids`,
@@ -222,8 +146,8 @@ def generate(
 
     Raises:
         ValueError: a row is empty, an id is outside the vocabulary, there are more tokens than the
-            model has positions, an option is out of range or has no effect, or an argument is
-            traced. Nothing is compiled before these checks.
+            model has positions, an option is unknown, out of range or without effect, or an
+            argument is traced. Nothing is compiled before these checks.
 
     Example:
         >>> from transformer_jax.models import GPTConfig, init_params
@@ -233,42 +157,39 @@ def generate(
         >>> generate(model, params, [[1, 2, 3], [4]], max_new_tokens=5, pad_token_id=0).shape
         (2, 8)
     """
-    arguments = dict(locals())
-    if _is_traced(arguments):
+    if _is_traced((params, input_ids, attention_mask, options)):
         raise ValueError("generate is host code, and an argument is traced by jit, vmap, scan or "
                          "grad; use transformer_jax.generation.decode there")
     _check_model(model)
-    check_options(arguments)
+    given = check_options(options)
     max_length, is_encoder_decoder = model.config.max_length, isinstance(model, Transformer)
     rows = unpad_rows(input_ids, attention_mask, "source" if is_encoder_decoder else "prompt")
     check_token_ids(rows, model.config.vocab_size)
     longest = max(map(len, rows))
     width = input_ids.shape[1] if hasattr(input_ids, "shape") else longest
-    model, params, (options, starts) = _prepare(
-        model, params, arguments, len(rows), width, longest, round_up=True)
-    if assistant_model is not None:
-        max_length = min(max_length, assistant_model[0].config.max_length)
+    model, params, (prepared, starts) = _prepare(
+        model, params, given, len(rows), width, longest, round_up=True)
+    if given.assistant_model is not None:
+        max_length = min(max_length, given.assistant_model[0].config.max_length)
     if longest > max_length:
         raise ValueError(f"source of {longest} tokens is longer than the model's "
                          f"max_length of {max_length}; shorten it")
-    pad_id = options.pad_token_id
-    padded = pad(rows, power_of_two_length(longest, max_length), pad_id)
+    padded = pad(rows, power_of_two_length(longest, max_length), prepared.pad_token_id)
     inputs = _make_inputs(starts, padded, np.array([len(row) for row in rows], np.int32))
-    out = (_run_compiled(model, params, inputs, options) if streamer is None
-           else _run_streaming(model, params, inputs, options, streamer))
+    out = (_run_compiled(model, params, inputs, prepared) if given.streamer is None
+           else _run_streaming(model, params, inputs, prepared, given.streamer))
+    return _collect(out, inputs, given.num_return_sequences, (
+        starts[:, None] if is_encoder_decoder else pad(rows, width, prepared.pad_token_id, "left")))
 
-    tokens, lengths = (np.concatenate(np.asarray(x)[:, :num_return_sequences]) for x in out[:2])
-    repeats = len(tokens) // len(rows)
+
+def _collect(out: DecodeOutput, inputs: GenerationInputs, num_sequences: int, prompts):
+    """Returns `num_sequences` rows for each prompt: the prompt, then its new tokens."""
+    tokens, lengths = (np.concatenate(np.asarray(x)[:, :num_sequences]) for x in out[:2])
+    repeats = len(tokens) // len(prompts)
     prompt_lengths = np.repeat(inputs.lengths, repeats)
     new_positions = prompt_lengths[:, None] + np.arange((lengths - prompt_lengths).max())
     new_tokens = np.take_along_axis(tokens, new_positions, axis=1)
-    prompts = starts[:, None] if is_encoder_decoder else pad(rows, width, pad_id, "left")
     return np.concatenate([np.repeat(prompts, repeats, axis=0), new_tokens], axis=1)
-
-
-_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(
-    generate).parameters.items() if parameter.kind == parameter.KEYWORD_ONLY}
-"""The options of `generate` and their defaults."""
 
 
 def _is_traced(tree) -> bool:
@@ -301,15 +222,15 @@ def _checked_rows(input_ids, lengths, vocab_size: int) -> tuple[Array, Array]:
     return input_ids, lengths
 
 
-def _prepare(model, params, arguments, num_rows, width, longest, round_up=False):
+def _prepare(model, params, given: GenerateOptions, num_rows, width, longest, round_up=False):
     """Returns the model and its parameters, paired with those of the draft model if there is one,
     and the result of `options.prepare`."""
     config, is_encoder_decoder, models = model.config, isinstance(model, Transformer), (model,)
-    if arguments["assistant_model"] is not None:
-        model, params = speculative.pair_with_draft(model, params, arguments["assistant_model"])
+    if given.assistant_model is not None:
+        model, params = speculative.pair_with_draft(model, params, given.assistant_model)
         models = model
     return model, params, prepare(
-        config, arguments, is_encoder_decoder=is_encoder_decoder, num_rows=num_rows, width=width,
+        config, given, is_encoder_decoder=is_encoder_decoder, num_rows=num_rows, width=width,
         longest=longest, max_positions=min(m.config.max_length for m in models), round_up=round_up)
 
 
@@ -372,3 +293,103 @@ def _run_streaming(model, params, inputs, options, streamer) -> DecodeOutput:
         if is_finished.all():
             return _output(state, options)
         state = _step_compiled(model, params, state, options)
+
+
+def generate_texts(
+    model: Model, params: dict, tokenizer: Any, rows: Sequence[Sequence[int]], *,
+    batch_size: int = 64, **options: Any,
+) -> list[str]:
+    """Generates a text for each row: the target of an encoder-decoder, or a GPT's continuation.
+
+    Args:
+        model: a GPT or an encoder-decoder.
+        params: its parameters.
+        tokenizer: the tokenizer of the model (`data.tokenizers`), which decodes the generated ids.
+        rows: token ids of the prompts, or of the sources of an encoder-decoder.
+        batch_size: number of rows, of similar lengths, that are decoded together.
+        **options: fields of `GenerateOptions`. A key `rng` is folded with the number of each batch.
+
+    Raises:
+        ValueError: `num_return_sequences` is above 1, or as in `generate`.
+    """
+    if (count := options.get("num_return_sequences", 1)) != 1:
+        raise ValueError(f"num_return_sequences is {count}; it must be 1, because one text is "
+                         "returned for each row. Repeat the rows, or call generation.generate")
+    rng = options.pop("rng", None)
+    params = decoding.transpose_kernels_for_decoding(model, params)
+    texts: dict[int, str] = {}
+    for k, (members, batch) in enumerate(_length_sorted_batches(rows, batch_size)):
+        if rng is not None:
+            options["rng"] = jax.random.fold_in(rng, k)
+        start = max(map(len, batch)) if isinstance(model, GPT) else 0
+        for i, row in zip(members, generate(model, params, batch, **options)):
+            texts[i] = tokenizer.decode(row[start:]).strip()
+    return [texts[i] for i in range(len(rows))]
+
+
+def _length_sorted_batches(
+    rows: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
+    """Yields batches of rows of similar lengths, as (indices, rows). The last batch is padded with
+    copies of its last row, because another batch size would be compiled for."""
+    order = np.argsort([len(row) for row in rows], kind="stable").tolist()
+    for k in range(0, len(order), batch_size):
+        members = order[k : k + batch_size]
+        filled = members + members[-1:] * (batch_size - len(members))
+        yield members, [rows[i] for i in filled]
+
+
+class MaskPrediction(NamedTuple):
+    """The k most probable tokens at one mask and their probabilities, most probable first."""
+
+    position: int
+    token_ids: Int[np.ndarray, "k"]
+    probabilities: Float[np.ndarray, "k"]
+
+
+def fill_mask(
+    model: BERT, params: dict, tokens: Sequence[int], *, mask_id: int, top_k: int = 5
+) -> list[MaskPrediction]:
+    """Predicts the tokens at the masks of one row with BERT, in order of position.
+
+    `tokens` includes special tokens such as [CLS] and [SEP]; `mask_id` is the token id of [MASK].
+
+    Raises:
+        ValueError: there is no mask, an id is outside the vocabulary, the row is longer than the
+            model's `max_length`, or `top_k` is below 1.
+
+    Example:
+        >>> from transformer_jax.models import BERTConfig, init_params
+        >>> model = BERT(BERTConfig(vocab_size=11, max_length=8, num_layers=1, d_model=4,
+        ...                         num_heads=2, mlp_dim=8))
+        >>> params = init_params(model, jax.random.key(0))
+        >>> [mask] = fill_mask(model, params, [1, 5, 4, 2], mask_id=4, top_k=3)
+        >>> mask.position, mask.token_ids.shape
+        (2, (3,))
+    """
+    max_length, vocab_size = model.config.max_length, model.config.vocab_size
+    ids = np.asarray(tokens)
+    check_token_ids([ids], vocab_size)
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    masks = np.flatnonzero(ids == mask_id)
+    if not len(masks):
+        raise ValueError(f"none of {len(ids)} tokens is the mask token {mask_id}; put [MASK] into "
+                         "the text")
+    if len(ids) > max_length:
+        raise ValueError(f"text of {len(ids)} tokens is longer than the model's max_length of "
+                         f"{max_length}; shorten it")
+    length = power_of_two_length(len(ids), max_length)
+    positions = pad([masks], power_of_two_length(len(masks), length), 0)
+    probabilities, token_ids = map(np.asarray, _top_k_predictions(
+        model, params, pad([ids], length, 0), np.arange(length)[None] < len(ids), positions,
+        min(top_k, vocab_size)))
+    return [MaskPrediction(int(position), token_ids[0, i], probabilities[0, i])
+            for i, position in enumerate(masks)]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "top_k"))
+def _top_k_predictions(model, params, tokens, padding_mask, positions, top_k):
+    logits_BPV = model.apply({"params": params}, tokens, padding_mask=padding_mask,
+                             masked_positions=positions, method="masked_lm_logits")
+    return jax.lax.top_k(jax.nn.softmax(logits_BPV, axis=-1), top_k)

@@ -1,17 +1,16 @@
-"""Beam search that gives the same results as Hugging Face Transformers 5.
+"""Beam search that gives the same results as `GenerationMixin._beam_search` of Hugging Face
+Transformers 5.
 
-The algorithm is that of `GenerationMixin._beam_search`. A row is one prompt of the batch. At each
-step, the candidates are the C best continuations of the K running sequences of a row. Candidates
-that end are added to the finished sequences if they are among the first K. The score of a finished
-sequence is its log-probability divided by length ** length_penalty, where the length is the number
-of new tokens (Wu et al. 2016, "Google's Neural Machine Translation System", section 7, without the
-constant 5). The K best candidates that do not end are the next running sequences. C is so large
-that there are always K such candidates, even if the others extend every running sequence by every
-end-of-sequence token.
+A row is one prompt of the batch. At each step, the candidates are the C best continuations of the K
+running sequences of a row. Candidates that end are added to the finished sequences if they are
+among the first K. The score of a finished sequence is its log-probability divided by length **
+length_penalty, where the length is the number of new tokens (Wu et al. 2016, "Google's Neural
+Machine Translation System", section 7, without the constant 5). The K best candidates that do not
+end are the next running sequences. C is so large that there are always K of them, even if the
+others extend every running sequence by every end-of-sequence token.
 
 Shape suffixes: B batch, K beams, C candidates, L token slots of a sequence, N = B * K running
-sequences, V vocabulary, M = K * V continuations of a row.
-"""
+sequences, V vocabulary, M = K * V continuations of a row."""
 
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from transformer_jax.generation.decoding import (
     GenerationInputs,
     decode_step,
     prefill_rows,
-    transpose_kernels,
+    transpose_kernels_for_decoding,
 )
 from transformer_jax.generation.logits_processors import (
     DecodingOptions,
@@ -39,11 +38,8 @@ NEG_INF = -1e9  # score of invalid entries; finite, so that sums with it keep th
 class FinishedBeams(NamedTuple):
     """The K best finished sequences of each row, best first.
 
-    Attributes:
-        tokens: tokens by position.
-        scores: log-probability divided by length ** length_penalty.
-        lengths: number of new tokens.
-        is_valid: False at entries that hold no finished sequence yet.
+    `scores` are log-probabilities divided by length ** length_penalty, `lengths` numbers of new
+    tokens. `is_valid` is False at entries that hold no finished sequence yet.
     """
 
     tokens: Int[Array, "B K L"]
@@ -55,15 +51,10 @@ class FinishedBeams(NamedTuple):
 class BeamState(NamedTuple):
     """State of the search between two tokens.
 
-    Attributes:
-        sequences: the N running sequences, those of a row in order of decreasing score.
-        scores: their log-probabilities.
-        finished: the best finished sequences.
-        can_improve: True at rows where a running sequence may still score higher than a finished
-            one.
-        is_finished: True when the search is over.
-        num_steps: number of forward passes, the prefill included.
-        cache: keys and values of the running sequences.
+    The N running sequences of a row are in order of decreasing score, a log-probability.
+    `can_improve` is True at rows where one of them may still score higher than a finished one.
+    `is_finished` is True when the search is over. `num_steps` counts forward passes, the prefill
+    included.
     """
 
     sequences: Sequences
@@ -141,20 +132,10 @@ def _extend_beams(
 def start(
     model, params: dict, inputs: GenerationInputs, options: DecodingOptions
 ) -> tuple[dict, BeamState]:
-    """Processes the prompts and extends the beams by their first tokens.
-
-    Args:
-        model: GPT or encoder-decoder.
-        params: its parameters.
-        inputs: the prompts, and the sources of an encoder-decoder.
-        options: options of decoding; `rows_per_prompt` is the number of beams.
-
-    Returns:
-        The parameters in the layout for `step`, and the state.
-    """
+    """Extends the beams by their first tokens. Returns the parameters in the layout for `step`, and
+    the state."""
     B, K = len(inputs.prompts), options.rows_per_prompt
-    logits_NV, cache, sequences = prefill_rows(
-        model, params, inputs, options)
+    logits_NV, cache, sequences = prefill_rows(model, params, inputs, options)
     # All beams start with the same prompt. Only the first one is extended in the first step, as
     # the others would yield duplicates.
     scores_BK = jnp.where(jnp.arange(K) == 0, jnp.zeros((B, 1)), NEG_INF)
@@ -164,7 +145,7 @@ def start(
     state = BeamState(sequences, scores_BK, finished, can_improve=jnp.ones(B, bool),
                       is_finished=jnp.bool_(False), num_steps=jnp.int32(0), cache=cache)
     state = _extend_beams(state, logits_NV, options)
-    return transpose_kernels(params, model.config.compute_dtype), state
+    return transpose_kernels_for_decoding(model, params), state
 
 
 def step(model, params: dict, state: BeamState, options: DecodingOptions) -> BeamState:
@@ -172,5 +153,4 @@ def step(model, params: dict, state: BeamState, options: DecodingOptions) -> Bea
     positions_N1 = state.sequences.lengths[:, None] - 1
     logits_N1V, cache = decode_step(
         model, params, state.sequences.tokens_at(positions_N1), positions_N1, state.cache)
-    return _extend_beams(
-        state._replace(cache=cache), logits_N1V[:, 0], options)
+    return _extend_beams(state._replace(cache=cache), logits_N1V[:, 0], options)

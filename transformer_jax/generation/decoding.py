@@ -1,8 +1,7 @@
 """Autoregressive decoding with a KV cache: `prefill`, `decode_step`, greedy and sampled decoding.
 
-`start` and `step` are one decoding algorithm: `start` processes the prompts and selects the first
-token, and `step` selects one more token until all rows are finished. `beam_search` and
-`speculative` have functions of the same names and signatures; `api` runs them.
+`start` processes the prompts and selects the first token; `step` selects one more until all rows
+are finished. `beam_search` and `speculative` have functions of the same names; `api` runs them.
 
 Shape suffixes: B batch, T tokens of this pass, L token slots of a row, S source length,
 V vocabulary.
@@ -29,14 +28,7 @@ from transformer_jax.tree import flatten_paths, unflatten_paths
 
 
 class GenerationInputs(NamedTuple):
-    """The input of a decoding algorithm. Rows are padded on the right.
-
-    Attributes:
-        prompts: prompt tokens; for an encoder-decoder, the start token of the decoder.
-        lengths: number of prompt tokens of each row.
-        source: source tokens of an encoder-decoder; None for GPT.
-        source_lengths: number of source tokens of each row; None for GPT.
-    """
+    """Prompts padded on the right. Those of an encoder-decoder are decoder start tokens."""
 
     prompts: Int[Array, "B T"]
     lengths: Int[Array, "B"]
@@ -45,13 +37,10 @@ class GenerationInputs(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values that decoding steps attend to.
+    """Keys and values that decoding steps attend to, by layer name.
 
-    Attributes:
-        self_attention: layer name -> keys and values of the tokens so far, by position.
-        cross_attention: layer name -> keys and values of the source, which stay constant; None for
-            GPT.
-        source_mask: True at source tokens, False at padding; None for GPT.
+    Those of self-attention are of the tokens so far, by position; those of cross-attention are of
+    the source and stay constant. `source_mask` is True at source tokens, False at padding.
     """
 
     self_attention: dict[str, KVCache]
@@ -71,15 +60,9 @@ def prefill(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Processes the prompts and fills the KV cache. A pure function.
 
-    Args:
-        model: GPT or encoder-decoder.
-        params: its parameters.
-        prompts: prompt tokens, padded on the right; for an encoder-decoder, the first tokens of the
-            decoder, such as its start token.
-        lengths: number of prompt tokens of each row, at least 1; T if None.
-        source: source tokens of an encoder-decoder, padded on the right.
-        source_lengths: number of source tokens of each row; S if None.
-        cache_length: number of cache slots of each row, at least T; static.
+    `prompts` and `source` are padded on the right to T and S columns; their lengths are numbers of
+    tokens, at least 1, and T and S if None. The prompts of an encoder-decoder are the first tokens
+    of the decoder, such as its start token. A row has `cache_length` cache slots (static).
 
     Returns:
         The float32 logits of the first new token, and the cache.
@@ -138,18 +121,9 @@ def decode_step(
 ) -> tuple[Float[Array, "B T V"], Cache]:
     """Runs the decoder on further tokens and adds their keys and values to the cache.
 
-    A pure function; the docstring of `prefill` has an example.
-
-    Args:
-        model: GPT or encoder-decoder.
-        params: its parameters.
-        tokens: the tokens that follow those in the cache.
-        positions: the position of each token, which is also its cache slot. Tokens beyond the last
-            slot are not stored.
-        cache: the result of `prefill` or of the previous step.
-
-    Returns:
-        For each token the float32 logits of the token after it, and the updated cache.
+    A pure function; the docstring of `prefill` has an example. The position of a token is also its
+    cache slot; tokens beyond the last slot are not stored. Returns, for each token, the float32
+    logits of the token after it, and the updated cache.
     """
     out = _decode(model, params, tokens, positions, cache)
     logits_BTV = model.apply({"params": params}, out.hidden, method="lm_logits")
@@ -168,11 +142,9 @@ def _decode(model, params, tokens, positions, cache):
 class DecodeState(NamedTuple):
     """State of decoding between two steps.
 
-    Attributes:
-        sequences: the tokens of each row; finished rows are not extended.
-        is_finished: True at rows with an end-of-sequence token or `max_new_tokens` tokens.
-        num_steps: number of forward passes, the prefill included.
-        cache: keys and values of all tokens of each row except its last token.
+    The cache has the keys and values of all tokens of each row except its last token. Rows with an
+    end-of-sequence token or `max_new_tokens` tokens are finished and not extended. `num_steps` is
+    the number of forward passes, the prefill included.
     """
 
     sequences: Sequences
@@ -184,22 +156,11 @@ class DecodeState(NamedTuple):
 def start(
     model: GPT | Transformer, params: dict, inputs: GenerationInputs, options: DecodingOptions
 ) -> tuple[dict, DecodeState]:
-    """Processes the prompts and selects the first new token of each row.
-
-    Args:
-        model: GPT or encoder-decoder.
-        params: its parameters.
-        inputs: the prompts, and the sources of an encoder-decoder.
-        options: options of decoding.
-
-    Returns:
-        The parameters in the layout for `step` (`transpose_kernels`), and the state.
-    """
-    logits_BV, cache, sequences = prefill_rows(
-        model, params, inputs, options)
+    """Selects the first new tokens. Returns parameters in the layout for `step`, and the state."""
+    logits_BV, cache, sequences = prefill_rows(model, params, inputs, options)
     state = DecodeState(sequences, jnp.zeros(len(logits_BV), bool), jnp.int32(0), cache)
     state = _append_next_token(state, logits_BV, options)
-    return transpose_kernels(params, model.config.compute_dtype), state
+    return transpose_kernels_for_decoding(model, params), state
 
 
 def step(
@@ -209,17 +170,13 @@ def step(
     positions_B1 = state.sequences.lengths[:, None] - 1
     logits_B1V, cache = decode_step(
         model, params, state.sequences.tokens_at(positions_B1), positions_B1, state.cache)
-    return _append_next_token(
-        state._replace(cache=cache), logits_B1V[:, 0], options)
+    return _append_next_token(state._replace(cache=cache), logits_B1V[:, 0], options)
 
 
-def prefill_rows(
-    model, params, inputs, options
-) -> tuple[Float[Array, "B V"], Cache, Sequences]:
+def prefill_rows(model, params, inputs, options) -> tuple[Array, Cache, Sequences]:
     """Processes the prompts, and repeats each row `options.rows_per_prompt` times.
 
-    Returns:
-        The results of `prefill`, and the prompts in `cache_length` token slots.
+    Returns the results of `prefill`, and the prompts in `cache_length` token slots.
     """
     logits_BV, cache = prefill(model, params, *inputs, cache_length=options.cache_length)
     (B, T), lengths_B1 = inputs.prompts.shape, inputs.lengths[:, None]
@@ -250,8 +207,7 @@ def _append_next_token(state, logits_BV, options) -> DecodeState:
     return DecodeState(sequences, is_finished_B, state.num_steps + 1, state.cache)
 
 
-# Name of an int8 parameter -> its name in the layout for decoding steps. Layers whose parameters
-# have the latter names also round their inputs to int8.
+# Name of an int8 parameter -> its name in the layout for decoding steps.
 _INT8_NAMES = {"kernel_scale": "kernel_t_scale", "embedding_int8": "embedding_t",
                "embedding_scale": "embedding_t_scale"}
 
@@ -264,15 +220,14 @@ def transpose_kernels_for_decoding(
     Otherwise, `generate` converts them in each call. On a CPU, the conversion takes 7 % of the time
     of decoding 64 tokens with GPT-2, and memory for a second copy of the kernels during the call.
     The result is for `generate` only: its kernels and embeddings have the compute dtype, and on a
-    CPU kernels are transposed to [out, in].
+    CPU kernels are transposed to `kernel_t` [out, in].
 
-    Args:
-        model: GPT or encoder-decoder.
-        params: its parameters.
-        donate: delete each input array that was converted as soon as its replacement is computed.
-
-    Returns:
-        Parameters for `generate`.
+    The time of a matmul with few rows is that of reading its weight matrix, once for each generated
+    token; `nn.backends.cpu.matmul_transposed` explains why a transposed matrix is faster. Layers
+    with transposed int8 kernels (`finetuning.frozen`) round their inputs to int8. On other
+    backends, and on a mesh, the compiler chooses layouts, and kernels are not transposed. With
+    `donate`, which does not work under `jit`, each input array is deleted as soon as its
+    replacement is computed.
 
     Example:
         >>> from transformer_jax.models import GPT, GPTConfig
@@ -282,23 +237,7 @@ def transpose_kernels_for_decoding(
         >>> jax.tree.map(jnp.shape, transpose_kernels_for_decoding(model, params))
         {'wi': {'bias': (12,), 'kernel_t': (12, 4)}}
     """
-    return transpose_kernels(params, model.config.compute_dtype, donate)
-
-
-def transpose_kernels(params: dict, dtype: jnp.dtype, donate: bool = False) -> dict:
-    """Returns parameters with transposed kernels `kernel_t` [out, in], in the compute dtype.
-
-    The time of a matmul with few rows is that of reading its weight matrix, once for each generated
-    token; `nn.backends.cpu.matmul_transposed` explains why a transposed matrix is faster. On a CPU
-    this function makes a copy of the kernels, and int8 kernels (`finetuning.quantize`) are later
-    multiplied by inputs that are rounded to int8. On other backends, and on a mesh, the compiler
-    chooses layouts, and kernels are not transposed.
-
-    Args:
-        params: model parameters.
-        dtype: compute dtype of the model; that of the returned kernels and embeddings.
-        donate: as for `transpose_kernels_for_decoding`; not under `jit`.
-    """
+    dtype = model.config.compute_dtype
     keep_layout = jax.default_backend() != "cpu" or not jax.sharding.get_abstract_mesh().empty
     leaves = flatten_paths(params)
     converted = {}

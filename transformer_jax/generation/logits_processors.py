@@ -1,8 +1,7 @@
 """Logits processors: pure functions that modify the scores of the next token.
 
 A processor takes scores `[B, V]` (logits, or log-probabilities in a beam search) and returns scores
-of the same shape, in which forbidden tokens are -inf. `apply_logits_processors` applies all of them
-in the order of Hugging Face Transformers. Users' own processors are `LogitsProcessor` functions:
+of the same shape, in which forbidden tokens are -inf. Users' own processors are functions too:
 
     def forbid_token_7(scores, sequences):
         return scores.at[:, 7].set(-jnp.inf)
@@ -27,13 +26,8 @@ from jaxtyping import Bool, Float, Int, Key
 class Sequences(NamedTuple):
     """The token ids of each row so far: the prompt, then the generated tokens.
 
-    Slot `s` of a row holds the token at position `s`. The contents of slots at and after `lengths`
-    are ignored.
-
-    Attributes:
-        tokens: token ids by position.
-        lengths: number of tokens of each row, the prompt included.
-        prompt_lengths: number of prompt tokens of each row.
+    Slot `s` of a row holds the token at position `s`. The contents of slots at and after `lengths`,
+    which includes the prompt, are ignored.
     """
 
     tokens: Int[Array, "B L"]
@@ -78,69 +72,38 @@ def _static(default: Any) -> Any:
 class DecodingOptions:
     """Options of the decoding algorithms: a pytree of arrays, with static fields.
 
-    New values of the arrays do not recompile; new values of the static fields do.
-
-    Attributes:
-        rng: key for sampling.
-        max_new_tokens: maximum number of generated tokens.
-        min_new_tokens: number of tokens before which no end-of-sequence token is generated.
-        pad_token_id: token id that fills rows which are finished.
-        is_eos: True at the end-of-sequence tokens.
-        forced_bos: True at the only tokens allowed as the first new token; all False if it is not
-            forced.
-        forced_eos: likewise for the last token of a sequence of `max_new_tokens` tokens.
-        suppressed: True at tokens that are never generated.
-        begin_suppressed: True at tokens that are not generated as new token number `begin_index`.
-        begin_index: 0, or 1 if the first new token is forced.
-        repetition_penalty: 1 for no penalty.
-        bad_words: forbidden token sequences, aligned on the right and padded with -1 on the left.
-        temperature: divisor of the scores when sampling.
-        top_k: V for no limit.
-        top_p: 1 for no limit.
-        min_p: 0 for no limit.
-        length_divisor: beam search only: at index n - 1, n ** length_penalty.
-        best_case_divisor: beam search only: at index n - 1, length ** length_penalty for the final
-            length that the stopping rule assumes for a running sequence of n new tokens.
-        early_stopping: beam search only: stop when all beams of a row are finished, even if better
-            ones may follow.
-        cache_length: static; number of slots of the KV cache, and of tokens, of each row.
-        do_sample: static; sample instead of taking the argmax.
-        rows_per_prompt: static; sequences decoded in parallel for each prompt (beams or samples).
-        no_repeat_ngram_size: static; length of n-grams that may not repeat; 0 for no limit.
-        num_beam_candidates: static; continuations considered at each step of a beam search, for
-            each prompt; 0 without beam search.
-        num_draft_tokens: static; tokens that the draft model proposes in one round of speculative
-            decoding; 0 without a draft model.
-        min_tokens_to_keep: static; minimum number of tokens that `top_k`, `top_p` and `min_p` keep.
-        logits_processors: static; the user's own processors.
+    New values of the arrays do not recompile; new values of the static fields do. Fields without a
+    comment are those of `GenerateOptions`.
     """
 
     rng: Key[Array, ""]
     max_new_tokens: Int[Array, ""]
     min_new_tokens: Int[Array, ""]
     pad_token_id: Int[Array, ""]
-    is_eos: Bool[Array, "V"]
-    forced_bos: Bool[Array, "V"]
-    forced_eos: Bool[Array, "V"]
+    is_eos: Bool[Array, "V"]  # True at the end-of-sequence tokens
+    forced_bos: Bool[Array, "V"]  # True at the only tokens allowed as the first; all False if free
+    forced_eos: Bool[Array, "V"]  # likewise for new token number `max_new_tokens`
     suppressed: Bool[Array, "V"]
-    begin_suppressed: Bool[Array, "V"]
-    begin_index: Int[Array, ""]
+    begin_suppressed: Bool[Array, "V"]  # applies to new token number `begin_index`
+    begin_index: Int[Array, ""]  # 0, or 1 if the first new token is forced
     repetition_penalty: Float[Array, ""]
-    bad_words: Int[Array, "W M"]
+    bad_words: Int[Array, "W M"]  # aligned on the right and padded with -1 on the left
     temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
+    top_k: Int[Array, ""]  # V for no limit
     top_p: Float[Array, ""]
     min_p: Float[Array, ""]
+    # Beam search only. At index n - 1: n ** length_penalty, and the same for the final length that
+    # the stopping rule assumes for a running sequence of n new tokens.
     length_divisor: Float[Array, "L"] | None = None
     best_case_divisor: Float[Array, "L"] | None = None
-    early_stopping: Bool[Array, ""] | None = None
-    cache_length: int = _static(0)
+    early_stopping: Bool[Array, ""] | None = None  # True; "never" is in `best_case_divisor`
+    cache_length: int = _static(0)  # number of slots of the KV cache, and of tokens, of each row
     do_sample: bool = _static(False)
-    rows_per_prompt: int = _static(1)
+    rows_per_prompt: int = _static(1)  # beams or samples
     no_repeat_ngram_size: int = _static(0)
-    num_beam_candidates: int = _static(0)
-    num_draft_tokens: int = _static(0)
-    min_tokens_to_keep: int = _static(1)
+    num_beam_candidates: int = _static(0)  # for each prompt and step; 0 without beam search
+    num_draft_tokens: int = _static(0)  # in one round; 0 without a draft model
+    min_tokens_to_keep: int = _static(1)  # by `top_k`, `top_p` and `min_p`
     logits_processors: tuple[LogitsProcessor, ...] = _static(())
 
 
@@ -151,17 +114,6 @@ def apply_logits_processors(
 
     The user's own processors follow the constraints. Temperature, top-k, top-p and min-p come last,
     and only if `options.do_sample`.
-
-    Args:
-        scores: logits or log-probabilities of the next token.
-        sequences: the tokens of each row so far.
-        options: which processors apply, and their parameters.
-
-    Returns:
-        The processed scores; -inf at forbidden tokens.
-
-    Raises:
-        ValueError: a user's processor does not return scores of the same shape.
     """
     p, step_B1 = options, sequences.num_new_tokens[:, None]
     scores = penalize_repetition(scores, sequences, p.repetition_penalty)
@@ -201,10 +153,7 @@ def suppress_tokens(scores: Float[Array, "B V"], mask: Bool[Array, "..."]) -> Fl
 def force_tokens(
     scores: Float[Array, "B V"], forced: Bool[Array, "V"], rows: Bool[Array, "B 1"]
 ) -> Float[Array, "B V"]:
-    """Allows only the tokens `forced`, each with score 0, in the rows where `rows` is True.
-
-    If no token is forced, the scores are unchanged.
-    """
+    """Allows only the tokens `forced` (if any), with score 0, in the rows where `rows` is True."""
     return jnp.where(rows & forced.any(), jnp.where(forced, 0.0, -jnp.inf), scores)
 
 
@@ -247,16 +196,7 @@ def forbid_repeated_ngrams(
 def forbid_bad_words(
     scores: Float[Array, "B V"], sequences: Sequences, bad_words: Int[Array, "W M"]
 ) -> Float[Array, "B V"]:
-    """Forbids tokens that would complete a forbidden token sequence.
-
-    Args:
-        scores: scores of the next token.
-        sequences: the tokens of each row so far.
-        bad_words: forbidden token sequences, aligned on the right and padded with -1 on the left.
-
-    Returns:
-        The scores with forbidden tokens at -inf.
-    """
+    """Forbids tokens that would complete a row of `bad_words` (see `DecodingOptions`)."""
     M = bad_words.shape[1]
     positions_BM = sequences.lengths[:, None] + jnp.arange(1 - M, 0)
     # Positions before the start of a sequence get -2, which matches no token.
@@ -280,13 +220,7 @@ def keep_top_k(
 ) -> Float[Array, "B V"]:
     """Keeps the k tokens with the highest scores, and those that tie with the k-th.
 
-    Fan et al. 2018, "Hierarchical Neural Story Generation", section 5.4. At least
-    `min_tokens_to_keep` tokens are kept.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> keep_top_k(jnp.array([[1.0, 3.0, 2.0, 0.0]]), 2).tolist()
-        [[-inf, 3.0, 2.0, -inf]]
+    Fan et al. 2018, "Hierarchical Neural Story Generation", section 5.4.
     """
     V = scores.shape[-1]
 
@@ -304,14 +238,7 @@ def keep_top_p(
     """Keeps the nucleus: the smallest set of most probable tokens with total probability >= p.
 
     Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration", section 3.1. Tokens that
-    tie with the last one of the set are kept too, and at least `min_tokens_to_keep` tokens are
-    kept.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> probs = jnp.array([[0.1, 0.4, 0.2, 0.3]])
-        >>> jnp.isfinite(keep_top_p(jnp.log(probs), 0.65)).tolist()
-        [[False, True, False, True]]
+    tie with the last one of the set are kept too.
     """
     def kept(scores):
         sorted_BV = _sort_descending(scores)
@@ -329,8 +256,7 @@ def keep_min_p(
 ) -> Float[Array, "B V"]:
     """Keeps tokens whose probability is at least `p` times that of the most probable token.
 
-    Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling", section 3. At least
-    `min_tokens_to_keep` tokens are kept.
+    Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling", section 3.
     """
     probs_BV = jax.nn.softmax(scores, axis=-1)
     is_low_BV = probs_BV < p * probs_BV.max(-1, keepdims=True)

@@ -5,37 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-MIN_LENGTH = 16  # minimum length of padded rows
-
 
 def power_of_two_length(length: int, limit: int) -> int:
     """Rounds a length up to a power of two, at least 16 and at most `limit`.
 
-    Padding to these lengths bounds the number of shapes to compile for.
-
-    Example:
-        >>> [power_of_two_length(n, 100) for n in (3, 17, 64, 65)]
-        [16, 32, 64, 100]
+    This bounds the number of shapes to compile for.
     """
-    return min(max(MIN_LENGTH, 1 << (length - 1).bit_length()), limit)
+    return min(max(16, 1 << (length - 1).bit_length()), limit)
 
 
 def unpad_rows(input_ids, attention_mask=None, name: str = "prompt") -> list[np.ndarray]:
-    """Returns the tokens of each row without padding.
-
-    Args:
-        input_ids: rows of token ids.
-        attention_mask: 1 at tokens, 0 at padding; None if there is no padding.
-        name: what a row is called in error messages.
-
-    Raises:
-        ValueError: `input_ids` is not a batch of rows, the mask has another shape, or a row has no
-            tokens.
-
-    Example:
-        >>> unpad_rows([[0, 5, 6]], attention_mask=[[0, 1, 1]])
-        [array([5, 6])]
-    """
+    """Returns the tokens of each row without padding; `name` is what errors call a row."""
     rows = [np.asarray(row) for row in input_ids]
     shapes = [row.shape for row in rows]
     if any(len(shape) != 1 for shape in shapes):
@@ -58,15 +38,7 @@ def check_token_ids(rows: Sequence[np.ndarray], vocab_size: int, name: str = "ro
     """Checks that token ids are integers in the vocabulary.
 
     On the device, invalid ids raise no error: the embedding of an id that is too large is NaN, and
-    a negative id selects another token.
-
-    Args:
-        rows: token ids.
-        vocab_size: number of valid ids.
-        name: name of a row in error messages; "{}" stands for its index.
-
-    Raises:
-        ValueError: an id is outside the vocabulary, or is not an integer.
+    a negative id selects another token. In `name`, "{}" stands for the index of the row.
     """
     for i, row in enumerate(rows):
         row = np.asarray(row)
@@ -95,14 +67,6 @@ def bad_words_table(
 
     Both sizes of the table are powers of two, to bound the number of shapes to compile for. A
     sequence that consists of one end-of-sequence token is ignored; use `min_new_tokens` instead.
-
-    Args:
-        bad_words_ids: forbidden token sequences.
-        eos_token_ids: end-of-sequence tokens.
-        vocab_size: number of valid ids.
-
-    Raises:
-        ValueError: a sequence is empty, or an id is outside the vocabulary.
 
     Example:
         >>> bad_words_table([[4], [1, 2]], [], 10)

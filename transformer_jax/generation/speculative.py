@@ -1,5 +1,4 @@
-"""Speculative decoding: a draft model proposes tokens, and one pass of the target model verifies
-them.
+"""Speculative decoding: a draft model proposes tokens, one pass of the target model verifies them.
 
 Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", algorithm 1. The
 result is that of the target model alone: the same tokens without sampling, and the same
@@ -19,10 +18,7 @@ from jaxtyping import Float, Int, Key
 
 from transformer_jax.generation import decoding
 from transformer_jax.generation.decoding import DecodeState, decode_step, select_token
-from transformer_jax.generation.logits_processors import (
-    DecodingOptions,
-    apply_logits_processors,
-)
+from transformer_jax.generation.logits_processors import DecodingOptions, apply_logits_processors
 from transformer_jax.models.gpt import GPT
 from transformer_jax.models.transformer import Transformer
 
@@ -37,12 +33,7 @@ class ModelPair(NamedTuple):
 def pair_with_draft(
     model: GPT | Transformer, params: dict, assistant_model: tuple[GPT | Transformer, dict]
 ) -> tuple[ModelPair, ModelPair]:
-    """Returns the pairs of models and of their parameters.
-
-    Raises:
-        ValueError: `assistant_model` is not a pair, or its type or vocabulary differs from the
-            model's.
-    """
+    """Checks the draft model. Returns the pairs of models and of their parameters."""
     try:
         draft, draft_params = assistant_model
     except TypeError:
@@ -64,20 +55,8 @@ def verify_greedy(
 ) -> tuple[Int[Array, "B P"], Int[Array, "B"]]:
     """Accepts draft tokens up to the first that is not the target model's argmax.
 
-    Args:
-        scores: the target model's scores at each position.
-        draft_tokens: the proposed tokens.
-
-    Returns:
-        The argmax tokens, and the number n of accepted draft tokens in each row. The first n + 1
-        tokens of a row are to be appended; the rest must be ignored.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> scores = jax.nn.one_hot(jnp.array([[2, 0, 1]]), 3)
-        >>> tokens, num_accepted = verify_greedy(scores, jnp.array([[2, 1]]))
-        >>> tokens.tolist(), num_accepted.tolist()
-        ([[2, 0, 1]], [1])
+    Returns the argmax tokens, and the number n of accepted draft tokens in each row. The first n +
+    1 tokens of a row are to be appended; the rest must be ignored.
     """
     argmax_BP = scores.argmax(-1).astype(jnp.int32)
     return argmax_BP, _num_leading_true(argmax_BP[:, :-1] == draft_tokens)
@@ -93,17 +72,8 @@ def verify_sampled(
 
     A token sampled from the draft distribution q is accepted with probability min(1, p / q), where
     p is the target distribution. The token after the accepted ones is sampled from max(0, p - q),
-    normalized, if a token was rejected, and from p otherwise.
-
-    Args:
-        scores: the target model's logits at each position.
-        draft_scores: the draft model's logits.
-        draft_tokens: the proposed tokens.
-        key: for the acceptance and for the token after the accepted ones.
-
-    Returns:
-        The tokens, and the number n of accepted draft tokens in each row. The first n + 1 tokens of
-        a row are to be appended; the rest must be ignored.
+    normalized, if a token was rejected, and from p otherwise. Scores are logits. Returns as
+    `verify_greedy`.
     """
     B, G = draft_tokens.shape
     rows_B = jnp.arange(B)
@@ -127,25 +97,15 @@ def _num_leading_true(flags_BG):
 
 
 def start(
-    models: ModelPair,
-    params: ModelPair,
-    inputs: decoding.GenerationInputs,
+    models: ModelPair, params: ModelPair, inputs: decoding.GenerationInputs,
     options: DecodingOptions,
 ) -> tuple[ModelPair, DecodeState]:
     """Processes the prompts with both models; the target model selects the first tokens.
 
-    Args:
-        models: target and draft model, of the same vocabulary.
-        params: their parameters.
-        inputs: the prompts, and the sources of encoder-decoders.
-        options: options of decoding.
-
-    Returns:
-        The parameters in the layout for `step`, and the state, whose cache is a `ModelPair`.
+    Returns the parameters in the layout for `step`, and the state, whose cache is a `ModelPair`.
     """
     (target_params, state), (draft_params, draft_state) = (
-        decoding.start(*pair, inputs, options)
-        for pair in zip(models, params))
+        decoding.start(*pair, inputs, options) for pair in zip(models, params))
     state = state._replace(cache=ModelPair(state.cache, draft_state.cache))
     return ModelPair(target_params, draft_params), state
 
@@ -153,10 +113,7 @@ def start(
 def step(
     models: ModelPair, params: ModelPair, state: DecodeState, options: DecodingOptions
 ) -> DecodeState:
-    """Drafts G tokens, verifies them, and appends at least one token to each unfinished row.
-
-    `params` and the first `state` are results of `start`.
-    """
+    """Drafts G tokens, verifies them, and appends at least one token to each unfinished row."""
     G, sequences = options.num_draft_tokens, state.sequences
     draft_key, verify_key = jax.random.split(jax.random.fold_in(options.rng, state.num_steps))
 
@@ -167,8 +124,7 @@ def step(
         positions_B2 = sequences.lengths[:, None] + jnp.array([-2, -1])
         logits_B2V, cache = decode_step(
             models.draft, params.draft, sequences.tokens_at(positions_B2), positions_B2, cache)
-        scores_BV = apply_logits_processors(
-            logits_B2V[:, 1], sequences, options)
+        scores_BV = apply_logits_processors(logits_B2V[:, 1], sequences, options)
         token_B = select_token(scores_BV, key, options.do_sample)
         outputs = token_B, scores_BV if options.do_sample else None
         return (sequences.append(token_B), cache), outputs

@@ -4,8 +4,8 @@ A layer uses these parameters instead of `kernel` or `embedding` whenever they a
 
 | parameters                       | from                        | meaning                         |
 |----------------------------------|-----------------------------|---------------------------------|
-| `kernel_int8`, `kernel_scale`    | `finetuning.quantize`       | int8, a scale for each output   |
-| `embedding_int8`, `..._scale`    | `finetuning.quantize`       | int8, a scale for each row      |
+| `kernel_int8`, `kernel_scale`    | `finetuning.frozen`         | int8, a scale for each output   |
+| `embedding_int8`, `..._scale`    | `finetuning.frozen`         | int8, a scale for each row      |
 | `kernel_t`, `kernel_t_scale`     | `generation.decoding`       | transposed to [out, in]         |
 | `embedding_t`, `..._t_scale`     | `generation.decoding`       | as `embedding_int8`             |
 

@@ -153,7 +153,7 @@ def _row_logits(apply, params, batch, rng, aux_lm_loss_weight, vocab_size, num_o
     inputs = {name: batch[name].reshape(-1, batch[name].shape[-1])
               for name in ("segment_ids", "padding_mask") if name in batch}
     if "padding_mask" not in inputs and num_orders > 1:
-        # `finetuning.feature_cache` replaces the tokens by features, which have no padding mask.
+        # `finetuning.frozen` replaces the tokens by features, which have no padding mask.
         tokens, num_orders = tokens.sum(1), 1
     tokens = tokens.reshape(-1, tokens.shape[-1])
     if num_orders == 1 and not aux_lm_loss_weight:

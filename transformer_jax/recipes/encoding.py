@@ -11,7 +11,7 @@ from transformer_jax.data.datasets import LabeledDataset
 from transformer_jax.data.tokenizers import Tokenizer
 from transformer_jax.errors import did_you_mean
 from transformer_jax.finetuning import peft
-from transformer_jax.generation.texts import generate_texts
+from transformer_jax.generation.api import generate_texts
 from transformer_jax.models import BART, BERT, GPT, Model
 from transformer_jax.objectives import causal_lm, classification, question_answering, seq2seq
 from transformer_jax.recipes.task_encoder import (

@@ -21,7 +21,7 @@ import jax
 
 from transformer_jax import sharding
 from transformer_jax.data.datasets import load_dataset, subsample_balanced
-from transformer_jax.finetuning import adapter_io, peft, quantize
+from transformer_jax.finetuning import adapter_io, frozen, peft
 from transformer_jax.pretrained import save_pretrained, save_run_config
 from transformer_jax.recipes import prediction, run_dir
 from transformer_jax.recipes.config import (
@@ -128,7 +128,7 @@ class FinetuneResult(prediction.TaskModel):
             ValueError: there are PEFT parameters that cannot be merged, such as adapters and
                 prefixes; save them with `finetuning.adapter_io.save_adapter`.
         """
-        model, params = peft.fold_tokens(self.model, quantize.dequantize(self.params))
+        model, params = peft.fold_tokens(self.model, frozen.dequantize(self.params))
         save_pretrained(path, model, peft.merge(params), self.tokenizer)
 
 

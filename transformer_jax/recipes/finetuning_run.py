@@ -18,7 +18,7 @@ from transformer_jax import sharding, tree
 from transformer_jax.data.batching import LengthBucketedBatches
 from transformer_jax.data.datasets import LabeledDataset
 from transformer_jax.data.tokenizers import Tokenizer
-from transformer_jax.finetuning import feature_cache, peft, quantize, select
+from transformer_jax.finetuning import frozen, peft, select
 from transformer_jax.models import GPT, Model, build_model, config_to_dict, init_params
 from transformer_jax.objectives import causal_lm, classification, seq2seq
 from transformer_jax.pretrained import LoadedRun, load_model
@@ -159,7 +159,7 @@ def _init(
     if training.gpt_special_tokens:
         params = peft.add_tokens(params, NUM_SPECIAL_TOKENS, rngs[1])
     params, mask = peft.add_and_mask(params, trainable, rngs[2])
-    return quantize.quantize_frozen(params, mask, training.frozen_dtype)[0]
+    return frozen.quantize_frozen(params, mask, training.frozen_dtype)[0]
 
 
 @functools.cache
@@ -174,14 +174,14 @@ def make_finetune_step(
     mask = select.trainable_mask(jax.eval_shape(init, jax.random.key(0)), trainable)
     optimizer = training.optimizer.make(training.num_steps)
     weight = training.aux_lm_loss_weight
-    cached = (training.cache_features and feature_cache.is_head_only(mask)
+    cached = (training.cache_features and frozen.is_head_only(mask)
               and task_type in TEXT_TASK_TYPES and not weight)
     if task_type == "seq2seq":
         loss = causal_lm.loss if isinstance(model, GPT) else seq2seq.loss
     else:
         loss = classification.TASK_TYPES[task_type].loss
     loss_fn = functools.partial(
-        loss, feature_cache.make_features_apply(model.apply) if cached else model.apply,
+        loss, frozen.make_features_apply(model.apply) if cached else model.apply,
         **({"aux_lm_loss_weight": weight} if weight else {}))
     return FinetuneStep(mask, optimizer, step.make_train_step(loss_fn, optimizer, mask), cached)
 
@@ -257,7 +257,7 @@ def _feature_batches(
     """
     encoder, shard = data.encoder, sharding.process_data_shard(mesh)
     batches = encoder.batches(data.train, batch_size=PREDICT_BATCH_SIZE).evaluation_batches()
-    rows = feature_cache.compute_features(encoder.model, params, batches)
+    rows = frozen.compute_features(encoder.model, params, batches)
     return LengthBucketedBatches(
         sorted(rows, key=lambda row: int(row["index"])), [1] * len(rows),
         lambda row, length: {k: v for k, v in row.items() if k != "index"},

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from transformer_jax import metrics, sharding, tree
 from transformer_jax.data import load_pairs, tokenizers
 from transformer_jax.data.batching import TokenBudgetBatches
-from transformer_jax.generation.texts import generate_texts
+from transformer_jax.generation.api import generate_texts
 from transformer_jax.models import Transformer, build_model, config_to_dict, init_params
 from transformer_jax.models.config import TransformerConfig
 from transformer_jax.objectives import seq2seq

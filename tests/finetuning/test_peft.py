@@ -390,7 +390,7 @@ def test_lora_scale():
         ("layers:a-b", "layers:a-b: the layers must be"),
         ("lora:2+lora:4", "already have .*lora_a; merge them first"),
         ("prefix:2+prefix:2", "already have .*prefix_key"),
-        ("adpter:2", "did you mean 'adapter'"),
+        ("adpter:2", "did you mean adapter:64"),
     ],
 )
 def test_invalid_specs_are_refused(spec, message):
