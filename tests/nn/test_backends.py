@@ -19,7 +19,7 @@ import pytest
 from small_models import BART, BERT, GPT2, TRANSFORMER, build, random_tokens
 
 from transformer_jax import sharding
-from transformer_jax.nn import attention, backends, layers, matmul, quantized
+from transformer_jax.nn import attention, backends, layers, quantized
 from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.backends import cpu, gpu, tpu, xla
 from transformer_jax.objectives import causal_lm, chunked_cross_entropy, cross_entropy
@@ -27,8 +27,8 @@ from transformer_jax.objectives import causal_lm, chunked_cross_entropy, cross_e
 GPU = jax.default_backend() == "gpu"
 OPERATIONS = {
     "dot_product_attention": attention.dot_product_attention,
-    "matmul": matmul.matmul,
-    "matmul_transposed": matmul.matmul_transposed,
+    "matmul": quantized.matmul,
+    "matmul_transposed": quantized.matmul_transposed,
     "int8_matmul_transposed": quantized.int8_matmul_transposed,
     "standardize": layers.standardize,
     "materialize_cotangent": layers.materialize_cotangent,

@@ -38,9 +38,9 @@ from transformer_jax.nn.layers import (
     LazyLogits,
     Linear,
     get_activation,
+    make_position_embed,
 )
 from transformer_jax.nn.peft import prepend_prompt, remove_prompt
-from transformer_jax.nn.positions import make_position_embed
 
 
 class BERTEncoderOutput(NamedTuple):

@@ -41,7 +41,7 @@ class Config:
         attention_dropout_rate: the rate of dropout on attention weights.
         positions: "learned"; "sinusoidal" (fixed, Vaswani et al. 2017, section 3.5);
             "sinusoidal_halves", in which all sines precede all cosines, as in Marian checkpoints;
-            or a function, see `nn.positions.make_position_embed`.
+            or a function, see `nn.layers.make_position_embed`.
         position_offset: the number of rows of the position table before that of position 0: 2 in
             BART and RoBERTa. The table has `max_length + position_offset` rows.
         scale_embedding: whether to multiply token embeddings by sqrt(d_model) (Vaswani et al. 2017,

@@ -25,9 +25,8 @@ from transformer_jax.models.heads import DecoderHeads
 from transformer_jax.nn.attention import KVCache, Mask, causal_mask
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
-from transformer_jax.nn.layers import INITIALIZERS, Embed, LazyLogits, Linear
+from transformer_jax.nn.layers import INITIALIZERS, Embed, LazyLogits, Linear, make_position_embed
 from transformer_jax.nn.peft import prepend_prompt, remove_prompt
-from transformer_jax.nn.positions import make_position_embed
 
 
 class GPTOutput(NamedTuple):

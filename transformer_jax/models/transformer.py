@@ -20,6 +20,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from transformer_jax.models.config import (
+    BARTConfig,
     TransformerConfig,
     check_attention_mask,
     check_sequence_length,
@@ -28,9 +29,16 @@ from transformer_jax.models.heads import DecoderHeads
 from transformer_jax.nn.attention import KVCache, Mask, causal_mask
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
-from transformer_jax.nn.layers import INITIALIZERS, Bias, Embed, LayerNorm, LazyLogits, Linear
+from transformer_jax.nn.layers import (
+    INITIALIZERS,
+    Bias,
+    Embed,
+    LayerNorm,
+    LazyLogits,
+    Linear,
+    make_position_embed,
+)
 from transformer_jax.nn.peft import prepend_prompt, remove_prompt
-from transformer_jax.nn.positions import make_position_embed
 
 
 class Seq2SeqOutput(NamedTuple):
@@ -316,3 +324,16 @@ class Transformer(DecoderHeads):
         """
         features = self.classifier_dropout(features, deterministic=deterministic)
         return self.class_logits(jnp.tanh(self.pooler(features)), deterministic)
+
+
+class BART(Transformer):
+    """BART: the Transformer, pre-trained to reconstruct corrupted text.
+
+    Lewis et al. 2019, "BART: Denoising Sequence-to-Sequence Pre-training for Natural Language
+    Generation, Translation, and Comprehension", section 2.1: GELU instead of ReLU, and parameters
+    initialized from N(0, 0.02). As in the released code (fairseq), positions are learned, the
+    position table has two unused rows at its start, and the embeddings are normalized by LayerNorm
+    instead of scaled. `objectives.denoising` corrupts the text.
+    """
+
+    config: BARTConfig

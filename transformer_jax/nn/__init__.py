@@ -9,14 +9,12 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "attention", "backends", "blocks", "dropout", "layers", "matmul", "peft", "positions",
-        "quantized",
+        "attention", "backends", "blocks", "dropout", "layers", "peft", "quantized",
     ],
     submod_attrs={
         "attention": ["KVCache", "Mask", "causal_mask", "dot_product_attention"],
         "blocks": ["Attention", "Block", "MLP", "Stack", "StackConfig"],
         "dropout": ["Dropout"],
-        "layers": ["Embed", "LayerNorm", "LazyLogits", "Linear"],
-        "positions": ["sinusoidal_positions"],
+        "layers": ["Embed", "LayerNorm", "LazyLogits", "Linear", "sinusoidal_positions"],
     },
 )

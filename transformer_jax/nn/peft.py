@@ -18,8 +18,7 @@ from jaxtyping import Float, Int
 
 from transformer_jax.nn import quantized
 from transformer_jax.nn.dropout import dropout
-from transformer_jax.nn.matmul import matmul
-from transformer_jax.nn.quantized import optional_param
+from transformer_jax.nn.quantized import matmul, optional_param
 
 # If a linear layer has one of these parameters, `linear` applies it.
 _LINEAR_PARAMS = ("lora_b", "ia3_input", "ia3_output", *quantized.KERNELS)

@@ -25,7 +25,6 @@ from jax import Array
 from jaxtyping import Float, Int8
 
 from transformer_jax.nn import backends
-from transformer_jax.nn.matmul import matmul, matmul_transposed
 
 KERNELS = ("kernel_int8", "kernel_t")  # parameters in the place of `kernel`
 
@@ -133,3 +132,36 @@ def matmul_transposed_int8(
 def int8_matmul_transposed(x_MD: Int8[Array, "M D"], matrix: Int8[Array, "F D"]) -> Array:
     """Computes x_MD @ matrix.T of int8 operands, in int32."""
     return jnp.einsum("MD,FD->MF", x_MD, matrix, preferred_element_type=jnp.int32)
+
+
+@backends.dispatched
+def matmul(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], num_contracted_axes: int = 1
+) -> Array:
+    """Contracts the last axes of x with the first axes of a kernel.
+
+    Args:
+        x: inputs.
+        kernel: the kernel; its first axes are the contracted ones.
+        num_contracted_axes: the number of axes that are contracted.
+
+    Example:
+        >>> x, kernel = jnp.ones((2, 5, 4, 8)), jnp.ones((4, 8, 16))
+        >>> matmul(x, kernel, num_contracted_axes=2).shape
+        (2, 5, 16)
+    """
+    return jnp.tensordot(x, kernel, axes=num_contracted_axes)
+
+
+@backends.dispatched
+def matmul_transposed(
+    x: Float[Array, "... D"], matrix: Float[Array, "F D"], dtype: jnp.dtype | None = None
+) -> Float[Array, "... F"]:
+    """Computes x @ matrix.T, for a weight matrix that is stored as [out, in].
+
+    Args:
+        x: inputs.
+        matrix: the weight matrix.
+        dtype: the dtype of the result; None for that of the operands.
+    """
+    return jnp.einsum("...D,FD->...F", x, matrix, preferred_element_type=dtype)

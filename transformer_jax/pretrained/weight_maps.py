@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from transformer_jax.models import Config, Model, TransformerConfig, init_params
-from transformer_jax.nn.positions import sinusoidal_positions
+from transformer_jax.nn.layers import sinusoidal_positions
 from transformer_jax.tree import flatten_paths
 
 

@@ -19,8 +19,7 @@ import jax
 from transformer_jax import metrics, sharding, tree
 from transformer_jax.data import batching, tokenizers
 from transformer_jax.errors import did_you_mean
-from transformer_jax.models import build_model, config_to_dict, init_params, presets
-from transformer_jax.models.build import family_name
+from transformer_jax.models import build_model, config_to_dict, family_name, init_params, presets
 from transformer_jax.models.config import Config
 from transformer_jax.objectives.denoising import Noise
 from transformer_jax.objectives.mlm_nsp import MASK_RATE
