@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from transformer_jax.models import presets
 from transformer_jax.models.bert import BERT, BERTOutput
 from transformer_jax.models.config import (
@@ -11,7 +14,6 @@ from transformer_jax.models.config import (
     Config,
     GPTConfig,
     TransformerConfig,
-    init_params,
 )
 from transformer_jax.models.gpt import GPT, GPTOutput
 from transformer_jax.models.transformer import BART, Seq2SeqOutput, Transformer, shift_right
@@ -96,16 +98,14 @@ def build_model(config: Config, num_classes: int = 0, task: str | None = None) -
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Converts a config to a JSON-compatible dict with the name of its family.
 
+    Raises:
+        ValueError: a field is a function or a class.
+
     Example:
         >>> from transformer_jax.models import presets
         >>> values = config_to_dict(presets.gpt2())
-        >>> values["family"], values["num_layers"]
-        ('gpt', 12)
-        >>> config_from_dict(values) == presets.gpt2()
-        True
-
-    Raises:
-        ValueError: a field is a function or a class.
+        >>> values["family"], config_from_dict(values) == presets.gpt2()
+        ('gpt', True)
     """
     values = dataclasses.asdict(config)
     for name, value in values.items():
@@ -142,3 +142,27 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     # JSON has no tuples.
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return config_class(**values)
+
+
+def init_params(model: Model, rng: jax.Array, method: str | None = None) -> dict:
+    """Initializes the parameters of a model, a nested dict of float32 arrays.
+
+    The function is pure. Wrap it in `jax.jit` with `out_shardings` to initialize sharded
+    parameters, or in `jax.eval_shape` for shapes only.
+
+    Args:
+        model: the model.
+        rng: the key for random numbers.
+        method: the method whose parameters are initialized, such as "classification_logits"; None
+            for that of the model's task.
+
+    Example:
+        >>> from transformer_jax.models import presets
+        >>> model = build_model(presets.bert_tiny())
+        >>> params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+        >>> params["token_embed"]["embedding"].shape
+        (30522, 128)
+    """
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    method = model.METHODS[model.task] if method is None else method
+    return model.init(rng, tokens, method=method)["params"]
