@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from transformer_jax.nn.attention import ATTENTION_IMPLS
 from transformer_jax.nn.blocks import REMAT_POLICIES, StackConfig
-from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, embedding_init
+from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS
 
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -161,8 +161,9 @@ class Config:
         return self.max_length + self.position_offset
 
     def embedding_init(self) -> Callable:
-        """Returns the embedding initializer."""
-        return embedding_init(self.initializer, self.init_std)
+        """Returns the initializer of embeddings: that of kernels, or normal for xavier_uniform."""
+        is_xavier = self.initializer == "xavier_uniform"
+        return INITIALIZERS["normal" if is_xavier else self.initializer](self.init_std)
 
     @property
     def compute_dtype(self) -> jnp.dtype:

@@ -1,10 +1,8 @@
-"""Linear, LayerNorm, Embed and Bias: the layers that create all parameters of the models.
+"""Linear, LayerNorm, Embed and Bias, which create all parameters, and position embeddings.
 
-Parameters are float32; `dtype` is the compute dtype. LayerNorm always computes its statistics in
-float32.
-
-Layers also apply parameters that `init` never creates, if they are present in the parameter tree:
-PEFT parameters (`nn.peft`), and weights in int8 or transposed for decoding (`nn.quantized`).
+Parameters are float32; `dtype` is the compute dtype. Layers also apply parameters that `init` never
+creates, if they are present: PEFT parameters (`nn.peft`), and weights in int8 or transposed for
+decoding (`nn.quantized`).
 
 Shape suffixes: B batch, T length, D d_model, V vocabulary.
 """
@@ -22,7 +20,6 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from transformer_jax.nn import backends, peft, quantized
-from transformer_jax.nn.quantized import matmul, matmul_transposed
 from transformer_jax.sharding import BATCH_AXES, constrain, constrain_hidden
 
 
@@ -53,14 +50,6 @@ INITIALIZERS: dict[str, Callable[[float], Callable]] = {
 def get_activation(activation: str | Callable[[Array], Array]) -> Callable[[Array], Array]:
     """Returns an activation function by its name in `ACTIVATIONS`; functions are returned as is."""
     return activation if callable(activation) else ACTIVATIONS[activation]
-
-
-def embedding_init(initializer: str, std: float) -> Callable:
-    """Returns the initializer of embeddings for a kernel initializer.
-
-    It is the same one, except that "normal" replaces "xavier_uniform".
-    """
-    return INITIALIZERS["normal" if initializer == "xavier_uniform" else initializer](std)
 
 
 class Linear(nn.Module):
@@ -96,7 +85,7 @@ class Linear(nn.Module):
             return peft.linear(self, x, deterministic)
         kernel_shape = x.shape[-self.num_contracted_axes :] + self.features
         kernel = self.param("kernel", self.init_kernel, kernel_shape).astype(self.dtype)
-        y = matmul(x.astype(self.dtype), kernel, self.num_contracted_axes)
+        y = quantized.matmul(x.astype(self.dtype), kernel, self.num_contracted_axes)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
             y = y + bias.astype(self.dtype)
@@ -105,39 +94,23 @@ class Linear(nn.Module):
     def init_kernel(self, rng: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
         """Initializes the kernel as a matrix [fan_in, fan_out], which initializers expect."""
         fan_in = math.prod(shape[: self.num_contracted_axes])
-        fan_out = math.prod(shape[self.num_contracted_axes :])
-        return self.kernel_init(rng, (fan_in, fan_out), dtype).reshape(shape)
-
-
-@backends.dispatched
-def standardize(x: Float[Array, "... D"], epsilon: float) -> Float[Array, "... D"]:
-    """Standardizes x to mean 0 and variance 1 along the last axis, as `jax.nn.standardize`.
-
-    Example:
-        >>> standardize(jnp.array([1.0, 5.0]), epsilon=0.0).tolist()
-        [-1.0, 1.0]
-    """
-    centered = x - x.mean(-1, keepdims=True)
-    return centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + epsilon)
+        return self.kernel_init(rng, (fan_in, math.prod(shape) // fan_in), dtype).reshape(shape)
 
 
 @backends.dispatched
 def materialize_cotangent(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The identity function, for an `x` whose cotangent is used in several gradients.
-
-    The variant of a backend may store the cotangent, so that it is computed only once.
-    """
+    """The identity, for an x whose cotangent several gradients use: a variant may store it."""
     return x
 
 
 class LayerNorm(nn.Module):
     """Layer normalization over the last axis: (x - mean) / sqrt(variance + epsilon) * scale + bias.
 
-    Ba et al. 2016, "Layer Normalization" (arXiv 1607.06450), eq. 4.
+    Ba et al. 2016, "Layer Normalization" (arXiv 1607.06450), eq. 4. Statistics are float32.
 
     Attributes:
         epsilon: added to the variance.
-        dtype: the dtype of the output; statistics are float32.
+        dtype: the dtype of the output.
     """
 
     epsilon: float
@@ -147,7 +120,10 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
-        y = standardize(x.astype(jnp.float32), self.epsilon) * scale + bias
+        x = x.astype(jnp.float32)
+        centered = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centered).mean(-1, keepdims=True)
+        y = centered * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
         return y.astype(self.dtype)
 
 
@@ -182,7 +158,7 @@ class LazyLogits(NamedTuple):
         if self.quantize_activations:
             logits = quantized.matmul_transposed_int8(self.hidden, self.embedding, self.scale)
         else:
-            logits = matmul_transposed(
+            logits = quantized.matmul_transposed(
                 self.hidden, self.embedding.astype(self.hidden.dtype), jnp.float32)
             logits = logits if self.scale is None else logits * self.scale
         logits = constrain(logits, BATCH_AXES, *["sequence"] * (logits.ndim - 2), "tensor")
@@ -210,9 +186,8 @@ class Embed(nn.Module):
         self.extra = quantized.optional_param(self, "extra")
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        """Looks up embeddings.
+        """Looks up embeddings; ids of `num_embeddings` or more are added tokens (`extra`).
 
-        If the PEFT parameter `extra` is present, ids of `num_embeddings` or more select its rows.
         Ids are not checked: too large ones give NaN, and negative ones index from the end.
         """
         lookup = functools.partial(quantized.lookup, self.table, dtype=self.dtype)
@@ -245,15 +220,9 @@ def sinusoidal_positions(
 ) -> Float[np.ndarray, "length features"]:
     """Computes the fixed position encoding of Vaswani et al. 2017, section 3.5.
 
-    Row p has the values sin(p / 10000^(2i / features)) in dimension 2i and
-    cos(p / 10000^(2i / features)) in dimension 2i + 1. Wavelengths increase from 2 pi to
-    10000 * 2 pi positions.
-
-    Args:
-        length: the number of positions.
-        features: the dimension of an encoding; even.
-        interleave: whether sines and cosines alternate. If False, all sines precede all cosines,
-            as in the checkpoints of Marian.
+    Row p has the values sin(p / 10000^(2i / features)) in dimension 2i and the cosine in dimension
+    2i + 1: wavelengths increase from 2 pi to 10000 * 2 pi positions. Without `interleave`, all
+    sines precede all cosines, as in the checkpoints of Marian.
 
     Raises:
         ValueError: `features` is odd.
@@ -267,19 +236,11 @@ def sinusoidal_positions(
                          "pair sines with cosines. Use an even d_model, or learned positions")
     angles = np.arange(length)[:, None] / 10_000 ** (np.arange(0, features, 2) / features)
     waves = np.stack([np.sin(angles), np.cos(angles)])
-    order = (1, 2, 0) if interleave else (1, 0, 2)
-    return waves.transpose(order).reshape(length, features)
+    return waves.transpose((1, 2, 0) if interleave else (1, 0, 2)).reshape(length, features)
 
 
 class SinusoidalEmbed(nn.Module):
-    """Fixed position embeddings, with the interface of `Embed`. It has no parameters.
-
-    Attributes:
-        max_length: the number of positions.
-        features: the dimension of an embedding.
-        interleave: as for `sinusoidal_positions`.
-        dtype: the dtype of the embeddings.
-    """
+    """Fixed position embeddings, with the interface of `Embed`. It has no parameters."""
 
     max_length: int
     features: int
@@ -297,15 +258,9 @@ def make_position_embed(
 ) -> Callable:
     """Creates the position embedding of a model, a function from positions `[B, T]` to `[B, T, D]`.
 
-    Args:
-        kind: "learned" for a table of parameters; "sinusoidal" for fixed sinusoids;
-            "sinusoidal_halves" for fixed sinusoids in which all sines precede all cosines; or a
-            function or Flax module class that takes the other arguments of this function and
-            returns the position embedding.
-        max_length: the number of positions.
-        features: the dimension of an embedding.
-        embedding_init: the initializer of a learned table.
-        dtype: the dtype of the embeddings.
+    `kind` is "learned" for a table of parameters; "sinusoidal" or "sinusoidal_halves" (not
+    interleaved) for `sinusoidal_positions`; or a function or Flax module class that takes the other
+    arguments of this function and returns the position embedding.
     """
     if callable(kind):
         return kind(max_length, features, embedding_init=embedding_init, dtype=dtype)
