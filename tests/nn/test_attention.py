@@ -11,7 +11,6 @@ from transformer_jax.nn.attention import (
     Mask,
     causal_mask,
     dot_product_attention,
-    init_cache,
 )
 from transformer_jax.nn.backends.cpu import num_query_blocks
 from transformer_jax.nn.dropout import keep_mask
@@ -199,10 +198,3 @@ def test_cache_update_takes_positions_by_row_and_ignores_those_outside():
     assert updated.length == 3
     np.testing.assert_array_equal(updated.as_bsnh()[0], updated.key.swapaxes(1, 2))
     assert not cache.key.any()  # the input is unchanged
-
-
-def test_empty_cache():
-    cache = init_cache(2, 3, 5, 4, 6, jnp.bfloat16)
-    assert list(cache) == ["layer_0", "layer_1"]
-    assert cache["layer_1"].value.shape == (3, 4, 5, 6)
-    assert cache["layer_1"].value.dtype == jnp.bfloat16

@@ -6,8 +6,6 @@ Understanding".
     tokens -> token + position + segment embedding -> LayerNorm -> stack with a padding mask
            -> masked language modeling head at the masked positions,
               next-sentence head on the pooled first token
-
-Shape suffixes: B batch, T length, D d_model, N heads, V vocabulary, P masked positions, C classes.
 """
 
 from typing import ClassVar, NamedTuple
@@ -106,14 +104,9 @@ class BERT(ClassificationHeads):
             self.classifier = Linear((self.num_classes,), kernel_init=init)
 
     def encode(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        padding_mask: Bool[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        attention_mask: Bool[Array, "B 1 T T"] | None = None,
-        deterministic: bool = True,
+        self, tokens: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None,
+        padding_mask: Bool[Array, "B T"] | None = None, positions: Int[Array, "B T"] | None = None,
+        attention_mask: Bool[Array, "B 1 T T"] | None = None, deterministic: bool = True,
         output_attentions: bool = False,
     ) -> StackOutput:
         """Computes the hidden states of all tokens.
@@ -122,18 +115,13 @@ class BERT(ClassificationHeads):
             tokens: token ids.
             segment_ids: 0 for sentence A, 1 for sentence B; all 0 if None. Ignored if the config
                 has no segments.
-            padding_mask: True at tokens, False at padding; all True if None.
             positions: the position of each token. If None, it is 0 ... T-1; with a
                 `position_offset` and a `padding_mask`, padding is not counted.
-            attention_mask: True where a query attends to a key, in addition to `padding_mask`;
-                broadcasts to `[B, N, T, T]`.
-            deterministic: whether to disable dropout. If False, pass `rngs={"dropout": key}` to
-                `apply`.
-            output_attentions: whether to return the attention weights of all layers.
+            padding_mask, attention_mask, deterministic, output_attentions: as for all models
+                (`ClassificationHeads`).
 
         Raises:
-            ValueError: T is larger than `max_length`, or `attention_mask` is not boolean or does
-                not broadcast to `[B, N, T, T]`.
+            ValueError: T is larger than `max_length`.
         """
         c = self.config
         B, T = tokens.shape
@@ -158,8 +146,7 @@ class BERT(ClassificationHeads):
         return remove_prompt(out, prompt_length)
 
     def pool(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
-        """Applies the pooler, a linear layer and tanh (or `config.pooler_activation`), to the first
-        token."""
+        """Applies the pooler, a linear layer and `config.pooler_activation`, to the first token."""
         return get_activation(self.config.pooler_activation)(self.pooler(hidden[:, 0]))
 
     def encode_and_pool(self, tokens: Int[Array, "B T"], **options) -> BERTEncoderOutput:
@@ -220,10 +207,8 @@ class BERT(ClassificationHeads):
         self, tokens: Int[Array, "B T"], *, padding_mask: Bool[Array, "B T"] | None = None,
         **options,
     ) -> Float[Array, "B D"]:
-        """Computes the classifier's input; `options` as for `encode`.
-
-        It is the pooled first token, or the mean of all tokens, according to `config.pooling`.
-        """
+        """Computes the classifier's input: the pooled first token, or the mean of all tokens,
+        according to `config.pooling`; `options` as for `encode`."""
         out = self.encode(tokens, padding_mask=padding_mask, **options)
         if self.config.pooling == "first":
             return self.pool(out.hidden)

@@ -5,8 +5,6 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (pre-
 scaled initialization). Both are one model with two configs; see `presets`.
 
     tokens -> token + position embedding -> stack with a causal mask -> tied language model head
-
-Shape suffixes: B batch, T length, S cache length, D d_model, N heads, V vocabulary, C classes.
 """
 
 from typing import ClassVar, NamedTuple
@@ -77,15 +75,11 @@ class GPT(DecoderHeads):
                 use_bias=c.classifier_bias or self.task != "classification")
 
     def decode(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        positions: Int[Array, "B T"] | None = None,
+        self, tokens: Int[Array, "B T"], *, positions: Int[Array, "B T"] | None = None,
         padding_mask: Bool[Array, "B T"] | None = None,
         document_ids: Int[Array, "B T"] | None = None,
         attention_mask: Bool[Array, "B 1 T S"] | None = None,
-        cache: dict[str, KVCache] | None = None,
-        deterministic: bool = True,
+        cache: dict[str, KVCache] | None = None, deterministic: bool = True,
         output_attentions: bool = False,
     ) -> StackOutput:
         """Computes the hidden states `[B, T, D]` before the head.
@@ -93,24 +87,19 @@ class GPT(DecoderHeads):
         Args:
             tokens: token ids.
             positions: the position of each token in its sequence; 0 ... T-1 if None.
-            padding_mask: True at tokens, False at padding. It is required only for padding on the
-                left; tokens never attend to padding on their right. Not supported with `cache`.
+            padding_mask: required only for padding on the left: tokens never attend to padding on
+                their right. Not supported with `cache`.
             document_ids: the document of each token in packed rows; tokens attend only to their own
                 document. The causal mask follows the order in the row, so positions may restart in
                 each document. Not supported with `cache`.
-            attention_mask: True where a query attends to a key; broadcasts to `[B, N, T, S]`, where
-                S is T or the number of slots of `cache`. It replaces the causal mask and
-                `config.attention_window`; `padding_mask` and `document_ids` still apply.
-            cache: keys and values of the previous tokens (`init_cache`). `positions` are then also
-                the slots that these tokens fill.
-            deterministic: whether to disable dropout. If False, pass `rngs={"dropout": key}` to
-                `apply`.
-            output_attentions: whether to return the attention weights of all layers.
+            attention_mask: replaces the causal mask and `config.attention_window`; `padding_mask`
+                and `document_ids` still apply. S is T or the number of slots of `cache`.
+            cache: keys and values of the previous tokens (`init_cache`), unless there is a soft
+                prompt. `positions` are then also the slots that these tokens fill.
+            deterministic, output_attentions: as for all models (`ClassificationHeads`).
 
         Raises:
-            ValueError: T is larger than `max_length`, `attention_mask` is not boolean or does not
-                broadcast to `[B, N, T, S]`, or the cache is combined with `document_ids`,
-                `padding_mask` or a soft prompt.
+            ValueError: T is larger than `max_length`, or arguments cannot be combined.
         """
         c = self.config
         row_positions_BT = row_positions(tokens, c.max_length)

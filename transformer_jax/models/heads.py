@@ -1,8 +1,4 @@
-"""What the models share: their fields, heads and pooling, and the masks of decoders.
-
-Shape suffixes: B batch, T length, S cache length, D d_model, V vocabulary, C classes, P number of
-selected positions.
-"""
+"""What the models share: their fields, heads and pooling, and the masks of decoders."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from transformer_jax.models.config import Config, GPTConfig, TransformerConfig
-from transformer_jax.nn.attention import KVCache, Mask, causal_mask, init_cache
+from transformer_jax.nn.attention import KVCache, Mask, causal_mask
 from transformer_jax.nn.layers import Bias, Embed, LayerNorm, LazyLogits, Linear, get_activation
 
 
@@ -95,12 +91,18 @@ def decoder_mask(
 class ClassificationHeads(nn.Module):
     """Base class of the models: their fields, and the classifier of whole texts and of tokens.
 
-    A subclass defines the submodules `classifier` and `classifier_dropout`, and the methods
-    `hidden_states` (`[B, T, D]`) and `features` (`[B, D]`).
-
     Methods named after a task, such as `classification_logits`, take tokens and run the entire
     model. Methods named after a head, such as `lm_logits` and `class_logits`, take hidden states
-    and apply the head only.
+    and apply the head only. All methods that take tokens have these options:
+
+    - `padding_mask`: True at tokens, False at padding; all True if None.
+    - `attention_mask`: True where a query attends to a key; broadcasts to `[B, N, T, S]`.
+    - `deterministic`: whether to disable dropout; if False, pass `rngs={"dropout": key}`.
+    - `output_attentions`: whether to return the attention weights of all layers.
+
+    They raise a ValueError if T is larger than `max_length`, or if `attention_mask` is not boolean
+    or does not broadcast. A subclass defines the submodules `classifier` and `classifier_dropout`,
+    and the methods `hidden_states` (`[B, T, D]`) and `features` (`[B, D]`).
 
     Attributes:
         config: sizes and options.
@@ -135,10 +137,7 @@ class ClassificationHeads(nn.Module):
     ) -> Float[Array, "B C"]:
         """Computes class logits of each row (Radford et al. 2018, 3.2; Devlin et al. 2018, 4.1).
 
-        `options` are those of `features`.
-
-        Raises:
-            ValueError: the model has no classifier, or T is larger than `max_length`.
+        `options` are those of `features`. Raises a ValueError if the model has no classifier.
         """
         self._check_num_classes()
         features_BD = self.features(tokens, deterministic=deterministic, **options)
@@ -153,11 +152,7 @@ class ClassificationHeads(nn.Module):
     def token_classification_logits(
         self, tokens: Int[Array, "B T"], *args, deterministic: bool = True, **options
     ) -> Float[Array, "B T C"]:
-        """Computes class logits of each token; arguments as for `hidden_states`.
-
-        Raises:
-            ValueError: the model has no classifier, or T is larger than `max_length`.
-        """
+        """Computes class logits of each token; arguments as for `hidden_states`."""
         self._check_num_classes()
         hidden_BTD = self.hidden_states(tokens, *args, deterministic=deterministic, **options)
         return self.class_logits(hidden_BTD, deterministic)
@@ -185,24 +180,16 @@ class DecoderHeads(ClassificationHeads):
         return self.lazy_lm_logits(hidden).logits()
 
     def features(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        padding_mask: Bool[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        last_positions: Int[Array, "B"] | None = None,
-        **options,
+        self, tokens: Int[Array, "B T"], *, padding_mask: Bool[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None, last_positions: Int[Array, "B"] | None = None,
+        **options
     ) -> Float[Array, "B D"]:
         """Computes the classifier's input: the decoder's hidden state of the last token.
 
         Radford et al. 2018, section 3.2. In an encoder-decoder, the same text is the input of
-        encoder and decoder (Lewis et al. 2019, "BART", section 3.1). `options` are those of
-        `hidden_states`.
-
-        Args:
-            segment_ids: ignored; accepted so that one batch serves all model families.
-            last_positions: the position whose hidden state is used; the last token that is not
-                padding if None.
+        encoder and decoder (Lewis et al. 2019, "BART", section 3.1). `last_positions` replaces the
+        positions of the last tokens. `segment_ids` are ignored; they are accepted so that one batch
+        serves all model families. `options` are those of `hidden_states`.
         """
         del segment_ids
         hidden_BTD = self.hidden_states(tokens, padding_mask=padding_mask, **options)
@@ -214,22 +201,18 @@ class DecoderHeads(ClassificationHeads):
     def init_cache(
         config: GPTConfig | TransformerConfig, batch_size: int, length: int
     ) -> dict[str, KVCache]:
-        """Creates an empty cache of the decoder for `length` tokens in each row.
-
-        Raises:
-            ValueError: `length` is larger than `max_length`.
-        """
+        """Creates an empty cache of the decoder for up to `max_length` tokens in each row."""
         check_sequence_length(length, config.max_length)
         s = config.decoder_stack
-        return init_cache(
-            s.num_layers, batch_size, length, s.num_heads, s.head_dim, config.compute_dtype)
+        shape = (batch_size, s.num_heads, length, s.head_dim)
+        return {f"layer_{i}": KVCache(jnp.zeros(shape, s.dtype), jnp.zeros(shape, s.dtype))
+                for i in range(s.num_layers)}
 
 
 class MLMHead(nn.Module):
     """BERT's masked language modeling head: dense, activation, LayerNorm, output layer, bias.
 
-    Devlin et al. 2018, section 3.1, and `get_masked_lm_output` of the released code. The output
-    layer is the embedding that is passed to `__call__`, usually the token embedding (tied).
+    Devlin et al. 2018, section 3.1, and `get_masked_lm_output` of the released code.
     """
 
     activation: str | Callable

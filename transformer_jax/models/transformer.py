@@ -6,9 +6,6 @@ table for source, target and output layer, scaled by sqrt(d_model) in the embedd
     tokens         -> token + position embedding -> encoder stack with a padding mask
     decoder_tokens -> token + position embedding -> decoder stack with a causal mask, and
                       cross-attention to the output of the encoder -> tied output layer
-
-Shape suffixes: B batch, T target length, S source length, D d_model, N heads, V vocabulary,
-C classes.
 """
 
 from typing import ClassVar, NamedTuple
@@ -54,8 +51,6 @@ class Seq2SeqOutput(NamedTuple):
 
 def shift_right(tokens: Int[Array, "B T"], start_id: int) -> Int[Array, "B T"]:
     """Returns the decoder inputs for target tokens: `start_id`, then all targets except the last.
-
-    The input at t is the target at t - 1, so no token is an input of its own prediction.
 
     Example:
         >>> shift_right(jnp.array([[5, 6, 7]]), start_id=2).tolist()
@@ -125,28 +120,16 @@ class Transformer(DecoderHeads):
         return self.embed_dropout(x_BTD, deterministic=deterministic)
 
     def encode(
-        self,
-        tokens: Int[Array, "B S"],
-        *,
-        padding_mask: Bool[Array, "B S"] | None = None,
-        attention_mask: Bool[Array, "B 1 S S"] | None = None,
-        deterministic: bool = True,
+        self, tokens: Int[Array, "B S"], *, padding_mask: Bool[Array, "B S"] | None = None,
+        attention_mask: Bool[Array, "B 1 S S"] | None = None, deterministic: bool = True,
         output_attentions: bool = False,
     ) -> StackOutput:
         """Computes the hidden states `[B, S, D]` of the encoder, to which the decoder attends.
 
-        Args:
-            tokens: token ids of the source.
-            padding_mask: True at tokens, False at padding; all True if None.
-            attention_mask: True where a query attends to a key, in addition to `padding_mask`;
-                broadcasts to `[B, N, S, S]`.
-            deterministic: whether to disable dropout. If False, pass `rngs={"dropout": key}` to
-                `apply`.
-            output_attentions: whether to return the attention weights of all layers.
+        The options are those of all models (`ClassificationHeads`).
 
         Raises:
-            ValueError: S is larger than `max_length`, or `attention_mask` is not boolean or does
-                not broadcast to `[B, N, S, S]`.
+            ValueError: S is larger than `max_length`.
         """
         B, S = tokens.shape
         positions_BS = row_positions(tokens, self.config.max_length)
@@ -160,17 +143,12 @@ class Transformer(DecoderHeads):
         return remove_prompt(out, prompt_length)
 
     def decode(
-        self,
-        tokens: Int[Array, "B T"],
-        encoder_output: Float[Array, "B S D"] | dict[str, KVCache],
-        *,
-        encoder_padding_mask: Bool[Array, "B S"] | None = None,
+        self, tokens: Int[Array, "B T"], encoder_output: Float[Array, "B S D"] | dict[str, KVCache],
+        *, encoder_padding_mask: Bool[Array, "B S"] | None = None,
         padding_mask: Bool[Array, "B T"] | None = None,
         attention_mask: Bool[Array, "B 1 T K"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        cache: dict[str, KVCache] | None = None,
-        deterministic: bool = True,
-        output_attentions: bool = False,
+        positions: Int[Array, "B T"] | None = None, cache: dict[str, KVCache] | None = None,
+        deterministic: bool = True, output_attentions: bool = False,
     ) -> StackOutput:
         """Computes the hidden states `[B, T, D]` of the decoder, before the output layer.
 
@@ -178,21 +156,18 @@ class Transformer(DecoderHeads):
             tokens: token ids of the decoder, the start token first (`shift_right`).
             encoder_output: the hidden states of the encoder, or the `cross_attention_cache` of an
                 earlier output of this method, which contains their projections to keys and values.
-            encoder_padding_mask: True at tokens of the source, False at its padding; all True if
-                None.
-            padding_mask: True at tokens of the target, False at padding. It is required only for
-                padding on the left. Not supported with `cache`.
-            attention_mask: True where a query attends to a key in self-attention; broadcasts to
-                `[B, N, T, K]`, where K is T or the number of slots of `cache`. It replaces the
-                causal mask; `padding_mask` still applies.
+            encoder_padding_mask: True at tokens of the source, False at its padding.
+            padding_mask: required only for padding of the target on the left. Not supported with
+                `cache`.
+            attention_mask: replaces the causal mask of self-attention; `padding_mask` still
+                applies. K is T or the number of slots of `cache`.
             positions: the position of each token; 0 ... T-1 if None.
             cache: keys and values of the previous tokens (`init_cache`). `positions` are then also
-                the slots that the keys and values of `tokens` fill.
-            deterministic, output_attentions: as for `encode`.
+                the slots that these tokens fill.
+            deterministic, output_attentions: as for all models (`ClassificationHeads`).
 
         Raises:
-            ValueError: T is larger than `max_length`, `attention_mask` is not boolean or does not
-                broadcast to `[B, N, T, K]`, or `padding_mask` and `cache` are both given.
+            ValueError: T is larger than `max_length`, or `padding_mask` and `cache` are both given.
         """
         row_positions_BT = row_positions(tokens, self.config.max_length)
         positions_BT = row_positions_BT if positions is None else positions
@@ -204,29 +179,17 @@ class Transformer(DecoderHeads):
             Mask(padding_mask=encoder_padding_mask), deterministic, output_attentions)
 
     def encode_decode(
-        self,
-        tokens: Int[Array, "B S"],
-        decoder_tokens: Int[Array, "B T"] | None = None,
-        *,
+        self, tokens: Int[Array, "B S"], decoder_tokens: Int[Array, "B T"] | None = None, *,
         padding_mask: Bool[Array, "B S"] | None = None,
         decoder_padding_mask: Bool[Array, "B T"] | None = None,
         attention_mask: Bool[Array, "B 1 S S"] | None = None,
-        decoder_attention_mask: Bool[Array, "B 1 T T"] | None = None,
-        **options,
+        decoder_attention_mask: Bool[Array, "B 1 T T"] | None = None, **options
     ) -> tuple[StackOutput, StackOutput]:
         """Computes the outputs of the encoder and of the decoder.
 
-        Args:
-            tokens: token ids of the source.
-            decoder_tokens: the target tokens shifted right (`shift_right`). None uses the source as
-                target, as BART does for tasks without a target text.
-            padding_mask, attention_mask: as for `encode`.
-            decoder_padding_mask, decoder_attention_mask: `padding_mask` and `attention_mask` of
-                `decode`.
-            **options: `deterministic` and `output_attentions`, as for `encode`.
-
-        Raises:
-            ValueError: as `encode` and `decode`.
+        `decoder_tokens` are the target tokens shifted right (`shift_right`). None uses the source
+        as target, as BART does for tasks without a target text. `padding_mask` and `attention_mask`
+        are passed to `encode`, those of the decoder to `decode`, and `options` to both.
         """
         if decoder_tokens is None:
             decoder_tokens = shift_right(tokens, self.config.decoder_start_token_id or 0)

@@ -1,8 +1,4 @@
-"""Attention masks, scaled dot-product attention, and the key-value cache.
-
-Shape suffixes: B batch, T target length (queries), S source length (keys and values), N heads,
-H head_dim, P prefix length.
-"""
+"""Attention masks, scaled dot-product attention, and the key-value cache."""
 
 import dataclasses
 import functools
@@ -28,8 +24,8 @@ ATTENTION_IMPLS = ("auto", "xla", "cudnn", "splash")
 class Mask:
     """A symbolic attention mask: a query attends to the keys that every field allows.
 
-    It is stored as flags and small arrays rather than as a boolean array `[B, N, T, S]`, because
-    fused attention implementations skip blocks of scores that a symbolic mask excludes.
+    Fused attention implementations skip blocks of scores that it excludes; they could not do so for
+    an array `[B, N, T, S]`.
 
     Attributes:
         causal: whether a query attends only to keys at its own index in the row or before it.
@@ -102,8 +98,7 @@ UNMASKED = Mask()
 
 
 def causal_mask(
-    query_positions: Int[Array, "B T"],
-    key_positions: Int[Array, "B S"],
+    query_positions: Int[Array, "B T"], key_positions: Int[Array, "B S"],
     attention_window: int | None = None,
 ) -> Bool[Array, "B 1 T S"]:
     """Computes a dense causal mask from the positions of queries and keys.
@@ -123,14 +118,9 @@ def causal_mask(
 
 @backends.dispatched
 def dot_product_attention(
-    query_BTNH: Float[Array, "B T N H"],
-    key_BSNH: Float[Array, "B S N H"],
-    value_BSNH: Float[Array, "B S N H"],
-    mask: Mask,
-    *,
-    attention_impl: str = "auto",
-    dropout_rate: float = 0.0,
-    dropout_rng: Key[Array, ""] | None = None,
+    query_BTNH: Float[Array, "B T N H"], key_BSNH: Float[Array, "B S N H"],
+    value_BSNH: Float[Array, "B S N H"], mask: Mask, *, attention_impl: str = "auto",
+    dropout_rate: float = 0.0, dropout_rng: Key[Array, ""] | None = None,
     return_weights: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"] | None]:
     """Scaled dot-product attention: softmax(Q K^T / sqrt(H)) V.
@@ -189,19 +179,12 @@ class KVCache(NamedTuple):
         """The number of slots."""
         return self.key.shape[2]
 
-    @classmethod
-    def from_bsnh(cls, key: Float[Array, "B S N H"], value: Float[Array, "B S N H"]) -> "KVCache":
-        """Creates a full cache from the keys and values of S tokens."""
-        return cls(key.swapaxes(1, 2), value.swapaxes(1, 2))
-
     def as_bsnh(self) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
         """Returns keys and values with the axes that `dot_product_attention` takes."""
         return self.key.swapaxes(1, 2), self.value.swapaxes(1, 2)
 
     def update(
-        self,
-        key: Float[Array, "B T N H"],
-        value: Float[Array, "B T N H"],
+        self, key: Float[Array, "B T N H"], value: Float[Array, "B T N H"],
         positions: Int[Array, "B T"],
     ) -> "KVCache":
         """Returns a cache with `key` and `value` in the slots `positions`.
@@ -211,12 +194,3 @@ class KVCache(NamedTuple):
         rows = jnp.arange(positions.shape[0])[:, None]
         return KVCache(*(slots.at[rows, :, positions].set(new, mode="drop")
                          for slots, new in zip(self, (key, value))))
-
-
-def init_cache(
-    num_layers: int, batch_size: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype
-) -> dict[str, KVCache]:
-    """Creates the empty caches of a stack: zeros of shape `[B, N, length, H]` for each layer."""
-    shape = (batch_size, num_heads, length, head_dim)
-    return {f"layer_{i}": KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-            for i in range(num_layers)}

@@ -2,9 +2,6 @@
 
 `norm_first` selects the residual form: x + f(norm(x)) as in GPT-2 (pre-norm), or norm(x + f(x)) as
 in the Transformer, GPT and BERT (post-norm).
-
-Shape suffixes: B batch, T target length, S source length, D d_model, N heads, H head_dim,
-F mlp_dim.
 """
 
 from collections.abc import Callable
@@ -81,27 +78,19 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        mask: Mask,
-        positions_BT: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
-        encoder_output: Float[Array, "B S D"] | KVCache | None = None,
-        deterministic: bool = True,
+        self, x_BTD: Float[Array, "B T D"], mask: Mask,
+        positions_BT: Int[Array, "B T"] | None = None, cache: KVCache | None = None,
+        encoder_output: Float[Array, "B S D"] | KVCache | None = None, deterministic: bool = True,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "B N T S"] | None]:
         """Computes queries from `x_BTD`, and keys and values from `encoder_output` or `x_BTD`.
 
-        Args:
-            positions_BT: the slots of `cache` for the keys and values of `x_BTD`.
-            cache: for self-attention, keys and values of the previous tokens.
-            encoder_output: for cross-attention, the hidden states of the encoder, or the keys and
-                values that an earlier call computed from them. None for self-attention.
+        `positions_BT` are the slots of `cache`, the keys and values of the previous tokens, for
+        those of `x_BTD`. In cross-attention, `encoder_output` are the hidden states of the encoder,
+        or the keys and values that an earlier call computed from them and returned.
 
         Returns:
-            (output, keys and values, attention weights or None). In self-attention, the keys and
-            values are those of `cache`, if it is given, and of this call. In cross-attention, they
-            are those of `encoder_output`; later calls can pass them as `encoder_output`.
+            (output, keys and values, attention weights or None).
         """
         c = self.config
 
@@ -124,7 +113,7 @@ class Attention(nn.Module):
             if encoder_output is None:
                 key_BSNH = self.encode_positions(key_BSNH, positions_BT)
             if cache is None:
-                new_cache = KVCache.from_bsnh(key_BSNH, value_BSNH)
+                new_cache = KVCache(key_BSNH.swapaxes(1, 2), value_BSNH.swapaxes(1, 2))
             else:
                 new_cache = cache.update(key_BSNH, value_BSNH, positions_BT)
                 key_BSNH, value_BSNH = new_cache.as_bsnh()
@@ -264,27 +253,21 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        mask: Mask,
-        positions_BT: Int[Array, "B T"] | None = None,
-        cache: dict[str, KVCache] | None = None,
+        self, x_BTD: Float[Array, "B T D"], mask: Mask,
+        positions_BT: Int[Array, "B T"] | None = None, cache: dict[str, KVCache] | None = None,
         encoder_output: Float[Array, "B S D"] | dict[str, KVCache] | None = None,
-        cross_attention_mask: Mask = UNMASKED,
-        deterministic: bool = True,
+        cross_attention_mask: Mask = UNMASKED, deterministic: bool = True,
         output_attentions: bool = False,
     ) -> StackOutput:
         """Applies all blocks.
 
         Args:
             x_BTD: embeddings.
-            mask: the keys that each query attends to in self-attention.
+            mask, cross_attention_mask: the keys that each query attends to.
             positions_BT: the slots of `cache` for the keys and values of this call.
             cache: keys and values of the previous tokens for each layer (`init_cache`).
             encoder_output: for cross-attention, the hidden states of the encoder, or the
-                `cross_attention_cache` of an earlier output, which contains their projections to
-                keys and values.
-            cross_attention_mask: the keys that each query attends to in cross-attention.
+                `cross_attention_cache` of an earlier output, their projections to keys and values.
             deterministic: whether to disable dropout.
             output_attentions: whether to return the attention weights.
 

@@ -3,8 +3,6 @@
 Parameters are float32; `dtype` is the compute dtype. Layers also apply parameters that `init` never
 creates, if they are present: PEFT parameters (`nn.peft`), and weights in int8 or transposed for
 decoding (`nn.quantized`).
-
-Shape suffixes: B batch, T length, D d_model, V vocabulary.
 """
 
 import functools
@@ -58,13 +56,6 @@ class Linear(nn.Module):
     The kernel keeps the head axes separate, so that heads can be sharded, frozen or selected by
     name: a query projection is `[D, N, H]`, an output projection `[N, H, D]`.
 
-    Attributes:
-        features: the sizes of the output axes.
-        num_contracted_axes: the number of trailing input axes that are contracted.
-        use_bias: whether to add a bias.
-        kernel_init: the initializer of the kernel.
-        dtype: the compute dtype.
-
     Example:
         >>> query = Linear(features=(4, 8))
         >>> out, variables = query.init_with_output(jax.random.key(0), jnp.ones((2, 5, 32)))
@@ -72,8 +63,8 @@ class Linear(nn.Module):
         ((2, 5, 4, 8), (32, 4, 8))
     """
 
-    features: tuple[int, ...]
-    num_contracted_axes: int = 1
+    features: tuple[int, ...]  # sizes of the output axes
+    num_contracted_axes: int = 1  # trailing axes of the input
     use_bias: bool = True
     kernel_init: Callable = jax.nn.initializers.normal(0.02)
     dtype: jnp.dtype = jnp.float32
@@ -107,10 +98,6 @@ class LayerNorm(nn.Module):
     """Layer normalization over the last axis: (x - mean) / sqrt(variance + epsilon) * scale + bias.
 
     Ba et al. 2016, "Layer Normalization" (arXiv 1607.06450), eq. 4. Statistics are float32.
-
-    Attributes:
-        epsilon: added to the variance.
-        dtype: the dtype of the output.
     """
 
     epsilon: float
@@ -133,24 +120,18 @@ class LazyLogits(NamedTuple):
     A loss that takes these instead of logits does not have to store an array `[B, T, V]`
     (`objectives.chunked_cross_entropy`).
 
-    Attributes:
-        hidden: hidden states, in the compute dtype.
-        embedding: the weight matrix of the output layer.
-        scale: the scale of each row of `embedding` if it is int8.
-        bias: the bias of the output layer.
-        quantize_activations: True to quantize hidden states to int8, which requires an int8
-            `embedding`. None instead of False, so that the pytree has no additional leaf.
-
     Example:
         >>> lazy_logits = LazyLogits(hidden=jnp.ones((2, 5, 16)), embedding=jnp.ones((100, 16)))
         >>> lazy_logits.logits().shape
         (2, 5, 100)
     """
 
-    hidden: Float[Array, "... D"]
+    hidden: Float[Array, "... D"]  # in the compute dtype
     embedding: Float[Array, "V D"]
-    scale: Float[Array, "V"] | None = None
+    scale: Float[Array, "V"] | None = None  # of each row of an int8 embedding
     bias: Float[Array, "V"] | None = None
+    # True to round hidden states to int8, for an int8 embedding. None instead of False, so that the
+    # pytree has no additional leaf.
     quantize_activations: bool | None = None
 
     def logits(self) -> Float[Array, "... V"]:
@@ -166,14 +147,7 @@ class LazyLogits(NamedTuple):
 
 
 class Embed(nn.Module):
-    """An embedding table, which can also serve as the output layer (tied embeddings).
-
-    Attributes:
-        num_embeddings: the number of rows of the table.
-        features: the dimension of an embedding.
-        embedding_init: the initializer of the table.
-        dtype: the compute dtype.
-    """
+    """An embedding table, which can also serve as the output layer (tied embeddings)."""
 
     num_embeddings: int
     features: int

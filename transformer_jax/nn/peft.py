@@ -2,13 +2,10 @@
 
 `init` never creates these parameters (`finetuning.peft` does); a layer uses them whenever they are
 present.
-
-Shape suffixes: B batch, T length, S source length, D d_model, N heads, H head_dim, P length of a
-prefix or prompt, E added tokens.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -128,28 +125,21 @@ class Adapter(nn.Module):
         return x_BTD + self.linear(x_BTD.shape[-1:], dtype=self.dtype, name="up")(hidden)
 
 
-class PromptedInput(NamedTuple):
-    """The input of a stack, with the soft prompt in front; its length P is 0 without one."""
-
-    x: Float[Array, "B P+T D"]
-    mask: Any
-    prompt_length: int
-
-
 def prepend_prompt(
     model: nn.Module, x_BTD: Float[Array, "B T D"], mask: Any, causal: bool = False
-) -> PromptedInput:
+) -> tuple[Float[Array, "B P+T D"], Any, int]:
     """Prompt tuning: prepends a soft prompt to the embeddings (Lester et al. 2021, section 2).
 
     The soft prompt is the PEFT parameter `prompt` `[P, D]` of the model. All tokens attend to it.
     It is scaled like token embeddings and has no position embeddings. With `causal`, each vector of
-    the prompt attends only to itself and those before it.
+    the prompt attends only to itself and those before it. Returns (embeddings, mask, P); P is 0
+    without a prompt.
     """
     if (prompt_PD := optional_param(model, "prompt")) is None:
-        return PromptedInput(x_BTD, mask, 0)
+        return x_BTD, mask, 0
     prompt_PD = prompt_PD.astype(x_BTD.dtype) * model.config.embedding_scale
     P, T = len(prompt_PD), x_BTD.shape[1]
-    return PromptedInput(_prepend(prompt_PD, x_BTD), mask.with_prompt(P, T, causal), P)
+    return _prepend(prompt_PD, x_BTD), mask.with_prompt(P, T, causal), P
 
 
 def remove_prompt(out: Any, prompt_length: int) -> Any:

@@ -11,9 +11,6 @@ A layer uses these parameters instead of `kernel` or `embedding` whenever they a
 
 If `kernel_t` is int8, its layer also rounds its inputs to int8; so does an output layer with
 `embedding_t`.
-
-Shape suffixes: D input features, F output features, V vocabulary (rows of an embedding table),
-M the product of all leading axes.
 """
 
 from collections.abc import Callable

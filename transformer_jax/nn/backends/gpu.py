@@ -1,7 +1,6 @@
 """Variants for NVIDIA GPUs.
 
-Shape suffixes: B batch, T target length (queries), S source length (keys and values), N heads,
-H head_dim, K tokens of a chunk, V classes, W columns of the logits (V and padding).
+Shape suffixes: K tokens of a chunk, V classes, W columns of the logits (V and padding).
 """
 
 import functools
@@ -91,14 +90,8 @@ def supports_fused_cross_entropy(*args, dtype: jnp.dtype | None, **_) -> bool:
 
 
 def softmax_cross_entropy_and_grad(
-    logits: Float[Array, "K W"],
-    bias: Float[Array, "V"] | None,
-    targets: Int[Array, "K"],
-    weights: Float[Array, "K"],
-    *,
-    num_classes: int,
-    label_smoothing: float,
-    dtype: jnp.dtype,
+    logits: Float[Array, "K W"], bias: Float[Array, "V"] | None, targets: Int[Array, "K"],
+    weights: Float[Array, "K"], *, num_classes: int, label_smoothing: float, dtype: jnp.dtype,
     interpret: bool = False,
 ) -> CrossEntropyAndGrad:
     """`chunked_cross_entropy.softmax_cross_entropy_and_grad`, a Pallas kernel (Triton).

@@ -1,8 +1,4 @@
-"""Variants for TPUs.
-
-Shape suffixes: B batch, T target length (queries), S source length (keys and values), N heads,
-H head_dim.
-"""
+"""Variants for TPUs."""
 
 from typing import Any
 
@@ -130,13 +126,6 @@ def _splash(query, key, value, segment_ids, causal, attention_window, interpret)
 
 
 def splash_block_size(length: int) -> int:
-    """Returns the largest multiple of 128 up to `MAX_BLOCK_SIZE` that divides `length`.
-
-    `length` is a multiple of 128.
-
-    Example:
-        >>> [splash_block_size(length) for length in (128, 640, 768, 1024)]
-        [128, 128, 384, 512]
-    """
+    """Returns the largest multiple of 128 up to `MAX_BLOCK_SIZE` that divides such a multiple."""
     sizes = range(LANES, MAX_BLOCK_SIZE + 1, LANES)
     return max(size for size in sizes if length % size == 0)
