@@ -19,26 +19,9 @@ from transformer_jax.models.gpt import GPT, GPTOutput
 from transformer_jax.models.transformer import BART, Seq2SeqOutput, Transformer, shift_right
 
 __all__ = [
-    "BART",
-    "BERT",
-    "GPT",
-    "MODEL_FAMILIES",
-    "BARTConfig",
-    "BERTConfig",
-    "BERTOutput",
-    "Config",
-    "GPTConfig",
-    "GPTOutput",
-    "Model",
-    "Seq2SeqOutput",
-    "Transformer",
-    "TransformerConfig",
-    "build_model",
-    "config_from_dict",
-    "config_to_dict",
-    "family_name",
-    "init_params",
-    "presets",
+    "BART", "BERT", "GPT", "MODEL_FAMILIES", "BARTConfig", "BERTConfig", "BERTOutput", "Config",
+    "GPTConfig", "GPTOutput", "Model", "Seq2SeqOutput", "Transformer", "TransformerConfig",
+    "build_model", "config_from_dict", "config_to_dict", "family_name", "init_params", "presets",
     "shift_right",
 ]
 
@@ -58,11 +41,7 @@ REMOVED_FIELDS = ("source",)
 
 
 def family_name(config: Config) -> str:
-    """Returns the name of a config's model family, a key of `MODEL_FAMILIES`.
-
-    Raises:
-        ValueError: the config is of no family.
-    """
+    """Returns the name of a config's model family, a key of `MODEL_FAMILIES`."""
     for name, (_, kind) in MODEL_FAMILIES.items():
         if type(config) is kind:
             return name
@@ -71,10 +50,10 @@ def family_name(config: Config) -> str:
 
 
 def build_model(config: Config, num_classes: int = 0, task: str | None = None) -> Model:
-    """Creates the model of a config.
+    """Creates the model of a config, whose type selects the model class.
 
     Args:
-        config: its type selects the model class.
+        config: sizes and options.
         num_classes: the number of outputs of the classifier; 0 for no classifier.
         task: the task whose head `init_params` initializes; the pre-training task if None.
 
@@ -148,13 +127,8 @@ def init_params(model: Model, rng: jax.Array, method: str | None = None) -> dict
     """Initializes the parameters of a model, a nested dict of float32 arrays.
 
     The function is pure. Wrap it in `jax.jit` with `out_shardings` to initialize sharded
-    parameters, or in `jax.eval_shape` for shapes only.
-
-    Args:
-        model: the model.
-        rng: the key for random numbers.
-        method: the method whose parameters are initialized, such as "classification_logits"; None
-            for that of the model's task.
+    parameters, or in `jax.eval_shape` for shapes only. `method` is the method whose parameters are
+    initialized, such as "classification_logits"; None for that of the model's task.
 
     Example:
         >>> from transformer_jax.models import presets
