@@ -1,7 +1,8 @@
 """Variants for CPUs, without a mesh.
 
-Gains are the time that a step takes without the variant, relative to the step with it, measured on
-2 cores of an Intel Xeon (Emerald Rapids), 2026-12-01, jax 0.10.2, float32.
+Each docstring has the time of a training or decoding step without the variant, relative to that
+with it: medians of interleaved runs on 2 cores of an Intel Xeon (Emerald Rapids), 2026-12-01, jax
+0.10.2, float32, GPT-2 and BERT-base with 2 of their 12 layers and 1/6 of their vocabulary.
 """
 
 import math
@@ -36,7 +37,7 @@ def attention(
     The scores of a block are computed only for the keys up to the end of the block, so that part
     of the masked scores is never computed. The axis N precedes T and S, and the denominator of the
     softmax divides the weighted sum instead of the weights, which saves one write and one read of
-    an array `[T, S]`.
+    an array `[T, S]`. GPT-2, 1 x 1024 tokens: 1.33 (1.08 for the blocks alone); 2 x 256: 1.03.
     """
     T, S = query_BTNH.shape[1], key_BSNH.shape[1]
     mask_BNTS = mask.to_dense(T, S)
@@ -46,17 +47,16 @@ def attention(
     if dropout_rng is not None and dropout_rate:
         kept = keep_mask(dropout_rng, (*query_BNTH.shape[:3], S), dropout_rate)
         dropout_BNTS = jnp.where(kept, 1 / (1 - dropout_rate), 0)
-    num_blocks = num_query_blocks(mask, T, S)
+    if (num_blocks := num_query_blocks(mask, T, S)) == 1:
+        out_BNTH = _weighted_sum(query_BNTH, key_BNSH, value_BNSH, mask_BNTS, dropout_BNTS)
+        return out_BNTH.swapaxes(1, 2), None
     blocks, block_length = [], T // num_blocks
-    for start in range(0, T, block_length):
-        end = start + block_length
-        block_mask, block_dropout, num_keys = mask_BNTS, dropout_BNTS, S
-        if num_blocks > 1:
-            block_mask, block_dropout = (
-                x if x is None else x[:, :, start:end, :end] for x in (mask_BNTS, dropout_BNTS))
-            num_keys = end
-        blocks.append(_weighted_sum(query_BNTH[:, :, start:end], key_BNSH[:, :, :num_keys],
-                                    value_BNSH[:, :, :num_keys], block_mask, block_dropout))
+    for end in range(block_length, T + 1, block_length):
+        rows = slice(end - block_length, end)
+        block_mask, block_dropout = (
+            x if x is None else x[:, :, rows, :end] for x in (mask_BNTS, dropout_BNTS))
+        blocks.append(_weighted_sum(query_BNTH[:, :, rows], key_BNSH[:, :, :end],
+                                    value_BNSH[:, :, :end], block_mask, block_dropout))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2), None
 
 
@@ -98,7 +98,8 @@ def matmul(
 ) -> Array:
     """`quantized.matmul` of operands that are reshaped to matrices.
 
-    Otherwise XLA on CPU transposes the operands of both gradient matmuls in memory.
+    Otherwise XLA on CPU transposes the operands of both gradient matmuls in memory. GPT-2, 2 x 256
+    tokens: 1.09; BERT-base, 4 x 128: 1.09.
     """
     fan_in = math.prod(kernel.shape[:num_contracted_axes])
     y = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, -1)
@@ -112,7 +113,8 @@ def matmul_transposed(
 
     XLA on CPU repacks the right operand of a matmul in every call. For few rows this takes as long
     as the matmul itself, so the weight matrix is the left operand. A single bfloat16 row would run
-    in XLA's slowest loop, so it is duplicated.
+    in XLA's slowest loop, so it is duplicated. Decoding with GPT-2 (12 layers), 8 rows: 1.17; 32
+    rows: 1.05; 1 row: 1.02.
     """
     num_rows = math.prod(x.shape[:-1])
     x_MD = x.reshape(num_rows, x.shape[-1])
@@ -130,8 +132,10 @@ def supports_few_rows(x, *args, **kwargs) -> bool:
 
 
 def int8_matmul_transposed(x_MD: Int8[Array, "M D"], matrix: Int8[Array, "F D"]) -> Array:
-    """`quantized.int8_matmul_transposed`: the matrix is the left operand, as above, and a single
-    row is duplicated."""
+    """`quantized.int8_matmul_transposed` with the matrix as left operand, as `matmul_transposed`.
+
+    A single row is duplicated. Decoding with GPT-2 (12 layers), 1 row: 2.2.
+    """
     num_rows = len(x_MD)
     if num_rows == 1:
         x_MD = jnp.concatenate([x_MD, x_MD])
@@ -146,7 +150,8 @@ def materialize_cotangent(x: Float[Array, "..."]) -> Float[Array, "..."]:
     XLA on CPU fuses elementwise operations into each of their consumers, which repeats their
     computation: that of the cotangent of the residual stream, a sum over all later layers, in every
     layer; and that of an activation's cotangent for the gradients of a kernel, of its LoRA
-    parameters and of its bias. Applies on every CPU, with or without a mesh.
+    parameters and of its bias. It applies with and without a mesh. A step of `lora:8:all` with a
+    model of 6 layers of d_model 384, 64 x 16 tokens: 1.10.
 
     XLA removes optimization barriers before fusion, but it does not fuse through a conditional, so
     the cotangent passes through one. A program that is compiled ahead of time for another platform
