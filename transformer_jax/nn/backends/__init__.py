@@ -6,17 +6,6 @@ to rounding. The first one that supports the arguments is called, and the refere
 none. `use("reference")` switches all variants off, for debugging and for tests; so does the
 environment variable `TRANSFORMER_JAX_IMPLEMENTATION=reference`, which is read when the library is
 imported.
-
-Example:
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> from transformer_jax.nn.attention import Mask, dot_product_attention
-    >>> x = jnp.ones((2, 256, 4, 8))
-    >>> attend = jax.jit(lambda x: dot_product_attention(x, x, x, Mask(causal=True))[0])
-    >>> with use("reference"):
-    ...     expected = attend(x)
-    >>> bool(jnp.allclose(attend(x), expected))
-    True
 """
 
 import contextlib
@@ -89,10 +78,7 @@ def is_reference() -> bool:
 
 
 def select(operation: str, *args, **kwargs) -> Callable | None:
-    """Returns the variant that an operation uses for these arguments; None for the reference.
-
-    Arrays may be given as their shapes and dtypes (`jax.ShapeDtypeStruct`).
-    """
+    """Returns the variant for these arrays, or their shapes and dtypes; None for the reference."""
     variants = () if is_reference() else VARIANTS[operation]
     return next((variant.implementation for variant in variants
                  if variant.supports(*args, **kwargs)), None)

@@ -38,6 +38,7 @@ def attention(
     of the masked scores is never computed. The axis N precedes T and S, and the denominator of the
     softmax divides the weighted sum instead of the weights, which saves one write and one read of
     an array `[T, S]`. GPT-2, 1 x 1024 tokens: 1.33 (1.08 for the blocks alone); 2 x 256: 1.03.
+    BERT-base, 1 x 512: 1.08.
     """
     T, S = query_BTNH.shape[1], key_BSNH.shape[1]
     mask_BNTS = mask.to_dense(T, S)

@@ -103,13 +103,6 @@ def softmax_cross_entropy_and_grad(
     algorithm 3), and once for the gradient. This takes 5.7 ms: 5 % of the step, 2026-11-26.
 
     `interpret` runs the kernel in the interpreter of Pallas, for tests without a GPU.
-
-    Example:
-        >>> out = softmax_cross_entropy_and_grad(
-        ...     jnp.zeros((2, 4)), None, jnp.array([0, 1]), jnp.ones(2), num_classes=4,
-        ...     label_smoothing=0.0, dtype=jnp.float32, interpret=True)
-        >>> out.logits_grad[0].tolist(), out.correct.tolist()
-        ([-0.75, 0.25, 0.25, 0.25], [1.0, 0.0])
     """
     # Imported here: importing Pallas takes a second, and only GPUs need it.
     from jax.experimental import pallas as pl
