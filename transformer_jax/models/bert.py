@@ -18,12 +18,11 @@ from transformer_jax.models.config import BERTConfig
 from transformer_jax.models.heads import (
     ClassificationHeads,
     MLMHead,
-    check_attention_mask,
+    encoder_mask,
     gather_positions,
     mean_pool,
-    row_positions,
+    token_positions,
 )
-from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import (
@@ -124,21 +123,17 @@ class BERT(ClassificationHeads):
             ValueError: T is larger than `max_length`.
         """
         c = self.config
-        B, T = tokens.shape
-        row_positions_BT = row_positions(tokens, c.max_length)
         if positions is None and c.position_offset and padding_mask is not None:
             # Padding gets position -1, which the offset of 2 in RoBERTa maps to row 1 of the table,
             # its padding_idx.
             positions = jnp.where(padding_mask, jnp.cumsum(padding_mask, -1), 0) - 1
-        elif positions is None:
-            positions = row_positions_BT
+        positions = token_positions(tokens, c.max_length, positions)
         x_BTD = self.token_embed(tokens) * c.embedding_scale
         x_BTD = x_BTD + self.position_embed(positions + c.position_offset)
         if c.num_segments:
             segment_ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
             x_BTD = x_BTD + self.segment_embed(segment_ids)
-        mask = Mask(padding_mask=padding_mask,
-                    dense_mask=check_attention_mask(attention_mask, B, T, T))
+        mask = encoder_mask(tokens, padding_mask, attention_mask)
         x_BTD, mask, prompt_length = prepend_prompt(self, x_BTD, mask)
         x_BTD = self.embed_dropout(self.embed_norm(x_BTD), deterministic=deterministic)
         out = self.encoder(x_BTD, mask, positions, deterministic=deterministic,

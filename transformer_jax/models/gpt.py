@@ -18,7 +18,7 @@ from transformer_jax.models.heads import (
     ClassificationHeads,
     DecoderHeads,
     decoder_mask,
-    row_positions,
+    token_positions,
 )
 from transformer_jax.nn.attention import KVCache, Mask, causal_mask
 from transformer_jax.nn.blocks import Stack, StackOutput
@@ -102,8 +102,7 @@ class GPT(DecoderHeads):
             ValueError: T is larger than `max_length`, or arguments cannot be combined.
         """
         c = self.config
-        row_positions_BT = row_positions(tokens, c.max_length)
-        positions_BT = row_positions_BT if positions is None else positions
+        positions_BT = token_positions(tokens, c.max_length, positions)
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids and cache are both given; packed rows cannot be decoded "
                              "with a cache. Put one document in each row")

@@ -48,13 +48,17 @@ def check_sequence_length(length: int, max_length: int) -> None:
                          "positions; shorten it, or build the model with a larger max_length")
 
 
-def row_positions(tokens: Int[Array, "B T"], max_length: int) -> Int[Array, "B T"]:
-    """Returns the positions 0 ... T-1 of each row, after `check_sequence_length`."""
+def token_positions(
+    tokens: Int[Array, "B T"], max_length: int, positions: Int[Array, "B T"] | None = None
+) -> Int[Array, "B T"]:
+    """Returns `positions`, or 0 ... T-1 for each row, after `check_sequence_length`."""
     check_sequence_length(tokens.shape[1], max_length)
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if positions is None:
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return positions
 
 
-def check_attention_mask(attention_mask: Array | None, B: int, T: int, S: int) -> Array | None:
+def _check_attention_mask(attention_mask: Array | None, B: int, T: int, S: int) -> Array | None:
     """Returns a dense attention mask `[1 or B, 1 or N, T, S]`; raises a ValueError if invalid."""
     if attention_mask is None:
         return None
@@ -69,6 +73,16 @@ def check_attention_mask(attention_mask: Array | None, B: int, T: int, S: int) -
     return jnp.broadcast_to(attention_mask, (*full[:2], T, S))
 
 
+def encoder_mask(
+    tokens: Int[Array, "B T"], padding_mask: Bool[Array, "B T"] | None,
+    attention_mask: Bool[Array, "B 1 T T"] | None,
+) -> Mask:
+    """Returns the mask of an encoder, in which every token attends to every other by default."""
+    B, T = tokens.shape
+    return Mask(padding_mask=padding_mask,
+                dense_mask=_check_attention_mask(attention_mask, B, T, T))
+
+
 def decoder_mask(
     positions_BT: Int[Array, "B T"], cache: dict[str, KVCache] | None,
     padding_mask: Bool[Array, "B T"] | None, attention_mask: Bool[Array, "B 1 T S"] | None,
@@ -80,7 +94,7 @@ def decoder_mask(
                          "Pass only tokens, with their positions")
     B, T = positions_BT.shape
     S = T if cache is None else cache["layer_0"].length
-    attention_mask = check_attention_mask(attention_mask, B, T, S)
+    attention_mask = _check_attention_mask(attention_mask, B, T, S)
     if attention_mask is not None:
         return Mask(dense_mask=attention_mask, padding_mask=padding_mask)
     if cache is None:

@@ -18,9 +18,9 @@ from transformer_jax.models.config import BARTConfig, TransformerConfig
 from transformer_jax.models.heads import (
     ClassificationHeads,
     DecoderHeads,
-    check_attention_mask,
     decoder_mask,
-    row_positions,
+    encoder_mask,
+    token_positions,
 )
 from transformer_jax.nn.attention import KVCache, Mask
 from transformer_jax.nn.blocks import Stack, StackOutput
@@ -131,11 +131,9 @@ class Transformer(DecoderHeads):
         Raises:
             ValueError: S is larger than `max_length`.
         """
-        B, S = tokens.shape
-        positions_BS = row_positions(tokens, self.config.max_length)
+        positions_BS = token_positions(tokens, self.config.max_length)
         x_BSD = self._embed("encoder", tokens, positions_BS)
-        mask = Mask(padding_mask=padding_mask,
-                    dense_mask=check_attention_mask(attention_mask, B, S, S))
+        mask = encoder_mask(tokens, padding_mask, attention_mask)
         x_BSD, mask, prompt_length = prepend_prompt(self, x_BSD, mask)
         x_BSD = self._normalize_embeddings("encoder", x_BSD, deterministic)
         out = self.encoder(x_BSD, mask, positions_BS, deterministic=deterministic,
@@ -169,8 +167,7 @@ class Transformer(DecoderHeads):
         Raises:
             ValueError: T is larger than `max_length`, or `padding_mask` and `cache` are both given.
         """
-        row_positions_BT = row_positions(tokens, self.config.max_length)
-        positions_BT = row_positions_BT if positions is None else positions
+        positions_BT = token_positions(tokens, self.config.max_length, positions)
         mask = decoder_mask(positions_BT, cache, padding_mask, attention_mask)
         x_BTD = self._embed("decoder", tokens, positions_BT)
         x_BTD = self._normalize_embeddings("decoder", x_BTD, deterministic)
