@@ -33,7 +33,7 @@ from studies import training
 from studies.figures import Image, Line, Lines, save_panels
 from transformer_jax.finetuning import select
 from transformer_jax.models import Model, build_model, init_params, presets
-from transformer_jax.nn.positions import sinusoidal_positions
+from transformer_jax.nn.layers import sinusoidal_positions
 from transformer_jax.objectives import causal_lm, mlm_nsp
 from transformer_jax.objectives.cross_entropy import cross_entropy
 from transformer_jax.recipes.config import OptimizerConfig

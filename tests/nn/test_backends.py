@@ -19,18 +19,26 @@ import pytest
 from small_models import BART, BERT, GPT2, TRANSFORMER, build, random_tokens
 
 from transformer_jax import sharding
-from transformer_jax.nn import attention, backends, layers, matmul, quantized
+from transformer_jax.nn import attention, backends, layers, quantized
 from transformer_jax.nn.attention import Mask
-from transformer_jax.nn.backends import cpu, gpu, tpu, xla
+from transformer_jax.nn.backends import cpu, gpu, tpu
 from transformer_jax.objectives import causal_lm, cross_entropy
 
 GPU = jax.default_backend() == "gpu"
+
+
+@pytest.fixture(autouse=True)
+def variants():
+    """These tests compare variants, whatever TRANSFORMER_JAX_IMPLEMENTATION is."""
+    with backends.use("auto"):
+        yield
+
+
 OPERATIONS = {
     "dot_product_attention": attention.dot_product_attention,
-    "matmul": matmul.matmul,
-    "matmul_transposed": matmul.matmul_transposed,
+    "matmul": quantized.matmul,
+    "matmul_transposed": quantized.matmul_transposed,
     "int8_matmul_transposed": quantized.int8_matmul_transposed,
-    "standardize": layers.standardize,
     "materialize_cotangent": layers.materialize_cotangent,
     "softmax_cross_entropy_and_grad": cross_entropy.softmax_cross_entropy_and_grad,
 }
@@ -62,25 +70,17 @@ def case(variant, operation, arrays, tolerance=2e-5, num_differentiated=None, **
 
 
 CASES = {
-    **{f"xla attention, {name}": case(xla.attention, "dot_product_attention", QKV, mask=mask)
+    **{f"CPU attention, {name}": case(cpu.attention, "dot_product_attention", QKV, mask=mask)
        for name, mask in MASKS.items()},
-    "xla attention, weights": case(xla.attention, "dot_product_attention", QKV,
-                                   mask=MASKS["documents"], return_weights=True),
-    "xla attention, dropout": case(xla.attention, "dot_product_attention", QKV, mask=MASKS["full"],
-                                   **DROPOUT),
-    **{f"CPU attention in blocks, {name}": case(
-        cpu.blockwise_attention, "dot_product_attention", QKV, mask=MASKS[name])
-       for name in ("causal", "window", "documents")},
-    "CPU attention in blocks, dropout": case(
-        cpu.blockwise_attention, "dot_product_attention", QKV, mask=MASKS["causal"], **DROPOUT),
+    **{f"CPU attention, dropout, {name}": case(
+        cpu.attention, "dot_product_attention", QKV, mask=MASKS[name], **DROPOUT)
+       for name in ("full", "causal")},
     **{f"splash attention, {name}": case(
         tpu.splash_attention, "dot_product_attention", QKV, mask=MASKS[name])
        for name in ("full", "window", "padding", "documents")},
-    "matmul": case(xla.matmul, "matmul", [normal(2, 5, 3, 4), normal(3, 4, 6)],
+    "matmul": case(cpu.matmul, "matmul", [normal(2, 5, 3, 4), normal(3, 4, 6)],
                    num_contracted_axes=2),
-    "query projection": case(xla.matmul, "matmul", [normal(2, 5, 12), normal(12, 3, 4)]),
-    "transposed matmul": case(xla.matmul_transposed, "matmul_transposed",
-                              [normal(2, 30, 24), normal(40, 24)], dtype=jnp.float32),
+    "query projection": case(cpu.matmul, "matmul", [normal(2, 5, 12), normal(12, 3, 4)]),
     **{f"transposed matmul of {rows} rows, {dtype}": case(
         cpu.matmul_transposed, "matmul_transposed",
         [normal(rows, 1, 24, dtype=dtype), normal(40, 24, dtype=dtype)],
@@ -90,8 +90,6 @@ CASES = {
         cpu.int8_matmul_transposed, "int8_matmul_transposed",
         [(normal(rows, 24) * 40).astype(jnp.int8), (normal(40, 24) * 40).astype(jnp.int8)], 0, 0)
        for rows in (1, 5)},
-    "standardize": case(xla.standardize, "standardize", [3 + normal(5, 16)], epsilon=1e-5),
-    "standardize on a GPU": case(gpu.standardize, "standardize", [3 + normal(5, 16)], epsilon=1e-5),
     "materialize_cotangent": case(cpu.materialize_cotangent, "materialize_cotangent", [normal(5)]),
     **{f"cross-entropy kernel, label smoothing {smoothing}": case(
         functools.partial(gpu.softmax_cross_entropy_and_grad, interpret=not GPU),
@@ -155,18 +153,18 @@ def select(mask=MASKS["causal"], arrays=QKV, **options):
 
 @pytest.mark.skipif(GPU, reason="the selection on a CPU")
 def test_selection():
-    assert select() is cpu.blockwise_attention
-    assert select(return_weights=True) is select(MASKS["full"]) is xla.attention
+    assert select() is select(MASKS["full"]) is cpu.attention
+    assert select(return_weights=True) is None
     assert select(attention_impl="splash") is tpu.splash_attention
-    assert select(attention_impl="splash", return_weights=True) is xla.attention
+    assert select(attention_impl="splash", return_weights=True) is None
     with jax.set_mesh(sharding.make_mesh(8, 1)):
-        assert select() is xla.attention
+        assert select() is None
         assert backends.select("matmul", *QKV[:2]) is None
     with backends.use("reference"):
         assert select(attention_impl="splash") is None
         assert backends.is_reference()
         with backends.use("auto"):
-            assert select() is cpu.blockwise_attention
+            assert select() is cpu.attention
     assert not backends.is_reference()
 
 

@@ -17,6 +17,14 @@ from transformer_jax.nn.attention import Mask, dot_product_attention
 from transformer_jax.nn.backends import gpu, tpu
 from transformer_jax.nn.backends.tpu import splash_block_size
 
+
+@pytest.fixture(autouse=True)
+def variants():
+    """These tests compare variants, whatever TRANSFORMER_JAX_IMPLEMENTATION is."""
+    with backends.use("auto"):
+        yield
+
+
 B, T, N, H = 2, 768, 2, 16  # two blocks of 384; a causal mask excludes one block of scores
 DOCUMENT_IDS = np.sort(np.random.default_rng(1).integers(1, 4, (B, T)), axis=1)
 PADDING_MASK = np.arange(T) < np.array([[T], [500]])

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from transformer_jax import metrics
-from transformer_jax.nn.positions import sinusoidal_positions
+from transformer_jax.nn.layers import sinusoidal_positions
 from transformer_jax.report import plots
 
 

@@ -6,51 +6,38 @@ Understanding".
     tokens -> token + position + segment embedding -> LayerNorm -> stack with a padding mask
            -> masked language modeling head at the masked positions,
               next-sentence head on the pooled first token
-
-Shape suffixes: B batch, T length, D d_model, N heads, V vocabulary, P masked positions, C classes.
 """
 
-import dataclasses
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from transformer_jax.models.config import (
-    BERTConfig,
-    check_attention_mask,
-    check_sequence_length,
-)
+from transformer_jax.models.config import BERTConfig
 from transformer_jax.models.heads import (
     ClassificationHeads,
     MLMHead,
+    encoder_mask,
     gather_positions,
     mean_pool,
+    token_positions,
 )
-from transformer_jax.nn.attention import Mask
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
 from transformer_jax.nn.layers import (
-    INITIALIZERS,
     Embed,
     LayerNorm,
     LazyLogits,
     Linear,
     get_activation,
+    make_position_embed,
 )
 from transformer_jax.nn.peft import prepend_prompt, remove_prompt
-from transformer_jax.nn.positions import make_position_embed
 
 
 class BERTEncoderOutput(NamedTuple):
-    """Output of `BERT.encode_and_pool`.
-
-    Attributes:
-        hidden: hidden states.
-        pooled: the hidden state of the first token after the pooler (a linear layer and tanh).
-        attention: attention weights for each layer if `output_attentions`, else empty.
-    """
+    """Output of `BERT.encode_and_pool`; the fields are those of `BERTOutput`."""
 
     hidden: Float[Array, "B T D"]
     pooled: Float[Array, "B D"]
@@ -58,44 +45,21 @@ class BERTEncoderOutput(NamedTuple):
 
 
 class BERTOutput(NamedTuple):
-    """Output of `BERT.__call__`.
+    """Output of `BERT.__call__`."""
 
-    Attributes:
-        mlm_logits: float32 logits of the original tokens at the masked positions; P is T if no
-            positions were given.
-        nsp_logits: float32 next-sentence logits. Class 0: sentence B follows sentence A; class 1:
-            it is a random sentence.
-        hidden: hidden states.
-        pooled: the hidden state of the first token after the pooler (a linear layer and tanh).
-        attention: attention weights for each layer if `output_attentions`, else empty.
-        lazy_mlm_logits: the unevaluated form of `mlm_logits`.
-    """
-
-    mlm_logits: Float[Array, "B P V"] | None
-    nsp_logits: Float[Array, "B 2"]
+    mlm_logits: Float[Array, "B P V"] | None  # float32, of the original tokens; P is T by default
+    nsp_logits: Float[Array, "B 2"]  # float32; class 0: B follows A; class 1: B is random
     hidden: Float[Array, "B T D"]
-    pooled: Float[Array, "B D"]
-    attention: tuple[Float[Array, "B N T T"], ...]
-    lazy_mlm_logits: LazyLogits
+    pooled: Float[Array, "B D"]  # the hidden state of the first token after the pooler
+    attention: tuple[Float[Array, "B N T T"], ...]  # per layer; empty without output_attentions
+    lazy_mlm_logits: LazyLogits  # the unevaluated form of `mlm_logits`
 
 
 class BERT(ClassificationHeads):
     """BERT with its pre-training heads and an optional classifier.
 
-    Methods named after a task take tokens and run the entire model: `masked_lm_logits`,
-    `next_sentence_logits`, `classification_logits`, `token_classification_logits`. Methods named
-    after a head take hidden states or features and apply the head only: `mlm_logits`,
-    `lazy_mlm_logits`, `nsp_logits`, `class_logits`.
-
-    Attributes:
-        config: sizes and options.
-        num_classes: the number of outputs of the classifier; 0 for no classifier.
-        task: the task whose head `init_params` initializes, a key of `METHODS`. It does not
-            restrict which methods can be called.
-        hf_config: for a model that was loaded from a Hugging Face checkpoint, the text of its
-            config.json, which `save_pretrained` keeps. Not part of the architecture: models that
-            differ only in it are equal.
-        METHODS: the method of each task.
+    `ClassificationHeads` describes the fields. `masked_lm_logits` and `next_sentence_logits` take
+    tokens; `mlm_logits`, `lazy_mlm_logits` and `nsp_logits` take hidden states.
 
     Example:
         >>> import jax
@@ -110,26 +74,16 @@ class BERT(ClassificationHeads):
     """
 
     config: BERTConfig
-    num_classes: int = 0
     task: str = "pretraining"
-    hf_config: str = dataclasses.field(default="", compare=False, repr=False)
 
     METHODS: ClassVar[dict[str, str]] = {
-        "base": "encode_and_pool",
-        "encoder": "encode",
-        "pretraining": "__call__",
-        "masked_lm": "masked_lm_logits",
-        "next_sentence": "next_sentence_logits",
-        "classification": "classification_logits",
-        "multiple_choice": "classification_logits",
-        "token_classification": "token_classification_logits",
-        "question_answering": "token_classification_logits",
-    }
+        "base": "encode_and_pool", "encoder": "encode", "pretraining": "__call__",
+        "masked_lm": "masked_lm_logits", "next_sentence": "next_sentence_logits",
+        **ClassificationHeads.METHODS}
 
     def setup(self):
         c = self.config
-        init = INITIALIZERS[c.initializer](c.init_std)
-        dtype = c.compute_dtype
+        init, dtype = c.stack.kernel_init(), c.compute_dtype
         embed_options = {"embedding_init": c.embedding_init(), "dtype": dtype}
         self.token_embed = Embed(c.vocab_size, c.d_model, **embed_options)
         self.position_embed = make_position_embed(
@@ -149,14 +103,9 @@ class BERT(ClassificationHeads):
             self.classifier = Linear((self.num_classes,), kernel_init=init)
 
     def encode(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        padding_mask: Bool[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        attention_mask: Bool[Array, "B 1 T T"] | None = None,
-        deterministic: bool = True,
+        self, tokens: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None,
+        padding_mask: Bool[Array, "B T"] | None = None, positions: Int[Array, "B T"] | None = None,
+        attention_mask: Bool[Array, "B 1 T T"] | None = None, deterministic: bool = True,
         output_attentions: bool = False,
     ) -> StackOutput:
         """Computes the hidden states of all tokens.
@@ -165,36 +114,26 @@ class BERT(ClassificationHeads):
             tokens: token ids.
             segment_ids: 0 for sentence A, 1 for sentence B; all 0 if None. Ignored if the config
                 has no segments.
-            padding_mask: True at tokens, False at padding; all True if None.
             positions: the position of each token. If None, it is 0 ... T-1; with a
-                `position_offset` and a `padding_mask`, it is the index of each token among the
-                tokens that are not padding.
-            attention_mask: a mask that broadcasts to `[B, N, T, T]`, in addition to `padding_mask`:
-                True where a query attends to a key.
-            deterministic: whether to disable dropout. If False, pass `rngs={"dropout": key}` to
-                `apply`.
-            output_attentions: whether to return the attention weights of all layers.
+                `position_offset` and a `padding_mask`, padding is not counted.
+            padding_mask, attention_mask, deterministic, output_attentions: as for all models
+                (`ClassificationHeads`).
 
         Raises:
-            ValueError: T is larger than `max_length`, or `attention_mask` is not boolean or does
-                not broadcast to `[B, N, T, T]`.
+            ValueError: T is larger than `max_length`.
         """
         c = self.config
-        B, T = tokens.shape
-        check_sequence_length(T, c.max_length)
         if positions is None and c.position_offset and padding_mask is not None:
             # Padding gets position -1, which the offset of 2 in RoBERTa maps to row 1 of the table,
             # its padding_idx.
             positions = jnp.where(padding_mask, jnp.cumsum(padding_mask, -1), 0) - 1
-        elif positions is None:
-            positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+        positions = token_positions(tokens, c.max_length, positions)
         x_BTD = self.token_embed(tokens) * c.embedding_scale
         x_BTD = x_BTD + self.position_embed(positions + c.position_offset)
         if c.num_segments:
             segment_ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
             x_BTD = x_BTD + self.segment_embed(segment_ids)
-        mask = Mask(padding_mask=padding_mask,
-                    dense_mask=check_attention_mask(attention_mask, B, T, T))
+        mask = encoder_mask(tokens, padding_mask, attention_mask)
         x_BTD, mask, prompt_length = prepend_prompt(self, x_BTD, mask)
         x_BTD = self.embed_dropout(self.embed_norm(x_BTD), deterministic=deterministic)
         out = self.encoder(x_BTD, mask, positions, deterministic=deterministic,
@@ -202,10 +141,7 @@ class BERT(ClassificationHeads):
         return remove_prompt(out, prompt_length)
 
     def pool(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
-        """Applies the pooler, a linear layer and tanh, to the hidden state of the first token.
-
-        `config.pooler_activation` can replace tanh.
-        """
+        """Applies the pooler, a linear layer and `config.pooler_activation`, to the first token."""
         return get_activation(self.config.pooler_activation)(self.pooler(hidden[:, 0]))
 
     def encode_and_pool(self, tokens: Int[Array, "B T"], **options) -> BERTEncoderOutput:
@@ -214,22 +150,14 @@ class BERT(ClassificationHeads):
         return BERTEncoderOutput(out.hidden, self.pool(out.hidden), out.attention)
 
     def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        masked_positions: Int[Array, "B P"] | None = None,
+        self, tokens: Int[Array, "B T"], *, masked_positions: Int[Array, "B P"] | None = None,
         return_logits: bool = True,
         **options,
     ) -> BERTOutput:
-        """Applies both pre-training heads.
+        """Applies both pre-training heads; `options` as for `encode`.
 
-        Args:
-            tokens: token ids.
-            masked_positions: the positions to predict; all T positions if None. The output layer is
-                applied only at these positions.
-            return_logits: False returns None as `mlm_logits`. Losses compute them from
-                `lazy_mlm_logits`.
-            **options: as for `encode`.
+        The output layer is applied only at `masked_positions`, or at all T positions if None.
+        With `return_logits=False`, `mlm_logits` is None: losses use `lazy_mlm_logits`.
         """
         hidden_BTD, pooled_BD, attention = self.encode_and_pool(tokens, **options)
         lazy_mlm_logits = self.lazy_mlm_logits(hidden_BTD, masked_positions)
@@ -239,10 +167,7 @@ class BERT(ClassificationHeads):
         )
 
     def masked_lm_logits(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        masked_positions: Int[Array, "B P"] | None = None,
+        self, tokens: Int[Array, "B T"], *, masked_positions: Int[Array, "B P"] | None = None,
         **options,
     ) -> Float[Array, "B P V"]:
         """Computes `mlm_logits` of `__call__`, without the next-sentence head."""
@@ -259,12 +184,7 @@ class BERT(ClassificationHeads):
     def mlm_logits(
         self, hidden: Float[Array, "B T D"], masked_positions: Int[Array, "B P"] | None = None
     ) -> Float[Array, "B P V"]:
-        """Applies the masked language modeling head to hidden states.
-
-        Args:
-            hidden: hidden states.
-            masked_positions: the positions to predict; all T positions if None.
-        """
+        """Applies the masked language modeling head at the given positions, or at all if None."""
         return self.lazy_mlm_logits(hidden, masked_positions).logits()
 
     def lazy_mlm_logits(
@@ -281,16 +201,11 @@ class BERT(ClassificationHeads):
         return self.encode(tokens, **options).hidden
 
     def features(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        padding_mask: Bool[Array, "B T"] | None = None,
+        self, tokens: Int[Array, "B T"], *, padding_mask: Bool[Array, "B T"] | None = None,
         **options,
     ) -> Float[Array, "B D"]:
-        """Computes the classifier's input; `options` as for `encode`.
-
-        It is the pooled first token, or the mean of all tokens, according to `config.pooling`.
-        """
+        """Computes the classifier's input: the pooled first token, or the mean of all tokens,
+        according to `config.pooling`; `options` as for `encode`."""
         out = self.encode(tokens, padding_mask=padding_mask, **options)
         if self.config.pooling == "first":
             return self.pool(out.hidden)

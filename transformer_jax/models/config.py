@@ -6,17 +6,15 @@ A config is hashable, so it can be a static argument of `jax.jit`.
 import dataclasses
 import numbers
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from transformer_jax.nn.attention import ATTENTION_IMPLS
 from transformer_jax.nn.blocks import REMAT_POLICIES, StackConfig
-from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS, embedding_init
+from transformer_jax.nn.layers import ACTIVATIONS, INITIALIZERS
 
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -36,12 +34,11 @@ class Config:
         d_model: the dimension of hidden states.
         num_heads: the number of attention heads, of `d_model / num_heads` dimensions each.
         mlp_dim: the hidden dimension of the MLPs.
-        dropout_rate: the rate of dropout on embeddings, and on the output of each sublayer before
-            the residual sum.
+        dropout_rate: dropout on embeddings, and on each sublayer's output before the residual sum.
         attention_dropout_rate: the rate of dropout on attention weights.
         positions: "learned"; "sinusoidal" (fixed, Vaswani et al. 2017, section 3.5);
             "sinusoidal_halves", in which all sines precede all cosines, as in Marian checkpoints;
-            or a function, see `nn.positions.make_position_embed`.
+            or a function, see `nn.layers.make_position_embed`.
         position_offset: the number of rows of the position table before that of position 0: 2 in
             BART and RoBERTa. The table has `max_length + position_offset` rows.
         scale_embedding: whether to multiply token embeddings by sqrt(d_model) (Vaswani et al. 2017,
@@ -55,8 +52,8 @@ class Config:
             Configs with a block class or with functions cannot be saved.
         norm_first: whether LayerNorm precedes each sublayer and follows the last block (pre-norm,
             GPT-2). If False, it follows each residual sum (post-norm: the Transformer, GPT, BERT).
-        residual: whether sublayers have residual connections (He et al. 2016, "Deep Residual
-            Learning"). They do in all papers; False is for ablations.
+        residual: whether sublayers have residual connections, as in all papers; False is for
+            ablations.
         norm_epsilon: added to the variance in LayerNorm.
         initializer: the distribution of initial weights: "normal", "truncated_normal" or
             "xavier_uniform". Biases are initialized to zero.
@@ -66,13 +63,11 @@ class Config:
             softmax, LayerNorm statistics, logits and losses are always float32.
         attention_impl: "auto", "xla", "cudnn" or "splash"; see
             `nn.attention.dot_product_attention`.
-        remat: rematerialization: which activations the backward pass recomputes instead of keeping
-            them in memory (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
-            "none" recomputes none; "dots" recomputes all but the products with weight
-            matrices; "full" recomputes all activations inside a block, which takes a third more
-            arithmetic.
+        remat: which activations the backward pass recomputes instead of keeping them in memory
+            (Chen et al. 2016): "none"; "dots", all but the products with weight matrices; or
+            "full", all activations inside a block, which takes a third more arithmetic.
         pad_token_id, bos_token_id, eos_token_id: special tokens of a checkpoint, for generation and
-            for tasks that need the end of a text. None if the checkpoint does not define them.
+            for tasks that need the end of a text; None if it does not define them.
 
     Raises:
         ValueError: a value has the wrong type or is out of range.
@@ -114,28 +109,34 @@ class Config:
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
         for name in ("vocab_size", "max_length", "num_layers", "d_model", "num_heads", "mlp_dim"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            self._require(name, lambda v: v >= 1, "at least 1")
         for name in ("dropout_rate", "attention_dropout_rate"):
-            rate = getattr(self, name)
-            _require(0 <= rate < 1, name, rate, "at least 0 and less than 1")
+            self._require(name, lambda v: 0 <= v < 1, "at least 0 and less than 1")
         for name in ("norm_epsilon", "init_std"):
-            _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name),
-                     "a finite number above 0")
-        _require(self.position_offset >= 0, "position_offset", self.position_offset, "at least 0")
+            self._require(name, lambda v: 0 < v < float("inf"), "a finite number above 0")
+        self._require("position_offset", lambda v: v >= 0, "at least 0")
         for name, limit in MAX_SIZES.items():
-            _require(getattr(self, name) <= limit, name, getattr(self, name), f"at most {limit:,}")
-        choices = {"positions": POSITIONS, "activation": tuple(ACTIVATIONS),
-                   "initializer": tuple(INITIALIZERS), "dtype": tuple(DTYPES),
-                   "attention_impl": ATTENTION_IMPLS, "remat": tuple(REMAT_POLICIES)}
-        for name, supported in choices.items():
-            value = getattr(self, name)
-            _require(callable(value) or value in supported, name, repr(value),
-                     f"one of {', '.join(supported)}")
-        _require(self.d_model % self.num_heads == 0, "d_model", self.d_model,
-                 f"a multiple of num_heads {self.num_heads}")
+            self._require(name, lambda v, limit=limit: v <= limit, f"at most {limit:,}")
+        self._require_choice("positions", POSITIONS)
+        self._require_choice("activation", ACTIVATIONS)
+        self._require_choice("initializer", INITIALIZERS)
+        self._require_choice("dtype", DTYPES)
+        self._require_choice("attention_impl", ATTENTION_IMPLS)
+        self._require_choice("remat", REMAT_POLICIES)
+        self._require("d_model", lambda v: v % self.num_heads == 0,
+                      f"a multiple of num_heads {self.num_heads}")
         if self.has_sinusoidal_positions:
-            _require(self.d_model % 2 == 0, "d_model", self.d_model,
-                     "even for sinusoidal positions")
+            self._require("d_model", lambda v: v % 2 == 0, "even for sinusoidal positions")
+
+    def _require(self, name: str, is_valid: Callable[[Any], bool], valid_range: str) -> None:
+        value = getattr(self, name)
+        if not is_valid(value):
+            shown = repr(value) if isinstance(value, str) else value
+            raise ValueError(f"{name} is {shown}; it must be {valid_range}")
+
+    def _require_choice(self, name: str, supported: Iterable[str]) -> None:
+        self._require(name, lambda v: callable(v) or v in supported,
+                      f"one of {', '.join(supported)}")
 
     @property
     def residual_init_std(self) -> float:
@@ -150,9 +151,9 @@ class Config:
     @property
     def embedding_scale(self) -> float:
         """The factor by which token embeddings are multiplied."""
-        scale = self.scale_embedding
-        scale = self.has_sinusoidal_positions if scale is None else scale
-        return self.d_model**0.5 if scale else 1.0
+        is_scaled = self.scale_embedding
+        is_scaled = self.has_sinusoidal_positions if is_scaled is None else is_scaled
+        return self.d_model**0.5 if is_scaled else 1.0
 
     @property
     def position_table_size(self) -> int:
@@ -160,8 +161,9 @@ class Config:
         return self.max_length + self.position_offset
 
     def embedding_init(self) -> Callable:
-        """Returns the embedding initializer."""
-        return embedding_init(self.initializer, self.init_std)
+        """Returns the initializer of embeddings: that of kernels, or normal for xavier_uniform."""
+        is_xavier = self.initializer == "xavier_uniform"
+        return INITIALIZERS["normal" if is_xavier else self.initializer](self.init_std)
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -200,19 +202,18 @@ class GPTConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.attention_window is not None:
-            _require(self.attention_window >= 1, "attention_window", self.attention_window,
-                     "at least 1, or None for no limit")
+        self._require("attention_window", lambda v: v is None or v >= 1,
+                      "at least 1, or None for no limit")
 
     @property
     def residual_init_std(self) -> float:
         num_residual_layers = 2 * self.num_layers  # attention and MLP of each block
-        scale = num_residual_layers**0.5 if self.scale_residual_init else 1.0
-        return self.init_std / scale
+        return self.init_std / num_residual_layers**0.5 if self.scale_residual_init else (
+            self.init_std)
 
     @property
     def decoder_stack(self) -> StackConfig:
-        """The hyperparameters of the decoder, the only stack."""
+        """The hyperparameters of the only stack."""
         return self.stack
 
 
@@ -220,14 +221,12 @@ class GPTConfig(Config):
 class BERTConfig(Config):
     """Config of BERT (Devlin et al. 2018) and of models with the same architecture.
 
-    Such models are RoBERTa (Liu et al. 2019) and DistilBERT (Sanh et al. 2019). With a
-    `position_offset`, positions count only tokens that are not padding, as in RoBERTa.
+    Such models are RoBERTa (Liu et al. 2019), in which positions count only tokens that are not
+    padding (`position_offset`), and DistilBERT (Sanh et al. 2019).
 
     Attributes:
-        num_segments: the number of rows of the segment embedding: 2 for sentences A and B, 0 for no
-            segment embedding (DistilBERT).
-        pooler_activation: the activation function of the pooler: "tanh" in BERT, "relu" in
-            DistilBERT.
+        num_segments: rows of the segment embedding: 2 (sentences A and B), or 0 (DistilBERT).
+        pooler_activation: "tanh" in BERT, "relu" in DistilBERT.
         pooling: the input of the classifier: "first", the pooled first token (BERT), or "mean", the
             mean of all tokens (Reimers & Gurevych 2019, "Sentence-BERT", section 3), for which
             sentence encoders such as all-MiniLM-L6-v2 were trained.
@@ -241,11 +240,9 @@ class BERTConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.pooling in ("first", "mean"), "pooling", repr(self.pooling),
-                 "one of first, mean")
-        _require(self.num_segments >= 0, "num_segments", self.num_segments, "at least 0")
-        _require(self.pooler_activation in ACTIVATIONS, "pooler_activation",
-                 repr(self.pooler_activation), f"one of {', '.join(ACTIVATIONS)}")
+        self._require_choice("pooling", ("first", "mean"))
+        self._require("num_segments", lambda v: v >= 0, "at least 0")
+        self._require_choice("pooler_activation", ACTIVATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,11 +274,10 @@ class TransformerConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         for name in ("num_decoder_layers", "num_decoder_heads", "decoder_mlp_dim"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1, or None")
+            self._require(name, lambda v: v is None or v >= 1, "at least 1, or None")
         heads = self.num_decoder_heads or self.num_heads
-        _require(self.d_model % heads == 0, "d_model", self.d_model,
-                 f"a multiple of num_decoder_heads {heads}")
+        self._require("d_model", lambda v: v % heads == 0,
+                      f"a multiple of num_decoder_heads {heads}")
 
     @property
     def decoder_stack(self) -> StackConfig:
@@ -296,22 +292,13 @@ class TransformerConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class BARTConfig(TransformerConfig):
-    """Config of BART (Lewis et al. 2019).
-
-    BART is the Transformer with GELU, learned positions, and embeddings that are normalized by
-    LayerNorm and not scaled.
-    """
+    """Config of BART (Lewis et al. 2019); `models.BART` lists the differences."""
 
     positions: str | Callable = "learned"
     position_offset: int = 2
     activation: str | Callable = "gelu"
     initializer: str = "normal"
     embed_norm: bool = True
-
-
-def _require(is_valid: bool, name: str, value: Any, valid_range: str) -> None:
-    if not is_valid:
-        raise ValueError(f"{name} is {value}; it must be {valid_range}")
 
 
 # The types of values that a field of each declared type accepts, so that NumPy numbers are valid.
@@ -326,62 +313,3 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
         names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in declared)
         raise ValueError(f"{field.name} is {value!r}, of type {type(value).__name__}; it must be "
                          f"{names}")
-
-
-def check_num_classes(num_classes: int) -> None:
-    """Raises a ValueError if a model has no classifier."""
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; it must be at least 1 to compute class "
-                         "logits; build the model with a classifier: build_model(config, 2)")
-
-
-def check_sequence_length(length: int, max_length: int) -> None:
-    """Raises a ValueError, during tracing, if a sequence is longer than `max_length`."""
-    if length > max_length:
-        raise ValueError(f"sequence of {length} tokens is longer than the model's {max_length} "
-                         "positions; shorten it, or build the model with a larger max_length")
-
-
-def check_attention_mask(
-    attention_mask: jax.Array | None, batch_size: int, T: int, S: int
-) -> jax.Array | None:
-    """Returns a dense attention mask `[1 or B, 1 or N, T, S]`; raises a ValueError if invalid."""
-    if attention_mask is None:
-        return None
-    shape = jnp.shape(attention_mask)
-    if not jnp.issubdtype(jnp.result_type(attention_mask), jnp.bool_):
-        raise ValueError(f"attention_mask has dtype {jnp.result_type(attention_mask)}; it must be "
-                         "bool, True where a query attends to a key: attention_mask.astype(bool)")
-    full = (1,) * (4 - len(shape)) + shape
-    if len(full) > 4 or full[0] not in (1, batch_size) or full[2] not in (1, T) or (
-            full[3] not in (1, S)):
-        raise ValueError(f"attention_mask has shape {shape}; it must broadcast to [batch, heads, "
-                         f"queries, keys], here [{batch_size}, heads, {T}, {S}]")
-    return jnp.broadcast_to(attention_mask, (*full[:2], T, S))
-
-
-def init_params(model: nn.Module, rng: jax.Array, method: str | None = None) -> dict:
-    """Initializes the parameters of a model.
-
-    The function is pure. Wrap it in `jax.jit` with `out_shardings` to initialize sharded
-    parameters, or in `jax.eval_shape` for shapes only.
-
-    Args:
-        model: the model.
-        rng: the key for random numbers.
-        method: the method whose parameters are initialized, such as "classification_logits". None
-            for that of the model's task, which is the pre-training task by default.
-
-    Returns:
-        The parameters, a nested dict of float32 arrays.
-
-    Example:
-        >>> from transformer_jax.models import build_model, presets
-        >>> model = build_model(presets.bert_tiny())
-        >>> params = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
-        >>> params["token_embed"]["embedding"].shape
-        (30522, 128)
-    """
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    method = model.METHODS[model.task] if method is None else method
-    return model.init(rng, tokens, method=method)["params"]

@@ -1,64 +1,57 @@
 """The Transformer: an encoder-decoder for sequence-to-sequence tasks.
 
 Vaswani et al. 2017, "Attention Is All You Need": post-norm, sinusoidal positions, and one embedding
-table for source, target and output layer. Token embeddings are scaled by sqrt(d_model)
-(section 3.4).
+table for source, target and output layer, scaled by sqrt(d_model) in the embeddings (section 3.4).
 
     tokens         -> token + position embedding -> encoder stack with a padding mask
     decoder_tokens -> token + position embedding -> decoder stack with a causal mask, and
                       cross-attention to the output of the encoder -> tied output layer
-
-Shape suffixes: B batch, T target length, S source length, D d_model, N heads, V vocabulary,
-C classes.
 """
 
-import dataclasses
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from transformer_jax.models.config import (
-    TransformerConfig,
-    check_attention_mask,
-    check_sequence_length,
+from transformer_jax.models.config import BARTConfig, TransformerConfig
+from transformer_jax.models.heads import (
+    ClassificationHeads,
+    DecoderHeads,
+    decoder_mask,
+    encoder_mask,
+    token_positions,
 )
-from transformer_jax.models.heads import DecoderHeads
-from transformer_jax.nn.attention import KVCache, Mask, causal_mask
+from transformer_jax.nn.attention import KVCache, Mask
 from transformer_jax.nn.blocks import Stack, StackOutput
 from transformer_jax.nn.dropout import Dropout
-from transformer_jax.nn.layers import INITIALIZERS, Bias, Embed, LayerNorm, LazyLogits, Linear
+from transformer_jax.nn.layers import (
+    Bias,
+    Embed,
+    LayerNorm,
+    LazyLogits,
+    Linear,
+    make_position_embed,
+)
 from transformer_jax.nn.peft import prepend_prompt, remove_prompt
-from transformer_jax.nn.positions import make_position_embed
 
 
 class Seq2SeqOutput(NamedTuple):
-    """Output of `Transformer.__call__`.
+    """Output of `Transformer.__call__`; the attention weights, for each layer, are empty without
+    `output_attentions`."""
 
-    Attributes:
-        logits: `logits[:, t]` are the float32 logits of the target token after
-            `decoder_tokens[:, t]`.
-        hidden: hidden states of the decoder.
-        encoder_hidden: hidden states of the encoder.
-        encoder_attention, attention, cross_attention: weights of the self-attention of encoder and
-            decoder, and of cross-attention, for each layer; empty without `output_attentions`.
-        lazy_logits: the unevaluated form of `logits`.
-    """
-
+    # float32; logits[:, t] are those of the token after decoder_tokens[:, t]
     logits: Float[Array, "B T V"] | None
     hidden: Float[Array, "B T D"]
     encoder_hidden: Float[Array, "B S D"]
     encoder_attention: tuple[Float[Array, "B N S S"], ...]
     attention: tuple[Float[Array, "B N T T"], ...]
     cross_attention: tuple[Float[Array, "B N T S"], ...]
-    lazy_logits: LazyLogits
+    lazy_logits: LazyLogits  # the unevaluated form of `logits`
 
 
 def shift_right(tokens: Int[Array, "B T"], start_id: int) -> Int[Array, "B T"]:
     """Returns the decoder inputs for target tokens: `start_id`, then all targets except the last.
-
-    The input at t is the target at t - 1, so no token is an input of its own prediction.
 
     Example:
         >>> shift_right(jnp.array([[5, 6, 7]]), start_id=2).tolist()
@@ -70,19 +63,7 @@ def shift_right(tokens: Int[Array, "B T"], start_id: int) -> Int[Array, "B T"]:
 class Transformer(DecoderHeads):
     """The encoder-decoder Transformer, with an optional classifier.
 
-    Methods named after a task, such as `classification_logits`, take tokens and run the entire
-    model. Methods named after a head, such as `lm_logits` and `class_logits`, take hidden states
-    and apply the head only.
-
-    Attributes:
-        config: sizes and options.
-        num_classes: the number of outputs of the classifier; 0 for no classifier.
-        task: the task whose head `init_params` initializes, a key of `METHODS`. It does not
-            restrict which methods can be called.
-        hf_config: for a model that was loaded from a Hugging Face checkpoint, the text of its
-            config.json, which `save_pretrained` keeps. Not part of the architecture: models that
-            differ only in it are equal.
-        METHODS: the method of each task.
+    `ClassificationHeads` describes the fields.
 
     Example:
         >>> import jax
@@ -98,18 +79,10 @@ class Transformer(DecoderHeads):
     """
 
     config: TransformerConfig
-    num_classes: int = 0
     task: str = "seq2seq_lm"
-    hf_config: str = dataclasses.field(default="", compare=False, repr=False)
 
     METHODS: ClassVar[dict[str, str]] = {
-        "base": "encode_decode",
-        "seq2seq_lm": "__call__",
-        "classification": "classification_logits",
-        "multiple_choice": "classification_logits",
-        "token_classification": "token_classification_logits",
-        "question_answering": "token_classification_logits",
-    }
+        "base": "encode_decode", "seq2seq_lm": "__call__", **ClassificationHeads.METHODS}
 
     def setup(self):
         c = self.config
@@ -130,7 +103,7 @@ class Transformer(DecoderHeads):
         if c.output_bias:
             self.output = Bias(c.vocab_size)
         if self.num_classes:
-            init = INITIALIZERS[c.initializer](c.init_std)
+            init = c.stack.kernel_init()
             self.pooler = Linear((c.d_model,), kernel_init=init, dtype=dtype)
             self.classifier_dropout = Dropout(c.dropout_rate)
             self.classifier = Linear((self.num_classes,), kernel_init=init)
@@ -148,35 +121,20 @@ class Transformer(DecoderHeads):
         return self.embed_dropout(x_BTD, deterministic=deterministic)
 
     def encode(
-        self,
-        tokens: Int[Array, "B S"],
-        *,
-        padding_mask: Bool[Array, "B S"] | None = None,
-        attention_mask: Bool[Array, "B 1 S S"] | None = None,
-        deterministic: bool = True,
+        self, tokens: Int[Array, "B S"], *, padding_mask: Bool[Array, "B S"] | None = None,
+        attention_mask: Bool[Array, "B 1 S S"] | None = None, deterministic: bool = True,
         output_attentions: bool = False,
     ) -> StackOutput:
         """Computes the hidden states `[B, S, D]` of the encoder, to which the decoder attends.
 
-        Args:
-            tokens: token ids of the source.
-            padding_mask: True at tokens, False at padding; all True if None.
-            attention_mask: a mask that broadcasts to `[B, N, S, S]`, in addition to `padding_mask`:
-                True where a query attends to a key.
-            deterministic: whether to disable dropout. If False, pass `rngs={"dropout": key}` to
-                `apply`.
-            output_attentions: whether to return the attention weights of all layers.
+        The options are those of all models (`ClassificationHeads`).
 
         Raises:
-            ValueError: S is larger than `max_length`, or `attention_mask` is not boolean or does
-                not broadcast to `[B, N, S, S]`.
+            ValueError: S is larger than `max_length`.
         """
-        B, S = tokens.shape
-        check_sequence_length(S, self.config.max_length)
-        positions_BS = jnp.broadcast_to(jnp.arange(S), tokens.shape)
+        positions_BS = token_positions(tokens, self.config.max_length)
         x_BSD = self._embed("encoder", tokens, positions_BS)
-        mask = Mask(padding_mask=padding_mask,
-                    dense_mask=check_attention_mask(attention_mask, B, S, S))
+        mask = encoder_mask(tokens, padding_mask, attention_mask)
         x_BSD, mask, prompt_length = prepend_prompt(self, x_BSD, mask)
         x_BSD = self._normalize_embeddings("encoder", x_BSD, deterministic)
         out = self.encoder(x_BSD, mask, positions_BS, deterministic=deterministic,
@@ -184,17 +142,12 @@ class Transformer(DecoderHeads):
         return remove_prompt(out, prompt_length)
 
     def decode(
-        self,
-        tokens: Int[Array, "B T"],
-        encoder_output: Float[Array, "B S D"] | dict[str, KVCache],
-        *,
-        encoder_padding_mask: Bool[Array, "B S"] | None = None,
+        self, tokens: Int[Array, "B T"], encoder_output: Float[Array, "B S D"] | dict[str, KVCache],
+        *, encoder_padding_mask: Bool[Array, "B S"] | None = None,
         padding_mask: Bool[Array, "B T"] | None = None,
         attention_mask: Bool[Array, "B 1 T K"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        cache: dict[str, KVCache] | None = None,
-        deterministic: bool = True,
-        output_attentions: bool = False,
+        positions: Int[Array, "B T"] | None = None, cache: dict[str, KVCache] | None = None,
+        deterministic: bool = True, output_attentions: bool = False,
     ) -> StackOutput:
         """Computes the hidden states `[B, T, D]` of the decoder, before the output layer.
 
@@ -202,79 +155,42 @@ class Transformer(DecoderHeads):
             tokens: token ids of the decoder, the start token first (`shift_right`).
             encoder_output: the hidden states of the encoder, or the `cross_attention_cache` of an
                 earlier output of this method, which contains their projections to keys and values.
-            encoder_padding_mask: True at tokens of the source, False at its padding; all True if
-                None.
-            padding_mask: True at tokens of the target, False at padding. It is required only for
-                padding on the left. Not supported with `cache`.
-            attention_mask: a mask for self-attention that broadcasts to `[B, N, T, K]`, in the
-                place of the causal mask: True where a query attends to a key. K is T, or the
-                number of slots of `cache`. `padding_mask` still applies.
+            encoder_padding_mask: True at tokens of the source, False at its padding.
+            padding_mask: required only for padding of the target on the left. Not supported with
+                `cache`.
+            attention_mask: replaces the causal mask of self-attention; `padding_mask` still
+                applies. K is T or the number of slots of `cache`.
             positions: the position of each token; 0 ... T-1 if None.
             cache: keys and values of the previous tokens (`init_cache`). `positions` are then also
-                the slots that the keys and values of `tokens` fill.
-            deterministic: whether to disable dropout.
-            output_attentions: whether to return the attention weights of all layers.
+                the slots that these tokens fill.
+            deterministic, output_attentions: as for all models (`ClassificationHeads`).
 
         Raises:
-            ValueError: T is larger than `max_length`, `attention_mask` is not boolean or does not
-                broadcast to `[B, N, T, K]`, or `padding_mask` and `cache` are both given.
+            ValueError: T is larger than `max_length`, or `padding_mask` and `cache` are both given.
         """
-        B, T = tokens.shape
-        check_sequence_length(T, self.config.max_length)
-        if cache is not None and padding_mask is not None:
-            raise ValueError("padding_mask and cache are both given; a cache has no slots for "
-                             "padding. Pass only tokens, with their positions")
-        row_indices_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        positions_BT = row_indices_BT if positions is None else positions
-        num_slots = T if cache is None else cache["layer_0"].length
-        attention_mask = check_attention_mask(attention_mask, B, T, num_slots)
-        if attention_mask is not None:
-            mask = Mask(dense_mask=attention_mask, padding_mask=padding_mask)
-        elif cache is None:
-            mask = Mask(causal=True, padding_mask=padding_mask)
-        else:
-            mask = Mask(dense_mask=causal_mask(positions_BT, jnp.arange(num_slots)[None]))
+        positions_BT = token_positions(tokens, self.config.max_length, positions)
+        mask = decoder_mask(positions_BT, cache, padding_mask, attention_mask)
         x_BTD = self._embed("decoder", tokens, positions_BT)
         x_BTD = self._normalize_embeddings("decoder", x_BTD, deterministic)
-        cross_attention_mask = Mask(padding_mask=encoder_padding_mask)
         return self.decoder(
-            x_BTD, mask, positions_BT, cache, encoder_output, cross_attention_mask, deterministic,
-            output_attentions,
-        )
+            x_BTD, mask, positions_BT, cache, encoder_output,
+            Mask(padding_mask=encoder_padding_mask), deterministic, output_attentions)
 
     def encode_decode(
-        self,
-        tokens: Int[Array, "B S"],
-        decoder_tokens: Int[Array, "B T"] | None = None,
-        *,
+        self, tokens: Int[Array, "B S"], decoder_tokens: Int[Array, "B T"] | None = None, *,
         padding_mask: Bool[Array, "B S"] | None = None,
         decoder_padding_mask: Bool[Array, "B T"] | None = None,
         attention_mask: Bool[Array, "B 1 S S"] | None = None,
-        decoder_attention_mask: Bool[Array, "B 1 T T"] | None = None,
-        deterministic: bool = True,
-        output_attentions: bool = False,
+        decoder_attention_mask: Bool[Array, "B 1 T T"] | None = None, **options
     ) -> tuple[StackOutput, StackOutput]:
         """Computes the outputs of the encoder and of the decoder.
 
-        Args:
-            tokens: token ids of the source.
-            decoder_tokens: the target tokens shifted right (`shift_right`). None uses the source as
-                target, as BART does for tasks without a target text.
-            padding_mask: True at tokens of the source, False at its padding; all True if None.
-            decoder_padding_mask: the same for the target.
-            attention_mask, decoder_attention_mask: as `attention_mask` of `encode` and `decode`.
-            deterministic: whether to disable dropout.
-            output_attentions: whether to return the attention weights of all layers.
-
-        Returns:
-            (output of the encoder, output of the decoder).
-
-        Raises:
-            ValueError: S or T is larger than `max_length`.
+        `decoder_tokens` are the target tokens shifted right (`shift_right`). None uses the source
+        as target, as BART does for tasks without a target text. `padding_mask` and `attention_mask`
+        are passed to `encode`, those of the decoder to `decode`, and `options` to both.
         """
         if decoder_tokens is None:
             decoder_tokens = shift_right(tokens, self.config.decoder_start_token_id or 0)
-        options = {"deterministic": deterministic, "output_attentions": output_attentions}
         encoder_out = self.encode(
             tokens, padding_mask=padding_mask, attention_mask=attention_mask, **options)
         decoder_out = self.decode(
@@ -283,12 +199,8 @@ class Transformer(DecoderHeads):
         return encoder_out, decoder_out
 
     def __call__(
-        self,
-        tokens: Int[Array, "B S"],
-        decoder_tokens: Int[Array, "B T"] | None = None,
-        *,
-        return_logits: bool = True,
-        **options,
+        self, tokens: Int[Array, "B S"], decoder_tokens: Int[Array, "B T"] | None = None, *,
+        return_logits: bool = True, **options,
     ) -> Seq2SeqOutput:
         """Applies encoder, decoder and output layer; arguments as for `encode_decode`.
 
@@ -299,8 +211,7 @@ class Transformer(DecoderHeads):
         return Seq2SeqOutput(
             lazy_logits.logits() if return_logits else None, decoder_out.hidden,
             encoder_out.hidden, encoder_out.attention, decoder_out.attention,
-            decoder_out.cross_attention, lazy_logits,
-        )
+            decoder_out.cross_attention, lazy_logits)
 
     def hidden_states(
         self, tokens: Int[Array, "B S"], decoder_tokens: Int[Array, "B T"] | None = None, **options
@@ -316,9 +227,19 @@ class Transformer(DecoderHeads):
     def logits_from_features(
         self, features: Float[Array, "B D"], deterministic: bool = True
     ) -> Float[Array, "B C"]:
-        """Computes class logits from the output of `features`.
-
-        Applies dropout and the pooler (a linear layer and tanh) before `class_logits`.
-        """
+        """Computes class logits from the output of `features`: dropout, pooler, `class_logits`."""
         features = self.classifier_dropout(features, deterministic=deterministic)
         return self.class_logits(jnp.tanh(self.pooler(features)), deterministic)
+
+
+class BART(Transformer):
+    """BART: the Transformer, pre-trained to reconstruct corrupted text (`objectives.denoising`).
+
+    Lewis et al. 2019, "BART: Denoising Sequence-to-Sequence Pre-training for Natural Language
+    Generation, Translation, and Comprehension", section 2.1: GELU instead of ReLU, and parameters
+    initialized from N(0, 0.02). As in the released code (fairseq), positions are learned, the
+    position table has two unused rows at its start, and the embeddings are normalized by LayerNorm
+    instead of scaled.
+    """
+
+    config: BARTConfig

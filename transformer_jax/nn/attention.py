@@ -1,8 +1,4 @@
-"""Attention masks, scaled dot-product attention, and the key-value cache.
-
-Shape suffixes: B batch, T target length (queries), S source length (keys and values), N heads,
-H head_dim, P prefix length.
-"""
+"""Attention masks, scaled dot-product attention, and the key-value cache."""
 
 import dataclasses
 import functools
@@ -28,22 +24,19 @@ ATTENTION_IMPLS = ("auto", "xla", "cudnn", "splash")
 class Mask:
     """A symbolic attention mask: a query attends to the keys that every field allows.
 
-    Causal, sliding-window, document and padding masks are stored as flags and small arrays rather
-    than as a boolean array `[B, N, T, S]`, because fused attention implementations skip blocks of
-    scores that a symbolic mask excludes. `to_dense` converts the mask to booleans.
+    Fused attention implementations skip blocks of scores that it excludes; they could not do so for
+    an array `[B, N, T, S]`.
 
     Attributes:
         causal: whether a query attends only to keys at its own index in the row or before it.
-        attention_window: with `causal`, the number of most recent keys that a query attends to,
-            the key at its own index included; None for no limit. In a language model of one
-            layer it is the k of P(w_i | w_{i-k} ... w_{i-1}), because the output at position
-            i - 1 predicts token i. With L layers, that output depends on the last
-            L * (k - 1) + 1 tokens.
+        attention_window: with `causal`, the number k of most recent keys that a query attends to,
+            the key at its own index included; None for no limit. In a language model of L layers,
+            the prediction of a token depends on the L * (k - 1) + 1 tokens before it.
         query_document_ids, key_document_ids: the document of each token in packed rows. A query
             attends only to keys of its own document.
         padding_mask: True for keys that are tokens, False for padding.
-        dense_mask: a boolean array that broadcasts to `[B, N, T, S]`, for masks that the other
-            fields cannot express, such as a causal mask over the slots of a cache.
+        dense_mask: a boolean array that broadcasts to `[B, N, T, S]`, for other masks, such as a
+            causal mask over the slots of a cache.
 
     Example:
         >>> mask = Mask(causal=True, attention_window=2)
@@ -63,10 +56,7 @@ class Mask:
         return dataclasses.replace(self, **changes)
 
     def with_prefix(self, P: int, T: int, S: int) -> "Mask":
-        """Returns the mask for P prefix keys followed by the S keys.
-
-        Every query attends to all P prefix keys.
-        """
+        """Returns the mask for P prefix keys, to which every query attends, before the S keys."""
         dense_mask = self.to_dense(T, S)
         if dense_mask is None:
             return self
@@ -108,14 +98,13 @@ UNMASKED = Mask()
 
 
 def causal_mask(
-    query_positions: Int[Array, "B T"],
-    key_positions: Int[Array, "B S"],
+    query_positions: Int[Array, "B T"], key_positions: Int[Array, "B S"],
     attention_window: int | None = None,
 ) -> Bool[Array, "B 1 T S"]:
     """Computes a dense causal mask from the positions of queries and keys.
 
-    A query at position p attends to the keys at positions p - attention_window + 1 to p, or to all
-    keys up to position p if `attention_window` is None.
+    A query at position p attends to the keys at positions p - attention_window + 1 to p; None for
+    all keys up to p.
 
     Example:
         >>> positions = jnp.arange(3)[None]
@@ -129,14 +118,9 @@ def causal_mask(
 
 @backends.dispatched
 def dot_product_attention(
-    query_BTNH: Float[Array, "B T N H"],
-    key_BSNH: Float[Array, "B S N H"],
-    value_BSNH: Float[Array, "B S N H"],
-    mask: Mask,
-    *,
-    attention_impl: str = "auto",
-    dropout_rate: float = 0.0,
-    dropout_rng: Key[Array, ""] | None = None,
+    query_BTNH: Float[Array, "B T N H"], key_BSNH: Float[Array, "B S N H"],
+    value_BSNH: Float[Array, "B S N H"], mask: Mask, *, attention_impl: str = "auto",
+    dropout_rate: float = 0.0, dropout_rng: Key[Array, ""] | None = None,
     return_weights: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"] | None]:
     """Scaled dot-product attention: softmax(Q K^T / sqrt(H)) V.
@@ -146,9 +130,6 @@ def dot_product_attention(
     values: it is finite, and losses exclude these queries by a loss weight of 0.
 
     Args:
-        query_BTNH: queries.
-        key_BSNH: keys.
-        value_BSNH: values.
         mask: the keys that each query attends to.
         attention_impl: "xla" for matmuls and a softmax; "cudnn" or "splash" for a fused
             implementation, which never stores the weights `[T, S]` (Dao et al. 2022,
@@ -160,8 +141,7 @@ def dot_product_attention(
         return_weights: whether to return the attention weights.
 
     Returns:
-        The output; and the attention weights before dropout, in float32, or None if they are not
-        requested.
+        The output; and the float32 attention weights before dropout, or None if not requested.
 
     Example:
         >>> x = jnp.ones((2, 5, 4, 8))  # B, T, N, H
@@ -199,46 +179,18 @@ class KVCache(NamedTuple):
         """The number of slots."""
         return self.key.shape[2]
 
-    @classmethod
-    def from_bsnh(cls, key: Float[Array, "B S N H"], value: Float[Array, "B S N H"]) -> "KVCache":
-        """Creates a full cache from the keys and values of S tokens."""
-        return cls(key.swapaxes(1, 2), value.swapaxes(1, 2))
-
     def as_bsnh(self) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
         """Returns keys and values with the axes that `dot_product_attention` takes."""
         return self.key.swapaxes(1, 2), self.value.swapaxes(1, 2)
 
     def update(
-        self,
-        key: Float[Array, "B T N H"],
-        value: Float[Array, "B T N H"],
+        self, key: Float[Array, "B T N H"], value: Float[Array, "B T N H"],
         positions: Int[Array, "B T"],
     ) -> "KVCache":
         """Returns a cache with `key` and `value` in the slots `positions`.
 
-        Tokens at positions of S or more are dropped. Positions must not be negative: they would
-        index the slots from the end.
+        Tokens at positions of S or more are dropped. Negative positions would index from the end.
         """
         rows = jnp.arange(positions.shape[0])[:, None]
-        return KVCache(
-            self.key.at[rows, :, positions].set(key, mode="drop"),
-            self.value.at[rows, :, positions].set(value, mode="drop"),
-        )
-
-
-def init_cache(
-    num_layers: int, batch_size: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype
-) -> dict[str, KVCache]:
-    """Creates the empty caches of a stack: zeros of shape `[B, N, length, H]` for each layer.
-
-    Example:
-        >>> cache = init_cache(
-        ...     num_layers=2, batch_size=3, length=5, num_heads=4, head_dim=6, dtype=jnp.float32)
-        >>> list(cache), cache["layer_0"].key.shape
-        (['layer_0', 'layer_1'], (3, 4, 5, 6))
-    """
-    shape = (batch_size, num_heads, length, head_dim)
-    return {
-        f"layer_{i}": KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-        for i in range(num_layers)
-    }
+        return KVCache(*(slots.at[rows, :, positions].set(new, mode="drop")
+                         for slots, new in zip(self, (key, value))))

@@ -2,9 +2,6 @@
 
 `norm_first` selects the residual form: x + f(norm(x)) as in GPT-2 (pre-norm), or norm(x + f(x)) as
 in the Transformer, GPT and BERT (post-norm).
-
-Shape suffixes: B batch, T target length, S source length, D d_model, N heads, H head_dim,
-F mlp_dim, P prefix length.
 """
 
 from collections.abc import Callable
@@ -81,38 +78,25 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        mask: Mask,
-        positions_BT: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
-        encoder_output: Float[Array, "B S D"] | KVCache | None = None,
-        deterministic: bool = True,
+        self, x_BTD: Float[Array, "B T D"], mask: Mask,
+        positions_BT: Int[Array, "B T"] | None = None, cache: KVCache | None = None,
+        encoder_output: Float[Array, "B S D"] | KVCache | None = None, deterministic: bool = True,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "B N T S"] | None]:
         """Computes queries from `x_BTD`, and keys and values from `encoder_output` or `x_BTD`.
 
-        Args:
-            x_BTD: hidden states.
-            mask: the keys that each query attends to.
-            positions_BT: the slots of `cache` for the keys and values of `x_BTD`.
-            cache: for self-attention, keys and values of the previous tokens.
-            encoder_output: for cross-attention, the hidden states of the encoder, or the keys and
-                values that an earlier call computed from them. None for self-attention.
-            deterministic: whether to disable dropout.
-            return_weights: whether to return the attention weights.
+        `positions_BT` are the slots of `cache`, the keys and values of the previous tokens, for
+        those of `x_BTD`. In cross-attention, `encoder_output` are the hidden states of the encoder,
+        or the keys and values that an earlier call computed from them and returned.
 
         Returns:
-            (output, keys and values, attention weights or None). In self-attention, the keys and
-            values are those of `cache`, if it is given, and of this call. In cross-attention, they
-            are those of `encoder_output`; later calls can pass them as `encoder_output`.
+            (output, keys and values, attention weights or None).
         """
         c = self.config
 
         def project(name, source_BSD):
-            return Linear(
-                (c.num_heads, c.head_dim), kernel_init=c.kernel_init(), dtype=c.dtype, name=name
-            )(source_BSD, deterministic)
+            return Linear((c.num_heads, c.head_dim), kernel_init=c.kernel_init(), dtype=c.dtype,
+                          name=name)(source_BSD, deterministic)
 
         query_BTNH = constrain(project("query", x_BTD), BATCH_AXES, "sequence", "tensor", None)
         if encoder_output is None:
@@ -125,12 +109,11 @@ class Attention(nn.Module):
             # Queries stay sharded over the sequence axis; keys and values are gathered along it.
             key_BSNH, value_BSNH = (
                 constrain(project(name, source_BSD), BATCH_AXES, None, "tensor", None)
-                for name in KVCache._fields
-            )
+                for name in KVCache._fields)
             if encoder_output is None:
                 key_BSNH = self.encode_positions(key_BSNH, positions_BT)
             if cache is None:
-                new_cache = KVCache.from_bsnh(key_BSNH, value_BSNH)
+                new_cache = KVCache(key_BSNH.swapaxes(1, 2), value_BSNH.swapaxes(1, 2))
             else:
                 new_cache = cache.update(key_BSNH, value_BSNH, positions_BT)
                 key_BSNH, value_BSNH = new_cache.as_bsnh()
@@ -138,22 +121,12 @@ class Attention(nn.Module):
             self, key_BSNH, value_BSNH, mask, x_BTD.shape[1])
         use_dropout = not deterministic and c.attention_dropout_rate > 0
         out_BTNH, weights_BNTS = dot_product_attention(
-            query_BTNH,
-            key_BSNH,
-            value_BSNH,
-            mask,
-            attention_impl=c.attention_impl,
+            query_BTNH, key_BSNH, value_BSNH, mask, attention_impl=c.attention_impl,
             dropout_rate=c.attention_dropout_rate,
             dropout_rng=self.make_rng("dropout") if use_dropout else None,
-            return_weights=return_weights,
-        )
-        out_BTD = Linear(
-            (c.d_model,),
-            num_contracted_axes=2,
-            kernel_init=c.residual_kernel_init(),
-            dtype=c.dtype,
-            name="out",
-        )(out_BTNH, deterministic)
+            return_weights=return_weights)
+        out_BTD = Linear((c.d_model,), num_contracted_axes=2, dtype=c.dtype, name="out",
+                         kernel_init=c.residual_kernel_init())(out_BTNH, deterministic)
         return out_BTD, new_cache, weights_BNTS[..., prefix_length:] if return_weights else None
 
     def encode_positions(
@@ -187,21 +160,12 @@ class MLP(nn.Module):
 
 
 class BlockOutput(NamedTuple):
-    """Output of a `Block`.
-
-    Attributes:
-        hidden: hidden states.
-        cache: keys and values of self-attention.
-        attention: attention weights of self-attention, or None if they are not requested; S is T
-            without a cache.
-        cross_attention_cache: keys and values of the encoder output; None without cross-attention.
-        cross_attention: attention weights of cross-attention, or None.
-    """
+    """Output of a `Block`; attention weights are None if they are not requested."""
 
     hidden: Float[Array, "B T D"]
-    cache: KVCache
-    attention: Float[Array, "B N T S"] | None
-    cross_attention_cache: KVCache | None
+    cache: KVCache  # keys and values of self-attention
+    attention: Float[Array, "B N T S"] | None  # S is T without a cache
+    cross_attention_cache: KVCache | None  # None without cross-attention
     cross_attention: Float[Array, "B N T S"] | None
 
 
@@ -239,44 +203,31 @@ class Block(nn.Module):
         def self_attention(x_BTD):
             return self.attention(c, name="self_attention")(
                 x_BTD, mask, positions_BT, cache, deterministic=deterministic,
-                return_weights=output_attentions,
-            )
+                return_weights=output_attentions)
 
         def cross_attention(x_BTD):
             return self.attention(c, name="cross_attention")(
                 x_BTD, cross_attention_mask, encoder_output=encoder_output,
-                deterministic=deterministic, return_weights=output_attentions,
-            )
+                deterministic=deterministic, return_weights=output_attentions)
 
         def mlp(x_BTD):
             return (self.mlp(c, name="mlp")(x_BTD, deterministic),)
 
-        x_BTD, new_cache, weights_BNTS = residual("attention", self_attention, x_BTD)
-        cross_attention_cache = cross_weights_BNTS = None
+        x_BTD, *outputs = residual("attention", self_attention, x_BTD)
+        cross_outputs = (None, None)
         if c.cross_attention:
-            x_BTD, cross_attention_cache, cross_weights_BNTS = residual(
-                "cross_attention", cross_attention, x_BTD)
+            x_BTD, *cross_outputs = residual("cross_attention", cross_attention, x_BTD)
         (x_BTD,) = residual("mlp", mlp, x_BTD)
-        return BlockOutput(
-            x_BTD, new_cache, weights_BNTS, cross_attention_cache, cross_weights_BNTS)
+        return BlockOutput(x_BTD, *outputs, *cross_outputs)
 
 
 class StackOutput(NamedTuple):
-    """Output of a `Stack`.
-
-    Attributes:
-        hidden: hidden states.
-        cache: the given cache with the keys and values of this call added; None if none was given.
-        attention: attention weights of self-attention for each layer, if they are requested, else
-            empty; S is T without a cache.
-        cross_attention_cache: keys and values of the encoder output for each layer, which later
-            calls can take as `encoder_output`; None without cross-attention.
-        cross_attention: attention weights of cross-attention for each layer.
-    """
+    """Output of a `Stack`; attention weights, for each layer, are empty if not requested."""
 
     hidden: Float[Array, "B T D"]
-    cache: dict[str, KVCache] | None
-    attention: tuple[Float[Array, "B N T S"], ...] = ()
+    cache: dict[str, KVCache] | None  # the given cache with the tokens of this call added
+    attention: tuple[Float[Array, "B N T S"], ...] = ()  # S is T without a cache
+    # Keys and values of the encoder output, which later calls can take as `encoder_output`.
     cross_attention_cache: dict[str, KVCache] | None = None
     cross_attention: tuple[Float[Array, "B N T S"], ...] = ()
 
@@ -302,27 +253,21 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        mask: Mask,
-        positions_BT: Int[Array, "B T"] | None = None,
-        cache: dict[str, KVCache] | None = None,
+        self, x_BTD: Float[Array, "B T D"], mask: Mask,
+        positions_BT: Int[Array, "B T"] | None = None, cache: dict[str, KVCache] | None = None,
         encoder_output: Float[Array, "B S D"] | dict[str, KVCache] | None = None,
-        cross_attention_mask: Mask = UNMASKED,
-        deterministic: bool = True,
+        cross_attention_mask: Mask = UNMASKED, deterministic: bool = True,
         output_attentions: bool = False,
     ) -> StackOutput:
         """Applies all blocks.
 
         Args:
             x_BTD: embeddings.
-            mask: the keys that each query attends to in self-attention.
+            mask, cross_attention_mask: the keys that each query attends to.
             positions_BT: the slots of `cache` for the keys and values of this call.
             cache: keys and values of the previous tokens for each layer (`init_cache`).
             encoder_output: for cross-attention, the hidden states of the encoder, or the
-                `cross_attention_cache` of an earlier output, which contains their projections to
-                keys and values.
-            cross_attention_mask: the keys that each query attends to in cross-attention.
+                `cross_attention_cache` of an earlier output, their projections to keys and values.
             deterministic: whether to disable dropout.
             output_attentions: whether to return the attention weights.
 
@@ -340,48 +285,38 @@ class Stack(nn.Module):
                 raise ValueError("a KV cache is given or output_attentions is True, but the "
                                  "parameters of the layers are stacked; pass "
                                  "tree.unstack_layers(params)")
-            x_BTD = self._scan(
-                block, x_BTD, mask, positions_BT, encoder_output, cross_attention_mask,
-                deterministic)
+            x_BTD = self._scan(block, x_BTD, deterministic, mask, positions_BT, None,
+                               encoder_output, cross_attention_mask, deterministic, False)
         for i in range(0 if is_stacked else c.num_layers):
             name = f"layer_{i}"
-            outputs[name] = out = block(c, name=name)(
-                x_BTD,
-                mask,
-                positions_BT,
-                cache and cache[name],
+            outputs[name] = block(c, name=name)(
+                x_BTD, mask, positions_BT, cache and cache[name],
                 encoder_output[name] if isinstance(encoder_output, dict) else encoder_output,
-                cross_attention_mask,
-                deterministic,
-                output_attentions,
-            )
-            x_BTD = out.hidden
+                cross_attention_mask, deterministic, output_attentions)
+            x_BTD = outputs[name].hidden
         if c.norm_first:
             x_BTD = LayerNorm(c.norm_epsilon, dtype=c.dtype, name="final_norm")(x_BTD)
+
+        def by_layer(field):
+            return {name: getattr(out, field) for name, out in outputs.items()}
+
         has_cross_attention = c.cross_attention and not is_stacked
         return StackOutput(
-            x_BTD,
-            {name: out.cache for name, out in outputs.items()} if cache else None,
-            tuple(out.attention for out in outputs.values()) if output_attentions else (),
-            {name: out.cross_attention_cache for name, out in outputs.items()}
-            if has_cross_attention else None,
-            tuple(out.cross_attention for out in outputs.values())
-            if has_cross_attention and output_attentions else (),
-        )
+            x_BTD, by_layer("cache") if cache else None,
+            tuple(by_layer("attention").values()) if output_attentions else (),
+            by_layer("cross_attention_cache") if has_cross_attention else None,
+            tuple(by_layer("cross_attention").values())
+            if has_cross_attention and output_attentions else ())
 
-    def _scan(self, block, x_BTD, mask, positions_BT, encoder_output, cross_attention_mask,
-              deterministic):
+    def _scan(self, block, x_BTD, deterministic, *args):
         """Applies stacked layers with `jax.lax.scan`; returns the hidden states."""
-        c = self.config
         rng = None if deterministic or not self.has_rng("dropout") else self.make_rng("dropout")
 
         def apply_layer(x_BTD, layer):
             i, params = layer
             rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, i)}
-            out = block(c, parent=None).apply(
-                {"params": params}, x_BTD, mask, positions_BT, None, encoder_output,
-                cross_attention_mask, deterministic, False, rngs=rngs)
+            out = block(self.config, parent=None).apply({"params": params}, x_BTD, *args, rngs=rngs)
             return out.hidden, None
 
         layers = self.get_variable("params", LAYERS)
-        return jax.lax.scan(apply_layer, x_BTD, (jnp.arange(c.num_layers), layers))[0]
+        return jax.lax.scan(apply_layer, x_BTD, (jnp.arange(self.config.num_layers), layers))[0]

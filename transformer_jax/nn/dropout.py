@@ -15,12 +15,7 @@ from jaxtyping import Bool, Float, Key
 
 
 def keep_mask(rng: Key[Array, ""], shape: tuple[int, ...], rate: float) -> Bool[Array, "..."]:
-    """Samples a mask whose elements are independently True with probability 1 - rate.
-
-    Example:
-        >>> keep_mask(jax.random.key(0), (2, 3), rate=0.5).shape
-        (2, 3)
-    """
+    """Samples a mask whose elements are independently True with probability 1 - rate."""
     k0, k1 = jax.random.bits(rng, (2,), jnp.uint32)
     index, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
@@ -45,11 +40,7 @@ def dropout(
 
 
 class Dropout(nn.Module):
-    """Dropout with the key of the "dropout" RNG collection; the identity if deterministic.
-
-    Attributes:
-        rate: the fraction of elements that are set to zero.
-    """
+    """Dropout with the key of the "dropout" RNG collection; the identity if deterministic."""
 
     rate: float
 

@@ -1,12 +1,8 @@
-"""Linear, LayerNorm, Embed and Bias: the layers that create all parameters of the models.
+"""Linear, LayerNorm, Embed and Bias, which create all parameters, and position embeddings.
 
-Parameters are float32; `dtype` is the compute dtype. LayerNorm always computes its statistics in
-float32.
-
-Layers also apply parameters that `init` never creates, if they are present in the parameter tree:
-PEFT parameters (`nn.peft`), and weights in int8 or transposed for decoding (`nn.quantized`).
-
-Shape suffixes: B batch, T length, D d_model, V vocabulary.
+Parameters are float32; `dtype` is the compute dtype. Layers also apply parameters that `init` never
+creates, if they are present: PEFT parameters (`nn.peft`), and weights in int8 or transposed for
+decoding (`nn.quantized`).
 """
 
 import functools
@@ -17,11 +13,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
 from transformer_jax.nn import backends, peft, quantized
-from transformer_jax.nn.matmul import matmul, matmul_transposed
 from transformer_jax.sharding import BATCH_AXES, constrain, constrain_hidden
 
 
@@ -54,26 +50,11 @@ def get_activation(activation: str | Callable[[Array], Array]) -> Callable[[Arra
     return activation if callable(activation) else ACTIVATIONS[activation]
 
 
-def embedding_init(initializer: str, std: float) -> Callable:
-    """Returns the initializer of embeddings for a kernel initializer.
-
-    It is the same one, except that "normal" replaces "xavier_uniform".
-    """
-    return INITIALIZERS["normal" if initializer == "xavier_uniform" else initializer](std)
-
-
 class Linear(nn.Module):
     """A linear layer, which contracts the last axes of its input with a kernel and adds a bias.
 
     The kernel keeps the head axes separate, so that heads can be sharded, frozen or selected by
     name: a query projection is `[D, N, H]`, an output projection `[N, H, D]`.
-
-    Attributes:
-        features: the sizes of the output axes.
-        num_contracted_axes: the number of trailing input axes that are contracted.
-        use_bias: whether to add a bias.
-        kernel_init: the initializer of the kernel.
-        dtype: the compute dtype.
 
     Example:
         >>> query = Linear(features=(4, 8))
@@ -82,8 +63,8 @@ class Linear(nn.Module):
         ((2, 5, 4, 8), (32, 4, 8))
     """
 
-    features: tuple[int, ...]
-    num_contracted_axes: int = 1
+    features: tuple[int, ...]  # sizes of the output axes
+    num_contracted_axes: int = 1  # trailing axes of the input
     use_bias: bool = True
     kernel_init: Callable = jax.nn.initializers.normal(0.02)
     dtype: jnp.dtype = jnp.float32
@@ -95,7 +76,7 @@ class Linear(nn.Module):
             return peft.linear(self, x, deterministic)
         kernel_shape = x.shape[-self.num_contracted_axes :] + self.features
         kernel = self.param("kernel", self.init_kernel, kernel_shape).astype(self.dtype)
-        y = matmul(x.astype(self.dtype), kernel, self.num_contracted_axes)
+        y = quantized.matmul(x.astype(self.dtype), kernel, self.num_contracted_axes)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
             y = y + bias.astype(self.dtype)
@@ -104,39 +85,19 @@ class Linear(nn.Module):
     def init_kernel(self, rng: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
         """Initializes the kernel as a matrix [fan_in, fan_out], which initializers expect."""
         fan_in = math.prod(shape[: self.num_contracted_axes])
-        fan_out = math.prod(shape[self.num_contracted_axes :])
-        return self.kernel_init(rng, (fan_in, fan_out), dtype).reshape(shape)
-
-
-@backends.dispatched
-def standardize(x: Float[Array, "... D"], epsilon: float) -> Float[Array, "... D"]:
-    """Standardizes x to mean 0 and variance 1 along the last axis, as `jax.nn.standardize`.
-
-    Example:
-        >>> standardize(jnp.array([1.0, 5.0]), epsilon=0.0).tolist()
-        [-1.0, 1.0]
-    """
-    centered = x - x.mean(-1, keepdims=True)
-    return centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + epsilon)
+        return self.kernel_init(rng, (fan_in, math.prod(shape) // fan_in), dtype).reshape(shape)
 
 
 @backends.dispatched
 def materialize_cotangent(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The identity function, for an `x` whose cotangent is used in several gradients.
-
-    The variant of a backend may store the cotangent, so that it is computed only once.
-    """
+    """The identity, for an x whose cotangent several gradients use: a variant may store it."""
     return x
 
 
 class LayerNorm(nn.Module):
     """Layer normalization over the last axis: (x - mean) / sqrt(variance + epsilon) * scale + bias.
 
-    Ba et al. 2016, "Layer Normalization" (arXiv 1607.06450), eq. 4.
-
-    Attributes:
-        epsilon: added to the variance.
-        dtype: the dtype of the output; statistics are float32.
+    Ba et al. 2016, "Layer Normalization" (arXiv 1607.06450), eq. 4. Statistics are float32.
     """
 
     epsilon: float
@@ -146,7 +107,10 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
-        y = standardize(x.astype(jnp.float32), self.epsilon) * scale + bias
+        x = x.astype(jnp.float32)
+        centered = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centered).mean(-1, keepdims=True)
+        y = centered * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
         return y.astype(self.dtype)
 
 
@@ -156,24 +120,18 @@ class LazyLogits(NamedTuple):
     A loss that takes these instead of logits does not have to store an array `[B, T, V]`
     (`objectives.cross_entropy`).
 
-    Attributes:
-        hidden: hidden states, in the compute dtype.
-        embedding: the weight matrix of the output layer.
-        scale: the scale of each row of `embedding` if it is int8.
-        bias: the bias of the output layer.
-        quantize_activations: True to quantize hidden states to int8, which requires an int8
-            `embedding`. None instead of False, so that the pytree has no additional leaf.
-
     Example:
         >>> lazy_logits = LazyLogits(hidden=jnp.ones((2, 5, 16)), embedding=jnp.ones((100, 16)))
         >>> lazy_logits.logits().shape
         (2, 5, 100)
     """
 
-    hidden: Float[Array, "... D"]
+    hidden: Float[Array, "... D"]  # in the compute dtype
     embedding: Float[Array, "V D"]
-    scale: Float[Array, "V"] | None = None
+    scale: Float[Array, "V"] | None = None  # of each row of an int8 embedding
     bias: Float[Array, "V"] | None = None
+    # True to round hidden states to int8, for an int8 embedding. None instead of False, so that the
+    # pytree has no additional leaf.
     quantize_activations: bool | None = None
 
     def logits(self) -> Float[Array, "... V"]:
@@ -181,7 +139,7 @@ class LazyLogits(NamedTuple):
         if self.quantize_activations:
             logits = quantized.matmul_transposed_int8(self.hidden, self.embedding, self.scale)
         else:
-            logits = matmul_transposed(
+            logits = quantized.matmul_transposed(
                 self.hidden, self.embedding.astype(self.hidden.dtype), jnp.float32)
             logits = logits if self.scale is None else logits * self.scale
         logits = constrain(logits, BATCH_AXES, *["sequence"] * (logits.ndim - 2), "tensor")
@@ -189,14 +147,7 @@ class LazyLogits(NamedTuple):
 
 
 class Embed(nn.Module):
-    """An embedding table, which can also serve as the output layer (tied embeddings).
-
-    Attributes:
-        num_embeddings: the number of rows of the table.
-        features: the dimension of an embedding.
-        embedding_init: the initializer of the table.
-        dtype: the compute dtype.
-    """
+    """An embedding table, which can also serve as the output layer (tied embeddings)."""
 
     num_embeddings: int
     features: int
@@ -209,9 +160,8 @@ class Embed(nn.Module):
         self.extra = quantized.optional_param(self, "extra")
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        """Looks up embeddings.
+        """Looks up embeddings; ids of `num_embeddings` or more are added tokens (`extra`).
 
-        If the PEFT parameter `extra` is present, ids of `num_embeddings` or more select its rows.
         Ids are not checked: too large ones give NaN, and negative ones index from the end.
         """
         lookup = functools.partial(quantized.lookup, self.table, dtype=self.dtype)
@@ -237,3 +187,57 @@ class Bias(nn.Module):
     def __call__(self, lazy_logits: LazyLogits) -> LazyLogits:
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return lazy_logits._replace(bias=bias)
+
+
+def sinusoidal_positions(
+    length: int, features: int, interleave: bool = True
+) -> Float[np.ndarray, "length features"]:
+    """Computes the fixed position encoding of Vaswani et al. 2017, section 3.5.
+
+    Row p has the values sin(p / 10000^(2i / features)) in dimension 2i and the cosine in dimension
+    2i + 1: wavelengths increase from 2 pi to 10000 * 2 pi positions. Without `interleave`, all
+    sines precede all cosines, as in the checkpoints of Marian.
+
+    Raises:
+        ValueError: `features` is odd.
+
+    Example:
+        >>> sinusoidal_positions(length=3, features=4)[0].tolist()
+        [0.0, 1.0, 0.0, 1.0]
+    """
+    if features % 2:
+        raise ValueError(f"features is {features}; it must be even for sinusoidal positions, which "
+                         "pair sines with cosines. Use an even d_model, or learned positions")
+    angles = np.arange(length)[:, None] / 10_000 ** (np.arange(0, features, 2) / features)
+    waves = np.stack([np.sin(angles), np.cos(angles)])
+    return waves.transpose((1, 2, 0) if interleave else (1, 0, 2)).reshape(length, features)
+
+
+class SinusoidalEmbed(nn.Module):
+    """Fixed position embeddings, with the interface of `Embed`. It has no parameters."""
+
+    max_length: int
+    features: int
+    interleave: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    def __call__(self, positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        table = sinusoidal_positions(self.max_length, self.features, self.interleave)
+        return jnp.asarray(table, self.dtype)[positions]
+
+
+def make_position_embed(
+    kind: str | Callable, max_length: int, features: int, *, embedding_init: Callable,
+    dtype: jnp.dtype,
+) -> Callable:
+    """Creates the position embedding of a model, a function from positions `[B, T]` to `[B, T, D]`.
+
+    `kind` is "learned" for a table of parameters; "sinusoidal" or "sinusoidal_halves" (not
+    interleaved) for `sinusoidal_positions`; or a function or Flax module class that takes the other
+    arguments of this function and returns the position embedding.
+    """
+    if callable(kind):
+        return kind(max_length, features, embedding_init=embedding_init, dtype=dtype)
+    if kind != "learned":
+        return SinusoidalEmbed(max_length, features, kind == "sinusoidal", dtype)
+    return Embed(max_length, features, embedding_init, dtype)

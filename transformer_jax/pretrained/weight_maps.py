@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from transformer_jax.models import Config, Model, TransformerConfig, init_params
-from transformer_jax.nn.positions import sinusoidal_positions
+from transformer_jax.nn.layers import sinusoidal_positions
 from transformer_jax.pretrained.families import FAMILIES
 from transformer_jax.pretrained.safetensors_io import TensorEntry, load_tensor
 from transformer_jax.tree import PyTree, flatten_paths

@@ -20,8 +20,7 @@ from jax.sharding import Mesh
 from transformer_jax import metrics, sharding, tree
 from transformer_jax.data import batching, packing, sources, token_cache, tokenizers
 from transformer_jax.errors import did_you_mean
-from transformer_jax.models import build_model, config_to_dict, init_params, presets
-from transformer_jax.models.build import family_name
+from transformer_jax.models import build_model, config_to_dict, family_name, init_params, presets
 from transformer_jax.models.config import Config, TransformerConfig
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
 from transformer_jax.objectives.mlm_nsp import MASK_RATE

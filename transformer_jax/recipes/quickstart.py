@@ -22,7 +22,7 @@ from rich.table import Table
 from transformer_jax.data.datasets import load_dataset, subsample_balanced
 from transformer_jax.generation import fill_mask, generate
 from transformer_jax.models import GPT, presets
-from transformer_jax.nn.positions import sinusoidal_positions
+from transformer_jax.nn.layers import sinusoidal_positions
 from transformer_jax.objectives.input_format import pack_bert_input
 from transformer_jax.pretrained import LoadedRun, load_run
 from transformer_jax.recipes import run_dir

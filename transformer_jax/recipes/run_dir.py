@@ -20,8 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from transformer_jax import distributed, storage
-from transformer_jax.models import config_to_dict
-from transformer_jax.models.build import REMOVED_FIELDS, RENAMED_FIELDS
+from transformer_jax.models import REMOVED_FIELDS, RENAMED_FIELDS, config_to_dict
 from transformer_jax.models.config import Config
 from transformer_jax.report import plots
 from transformer_jax.train import callbacks, checkpointing, loop, step

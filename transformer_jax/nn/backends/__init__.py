@@ -1,22 +1,11 @@
-"""Faster implementations of operations, for single backends or for all, and their selection.
+"""Faster implementations of operations for single backends, and their selection.
 
-The reference implementation of an operation is a function that is written as in the papers, and
-decorated with `dispatched`. `VARIANTS` lists the faster implementations, which have the same
-signature and equal the reference in value and gradient, up to rounding. The first variant that
-supports the arguments is called, and the reference if there is none. `use("reference")` switches
-all variants off, for debugging and for tests; so does the environment variable
-`TRANSFORMER_JAX_IMPLEMENTATION=reference`, which is read when the library is imported.
-
-Example:
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> from transformer_jax.nn.attention import Mask, dot_product_attention
-    >>> x = jnp.ones((2, 256, 4, 8))
-    >>> attend = jax.jit(lambda x: dot_product_attention(x, x, x, Mask(causal=True))[0])
-    >>> with use("reference"):
-    ...     expected = attend(x)
-    >>> bool(jnp.allclose(attend(x), expected))
-    True
+The reference implementation of an operation is written as in the papers, and decorated with
+`dispatched`. `VARIANTS` lists the faster implementations, which equal it in value and gradient, up
+to rounding. The first one that supports the arguments is called, and the reference if there is
+none. `use("reference")` switches all variants off, for debugging and for tests; so does the
+environment variable `TRANSFORMER_JAX_IMPLEMENTATION=reference`, which is read when the library is
+imported.
 """
 
 import contextlib
@@ -27,24 +16,19 @@ from typing import NamedTuple
 
 import jax
 
-from transformer_jax.nn.backends import cpu, gpu, tpu, xla
+from transformer_jax.nn.backends import cpu, gpu, tpu
 
 __all__ = ["VARIANTS", "Variant", "cpu", "dispatched", "gpu", "is_reference", "select", "tpu",
-           "use", "xla"]
+           "use"]
 
 IMPLEMENTATIONS = ("auto", "reference")
 
 
 class Variant(NamedTuple):
-    """A faster implementation of an operation.
-
-    Attributes:
-        implementation: a function with the signature of the reference.
-        supports: a function of the same arguments that returns whether to use the implementation.
-    """
+    """A faster implementation of an operation, with the signature of the reference."""
 
     implementation: Callable
-    supports: Callable[..., bool]
+    supports: Callable[..., bool]  # of the same arguments: whether to use the implementation
 
 
 # Operation -> its variants; the first one that supports the arguments is used.
@@ -52,19 +36,11 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     "dot_product_attention": (
         Variant(tpu.splash_attention, tpu.supports_splash),
         Variant(gpu.cudnn_attention, gpu.supports_cudnn),
-        Variant(cpu.blockwise_attention, cpu.supports_blocks),
-        Variant(xla.attention, xla.supports_all),
+        Variant(cpu.attention, cpu.supports_attention),
     ),
-    "matmul": (Variant(xla.matmul, xla.has_no_mesh),),
-    "matmul_transposed": (
-        Variant(cpu.matmul_transposed, cpu.supports_few_rows),
-        Variant(xla.matmul_transposed, xla.has_no_mesh),
-    ),
+    "matmul": (Variant(cpu.matmul, cpu.has_no_mesh),),
+    "matmul_transposed": (Variant(cpu.matmul_transposed, cpu.supports_few_rows),),
     "int8_matmul_transposed": (Variant(cpu.int8_matmul_transposed, cpu.is_default),),
-    "standardize": (
-        Variant(gpu.standardize, gpu.is_default),
-        Variant(xla.standardize, xla.supports_all),
-    ),
     "materialize_cotangent": (Variant(cpu.materialize_cotangent, cpu.is_default),),
     "softmax_cross_entropy_and_grad": (
         Variant(gpu.softmax_cross_entropy_and_grad, gpu.supports_fused_cross_entropy),),
@@ -86,12 +62,9 @@ _implementation = jax.make_user_context(
 def use(name: str) -> contextlib.AbstractContextManager:
     """Returns a context manager that selects the implementation of all operations.
 
-    It applies to functions that are called or traced inside of it. `jax.jit` compiles a function
-    once for each implementation, so calls with "auto" and "reference" can be compared.
-
-    Args:
-        name: "auto" for the fastest implementation that supports the arguments, "reference" for
-            the reference implementations.
+    "auto" is the fastest one that supports the arguments; "reference" switches all variants off. It
+    applies to functions that are called or traced inside of it, and `jax.jit` compiles a function
+    once for each implementation, so calls can be compared.
 
     Raises:
         ValueError: an unknown name.
@@ -105,10 +78,7 @@ def is_reference() -> bool:
 
 
 def select(operation: str, *args, **kwargs) -> Callable | None:
-    """Returns the variant that an operation uses for these arguments; None for the reference.
-
-    Arrays may be given as their shapes and dtypes (`jax.ShapeDtypeStruct`).
-    """
+    """Returns the variant for these arrays, or their shapes and dtypes; None for the reference."""
     variants = () if is_reference() else VARIANTS[operation]
     return next((variant.implementation for variant in variants
                  if variant.supports(*args, **kwargs)), None)

@@ -1,8 +1,4 @@
-"""Variants for TPUs.
-
-Shape suffixes: B batch, T target length (queries), S source length (keys and values), N heads,
-H head_dim.
-"""
+"""Variants for TPUs."""
 
 from typing import Any
 
@@ -25,7 +21,8 @@ def splash_attention(
     """`attention.dot_product_attention` by splash attention, a Pallas kernel.
 
     It skips blocks of scores that a causal or sliding-window mask excludes, and never stores
-    attention weights. On a mesh, each device computes its own rows, heads and queries.
+    attention weights. On a mesh, each device computes its own rows, heads and queries. It was only
+    compiled for TPUs; its gain was not measured.
 
     On platforms other than TPUs the Pallas kernel is interpreted, for tests. A program that is
     compiled for TPUs ahead of time, even on another platform, contains the compiled kernel.
@@ -130,13 +127,6 @@ def _splash(query, key, value, segment_ids, causal, attention_window, interpret)
 
 
 def splash_block_size(length: int) -> int:
-    """Returns the largest multiple of 128 up to `MAX_BLOCK_SIZE` that divides `length`.
-
-    `length` is a multiple of 128.
-
-    Example:
-        >>> [splash_block_size(length) for length in (128, 640, 768, 1024)]
-        [128, 128, 384, 512]
-    """
+    """Returns the largest multiple of 128 up to `MAX_BLOCK_SIZE` that divides such a multiple."""
     sizes = range(LANES, MAX_BLOCK_SIZE + 1, LANES)
     return max(size for size in sizes if length % size == 0)
