@@ -39,7 +39,7 @@ def linear(module: nn.Module, x: Float[Array, "..."], deterministic: bool) -> Fl
     x = x.astype(module.dtype)
     y = quantized.product(module, x, kernel_shape)
     if module.has_variable("params", "lora_b"):
-        y = _add_lora(module, x, y, kernel_shape, deterministic)
+        y = _add_lora(module, x, y, deterministic)
     if module.use_bias:
         bias = module.param("bias", nn.initializers.zeros, module.features, jnp.float32)
         y = y + bias.astype(module.dtype)
@@ -48,7 +48,7 @@ def linear(module: nn.Module, x: Float[Array, "..."], deterministic: bool) -> Fl
     return y
 
 
-def _add_lora(module, x, y, kernel_shape, deterministic):
+def _add_lora(module, x, y, deterministic):
     """Returns y + s x A B, where y = x W and s is `lora_scale` (Hu et al. 2021, "LoRA", 4.1).
 
     With a `lora_magnitude` m (DoRA), returns m * (x (W + s A B)) / |W + s A B| instead. The norm is
@@ -64,9 +64,8 @@ def _add_lora(module, x, y, kernel_shape, deterministic):
     y = y + quantized.matmul(low_rank, lora_b.astype(module.dtype))
     if magnitude is None:
         return y
-    kernel = quantized.dequantize(
-        *quantized.weight(module, "kernel", module.init_kernel, kernel_shape))
-    merged_kernel = kernel + lora_scale * jnp.tensordot(lora_a, lora_b, axes=1)
+    merged_kernel = (
+        quantized.float32_kernel(module) + lora_scale * jnp.tensordot(lora_a, lora_b, axes=1))
     norm = jnp.sqrt(jnp.square(merged_kernel).sum(tuple(range(module.num_contracted_axes))))
     norm = jnp.maximum(jax.lax.stop_gradient(norm), jnp.finfo(jnp.float32).tiny)
     return y * (magnitude / norm).astype(module.dtype)

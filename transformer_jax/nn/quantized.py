@@ -84,6 +84,13 @@ def dequantize(kernel: Array, scale: Array | None) -> Array:
     return kernel if scale is None else kernel * scale
 
 
+def float32_kernel(module: nn.Module) -> Array:
+    """Returns the kernel of a `Linear` in float32; int8 is dequantized."""
+    kernel = optional_param(module, "kernel")
+    return dequantize(optional_param(module, "kernel_int8") if kernel is None else kernel,
+                      optional_param(module, "kernel_scale"))
+
+
 def product(module: nn.Module, x: Float[Array, "..."], shape: tuple[int, ...]) -> Array:
     """Computes the product of x with the kernel, of any form and of this shape, of a `Linear`."""
     if (kernel_t := optional_param(module, "kernel_t")) is None:
