@@ -29,12 +29,7 @@ def main(config: Any) -> dict[str, Any]:
     return results
 
 
-def command(config: Any) -> None:
-    """Sets up the process, then runs the study."""
-    setup()
-    main(config)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(command, parse=lambda: tyro.extras.overridable_config_cli(
-        studies.load(), description=__doc__)))
+    sys.exit(run_command(
+        lambda config: (setup(), main(config)),
+        parse=lambda: tyro.extras.overridable_config_cli(studies.load(), description=__doc__)))

@@ -200,11 +200,7 @@ def make_table(config: CostConfig, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def command(config: CostConfig) -> None:
-    """Sets up the process, then runs the benchmark."""
-    setup()
-    main(config)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(command, parse=lambda: tyro.cli(CostConfig, description=__doc__)))
+    sys.exit(run_command(
+        lambda config: (setup(), main(config)),
+        parse=lambda: tyro.cli(CostConfig, description=__doc__)))

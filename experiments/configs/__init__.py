@@ -17,7 +17,7 @@ def load(kind: type) -> dict[str, tuple[str, object]]:
     """Returns (title, config) by name for `overridable_config_cli`, for the type `kind`."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
-    found = {n: (m.__doc__.splitlines()[0], m.config()) for n, m in modules.items()}
+    found = {n: (m.__doc__.splitlines()[0], m.CONFIG) for n, m in modules.items()}
     return {n: (title, config) for n, (title, config) in found.items() if isinstance(config, kind)}
 
 

@@ -12,6 +12,6 @@ Positions are sinusoidal: the encoding of position p + k is then a linear map of
 for all p. The next-sentence loss stays near chance; it needs more data and more steps.
 """
 
-from transformer_jax.recipes.quickstart import bert_python_docs as config
+from transformer_jax.recipes.quickstart import bert_python_docs
 
-__all__ = ["config"]
+CONFIG = bert_python_docs()

@@ -17,12 +17,9 @@ from pathlib import Path
 from transformer_jax.recipes.config import DatasetConfig, FinetuneOptimizerConfig, TrainingConfig
 from transformer_jax.recipes.sweep import SweepConfig
 
-
-def config() -> SweepConfig:
-    return SweepConfig(
-        pretrained="runs/quickstart/gpt_python_docs", out=Path("runs/gpt_auxiliary"),
-        dataset=DatasetConfig(), trainable=("full", "full"), aux_lm_loss_weights=(0.0, 0.5),
-        examples=(192,), seeds=5,
-        training=TrainingConfig(max_length=48, batch_size=16, num_steps=100,
-                                optimizer=FinetuneOptimizerConfig(peak_lr=1.5e-3, b2=0.99)),
-    )
+CONFIG = SweepConfig(
+    pretrained="runs/quickstart/gpt_python_docs", out=Path("runs/gpt_auxiliary"),
+    dataset=DatasetConfig(), trainable=("full", "full"), aux_lm_loss_weights=(0.0, 0.5),
+    examples=(192,), seeds=5,
+    training=TrainingConfig(max_length=48, batch_size=16, num_steps=100,
+                            optimizer=FinetuneOptimizerConfig(peak_lr=1.5e-3, b2=0.99)))

@@ -16,13 +16,10 @@ from configs.sst2 import MINILM
 from transformer_jax.recipes.config import DatasetConfig, FinetuneOptimizerConfig, TrainingConfig
 from transformer_jax.recipes.sweep import SweepConfig
 
-
-def config() -> SweepConfig:
-    return SweepConfig(
-        pretrained=MINILM, pooling="mean", out=Path("runs/movie_reviews_few"),
-        dataset=DatasetConfig("movie_reviews.jsonl.gz", columns={"text": "text", "label": "label"},
-                              validation_folds=(8, 9)),
-        trainable=("full", "scratch"), peak_lrs=(1e-4, 3e-4), examples=(32, 128, 512, 1600),
-        training=TrainingConfig(max_length=128, batch_size=16, epochs=3, min_steps=150,
-                                optimizer=FinetuneOptimizerConfig(peak_lr=1e-4)),
-    )
+CONFIG = SweepConfig(
+    pretrained=MINILM, pooling="mean", out=Path("runs/movie_reviews_few"),
+    dataset=DatasetConfig("movie_reviews.jsonl.gz", columns={"text": "text", "label": "label"},
+                          validation_folds=(8, 9)),
+    trainable=("full", "scratch"), peak_lrs=(1e-4, 3e-4), examples=(32, 128, 512, 1600),
+    training=TrainingConfig(max_length=128, batch_size=16, epochs=3, min_steps=150,
+                            optimizer=FinetuneOptimizerConfig(peak_lr=1e-4)))

@@ -15,13 +15,10 @@ from configs.sst2 import MINILM
 from transformer_jax.recipes.config import DatasetConfig, FinetuneOptimizerConfig, TrainingConfig
 from transformer_jax.recipes.sweep import SweepConfig
 
-
-def config() -> SweepConfig:
-    return SweepConfig(
-        pretrained=MINILM, pooling="mean", out=Path("runs/rte"),
-        dataset=DatasetConfig("rte", columns={"text": "sentence1", "text_b": "sentence2",
-                                              "label": "label"}),
-        trainable=("full", "lora:8", "head"), peak_lrs=(1e-4, 1e-3, 3e-3), epochs=(2, 2, 10),
-        training=TrainingConfig(max_length=128, batch_size=16,
-                                optimizer=FinetuneOptimizerConfig(peak_lr=1e-4)),
-    )
+CONFIG = SweepConfig(
+    pretrained=MINILM, pooling="mean", out=Path("runs/rte"),
+    dataset=DatasetConfig("rte", columns={"text": "sentence1", "text_b": "sentence2",
+                                          "label": "label"}),
+    trainable=("full", "lora:8", "head"), peak_lrs=(1e-4, 1e-3, 3e-3), epochs=(2, 2, 10),
+    training=TrainingConfig(max_length=128, batch_size=16,
+                            optimizer=FinetuneOptimizerConfig(peak_lr=1e-4)))

@@ -14,17 +14,14 @@ from configs.sst2 import MINILM
 from transformer_jax.recipes.config import DatasetConfig, FinetuneOptimizerConfig, TrainingConfig
 from transformer_jax.recipes.sweep import SweepConfig
 
-
-def config() -> SweepConfig:
-    return SweepConfig(
-        pretrained=MINILM, pooling="mean", out=Path("runs/snli"),
-        dataset=DatasetConfig(
-            "snli", columns={"text": "premise", "text_b": "hypothesis", "label": "label"},
-            header=("label", "label2", "premise", "hypothesis"),
-            validation_header=("premise", "hypothesis", "label"),
-            label_names={"3": "entailment", "1": "neutral", "2": "contradiction"},
-            validation_label_names={"0": "entailment", "1": "neutral", "2": "contradiction"}),
-        trainable=("full", "lora:8"), peak_lrs=(2e-4, 2e-3),
-        training=TrainingConfig(max_length=64, batch_size=32, epochs=1,
-                                optimizer=FinetuneOptimizerConfig(peak_lr=2e-4)),
-    )
+CONFIG = SweepConfig(
+    pretrained=MINILM, pooling="mean", out=Path("runs/snli"),
+    dataset=DatasetConfig(
+        "snli", columns={"text": "premise", "text_b": "hypothesis", "label": "label"},
+        header=("label", "label2", "premise", "hypothesis"),
+        validation_header=("premise", "hypothesis", "label"),
+        label_names={"3": "entailment", "1": "neutral", "2": "contradiction"},
+        validation_label_names={"0": "entailment", "1": "neutral", "2": "contradiction"}),
+    trainable=("full", "lora:8"), peak_lrs=(2e-4, 2e-3),
+    training=TrainingConfig(max_length=64, batch_size=32, epochs=1,
+                            optimizer=FinetuneOptimizerConfig(peak_lr=2e-4)))

@@ -14,12 +14,9 @@ from configs.sst2 import MINILM
 from transformer_jax.recipes.config import DatasetConfig, FinetuneOptimizerConfig, TrainingConfig
 from transformer_jax.recipes.sweep import SweepConfig
 
-
-def config() -> SweepConfig:
-    return SweepConfig(
-        pretrained=MINILM, out=Path("runs/squad"),
-        dataset=DatasetConfig("squad", on_bad_rows="drop"),
-        trainable=("full",), peak_lrs=(2e-4,), examples=(20_000,), seeds=1,
-        training=TrainingConfig(max_length=256, stride=128, batch_size=16, epochs=1,
-                                optimizer=FinetuneOptimizerConfig(peak_lr=2e-4)),
-    )
+CONFIG = SweepConfig(
+    pretrained=MINILM, out=Path("runs/squad"),
+    dataset=DatasetConfig("squad", on_bad_rows="drop"),
+    trainable=("full",), peak_lrs=(2e-4,), examples=(20_000,), seeds=1,
+    training=TrainingConfig(max_length=256, stride=128, batch_size=16, epochs=1,
+                            optimizer=FinetuneOptimizerConfig(peak_lr=2e-4)))

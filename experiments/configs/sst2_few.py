@@ -14,13 +14,10 @@ from configs.sst2 import MINILM
 from transformer_jax.recipes.config import DatasetConfig, FinetuneOptimizerConfig, TrainingConfig
 from transformer_jax.recipes.sweep import SweepConfig
 
-
-def config() -> SweepConfig:
-    return SweepConfig(
-        pretrained=MINILM, pooling="mean", out=Path("runs/sst2_few"),
-        dataset=DatasetConfig("sst2", columns={"text": "sentence", "label": "label"},
-                              label_names={"0": "negative", "1": "positive"}),
-        trainable=("full", "scratch"), peak_lrs=(1e-4, 3e-4), examples=(32, 128, 512, 2048),
-        training=TrainingConfig(max_length=64, batch_size=16, epochs=3, min_steps=60,
-                                optimizer=FinetuneOptimizerConfig(peak_lr=1e-4)),
-    )
+CONFIG = SweepConfig(
+    pretrained=MINILM, pooling="mean", out=Path("runs/sst2_few"),
+    dataset=DatasetConfig("sst2", columns={"text": "sentence", "label": "label"},
+                          label_names={"0": "negative", "1": "positive"}),
+    trainable=("full", "scratch"), peak_lrs=(1e-4, 3e-4), examples=(32, 128, 512, 2048),
+    training=TrainingConfig(max_length=64, batch_size=16, epochs=3, min_steps=60,
+                            optimizer=FinetuneOptimizerConfig(peak_lr=1e-4)))

@@ -20,11 +20,6 @@ def _modules() -> dict[str, ModuleType]:
     return {name: module for name, module in modules.items() if hasattr(module, "run")}
 
 
-def names() -> list[str]:
-    """Returns the names of all studies."""
-    return list(_modules())
-
-
 def load() -> dict[str, tuple[str, Any]]:
     """Returns name with suffix -> (summary, settings), for tyro's `overridable_config_cli`."""
     return {

@@ -175,7 +175,7 @@ def load_task(config: Transfer, name: str, texts: Sequence[str]) -> Task:
     """Returns a task in lower case, without test examples that are in the pre-training texts."""
     dataset_config = DatasetConfig()
     if name != "topics":
-        dataset_config = TASK_CONFIGS[name].config().dataset
+        dataset_config = TASK_CONFIGS[name].CONFIG.dataset
         dataset_config = dataclasses.replace(
             dataset_config, data=str(config.data / dataset_config.data))
     dataset = load_dataset(dataset_config)
