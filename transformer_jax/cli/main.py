@@ -9,15 +9,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from transformer_jax import __version__
-from transformer_jax.cli import analysis, generation, inference, training
+from transformer_jax.cli import analysis, inference, training
 from transformer_jax.cli.command import PROGRAM, UsageError, call_with_arguments, run_command
 from transformer_jax.errors import did_you_mean
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command for command in (
         training.pretrain, training.finetune, inference.evaluate, inference.predict,
-        generation.generate, generation.fill, inference.classify, generation.translate,
-        generation.summarize, analysis.convert, analysis.report, analysis.plan)}
+        inference.generate, inference.fill, inference.classify, inference.translate,
+        inference.summarize, analysis.convert, analysis.report, analysis.plan)}
 
 HELP = """usage: {program} COMMAND [arguments]
 
