@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from transformer_jax.models import Model
+
+BATCH_SIZE = 16  # of texts that are translated or summarized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +160,6 @@ def classify(model: ModelArgument, texts: TextArguments = (), /, top_k: int = 5)
 
 
 def _split_pair(text: str) -> str | tuple[str, str]:
-    """Splits a text at its first tab, if any."""
     first, tab, second = text.partition("\t")
     return (first, second) if tab else text
 
@@ -239,12 +240,7 @@ def generate(
 
 
 class TextPrinter:
-    """Prints a text while it is generated; a `streamer` of `generation.generate` for one row.
-
-    Args:
-        decode: converts token ids to text.
-        eos_ids: end-of-text tokens, which are not printed.
-    """
+    """Prints a text while it is generated; a `streamer` of `generation.generate` for one row."""
 
     def __init__(self, decode: Callable[[list[int]], str], eos_ids: set[int]):
         self.decode, self.eos_ids = decode, eos_ids
@@ -331,8 +327,7 @@ def translate(
     options = {"num_beams": num_beams, "length_penalty": length_penalty,
                "max_new_tokens": max_new_tokens, "no_repeat_ngram_size": no_repeat_ngram_size}
     defaults = {"num_beams": 5, "length_penalty": 0.6, "max_length": 129}
-    for line in _generate_targets(model, read_texts(texts), options, defaults):
-        print(line, flush=True)
+    _print_targets(model, read_texts(texts), options, defaults)
 
 
 def summarize(
@@ -367,16 +362,14 @@ def summarize(
                "no_repeat_ngram_size": no_repeat_ngram_size}
     defaults = {"num_beams": 4, "length_penalty": 2.0, "max_length": 143,
                 "no_repeat_ngram_size": 3}
-    for line in _generate_targets(model, read_texts(texts, single=True), options, defaults):
-        print(line, flush=True)
+    _print_targets(model, read_texts(texts, single=True), options, defaults)
 
 
-def _generate_targets(
-    model_name: str, texts: Sequence[str], options: dict[str, Any], defaults: dict[str, Any], *,
-    batch_size: int = 16,
-) -> Iterator[str]:
-    """Yields the target of each text. Sources longer than the model's max_length are truncated,
-    with a message on standard error."""
+def _print_targets(
+    model_name: str, texts: Sequence[str], options: dict[str, Any], defaults: dict[str, Any]
+) -> None:
+    """Prints the target of each text; sources longer than max_length are truncated, with a message
+    on standard error."""
     from transformer_jax.generation import generate as generate_tokens
     from transformer_jax.pretrained.runs import load_model
 
@@ -384,15 +377,15 @@ def _generate_targets(
     check_family(model, "Transformer")
     max_length = model.config.max_length
     options = target_options(model, options, defaults)
-    for start in range(0, len(texts), batch_size):
-        rows = tokenizer.encode_batch(texts[start : start + batch_size], add_special_tokens=True)
+    for start in range(0, len(texts), BATCH_SIZE):
+        rows = tokenizer.encode_batch(texts[start : start + BATCH_SIZE], add_special_tokens=True)
         for i, row in enumerate(rows):
             if len(row) > max_length:
                 print(f"text {start + i + 1} has {len(row)} tokens and is truncated to the "
                       f"model's {max_length} positions", file=sys.stderr)
                 rows[i] = [*row[: max_length - 1], row[-1]]
         for ids in generate_tokens(model, params, rows, **options):
-            yield tokenizer.decode(ids).strip()
+            print(tokenizer.decode(ids).strip(), flush=True)
 
 
 def target_options(
@@ -400,10 +393,7 @@ def target_options(
 ) -> dict[str, Any]:
     """Returns the options of `generation.generate` for one target text per source.
 
-    Args:
-        model: the model, which holds the options of its checkpoint.
-        options: options that replace those of the checkpoint unless they are None.
-        defaults: values of options that neither `options` nor the checkpoint has.
+    `options` replace those of the checkpoint unless they are None; `defaults` are used last.
     """
     from transformer_jax.generation.options import drop_unused_options, generation_options
 

@@ -10,8 +10,7 @@ consists of three durations, computed from the compiled program:
 - interconnect: bytes sent divided by the bandwidth of one ring. This is too long if the collectives
   can use several rings of the slice.
 
-The step time is estimated as the longest of the three, which assumes that they overlap fully. Their
-sum is the step time without any overlap.
+The step time is estimated as the longest of the three, which assumes that they overlap fully.
 """
 
 import dataclasses
@@ -50,12 +49,10 @@ class Plan(NamedTuple):
         num_devices: number of devices in the mesh.
         num_params: number of parameters of the model, on all devices together.
         state_bytes: size of the parameters and optimizer state.
-        temporary_bytes: size of arrays that exist only during a step, such as activations and
-            gradients.
+        temporary_bytes: size of arrays that exist only during a step, such as activations.
         peak_bytes: peak memory use; on TPUs the value that the compiler reports, elsewhere
             `state_bytes + temporary_bytes`.
-        model_flops: FLOPs of the matrix products in the forward and backward pass, without
-            recomputation; see `model_flops`.
+        model_flops: FLOPs of the matrix products, without recomputation; see `model_flops`.
         compiled_flops: FLOPs of the compiled program, including recomputation.
         bytes_accessed: size of the operands and results of all operations of the program.
         collective_bytes: kind of collective -> bytes that the device sends.
@@ -106,23 +103,17 @@ class Plan(NamedTuple):
 
 
 def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan:
-    """Compiles a training step for target devices and returns its costs.
+    """Compiles a training step for target devices (`chips.get_devices`) and returns its costs.
 
     Memory and collectives are those of the full step, compiled as in training, with a scan over the
     layers. XLA counts the FLOPs of a loop body once, so FLOPs and bytes accessed are extrapolated
-    from models with two and three unrolled layers, whose difference is the cost of a layer.
-
-    If the program does not fit into device memory, the plan has no collectives, and its memory is
-    taken from the error message of the compiler.
-
-    Args:
-        config: the model, mesh and batch size of the step.
-        devices: the target devices; see `chips.get_devices`.
-        chip: peak rates and memory of each device; see `chips.get_chip`.
+    from models with two and three unrolled layers. If the program does not fit into device memory,
+    the plan has no collectives, and its memory is taken from the error message of the compiler.
 
     Raises:
         ValueError: the mesh does not have as many devices as given, the batch size is not a
-            multiple of batch shards times microbatches, or the sequences are too long.
+            multiple of
+            batch shards times microbatches, or the sequences are too long.
         jax.errors.JaxRuntimeError: the compiler failed, for another reason than memory.
     """
     config = _resolve_attention_impl(config, devices)
@@ -159,10 +150,7 @@ def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan
 
 
 def _resolve_attention_impl(config: PlanConfig, devices: Sequence[Any]) -> PlanConfig:
-    """Replaces the attention implementation "auto" by "splash" if the target is a TPU.
-
-    Other targets are the devices of this machine, for which "auto" selects the implementation.
-    """
+    """Replaces "auto" by "splash" for TPUs; on this machine's devices, "auto" selects by itself."""
     c = config.model
     if c.attention_impl == "auto" and devices[0].platform == "tpu":
         return config._replace(model=c.replace(attention_impl="splash"))
@@ -170,10 +158,7 @@ def _resolve_attention_impl(config: PlanConfig, devices: Sequence[Any]) -> PlanC
 
 
 def _bytes_needed(message: str) -> int:
-    """Bytes that a program needs, from a compiler error such as "Used 18.70G of 15.75G hbm".
-
-    2**63 if the error does not contain the size.
-    """
+    """Bytes in a compiler error such as "Used 18.70G of 15.75G hbm"; 2**63 if it does not say."""
     match = re.search(r"Used ([\d.]+)([KMGT]) of", message)
     return int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2])))) if match else 2**63
 
@@ -201,16 +186,9 @@ def pretraining_loss(config: Config) -> Callable:
 
 
 def abstract_train_step(config: PlanConfig, mesh: Mesh, scan: bool, **loss_options):
-    """A training step, with its abstract state and batch sharded over a mesh.
+    """(train_step, state, batch) with `jax.ShapeDtypeStruct` leaves sharded over a mesh.
 
-    Args:
-        config: the model and batch size of the step.
-        mesh: the mesh.
-        scan: whether to stack the layers, so that the step scans over them.
-        loss_options: keyword arguments of the loss.
-
-    Returns:
-        (train_step, state, batch); leaves of state and batch are `jax.ShapeDtypeStruct`.
+    With `scan`, the layers are stacked and the step scans over them.
     """
     model = build_model(config.model)
     optimizer = optimizers.make_optimizer(1e-4)
@@ -235,20 +213,15 @@ def _compile(train_step: Callable, state, batch, mesh: Mesh):
 
 
 def _with_shardings(shapes, shardings):
-    return jax.tree.map(
-        lambda leaf, leaf_sharding: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf_sharding),
-        shapes, shardings)
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, shardings)
 
 
 def abstract_batch(config: PlanConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Abstract batch of the pre-training objective of a model family.
 
-    Encoder-decoders have a source and a target of `config.length` tokens each; BERT predicts 15 %
-    of the tokens.
+    Encoder-decoders have a source and a target of `config.length` tokens each.
 
     Example:
-
         >>> from transformer_jax.models import presets
         >>> abstract_batch(PlanConfig(presets.get("gpt2"), {}, 8, 128))["tokens"].shape
         (8, 128)
@@ -282,12 +255,9 @@ def _per_device_cost(config: PlanConfig, mesh: Mesh) -> tuple[float, float]:
     """(FLOPs, bytes accessed) of a step on one device, extrapolated from models of few layers.
 
     The cost of a layer is the difference between three and two layers, because in a model of one
-    layer, XLA fuses this layer with both the embedding and the output layer. In deeper models, no
-    layer is fused with both.
-    Models of at most three layers are not extrapolated.
-
-    To avoid loops, the steps of these models have one microbatch, unrolled layers and unchunked
-    logits. The bytes therefore do not include reading the parameters again in each microbatch.
+    layer, XLA fuses this layer with both the embedding and the output layer. To avoid loops, the
+    steps of these models have one microbatch, unrolled layers and unchunked logits; the bytes
+    therefore do not include reading the parameters again in each microbatch.
     """
     c = config.model
     num_layers = {"num_layers": c.num_layers}
@@ -316,9 +286,9 @@ def _unrolled_cost(config: PlanConfig, mesh: Mesh, **num_layers: int) -> np.ndar
 def model_flops(config: PlanConfig) -> float:
     """FLOPs of the matrix products of a training step on all devices, without recomputation.
 
-    In the forward pass, a Dense kernel takes 2 FLOPs per parameter and token, and attention of T
-    queries to S keys of a layer with width D takes 4 T S D FLOPs. The backward pass takes twice as
-    many FLOPs as the forward pass. Embedding lookups are not counted.
+    In the forward pass, a kernel takes 2 FLOPs per parameter and token, and attention of T queries
+    to S keys of a layer with width D takes 4 T S D. The backward pass takes twice as many as the
+    forward pass. Embedding lookups are not counted.
     """
     c, num_tokens = config.model, config.batch_size * config.length
     shapes = jax.eval_shape(lambda: init_params(build_model(c), jax.random.key(0)))
@@ -339,11 +309,8 @@ def model_flops(config: PlanConfig) -> float:
 
 
 def _attention_flops(config: PlanConfig, causal_fraction: float) -> float:
-    """FLOPs of the two matrix products of attention in one forward pass.
-
-    Args:
-        config: the model and batch size.
-        causal_fraction: fraction of the attention scores that is computed if the mask is causal.
+    """FLOPs of attention in one forward pass, of which `causal_fraction` is computed under causal
+    masks.
     """
     c = config.model
     unmasked = 4.0 * config.batch_size * config.length**2 * c.d_model
@@ -358,8 +325,7 @@ def _fused_attention_flops(config: PlanConfig, mesh: Mesh) -> float:
     """FLOPs of a fused attention implementation, which XLA's cost analysis omits.
 
     There are two matrix products in the forward pass, two more with rematerialization, and five in
-    the backward pass, which recomputes the scores. With a causal mask, only the blocks on and below
-    the diagonal are computed.
+    the backward pass. With a causal mask, only the blocks on and below the diagonal are computed.
     """
     c = config.model
     query = jax.ShapeDtypeStruct((config.batch_size, config.length, c.num_heads, c.stack.head_dim),

@@ -44,15 +44,11 @@ _LOSSES = ("loss", "nll", "nats")
 def write_report(
     folder: str | Path, out: str | Path | None = None, text: str | None = None
 ) -> Path:
-    """Writes the report of a run and returns its path.
+    """Writes the report of a run, by default report.html in its folder, and returns the path.
 
-    Supports runs of all recipes, finished or not, including those written by older versions.
-
-    Args:
-        folder: the folder of the run.
-        out: the HTML file; report.html in the folder if None.
-        text: input text for the sample and the attention maps. If None, the first source text of a
-            translation run, or `DEFAULT_TEXT` for other runs.
+    Supports runs of all recipes, finished or not, including those written by older versions. `text`
+    is the input text for the sample and the attention maps; by default, the first source text of a
+    translation run, or `DEFAULT_TEXT` for other runs.
 
     Raises:
         FileNotFoundError: the folder has neither results nor events.
@@ -132,11 +128,8 @@ def curve_figures(
 ) -> list[markup.Html]:
     """Returns a plot of each metric by step, with the training and the held-out curve together.
 
-    Each metric has a plot of its own, because losses and scores have different scales.
-
-    Args:
-        rows: rows of the history; held-out metrics have the prefix "eval_".
-        before: held-out metrics before the first step.
+    Each metric has a plot of its own, because losses and scores have different scales. Held-out
+    metrics have the prefix "eval_" in `rows`; `before` has those before the first step.
     """
     names = {name.removeprefix("eval_") for row in rows for name in row} - _HIDDEN
     if _is_same(rows, "loss", "nll"):
@@ -184,10 +177,8 @@ def _is_same(rows: Sequence[Mapping], first: str, second: str) -> bool:
 
 
 def prediction_table(lines: Sequence[Mapping[str, Any]]) -> markup.Html:
-    """Returns the first predictions of a run, of any task type, as a table.
-
-    Args:
-        lines: objects of `predictions.jsonl` or `translations.jsonl`.
+    """Returns the first lines of predictions.jsonl or translations.jsonl, of any task type, as a
+    table.
     """
     if not lines:
         return markup.Html("")
