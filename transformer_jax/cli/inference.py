@@ -216,8 +216,8 @@ def generate(
     found = load_model(model, "causal_lm")
     check_family(found.model, "GPT")
     tokenizer, max_length = found.tokenizer, found.model.config.max_length
-    all_frozen = jax.tree.map(lambda x: False, found.params)
-    params = quantize.quantize_frozen(found.params, all_frozen, weights)[0]
+    params, _ = quantize.quantize_frozen(
+        found.params, jax.tree.map(lambda x: False, found.params), weights)
     options = given(temperature=temperature, top_k=top_k, top_p=top_p)
     if options:
         options |= {"do_sample": True, "rng": jax.random.key(seed)}
@@ -257,14 +257,13 @@ class TextPrinter:
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             self._print(text)
 
-    def _print(self, text: str) -> None:
-        print(text[len(self.printed) :], end="", flush=True)
+    def _print(self, text: str, end: str = "") -> None:
+        print(text[len(self.printed) :], end=end, flush=True)
         self.printed = text
 
     def finish(self) -> None:
         """Prints the rest of the text and a line break."""
-        self._print(self.decode(self.ids))
-        print(flush=True)
+        self._print(self.decode(self.ids), end="\n")
 
 
 def fill(model: ModelArgument, texts: TextArguments = (), /, top_k: int = 5) -> None:
@@ -299,14 +298,31 @@ def fill(model: ModelArgument, texts: TextArguments = (), /, top_k: int = 5) -> 
             print("  " + ", ".join(f"{w} {p:.3f}" for w, p in zip(words, mask.probabilities)))
 
 
+@dataclasses.dataclass(frozen=True)
+class TargetFlags:
+    """Flags of the generation of a target text.
+
+    Attributes:
+        num_beams: number of beams; 1 for greedy decoding.
+        length_penalty: exponent of the length by which scores are divided; larger values favor
+            longer texts.
+        max_new_tokens: maximum number of generated tokens.
+        min_new_tokens: minimum number of generated tokens.
+        no_repeat_ngram_size: size of the n-grams that are not generated twice; 0 for no limit.
+    """
+
+    num_beams: Annotated[int | None, optional("INT")] = None
+    length_penalty: Annotated[float | None, optional("FLOAT")] = None
+    max_new_tokens: Annotated[int | None, optional("INT")] = None
+    min_new_tokens: Annotated[int | None, optional("INT")] = None
+    no_repeat_ngram_size: Annotated[int | None, optional("INT")] = None
+
+
 def translate(
     model: ModelArgument,
     texts: TextArguments = (),
     /,
-    num_beams: Annotated[int | None, optional("INT")] = None,
-    length_penalty: Annotated[float | None, optional("FLOAT")] = None,
-    max_new_tokens: Annotated[int | None, optional("INT")] = None,
-    no_repeat_ngram_size: Annotated[int | None, optional("INT")] = None,
+    generation: Annotated[TargetFlags, tyro.conf.arg(name="")] = TargetFlags(),
 ) -> None:
     """Translates texts with an encoder-decoder and prints one translation per line.
 
@@ -318,27 +334,17 @@ def translate(
     Args:
         model: folder of a run or a checkpoint, or an id on the Hugging Face Hub.
         texts: source texts; by default, the lines of standard input.
-        num_beams: number of beams; 1 for greedy decoding.
-        length_penalty: exponent of the length by which scores are divided; larger values favor
-            longer texts.
-        max_new_tokens: maximum number of generated tokens.
-        no_repeat_ngram_size: size of the n-grams that are not generated twice; 0 for no limit.
+        generation: flags of the generation.
     """
-    options = {"num_beams": num_beams, "length_penalty": length_penalty,
-               "max_new_tokens": max_new_tokens, "no_repeat_ngram_size": no_repeat_ngram_size}
-    defaults = {"num_beams": 5, "length_penalty": 0.6, "max_length": 129}
-    _print_targets(model, read_texts(texts), options, defaults)
+    _print_targets(model, read_texts(texts), vars(generation),
+                   {"num_beams": 5, "length_penalty": 0.6, "max_length": 129})
 
 
 def summarize(
     model: ModelArgument,
     texts: TextArguments = (),
     /,
-    num_beams: Annotated[int | None, optional("INT")] = None,
-    length_penalty: Annotated[float | None, optional("FLOAT")] = None,
-    max_new_tokens: Annotated[int | None, optional("INT")] = None,
-    min_new_tokens: Annotated[int | None, optional("INT")] = None,
-    no_repeat_ngram_size: Annotated[int | None, optional("INT")] = None,
+    generation: Annotated[TargetFlags, tyro.conf.arg(name="")] = TargetFlags(),
 ) -> None:
     """Summarizes texts with an encoder-decoder.
 
@@ -350,19 +356,11 @@ def summarize(
     Args:
         model: folder of a run or a checkpoint, or an id on the Hugging Face Hub.
         texts: texts to summarize; by default, all of standard input as one text.
-        num_beams: number of beams; 1 for greedy decoding.
-        length_penalty: exponent of the length by which scores are divided; larger values favor
-            longer texts.
-        max_new_tokens: maximum number of generated tokens.
-        min_new_tokens: minimum number of generated tokens.
-        no_repeat_ngram_size: size of the n-grams that are not generated twice; 0 for no limit.
+        generation: flags of the generation.
     """
-    options = {"num_beams": num_beams, "length_penalty": length_penalty,
-               "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens,
-               "no_repeat_ngram_size": no_repeat_ngram_size}
-    defaults = {"num_beams": 4, "length_penalty": 2.0, "max_length": 143,
-                "no_repeat_ngram_size": 3}
-    _print_targets(model, read_texts(texts, single=True), options, defaults)
+    _print_targets(model, read_texts(texts, single=True), vars(generation),
+                   {"num_beams": 4, "length_penalty": 2.0, "max_length": 143,
+                    "no_repeat_ngram_size": 3})
 
 
 def _print_targets(
@@ -400,7 +398,5 @@ def target_options(
     single_text = {"do_sample": False, "num_return_sequences": 1}
     options = drop_unused_options(
         defaults | generation_options(model) | given(**options) | single_text)
-    max_length = model.config.max_length
-    limits = {"max_new_tokens": max_length - 1, "max_length": max_length}
-    return options | {
-        name: min(options[name], limit) for name, limit in limits.items() if name in options}
+    limits = {"max_new_tokens": model.config.max_length - 1, "max_length": model.config.max_length}
+    return {name: min(x, limits[name]) if name in limits else x for name, x in options.items()}

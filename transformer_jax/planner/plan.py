@@ -13,6 +13,7 @@ consists of three durations, computed from the compiled program:
 The step time is estimated as the longest of the three, which assumes that they overlap fully.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -121,7 +122,7 @@ def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan
     train_step, state, batch = abstract_train_step(config, mesh, scan=True)
     state_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
                       for x in jax.tree.leaves(state))
-    collective_bytes: dict[str, float] = {}
+    collective_bytes: collections.Counter = collections.Counter()
     started = time.perf_counter()
     try:
         compiled = _compile(train_step, state, batch, mesh)
@@ -138,15 +139,14 @@ def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan
         if devices[0].platform == "tpu":  # other backends omit donated buffers from the peak
             peak_bytes = memory.peak_memory_in_bytes
         for collective in hlo.parse_collectives(compiled.as_text()):
-            collective_bytes[collective.kind] = (
-                collective_bytes.get(collective.kind, 0.0) + collective.bytes_sent)
+            collective_bytes[collective.kind] += collective.bytes_sent
     seconds = time.perf_counter() - started
     flops, bytes_accessed = _per_device_cost(config, mesh)
     return Plan(
         config, len(devices), tree.count(state.params), state_bytes, temporary_bytes, peak_bytes,
         model_flops(config) / len(devices),
         flops + _fused_attention_flops(config, mesh) / len(devices),
-        bytes_accessed, collective_bytes, chip, seconds)
+        bytes_accessed, dict(collective_bytes), chip, seconds)
 
 
 def _resolve_attention_impl(config: PlanConfig, devices: Sequence[Any]) -> PlanConfig:
@@ -294,15 +294,11 @@ def model_flops(config: PlanConfig) -> float:
     shapes = jax.eval_shape(lambda: init_params(build_model(c), jax.random.key(0)))
     num_masked = config.batch_size * _num_masked(config.length)
     forward = 0.0
+    rows = [("^(pooler|nsp_head)/", config.batch_size), ("^mlm_head/", num_masked),
+            ("", num_tokens)]
     for path, leaf in tree.flatten_paths(shapes).items():
-        size = math.prod(leaf.shape)
-        if path.startswith(("pooler/", "nsp_head/")):
-            size *= config.batch_size
-        elif path.startswith("mlm_head/"):
-            size *= num_masked
-        else:
-            size *= num_tokens
-        forward += 2 * size if path.endswith("kernel") else 0
+        if path.endswith("kernel"):
+            forward += 2 * math.prod(leaf.shape) * tree.first_match(rows, path)
     num_predicted = num_masked if isinstance(c, BERTConfig) else num_tokens
     forward += 2 * num_predicted * c.vocab_size * c.d_model
     return 3 * (forward + _attention_flops(config, causal_fraction=1.0))
@@ -390,11 +386,10 @@ def print_plans(plans: Sequence[Plan], title: str) -> None:
             f"{kind} {size / 2**20:,.0f} MiB" for kind, size in plan.collective_bytes.items())
         console.print(f"{plan.config}: each device sends {sent or 'nothing'}")
     best = best_plan(plans)
-    if best is None:
-        console.print("no plan fits into memory; try more devices, remat full, or a smaller "
-                      "batch size")
-    else:
-        console.print(f"best that fits: {best.config}, {best.tokens_per_day:.3g} tokens per day")
+    console.print(
+        "no plan fits into memory; try more devices, remat full, or a smaller batch size"
+        if best is None else
+        f"best that fits: {best.config}, {best.tokens_per_day:.3g} tokens per day")
 
 
 def bar_chart_data(plans: Sequence[Plan]) -> dict[str, dict[str, float]]:

@@ -6,7 +6,7 @@ model, all results and all settings.
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,8 @@ def curve_figures(
     names = {name.removeprefix("eval_") for row in rows for name in row} - _HIDDEN
     if _is_same(rows, "loss", "nll"):
         names -= {"nll"}
-    return [markup.plot(_draw(series), f"{display_name(name)}{_unit(name)}")
+    return [markup.plot(functools.partial(plots.curves, series=series, ylabel="", size=CURVE_SIZE),
+                        display_name(name) + " (nats)" * name.endswith(_LOSSES))
             for name in sorted(names, key=_order)
             if (series := _series(rows, name, (before or {}).get(name)))]
 
@@ -150,14 +151,6 @@ def _series(rows: Sequence[Mapping], name: str, before: float | None) -> dict[st
     if max(map(len, found.values())) < 2:  # no curve
         return {}
     return {label: tuple(zip(*points)) for label, points in found.items() if points}
-
-
-def _draw(series: dict[str, tuple]) -> Callable:
-    return lambda path: plots.curves(path, series, ylabel="", size=CURVE_SIZE)
-
-
-def _unit(name: str) -> str:
-    return " (nats)" if name.endswith(_LOSSES) else ""
 
 
 def _order(name: str) -> tuple:
@@ -324,9 +317,9 @@ def attention_figures(run: LoadedRun, text: str) -> list[markup.Html]:
         words, others = (None if row is None else _words(run, row) for row in (queries, keys))
         for layer in sorted({0, len(weights) - 1}):
             maps = {"": np.asarray(weights[layer])[0].mean(0)}
-            figures.append(markup.plot(
-                lambda path, maps=maps, words=words, others=others: plots.attention(
-                    path, maps, words, others, cell_size=0.18), f"{name}, layer {layer}"))
+            figures.append(markup.plot(functools.partial(
+                plots.attention, maps=maps, tokens=words, sources=others, cell_size=0.18),
+                f"{name}, layer {layer}"))
     return figures
 
 
