@@ -142,8 +142,7 @@ def classify(model: ModelArgument, texts: TextArguments = (), /, top_k: int = 5)
     Args:
         model: folder of a fine-tuned run or a checkpoint with a classifier, or an id on the Hugging
             Face Hub.
-        texts: texts to classify, with a tab between the two texts of a pair; by default, the lines
-            of standard input.
+        texts: texts, with a tab between the two of a pair; by default, lines of standard input.
         top_k: number of classes to print for each text.
     """
     from transformer_jax.recipes.prediction import load_task_model
@@ -201,8 +200,7 @@ def generate(
             decoding is greedy.
         top_k: sample from the k most probable tokens.
         top_p: sample from the most probable tokens with total probability p.
-        num_beams: number of beams; 1 for no beam search. The text of a beam search is printed at
-            its end.
+        num_beams: number of beams; 1 for no beam search. More print a text at its end.
         no_repeat_ngram_size: size of the n-grams that are not generated twice; 0 for no limit.
         weights: dtype of the parameters in memory; int8 is faster on a CPU, but less exact.
         seed: random seed of sampling.
@@ -304,8 +302,7 @@ class TargetFlags:
 
     Attributes:
         num_beams: number of beams; 1 for greedy decoding.
-        length_penalty: exponent of the length by which scores are divided; larger values favor
-            longer texts.
+        length_penalty: exponent of the length that divides scores; larger favors longer texts.
         max_new_tokens: maximum number of generated tokens.
         min_new_tokens: minimum number of generated tokens.
         no_repeat_ngram_size: size of the n-grams that are not generated twice; 0 for no limit.
