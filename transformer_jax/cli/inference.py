@@ -200,7 +200,7 @@ def generate(
             decoding is greedy.
         top_k: sample from the k most probable tokens.
         top_p: sample from the most probable tokens with total probability p.
-        num_beams: number of beams; 1 for no beam search. More print a text at its end.
+        num_beams: number of beams; with more than 1, a text is printed when it is complete.
         no_repeat_ngram_size: size of the n-grams that are not generated twice; 0 for no limit.
         weights: dtype of the parameters in memory; int8 is faster on a CPU, but less exact.
         seed: random seed of sampling.
