@@ -46,7 +46,7 @@ distributed.print_devices();
 from IPython.display import Image, Markdown
 
 from transformer_jax import presets
-from transformer_jax.planner import chips, plan, plan_config, table
+from transformer_jax.planner import chips, plan, plan_config
 from transformer_jax.report import plots
 
 SMALLEST = os.environ.get("TRANSFORMER_JAX_NOTEBOOK") == "smallest"  # a small model, for the tests
@@ -98,7 +98,7 @@ for config in configs:
 # memory between two operations.
 
 # %%
-Image(plots.plans("plan.png", table.bar_chart_data(plans), limit=chip.memory_bytes / 2**30,
+Image(plots.plans("plan.png", plan.bar_chart_data(plans), limit=chip.memory_bytes / 2**30,
                   title=f"GPT-2 on {TOPOLOGY}"))
 
 # %% [markdown]

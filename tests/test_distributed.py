@@ -136,7 +136,8 @@ def test_print_devices_warns_if_the_platform_is_missing(capsys):
 ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1234"}
 ENVIRONMENTS = [
     ({}, None),
-    (ADDRESS, None),  # for launchers that JAX supports
+    (ADDRESS | {"SLURM_STEP_NUM_TASKS": "4"}, ()),  # JAX itself reads the address
+    (ADDRESS | {"TRANSFORMER_JAX_DISTRIBUTED": "1"}, ()),
     ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1"}, None),
     ({"SLURM_STEP_NUM_TASKS": "4"}, ()),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, ()),
@@ -156,6 +157,7 @@ def test_initialize_reads_the_environment(monkeypatch, environment, arguments):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
+    ({}, "JAX_COORDINATOR_ADDRESS is set, but JAX_NUM_PROCESSES, JAX_PROCESS_ID is not; set all"),
     ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID is not; set all three"),
     ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
      "JAX_PROCESS_ID is '2' and JAX_NUM_PROCESSES is '2'"),

@@ -1,7 +1,6 @@
 """Process setup: multi-process initialization, devices, the compilation cache and the allocator.
 
-JAX is imported inside the functions that need it, so that this module can configure the process
-(`initialize`, `configure_malloc`) before JAX starts a backend.
+JAX is imported inside functions, so that this module can configure the process before JAX starts.
 """
 
 import ctypes
@@ -33,31 +32,33 @@ def initialize(environment: Mapping[str, str] = os.environ, timeout_seconds: int
 
     Call it before any other JAX function. To start processes manually, set
     `JAX_COORDINATOR_ADDRESS` (host:port of the first process), `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` for each. Slurm's srun, Open MPI, GKE and multislice TPUs are detected by
-    their own variables, and `jax.distributed.initialize` gets the addresses from them. Cloud TPU
-    VMs set none of these variables: set `TRANSFORMER_JAX_DISTRIBUTED=1` there.
+    `JAX_PROCESS_ID` for each. Slurm's srun, Open MPI, GKE and multislice TPUs are detected by their
+    own variables, and `jax.distributed.initialize` gets the addresses from them. Cloud TPU VMs set
+    none of these variables: set `TRANSFORMER_JAX_DISTRIBUTED=1` there.
 
     Args:
         environment: environment variables.
         timeout_seconds: how long the first process waits for the others. After that, it fails with
-            an error that names the missing processes.
+            an
+            error that names the missing processes.
 
     Returns:
         Whether there are several processes.
 
     Raises:
-        ValueError: JAX_NUM_PROCESSES or JAX_PROCESS_ID is set without the other two variables, or
-            has an invalid value.
+        ValueError: only some of the three variables are set, or one has an invalid value.
     """
     import jax
 
-    variables = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    variables = ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"]
     given = [name for name in variables if name in environment]
-    if "JAX_NUM_PROCESSES" in given or "JAX_PROCESS_ID" in given:
+    detect = environment.get(FORCE_VARIABLE) == "1" or _has_multiple_processes(environment)
+    if given and not (detect and given == variables[:1]):  # JAX itself reads the address
         if len(given) < len(variables):
             missing = ", ".join(name for name in variables if name not in given)
             raise ValueError(f"{', '.join(given)} is set, but {missing} is not; set all three, or "
-                             "none for a single process")
+                             "none for a single process; with a launcher that JAX detects, set "
+                             f"{FORCE_VARIABLE}=1 and at most JAX_COORDINATOR_ADDRESS")
         address, count, process = (environment[name] for name in variables)
         if not (count.isdigit() and process.isdigit() and int(process) < int(count)):
             raise ValueError(f"JAX_PROCESS_ID is {process!r} and JAX_NUM_PROCESSES is {count!r}; "
@@ -65,7 +66,7 @@ def initialize(environment: Mapping[str, str] = os.environ, timeout_seconds: int
         jax.distributed.initialize(address, int(count), int(process),
                                    initialization_timeout=timeout_seconds,
                                    heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS)
-    elif environment.get(FORCE_VARIABLE) == "1" or _has_multiple_processes(environment):
+    elif detect:
         jax.distributed.initialize(initialization_timeout=timeout_seconds,
                                    heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS)
     return jax.process_count() > 1
@@ -97,15 +98,10 @@ def platform_is_cpu() -> bool:
 
 
 def print_devices(wanted: str | None = None) -> bool:
-    """Prints the devices, and a warning if they are not of the wanted platform.
+    """Prints the devices, and returns whether their platform is `wanted`: "tpu", "gpu" or None for
+    any.
 
-    For the first cell of a notebook: the warning explains how to select the platform in Colab.
-
-    Args:
-        wanted: "tpu" or "gpu"; None for any platform.
-
-    Returns:
-        False if the devices are not of the wanted platform.
+    For the first cell of a notebook: a warning explains how to select the platform in Colab.
     """
     import jax
 
@@ -122,14 +118,10 @@ def print_devices(wanted: str | None = None) -> bool:
 
 
 def compilation_cache_dir(device_kind: str) -> Path:
-    """Returns the directory of the persistent compilation cache for a kind of device.
+    """Returns the directory of the persistent compilation cache, in $TRANSFORMER_JAX_CACHE.
 
-    It is in $TRANSFORMER_JAX_CACHE, by default ~/.cache/transformer_jax. Its name depends on the
-    instruction set of the CPU, because a home directory may be shared by machines with different
-    CPUs, and code compiled for one may use instructions that another does not support.
-
-    Args:
-        device_kind: for example "cpu" or "TPU v5 lite".
+    Its name depends on the instruction set of the CPU, because a home directory may be shared by
+    machines with different CPUs, and code compiled for one may crash on another.
 
     Example:
         >>> compilation_cache_dir("TPU v5 lite").name.rsplit("-", 1)[0]
@@ -149,18 +141,12 @@ def compilation_cache_dir(device_kind: str) -> Path:
 
 
 def configure_malloc() -> bool:
-    """Configures glibc to keep freed memory instead of returning it to the kernel.
+    """Configures glibc to keep freed memory; returns False if the C library is not glibc.
 
-    On a CPU, XLA allocates its temporary buffers at each step. By default, glibc gets the memory of
-    large buffers from the kernel each time, and each of their pages causes a page fault. With a
-    single arena, without mmap and without trimming, the same pages are reused at each step, and a
-    step of BART-base takes 15 % less time.
-
-    Call it before JAX starts its backend, which `jax.devices()` and the first array do. The setting
-    does not affect threads that exist already, because they have their own arenas.
-
-    Returns:
-        Whether the setting took effect: True on Linux with glibc. Otherwise nothing is changed.
+    On a CPU, XLA allocates its temporary buffers at each step. By default, glibc gets large buffers
+    from the kernel each time, with a page fault for each page. With a single arena, without mmap
+    and without trimming, the pages are reused, and a step of BART-base takes 15 % less time. Call
+    it before JAX starts its backend, because threads that exist already have their own arenas.
     """
     if (libc := _load_glibc()) is None:
         return False
@@ -169,15 +155,10 @@ def configure_malloc() -> bool:
 
 
 def malloc_trim() -> bool:
-    """Makes glibc return its freed memory to the kernel, once.
+    """Makes glibc return its freed memory to the kernel, once; False if the C library is not glibc.
 
-    Works after `configure_malloc` too. Initialization and compilation temporarily allocate more
-    memory than they keep. A step allocates its temporary buffers as one block, which rarely fits
-    into the freed regions. Without trimming, these regions stay resident in addition to the block
-    (GPT-2: a peak of 3.0 GB instead of 2.6).
-
-    Returns:
-        Whether memory was returned to the kernel; False if the C library is not glibc.
+    Initialization and compilation free regions into which the temporary buffers of a step, one
+    block, rarely fit. Without trimming they stay resident (GPT-2: a peak of 3.0 GB instead of 2.6).
     """
     libc = _load_glibc()
     return libc is not None and bool(libc.malloc_trim(0))

@@ -19,10 +19,8 @@ def is_user_error(error: BaseException) -> bool:
     these libraries are called. A missing module of this package is a bug too.
 
     Example:
-        >>> is_user_error(FileNotFoundError("corpus.txt does not exist"))
-        True
-        >>> is_user_error(TypeError("unexpected argument"))
-        False
+        >>> is_user_error(FileNotFoundError("corpus.txt")), is_user_error(TypeError("unexpected"))
+        (True, False)
     """
     if isinstance(error, ModuleNotFoundError):
         return not (error.name or "").startswith(__package__)
@@ -36,10 +34,7 @@ def is_user_error(error: BaseException) -> bool:
 def did_you_mean(word: str, known: Iterable[Any], *, show_all: bool = False) -> str:
     """Returns a suggestion for an error message about an unknown name: similar names, or all names.
 
-    Args:
-        word: the unknown name.
-        known: the known names, of which at most 30 are shown.
-        show_all: whether to show the known names after the similar ones too.
+    With `show_all`, the known names, of which at most 30 are shown, follow the similar ones.
 
     Example:
         >>> did_you_mean("casual_lm", ["causal_lm", "mlm_nsp"])

@@ -11,8 +11,7 @@ A mesh has four axes, each with a different trade-off between memory and communi
     tensor    splits heads, mlp_dim and vocabulary (Shoeybi et al. 2019, "Megatron-LM", section 3);
               between sublayers it splits tokens instead (Korthikanti et al. 2022, section 4.2.2)
 
-The batch is always split over data and fsdp. The axis sizes do not change the computed values, only
-memory use and communication.
+The axis sizes change memory use and communication, but not the computed values:
 
     with jax.set_mesh(make_mesh(data=2, fsdp=4)) as mesh: ...
 
@@ -77,20 +76,18 @@ def make_mesh(
     without regard to hosts.
 
     Args:
-        data: size of the data axis. One of the four sizes may be -1: it is set so that all devices
-            are used.
-        fsdp: size of the fsdp axis.
-        sequence: size of the sequence axis.
-        tensor: size of the tensor axis.
+        data: size of an axis, like `fsdp`, `sequence` and `tensor`. One of the four may be -1,
+            which
+            uses all remaining devices.
         devices: by default all devices of all hosts.
 
     Raises:
         ValueError: a size is below 1, two sizes are -1, the product of the sizes is not the number
-            of devices, or `data` is not a multiple of the number of TPU slices.
+            of
+            devices, or `data` is not a multiple of the number of TPU slices.
 
     Example:
-        >>> mesh = make_mesh(fsdp=1, devices=jax.devices()[:1])
-        >>> dict(mesh.shape)
+        >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
         {'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 1}
     """
     devices = list(jax.devices() if devices is None else devices)
@@ -125,20 +122,15 @@ def make_mesh(
 
 
 def spec_axis_names(entry: Any) -> tuple[str, ...]:
-    """Returns the mesh axes in one entry of a spec: None, a name, or a tuple of names.
-
-    Example:
-        >>> spec_axis_names(None), spec_axis_names("tensor"), spec_axis_names(("data", "fsdp"))
-        ((), ('tensor',), ('data', 'fsdp'))
-    """
+    """Returns the mesh axes in one entry of a spec: None, a name, or a tuple of names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _fit_spec(spec: Sequence[Any], shape: Sequence[int], axis_sizes: dict[str, int]) -> P:
-    """Aligns a spec with the last dimensions of a shape.
+    """Aligns a spec with the last dimensions of a shape; a shape with fewer dimensions is
+    replicated.
 
-    Axes that do not exist, have size 1 or do not divide the dimension are dropped. A shape with
-    fewer dimensions than the spec is replicated.
+    Axes that do not exist, have size 1 or do not divide the dimension are dropped.
     """
     if len(spec) > len(shape):
         return P()
@@ -155,10 +147,8 @@ def _fit_spec(spec: Sequence[Any], shape: Sequence[int], axis_sizes: dict[str, i
 def param_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """Returns the sharding of every leaf, as determined by `RULES`.
 
-    Args:
-        tree: parameters, an optimizer state or a whole train state; real or abstract arrays
-            (`jax.eval_shape`). Scalars are replicated.
-        mesh: the device mesh.
+    The leaves are real or abstract arrays: parameters, an optimizer state or a whole train state.
+    Scalars are replicated.
 
     Example:
         >>> mesh = make_mesh(devices=jax.devices()[:1])
@@ -212,13 +202,7 @@ def process_data_shard(mesh: Mesh | None = None) -> DataShard:
 
 
 def _data_shard(owners: np.ndarray, batch_axes: Sequence[int], process: int) -> DataShard:
-    """Returns the data shard of a process.
-
-    Args:
-        owners: the process index of each device, in the shape of the mesh.
-        batch_axes: the dimensions of `owners` over which a batch is split.
-        process: the index of the process.
-    """
+    """Data shard of a process, given the process of each device and the axes that split a batch."""
     # blocks[i]: the processes whose devices hold batch shard i.
     blocks = np.moveaxis(owners, batch_axes, range(len(batch_axes)))
     blocks = blocks.reshape(int(np.prod(blocks.shape[: len(batch_axes)])), -1)
@@ -236,10 +220,8 @@ def _data_shard(owners: np.ndarray, batch_axes: Sequence[int], process: int) -> 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Converts host arrays [B, ...] to arrays that are sharded over the mesh.
 
-    Args:
-        batch: a tree of arrays. With several processes, each passes the rows of its
-            `process_data_shard`, and the global batch consists of the rows of all data shards.
-        mesh: the device mesh.
+    With several processes, each passes the rows of its `process_data_shard`, and the global batch
+    consists of the rows of all data shards.
 
     Raises:
         ValueError: the global number of rows is not a multiple of the number of batch shards.
@@ -271,14 +253,10 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """Constrains the sharding of an array on the mesh set by `jax.set_mesh`.
 
+    `axes` has, for each of the last dimensions of `x`, the mesh axis or tuple of axes that splits
+    it, or None. Axes that the mesh does not have or that do not divide the dimension are dropped.
     If no mesh is set, and inside `jax.pmap` and `jax.shard_map`, where arrays are local already,
-    `x` is returned unchanged. Models can therefore be used without a mesh.
-
-    Args:
-        x: an array.
-        *axes: for each of the last dimensions of `x`, the mesh axis, or tuple of axes, that splits
-            it; None for no axis. Axes that the mesh does not have or that do not divide the
-            dimension are dropped.
+    `x` is returned unchanged.
 
     Example:
         >>> x = jax.numpy.ones((8, 4))
@@ -308,9 +286,8 @@ def axis_size(name: str) -> int:
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """Returns the axes of an enclosing `jax.shard_map` over which the values of `x` vary.
-
-    The result is empty with `check_vma=False`, because JAX does not track varying axes then.
+    """Axes of an enclosing `jax.shard_map` over which `x` varies; none are known if
+    check_vma=False.
     """
     axis_type = getattr(getattr(x, "aval", None), "manual_axis_type", None)
     return frozenset(getattr(axis_type, "varying", ()))
@@ -327,8 +304,8 @@ def _auto_axis_sizes() -> dict[str, int]:
 def constrain_hidden(x: jax.Array) -> jax.Array:
     """Constrains the residual stream [B, T, D]: B is split like the batch, T over the other axes.
 
-    Parameters are split along D. Without this constraint XLA would split activations in the same
-    way, and communicate activations instead of the smaller parameters.
+    Without this, XLA would split activations along D like the parameters, and communicate
+    activations instead of the smaller parameters.
     """
     return constrain(x, BATCH_AXES, ("sequence", "tensor"), None)
 
@@ -339,16 +316,11 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def init_sharded(init_fn: Callable[[Any], PyTree], rng: Any, mesh: Mesh) -> PyTree:
-    """Initializes a tree directly with its shardings.
+    """Computes `init_fn(rng)`, a tree, directly with its `param_shardings`.
 
     No device ever holds the whole tree, so the model may be larger than the memory of one device.
-    The values are those of `init_fn(rng)` without a mesh, because JAX's random numbers do not
-    depend on the sharding.
-
-    Args:
-        init_fn: `init_fn(rng) -> tree`, a pure function.
-        rng: the random key.
-        mesh: the device mesh; `param_shardings` determines the shardings.
+    The values do not depend on the mesh, because JAX's random numbers do not depend on the
+    sharding.
 
     Example:
         >>> init_fn = lambda rng: {"classifier": {"kernel": jax.random.normal(rng, (16, 3))}}

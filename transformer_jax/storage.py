@@ -1,7 +1,6 @@
 """Atomic writes, manifests with the SHA-256 checksums of a folder's files, and JSON files.
 
-Every complete checkpoint has a manifest, because Orbax detects missing files but not bit errors in
-arrays. The tokenizer of a run has a manifest too.
+Checkpoints have a manifest, because Orbax detects missing files but not bit errors in arrays.
 """
 
 import contextlib
@@ -17,10 +16,8 @@ MANIFEST = "digests.json"
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing, which appears under its name only when it is complete.
-
-    The bytes are written to PATH.partial, which replaces `path` at the end of the block. If the
-    block raises an error, an earlier file at `path` is unchanged.
+    """Opens PATH.partial for writing, which replaces `path` at the end of the block unless it
+    fails.
 
     Example:
         >>> import tempfile
@@ -39,9 +36,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes the manifest of a folder: the SHA-256 checksum of each file in it.
-
-    The manifest is written atomically, so it is either complete or absent.
+    """Writes the manifest of a folder, atomically: the SHA-256 checksum of each file in it.
 
     Example:
         >>> import tempfile
@@ -60,23 +55,12 @@ def write_manifest(folder: Path) -> None:
 
 
 def has_manifest(folder: Path) -> bool:
-    """Returns whether a folder has a manifest.
-
-    The manifest is written last, so a folder that has one is complete.
-    """
+    """Returns whether a folder has a manifest; it is written last, so such a folder is complete."""
     return (folder / MANIFEST).is_file()
 
 
 def verify_manifest(folder: Path, allow_extra_files: bool = False) -> str | None:
-    """Compares the files in a folder with the checksums in its manifest.
-
-    Args:
-        folder: a folder with a manifest.
-        allow_extra_files: whether the folder may contain files that are not in the manifest.
-
-    Returns:
-        A description of the first problem, or None if all files match.
-    """
+    """Compares the files in a folder with its manifest: returns the first problem, or None."""
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
         expected = {str(name): str(checksum) for name, checksum in content.items()}
@@ -112,10 +96,7 @@ def sha256(path: Path) -> str:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parses UTF-8 encoded JSON.
-
-    Raises:
-        ValueError: the data is not valid JSON, or is nested too deeply. The message has one line.
+    """Parses UTF-8 encoded JSON; the ValueError for invalid or too deeply nested data has one line.
 
     Example:
         >>> parse_json(b'{"vocab_size": 100}')

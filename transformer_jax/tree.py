@@ -1,12 +1,9 @@
-"""Parameter trees, addressed by path.
+"""Parameter trees, addressed by path: the keys of a leaf joined by "/".
 
-Parameters are nested dicts of arrays. The *path* of a leaf is its keys joined by "/", for example
-"encoder/layer_0/mlp/wi/kernel". Sharding, freezing, weight decay and conversion select leaves by
-regular expressions on their paths (`first_match`).
-
-Paths are defined for every pytree, not only for nested dicts. The key of a field of a named tuple
-is its name, and the key of an element of a sequence is its index. For example, Adam's first moment
-of that kernel has the path "0/mu/encoder/layer_0/mlp/wi/kernel".
+An example is "encoder/layer_0/mlp/wi/kernel". Sharding, freezing, weight decay and conversion
+select leaves by regular expressions on paths (`first_match`). Paths are defined for every pytree:
+Adam's first moment of that kernel, a field of a named tuple in a tuple, has the path
+"0/mu/encoder/layer_0/mlp/wi/kernel".
 """
 
 import re
@@ -25,12 +22,7 @@ _LAYER = re.compile(r"layer_(\d+)")
 
 
 def path_string(keys: Sequence[Any]) -> str:
-    """Converts a JAX key path to a path.
-
-    Example:
-        >>> path_string((jax.tree_util.DictKey("mlp"), jax.tree_util.DictKey("wi")))
-        'mlp/wi'
-    """
+    """Converts a JAX key path to a path."""
     return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
 
@@ -57,7 +49,7 @@ def flatten_paths(tree: PyTree) -> dict[str, Any]:
 
 
 def unflatten_paths(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested dict with these leaves: the inverse of `flatten_paths` for nested dicts.
+    """The inverse of `flatten_paths` for nested dicts.
 
     Raises:
         ValueError: a path is both a leaf and the beginning of another path.
@@ -91,11 +83,6 @@ def first_match(rules: Sequence[tuple[str, T]], path: str, default: Any = _REQUI
     Expressions are searched (`re.search`), so a rule for a parameter also matches its optimizer
     state. Anchor them where necessary, for example `(^|/)bias$`.
 
-    Args:
-        rules: (regular expression, value) pairs.
-        path: the path of a leaf.
-        default: the value to return if no rule matches; by default, an error is raised.
-
     Raises:
         ValueError: no rule matches and there is no default.
 
@@ -125,13 +112,9 @@ def map_paths(fn: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
 def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
     """Splits a tree into (selected, rest): the leaves where a mask is true, and the others.
 
-    Both trees have the nested dicts of `tree`, with None in place of the leaves that belong to the
-    other tree. None is an empty subtree in JAX: `jax.grad` does not differentiate it, and an
-    optimizer has no state for it.
-
-    Args:
-        tree: a pytree.
-        mask: booleans, with the structure of `tree`.
+    Both have the nested dicts of `tree`, with None in place of the leaves of the other. None is an
+    empty subtree in JAX: `jax.grad` does not differentiate it, and an optimizer has no state for
+    it.
 
     Example:
         >>> partition({"kernel": 1, "bias": 2}, {"kernel": False, "bias": True})
@@ -173,12 +156,7 @@ def count(tree: PyTree) -> int:
 
 
 class LoadReport(NamedTuple):
-    """The result of `restore_partial`, as sorted paths.
-
-    Attributes:
-        loaded: paths with a value from the source.
-        new: paths in the target only, which keep their initial values.
-        unused: paths in the source only, which are ignored.
+    """Sorted paths: loaded from the source, new (in the target only), unused (in the source only).
     """
 
     loaded: list[str]
@@ -198,17 +176,11 @@ class LoadReport(NamedTuple):
 def restore_partial(target: PyTree, source: PyTree) -> tuple[PyTree, LoadReport]:
     """Replaces the leaves of `target` by those of `source` with the same path.
 
-    Args:
-        target: initialized parameters. The new values are converted to the dtypes of the leaves
-            that they replace and, if these are JAX arrays, are placed with their shardings.
-        source: loaded parameters.
-
-    Returns:
-        The parameters, and a report of the loaded, new and unused paths.
+    The new values get the dtypes of the leaves that they replace and, if these are JAX arrays,
+    their shardings. Also returns a report of the loaded, new and unused paths.
 
     Raises:
-        ValueError: shapes differ (the message lists all paths with both shapes), or no path is in
-            both trees.
+        ValueError: shapes differ (the message lists all paths), or no path is in both trees.
 
     Example:
         >>> target = {"encoder": {"scale": jnp.zeros(2)}, "classifier": {"bias": jnp.zeros(3)}}
@@ -253,9 +225,8 @@ def restore_partial(target: PyTree, source: PyTree) -> tuple[PyTree, LoadReport]
 def stack_layers(tree: PyTree) -> PyTree:
     """Stacks the subtrees layer_0 ... layer_{n-1} into one subtree "layers" with a leading axis n.
 
-    Layers are stacked at any depth of the tree; all other subtrees are unchanged. `jax.lax.scan`
-    over layers needs the stacked form, which checkpoints of models with scanned layers contain.
-    Fine-tuning and conversion need the form with one subtree per layer (`unstack_layers`).
+    Layers are stacked at any depth. `jax.lax.scan` over layers and its checkpoints use the stacked
+    form; fine-tuning and conversion need one subtree per layer (`unstack_layers`).
 
     Raises:
         ValueError: the layers are not numbered from 0 without a gap, or differ in structure or

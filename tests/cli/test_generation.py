@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from transformer_jax.cli import generation
+from transformer_jax.cli import inference
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ def test_generate_streams_text(saved, run):
 
 def test_incomplete_characters_are_not_printed(capsys):
     parts = {1: b"a", 2: b"\xc3", 3: b"\x9c", 4: b"!"}
-    printer = generation.TextPrinter(
+    printer = inference.TextPrinter(
         lambda ids: b"".join(parts[i] for i in ids).decode(errors="replace"), {9})
     printed = []
     for token in (1, 2, 3, 4, 9):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from transformer_jax.cli import flags, training
+from transformer_jax.cli import training
 from transformer_jax.recipes.finetuning import FinetuneConfig, finetune_config
 from transformer_jax.recipes.pretraining import PretrainConfig, pretrain_config
 
@@ -45,17 +45,17 @@ def test_pretrain_then_finetune(run, tmp_path):
 
 
 def test_pretrain_settings_are_those_of_the_recipe():
-    config = flags.parse_pretrain_flags("bert_tiny", {"num_steps": 200}, [])
+    config = training.parse_pretrain_flags("bert_tiny", {"num_steps": 200}, [])
     assert config == pretrain_config("bert_tiny", num_steps=200)
-    config = flags.parse_pretrain_flags(
+    config = training.parse_pretrain_flags(
         "gpt2", {"batch_size": 4}, ["--model.num-layers", "2", "--mesh.fsdp", "4"])
     assert config.model.num_layers == 2 and config.mesh.fsdp == 4 and config.batch_size == 4
-    assert flags.parse_pretrain_flags(
+    assert training.parse_pretrain_flags(
         "gpt2", {"max_length": 64}, ["--model.max-length", "128"]).max_length == 64
 
 
 def test_finetune_settings_are_those_of_the_recipe():
-    config = flags.parse_finetune_flags(
+    config = training.parse_finetune_flags(
         "gpt2", {"data": "a.tsv", "epochs": 3.0, "peak_lr": 1e-4}, ["--frozen-dtype", "int8"])
     expected = finetune_config("gpt2", data="a.tsv", epochs=3.0, peak_lr=1e-4, frozen_dtype="int8")
     assert {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} == {

@@ -8,7 +8,7 @@ from pretrained.files import golden, write
 from small_models import BART as CONFIG
 
 from transformer_jax import load_pretrained
-from transformer_jax.cli.generation import target_options
+from transformer_jax.cli.inference import target_options
 from transformer_jax.generation import generate, generation_options
 from transformer_jax.models import BART
 

@@ -17,7 +17,7 @@ from transformer_jax.cli.main import main
 from transformer_jax.data import tokenizers
 from transformer_jax.models import build_model, init_params
 from transformer_jax.pretrained import save_run_config
-from transformer_jax.report import markup, outputs, page, plots, summary
+from transformer_jax.report import markup, page, plots, summary
 from transformer_jax.train import checkpointing, optimizers, step
 
 OLD_RUNS = Path(__file__).parents[1] / "files" / "before_redesign"
@@ -217,7 +217,7 @@ def test_model_that_cannot_be_loaded_is_a_note(tmp_path):
 
 
 def test_table_of_records_joins_mean_and_deviation():
-    table = outputs.records_table([
+    table = page.records_table([
         {"trainable": "full", "accuracy": 0.5, "accuracy_std": 0.01, "scores": [0.5]},
         {"trainable": "head", "accuracy": 0.25, "accuracy_std": None, "scores": [0.25]}])
     assert "<td>0.500 ± 0.010</td>" in table and "<td class=n>0.250</td>" in table

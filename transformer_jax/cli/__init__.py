@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "analysis", "command", "flags", "generation", "inference", "main", "training",
+        "analysis", "command", "inference", "main", "training",
     ],
     submod_attrs={
         "command": ["run_command"],

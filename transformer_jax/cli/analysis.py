@@ -117,7 +117,7 @@ def plan(
         out: folder for plan.json and plan.png.
     """
     from transformer_jax.models import presets
-    from transformer_jax.planner import chips, plan_config, table
+    from transformer_jax.planner import chips, plan_config
     from transformer_jax.planner import plan as plan_module
     from transformer_jax.report import plots
 
@@ -132,10 +132,10 @@ def plan(
         plans.append(plan_module.compile_plan(config, devices, chip))
         print(f"{config}: compiled in {plans[-1].compile_seconds:.0f} s", flush=True)
     title = f"{preset} on {topology}"
-    table.print_plans(plans, f"{title}, {len(devices)} devices")
+    plan_module.print_plans(plans, f"{title}, {len(devices)} devices")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         values = [plan_module.plan_to_dict(found) for found in plans]
         (out / "plan.json").write_text(json.dumps(values, indent=2))
-        plots.plans(out / "plan.png", table.bar_chart_data(plans),
+        plots.plans(out / "plan.png", plan_module.bar_chart_data(plans),
                     limit=chip.memory_bytes / 2**30, title=title)

@@ -42,13 +42,8 @@ def run_command(
     """Calls a function and returns the exit status of the process.
 
     An error in the user's input is printed to standard error as one line, and the status is 2;
-    other exceptions are bugs and are raised.
-
-    Args:
-        function: the command.
-        arguments: its arguments.
-        parse: parses the command line, such as `lambda: tyro.cli(Config)`; its result is then the
-            only argument of the function.
+    other exceptions are bugs and are raised. `parse`, such as `lambda: tyro.cli(Config)`, parses
+    the command line; its result is then the only argument of the function.
 
     Example:
         >>> run_command(print, "done")
@@ -75,18 +70,11 @@ def run_command(
 
 
 def call_with_arguments(function: Callable[..., Any], arguments: Sequence[str]) -> None:
-    """Parses command-line arguments and calls a function with them.
+    """Parses command-line arguments and calls a function with them; its docstring is the help.
 
-    Arguments that match no parameter of the function are an error, unless it has a parameter
+    Arguments that match no parameter of the function are a `UsageError`, unless it has a parameter
     `flags`, which receives them. `--help-all` is passed to `flags` as `--help`; without `flags`, it
     is the same as `--help`.
-
-    Args:
-        function: the function; its name is that of the command, and its docstring is the help.
-        arguments: the arguments of the command.
-
-    Raises:
-        UsageError: an argument is unknown, missing, or of the wrong type.
     """
     prog = f"{PROGRAM} {function.__name__}"
     target, arguments = _bind(function), list(arguments)
@@ -105,17 +93,7 @@ def call_with_arguments(function: Callable[..., Any], arguments: Sequence[str]) 
 
 
 def parse_arguments(target: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> Any:
-    """Returns `tyro.cli(target, args=arguments)`, with usage errors as one-line exceptions.
-
-    Args:
-        target: a dataclass to construct, or a function to call.
-        arguments: the command-line arguments.
-        prog: name of the program in messages.
-        options: further options of `tyro.cli`.
-
-    Raises:
-        UsageError: an argument is unknown, missing, or of the wrong type.
-    """
+    """Returns `tyro.cli(target, args=arguments)`, with usage errors as one-line `UsageError`."""
     with _one_line_usage_errors():
         return tyro.cli(target, args=list(arguments), prog=prog, description="", **options)
 
@@ -179,11 +157,7 @@ def _to_one_line(box: str) -> str:
 def optional(metavar: str, default: str = "", **options: Any) -> Any:
     """Returns the tyro settings, for `Annotated`, of a flag whose default is None.
 
-    Args:
-        metavar: placeholder of the value in the help.
-        default: what None means; the help shows it as the default. If empty, the help shows no
-            default.
-        options: further options of `tyro.conf.arg`.
+    The help shows `default`, what None means, as the default, unless it is empty.
     """
     hint = f"(default: {default})" if default else ""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint, **options)
@@ -203,14 +177,8 @@ def check_family(model: "Model", family: str) -> None:
 
 
 def read_texts(texts: Sequence[str], single: bool = False) -> list[str]:
-    """Returns the texts, or the texts on standard input if `texts` is empty.
-
-    Args:
-        texts: the texts of the command line.
-        single: read standard input as one text instead of one text per line.
-
-    Raises:
-        ValueError: there is no text.
+    """Returns the texts, or if there are none the lines of standard input, or with `single` all of
+    it.
     """
     if not texts:
         content = sys.stdin.read()

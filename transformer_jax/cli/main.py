@@ -1,23 +1,23 @@
 """The `transformer-jax` command line, also `python -m transformer_jax`.
 
-A command is a function in a module of this package: its name is that of the command, its
-parameters are the arguments and flags, and its docstring is the help. JAX is imported only when a
-command runs, so that `--help` does not wait for it.
+A command is a function: its name is that of the command, its parameters are the arguments and
+flags, and its docstring is the help. JAX is imported only when a command runs, so that `--help`
+does not wait for it.
 """
 
 import sys
 from collections.abc import Callable, Sequence
 
 from transformer_jax import __version__
-from transformer_jax.cli import analysis, generation, inference, training
+from transformer_jax.cli import analysis, inference, training
 from transformer_jax.cli.command import PROGRAM, UsageError, call_with_arguments, run_command
 from transformer_jax.errors import did_you_mean
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command for command in (
         training.pretrain, training.finetune, inference.evaluate, inference.predict,
-        generation.generate, generation.fill, inference.classify, generation.translate,
-        generation.summarize, analysis.convert, analysis.report, analysis.plan)}
+        inference.generate, inference.fill, inference.classify, inference.translate,
+        inference.summarize, analysis.convert, analysis.report, analysis.plan)}
 
 HELP = """usage: {program} COMMAND [arguments]
 
@@ -32,10 +32,8 @@ standard input."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status: 0, 2 for a user error, or 130 if interrupted.
-
-    Args:
-        arguments: name of the command and its arguments; `sys.argv[1:]` if None.
+    """Runs a command, `sys.argv[1:]` by default, and returns the exit status: 0, 2 for a user
+    error, or 130 if interrupted.
     """
     return run_command(_main, list(sys.argv[1:] if arguments is None else arguments))
 

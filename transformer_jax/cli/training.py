@@ -1,16 +1,21 @@
 """Commands that train models: `pretrain` and `finetune`.
 
 The common flags are parameters of the functions. All other flags are fields of the recipe's config;
-they are passed as the parameter `flags` and parsed by `cli.flags`.
+they are passed as the parameter `flags` and parsed here.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from transformer_jax.cli.command import given, optional
+from transformer_jax.cli.command import PROGRAM, given, optional, parse_arguments
+
+if TYPE_CHECKING:
+    from transformer_jax.recipes.finetuning import FinetuneConfig
+    from transformer_jax.recipes.pretraining import PretrainConfig
 
 Flags = tyro.conf.Suppress[tuple[str, ...]]
 
@@ -55,7 +60,6 @@ def pretrain(
         from transformer_jax.models.presets import PRESETS
 
         raise ValueError(f"PRESET is missing; choose one of {', '.join(PRESETS)}")
-    from transformer_jax.cli.flags import parse_pretrain_flags
     from transformer_jax.recipes import pretrain as run_pretraining
     from transformer_jax.recipes.run_dir import setup
 
@@ -124,7 +128,6 @@ def finetune(
             if not value:
                 raise ValueError(f"{name} is missing; see the example in `transformer-jax finetune "
                                  "--help`")
-    from transformer_jax.cli.flags import parse_finetune_flags
     from transformer_jax.recipes import finetune as run_finetuning
     from transformer_jax.recipes.run_dir import setup
 
@@ -133,3 +136,55 @@ def finetune(
         seed=seed, out=out), flags)
     setup()
     run_finetuning(config)
+
+
+# All flags ----------------------------------------------------------------------------------------
+
+
+def parse_pretrain_flags(
+    preset: str, given: Mapping[str, Any], arguments: Sequence[str]
+) -> "PretrainConfig":
+    """Returns the config of a pre-training run; rows have the model's max_length by default.
+
+    Example:
+        >>> config = parse_pretrain_flags(
+        ...     "bert_tiny", {"num_steps": 50}, ["--model.max-length", "32"])
+        >>> config.objective, config.max_length, config.optimizer.warmup_steps
+        ('mlm_nsp', 32, 5)
+    """
+    from transformer_jax.recipes.pretraining import PretrainConfig, pretrain_config
+
+    config = parse_arguments(
+        PretrainConfig, arguments, default=pretrain_config(preset, **given),
+        prog=f"{PROGRAM} pretrain {preset}")
+    if "max_length" in given:
+        return config
+    return dataclasses.replace(config, max_length=config.model.max_length)
+
+
+def parse_finetune_flags(
+    pretrained: str, given: Mapping[str, Any], arguments: Sequence[str]
+) -> "FinetuneConfig":
+    """Returns the config of a fine-tuning run; flags of the data and the training have no prefix.
+
+    Example:
+        >>> config = parse_finetune_flags(
+        ...     "gpt2", {"peak_lr": 1e-4}, ["--optimizer.schedule", "cosine", "--stride", "64"])
+        >>> config.training.optimizer.peak_lr, config.training.stride
+        (0.0001, 64)
+    """
+    from transformer_jax.recipes.config import DatasetConfig, TrainingConfig
+    from transformer_jax.recipes.finetuning import FinetuneConfig, finetune_config
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class FinetuneFlags(FinetuneConfig):
+        trainable: Annotated[str, tyro.conf.arg(aliases=("--train",))] = "full"
+        dataset: Annotated[DatasetConfig, tyro.conf.arg(name="")] = dataclasses.field(
+            default_factory=DatasetConfig)
+        training: Annotated[TrainingConfig, tyro.conf.arg(name="")] = dataclasses.field(
+            default_factory=TrainingConfig)
+
+    config = finetune_config(pretrained, **given)
+    default = FinetuneFlags(
+        **{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
+    return parse_arguments(FinetuneFlags, arguments, default=default, prog=f"{PROGRAM} finetune")

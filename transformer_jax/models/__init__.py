@@ -36,7 +36,7 @@ MODEL_FAMILIES = {
 
 # Config fields that saved configs may have under a former name: former name -> name.
 RENAMED_FIELDS = {"kernel": "attention_impl", "context_size": "attention_window"}
-# Fields of saved configs that are no longer part of a config; `pretrained.runs` reads `source`.
+# Fields of saved configs that are no longer part of a config; `pretrained.load` reads `source`.
 REMOVED_FIELDS = ("source",)
 
 

@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "chips", "hlo", "plan", "plan_config", "table",
+        "chips", "hlo", "plan", "plan_config",
     ],
     submod_attrs={
         "plan": ["Plan", "best_plan", "compile_plan"],

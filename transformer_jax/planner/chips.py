@@ -1,6 +1,5 @@
-"""Target devices: TPU slices described by their topology, and the local devices.
-
-The rate of matrix products and the memory bandwidth of the local devices are measured.
+"""Target devices: TPU slices described by their topology, and the local devices, whose rate of
+matrix products and memory bandwidth are measured.
 """
 
 import time
@@ -45,15 +44,12 @@ LOCAL = "local"
 
 
 def get_chip(topology: str, dtype: str) -> Chip:
-    """Peak rates and memory of one device of a topology.
+    """Peak rates and memory of one device of a topology: a TPU slice such as "v5e:16x16", or
+    "local".
 
-    Rates of TPU slices come from the table `CHIPS`. Rates of the local devices are measured;
-    their interconnect bandwidth is assumed to equal their memory bandwidth, because collectives
-    between them copy data through memory.
-
-    Args:
-        topology: a TPU slice, such as "v5e:16x16", or "local".
-        dtype: dtype of the matrix product that is measured on a local device; not used for TPUs.
+    Rates of TPU slices come from the table `CHIPS`. Rates of the local devices are measured, with
+    matrix products of `dtype`; their interconnect bandwidth is assumed to equal their memory
+    bandwidth, because collectives between them copy data through memory.
 
     Raises:
         ValueError: the chip is not in `CHIPS`.
@@ -81,11 +77,8 @@ def _chip_name(topology: str) -> str:
 
 
 def get_devices(topology: str) -> Sequence[Any]:
-    """Devices of a topology, for use as compilation targets.
-
-    Args:
-        topology: a TPU slice, such as "v5e:16x16", or "local" for `jax.devices()`. The
-            devices of a TPU slice are available without a TPU, but only as compilation targets.
+    """Devices of a topology, as compilation targets; those of a TPU slice are available without a
+    TPU.
 
     Raises:
         ValueError: the chip is unknown, the slice does not exist, or the TPU compiler is not
@@ -113,17 +106,10 @@ def get_devices(topology: str) -> Sequence[Any]:
 def matmul_benchmark(
     dtype="float32", size: int | None = None
 ) -> tuple[Callable[[], object], float]:
-    """Benchmark of a product of two square matrices on the first device.
+    """Returns (function that multiplies two square matrices on the first device, number of FLOPs).
 
     Its rate is the peak rate in the definition of model FLOPs utilization (MFU). The matrices
     contain random numbers, because GPUs multiply matrices of ones faster.
-
-    Args:
-        dtype: dtype of the matrices.
-        size: number of rows and columns of a matrix; if None, 2048 on a CPU and 8192 elsewhere.
-
-    Returns:
-        (function that computes the product once and waits for the result, number of FLOPs).
     """
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     x, fn = jax.random.normal(jax.random.key(0), (size, size), dtype), jax.jit(lambda x: x @ x)
@@ -131,13 +117,8 @@ def matmul_benchmark(
 
 
 def memory_read_benchmark(megabytes: int | None = None) -> tuple[Callable[[], object], float]:
-    """Benchmark of the sum of an array in the memory of the first device.
-
-    Args:
-        megabytes: size of the array in MiB; if None, 512 on a CPU and 4096 elsewhere.
-
-    Returns:
-        (function that computes the sum once and waits for the result, number of bytes read).
+    """Returns (function that sums an array in the memory of the first device, number of bytes
+    read).
     """
     megabytes = megabytes or (512 if jax.default_backend() == "cpu" else 4096)
     x, fn = jnp.ones((megabytes * 2**18,), jnp.float32), jax.jit(jnp.sum)
@@ -145,12 +126,8 @@ def memory_read_benchmark(megabytes: int | None = None) -> tuple[Callable[[], ob
 
 
 def measure_throughput(work: Callable[[], object], amount: float, seconds: float = 0.5) -> float:
-    """Measures the throughput of a function: `amount` per second in its fastest call.
-
-    Args:
-        work: the function. It is called once to compile it, then repeatedly.
-        amount: amount of work in one call, such as FLOPs or bytes.
-        seconds: time after which no further call is started.
+    """Measures `amount` of work per second in the fastest call of a function, within about
+    `seconds`.
     """
     work()
     shortest, started = float("inf"), time.perf_counter()
@@ -164,7 +141,7 @@ def measure_throughput(work: Callable[[], object], amount: float, seconds: float
 def matmul_flops_per_second(
     dtype="float32", size: int | None = None, seconds: float = 0.5
 ) -> float:
-    """Measures the FLOPs per second of `matmul_benchmark` for about `seconds` seconds.
+    """Measures the FLOPs per second of `matmul_benchmark`.
 
     Example:
 
@@ -175,5 +152,5 @@ def matmul_flops_per_second(
 
 
 def memory_bandwidth(megabytes: int | None = None, seconds: float = 0.5) -> float:
-    """Measures the bytes per second of `memory_read_benchmark` for about `seconds` seconds."""
+    """Measures the bytes per second of `memory_read_benchmark`."""
     return measure_throughput(*memory_read_benchmark(megabytes), seconds)

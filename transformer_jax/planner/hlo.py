@@ -1,7 +1,6 @@
 """Collective communication volume and library-call costs of a compiled program, from its HLO text.
 
-XLA's cost analysis does not include communication, and it counts the body of a loop once. The HLO
-text contains the shape and replica groups of each collective, and the trip count of each loop.
+XLA's cost analysis does not include communication, and it counts the body of a loop once.
 """
 
 import math
@@ -52,7 +51,6 @@ class Collective(NamedTuple):
         """Bytes that each device sends in all executions, with a ring algorithm.
 
         Example:
-
             >>> Collective("all-gather", 1024, 4, 1, "").bytes_sent
             768.0
         """
@@ -64,18 +62,14 @@ class Collective(NamedTuple):
 
 
 def parse_collectives(text: str) -> list[Collective]:
-    """Returns the collectives of a compiled program.
+    """Returns the collectives of a compiled program, given `compiled.as_text()`.
 
     The trip count of a loop is the one that XLA has written into the text, or else the bound in the
     condition of the loop. That bound is correct for `jax.lax.scan`, but not for loops whose trip
     count depends on data. A TPU program may split one asynchronous collective into several
     operations with the same channel id; they are counted as one.
 
-    Args:
-        text: HLO text of the program, `compiled.as_text()`.
-
     Example:
-
         >>> parse_collectives('''ENTRY %main (x: f32[8]) -> f32[8] {
         ...   %y = f32[8] all-reduce(%x), replica_groups={{0,1}}, to_apply=%add
         ... }''')
@@ -99,14 +93,9 @@ def parse_collectives(text: str) -> list[Collective]:
 
 
 def library_call_costs(text: str) -> tuple[float, float]:
-    """Costs of the cuBLAS and cuDNN calls of a GPU program, which XLA's cost analysis omits.
+    """(FLOPs of cuBLAS calls, bytes read and written by cuBLAS and cuDNN calls) of a GPU program.
 
-    Args:
-        text: HLO text of the program, `compiled.as_text()`.
-
-    Returns:
-        (FLOPs of the cuBLAS calls, bytes of the operands and results of the cuBLAS and cuDNN
-        calls).
+    XLA's cost analysis omits these calls.
     """
     computations, entry = _parse_computations(text)
     num_executions = _count_executions(computations, entry)
@@ -194,9 +183,8 @@ def _num_bytes(dtype: str, shape: str) -> float:
 
 
 def _group_size(line: str, num_devices: int = 1) -> int:
-    """Number of devices in each replica group, in any notation of XLA.
-
-    An empty list of groups means one group of all `num_devices` devices.
+    """Number of devices in each replica group, in any notation of XLA; {} is one group of all
+    devices.
     """
     if "replica_groups={}" in line:
         return num_devices

@@ -10,10 +10,10 @@ consists of three durations, computed from the compiled program:
 - interconnect: bytes sent divided by the bandwidth of one ring. This is too long if the collectives
   can use several rings of the slice.
 
-The step time is estimated as the longest of the three, which assumes that they overlap fully. Their
-sum is the step time without any overlap.
+The step time is estimated as the longest of the three, which assumes that they overlap fully.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
 
 from transformer_jax import sharding, tree
 from transformer_jax.models import build_model, init_params
@@ -48,12 +50,10 @@ class Plan(NamedTuple):
         num_devices: number of devices in the mesh.
         num_params: number of parameters of the model, on all devices together.
         state_bytes: size of the parameters and optimizer state.
-        temporary_bytes: size of arrays that exist only during a step, such as activations and
-            gradients.
+        temporary_bytes: size of arrays that exist only during a step, such as activations.
         peak_bytes: peak memory use; on TPUs the value that the compiler reports, elsewhere
             `state_bytes + temporary_bytes`.
-        model_flops: FLOPs of the matrix products in the forward and backward pass, without
-            recomputation; see `model_flops`.
+        model_flops: FLOPs of the matrix products, without recomputation; see `model_flops`.
         compiled_flops: FLOPs of the compiled program, including recomputation.
         bytes_accessed: size of the operands and results of all operations of the program.
         collective_bytes: kind of collective -> bytes that the device sends.
@@ -104,23 +104,17 @@ class Plan(NamedTuple):
 
 
 def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan:
-    """Compiles a training step for target devices and returns its costs.
+    """Compiles a training step for target devices (`chips.get_devices`) and returns its costs.
 
     Memory and collectives are those of the full step, compiled as in training, with a scan over the
     layers. XLA counts the FLOPs of a loop body once, so FLOPs and bytes accessed are extrapolated
-    from models with two and three unrolled layers, whose difference is the cost of a layer.
-
-    If the program does not fit into device memory, the plan has no collectives, and its memory is
-    taken from the error message of the compiler.
-
-    Args:
-        config: the model, mesh and batch size of the step.
-        devices: the target devices; see `chips.get_devices`.
-        chip: peak rates and memory of each device; see `chips.get_chip`.
+    from models with two and three unrolled layers. If the program does not fit into device memory,
+    the plan has no collectives, and its memory is taken from the error message of the compiler.
 
     Raises:
         ValueError: the mesh does not have as many devices as given, the batch size is not a
-            multiple of batch shards times microbatches, or the sequences are too long.
+            multiple of
+            batch shards times microbatches, or the sequences are too long.
         jax.errors.JaxRuntimeError: the compiler failed, for another reason than memory.
     """
     config = _resolve_attention_impl(config, devices)
@@ -128,7 +122,7 @@ def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan
     train_step, state, batch = abstract_train_step(config, mesh, scan=True)
     state_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
                       for x in jax.tree.leaves(state))
-    collective_bytes: dict[str, float] = {}
+    collective_bytes: collections.Counter = collections.Counter()
     started = time.perf_counter()
     try:
         compiled = _compile(train_step, state, batch, mesh)
@@ -145,22 +139,18 @@ def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan
         if devices[0].platform == "tpu":  # other backends omit donated buffers from the peak
             peak_bytes = memory.peak_memory_in_bytes
         for collective in hlo.parse_collectives(compiled.as_text()):
-            collective_bytes[collective.kind] = (
-                collective_bytes.get(collective.kind, 0.0) + collective.bytes_sent)
+            collective_bytes[collective.kind] += collective.bytes_sent
     seconds = time.perf_counter() - started
     flops, bytes_accessed = _per_device_cost(config, mesh)
     return Plan(
         config, len(devices), tree.count(state.params), state_bytes, temporary_bytes, peak_bytes,
         model_flops(config) / len(devices),
         flops + _fused_attention_flops(config, mesh) / len(devices),
-        bytes_accessed, collective_bytes, chip, seconds)
+        bytes_accessed, dict(collective_bytes), chip, seconds)
 
 
 def _resolve_attention_impl(config: PlanConfig, devices: Sequence[Any]) -> PlanConfig:
-    """Replaces the attention implementation "auto" by "splash" if the target is a TPU.
-
-    Other targets are the devices of this machine, for which "auto" selects the implementation.
-    """
+    """Replaces "auto" by "splash" for TPUs; on this machine's devices, "auto" selects by itself."""
     c = config.model
     if c.attention_impl == "auto" and devices[0].platform == "tpu":
         return config._replace(model=c.replace(attention_impl="splash"))
@@ -168,10 +158,7 @@ def _resolve_attention_impl(config: PlanConfig, devices: Sequence[Any]) -> PlanC
 
 
 def _bytes_needed(message: str) -> int:
-    """Bytes that a program needs, from a compiler error such as "Used 18.70G of 15.75G hbm".
-
-    2**63 if the error does not contain the size.
-    """
+    """Bytes in a compiler error such as "Used 18.70G of 15.75G hbm"; 2**63 if it does not say."""
     match = re.search(r"Used ([\d.]+)([KMGT]) of", message)
     return int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2])))) if match else 2**63
 
@@ -199,16 +186,9 @@ def pretraining_loss(config: Config) -> Callable:
 
 
 def abstract_train_step(config: PlanConfig, mesh: Mesh, scan: bool, **loss_options):
-    """A training step, with its abstract state and batch sharded over a mesh.
+    """(train_step, state, batch) with `jax.ShapeDtypeStruct` leaves sharded over a mesh.
 
-    Args:
-        config: the model and batch size of the step.
-        mesh: the mesh.
-        scan: whether to stack the layers, so that the step scans over them.
-        loss_options: keyword arguments of the loss.
-
-    Returns:
-        (train_step, state, batch); leaves of state and batch are `jax.ShapeDtypeStruct`.
+    With `scan`, the layers are stacked and the step scans over them.
     """
     model = build_model(config.model)
     optimizer = optimizers.make_optimizer(1e-4)
@@ -233,20 +213,15 @@ def _compile(train_step: Callable, state, batch, mesh: Mesh):
 
 
 def _with_shardings(shapes, shardings):
-    return jax.tree.map(
-        lambda leaf, leaf_sharding: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf_sharding),
-        shapes, shardings)
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, shardings)
 
 
 def abstract_batch(config: PlanConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Abstract batch of the pre-training objective of a model family.
 
-    Encoder-decoders have a source and a target of `config.length` tokens each; BERT predicts 15 %
-    of the tokens.
+    Encoder-decoders have a source and a target of `config.length` tokens each.
 
     Example:
-
         >>> from transformer_jax.models import presets
         >>> abstract_batch(PlanConfig(presets.get("gpt2"), {}, 8, 128))["tokens"].shape
         (8, 128)
@@ -280,12 +255,9 @@ def _per_device_cost(config: PlanConfig, mesh: Mesh) -> tuple[float, float]:
     """(FLOPs, bytes accessed) of a step on one device, extrapolated from models of few layers.
 
     The cost of a layer is the difference between three and two layers, because in a model of one
-    layer, XLA fuses this layer with both the embedding and the output layer. In deeper models, no
-    layer is fused with both.
-    Models of at most three layers are not extrapolated.
-
-    To avoid loops, the steps of these models have one microbatch, unrolled layers and unchunked
-    logits. The bytes therefore do not include reading the parameters again in each microbatch.
+    layer, XLA fuses this layer with both the embedding and the output layer. To avoid loops, the
+    steps of these models have one microbatch, unrolled layers and unchunked logits; the bytes
+    therefore do not include reading the parameters again in each microbatch.
     """
     c = config.model
     num_layers = {"num_layers": c.num_layers}
@@ -314,34 +286,27 @@ def _unrolled_cost(config: PlanConfig, mesh: Mesh, **num_layers: int) -> np.ndar
 def model_flops(config: PlanConfig) -> float:
     """FLOPs of the matrix products of a training step on all devices, without recomputation.
 
-    In the forward pass, a Dense kernel takes 2 FLOPs per parameter and token, and attention of T
-    queries to S keys of a layer with width D takes 4 T S D FLOPs. The backward pass takes twice as
-    many FLOPs as the forward pass. Embedding lookups are not counted.
+    In the forward pass, a kernel takes 2 FLOPs per parameter and token, and attention of T queries
+    to S keys of a layer with width D takes 4 T S D. The backward pass takes twice as many as the
+    forward pass. Embedding lookups are not counted.
     """
     c, num_tokens = config.model, config.batch_size * config.length
     shapes = jax.eval_shape(lambda: init_params(build_model(c), jax.random.key(0)))
     num_masked = config.batch_size * _num_masked(config.length)
     forward = 0.0
+    rows = [("^(pooler|nsp_head)/", config.batch_size), ("^mlm_head/", num_masked),
+            ("", num_tokens)]
     for path, leaf in tree.flatten_paths(shapes).items():
-        size = math.prod(leaf.shape)
-        if path.startswith(("pooler/", "nsp_head/")):
-            size *= config.batch_size
-        elif path.startswith("mlm_head/"):
-            size *= num_masked
-        else:
-            size *= num_tokens
-        forward += 2 * size if path.endswith("kernel") else 0
+        if path.endswith("kernel"):
+            forward += 2 * math.prod(leaf.shape) * tree.first_match(rows, path)
     num_predicted = num_masked if isinstance(c, BERTConfig) else num_tokens
     forward += 2 * num_predicted * c.vocab_size * c.d_model
     return 3 * (forward + _attention_flops(config, causal_fraction=1.0))
 
 
 def _attention_flops(config: PlanConfig, causal_fraction: float) -> float:
-    """FLOPs of the two matrix products of attention in one forward pass.
-
-    Args:
-        config: the model and batch size.
-        causal_fraction: fraction of the attention scores that is computed if the mask is causal.
+    """FLOPs of attention in one forward pass, of which `causal_fraction` is computed under causal
+    masks.
     """
     c = config.model
     unmasked = 4.0 * config.batch_size * config.length**2 * c.d_model
@@ -356,8 +321,7 @@ def _fused_attention_flops(config: PlanConfig, mesh: Mesh) -> float:
     """FLOPs of a fused attention implementation, which XLA's cost analysis omits.
 
     There are two matrix products in the forward pass, two more with rematerialization, and five in
-    the backward pass, which recomputes the scores. With a causal mask, only the blocks on and below
-    the diagonal are computed.
+    the backward pass. With a causal mask, only the blocks on and below the diagonal are computed.
     """
     c = config.model
     query = jax.ShapeDtypeStruct((config.batch_size, config.length, c.num_heads, c.stack.head_dim),
@@ -391,3 +355,45 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "model": dataclasses.asdict(plan.config.model), "roofline_seconds": plan.roofline_seconds,
         "fits": plan.fits, "mfu": plan.mfu, "step_seconds": plan.step_seconds,
         "tokens_per_day": plan.tokens_per_day}
+
+
+# Table of plans -----------------------------------------------------------------------------------
+
+
+_COLUMNS = ("config", "state", "temporary", "peak", "available", "FLOPs / model FLOPs", "compute",
+            "HBM", "interconnect", "sum", "MFU", "tokens per day")
+
+
+def print_plans(plans: Sequence[Plan], title: str) -> None:
+    """Prints a table of plans, the bytes that each device sends, and the best plan that fits."""
+    table = Table(title=title,
+                  caption="memory in GiB per device; times in ms per step, limited by each "
+                          "resource alone")
+    for heading in _COLUMNS:
+        table.add_column(heading, justify="left" if heading == "config" else "right")
+    for plan in plans:
+        sizes = (plan.state_bytes, plan.temporary_bytes, plan.peak_bytes, plan.chip.memory_bytes)
+        seconds = plan.roofline_seconds.values()
+        table.add_row(
+            str(plan.config), *(f"{size / 2**30:.2f}" for size in sizes),
+            f"{plan.compiled_flops / plan.model_flops:.2f}",
+            *(f"{1000 * t:.0f}" for t in (*seconds, sum(seconds))),
+            f"{plan.mfu:.2f}", f"{plan.tokens_per_day:.3g}", style=None if plan.fits else "red")
+    console = Console(width=150)
+    console.print(table)
+    for plan in plans:
+        sent = ", ".join(
+            f"{kind} {size / 2**20:,.0f} MiB" for kind, size in plan.collective_bytes.items())
+        console.print(f"{plan.config}: each device sends {sent or 'nothing'}")
+    best = best_plan(plans)
+    console.print(
+        "no plan fits into memory; try more devices, remat full, or a smaller batch size"
+        if best is None else
+        f"best that fits: {best.config}, {best.tokens_per_day:.3g} tokens per day")
+
+
+def bar_chart_data(plans: Sequence[Plan]) -> dict[str, dict[str, float]]:
+    """Memory in GiB and roofline times in ms of each plan, the data of `report.plots.plans`."""
+    return {str(plan.config): {
+        "state": plan.state_bytes / 2**30, "temporary": plan.temporary_bytes / 2**30,
+        **{name: 1000 * t for name, t in plan.roofline_seconds.items()}} for plan in plans}

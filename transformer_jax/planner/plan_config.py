@@ -16,12 +16,10 @@ class PlanConfig(NamedTuple):
         model: the model's config.
         mesh: mesh axis -> size; see `sharding.make_mesh`.
         batch_size: number of sequences in the global batch.
-        length: number of tokens in a sequence; for encoder-decoders, in the source and in the
-            target.
+        length: tokens in a sequence; for encoder-decoders, in the source and in the target.
         accumulate: number of microbatches into which the batch is split.
 
     Example:
-
         >>> from transformer_jax.models import presets
         >>> print(PlanConfig(presets.get("gpt2"), {"data": 2, "fsdp": 4}, 32, 1024))
         data 2 x fsdp 4, batch size 32, remat none
@@ -55,8 +53,7 @@ def enumerate_configs(
     Args:
         model: the model's config.
         num_devices: number of target devices.
-        meshes: mesh axis -> sizes to try; -1 for at most one axis, which gets the remaining
-            devices.
+        meshes: mesh axis -> sizes to try; at most one axis may have -1, for the remaining devices.
         batch_sizes: global batch sizes; if empty, four sequences per batch shard and microbatch.
         length: number of tokens in a sequence; the model's max_length if None.
         remat: rematerialization policies; see `Config.remat`.
@@ -66,7 +63,6 @@ def enumerate_configs(
         ValueError: no mesh has `num_devices` devices.
 
     Example:
-
         >>> from transformer_jax.models import presets
         >>> configs = enumerate_configs(
         ...     presets.get("gpt2"), 8, meshes={"data": (-1,), "fsdp": (1, 4)}, batch_sizes=(64,))

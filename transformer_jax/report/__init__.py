@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "markup", "outputs", "page", "plots", "summary",
+        "markup", "page", "plots", "summary",
     ],
     submod_attrs={
         "page": ["write_report"],

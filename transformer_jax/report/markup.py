@@ -1,7 +1,4 @@
-"""Building blocks of an HTML page without external files: tables, figures, number formats.
-
-If a function returns HTML, it escapes the text in its arguments, unless that is `Html`.
-"""
+"""Building blocks of an HTML page without external files; arguments are escaped unless `Html`."""
 
 import base64
 import html
@@ -34,7 +31,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } td.n { whit
 th.n { min-width: 4rem } td.w { min-width: 14rem; overflow-wrap: anywhere }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
            gap: 1rem; align-items: start }
-figure { margin: 0 } figure.wide { grid-column: 1 / -1 }
+figure { margin: 0 }
 img { max-width: 100%; height: auto; display: block }
 figcaption { margin-bottom: .3rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8fa; border-radius: 8px;
@@ -48,12 +45,7 @@ class Html(str):
 
 
 def escape(value: Any) -> Html:
-    """Returns a value as HTML text.
-
-    Example:
-        >>> escape("a < b"), escape(Html("<b>a</b>"))
-        ('a &lt; b', '<b>a</b>')
-    """
+    """Returns a value as HTML text."""
     return value if isinstance(value, Html) else Html(html.escape(str(value)))
 
 
@@ -147,18 +139,14 @@ def tiles(found: Sequence[Tile]) -> Html:
 
 def key_value_table(values: Mapping[str, Any], format_value: Callable = format_score) -> Html:
     """Returns a table of two columns; numbers are right-aligned."""
-    return table([], [[name, value] for name, value in values.items()], format_value)
+    return table([], list(values.items()), format_value)
 
 
 def table(
     header: Sequence[str], rows: Sequence[Sequence[Any]], format_value: Callable = format_score
 ) -> Html:
-    """Returns a table, which scrolls horizontally if it is wider than the page.
-
-    Args:
-        header: column names; empty for no header.
-        rows: one value for each column; `Html` is not escaped.
-        format_value: formats numbers.
+    """Returns a table, which scrolls horizontally if it is wider than the page; numbers are
+    formatted.
     """
     if not rows:
         return Html("")
@@ -183,17 +171,10 @@ def _cell(value: Any, format_value: Callable) -> str:
     return f"<td{kind}>{escape(shown)}</td>"
 
 
-def figure(png: bytes, caption: str, is_wide: bool = False) -> Html:
-    """Returns a PNG image with its caption.
-
-    Args:
-        png: content of the PNG file.
-        caption: title, also used as alternative text.
-        is_wide: use the full width of the page instead of one column of the grid.
-    """
+def figure(png: bytes, caption: str) -> Html:
+    """Returns a PNG image with its caption."""
     data = base64.b64encode(png).decode()
-    return Html(f"<figure{' class=wide' if is_wide else ''}>"
-                f"<figcaption>{escape(caption)}</figcaption>"
+    return Html(f"<figure><figcaption>{escape(caption)}</figcaption>"
                 f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>')
 
 
@@ -202,9 +183,9 @@ def figures(found: Sequence[str]) -> Html:
     return Html(f'<div class="figures">{"".join(found)}</div>' if found else "")
 
 
-def plot(draw: Callable[[Path], Any], caption: str, is_wide: bool = False) -> Html:
+def plot(draw: Callable[[Path], Any], caption: str) -> Html:
     """Returns a figure of the PNG that `draw` saves at its argument, a path."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plot.png"
         draw(path)
-        return figure(path.read_bytes(), caption, is_wide)
+        return figure(path.read_bytes(), caption)

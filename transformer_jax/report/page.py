@@ -4,22 +4,21 @@ A summary of the run is followed by curves, predictions, figures, samples and at
 model, all results and all settings.
 """
 
+import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from transformer_jax import tree
 from transformer_jax.errors import USER_ERRORS
+from transformer_jax.generation import fill_mask, generate
+from transformer_jax.models import BART, BERT, GPT, Model, Transformer
 from transformer_jax.pretrained import LoadedRun, is_run, load_run
 from transformer_jax.report import markup, plots
-from transformer_jax.report.outputs import (
-    DEFAULT_TEXT,
-    attention_figures,
-    prediction_table,
-    records_table,
-    sample,
-)
 from transformer_jax.report.summary import (
     RunFiles,
     display_name,
@@ -29,6 +28,12 @@ from transformer_jax.report.summary import (
     summary,
 )
 
+DEFAULT_TEXT = "Return the number of bytes that were written to the file."
+MAX_TOKENS = 20  # of an input text, and of a generated target
+MAX_NEW_TOKENS = 60
+MAX_ROWS = 8  # of a table of predictions
+HEADS = ("classifier", "lm_head", "mlm_head", "nsp_head", "pooler")
+"""Modules that attention does not depend on; without them, all tasks share a compiled program."""
 CURVE_SIZE = (5.2, 3.2)  # inches
 # Columns of the history that are not plotted: they are constant, or no metrics of the model.
 _HIDDEN = {"step", "seconds", "compilations", "seconds_per_step", "host_share",
@@ -39,15 +44,11 @@ _LOSSES = ("loss", "nll", "nats")
 def write_report(
     folder: str | Path, out: str | Path | None = None, text: str | None = None
 ) -> Path:
-    """Writes the report of a run and returns its path.
+    """Writes the report of a run, by default report.html in its folder, and returns the path.
 
-    Supports runs of all recipes, finished or not, including those written by older versions.
-
-    Args:
-        folder: the folder of the run.
-        out: the HTML file; report.html in the folder if None.
-        text: input text for the sample and the attention maps. If None, the first source text of a
-            translation run, or `outputs.DEFAULT_TEXT` for other runs.
+    Supports runs of all recipes, finished or not, including those written by older versions. `text`
+    is the input text for the sample and the attention maps; by default, the first source text of a
+    translation run, or `DEFAULT_TEXT` for other runs.
 
     Raises:
         FileNotFoundError: the folder has neither results nor events.
@@ -127,16 +128,14 @@ def curve_figures(
 ) -> list[markup.Html]:
     """Returns a plot of each metric by step, with the training and the held-out curve together.
 
-    Each metric has a plot of its own, because losses and scores have different scales.
-
-    Args:
-        rows: rows of the history; held-out metrics have the prefix "eval_".
-        before: held-out metrics before the first step.
+    Each metric has a plot of its own, because losses and scores have different scales. Held-out
+    metrics have the prefix "eval_" in `rows`; `before` has those before the first step.
     """
     names = {name.removeprefix("eval_") for row in rows for name in row} - _HIDDEN
     if _is_same(rows, "loss", "nll"):
         names -= {"nll"}
-    return [markup.plot(_draw(series), f"{display_name(name)}{_unit(name)}")
+    return [markup.plot(functools.partial(plots.curves, series=series, ylabel="", size=CURVE_SIZE),
+                        display_name(name) + " (nats)" * name.endswith(_LOSSES))
             for name in sorted(names, key=_order)
             if (series := _series(rows, name, (before or {}).get(name)))]
 
@@ -154,14 +153,6 @@ def _series(rows: Sequence[Mapping], name: str, before: float | None) -> dict[st
     return {label: tuple(zip(*points)) for label, points in found.items() if points}
 
 
-def _draw(series: dict[str, tuple]) -> Callable:
-    return lambda path: plots.curves(path, series, ylabel="", size=CURVE_SIZE)
-
-
-def _unit(name: str) -> str:
-    return " (nats)" if name.endswith(_LOSSES) else ""
-
-
 def _order(name: str) -> tuple:
     """Sort key: the loss, its terms, accuracies, other scores, gradient norm and throughput."""
     kinds = (name == "loss", name.endswith(_LOSSES), "accuracy" in name)
@@ -173,3 +164,200 @@ def _is_same(rows: Sequence[Mapping], first: str, second: str) -> bool:
     """Whether two metrics are equal wherever the second is recorded."""
     return all(row[prefix + second] == row.get(prefix + first)
                for row in rows for prefix in ("", "eval_") if prefix + second in row)
+
+
+# Recorded predictions -----------------------------------------------------------------------------
+
+
+def prediction_table(lines: Sequence[Mapping[str, Any]]) -> markup.Html:
+    """Returns the first lines of predictions.jsonl or translations.jsonl, of any task type, as a
+    table.
+    """
+    if not lines:
+        return markup.Html("")
+    rows = [_prediction_row(line) for line in lines[:MAX_ROWS]]
+    note = f"The first {len(rows)} of {len(lines):,}." if len(lines) > len(rows) else ""
+    return markup.Html(
+        markup.table(list(rows[0]), [list(row.values()) for row in rows])
+        + (f'<p class="note">{note}</p>' if note else ""))
+
+
+def _prediction_row(line: Mapping[str, Any]) -> dict[str, Any]:
+    if "translation" in line:
+        return {name: line[name] for name in ("source", "translation", "target")}
+    row: dict[str, Any] = {"id": str(line["id"])} if "id" in line else {}
+    if "words" in line:  # token classification
+        return row | {"words and their tags": _tagged(line["words"], line["tags"])}
+    row["prediction"] = line.get("prediction", "")
+    if "target" in line:
+        return row | {"target": line["target"]}
+    if "no_answer" in line:  # question answering
+        return row | {"prediction": row["prediction"] or "(no answer)", "score": line["score"]}
+    row["label"] = line.get("label")
+    probabilities = [p for name, p in line.items() if name.startswith("p(")]
+    if not probabilities:  # regression
+        return row
+    is_correct = row["prediction"] == row["label"]
+    return row | {"probability": max(probabilities), "": "" if is_correct else "wrong"}
+
+
+def _tagged(words: Sequence[str], tags: Sequence[str]) -> markup.Html:
+    """Returns a text in which words that have a tag other than "O" are followed by it."""
+    parts = []
+    for word, tag in zip(words, tags):
+        text = markup.escape(word)
+        parts.append(text if tag == "O" else f"<b>{text}</b> [{markup.escape(tag)}]")
+    return markup.Html(" ".join(parts))
+
+
+def records_table(rows: Sequence[Mapping[str, Any]]) -> markup.Html:
+    """Returns a table of dicts, such as the results of a sweep; "x_std" is shown beside "x".
+
+    Omits nested values, "seconds_per_step", and "score", which repeats the metric of a sweep.
+    """
+    names = [name for name, value in rows[0].items()
+             if not name.endswith("_std") and not isinstance(value, list | dict)
+             and name not in ("score", "seconds_per_step")]
+    return markup.table([display_name(name) for name in names],
+                      [[_with_deviation(row, name) for name in names] for row in rows])
+
+
+def _with_deviation(row: Mapping[str, Any], name: str) -> Any:
+    value, deviation = row.get(name), row.get(f"{name}_std")
+    if deviation is None or not isinstance(value, int | float):
+        return value
+    return f"{markup.format_score(value)} ± {markup.format_score(deviation)}"
+
+
+# Generated sample ---------------------------------------------------------------------------------
+
+
+def sample(run: LoadedRun, text: str) -> markup.Html:
+    """Returns what a model with a pre-training or seq2seq head generates for a text.
+
+    GPT continues it, BERT fills a mask in its middle, BART restores a masked token, and the
+    Transformer generates a target. For a model with a task head, the result is empty.
+    """
+    model, params, tokenizer, _ = run
+    ids = _encode(run, text)
+    if not ids or model.num_classes or "prompt" in params:  # no KV cache with prompt tuning
+        return markup.Html("")
+    given = tokenizer.decode(ids)
+    if isinstance(model, GPT):
+        limit = min(MAX_NEW_TOKENS, model.config.max_length - len(ids))
+        [row] = generate(model, params, [ids], max_new_tokens=limit)
+        return _labeled({"continuation": _continuation(given, tokenizer.decode(row.tolist()))})
+    if isinstance(model, BERT):
+        return _filled_mask(run, ids)
+    limit = min(MAX_TOKENS, model.config.max_length - 1)
+    if isinstance(model, BART) and tokenizer.mask_id is not None:
+        ids = _masked(ids, tokenizer.mask_id)
+        given = tokenizer.decode(ids, skip_special_tokens=False)
+    source = _source(run, ids)
+    [row] = generate(model, params, [source], max_new_tokens=limit)
+    return _labeled({"source": given, "generated": tokenizer.decode(row.tolist())})
+
+
+def _encode(run: LoadedRun, text: str) -> list[int]:
+    return list(run.tokenizer.encode(text)[: min(MAX_TOKENS, run.model.config.max_length // 2)])
+
+
+def _source(run: LoadedRun, ids: Sequence[int]) -> list[int]:
+    """Returns the source tokens of an encoder-decoder."""
+    prefix = [run.tokenizer.cls_id] if isinstance(run.model, BART) else []
+    return [*prefix, *ids, run.tokenizer.sep_id]
+
+
+def _masked(ids: Sequence[int], mask_id: int) -> list[int]:
+    middle = len(ids) // 2
+    return [*ids[:middle], mask_id, *ids[middle + 1 :]]
+
+
+def _labeled(texts: Mapping[str, str]) -> markup.Html:
+    return markup.Html("".join(
+        f'<p class="note">{markup.escape(name)}</p><pre>{markup.escape(text)}</pre>'
+        for name, text in texts.items()))
+
+
+def _continuation(prompt: str, text: str) -> markup.Html:
+    """Returns a generated text with its prompt in bold type."""
+    if not text.startswith(prompt):
+        return markup.escape(text)
+    return markup.Html(f"<b>{markup.escape(prompt)}</b>{markup.escape(text[len(prompt):])}")
+
+
+def _filled_mask(run: LoadedRun, ids: Sequence[int]) -> markup.Html:
+    """Returns the most probable words at a mask in the middle of the text."""
+    model, params, tokenizer, _ = run
+    if tokenizer.mask_id is None or "mlm_head" not in params:
+        return markup.Html("")
+    masked = _masked(ids, tokenizer.mask_id)
+    row = [tokenizer.cls_id, *masked, tokenizer.sep_id]
+    [mask] = fill_mask(model, params, row, mask_id=tokenizer.mask_id)
+    words = [tokenizer.decode([int(i)], skip_special_tokens=False).strip() for i in mask.token_ids]
+    table = markup.table(["word", "probability"], [
+        [word, float(p)] for word, p in zip(words, mask.probabilities)])
+    text = _labeled({"masked text": tokenizer.decode(masked, skip_special_tokens=False)})
+    return markup.Html(text + table)
+
+
+# Attention ----------------------------------------------------------------------------------------
+
+
+def attention_figures(run: LoadedRun, text: str) -> list[markup.Html]:
+    """Returns attention maps of the first and the last layer for a text, as the mean over heads.
+
+    Only the body of the model is applied, so models with any head, or none, are supported.
+    """
+    ids = _encode(run, text)
+    if not ids:
+        return []
+    figures = []
+    for name, (weights, queries, keys) in _attention(run, ids).items():
+        words, others = (None if row is None else _words(run, row) for row in (queries, keys))
+        for layer in sorted({0, len(weights) - 1}):
+            maps = {"": np.asarray(weights[layer])[0].mean(0)}
+            figures.append(markup.plot(functools.partial(
+                plots.attention, maps=maps, tokens=words, sources=others, cell_size=0.18),
+                f"{name}, layer {layer}"))
+    return figures
+
+
+def _attention(run: LoadedRun, ids: list[int]) -> dict[str, tuple]:
+    """Returns kind of attention -> (weights by layer, query tokens, key tokens or None)."""
+    model, params, tokenizer, _ = run
+    body = {name: leaves for name, leaves in params.items() if name not in HEADS}
+    apply = functools.partial(_apply_to_row, type(model)(model.config), body)
+    if isinstance(model, GPT):
+        return {"self-attention": (apply("decode", ids).attention, ids, None)}
+    if isinstance(model, BERT):
+        row = [tokenizer.cls_id, *ids, tokenizer.sep_id]
+        return {"self-attention": (apply("encode", row).attention, row, None)}
+    assert isinstance(model, Transformer)
+    source = _source(run, ids)
+    if model.num_classes:  # with a task head, the decoder input is the shifted source
+        target = [model.config.decoder_start_token_id or 0, *source[:-1]]
+    else:
+        limit = min(MAX_TOKENS, model.config.max_length - 1)
+        [row] = generate(model, params, [source], max_new_tokens=limit)
+        target = row.tolist()
+    encoder, decoder = apply("encode_decode", source, target)
+    return {"encoder self-attention": (encoder.attention, source, None),
+            "decoder self-attention": (decoder.attention, target, None),
+            "cross-attention": (decoder.cross_attention, target, source)}
+
+
+def _apply_to_row(model: Model, params: dict, method: str, *rows: Sequence[int]) -> Any:
+    """Returns the outputs of a model method for one row of tokens, or one source and target."""
+    return _jitted_apply(model, params, method, *(np.array([row], np.int32) for row in rows))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _jitted_apply(model, params, method, *tokens):
+    return model.apply({"params": params}, *tokens, method=method, output_attentions=True)
+
+
+def _words(run: LoadedRun, ids: Sequence[int]) -> list[str]:
+    """Returns the text of each token, for use as axis labels."""
+    words = [run.tokenizer.decode([int(i)], skip_special_tokens=False) for i in ids]
+    return [word.strip().replace("\n", " ") or "·" for word in words]

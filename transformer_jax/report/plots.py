@@ -47,15 +47,9 @@ def curves(
     ylabel: str = "loss (nats)",
     size: tuple[float, float] = (7, 4),
 ) -> Path:
-    """Plots lines over a common x axis.
+    """Plots lines over a common x axis: label -> (x, y).
 
-    Args:
-        path: the PNG.
-        series: label -> (x, y). Lines with "held-out" in the label, and short lines, get markers.
-        title: title of the plot.
-        xlabel: label of the x axis.
-        ylabel: label of the y axis.
-        size: width and height in inches.
+    Lines with "held-out" in the label, and short lines, get markers. `size` is in inches.
 
     Example:
         >>> import tempfile
@@ -79,11 +73,8 @@ def curves(
 
 
 def positions(path: str | Path, tables: Mapping[str, np.ndarray]) -> Path:
-    """Plots position embeddings as images: one column per position, one row per dimension.
-
-    Args:
-        path: the PNG.
-        tables: title -> table `[max_length, D]`.
+    """Plots position embeddings, title -> `[max_length, D]`: a column per position, a row per
+    dimension.
     """
     figure = new_figure(6.5 * len(tables), 4.4)
     for axes, (title, table) in zip(np.atleast_1d(figure.subplots(1, len(tables))), tables.items()):
@@ -104,15 +95,11 @@ def attention(
     title: str = "",
     cell_size: float = 0.24,
 ) -> Path:
-    """Plots attention weights side by side: row t has the weights of query token t over the keys.
+    """Plots attention weights, title -> `[T, S]`: row t has the weights of query token t over the
+    keys.
 
-    Args:
-        path: the PNG.
-        maps: title -> weights `[T, S]`.
-        tokens: the T query tokens.
-        sources: the S key tokens of cross-attention; None for self-attention.
-        title: title of the figure.
-        cell_size: width and height of one weight in inches.
+    `tokens` are the T query tokens, and `sources` the S key tokens of cross-attention, None for
+    self-attention. `cell_size` is the width and height of one weight in inches.
     """
     keys = tokens if sources is None else sources
     width, height = (max(4.0, cell_size * len(words) + 1.6) for words in (keys, tokens))
@@ -136,15 +123,9 @@ def label_efficiency(
 ) -> Path:
     """Plots a score over the number of labeled examples: one panel per model, one line per spec.
 
-    Bands are standard deviations over seeds. Lines with "scratch" in the label are dashed.
-
-    Args:
-        path: the PNG.
-        panels: model -> trainable spec -> (numbers of examples, mean scores, standard deviations),
-            scores as fractions of 1.
-        title: title of the figure.
-        chance: score of the majority class, drawn as a dotted line.
-        ylabel: name of the score.
+    `panels` has model -> trainable spec -> (numbers of examples, mean scores, standard deviations
+    over seeds, drawn as bands), scores as fractions of 1. Lines with "scratch" in the label are
+    dashed. `chance` is the score of the majority class, drawn as a dotted line.
     """
     figure = new_figure(5.2 * len(panels) + 1.2, 4.2)
     figure.suptitle(title)
@@ -182,15 +163,10 @@ def _unique_legend(grid: Sequence) -> tuple[list, list[str]]:
 def confusion(
     path: str | Path, table: np.ndarray, names: Sequence[str], *, title: str
 ) -> Path:
-    """Plots a confusion matrix of counts, shaded by the fraction of the true class.
+    """Plots a confusion matrix of counts `[C, C]`, with a row for each true class, shaded by
+    fraction.
 
     With more than 8 classes, percentages are shown only on the diagonal, and zeros are omitted.
-
-    Args:
-        path: the PNG.
-        table: counts `[C, C]`; rows are true classes, columns are predicted classes.
-        names: names of the C classes.
-        title: title of the plot.
     """
     table = np.asarray(table)
     C = len(names)
@@ -223,12 +199,8 @@ def confusion(
 
 
 def calibration(path: str | Path, found: Mapping[str, np.ndarray], *, title: str) -> Path:
-    """Plots a reliability diagram: accuracy and number of examples by predicted probability.
-
-    Args:
-        path: the PNG.
-        found: the result of `metrics.calibration`.
-        title: title of the plot.
+    """Plots a reliability diagram of the result of `metrics.calibration`: accuracy and number of
+    examples by predicted probability.
     """
     accuracy, count = np.asarray(found["accuracy"], float), np.asarray(found["count"])
     bins = len(count)
@@ -255,11 +227,7 @@ def trainable_specs(
 ) -> Path:
     """Plots a score over the fraction of trainable parameters, one point per trainable spec.
 
-    Args:
-        path: the PNG.
-        found: trainable spec -> (fraction of trainable parameters, mean score, standard deviation).
-        title: title of the plot.
-        ylabel: name of the score.
+    `found` has spec -> (fraction of trainable parameters, mean score, standard deviation).
     """
     figure = new_figure(7.5, 4.6)
     axes = figure.subplots()
@@ -280,15 +248,11 @@ def trainable_specs(
 
 
 def label(axes, points: Mapping[str, tuple[float, float]], ink: Sequence[tuple]) -> None:
-    """Labels points without overlaps.
+    """Labels points, label -> (x, y), without overlaps; the layout of the figure must be computed.
 
     Each label gets the first position near its point that lies within the axes and overlaps neither
-    another label nor `ink`; if there is none, the position with the fewest overlaps.
-
-    Args:
-        axes: Matplotlib axes; the layout of their figure must have been computed.
-        points: label -> (x, y).
-        ink: points (x, y) of the plot that labels should not cover.
+    another label nor `ink`, points (x, y) of the plot; if there is none, the one with the fewest
+    overlaps.
     """
     ink = axes.transData.transform(ink)
     taken: list = []
@@ -316,12 +280,8 @@ def label(axes, points: Mapping[str, tuple[float, float]], ink: Sequence[tuple])
 
 
 def costs(path: str | Path, found: Mapping[str, Mapping[str, float]], *, title: str) -> Path:
-    """Plots bars of relative costs, with the value above each bar.
-
-    Args:
-        path: the PNG.
-        found: trainable spec -> kind of cost -> cost relative to the first spec.
-        title: title of the plot.
+    """Plots bars of costs, spec -> kind -> cost relative to the first spec, with the values above
+    them.
     """
     kinds = list(next(iter(found.values())))
     figure = new_figure(2 + 1.25 * len(found), 4.2)
@@ -344,12 +304,8 @@ def plans(path: str | Path, found: Mapping[str, Mapping[str, float]], *, limit: 
           title: str) -> Path:
     """Plots the memory and the roofline times of training plans, one row per plan.
 
-    Args:
-        path: the PNG.
-        found: plan -> "state" and "temporary" in GiB of one device; "compute", "hbm" and
-            "interconnect" in milliseconds of a step.
-        limit: memory of one device in GiB.
-        title: title of the figure.
+    `found` has, by plan, "state" and "temporary" in GiB of one device, and "compute", "hbm" and
+    "interconnect" in milliseconds of a step; `limit` is the memory of one device in GiB.
     """
     figure = new_figure(12, 1.6 + 0.5 * len(found))
     left, right = figure.subplots(1, 2, sharey=True)

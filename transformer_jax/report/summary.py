@@ -44,12 +44,8 @@ MAX_TILES = 6
 class RunFiles(NamedTuple):
     """The recorded results of a run.
 
-    Attributes:
-        folder: the folder of the run.
-        results: content of results.json; None for a run that is not finished.
-        histories: stage name -> rows of the training history, one dict of values for each logged
-            step; the name is "" for a run of one stage.
-        run_config: content of config.json; empty if there is none.
+    `results` is None for a run that is not finished; `histories` has, by stage name ("" for a run
+    of one stage), one dict of values for each logged step.
     """
 
     folder: Path
@@ -59,12 +55,10 @@ class RunFiles(NamedTuple):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings of the run; empty for a run that is not finished."""
         return {} if self.results is None else self.results["config"]
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The metrics of the run; empty for a run that is not finished."""
         return {} if self.results is None else self.results["metrics"]
 
 
@@ -142,13 +136,8 @@ def load_outputs(folder: Path) -> list[dict]:
 
 
 def setting(config: Mapping[str, Any], *names: str, default: Any = None) -> Any:
-    """Returns the first setting of `names` that is in the config, or the default.
-
-    Some settings have other names in runs of older versions.
-
-    Example:
-        >>> setting({"length": 64}, "max_length", "length")
-        64
+    """Returns the first setting of `names` in the config; some have other names in runs of older
+    versions.
     """
     return next((config[name] for name in names if name in config), default)
 
@@ -157,12 +146,7 @@ def setting(config: Mapping[str, Any], *names: str, default: Any = None) -> Any:
 
 
 def display_name(name: str) -> str:
-    """Returns the name of a metric or column as shown in the report.
-
-    Example:
-        >>> display_name("nsp_loss"), display_name("exact_match")
-        ('NSP loss', 'exact match')
-    """
+    """Returns the name of a metric or column as shown in the report: "nsp_loss" is "NSP loss"."""
     return NAMES.get(name, name.replace("_", " "))
 
 
@@ -180,12 +164,7 @@ def job_of(run: RunFiles) -> str:
 
 
 def summary(run: RunFiles, num_params: int | None) -> list[str]:
-    """Returns the HTML at the top of a report: two sentences, main results and a table of facts.
-
-    Args:
-        run: the files of the run.
-        num_params: number of parameters of the model; None if unknown.
-    """
+    """Returns the HTML at the top of a report: two sentences, main results and a table of facts."""
     return [f'<p class="lead">{markup.escape(_trained(run))}</p>',
             f"<p>{markup.escape(_ended(run))}</p>",
             markup.tiles(list(main_results(run))[:MAX_TILES]),
@@ -360,10 +339,6 @@ def _optimizer(optimizer: Mapping[str, Any]) -> str:
 
 def flatten(value: Any, name: str = "") -> dict[str, Any]:
     """Returns the values of nested dicts by dotted name; lists of dicts or of lists are left out.
-
-    Example:
-        >>> flatten({"held_out": {"loss": 2.5}, "rows": [{"step": 1}], "seeds": [0, 1]})
-        {'held_out.loss': 2.5, 'seeds': [0, 1]}
     """
     if isinstance(value, Mapping) and value:
         found: dict[str, Any] = {}
