@@ -9,6 +9,7 @@ import pytest
 import small_models
 
 from transformer_jax import sharding
+from transformer_jax.nn import backends
 from transformer_jax.nn.layers import LazyLogits
 from transformer_jax.objectives import causal_lm, mlm_nsp, seq2seq
 from transformer_jax.objectives.cross_entropy import chunked_cross_entropy, token_losses
@@ -171,7 +172,8 @@ def test_memory_does_not_grow_with_the_vocabulary():
     def loss(lazy_logits, targets, weights):
         return token_losses(lazy_logits, targets, weights)[0]
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(lazy_logits, targets, weights).compile()
+    with backends.use("auto"):  # the reference implementation computes all logits at once
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(lazy_logits, targets, weights).compile()
     logits_bytes = tokens[1] * V * 4
     assert compiled.memory_analysis().temp_size_in_bytes < logits_bytes / 8
 
