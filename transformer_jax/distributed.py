@@ -39,8 +39,7 @@ def initialize(environment: Mapping[str, str] = os.environ, timeout_seconds: int
     Args:
         environment: environment variables.
         timeout_seconds: how long the first process waits for the others. After that, it fails with
-            an
-            error that names the missing processes.
+            an error that names the missing processes.
 
     Returns:
         Whether there are several processes.

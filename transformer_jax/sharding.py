@@ -77,14 +77,12 @@ def make_mesh(
 
     Args:
         data: size of an axis, like `fsdp`, `sequence` and `tensor`. One of the four may be -1,
-            which
-            uses all remaining devices.
+            which uses all remaining devices.
         devices: by default all devices of all hosts.
 
     Raises:
         ValueError: a size is below 1, two sizes are -1, the product of the sizes is not the number
-            of
-            devices, or `data` is not a multiple of the number of TPU slices.
+            of devices, or `data` is not a multiple of the number of TPU slices.
 
     Example:
         >>> dict(make_mesh(devices=jax.devices()[:1]).shape)

@@ -25,8 +25,7 @@ Work = Callable[[], object]
 
 def random_batch(case: Case) -> dict[str, np.ndarray]:
     """Returns "tokens" `[B, S]`, "targets" and "decoder_tokens" `[B, T]`, and for BERT "labels"
-    `[B]`
-    and "masked" `[B, S]`, True at the positions to predict.
+    `[B]` and "masked" `[B, S]`, True at the positions to predict.
     """
     rng = np.random.default_rng(0)
     batch_size, length = case["batch_size"], case["length"]

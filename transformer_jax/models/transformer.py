@@ -233,7 +233,7 @@ class Transformer(DecoderHeads):
 
 
 class BART(Transformer):
-    """BART: the Transformer, pre-trained to reconstruct corrupted text (`objectives.denoising`).
+    """BART: the Transformer, pre-trained to reconstruct corrupted text (`objectives.seq2seq`).
 
     Lewis et al. 2019, "BART: Denoising Sequence-to-Sequence Pre-training for Natural Language
     Generation, Translation, and Comprehension", section 2.1: GELU instead of ReLU, and parameters

@@ -113,8 +113,7 @@ def compile_plan(config: PlanConfig, devices: Sequence[Any], chip: Chip) -> Plan
 
     Raises:
         ValueError: the mesh does not have as many devices as given, the batch size is not a
-            multiple of
-            batch shards times microbatches, or the sequences are too long.
+            multiple of batch shards times microbatches, or the sequences are too long.
         jax.errors.JaxRuntimeError: the compiler failed, for another reason than memory.
     """
     config = _resolve_attention_impl(config, devices)
