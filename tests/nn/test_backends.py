@@ -85,7 +85,8 @@ CASES = {
         cpu.matmul_transposed, "matmul_transposed",
         [normal(rows, 1, 24, dtype=dtype), normal(40, 24, dtype=dtype)],
         2e-5 if dtype == "float32" else 2e-2, dtype=jnp.float32)
-       for rows in (1, cpu.MATVEC_MAX_ROWS) for dtype in ("float32", "bfloat16")},
+       for rows in (1, cpu.MATVEC_MAX_ROWS, cpu.MATVEC_MAX_ROWS + 1)
+       for dtype in ("float32", "bfloat16")},
     **{f"int8 matmul of {rows} rows": case(
         cpu.int8_matmul_transposed, "int8_matmul_transposed",
         [(normal(rows, 24) * 40).astype(jnp.int8), (normal(40, 24) * 40).astype(jnp.int8)], 0, 0)

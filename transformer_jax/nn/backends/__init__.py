@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         Variant(cpu.attention, cpu.supports_attention),
     ),
     "matmul": (Variant(cpu.matmul, cpu.has_no_mesh),),
-    "matmul_transposed": (Variant(cpu.matmul_transposed, cpu.supports_few_rows),),
+    "matmul_transposed": (Variant(cpu.matmul_transposed, cpu.has_no_mesh),),
     "int8_matmul_transposed": (Variant(cpu.int8_matmul_transposed, cpu.is_default),),
     "materialize_cotangent": (Variant(cpu.materialize_cotangent, cpu.is_default),),
     "softmax_cross_entropy_and_grad": (

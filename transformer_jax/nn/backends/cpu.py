@@ -15,7 +15,7 @@ from jaxtyping import Float, Int8
 
 from transformer_jax.nn.dropout import keep_mask
 
-MATVEC_MAX_ROWS = 32  # up to this number of rows, `matmul_transposed` was measured to be faster
+MATVEC_MAX_ROWS = 32  # up to this number, a weight matrix as left operand was measured to be faster
 
 
 def is_default(*args, **kwargs) -> bool:
@@ -110,26 +110,26 @@ def matmul(
 def matmul_transposed(
     x: Float[Array, "... D"], matrix: Float[Array, "F D"], dtype: jnp.dtype | None = None
 ) -> Float[Array, "... F"]:
-    """`quantized.matmul_transposed` for up to `MATVEC_MAX_ROWS` rows, as in a decoding step.
+    """`quantized.matmul_transposed` of operands that are reshaped to matrices, as in `matmul`.
 
-    XLA on CPU repacks the right operand of a matmul in every call. For few rows this takes as long
-    as the matmul itself, so the weight matrix is the left operand. A single bfloat16 row would run
-    in XLA's slowest loop, so it is duplicated. Decoding with GPT-2 (12 layers), 8 rows: 1.17; 32
-    rows: 1.05; 1 row: 1.02.
+    XLA on CPU repacks the right operand of a matmul in every call. For up to `MATVEC_MAX_ROWS`
+    rows, as in a decoding step, this takes as long as the matmul itself, so the weight matrix is
+    the left operand. A single bfloat16 row would run in XLA's slowest loop, so it is duplicated.
+    Decoding with GPT-2 (12 layers), 8 rows: 1.17; 32 rows: 1.05; 1 row: 1.02. More rows are only
+    reshaped, as in the output layer of a training step; GPT-2, 2 x 256 tokens: 1.04. Without it,
+    the variants that were removed would have slowed this step by more than 3 %.
     """
     num_rows = math.prod(x.shape[:-1])
     x_MD = x.reshape(num_rows, x.shape[-1])
+    if num_rows > MATVEC_MAX_ROWS:
+        y_MF = jnp.einsum("MD,FD->MF", x_MD, matrix, preferred_element_type=dtype)
+        return y_MF.reshape(*x.shape[:-1], -1)
     if num_rows == 1 and matrix.dtype != jnp.float32:
         x_MD = jnp.concatenate([x_MD, x_MD])
     y_FM = jnp.einsum("FD,MD->FM", matrix, x_MD, preferred_element_type=dtype)
     # Without the barrier, XLA rewrites the transposed product with its operands swapped.
     y_MF = jax.lax.optimization_barrier(y_FM)[:, :num_rows].T
     return y_MF.reshape(*x.shape[:-1], -1)
-
-
-def supports_few_rows(x, *args, **kwargs) -> bool:
-    """Returns whether `matmul_transposed` applies: on a CPU without a mesh, to few rows."""
-    return has_no_mesh() and math.prod(x.shape[:-1]) <= MATVEC_MAX_ROWS
 
 
 def int8_matmul_transposed(x_MD: Int8[Array, "M D"], matrix: Int8[Array, "F D"]) -> Array:
