@@ -5,7 +5,7 @@
 
 A folder contains a JSON manifest and the safetensors file that it names. An adapter holds all
 trained parameters, and also the PEFT and newly initialized parameters that are not trained, such as
-the scale of a LoRA.
+the scale of a LoRA. `multi_adapter` applies several adapters in one batch.
 """
 
 import hashlib

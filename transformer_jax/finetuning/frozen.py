@@ -133,7 +133,8 @@ def _features(model: Model, params: PyTree, inputs: dict[str, jax.Array]) -> jax
 def make_features_apply(apply: Callable) -> Callable:
     """Returns a replacement for a model's `apply`, for batches whose "tokens" are cached features.
 
-    It computes only the classification head, so it accepts only the method "classification_logits".
+    Pass it to `objectives.classification.classification_loss`. It computes only the classification
+    head, so it accepts only the method "classification_logits".
     """
 
     def features_apply(variables, features, *, method, deterministic=True, rngs=None, **inputs):

@@ -36,11 +36,11 @@ def stack_adapters(adapters: Sequence[SavedAdapter | PyTree], base: PyTree) -> S
     """Stacks adapters of the same base for `apply_per_row`; the id of an adapter is its index.
 
     The adapters may have different structures; stacking does not change their outputs. LoRA ranks,
-    adapter widths and numbers of classes are padded with zeros. Where only some of the adapters
-    have a LoRA or bottleneck adapter, the others get zeros; for IA3 they get ones; for a trained
-    parameter of the base, they get the value of the base. DoRA is converted to LoRA and a scale of
-    the outputs. LoRA dropout is removed. An element may also be the complete parameters of a
-    fine-tuned model; parameters that no model has changed are not stacked.
+    adapter widths, and numbers of classes and added tokens are padded with zeros. Where only some
+    of the adapters have a LoRA or bottleneck adapter, the others get zeros; for IA3 they get ones;
+    for a trained parameter of the base, they get the value of the base. DoRA is converted to LoRA
+    and a scale of the outputs. LoRA dropout is removed. An element may also be the complete
+    parameters of a fine-tuned model; parameters that no model has changed are not stacked.
 
     Raises:
         ValueError: there are no adapters, none differs from the base, or they cannot be stacked:

@@ -1,4 +1,4 @@
-"""`generate`, `decode` and `fill_mask`: generation with GPT and encoder-decoders, masks of BERT.
+"""`generate` and `decode` for GPT and encoder-decoders, and `fill_mask` for BERT.
 
 `decode` is a pure function for `jit`, `vmap` and `scan`. `generate` runs it from the host: it
 validates and pads lists of prompts, and caches compiled programs.
@@ -37,8 +37,8 @@ class DecodeOutput(NamedTuple):
         tokens: the prompt (for an encoder-decoder, the start token), then the new tokens, then
             padding. L is the number of columns of the prompts plus `max_new_tokens`.
         lengths: number of tokens of each row, the prompt and the end-of-sequence token included.
-        scores: for beam search, log-probability of the new tokens, divided by their number **
-            length_penalty; else None.
+        scores: for beam search, the log-probability of the new tokens divided by
+            (number of new tokens) ** length_penalty; else None.
         num_steps: number of forward passes of `model`, the prefill included.
     """
 
@@ -132,8 +132,8 @@ def generate(
     Args:
         model: GPT or an encoder-decoder.
         params: its parameters.
-        input_ids: prompts, or sources for an encoder-decoder: lists of token ids, or an array with
-            an `attention_mask`.
+        input_ids: prompts, or sources for an encoder-decoder: lists of token ids, or an array,
+            with an `attention_mask` if it has padding.
         attention_mask: 1 at tokens, 0 at padding, which may be on either side.
         **options: fields of `GenerateOptions`, which documents them: `max_new_tokens`,
             `do_sample`, `temperature`, `top_k`, `top_p`, `num_beams`, `logits_processors`, ...

@@ -1,16 +1,16 @@
-"""Beam search that gives the same results as `GenerationMixin._beam_search` of Hugging Face
-Transformers 5.
+"""Beam search with the results of `GenerationMixin._beam_search` of Hugging Face Transformers 5.
 
 A row is one prompt of the batch. At each step, the candidates are the C best continuations of the K
 running sequences of a row. Candidates that end are added to the finished sequences if they are
-among the first K. The score of a finished sequence is its log-probability divided by length **
-length_penalty, where the length is the number of new tokens (Wu et al. 2016, "Google's Neural
-Machine Translation System", section 7, without the constant 5). The K best candidates that do not
-end are the next running sequences. C is so large that there are always K of them, even if the
-others extend every running sequence by every end-of-sequence token.
+among the first K. The score of a finished sequence is log-probability / length ** length_penalty,
+where the length is the number of new tokens (Wu et al. 2016, "Google's Neural Machine Translation
+System", section 7, without the constant 5). The K best candidates that do not end are the next
+running sequences. C is so large that K candidates do not end, even if the others extend every
+running sequence by every end-of-sequence token.
 
 Shape suffixes: B batch, K beams, C candidates, L token slots of a sequence, N = B * K running
-sequences, V vocabulary, M = K * V continuations of a row."""
+sequences, V vocabulary, M = K * V continuations of a row.
+"""
 
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class FinishedBeams(NamedTuple):
 class BeamState(NamedTuple):
     """State of the search between two tokens.
 
-    The N running sequences of a row are in order of decreasing score, a log-probability.
+    The K running sequences of a row are in order of decreasing score, a log-probability.
     `can_improve` is True at rows where one of them may still score higher than a finished one.
     `is_finished` is True when the search is over. `num_steps` counts forward passes, the prefill
     included.
@@ -132,8 +132,7 @@ def _extend_beams(
 def start(
     model, params: dict, inputs: GenerationInputs, options: DecodingOptions
 ) -> tuple[dict, BeamState]:
-    """Extends the beams by their first tokens. Returns the parameters in the layout for `step`, and
-    the state."""
+    """Adds the first new tokens. Returns the parameters in the layout for `step`, and the state."""
     B, K = len(inputs.prompts), options.rows_per_prompt
     logits_NV, cache, sequences = prefill_rows(model, params, inputs, options)
     # All beams start with the same prompt. Only the first one is extended in the first step, as

@@ -60,9 +60,10 @@ def prefill(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Processes the prompts and fills the KV cache. A pure function.
 
-    `prompts` and `source` are padded on the right to T and S columns; their lengths are numbers of
-    tokens, at least 1, and T and S if None. The prompts of an encoder-decoder are the first tokens
-    of the decoder, such as its start token. A row has `cache_length` cache slots (static).
+    `prompts` and `source` are padded on the right. `lengths` and `source_lengths` are the numbers
+    of tokens of each row, at least 1; by default T and S. The prompts of an encoder-decoder are the
+    first tokens of the decoder, such as its start token. `cache_length`, at least T, is the number
+    of cache slots of each row; it is static.
 
     Returns:
         The float32 logits of the first new token, and the cache.

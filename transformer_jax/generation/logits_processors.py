@@ -26,8 +26,8 @@ from jaxtyping import Bool, Float, Int, Key
 class Sequences(NamedTuple):
     """The token ids of each row so far: the prompt, then the generated tokens.
 
-    Slot `s` of a row holds the token at position `s`. The contents of slots at and after `lengths`,
-    which includes the prompt, are ignored.
+    Slot `s` of a row holds the token at position `s`. `lengths` includes the prompt; the contents
+    of slots at and after it are ignored.
     """
 
     tokens: Int[Array, "B L"]
@@ -92,8 +92,8 @@ class DecodingOptions:
     top_k: Int[Array, ""]  # V for no limit
     top_p: Float[Array, ""]
     min_p: Float[Array, ""]
-    # Beam search only. At index n - 1: n ** length_penalty, and the same for the final length that
-    # the stopping rule assumes for a running sequence of n new tokens.
+    # Beam search only. At index n - 1: n ** length_penalty, and m ** length_penalty for the final
+    # length m that the stopping rule assumes for a running sequence of n new tokens.
     length_divisor: Float[Array, "L"] | None = None
     best_case_divisor: Float[Array, "L"] | None = None
     early_stopping: Bool[Array, ""] | None = None  # True; "never" is in `best_case_divisor`

@@ -45,7 +45,8 @@ class GenerateOptions:
             those of an encoder-decoder's source do not. 0 for no limit.
         bad_words_ids: token sequences that are not generated.
         suppress_tokens: tokens that are not generated.
-        begin_suppress_tokens: tokens that are not generated as the first new token.
+        begin_suppress_tokens: tokens that are not generated as the first new token, or as the
+            second if the first is forced.
         early_stopping: when a beam search stops. True: once there are `num_beams` finished
             sequences. False: when, in addition, the best running sequence, scored at its current
             length, is not better than any of them. "never": when it cannot become better at any
@@ -63,8 +64,8 @@ class GenerateOptions:
         num_assistant_tokens: tokens that the draft model proposes at a time.
         logits_processors: functions `(scores, sequences) -> scores` that modify the scores of the
             next token, float32 [N, V]: logits, or log-probabilities in a beam search. N is B times
-            the number of beams or samples; `Sequences` has the tokens of each row so far. They are
-            applied in order, after the options above that constrain tokens and before
+            the number of beams or samples; `Sequences` has the tokens of each row so far. The
+            functions are applied in order, after the options above that constrain tokens and before
             `temperature`, `top_k`, `top_p` and `min_p`.
         streamer: called with each column of new tokens, int32 [N], in order, without the prompts.
         rng: key for sampling.
@@ -258,9 +259,9 @@ def prepare(
 ) -> tuple[DecodingOptions, np.ndarray | None]:
     """Converts checked options. Also returns the first decoder token of each row; None for GPT.
 
-    `width` is the number of columns of the prompts and `longest` that of tokens of the longest one.
-    `round_up` rounds the number of token slots up to a power of two, so that fewer lengths are
-    compiled for.
+    `width` is the number of columns of the prompts, and `longest` the number of tokens of the
+    longest one. `round_up` rounds the number of token slots up to a power of two, so that fewer
+    lengths are compiled for.
     """
     special_ids = special_token_ids(config, options, is_encoder_decoder)
     starts = special_ids.get("decoder_start_token_id")
@@ -341,7 +342,8 @@ def generation_options(model: Model) -> dict[str, Any]:
     """Returns the options of `generate` in a checkpoint's generation_config.json.
 
     If there is no such file, the options in config.json are used. Options that have no effect, such
-    as a temperature without sampling, are omitted; a model from no checkpoint has none.
+    as a temperature without sampling, are omitted. The result is {} for a model that was not loaded
+    from a checkpoint.
 
     Example:
         >>> from transformer_jax.models import BART, presets

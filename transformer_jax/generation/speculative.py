@@ -55,8 +55,8 @@ def verify_greedy(
 ) -> tuple[Int[Array, "B P"], Int[Array, "B"]]:
     """Accepts draft tokens up to the first that is not the target model's argmax.
 
-    Returns the argmax tokens, and the number n of accepted draft tokens in each row. The first n +
-    1 tokens of a row are to be appended; the rest must be ignored.
+    Returns the argmax tokens, and the number n of accepted draft tokens in each row. Append the
+    first n + 1 tokens of a row, and ignore the rest.
     """
     argmax_BP = scores.argmax(-1).astype(jnp.int32)
     return argmax_BP, _num_leading_true(argmax_BP[:, :-1] == draft_tokens)
@@ -72,8 +72,8 @@ def verify_sampled(
 
     A token sampled from the draft distribution q is accepted with probability min(1, p / q), where
     p is the target distribution. The token after the accepted ones is sampled from max(0, p - q),
-    normalized, if a token was rejected, and from p otherwise. Scores are logits. Returns as
-    `verify_greedy`.
+    normalized, if a token was rejected, and from p otherwise. Scores are logits. Returns the
+    resulting tokens and the numbers of accepted draft tokens, in the form of `verify_greedy`.
     """
     B, G = draft_tokens.shape
     rows_B = jnp.arange(B)

@@ -100,8 +100,8 @@ def skip_bad_updates(train_step: Callable, policy: AnomalyPolicy) -> Callable:
 
     Returns `guarded_step(state, batch, rng, spike_threshold) -> (state, metrics)`, or `train_step`
     itself if `policy` skips none (`AnomalyDetector.step_args` are the arguments after `rng`). A
-    discarded step increments only `state.step`; its added metric "skipped" is 1. Similar to
-    `optax.apply_if_finite`, but for the whole train state, and also for loss spikes.
+    discarded step increments only `state.step`. The added metric "skipped" is 1 for it, else 0.
+    Similar to `optax.apply_if_finite`, but for the whole train state, and also for loss spikes.
     """
     if not policy.skips:
         return train_step
@@ -191,7 +191,7 @@ class AnomalyDetector:
 def save_batch(folder: str | Path | None, step: int, batch: PyTree, kind: str = "bad") -> str:
     """Saves a batch as `<kind>_batch_step<step>.npz`; with several processes, one file for each.
 
-    Returns a clause for messages that states where the batch is. None as the folder saves nothing.
+    Returns a clause for messages that states where the batch is. `folder=None` saves nothing.
     """
     if folder is None:
         return f"the batch was number {step} of the run"

@@ -319,7 +319,7 @@ class _BestMetric(Callback, abc.ABC):
 class EarlyStopping(_BestMetric):
     """Stops the run when an evaluation metric has not improved for `patience` evaluations.
 
-    `mode` is "min" or "max".
+    `metric` is its name without "eval_", and `mode` is "min" or "max".
     """
 
     def __init__(self, metric: str, mode: str = "min", patience: int = 3):
@@ -351,7 +351,7 @@ class KeepBest(_BestMetric):
     so that it keeps the best one.
 
     Args:
-        metric: the name of a metric of the evaluation.
+        metric: the name of a metric of the evaluation, without "eval_".
         mode: "min" or "max".
         select: `select(state)` returns what is kept; by default the parameters.
     """

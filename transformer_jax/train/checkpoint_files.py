@@ -242,8 +242,10 @@ def saved_arrays(path: Path, item: str) -> dict[str, Any]:
 
 
 def load_items(path: Path, trees: Mapping[str, PyTree]) -> dict[str, Any]:
-    """Loads all JSON items of a checkpoint, and the items in `trees`: real or abstract trees, whose
-    structure, dtypes and shardings they get. ValueError if the saved paths or shapes differ.
+    """Loads all JSON items of a checkpoint, and the items in `trees`.
+
+    The latter get the structure, dtypes and shardings of `trees`, which are real or abstract.
+    Raises ValueError if the saved paths or shapes differ from them.
     """
     wanted: dict[str, Any] = {item: None for item in JSON_ITEMS if (path / item).is_dir()}
     for item, like in trees.items():

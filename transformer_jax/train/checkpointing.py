@@ -52,13 +52,13 @@ def save(
 ) -> files.PendingSave:
     """Saves a checkpoint, then deletes old checkpoints (see `keep` and `keep_best`).
 
-    The arrays of `state` are copied to the host before this function returns, so they may be
-    donated afterwards. `data_state` and `metadata` are JSON values; with several processes, the
-    `data_state` of the first one is saved, so the iterators of all must be at the same position, as
-    Grain's sharded iterators are. `keep` is the number of most recent checkpoints to keep, None for
-    all, and `keep_best`, (name in `metrics`, "min" or "max"), keeps the best one as well. Without
-    `wait`, the files are written in the background: call `result()` of the returned object before
-    the next save and at the end.
+    `step` is `state.step` and names the subdirectory. The arrays of `state` are copied to the host
+    before this function returns, so they may be donated afterwards. `data_state` and `metadata` are
+    JSON values; with several processes, the `data_state` of the first one is saved, so the
+    iterators of all must be at the same position, as Grain's sharded iterators are. `keep` is the
+    number of most recent checkpoints to keep, None for all, and `keep_best`, (name in `metrics`,
+    "min" or "max"), keeps the best one as well. Without `wait`, the files are written in the
+    background: call `result()` of the returned object before the next save and at the end.
 
     Raises:
         ValueError: the step is saved already, or an argument is out of range or not JSON.
@@ -196,7 +196,11 @@ def average_params(directory: str | Path, last: int, like: PyTree | None = None)
 
     With a high learning rate near the end of training, parameters oscillate around a minimum, and
     their mean is closer to it (Vaswani et al. 2017, section 6.1: the last 5 checkpoints, written
-    at 10-minute intervals).
+    at 10-minute intervals). It is computed in the dtypes of `like`, by default the saved ones.
+
+    Raises:
+        FileNotFoundError: the directory has fewer than `last` checkpoints.
+        ValueError: `last` is below 1, or as in `restore`.
     """
     if last < 1:
         raise ValueError(f"last is {last}; it must be at least 1 checkpoint")

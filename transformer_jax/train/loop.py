@@ -340,7 +340,7 @@ def replay_step(
 ) -> tuple[TrainState, HistoryRow]:
     """Repeats a step of a run, for debugging: from the last checkpoint before it, or the beginning.
 
-    The arguments are those of `fit`, of which the mesh may differ, and the number of the step,
+    The arguments are those of `fit` (another mesh is allowed) and `step`, the number of the step,
     counted from 1. Nothing is evaluated, and no checkpoint is changed. The batch of the step is
     saved in the checkpoint directory as "replayed_batch_step<step>.npz". Anomalous updates are
     skipped if the policy says so; otherwise anomalies are only printed.

@@ -92,7 +92,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
 @dataclass(frozen=True)
 class FinetuningOptions:
-    """Options of an optimizer for fine-tuning; `train.transforms` has the formulas.
+    """Options of an optimizer for fine-tuning, off if None; `train.transforms` has the formulas.
 
     Attributes:
         layer_decay: ratio of the learning rates of a layer and the layer above it, in (0, 1].
@@ -102,7 +102,7 @@ class FinetuningOptions:
             unfrozen, from the top layer down. The schedule and the average of `ema` also advance in
             updates in which a layer is still frozen.
         l2_sp: strength of the decay of parameters, including biases, toward their values at `init`.
-            Parameters whose path matches `new_pattern` have weight decay instead. None disables it.
+            Parameters whose path matches `new_pattern` have weight decay instead.
         new_pattern: a regular expression for paths; by default classifier and PEFT parameters.
         ema: decay of an exponential moving average of the trainable parameters, in (0, 1); see
             `transforms.get_ema_params`.

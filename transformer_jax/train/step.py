@@ -123,7 +123,7 @@ def _compute_grads(
 ):
     """Returns (grads, (sums, weights, metrics)) of the rows of `batch`, not summed over devices.
 
-    `weights` are the total weights to divide by; by default those of `batch`.
+    `weights` are the total weights to divide by; by default those of `batch`, summed over devices.
     """
     def objective(trainable_params: PyTree) -> tuple[jax.Array, tuple]:
         params = tree.combine(trainable_params, frozen_params)
@@ -182,7 +182,8 @@ def make_train_step(
         loss_fn: returns (sum, weight, metrics); see the module docstring.
         optimizer: gets the trainable parameters only, with None in place of frozen ones.
         trainable: a boolean mask with the structure of the parameters; None trains all of them.
-        accumulate: number of microbatches of a batch; only one's activations are in memory.
+        accumulate: number of microbatches of a batch. Only one's activations are in memory; the
+            gradients are accumulated in a buffer of the size of the trainable parameters.
         axis_name: the axis of `jax.pmap` or `jax.shard_map` over which totals are summed.
 
     Returns:
@@ -362,7 +363,7 @@ def _proc_bytes(file: str, field: str) -> int | None:
 
 
 def peak_memory() -> int | None:
-    """Returns the peak memory use of the first device, on a CPU that of this process, in bytes."""
+    """Returns the peak bytes in use on the first device, or of this process on a CPU, if known."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use", _proc_bytes("/proc/self/status", "VmHWM:"))
 

@@ -67,7 +67,8 @@ def layerwise_lr_multipliers(
 
         layer_decay^(L + 1 - d) * (head_lr_multiplier if the path matches head_pattern else 1)
 
-    Howard & Ruder 2018, "ULMFiT", section 3.2; Clark et al. 2020, "ELECTRA", appendix B.
+    where a `layer_decay` of None means 1. Howard & Ruder 2018, "ULMFiT", section 3.2; Clark et al.
+    2020, "ELECTRA", appendix B.
     """
     depths, num_layers = layer_depths(params)
 
